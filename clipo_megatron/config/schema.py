@@ -1,0 +1,256 @@
+"""Every setting of a run, with its type, default and meaning. This file is the reference; it imports no torch.
+
+Durations are in seconds, lengths in tokens, memory in bytes unless a name says otherwise.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any, Optional
+
+
+class DType(str, Enum):
+    fp32 = "fp32"
+    bf16 = "bf16"
+
+
+class EngineKind(str, Enum):
+    local = "local"  # transformers, inside the training processes
+
+
+class AlgorithmName(str, Enum):
+    grpo = "grpo"  # arXiv 2402.03300
+    dr_grpo = "dr_grpo"  # arXiv 2503.20783
+
+
+class KLKind(str, Enum):
+    k1 = "k1"
+    k2 = "k2"
+    k3 = "k3"
+
+
+class KLPlace(str, Enum):
+    loss = "loss"
+    reward = "reward"
+
+
+class Aggregation(str, Enum):
+    token_mean = "token_mean"  # every response token of the mini-batch weighs the same
+    sequence_mean = "sequence_mean"  # every rollout weighs the same, its tokens share the weight
+    constant = "constant"  # token sum over a constant length (Dr.GRPO)
+
+
+class HeadKind(str, Enum):
+    linear = "linear"  # H -> d, no bias
+    mlp = "mlp"  # H -> H -> d, ReLU
+
+
+class ContrastiveLossName(str, Enum):
+    infonce = "infonce"
+    supcon_out = "supcon_out"
+    supcon_in = "supcon_in"
+    soft_nn = "soft_nn"
+
+
+class Level(str, Enum):
+    group = "group"
+    batch = "batch"
+    cross = "cross"
+
+
+class Similarity(str, Enum):
+    cosine = "cosine"
+    neg_cosine = "neg_cosine"
+    l2 = "l2"
+
+
+class Anchors(str, Enum):
+    correct = "correct"
+    wrong = "wrong"
+    both = "both"
+
+
+class Debias(str, Enum):
+    none = "none"
+    mean = "mean"  # subtract the batch mean of the pooled states
+    layer_norm = "layer_norm"  # normalise each pooled state to mean 0, variance 1
+
+
+class GraderMode(str, Enum):
+    auto = "auto"  # by data_source
+    math = "math"
+    reference = "reference"
+    choice = "choice"
+    reasoning_gym = "reasoning_gym"
+
+
+@dataclass
+class ModelConfig:
+    path: str = "???"  # Hugging Face folder: config.json, *.safetensors, tokenizer
+    dtype: DType = DType.bf16  # of parameters and activations; the optimizer keeps fp32 masters
+    recompute: bool = False  # recompute every layer in backward (less memory, about 1/3 more time)
+    system_prompt: Optional[str] = None  # None: the chat template's own; "": none at all
+
+
+@dataclass
+class LayoutConfig:
+    """How ranks divide the model. Ranks = tp * pp * dp."""
+
+    tp: int = 1  # tensor parallel; divides the attention heads
+    pp: int = 1  # pipeline stages; divides the layers
+    dp: Optional[int] = None  # data parallel; None: ranks / (tp * pp), and 1 when `clipo train` starts the ranks
+    sequence_parallel: bool = False  # shard the sequence between tensor-parallel regions; needs tp > 1
+    max_tokens_per_microbatch: int = 8192  # packed tokens of one forward; a longer rollout gets its own
+    distributed_timeout_s: float = 1800.0  # deadline of every collective
+
+
+@dataclass
+class SourceConfig:
+    """One source of prompts: a file in the verl row schema, or a reasoning-gym generator."""
+
+    path: Optional[str] = None  # *.parquet or *.jsonl
+    generator: Optional[str] = None  # name of a reasoning-gym data set
+    options: dict[str, Any] = field(default_factory=dict)  # the generator's own options
+    size: Optional[int] = None  # rows to take (files) or to generate
+    seed: int = 0  # the generator's seed
+    name: Optional[str] = None  # shown in reports; default: the file's stem or the generator's name
+    suffix: str = ""  # appended to the user's question
+
+
+@dataclass
+class DataConfig:
+    train: list[SourceConfig] = field(default_factory=list)
+    eval: list[SourceConfig] = field(default_factory=list)
+    prompts_per_step: int = 16  # over all ranks
+    shuffle: bool = True
+    max_prompt_tokens: int = 512  # longer prompts are left out, and counted
+
+
+@dataclass
+class RolloutConfig:
+    engine: EngineKind = EngineKind.local
+    samples_per_prompt: int = 8  # G
+    max_new_tokens: int = 1024
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0  # 0: off
+    batch_size: int = 64  # local engine: sequences decoded at once
+    dtype: Optional[DType] = None  # local engine: weights it computes in; None: model.dtype
+    deadline_s: float = 1800.0  # for one step's rollouts
+
+
+@dataclass
+class RewardConfig:
+    mode: GraderMode = GraderMode.auto
+    by_source: dict[str, GraderMode] = field(default_factory=dict)  # data_source -> mode, wins over `mode`
+    workers: int = 1  # grader processes a rank
+    deadline_s: float = 10.0  # for one answer
+    correct_reward: float = 1.0
+    wrong_reward: float = 0.0
+
+
+@dataclass
+class KLConfig:
+    coefficient: float = 0.0  # 0: no reference policy is kept
+    kind: KLKind = KLKind.k3
+    place: KLPlace = KLPlace.loss
+
+
+@dataclass
+class AlgorithmConfig:
+    name: AlgorithmName = AlgorithmName.grpo
+    clip_low: float = 0.2
+    clip_high: float = 0.2
+    aggregation: Optional[Aggregation] = None  # None: token_mean for grpo, constant for dr_grpo
+    constant_length: Optional[int] = None  # for `constant`; None: rollout.max_new_tokens
+    entropy_coefficient: float = 0.0
+    mini_batches: int = 1  # optimizer steps a pass over the batch
+    epochs: int = 1  # passes over the batch
+    kl: KLConfig = field(default_factory=KLConfig)
+
+
+@dataclass
+class ClipoConfig:
+    """The contrastive head and its reward (arXiv 2603.10101)."""
+
+    enabled: bool = True
+    head: HeadKind = HeadKind.linear
+    dim: int = 512
+    loss: ContrastiveLossName = ContrastiveLossName.infonce
+    level: Level = Level.group
+    similarity: Similarity = Similarity.cosine
+    temperature: float = 0.05
+    anchors: Anchors = Anchors.correct
+    weight: float = 0.2  # lambda
+    floor: float = -0.5
+    constant: float = 0.0
+    calibrate: bool = False  # subtract the loss of perfect separation before scaling
+    debias: Debias = Debias.none
+    learning_rate: float = 1.0e-3
+    weight_decay: float = 0.01
+    warmup_steps: int = 0  # steps in which the head trains and gives no bonus
+    warmup_policy: bool = True  # whether the policy trains (on the plain reward) during the warm-up
+    frozen: bool = False  # keep the head at its random initialisation
+
+
+@dataclass
+class OptimizerConfig:
+    learning_rate: float = 1.0e-6
+    min_learning_rate: float = 0.0
+    warmup_steps: int = 0
+    schedule: str = "constant"  # constant | linear | cosine
+    weight_decay: float = 0.01
+    beta1: float = 0.9
+    beta2: float = 0.999
+    epsilon: float = 1.0e-8
+    max_grad_norm: float = 1.0
+    overlap_grad_reduce: bool = False
+
+
+@dataclass
+class TrainConfig:
+    steps: int = 100
+    seed: int = 0
+    output: str = "runs/${name}"  # metrics, checkpoints, samples
+
+
+@dataclass
+class CheckpointConfig:
+    every: int = 50  # steps; 0: only at the end
+    keep: int = 2  # newest complete ones
+    resume: bool = True  # from the newest complete checkpoint in train.output
+
+
+@dataclass
+class EvalConfig:
+    every: int = 0  # steps; 0: only before and after
+    at_start: bool = True
+    samples: int = 1
+    temperature: float = 0.0  # 0: greedy
+    max_new_tokens: Optional[int] = None  # None: rollout.max_new_tokens
+
+
+@dataclass
+class ReportConfig:
+    console: bool = True
+    tensorboard: bool = False
+    save_rollouts: int = 1  # groups of each step written to rollouts.jsonl
+    mult_prob_error_alarm: float = 1.05
+
+
+@dataclass
+class RunConfig:
+    name: str = "run"
+    model: ModelConfig = field(default_factory=ModelConfig)
+    layout: LayoutConfig = field(default_factory=LayoutConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    reward: RewardConfig = field(default_factory=RewardConfig)
+    algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
+    clipo: ClipoConfig = field(default_factory=ClipoConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    report: ReportConfig = field(default_factory=ReportConfig)

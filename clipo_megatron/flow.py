@@ -1,0 +1,159 @@
+"""The types that flow through a training step, in the order in which a step produces them.
+
+    Prompt -> RolloutGroup of Rollouts -> ScoredGroup -> RolloutTable + Samples -> MicroBatch -> StepReport
+
+Shapes use the same letters everywhere:
+
+    P  prompt tokens of one prompt        R  response tokens of one rollout
+    G  rollouts of one prompt (a group)   B  rollouts of one step, over all ranks
+    T  tokens of one packed micro-batch   N  of these, the ones that predict a response token
+    S  segments (rollouts) of one packed micro-batch
+    H  hidden size                        d  size of the contrastive embedding
+
+Worked example: prompt ids [5, 6, 7] (P = 3), response ids [8, 9] (R = 2). The packed segment is
+[5, 6, 7, 8, 9]. The positions that *predict* the response are 2 and 3 (P-1 .. P+R-2), with targets 8 and 9;
+the positions whose hidden states *represent* the response are 3 and 4 (P .. P+R-1).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from torch import Tensor
+
+Finish = Literal["stop", "length", "abort"]
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """One problem. Its `id` never changes: sampling seeds and the draw of positives derive from it."""
+
+    id: str  # "<source name>/<row>", unique within a run
+    messages: tuple[Mapping[str, str], ...]  # chat turns: {"role": ..., "content": ...}
+    tokens: Tensor  # [P] int64, chat template applied, generation prompt included
+    data_source: str  # chooses the grader
+    ground_truth: str
+    extra: Mapping[str, Any] = field(default_factory=dict)  # the row's `extra_info`, or a generator's entry
+
+
+@dataclass(slots=True)
+class Rollout:
+    """One sampled response, as the engine produced it; text is never tokenised again."""
+
+    tokens: Tensor  # [R] int64, the stop token included when one was produced; R >= 1
+    logprobs: Tensor  # [R] float32, under the temperature-scaled policy, before top-p / top-k truncation
+    text: str  # decoded without special tokens
+    finish: Finish
+    version: int  # of the weights that produced it
+    sample: int  # 0 .. G-1 within its group
+
+
+@dataclass(slots=True)
+class RolloutGroup:
+    """The G rollouts of one prompt. `position` is the prompt's place in the step's global batch."""
+
+    position: int
+    prompt: Prompt
+    rollouts: list[Rollout]
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What a grader says of one response. `correct` stays the verifier's word, whatever happens to rewards.
+
+    `correct is None` means ungraded (deadline, crash, exception): such a rollout has no reward, takes no part in
+    baselines or losses, and is counted in the report.
+    """
+
+    correct: bool | None
+    reward: float
+    reason: str = ""  # why ungraded; empty otherwise
+    seconds: float = 0.0
+
+
+@dataclass(slots=True)
+class ScoredGroup:
+    """A rollout group with one verdict a rollout, in the same order."""
+
+    group: RolloutGroup
+    verdicts: list[Verdict]
+
+
+@dataclass(slots=True)
+class RolloutTable:
+    """The facts of all B rollouts of a step as columns, identical on every rank, ordered by (prompt, sample).
+
+    Advantages and rewards are computed from it, so they cannot depend on the layout. Token-level data stays with the
+    ranks that train it (`Sample`).
+    """
+
+    prompt_ids: list[str]  # one a group, in order of position
+    group: Tensor  # [B] int64, index into prompt_ids
+    correct: Tensor  # [B] bool, the verifier's verdict (False where ungraded)
+    graded: Tensor  # [B] bool
+    reward: Tensor  # [B] float32, the grader's reward (0 where ungraded)
+    prompt_length: Tensor  # [B] int64
+    response_length: Tensor  # [B] int64
+    truncated: Tensor  # [B] bool, finish == "length"
+    version: Tensor  # [B] int64
+    step: int = 0
+    signals: dict[str, Tensor] = field(default_factory=dict)  # [B] each: what stages asked for (see algorithms.base)
+
+    @property
+    def size(self) -> int:
+        """B."""
+        return self.group.numel()
+
+
+@dataclass(slots=True)
+class Sample:
+    """What training needs of one rollout; `row` is its row in the RolloutTable."""
+
+    row: int
+    prompt: Tensor  # [P] int64
+    response: Tensor  # [R] int64
+    logprobs: Tensor  # [R] float32, the engine's
+
+    @property
+    def length(self) -> int:
+        return self.prompt.numel() + self.response.numel()
+
+
+@dataclass(slots=True)
+class MicroBatch:
+    """A table of segments packed without padding between them, and what each of its targets carries.
+
+    `tokens` is padded at the end to the tensor-parallel multiple only; the padding is a segment of its own that
+    nothing reads.
+    """
+
+    tokens: Tensor  # [T] int64
+    positions: Tensor  # [T] int64, from 0 within each segment
+    boundaries: Tensor  # [S+1] int32, segment s covers tokens boundaries[s] .. boundaries[s+1]-1 (padding included)
+    rows: Tensor  # [S'] int64, table row of each real segment; S' = S, or S-1 with padding
+    predict: Tensor  # [N] int64, positions in `tokens` whose hidden state predicts a response token
+    targets: Tensor  # [N] int64, the response tokens
+    segment: Tensor  # [N] int64, segment of each target
+    state_start: Tensor  # [S'] int64, first response token of each real segment
+    state_end: Tensor  # [S'] int64, one past the last response token
+    rollout_logprobs: Tensor  # [N] float32
+    old_logprobs: Tensor | None = None  # [N] float32, filled in by the scoring forward (last stage only)
+    reference_logprobs: Tensor | None = None  # [N] float32
+    advantages: Tensor | None = None  # [N] float32
+    weights: Tensor | None = None  # [N] float32, share of each token in the loss; global counts are already in it
+
+    @property
+    def padding(self) -> int:
+        """Tokens that were added to reach the tensor-parallel multiple."""
+        real = int(self.state_end[-1]) if self.rows.numel() else 0
+        return self.tokens.numel() - real
+
+
+@dataclass(slots=True)
+class StepReport:
+    """One line of metrics.jsonl: the step's number and its metrics, SI units in the names ("time/generate_s")."""
+
+    step: int
+    metrics: dict[str, float]
