@@ -1,0 +1,164 @@
+"""Tiny random Llama and Qwen2 folders in the Hugging Face layout, made on the spot: no network, no cache.
+
+Every parameter, norms and biases included, is away from its default, so that a mapping that drops, transposes or swaps
+one changes the logits. The tokenizer is byte-level (ids 3 .. 258 are the bytes), its chat template ChatML with BOS and
+EOS as the turn marks, as SmolLM2 has it.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    LlamaConfig,
+    PreTrainedConfig,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+)
+
+BOS, EOS, PAD = 0, 1, 2
+TOKENIZER_SIZE = 259
+DEFAULT_SYSTEM_PROMPT = "You are a tiny test model."
+
+_DEFAULT_SYSTEM = (
+    "{% if messages[0]['role'] != 'system' %}"
+    "{{ '<|im_start|>system\n" + DEFAULT_SYSTEM_PROMPT + "<|im_end|>\n' }}{% endif %}"
+)
+_TURNS = (
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+def tiny_llama(
+    path: str | Path,
+    *,
+    tied: bool = True,
+    vocab: int = TOKENIZER_SIZE,
+    hidden: int = 64,
+    heads: int = 4,
+    kv_heads: int = 2,
+    layers: int = 4,
+    head_dim: int = 16,
+    intermediate: int = 112,
+    seed: int = 0,
+    default_system: bool = False,
+) -> Path:
+    """Write a Llama folder (config, fp32 safetensors, tokenizer) to `path` and return it.
+
+    `vocab` is the model's; the tokenizer always has 259 ids, the three special ones first.
+    `default_system`: the chat template puts `DEFAULT_SYSTEM_PROMPT` before a conversation without a system turn.
+    """
+    config = LlamaConfig(
+        vocab_size=vocab,
+        hidden_size=hidden,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        num_hidden_layers=layers,
+        head_dim=head_dim,
+        intermediate_size=intermediate,
+        tie_word_embeddings=tied,
+        max_position_embeddings=2048,
+        rms_norm_eps=1e-5,
+        bos_token_id=BOS,
+        eos_token_id=EOS,
+        pad_token_id=PAD,
+    )
+    return _write(Path(path), config, seed, default_system)
+
+
+def tiny_qwen2(
+    path: str | Path,
+    *,
+    tied: bool = True,
+    vocab: int = TOKENIZER_SIZE,
+    hidden: int = 64,
+    heads: int = 4,
+    kv_heads: int = 2,
+    layers: int = 4,
+    head_dim: int = 16,
+    intermediate: int = 112,
+    seed: int = 0,
+    default_system: bool = True,
+) -> Path:
+    """As `tiny_llama`, with Qwen2's biases on query, key and value, its rope base and its default system prompt.
+
+    Qwen2 has no head size of its own in its configuration: hidden must be heads * head_dim.
+    """
+    if hidden != heads * head_dim:
+        raise ValueError(f"Qwen2 needs hidden == heads * head_dim, got {hidden} != {heads} * {head_dim}")
+    config = Qwen2Config(
+        vocab_size=vocab,
+        hidden_size=hidden,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        num_hidden_layers=layers,
+        intermediate_size=intermediate,
+        tie_word_embeddings=tied,
+        max_position_embeddings=2048,
+        rms_norm_eps=1e-6,
+        rope_parameters={"rope_type": "default", "rope_theta": 1_000_000.0},
+        use_sliding_window=False,
+        bos_token_id=BOS,
+        eos_token_id=EOS,
+        pad_token_id=PAD,
+    )
+    return _write(Path(path), config, seed, default_system)
+
+
+def tiny_weights(path: str | Path, *, seed: int) -> dict[str, torch.Tensor]:
+    """Other random weights for the folder at `path`: Hugging Face name -> fp32 tensor, as safetensors holds them."""
+    return _random_weights(AutoConfig.from_pretrained(path), seed)
+
+
+def _write(path: Path, config: PreTrainedConfig, seed: int, default_system: bool) -> Path:
+    path.mkdir(parents=True, exist_ok=True)
+    config.architectures = [{"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM"}[config.model_type]]
+    config.dtype = torch.float32
+    config.save_pretrained(path)
+    save_file(_random_weights(config, seed), path / "model.safetensors", metadata={"format": "pt"})
+    _tokenizer(default_system).save_pretrained(path)
+    return path
+
+
+def _random_weights(config: PreTrainedConfig, seed: int) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    weights = {}
+    for name, parameter in model.named_parameters():  # a tied lm_head is not listed twice
+        noise = torch.randn(parameter.shape, generator=generator)
+        if name.endswith("norm.weight"):
+            weights[name] = 1.0 + 0.2 * noise
+        elif name.endswith("bias"):
+            weights[name] = 0.3 * noise
+        else:
+            # Logits of about unit scale or a little more: neither uniform nor one-hot.
+            weights[name] = 1.5 * noise / math.sqrt(parameter.shape[-1])
+    return weights
+
+
+def _tokenizer(default_system: bool) -> PreTrainedTokenizerFast:
+    special = ["<|im_start|>", "<|im_end|>", "<|pad|>"]
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = {token: index for index, token in enumerate([*special, *alphabet])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(special)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token=special[BOS],
+        eos_token=special[EOS],
+        pad_token=special[PAD],
+        unk_token=special[PAD],  # else loaders of some model types add one of their own, id 259
+        chat_template=(_DEFAULT_SYSTEM if default_system else "") + _TURNS,
+        clean_up_tokenization_spaces=False,
+    )
