@@ -1,0 +1,86 @@
+"""One to one or not at all: parameters against a mapping, and a checkpoint's tensors against all stages."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from fnmatch import fnmatchcase
+
+import torch
+from torch import Tensor
+
+from clipo_megatron.weights.errors import CoverageError, UnsupportedModel
+from clipo_megatron.weights.families import entries
+from clipo_megatron.weights.mapping import Entry, Stage
+from clipo_megatron.weights.reader import HFReader
+from clipo_megatron.weights.spec import ModelSpec
+
+# Buffers that old releases of transformers saved; they are computed from config.json.
+IGNORED = ("*.rotary_emb.inv_freq",)
+
+OUTPUT = "lm_head.weight"
+EMBEDDING = "model.embed_tokens.weight"
+
+
+def match(parameters: Mapping[str, Tensor], bound: Sequence[Entry], *, tp_size: int) -> list[tuple[str, Entry]]:
+    """Pair every parameter of one model chunk with its entry, in the entries' order. Meta tensors will do.
+
+    Raises:
+        CoverageError: parameters without entry, entries without parameter, shapes that do not fit; all are listed.
+    """
+    pairs: list[tuple[str, Entry]] = []
+    problems: list[str] = []
+    for entry in bound:
+        name = entry.name_in(parameters)
+        sources = ", ".join(tensor.name for tensor in entry.hf)
+        if name is None:
+            problems.append(f"the model has no parameter {' or '.join(entry.megatron)} to take {sources}")
+            continue
+        pairs.append((name, entry))
+        local = tuple(parameters[name].shape)
+        if not entry.kind.fits(local, entry.shapes, tp_size):
+            expected = entry.kind.local_shape(entry.shapes, tp_size)
+            problems.append(
+                f"parameter {name} has shape {list(local)}; {sources} over {tp_size} TP ranks give {list(expected)}"
+            )
+    taken = {name for name, _ in pairs}
+    problems += [f"nothing fills parameter {name}" for name in parameters if name not in taken]
+    if problems:
+        raise CoverageError(problems)
+    return pairs
+
+
+def check_tensors(reader: HFReader, spec: ModelSpec) -> None:
+    """Check that the stages together use every tensor of the folder once, and that none is missing.
+
+    A tied model's folder may hold the output layer as well, if it equals the embedding bit for bit.
+
+    Raises:
+        CoverageError: missing or unknown tensors; all are listed.
+        UnsupportedModel: a tied model whose output layer differs from its embedding.
+    """
+    whole = entries(spec, Stage(offset=0, layers=spec.num_layers, first=True, last=True))
+    uses = Counter(tensor.name for entry in whole for tensor in entry.hf)
+    present = set(reader.names())
+    unknown = {name for name in present - set(uses) if not any(fnmatchcase(name, pattern) for pattern in IGNORED)}
+    if spec.tied_embeddings and OUTPUT in unknown and EMBEDDING in present:
+        _check_tied(reader)
+        unknown.discard(OUTPUT)
+    problems = [f"{reader.folder} has no tensor {name}" for name in sorted(set(uses) - present)]
+    problems += [f"no parameter takes tensor {name} of {reader.folder}" for name in sorted(unknown)]
+    problems += [f"{count} parameters take tensor {name}" for name, count in uses.items() if count > 1]
+    if problems:
+        raise CoverageError(problems)
+
+
+def _check_tied(reader: HFReader, rows: int = 4096) -> None:
+    """Compare output layer and embedding in slices of `rows`."""
+    output, embedding = reader.view(OUTPUT), reader.view(EMBEDDING)
+    equal = output.shape == embedding.shape and all(
+        torch.equal(output[start : start + rows], embedding[start : start + rows])
+        for start in range(0, output.shape[0], rows)
+    )
+    if not equal:
+        raise UnsupportedModel(
+            "tie_word_embeddings", True, f"{OUTPUT} differs from {EMBEDDING}; set it to false to keep both"
+        )

@@ -1,0 +1,47 @@
+"""Model families: one module each, with `spec(config)` and `rules(spec)`.
+
+To add one, write a module with these two functions (start from `decoder.decoder_rules`, replace the rows that differ,
+refuse every field of config.json that would change the mathematics) and list it in `FAMILIES`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from clipo_megatron.weights.errors import UnsupportedModel
+from clipo_megatron.weights.families import llama, qwen2
+from clipo_megatron.weights.mapping import Entry, Rule, Stage, bind
+from clipo_megatron.weights.spec import ModelSpec
+
+
+@dataclass(frozen=True, slots=True)
+class Family:
+    """How to read a config.json of this `model_type`, and where its tensors go."""
+
+    spec: Callable[[Mapping[str, Any]], ModelSpec]
+    rules: Callable[[ModelSpec], list[Rule]]
+
+
+FAMILIES: dict[str, Family] = {
+    "llama": Family(llama.spec, llama.rules),
+    "qwen2": Family(qwen2.spec, qwen2.rules),
+}
+
+
+def model_spec(config: Mapping[str, Any]) -> ModelSpec:
+    """Architecture facts from the contents of config.json.
+
+    Raises:
+        UnsupportedModel: the family is unknown, or a field asks for what Megatron would compute differently.
+    """
+    name = config.get("model_type")
+    if name not in FAMILIES:
+        raise UnsupportedModel("model_type", name, f"known families are {', '.join(sorted(FAMILIES))}")
+    return FAMILIES[name].spec(config)
+
+
+def entries(spec: ModelSpec, stage: Stage) -> tuple[Entry, ...]:
+    """The parameters of one model chunk and the tensors that fill them, in model order."""
+    return bind(FAMILIES[spec.family].rules(spec), stage)

@@ -1,0 +1,82 @@
+"""Rules of decoders of the Llama line; families differ from it by a few rows."""
+
+from __future__ import annotations
+
+from clipo_megatron.weights.mapping import QKV, GateUp, Place, Replicated, Row, Rule, Vocab
+from clipo_megatron.weights.spec import ModelSpec
+
+MEGATRON = "decoder.layers.{layer}."
+HF = "model.layers.{layer}."
+
+
+def decoder_rules(spec: ModelSpec) -> list[Rule]:
+    """All rules of a dense decoder; biases, q/k norms and the output layer as the spec says."""
+    return [*embedding_rules(spec), *attention_rules(spec), *mlp_rules(spec), *output_rules(spec)]
+
+
+def embedding_rules(spec: ModelSpec) -> list[Rule]:
+    """The embedding, on the first chunk."""
+    table = {"model.embed_tokens.weight": (spec.vocab_size, spec.hidden_size)}
+    return [Rule("embedding.word_embeddings.weight", table, Vocab(), on=Place.FIRST)]
+
+
+def attention_rules(spec: ModelSpec) -> list[Rule]:
+    """Input norm, projections, optional biases and q/k norms."""
+    hidden, query, kv = spec.hidden_size, spec.query_size, spec.kv_size
+    attention, hf = MEGATRON + "self_attention.", HF + "self_attn."
+    fused = {"q_proj": query, "k_proj": kv, "v_proj": kv}
+    rules = [
+        Rule(
+            (MEGATRON + "input_layernorm.weight", attention + "linear_qkv.layer_norm_weight"),
+            {HF + "input_layernorm.weight": (hidden,)},
+            Replicated(),
+        ),
+        Rule(
+            attention + "linear_qkv.weight",
+            {f"{hf}{name}.weight": (rows, hidden) for name, rows in fused.items()},
+            QKV(spec.num_kv_heads),
+        ),
+        Rule(attention + "linear_proj.weight", {hf + "o_proj.weight": (hidden, query)}, Row()),
+    ]
+    if spec.qkv_bias:
+        biases = {f"{hf}{name}.bias": (rows,) for name, rows in fused.items()}
+        rules.append(Rule(attention + "linear_qkv.bias", biases, QKV(spec.num_kv_heads)))
+    if spec.qk_norm:
+        rules += [
+            Rule(f"{attention}{x}_layernorm.weight", {f"{hf}{x}_norm.weight": (spec.head_dim,)}, Replicated())
+            for x in ("q", "k")
+        ]
+    return rules
+
+
+def mlp_rules(spec: ModelSpec) -> list[Rule]:
+    """Norm and gated MLP of a dense layer."""
+    hidden, ffn = spec.hidden_size, spec.ffn_hidden_size
+    return [
+        Rule(
+            (MEGATRON + "pre_mlp_layernorm.weight", MEGATRON + "mlp.linear_fc1.layer_norm_weight"),
+            {HF + "post_attention_layernorm.weight": (hidden,)},
+            Replicated(),
+        ),
+        Rule(
+            MEGATRON + "mlp.linear_fc1.weight",
+            {HF + "mlp.gate_proj.weight": (ffn, hidden), HF + "mlp.up_proj.weight": (ffn, hidden)},
+            GateUp(),
+        ),
+        Rule(MEGATRON + "mlp.linear_fc2.weight", {HF + "mlp.down_proj.weight": (hidden, ffn)}, Row()),
+    ]
+
+
+def output_rules(spec: ModelSpec) -> list[Rule]:
+    """Final norm and output layer, on the last chunk; a tied one is a copy of the embedding."""
+    name = "model.embed_tokens.weight" if spec.tied_embeddings else "lm_head.weight"
+    table = {name: (spec.vocab_size, spec.hidden_size)}
+    return [
+        Rule(
+            "decoder.final_layernorm.weight",
+            {"model.norm.weight": (spec.hidden_size,)},
+            Replicated(),
+            on=Place.LAST,
+        ),
+        Rule("output_layer.weight", table, Vocab(), on=Place.LAST, copy=spec.tied_embeddings),
+    ]

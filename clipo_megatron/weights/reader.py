@@ -1,0 +1,118 @@
+"""Reading a Hugging Face folder of safetensors, one file or many, no more of it than is asked for."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from clipo_megatron.weights.errors import CheckpointError
+from clipo_megatron.weights.mapping import Shape
+
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+
+
+class LazyTensor:
+    """A tensor on disk; indexing it reads that part alone."""
+
+    def __init__(self, reader: HFReader, view: Any) -> None:
+        self._reader = reader
+        self._view = view
+        self.shape: Shape = tuple(view.get_shape())
+
+    def __getitem__(self, index: slice | tuple[slice, ...]) -> Tensor:
+        part = self._view[index]
+        self._reader.bytes_read += part.nbytes
+        return part
+
+
+class HFReader:
+    """The tensors of a folder by name. Use it as a context manager, or call `close`.
+
+    Files are mapped into memory when a tensor of theirs is first asked for. `bytes_read` counts what was indexed.
+
+    Raises:
+        CheckpointError: no safetensors, a file that the index names but the folder lacks, a damaged or truncated
+            file, a tensor that is not there; the message names file or tensor.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        self.bytes_read = 0
+        self._open: dict[str, Any] | None = {}
+        self._files = self._locate()
+
+    def names(self) -> tuple[str, ...]:
+        """Of all tensors, sorted."""
+        return tuple(sorted(self._files))
+
+    def get(self, name: str) -> Tensor:
+        """The whole tensor."""
+        return self.view(name)[:]
+
+    def view(self, name: str) -> LazyTensor:
+        """The tensor's shape and, by indexing, parts of it."""
+        if name not in self._files:
+            raise CheckpointError(f"{self.folder} has no tensor {name!r}")
+        file = self._files[name]
+        try:
+            view = self._handle(file).get_slice(name)
+        except SafetensorError as error:
+            raise CheckpointError(
+                f"{self.folder / file} does not hold {name!r}, though {INDEX} says so: {error}"
+            ) from error
+        return LazyTensor(self, view)
+
+    def close(self) -> None:
+        """Unmap the files. Idempotent; reading afterwards is an error."""
+        for handle in (self._open or {}).values():
+            handle.__exit__(None, None, None)
+        self._open = None
+
+    def __enter__(self) -> HFReader:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _locate(self) -> Mapping[str, str]:
+        """Which file holds which tensor. A single file wins over an index, as in transformers."""
+        if (self.folder / SINGLE).is_file():
+            return dict.fromkeys(self._handle(SINGLE).keys(), SINGLE)
+        index = self.folder / INDEX
+        if not index.is_file():
+            raise CheckpointError(
+                f"{self.folder} holds neither {SINGLE} nor {INDEX}; other weight formats are not read "
+                "(save the model with save_pretrained to get safetensors)"
+            )
+        try:
+            files = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+            names = sorted(set(files.values()))
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise CheckpointError(f"{index} cannot be read: {error!r}") from error
+        outside = [name for name in names if Path(name).name != name]
+        missing = [name for name in names if name not in outside and not (self.folder / name).is_file()]
+        if outside:
+            raise CheckpointError(f"{index} names files outside its folder: {', '.join(outside)}")
+        if missing:
+            raise CheckpointError(f"{self.folder} lacks files that {INDEX} names: {', '.join(missing)}")
+        return files
+
+    def _handle(self, file: str) -> Any:
+        if self._open is None:
+            raise CheckpointError(f"the reader of {self.folder} is closed")
+        if file not in self._open:
+            path = self.folder / file
+            try:
+                self._open[file] = safe_open(path, framework="pt", device="cpu")
+            except (SafetensorError, OSError) as error:
+                raise CheckpointError(f"{path} is damaged or truncated: {error}") from error
+        return self._open[file]
