@@ -1,0 +1,335 @@
+"""Cross-checks of a configuration: everything that would only go wrong once models, data or ranks are there.
+
+They read nothing heavier than the model's config.json, import no torch, and take milliseconds.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from clipo_megatron.config.errors import ConfigError, Problem
+from clipo_megatron.config.schema import Aggregation, AlgorithmName, LayoutConfig, RunConfig, SourceConfig
+
+ARCHITECTURES = ("LlamaForCausalLM", "Qwen2ForCausalLM")
+SCHEDULES = ("constant", "linear", "cosine")
+DATA_SUFFIXES = (".parquet", ".jsonl")
+
+
+def check(config: RunConfig, *, ranks: int | None = None) -> None:
+    """Hold the whole configuration against itself, the model folder, the data files and the number of ranks.
+
+    `ranks` is what a launcher started, None when there is none yet (then `requested_ranks` will be started).
+
+    Raises:
+        ConfigError: all problems found, numbered, each with value, reason and remedy.
+    """
+    problems = [*_layout(config, ranks), *_model(config), *_data(config), *_batch(config, ranks), *_numbers(config)]
+    if problems:
+        raise ConfigError(problems)
+
+
+def requested_ranks(layout: LayoutConfig) -> int:
+    """Ranks that the layout needs when no launcher says otherwise: tp * pp * dp, dp being 1 unless given."""
+    return layout.tp * layout.pp * (layout.dp or 1)
+
+
+def data_parallel(layout: LayoutConfig, ranks: int | None) -> int:
+    """Model replicas: `layout.dp`, or what the ranks leave over after tp * pp; at least 1."""
+    if layout.dp is not None:
+        return layout.dp
+    return max(1, (ranks or 1) // max(1, layout.tp * layout.pp))
+
+
+def source_name(source: SourceConfig) -> str:
+    """What reports call a source: its name, its file's stem, or its generator."""
+    return source.name or (Path(source.path).stem if source.path else source.generator) or ""
+
+
+def _layout(config: RunConfig, ranks: int | None) -> Iterator[Problem]:
+    layout = config.layout
+    for name in ("tp", "pp", "dp", "max_tokens_per_microbatch"):
+        value = getattr(layout, name)
+        if value is not None and value < 1:
+            yield Problem(f"layout.{name}", "it counts things and must be at least 1", "Set it to 1 or more", value)
+    if layout.sequence_parallel and layout.tp == 1:
+        reason = "it shards the sequence over the tensor-parallel ranks, and layout.tp is 1"
+        yield Problem("layout.sequence_parallel", reason, "Set it to false, or layout.tp to 2 or more", True)
+    model = layout.tp * layout.pp
+    if ranks is None or model < 1:
+        return
+    if layout.dp is None and ranks % model:
+        yield Problem(
+            "",
+            f"{ranks} ranks were started, which tp * pp = {layout.tp} * {layout.pp} = {model} does not divide",
+            f"Start {_multiples(ranks, model)} ranks, or change layout.tp or layout.pp",
+            show_value=False,
+        )
+    elif layout.dp is not None and ranks != (needed := model * layout.dp):
+        reason = f"tp * pp * dp = {layout.tp} * {layout.pp} * {layout.dp} = {needed}, but {ranks} ranks were started"
+        remedy = f"Start {needed} ranks, or set layout.dp to null to use those there are"
+        yield Problem("layout.dp", reason, remedy, layout.dp)
+
+
+def _multiples(near: int, unit: int) -> str:
+    below, above = near // unit * unit, (near // unit + 1) * unit
+    return f"{below} or {above}" if below else str(above)
+
+
+def _model(config: RunConfig) -> Iterator[Problem]:
+    folder = Path(config.model.path)
+    key, value = "model.path", config.model.path
+    if not folder.is_dir():
+        reason = "there is no such folder" + ("" if folder.is_absolute() else f" below {Path.cwd()}")
+        yield Problem(key, reason, "Give the path of a Hugging Face model folder on this machine", value)
+        return
+    file = folder / "config.json"
+    try:
+        facts = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        reason = "the folder has no config.json"
+        yield Problem(key, reason, "Give a Hugging Face model folder (config.json, *.safetensors, tokenizer)", value)
+        return
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        yield Problem(key, f"{file.name} is no valid JSON ({error})", "Fetch the model folder again", value)
+        return
+    architectures = facts.get("architectures") or ["none"]
+    if architectures[0] not in ARCHITECTURES:
+        reason = f"its architecture is {architectures[0]}"
+        yield Problem(key, reason, f"Supported are {' and '.join(ARCHITECTURES)}", value)
+        return
+    if not any(folder.glob("*.safetensors")):
+        yield Problem(key, "the folder has no *.safetensors", "Fetch the weights as safetensors", value)
+    if not _has_chat_template(folder):
+        reason = "its tokenizer has no chat template, so prompts cannot be rendered"
+        yield Problem(key, reason, "Use an instruct model, or add a chat_template.jinja to the folder", value)
+    yield from _divisions(config, facts)
+    longest, limit = config.data.max_prompt_tokens, facts.get("max_position_embeddings")
+    for setting, new_tokens in (
+        ("rollout.max_new_tokens", config.rollout.max_new_tokens),
+        ("eval.max_new_tokens", config.eval.max_new_tokens),
+    ):
+        if limit and new_tokens is not None and longest + new_tokens > limit:
+            reason = f"with data.max_prompt_tokens = {longest} a sequence can reach {longest + new_tokens} tokens"
+            room = limit - longest
+            remedy = f"Set it to {room} or less" if room > 0 else "Lower data.max_prompt_tokens first"
+            yield Problem(setting, f"{reason}, and the model takes {limit}", remedy, new_tokens)
+
+
+def _has_chat_template(folder: Path) -> bool:
+    if (folder / "chat_template.jinja").is_file() or (folder / "chat_template.json").is_file():
+        return True
+    try:
+        return bool(json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8")).get("chat_template"))
+    except (FileNotFoundError, json.JSONDecodeError):
+        return False
+
+
+def _divisions(config: RunConfig, facts: dict[str, Any]) -> Iterator[Problem]:
+    """Whether Megatron can cut this model as the layout asks."""
+    tp, pp = config.layout.tp, config.layout.pp
+    heads, layers, wide = (
+        int(facts.get(name, 0)) for name in ("num_attention_heads", "num_hidden_layers", "intermediate_size")
+    )
+    groups = int(facts.get("num_key_value_heads") or heads)
+
+    def fits(size: int) -> bool:
+        # fewer key-value heads than ranks: each is replicated on tp / groups of them
+        return heads % size == 0 and wide % size == 0 and (groups % size == 0 or size % groups == 0)
+
+    if tp > 1 and not fits(tp):
+        if heads % tp:
+            reason = f"it does not divide the model's {heads} attention heads"
+        elif wide % tp:
+            reason = f"it does not divide the model's intermediate size, {wide}"
+        else:
+            reason = f"it neither divides the model's {groups} key-value heads nor is a multiple of them"
+        valid = [size for size in range(1, heads + 1) if fits(size)]
+        yield Problem("layout.tp", reason, f"Valid for this model: {_listed(valid)}", tp)
+    if pp > 1 and layers % pp:
+        valid = [size for size in range(1, layers + 1) if layers % size == 0]
+        reason = f"it does not divide the model's {layers} layers into equal stages"
+        yield Problem("layout.pp", reason, f"Valid for this model: {_listed(valid)}", pp)
+
+
+def _listed(values: list[int]) -> str:
+    return ", ".join(map(str, values))
+
+
+def _data(config: RunConfig) -> Iterator[Problem]:
+    if not config.data.train:
+        remedy = "Add a source, such as `data.train=[{path: train.parquet}]`"
+        yield Problem("data.train", "there is nothing to train on", remedy, show_value=False)
+    for part in ("train", "eval"):
+        sources: list[SourceConfig] = getattr(config.data, part)
+        for index, source in enumerate(sources):
+            yield from _source(source, f"data.{part}[{index}]")
+        for name, count in Counter(map(source_name, sources)).items():
+            if count > 1 and name:
+                reason = f"{count} sources are called {name}, and prompt ids derive from the name"
+                yield Problem(f"data.{part}", reason, "Give each its own `name`", show_value=False)
+
+
+def _source(source: SourceConfig, key: str) -> Iterator[Problem]:
+    if (source.path is None) == (source.generator is None):
+        held = "neither a path nor a generator" if source.path is None else "both a path and a generator"
+        remedy = "Give exactly one of `path` (a file) and `generator` (a reasoning-gym data set)"
+        yield Problem(key, f"it has {held}", remedy, show_value=False)
+    elif source.path is not None:
+        path = Path(source.path)
+        if path.suffix not in DATA_SUFFIXES:
+            yield Problem(f"{key}.path", "this kind of file is not read", "Use *.parquet or *.jsonl", source.path)
+        elif not path.is_file():
+            reason = "there is no such file" + ("" if path.is_absolute() else f" below {Path.cwd()}")
+            yield Problem(f"{key}.path", reason, "Correct the path", source.path)
+        if source.options:
+            remedy = "Remove it, or name a generator"
+            yield Problem(f"{key}.options", "only generators have options", remedy, show_value=False)
+    elif source.size is None:
+        reason = "a generator makes as many problems as asked for, and no number is given"
+        yield Problem(f"{key}.size", reason, "Set it, for example to 1000", show_value=False)
+    for option in ("size", "seed"):
+        if option in source.options:
+            reason = f"the source has its own setting, {key}.{option}"
+            yield Problem(f"{key}.options.{option}", reason, "Move it there", source.options[option])
+    if source.size is not None and source.size < 1:
+        yield Problem(f"{key}.size", "it counts rows and must be at least 1", "Set it to 1 or more", source.size)
+
+
+def _batch(config: RunConfig, ranks: int | None) -> Iterator[Problem]:
+    prompts, mini, samples = (
+        config.data.prompts_per_step,
+        config.algorithm.mini_batches,
+        config.rollout.samples_per_prompt,
+    )
+    key = "data.prompts_per_step"
+    if prompts >= 1 and mini >= 1 and prompts % mini:
+        near = f"{prompts // mini * mini or mini} or {(prompts // mini + 1) * mini}"
+        near = str(mini) if prompts < mini else near
+        reason = f"algorithm.mini_batches = {mini} does not divide it, and a group is never split"
+        yield Problem(key, reason, f"Set it to {near}, or change algorithm.mini_batches", prompts)
+    replicas = data_parallel(config.layout, ranks)
+    if 1 <= prompts < replicas:
+        reason = f"there are {replicas} model replicas, and each needs at least one prompt"
+        yield Problem(key, reason, f"Set it to {replicas} or more, or use fewer ranks", prompts)
+    if samples == 1:
+        asking = (
+            "CLIPO compares the rollouts of a prompt" if config.clipo.enabled else "the baseline is the group's mean"
+        )
+        reason = f"{asking}, and a group of one has nothing to compare"
+        yield Problem("rollout.samples_per_prompt", reason, "Set it to 2 or more; 8 or 16 are usual", samples)
+
+
+def _numbers(config: RunConfig) -> Iterator[Problem]:
+    """Ranges of single settings."""
+    at_least = {
+        1: (
+            "data.prompts_per_step",
+            "data.max_prompt_tokens",
+            "rollout.samples_per_prompt",
+            "rollout.max_new_tokens",
+            "rollout.batch_size",
+            "reward.workers",
+            "algorithm.constant_length",
+            "algorithm.mini_batches",
+            "algorithm.epochs",
+            "clipo.dim",
+            "train.steps",
+            "checkpoint.keep",
+            "eval.samples",
+            "eval.max_new_tokens",
+        ),
+        0: (
+            "rollout.top_k",
+            "algorithm.clip_low",
+            "algorithm.clip_high",
+            "algorithm.entropy_coefficient",
+            "algorithm.kl.coefficient",
+            "clipo.weight",
+            "clipo.weight_decay",
+            "clipo.warmup_steps",
+            "optimizer.min_learning_rate",
+            "optimizer.warmup_steps",
+            "optimizer.weight_decay",
+            "train.seed",
+            "checkpoint.every",
+            "eval.every",
+            "eval.temperature",
+            "report.save_rollouts",
+        ),
+    }
+    for least, names in at_least.items():
+        for key in names:
+            value = _value(config, key)
+            if value is not None and not (value >= least and math.isfinite(value)):
+                yield Problem(key, f"it must be at least {least}", f"Set it to {least} or more", value)
+    for key in (
+        "layout.distributed_timeout_s",
+        "rollout.temperature",
+        "rollout.deadline_s",
+        "reward.deadline_s",
+        "clipo.temperature",
+        "clipo.learning_rate",
+        "optimizer.learning_rate",
+        "optimizer.epsilon",
+        "optimizer.max_grad_norm",
+        "report.mult_prob_error_alarm",
+    ):
+        value = _value(config, key)
+        if not (value > 0 and math.isfinite(value)):
+            yield Problem(key, "it must be a positive number", "Set it above 0", value)
+    if not 0 < config.rollout.top_p <= 1:
+        reason = "it is a share of the probability mass"
+        yield Problem("rollout.top_p", reason, "Set it above 0 and at most to 1 (off)", config.rollout.top_p)
+    if config.algorithm.clip_low >= 1:
+        reason = "the probability ratio is held above 1 - clip_low, which must stay positive"
+        yield Problem("algorithm.clip_low", reason, "Set it below 1; 0.2 is usual", config.algorithm.clip_low)
+    for key in ("optimizer.beta1", "optimizer.beta2"):
+        if not 0 <= _value(config, key) < 1:
+            yield Problem(
+                key, "a decay rate lies in [0, 1)", "Set it there; 0.9 and 0.999 are usual", _value(config, key)
+            )
+    yield from _choices(config)
+
+
+def _choices(config: RunConfig) -> Iterator[Problem]:
+    """Settings that make sense only together with others."""
+    optimizer, algorithm, clipo, reward = config.optimizer, config.algorithm, config.clipo, config.reward
+    if optimizer.schedule not in SCHEDULES:
+        reason = "there is no such schedule"
+        yield Problem("optimizer.schedule", reason, f"Choose one of {', '.join(SCHEDULES)}", optimizer.schedule)
+    if optimizer.min_learning_rate > optimizer.learning_rate:
+        reason = f"it lies above optimizer.learning_rate = {optimizer.learning_rate}"
+        yield Problem("optimizer.min_learning_rate", reason, "Lower it", optimizer.min_learning_rate)
+    constant = algorithm.aggregation == Aggregation.constant or (
+        algorithm.aggregation is None and algorithm.name == AlgorithmName.dr_grpo
+    )
+    if algorithm.constant_length is not None and not constant:
+        reason = "only the aggregation `constant` reads it"
+        remedy = "Set it to null, or algorithm.aggregation to constant"
+        yield Problem("algorithm.constant_length", reason, remedy, algorithm.constant_length)
+    if clipo.enabled and clipo.floor > 0:
+        reason = "the bonus would never be below it, so every valid rollout would get a reward for nothing"
+        yield Problem("clipo.floor", reason, "Set it to 0 or less; the paper uses -0.5", clipo.floor)
+    if clipo.enabled and 0 < config.train.steps <= clipo.warmup_steps:
+        reason = f"the run has train.steps = {config.train.steps}, so the head would never give a bonus"
+        yield Problem("clipo.warmup_steps", reason, "Lower it", clipo.warmup_steps)
+    if not reward.correct_reward > reward.wrong_reward:
+        reason = f"a right answer must earn more than a wrong one (reward.wrong_reward = {reward.wrong_reward})"
+        yield Problem("reward.correct_reward", reason, "Raise it", reward.correct_reward)
+    for key in ("clipo.floor", "clipo.constant", "reward.correct_reward", "reward.wrong_reward"):
+        if not math.isfinite(_value(config, key)):
+            yield Problem(key, "it must be a finite number", "Change it", _value(config, key))
+    if not config.name or "/" in config.name:
+        yield Problem("name", "it becomes a folder's name", "Use a name without a slash", config.name)
+
+
+def _value(config: RunConfig, key: str) -> Any:
+    place: Any = config
+    for part in key.split("."):
+        place = getattr(place, part)
+    return place

@@ -1,0 +1,50 @@
+"""What a wrong configuration looks like to its author: every problem at once, each with value, reason and remedy."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """One thing that is wrong. Reads `key = value: reason. Remedy.`"""
+
+    key: str  # dotted, "" when the problem is no single setting's
+    reason: str
+    remedy: str
+    value: object = None
+    show_value: bool = True
+
+    def __str__(self) -> str:
+        subject = f"{self.key} = {spell(self.value)}" if self.show_value else self.key
+        sentence = f"{subject}: {self.reason}" if subject else self.reason
+        return f"{sentence.rstrip('.')}. {self.remedy}" + ("" if self.remedy.endswith(("?", ".")) else ".")
+
+
+class ConfigError(ValueError):
+    """The configuration cannot be run; the message lists all problems found, `problems` holds them."""
+
+    def __init__(self, problems: Sequence[Problem] | str, *, origin: str = ""):
+        self.problems = () if isinstance(problems, str) else tuple(problems)
+        where = f" in {origin}" if origin else ""
+        if isinstance(problems, str):
+            message = problems
+        elif len(self.problems) == 1:
+            message = f"Configuration problem{where}: {self.problems[0]}"
+        else:
+            lines = [f"  {number}. {problem}" for number, problem in enumerate(self.problems, start=1)]
+            message = "\n".join([f"{len(lines)} configuration problems{where}:", *lines])
+        super().__init__(message)
+
+
+def spell(value: object) -> str:
+    """A value as it would stand in the YAML file, cut to a readable length."""
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, str) and hasattr(value, "value"):  # an enum of strings
+        return str(value.value)
+    text = value if isinstance(value, str) and value and value.strip() == value else repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."

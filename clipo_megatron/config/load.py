@@ -1,0 +1,290 @@
+"""A configuration file and its overrides, checked key by key and turned into a RunConfig. Imports no torch."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import is_dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException, ValidationError
+
+from clipo_megatron.config import reference
+from clipo_megatron.config.errors import ConfigError, Problem, spell
+from clipo_megatron.config.schema import RunConfig
+
+# What the same thing is called elsewhere, for the nearest key of a setting that does not exist.
+_OTHER_NAMES = {
+    "lr": "optimizer.learning_rate",
+    "clip_grad": "optimizer.max_grad_norm",
+    "lambda": "clipo.weight",
+    "tau": "clipo.temperature",
+    "n": "rollout.samples_per_prompt",
+    "num_generations": "rollout.samples_per_prompt",
+    "max_tokens": "rollout.max_new_tokens",
+    "max_response_length": "rollout.max_new_tokens",
+    "max_prompt_length": "data.max_prompt_tokens",
+    "train_batch_size": "data.prompts_per_step",
+    "ppo_epochs": "algorithm.epochs",
+    "kl_loss_coef": "algorithm.kl.coefficient",
+    "tensor_model_parallel_size": "layout.tp",
+    "pipeline_model_parallel_size": "layout.pp",
+    "max_steps": "train.steps",
+    "output_dir": "train.output",
+}
+
+
+def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read a YAML file, apply `a.b=value` overrides in order, and return the typed configuration.
+
+    Values of overrides are YAML: `layout.tp=2`, `data.train=[{path: train.parquet}]`, `data.train[0].size=100`,
+    `model.system_prompt=''`. Mappings merge into what is there; anything else replaces it. `${train.seed}` refers to
+    another setting. Relative paths of models, data and output are relative to the current directory.
+
+    Raises:
+        ConfigError: the file cannot be read or parsed, or a key or a type is wrong; all of these are listed at once.
+    """
+    path = Path(path)
+    content = _read(path)
+    problems: list[Problem] = []
+    for override in overrides:
+        problems += _apply(content, override)
+    problems += _inspect(RunConfig, content, "")
+    problems += _missing(content)
+    if problems:
+        raise ConfigError(problems, origin=str(path))
+    return _convert(content, origin=str(path))
+
+
+def nearest_keys(key: str) -> list[str]:
+    """Valid keys that the author of an unknown key may have meant, best first, at most three.
+
+    A right name in the wrong section comes before a misspelt one: `model.tp` -> `layout.tp`.
+    """
+    plain = re.sub(r"\[\d+\]", "[]", key)
+    leaf, known = _leaf(plain), reference.keys()
+
+    def likeness(other: str) -> float:
+        return difflib.SequenceMatcher(None, plain, other).ratio()
+
+    if same_leaf := sorted((other for other in known if _leaf(other) == leaf), key=likeness, reverse=True):
+        return same_leaf[:1] if likeness(same_leaf[0]) > 0.85 else same_leaf[:3]
+    if leaf in _OTHER_NAMES:
+        return [_OTHER_NAMES[leaf]]
+    if close := difflib.get_close_matches(plain, known, n=1, cutoff=0.85):
+        return close
+    if near_leaf := difflib.get_close_matches(leaf, {_leaf(other) for other in known}, n=1, cutoff=0.75):
+        return [other for other in known if _leaf(other) == near_leaf[0]][:3]
+    return difflib.get_close_matches(plain, known, n=1, cutoff=0.6)
+
+
+def _leaf(key: str) -> str:
+    return key.rpartition(".")[2]
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        content = OmegaConf.load(path)
+    except FileNotFoundError:
+        raise ConfigError(
+            f"No configuration file {path} (current directory: {Path.cwd()}). Give the path of a YAML file."
+        ) from None
+    except IsADirectoryError:
+        raise ConfigError(f"{path} is a folder. Give the path of a YAML file.") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(
+            f"{path} is not UTF-8 text ({error.reason} at byte {error.start}). Save it as UTF-8."
+        ) from None
+    except (PermissionError, OSError) as error:
+        # OmegaConf reports a file of bare text or a number as OSError
+        if error.errno is None:
+            raise ConfigError(
+                f"{path} holds no settings but a bare value. Write `section:` with its keys below."
+            ) from None
+        raise ConfigError(f"{path} cannot be read: {error.strerror}. Check its permissions.") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(_yaml_message(path, error)) from None
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{path} cannot be read: {_first_line(error)}. Correct it there.") from None
+    plain = OmegaConf.to_container(content, resolve=False)
+    if not isinstance(plain, dict):
+        raise ConfigError(f"{path} holds a list. Write a mapping of sections, such as `model:` with `path:` below it.")
+    return plain
+
+
+def _yaml_message(path: Path, error: yaml.YAMLError) -> str:
+    mark = getattr(error, "problem_mark", None)
+    where = f"{path}, line {mark.line + 1}, column {mark.column + 1}" if mark else str(path)
+    reason = getattr(error, "problem", None) or _first_line(error)
+    return f"{where}: not valid YAML: {reason}. Check indentation, quotes and brackets there."
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0].rstrip(".") if lines else type(error).__name__
+
+
+def _apply(content: dict[str, Any], override: str) -> list[Problem]:
+    """Write one `key=value` into the plain content."""
+    key, equals, text = override.partition("=")
+    key = key.strip()
+    if not equals or not key:
+        return [
+            Problem("", f"the override {override!r} is no `key=value`", "Write it like `layout.tp=2`", show_value=False)
+        ]
+    try:
+        value = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]), resolve=False)["value"]
+    except (yaml.YAMLError, OmegaConfBaseException) as error:
+        reason = getattr(error, "problem", None) or _first_line(error)
+        return [Problem(key, f"not valid YAML: {reason}", "Check its quotes and brackets", text)]
+    parts = [part for part in re.split(r"[.\[\]]+", key) if part]
+    place: Any = content
+    for depth, part in enumerate(parts):
+        last = depth == len(parts) - 1
+        if isinstance(place, list):
+            if not part.isdigit() or int(part) >= len(place):
+                held = f"it has {len(place)} entries, the first is [0]"
+                return [Problem(key, f"{part!r} is no entry of the list: {held}", "Name one of them", value)]
+            part = int(part)
+        elif not isinstance(place, dict):
+            above = _dotted(parts[:depth])
+            return [
+                Problem(key, f"{above} is {spell(place)}, which has no settings below it", "Shorten the key", value)
+            ]
+        here = place[part] if isinstance(place, list) else place.get(part)
+        if last:
+            place[part] = _merge(here, value)
+        else:
+            if here is None:
+                place[part] = here = {}
+            place = here
+    return []
+
+
+def _merge(below: Any, above: Any) -> Any:
+    if isinstance(below, dict) and isinstance(above, dict):
+        return {**below, **{key: _merge(below.get(key), value) for key, value in above.items()}}
+    return above
+
+
+def _dotted(parts: Sequence[str]) -> str:
+    return re.sub(r"\.(\d+)(?=\.|$)", r"[\1]", ".".join(parts))
+
+
+def _inspect(section: type, content: dict[Any, Any], prefix: str) -> Iterator[Problem]:
+    """Hold plain content against a section of the schema, one problem for each key that does not fit."""
+    hints = reference.hints(section)
+    for name, value in content.items():
+        key = f"{prefix}{name}"
+        if name not in hints:
+            yield _unknown(key, value)
+            continue
+        annotation = hints[name]
+        if is_dataclass(annotation):
+            if isinstance(value, dict):
+                yield from _inspect(annotation, value, f"{key}.")
+            else:
+                remedy = f"Write its settings below it, or `{key}.<setting>=value`"
+                yield Problem(key, "a section of settings was expected", remedy, value)
+        elif inner := reference.list_section(annotation):
+            yield from _inspect_list(inner, value, key)
+        else:
+            yield from _inspect_leaf(section, name, annotation, value, key)
+
+
+def _inspect_list(inner: type, value: Any, key: str) -> Iterator[Problem]:
+    if not isinstance(value, list):
+        yield Problem(key, "a list was expected", f"Write `{key}: [{{...}}]`, one entry each", value)
+        return
+    for index, entry in enumerate(value):
+        if isinstance(entry, dict):
+            yield from _inspect(inner, entry, f"{key}[{index}].")
+        else:
+            some = ", ".join(list(reference.hints(inner))[:3])
+            yield Problem(
+                f"{key}[{index}]", "a section of settings was expected", f"Give it keys such as {some}", entry
+            )
+
+
+def _inspect_leaf(section: type, name: str, annotation: Any, value: Any, key: str) -> Iterator[Problem]:
+    if value == reference.MANDATORY:
+        yield _must_be_given(key)
+        return
+    if (choices := reference.choices_by_name(annotation)) and isinstance(value, dict):
+        for entry, choice in value.items():
+            if choice not in tuple(choices):
+                expected = reference.describe(choices)
+                yield Problem(
+                    f"{key}.{entry}", f"{expected} was expected", _type_remedy(expected, choice) or "Correct it", choice
+                )
+        return
+    expected = reference.describe(annotation)
+    inner = reference.unwrap_optional(annotation)[0]
+    bad = isinstance(value, dict) != expected.startswith("a mapping") or isinstance(value, list)
+    # OmegaConf would turn `name: no` (a truth value in YAML) into "False", and any number into a truth value
+    bad |= (inner is str and isinstance(value, bool)) or (
+        inner is bool and isinstance(value, (int, float)) and not isinstance(value, bool)
+    )
+    if not bad:
+        try:
+            OmegaConf.merge(OmegaConf.structured(section), {name: value})
+        except ValidationError:
+            bad = True
+        except OmegaConfBaseException as error:  # a malformed ${...}
+            yield Problem(key, _first_line(error), "Write a reference as ${section.setting}", value)
+    if bad:
+        default = getattr(section, name, reference.MANDATORY)  # defaults of plain fields are class attributes
+        fallback = "Correct it" if default == reference.MANDATORY else f"Correct it; the default is {spell(default)}"
+        yield Problem(key, f"{expected} was expected", _type_remedy(expected, value) or fallback, value)
+
+
+def _type_remedy(expected: str, value: Any) -> str:
+    if expected.startswith("one of ") and isinstance(value, str):
+        choices = expected.removeprefix("one of ").removesuffix(", or null").split(", ")
+        if close := difflib.get_close_matches(value, choices, n=1, cutoff=0.5):
+            return f"Did you mean {close[0]}?"
+        return f"Choose {'one of them' if len(choices) > 1 else choices[0]}"
+    if expected.startswith("text") and isinstance(value, bool):
+        return "Put it in quotes"
+    if isinstance(value, float) and "whole number" in expected and value.is_integer():
+        return f"Write {int(value)}"
+    return ""
+
+
+def _unknown(key: str, value: Any) -> Problem:
+    candidates = nearest_keys(key)
+    remedy = f"Did you mean {' or '.join(candidates)}?" if candidates else "`clipo settings` lists them all"
+    return Problem(key, "there is no such setting", remedy, value, show_value=not isinstance(value, (dict, list)))
+
+
+def _missing(content: dict[str, Any]) -> Iterator[Problem]:
+    for setting in reference.settings():
+        if setting.default == reference.MANDATORY and "[]" not in setting.key:
+            place: Any = content
+            for part in setting.key.split("."):
+                place = place.get(part, reference.MANDATORY) if isinstance(place, dict) else None
+                if place is reference.MANDATORY:
+                    yield _must_be_given(setting.key)
+                    break
+
+
+def _must_be_given(key: str) -> Problem:
+    return Problem(key, "it must be given", f"Set it in the file, or add `{key}=...` to the command", show_value=False)
+
+
+def _convert(content: dict[str, Any], *, origin: str) -> RunConfig:
+    merged = OmegaConf.merge(OmegaConf.structured(RunConfig), content)
+    try:
+        config = OmegaConf.to_object(merged)
+    except OmegaConfBaseException as error:
+        key = str(getattr(error, "full_key", "") or "")
+        value = OmegaConf.to_container(merged, resolve=False)
+        for part in re.findall(r"[^.\[\]]+", key):
+            value = value[int(part)] if isinstance(value, list) else value[part]
+        remedy = "Refer to another setting as ${section.setting}"
+        raise ConfigError([Problem(key, _first_line(error), remedy, value)], origin=origin) from None
+    return config

@@ -1,0 +1,140 @@
+"""The settings as a table, read out of schema.py itself, so that help and error messages cannot go stale."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import io
+import tokenize
+import types
+import typing
+from collections.abc import Iterator, Mapping
+from dataclasses import MISSING, dataclass, fields, is_dataclass
+from enum import Enum
+from functools import cache
+from typing import Any, Union
+
+from clipo_megatron.config import schema
+
+MANDATORY = "???"  # OmegaConf's mark of a value that has to be given
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """One leaf of the schema. Inside a list of sections the key reads `data.train[].path`."""
+
+    key: str
+    annotation: Any
+    default: object  # MANDATORY when it has to be given
+    comment: str
+
+    @property
+    def section(self) -> str:
+        """The first part of the key; "" for settings of the run itself."""
+        return self.key.partition(".")[0] if "." in self.key else ""
+
+    @property
+    def type(self) -> str:
+        """In words: "a whole number", "one of grpo, dr_grpo", ..."""
+        return describe(self.annotation)
+
+
+@cache
+def settings() -> tuple[Setting, ...]:
+    """Every setting, in the order of schema.py."""
+    return tuple(_walk(schema.RunConfig, ""))
+
+
+@cache
+def keys() -> tuple[str, ...]:
+    """Every dotted key, sections included."""
+    found: dict[str, None] = {}
+    for setting in settings():
+        parts = setting.key.split(".")
+        for depth in range(1, len(parts)):
+            found[".".join(parts[:depth]).removesuffix("[]")] = None
+        found[setting.key] = None
+    return tuple(found)
+
+
+@cache
+def hints(section: type) -> Mapping[str, Any]:
+    """Resolved annotations of a section, by field name."""
+    return types.MappingProxyType(typing.get_type_hints(section))
+
+
+def unwrap_optional(annotation: Any) -> tuple[Any, bool]:
+    """`Optional[X]` -> (X, True); anything else -> (itself, False)."""
+    if typing.get_origin(annotation) in (Union, types.UnionType):
+        inner = [argument for argument in typing.get_args(annotation) if argument is not type(None)]
+        return inner[0], True
+    return annotation, False
+
+
+def list_section(annotation: Any) -> type | None:
+    """The section class X of `list[X]`, None for every other annotation."""
+    arguments = typing.get_args(annotation)
+    if typing.get_origin(annotation) is list and is_dataclass(arguments[0]):
+        return arguments[0]
+    return None
+
+
+def choices_by_name(annotation: Any) -> type[Enum] | None:
+    """The enum E of `dict[str, E]`, None for every other annotation."""
+    arguments = typing.get_args(annotation)
+    if typing.get_origin(annotation) is dict and isinstance(arguments[1], type) and issubclass(arguments[1], Enum):
+        return arguments[1]
+    return None
+
+
+def describe(annotation: Any) -> str:
+    """An annotation in words that a user can act on."""
+    inner, optional = unwrap_optional(annotation)
+    plain = {int: "a whole number", float: "a number", bool: "true or false", str: "text", Any: "anything"}
+    if inner in plain:
+        words = plain[inner]
+    elif isinstance(inner, type) and issubclass(inner, Enum):
+        words = "one of " + ", ".join(str(member.value) for member in inner)
+    elif list_section(inner):
+        words = "a list of sections"
+    elif is_dataclass(inner):
+        words = "a section"
+    elif typing.get_origin(inner) is dict:
+        value = typing.get_args(inner)[1]
+        words = "a mapping" if value is Any else f"a mapping to {describe(value)}"
+    else:
+        words = str(inner)
+    return f"{words}, or null" if optional else words
+
+
+def _walk(section: type, prefix: str) -> Iterator[Setting]:
+    comments = _comments()[section.__name__]
+    for item in fields(section):
+        annotation, key = hints(section)[item.name], f"{prefix}{item.name}"
+        if is_dataclass(annotation):
+            yield from _walk(annotation, f"{key}.")
+        elif inner := list_section(annotation):
+            yield from _walk(inner, f"{key}[].")
+        else:
+            default = item.default_factory() if item.default is MISSING else item.default
+            yield Setting(key, annotation, default, comments.get(item.name, ""))
+
+
+@cache
+def _comments() -> dict[str, dict[str, str]]:
+    """Trailing comment of every annotated field, by class and field name."""
+    source = inspect.getsource(schema)
+    by_line = {
+        token.start[0]: token.string.lstrip("# ").rstrip()
+        for token in tokenize.generate_tokens(io.StringIO(source).readline)
+        if token.type == tokenize.COMMENT
+    }
+    return {
+        node.name: {
+            item.target.id: by_line.get(item.end_lineno or item.lineno, "")
+            for item in node.body
+            if isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name)
+        }
+        for node in ast.parse(source).body
+        if isinstance(node, ast.ClassDef)
+    }
