@@ -1,0 +1,72 @@
+"""Which prompts a step trains on, for ever, with a position that survives a restart."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any
+
+from clipo_megatron.data.sources import DataError
+
+
+class PromptSampler:
+    """Walks through n prompts epoch after epoch, each in an order of its own, and drops none.
+
+    A batch may span two epochs; then it can hold a prompt twice. The order of an epoch is a function of (seed, epoch)
+    alone, the same on every machine and in every version.
+    """
+
+    def __init__(self, n: int, prompts_per_step: int, *, seed: int = 0, shuffle: bool = True):
+        """Start at the first prompt of epoch 0.
+
+        Raises:
+            DataError: n or prompts_per_step is less than 1.
+        """
+        if n < 1 or prompts_per_step < 1:
+            raise DataError(f"cannot draw {prompts_per_step} prompts a step out of {n}. Both must be at least 1.")
+        self.n = n
+        self.prompts_per_step = prompts_per_step
+        self.seed = seed
+        self.shuffle = shuffle
+        self.epoch = 0
+        self.offset = 0  # prompts of this epoch already given
+        self._order = self._permutation(0)
+
+    def next(self) -> list[int]:
+        """Indices of the next step's prompts, each in [0, n)."""
+        batch: list[int] = []
+        while len(batch) < self.prompts_per_step:
+            taken = self._order[self.offset : self.offset + self.prompts_per_step - len(batch)]
+            batch += taken
+            self.offset += len(taken)
+            if self.offset == self.n:
+                self.epoch, self.offset = self.epoch + 1, 0
+                self._order = self._permutation(self.epoch)
+        return batch
+
+    def state_dict(self) -> dict[str, Any]:
+        """The position, and what it is a position in."""
+        return {"epoch": self.epoch, "offset": self.offset, "n": self.n, "seed": self.seed, "shuffle": self.shuffle}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a saved position; `prompts_per_step` may have changed.
+
+        Raises:
+            DataError: the position belongs to other data or another order.
+        """
+        for name in ("n", "seed", "shuffle"):
+            if state[name] != getattr(self, name):
+                raise DataError(
+                    f"the saved position belongs to {name} = {state[name]}, and now {name} = {getattr(self, name)}: "
+                    "the run cannot go on where it was. Restore the data and settings, or choose a new train.output."
+                )
+        self.epoch, self.offset = int(state["epoch"]), int(state["offset"])
+        self._order = self._permutation(self.epoch)
+
+    def _permutation(self, epoch: int) -> list[int]:
+        if not self.shuffle:
+            return list(range(self.n))
+        # Sorted by a hash: unlike a generator's shuffle, no library's next release can change it.
+        salt = f"{self.seed}/{epoch}/"
+        return sorted(
+            range(self.n), key=lambda index: hashlib.blake2b(f"{salt}{index}".encode(), digest_size=8).digest()
+        )

@@ -1,0 +1,232 @@
+"""Problems as rows: parquet and jsonl files in the verl row schema, and reasoning-gym generators. Imports no torch.
+
+A row of a file holds `data_source`, `prompt` [{role, content}, ...], `reward_model` {ground_truth, ...} and, if it
+likes, `extra_info`. Rows are numbered from 0, as their prompt ids are.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from itertools import islice
+from pathlib import Path
+from typing import Any, TypeVar
+
+from clipo_megatron.config.checks import source_name
+from clipo_megatron.config.schema import SourceConfig
+
+Problem = TypeVar("Problem")
+
+ROLES = ("system", "user", "assistant", "tool")
+_COLUMNS = ("data_source", "prompt", "reward_model")
+
+
+class DataError(ValueError):
+    """A source cannot be read as it stands; the message names the file or generator, the row and the field."""
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One problem before its chat template. `extra` is the row's `extra_info`, or the generator's whole entry."""
+
+    id: str  # "<source name>/<row>"
+    messages: tuple[Mapping[str, str], ...]
+    data_source: str
+    ground_truth: str
+    extra: Mapping[str, Any]
+
+
+def read_all(sources: Sequence[SourceConfig]) -> list[Row]:
+    """The rows of all sources, one after another.
+
+    Raises:
+        DataError: from any of them; two sources of one name.
+    """
+    names = [source_name(source) for source in sources]
+    for name in names:
+        if names.count(name) > 1:
+            raise DataError(f"{names.count(name)} sources are called {name}: prompt ids derive from it. Name each.")
+    return [row for source in sources for row in read(source)]
+
+
+def read(source: SourceConfig) -> list[Row]:
+    """The rows of one source, the suffix appended to the last user turn.
+
+    Raises:
+        DataError: an absent or unreadable file, a broken row, fewer rows than `size`, an unknown generator or option.
+    """
+    if source.generator is not None:
+        rows = list(_generate(source))
+    elif source.path is not None:
+        rows = list(_read_file(source, Path(source.path)))
+        if source.size is not None and len(rows) < source.size:
+            raise DataError(f"{source.path} has {len(rows)} rows, and size = {source.size} asks for more. Lower it.")
+    else:
+        raise DataError(f"the source {source.name!r} has neither a path nor a generator. Give one of them.")
+    if not rows:
+        raise DataError(f"{source.path or source.generator} has no rows. Remove the source, or fill it.")
+    return [_with_suffix(row, source.suffix) for row in rows] if source.suffix else rows
+
+
+def overlap(train: Iterable[Problem], held_out: Iterable[Problem]) -> int:
+    """How many held-out problems are also trained on: equal user turns, white space aside.
+
+    Takes Rows or Prompts; whatever has `messages`.
+    """
+    seen = {_asked(problem) for problem in train}
+    return sum(_asked(problem) in seen for problem in held_out)
+
+
+def without(train: Iterable[Problem], held_out: Iterable[Problem]) -> list[Problem]:
+    """The training problems that are not among the held-out ones; afterwards `overlap` is 0."""
+    seen = {_asked(problem) for problem in held_out}
+    return [problem for problem in train if _asked(problem) not in seen]
+
+
+def _asked(problem: Any) -> tuple[str, ...]:
+    return tuple(" ".join(turn["content"].split()) for turn in problem.messages if turn["role"] == "user")
+
+
+def _with_suffix(row: Row, suffix: str) -> Row:
+    *before, last = row.messages
+    return replace(row, messages=(*before, {**last, "content": last["content"] + suffix}))
+
+
+# ---------------------------------------------------------------- files
+
+
+def _read_file(source: SourceConfig, path: Path) -> Iterator[Row]:
+    if not path.is_file():
+        raise DataError(f"there is no file {path} (current directory: {Path.cwd()}). Correct data.train or data.eval.")
+    readers = {".parquet": _parquet, ".jsonl": _jsonl}
+    if path.suffix not in readers:
+        raise DataError(f"{path} is neither *.parquet nor *.jsonl. Convert it to one of them.")
+    name = source_name(source)
+    records = islice(readers[path.suffix](path), source.size)
+    for number, (place, record) in enumerate(records):
+        yield _row(record, id=f"{name}/{number}", place=place)
+
+
+def _parquet(path: Path) -> Iterator[tuple[str, Any]]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            present = file.schema_arrow.names
+            if absent := [column for column in _COLUMNS if column not in present]:
+                raise DataError(f"{path} has no column {', '.join(absent)}; it has {', '.join(present)}. Rename them.")
+            columns = [column for column in (*_COLUMNS, "extra_info") if column in present]
+            number = 0
+            for batch in file.iter_batches(batch_size=1024, columns=columns):
+                for record in batch.to_pylist():
+                    yield f"{path}, row {number}", record
+                    number += 1
+    except (pyarrow.ArrowException, OSError) as error:
+        raise DataError(f"{path} cannot be read as parquet: {error}. Write the file again.") from None
+
+
+def _jsonl(path: Path) -> Iterator[tuple[str, Any]]:
+    number = 0
+    with path.open("rb") as lines:
+        for line_number, line in enumerate(lines, start=1):
+            if not line.strip():
+                continue
+            place = f"{path}, row {number} (line {line_number})"
+            try:
+                yield place, json.loads(line)
+            except (json.JSONDecodeError, UnicodeDecodeError) as error:
+                raise DataError(f"{place}: not valid JSON: {error}. Correct the line.") from None
+            number += 1
+
+
+def _row(record: Any, *, id: str, place: str) -> Row:
+    """One record in the verl row schema, every field that is used looked at."""
+
+    def refuse(field: str, reason: str) -> DataError:
+        return DataError(f"{place}, field {field}: {reason}. Correct the row.")
+
+    if not isinstance(record, Mapping):
+        raise DataError(f"{place}: a mapping of fields was expected, not {_kind(record)}. Correct the row.")
+    data_source = record.get("data_source")
+    if not isinstance(data_source, str) or not data_source:
+        raise refuse("data_source", f"text was expected, not {_kind(data_source)}")
+    turns = record.get("prompt")
+    if not isinstance(turns, list) or not turns:
+        raise refuse("prompt", f"a list of turns {{role, content}} was expected, not {_kind(turns)}")
+    for index, turn in enumerate(turns):
+        if not isinstance(turn, Mapping):
+            raise refuse(f"prompt[{index}]", f"a turn {{role, content}} was expected, not {_kind(turn)}")
+        if turn.get("role") not in ROLES:
+            raise refuse(f"prompt[{index}].role", f"one of {', '.join(ROLES)} was expected, not {turn.get('role')!r}")
+        if not isinstance(turn.get("content"), str):
+            raise refuse(f"prompt[{index}].content", f"text was expected, not {_kind(turn.get('content'))}")
+    if turns[-1]["role"] != "user":
+        raise refuse("prompt", f"the last turn must be the user's, not the {turns[-1]['role']}'s")
+    if not turns[-1]["content"].strip():
+        raise refuse(f"prompt[{len(turns) - 1}].content", "it is empty")
+    rule = record.get("reward_model")
+    if not isinstance(rule, Mapping):
+        raise refuse("reward_model", f"a mapping with ground_truth was expected, not {_kind(rule)}")
+    truth = rule.get("ground_truth")
+    if isinstance(truth, bool) or not isinstance(truth, (str, int, float)) or truth == "":
+        raise refuse("reward_model.ground_truth", f"text was expected, not {_kind(truth)}")
+    extra = record.get("extra_info")
+    if extra is not None and not isinstance(extra, Mapping):
+        raise refuse("extra_info", f"a mapping was expected, not {_kind(extra)}")
+    messages = tuple({"role": turn["role"], "content": turn["content"]} for turn in turns)
+    return Row(id=id, messages=messages, data_source=data_source, ground_truth=str(truth), extra=dict(extra or {}))
+
+
+def _kind(value: Any) -> str:
+    if value is None:
+        return "nothing"
+    if value == "" or value == []:
+        return "an empty one"
+    return f"{type(value).__name__} {value!r}" if not isinstance(value, (dict, list)) else type(value).__name__
+
+
+# ---------------------------------------------------------------- generators
+
+
+def _generate(source: SourceConfig) -> Iterator[Row]:
+    from reasoning_gym.factory import DATASETS, create_dataset
+
+    generator, name = source.generator or "", source_name(source)
+    if generator not in DATASETS:
+        close = difflib.get_close_matches(generator, DATASETS, n=3, cutoff=0.5)
+        remedy = f"Did you mean {' or '.join(close)}?" if close else f"There are {', '.join(sorted(DATASETS))}."
+        raise DataError(f"reasoning-gym has no data set {generator!r}. {remedy}")
+    if source.size is None:
+        raise DataError(f"the generator {generator} needs a size: how many problems to make. Set it.")
+    known = {item.name for item in fields(DATASETS[generator][1])} - {"seed", "size"}
+    for option in source.options:
+        if option not in known:
+            raise DataError(
+                f"the generator {generator} has no option {option!r}. It has {', '.join(sorted(known)) or 'none'}."
+            )
+    try:
+        problems = create_dataset(generator, seed=source.seed, size=source.size, **source.options)
+    except Exception as error:  # generators check their options with asserts, in words
+        raise DataError(
+            f"the generator {generator} refuses its options {source.options}: {error}. Correct them."
+        ) from None
+    for number in range(source.size):
+        try:
+            entry = problems[number]
+            question, answer = entry["question"], entry["answer"]
+        except Exception as error:  # third-party code, a hundred authors
+            reason = f"{type(error).__name__}: {error}"
+            raise DataError(
+                f"the generator {generator} fails at problem {number}: {reason}. Change its options."
+            ) from error
+        yield Row(
+            id=f"{name}/{number}",
+            messages=({"role": "user", "content": question},),
+            data_source=f"reasoning_gym/{generator}",
+            # some data sets have many right answers and name none; their graders read the entry
+            ground_truth="" if answer is None else str(answer),
+            extra=entry,
+        )
