@@ -1,0 +1,1 @@
+"""Algorithms as lists of stages."""

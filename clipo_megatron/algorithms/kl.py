@@ -1,0 +1,67 @@
+"""Distance to the reference policy, as a loss or as part of the reward.
+
+Estimators of KL(pi || pi_ref) from samples of pi: http://joschu.net/blog/kl-approx.html
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from clipo_megatron.algorithms.base import Signal, Stage, TokenBatch
+from clipo_megatron.config.schema import KLKind
+from clipo_megatron.flow import RolloutTable
+
+
+def kl_estimate(kind: KLKind, logprobs: Tensor, reference: Tensor) -> Tensor:
+    """Per-token estimate, [N] float32.
+
+    With x = log pi_ref - log pi:  k1 = -x,  k2 = x^2 / 2,  k3 = exp(x) - 1 - x.
+    """
+    x = reference - logprobs
+    if kind is KLKind.k1:
+        return -x
+    if kind is KLKind.k2:
+        return 0.5 * x.square()
+    return torch.expm1(x) - x
+
+
+class KLLoss(Stage):
+    """Adds coefficient * KL(pi || pi_ref) to the loss of every token. Assumes gradients flow through log pi."""
+
+    needs = frozenset({Signal.reference_logprobs})
+
+    def __init__(self, coefficient: float, kind: KLKind):
+        self.coefficient, self.kind = coefficient, kind
+
+    def loss(self, tokens: TokenBatch) -> Tensor:
+        """[N] float32."""
+        per_token = kl_estimate(self.kind, tokens.logprobs, tokens.reference_logprobs)
+        tokens.metrics["policy/reference_kl"] = (tokens.weights * per_token.detach()).sum()
+        return self.coefficient * per_token
+
+
+class KLReward(Stage):
+    """Subtracts coefficient * (sum over the response of KL(pi_old || pi_ref)) from each rollout's reward."""
+
+    needs = frozenset({Signal.reference_logprobs})
+
+    def __init__(self, coefficient: float, kind: KLKind):
+        self.coefficient, self.kind = coefficient, kind
+
+    def shape_reward(self, table: RolloutTable, reward: Tensor) -> Tensor:
+        """[B] float32."""
+        return reward - self.coefficient * table.signals["kl"]
+
+
+class EntropyBonus(Stage):
+    """Subtracts coefficient * entropy from the loss of every token."""
+
+    needs = frozenset({Signal.entropy})
+
+    def __init__(self, coefficient: float):
+        self.coefficient = coefficient
+
+    def loss(self, tokens: TokenBatch) -> Tensor:
+        """[N] float32."""
+        return -self.coefficient * tokens.entropy

@@ -1,0 +1,113 @@
+"""The contrastive head on the last pipeline stage, replicated over tensor- and data-parallel ranks.
+
+Embeddings, not states, cross the network: d numbers a rollout. Each rank takes the loss of its own rollouts as anchors
+against everybody's embeddings; the gradient with respect to the embeddings is summed over data-parallel ranks and
+flows back through each rank's own rows, so the head's gradient is the global batch's on every rank.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from clipo_megatron.algorithms.clipo import ContrastiveHead, contrastive_loss
+from clipo_megatron.algorithms.clipo.draw import draws
+from clipo_megatron.config.schema import ClipoConfig
+from clipo_megatron.device import platform
+from clipo_megatron.flow import RolloutTable
+from clipo_megatron.policy.layout import Layout
+
+
+class ContrastiveActor:
+    """Trains the head and scores rollouts with it; lives on last-stage ranks only."""
+
+    def __init__(self, hidden_size: int, config: ClipoConfig, layout: Layout, *, seed: int):
+        self.config = config
+        self.layout = layout
+        self.seed = seed
+        self.head = ContrastiveHead(
+            hidden_size, config.dim, kind=config.head.value, debias=config.debias.value, seed=seed
+        ).to(platform().device)
+        self.optimizer = torch.optim.AdamW(
+            self.head.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay
+        )
+
+    def step(self, pooled: Tensor, rows: Tensor, table: RolloutTable) -> dict[str, Tensor]:
+        """Score the batch with the head as it stands, then train the head one step on it.
+
+        Args:
+            pooled: [b, H] float32, states of this rank's rollouts.
+            rows: [b] int64, their rows in the table.
+            table: the global batch, B rows.
+
+        Returns:
+            "loss" [B] float32 and "valid" [B] bool over the global batch, "embeddings" [B, d]; before the step.
+        """
+        size, device = table.size, pooled.device
+        graded = table.graded.to(device)
+        mean = self._global_mean(pooled, size) if self.config.debias.value == "mean" else None
+        own = self.head(pooled, mean=mean)
+        gathered = torch.zeros(size, own.shape[1], dtype=own.dtype, device=device)
+        gathered[rows] = own.detach()
+        self._sum(gathered)
+        gathered.requires_grad_(not self.config.frozen)
+
+        anchors = torch.zeros(size, dtype=torch.bool, device=device)
+        anchors[rows] = True
+        # An ungraded rollout is neither right nor wrong: it is nobody's positive and nobody's negative.
+        kept = graded.nonzero().squeeze(1)
+        uniform = draws(table.prompt_ids, table.group, None, self.seed, table.step).to(device)
+        loss_kept, valid_kept = contrastive_loss(
+            gathered[kept],
+            table.correct.to(device)[kept],
+            table.group.to(device)[kept],
+            loss=self.config.loss.value,
+            level=self.config.level.value,
+            similarity=self.config.similarity.value,
+            temperature=self.config.temperature,
+            anchors=self.config.anchors.value,
+            uniform=uniform[kept],
+            anchor_rows=anchors[kept],
+        )
+        loss = torch.zeros(size, dtype=torch.float32, device=device)
+        valid = torch.zeros(size, dtype=torch.float32, device=device)
+        loss[kept], valid[kept] = loss_kept.detach(), valid_kept.float()
+        self._sum(loss)
+        self._sum(valid)
+        count = valid.sum()
+        if not self.config.frozen and count > 0:
+            self._train(own, gathered, rows, loss_kept.sum() / count)
+        return {"loss": loss, "valid": valid > 0, "embeddings": gathered.detach()}
+
+    def _train(self, own: Tensor, gathered: Tensor, rows: Tensor, loss: Tensor) -> None:
+        if loss.requires_grad:
+            loss.backward()
+        grad = gathered.grad if gathered.grad is not None else torch.zeros_like(gathered)
+        self._sum(grad)
+        self.optimizer.zero_grad(set_to_none=True)
+        own.backward(grad[rows])
+        for parameter in self.head.parameters():
+            self._sum(parameter.grad)
+        self.optimizer.step()
+
+    def _global_mean(self, pooled: Tensor, size: int) -> Tensor:
+        total = pooled.sum(0)
+        self._sum(total)
+        return total / size
+
+    def _sum(self, tensor: Tensor) -> None:
+        """All-reduce over data-parallel ranks, in place."""
+        if self.layout.dp > 1:
+            dist.all_reduce(tensor, group=self.layout.dp_group)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Head and optimizer."""
+        return {"head": self.head.state_dict(), "optimizer": self.optimizer.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Inverse of `state_dict`."""
+        self.head.load_state_dict(state["head"])
+        self.optimizer.load_state_dict(state["optimizer"])
