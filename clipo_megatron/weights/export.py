@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from clipo_megatron.weights.coverage import match
+from clipo_megatron.weights.errors import WeightsError
 from clipo_megatron.weights.families import entries
 from clipo_megatron.weights.mapping import Entry, HFTensor, Stage
 from clipo_megatron.weights.spec import ModelSpec
@@ -111,10 +112,18 @@ def export(
     caller still holds a tensor of; one bucket without TP. A bucket is `bucket_bytes`, or a larger parameter alone.
 
     Raises:
-        CoverageError: before anything is sent, when `chunks` and the plan do not match.
+        WeightsError: the groups are not of the plan's sizes, or the count of chunks is not the plan's.
+        CoverageError: the parameters and the plan do not match. Both are raised before anything is sent.
     """
+    for name, group, size in (("tp", tp_group, plan.tp_size), ("pp", pp_group, len(plan.chunks))):
+        ranks = dist.get_world_size(group) if group is not None else 1
+        if ranks != size:
+            raise WeightsError(f"the export was planned for {name}={size}, and {name}_group has {ranks} ranks")
     pp_rank = dist.get_rank(pp_group) if pp_group is not None else 0
-    for parameters, bound in zip(chunks, plan.chunks[pp_rank], strict=True):
+    planned = plan.chunks[pp_rank]
+    if len(chunks) != len(planned):
+        raise WeightsError(f"the export was planned for {len(planned)} model chunks a rank, not {len(chunks)}")
+    for parameters, bound in zip(chunks, planned, strict=True):
         match(parameters, bound, tp_size=plan.tp_size)
     return _stream(plan, chunks, tp_group, pp_group, pp_rank, to_all)
 
@@ -150,24 +159,21 @@ def _gather(
 ) -> list[Tensor] | None:
     """The TP ranks' parts of each entry, [ranks, *local shape]; None on ranks that are to get nothing."""
     local = [parameters[entry.name_in(parameters) or ""].detach() for entry in bucket.entries]
-    if group is None or plan.tp_size == 1:
+    if group is None:
         return [part.unsqueeze(0) for part in local]
     sharded = [part for part, entry in zip(local, bucket.entries, strict=True) if entry.kind.sharded]
-    sizes = [part.numel() for part in sharded]
+    first = dist.get_rank(group) == 0
     parts: Iterator[Tensor] = iter(())
     if sharded:
         mine = torch.cat([part.to(plan.dtype).flatten() for part in sharded])
-        first = dist.get_rank(group) == 0
-        everyone = mine.new_empty(plan.tp_size, mine.numel()) if to_all or first else None
+        everyone = mine.new_empty(plan.tp_size if to_all or first else 0, mine.numel())
         # Bytes travel: not every backend knows every dtype.
         if to_all:
-            dist.all_gather_into_tensor(_bytes(everyone), _bytes(mine), group=group)
+            dist.all_gather_single(_bytes(everyone).view(-1), _bytes(mine), group=group)
         else:
             dist.gather(_bytes(mine), list(_bytes(everyone)) if first else None, group=group, group_dst=0)
-        if everyone is None:
-            return None
-        parts = iter(everyone.split(sizes, dim=1))
-    elif not to_all and dist.get_rank(group) != 0:
+        parts = iter(everyone.split([part.numel() for part in sharded], dim=1))
+    if not (to_all or first):
         return None
     return [
         next(parts).unflatten(1, part.shape) if entry.kind.sharded else part.unsqueeze(0)

@@ -1,0 +1,163 @@
+"""config.json -> architecture facts: both generations of rope fields, and every refusal by name."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+from clipo_megatron.weights.errors import CheckpointError, UnsupportedModel
+from clipo_megatron.weights.families import entries, model_spec
+from clipo_megatron.weights.mapping import Stage, even_stages
+from clipo_megatron.weights.spec import Llama3Rope, inverse_frequencies, read_config
+
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 32.0,
+    "low_freq_factor": 1.5,
+    "high_freq_factor": 5.0,
+    "original_max_position_embeddings": 64,
+}
+SIZES = {
+    "vocab_size": 101,
+    "hidden_size": 64,
+    "intermediate_size": 48,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 4096,
+}
+
+
+def llama(**changes: Any) -> dict[str, Any]:
+    return {"model_type": "llama", **SIZES, "rms_norm_eps": 1e-5, "hidden_act": "silu", **changes}
+
+
+def qwen2(**changes: Any) -> dict[str, Any]:
+    return {"model_type": "qwen2", **SIZES, "rms_norm_eps": 1e-6, "hidden_act": "silu", **changes}
+
+
+def test_facts_of_a_llama() -> None:
+    spec = model_spec(llama(head_dim=24, rope_theta=5e5, tie_word_embeddings=True))
+    assert (spec.num_layers, spec.hidden_size, spec.ffn_hidden_size, spec.vocab_size) == (4, 64, 48, 101)
+    assert (spec.num_heads, spec.num_kv_heads, spec.head_dim) == (4, 2, 24)
+    assert (spec.query_size, spec.kv_size) == (96, 48)
+    assert (spec.rms_norm_eps, spec.rope_theta, spec.rope_scaling) == (1e-5, 5e5, None)
+    assert spec.tied_embeddings and not spec.qkv_bias and not spec.qk_norm
+
+
+def test_absent_fields_mean_what_transformers_means() -> None:
+    config = llama()
+    del config["num_key_value_heads"], config["rms_norm_eps"]
+    spec, reference = model_spec(config), LlamaConfig(**config)
+    assert spec.num_kv_heads == reference.num_key_value_heads == 4
+    assert spec.head_dim == reference.head_dim == 16
+    assert spec.rms_norm_eps == reference.rms_norm_eps
+    assert spec.rope_theta == reference.rope_parameters["rope_theta"]
+    assert spec.tied_embeddings == reference.tie_word_embeddings
+    assert model_spec(qwen2()).qkv_bias
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"rope_theta": 7e4, "rope_scaling": LLAMA3},  # transformers 4
+        {"rope_parameters": {**LLAMA3, "rope_theta": 7e4}},  # 5
+        {"rope_parameters": {**LLAMA3, "rope_theta": 7e4}, "rope_theta": 7e4},  # both, agreeing
+    ],
+)
+def test_rope_of_both_generations(fields: dict[str, Any]) -> None:
+    spec = model_spec(llama(**fields))
+    assert spec.rope_theta == 7e4
+    assert spec.rope_scaling == Llama3Rope(32.0, 1.5, 5.0, 64)
+
+
+def test_old_spelling_of_the_rope_type() -> None:
+    scaling = {"type": "default"}
+    assert model_spec(llama(rope_theta=1e6, rope_scaling=scaling)).rope_theta == 1e6
+    assert model_spec(llama(rope_theta=1e6, rope_scaling=None)).rope_scaling is None
+
+
+@pytest.mark.parametrize("theta", [1e4, 5e5])
+@pytest.mark.parametrize("scaling", [None, LLAMA3, {**LLAMA3, "factor": 8.0, "low_freq_factor": 1.0}])
+def test_frequencies_are_those_of_transformers(scaling: dict[str, Any] | None, theta: float) -> None:
+    parameters = {**(scaling or {"rope_type": "default"}), "rope_theta": theta}
+    spec = model_spec(llama(rope_parameters=dict(parameters)))
+    config = LlamaConfig(**llama(rope_parameters=dict(parameters)))
+    if scaling is None:
+        expected = 1.0 / theta ** (torch.arange(0, 16, 2).float() / 16)
+    else:
+        expected = ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))[0]
+    torch.testing.assert_close(inverse_frequencies(spec), expected, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("config", "field", "value"),
+    [
+        (llama(attention_bias=True), "attention_bias", True),
+        (llama(mlp_bias=True), "mlp_bias", True),
+        (llama(hidden_act="gelu"), "hidden_act", "gelu"),
+        (llama(rope_scaling={"type": "linear", "factor": 2.0}), "rope_scaling.rope_type", "linear"),
+        (llama(rope_parameters={"rope_type": "yarn", "rope_theta": 1e4}), "rope_parameters.rope_type", "yarn"),
+        (llama(rope_parameters={"rope_type": "default", "rope_theta": 1e4}, rope_theta=2e4), "rope_theta", 2e4),
+        (llama(rope_parameters={"rope_type": "llama3", "rope_theta": 1e4}), "rope_parameters.factor", None),
+        (llama(partial_rotary_factor=0.5), "partial_rotary_factor", 0.5),
+        (llama(num_key_value_heads=3), "num_key_value_heads", 3),
+        (llama(vocab_size=None), "vocab_size", None),
+        (qwen2(use_sliding_window=True), "use_sliding_window", True),
+        (qwen2(layer_types=["full_attention", "sliding_attention"]), "layer_types", "sliding_attention"),
+        ({"model_type": "mamba"}, "model_type", "mamba"),
+        ({}, "model_type", None),
+    ],
+)
+def test_what_cannot_be_represented_is_refused_by_name(config: dict[str, Any], field: str, value: object) -> None:
+    with pytest.raises(UnsupportedModel) as refusal:
+        model_spec(config)
+    assert (refusal.value.field, refusal.value.value) == (field, value)
+    assert f"{field}={value!r}" in str(refusal.value)
+
+
+def test_an_idle_sliding_window_is_no_reason_to_refuse() -> None:
+    model_spec(qwen2(use_sliding_window=False, sliding_window=4096, layer_types=["full_attention"] * 4))
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("pp", [1, 2, 4])
+@pytest.mark.parametrize(("config", "model"), [(llama, LlamaForCausalLM), (qwen2, Qwen2ForCausalLM)])
+def test_rules_cover_exactly_the_tensors_of_transformers(config: Any, model: Any, pp: int, tied: bool) -> None:
+    fields = config(tie_word_embeddings=tied)
+    reference = {llama: LlamaConfig, qwen2: Qwen2Config}[config](**fields)
+    with torch.device("meta"):
+        expected = {name: tuple(p.shape) for name, p in model(reference).named_parameters()}
+    spec = model_spec(fields)
+    bound = [entry for stage in even_stages(4, pp) for entry in entries(spec, stage)]
+    owned = [tensor for entry in bound if not entry.copy for tensor in entry.hf]
+    assert {tensor.name: tensor.shape for tensor in owned} == expected
+    assert len(owned) == len(expected)
+    copies = [(entry.megatron, entry.hf[0].name) for entry in bound if entry.copy]
+    assert copies == ([(("output_layer.weight",), "model.embed_tokens.weight")] if tied and pp > 1 else [])
+
+
+def test_one_family_serves_a_tied_and_then_an_untied_model() -> None:
+    last = Stage(offset=2, layers=2, first=False, last=True)
+    tied, untied = model_spec(llama(tie_word_embeddings=True)), model_spec(llama(tie_word_embeddings=False))
+    for _ in range(2):
+        assert entries(tied, last)[-1].hf[0].name == "model.embed_tokens.weight"
+        assert entries(untied, last)[-1].hf[0].name == "lm_head.weight"
+        assert not entries(untied, last)[-1].copy
+
+
+def test_config_that_cannot_be_read(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"config\.json does not exist"):
+        read_config(tmp_path)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        read_config(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps([1]))
+    with pytest.raises(CheckpointError, match="list"):
+        read_config(tmp_path)

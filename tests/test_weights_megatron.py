@@ -1,0 +1,206 @@
+"""The mapping against megatron-core itself: names and shapes on every rank, and the logits of transformers."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+from megatron.core.transformer.transformer_config import TransformerConfig
+from safetensors.torch import load_file, save_file
+from tiny_models import tiny_llama, tiny_qwen2
+from torch import Tensor
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from transformers import AutoModelForCausalLM
+
+from clipo_megatron.device import platform
+from clipo_megatron.weights.coverage import match
+from clipo_megatron.weights.families import entries, model_spec
+from clipo_megatron.weights.load import load_into
+from clipo_megatron.weights.mapping import even_stages
+from clipo_megatron.weights.reader import SINGLE, HFReader
+from clipo_megatron.weights.spec import ModelSpec, inverse_frequencies, read_config
+
+VOCAB = 263
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 4.0,
+    "low_freq_factor": 1.5,
+    "high_freq_factor": 5.0,
+    "original_max_position_embeddings": 8,
+    "rope_theta": 500.0,
+}
+
+
+@contextmanager
+def model(spec: ModelSpec, tp: int, pp: int, rank: int) -> Iterator[GPTModel]:
+    """Megatron's model as one rank of a layout holds it; the other ranks do not exist."""
+    platform().adapt("megatron.core")
+    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=tp * pp)
+    try:
+        parallel_state.initialize_model_parallel(tp, pp, create_gloo_process_groups=False)
+        model_parallel_cuda_manual_seed(0)
+        config = TransformerConfig(
+            num_layers=spec.num_layers,
+            hidden_size=spec.hidden_size,
+            ffn_hidden_size=spec.ffn_hidden_size,
+            num_attention_heads=spec.num_heads,
+            num_query_groups=spec.num_kv_heads,
+            kv_channels=spec.head_dim,
+            normalization="RMSNorm",
+            layernorm_epsilon=spec.rms_norm_eps,
+            gated_linear_unit=True,
+            activation_func=torch.nn.functional.silu,
+            add_bias_linear=False,
+            add_qkv_bias=spec.qkv_bias,
+            attention_dropout=0.0,
+            hidden_dropout=0.0,
+            tensor_model_parallel_size=tp,
+            pipeline_model_parallel_size=pp,
+            pipeline_dtype=torch.float32,
+            perform_initialization=False,
+            use_cpu_initialization=True,
+            bias_activation_fusion=False,
+            masked_softmax_fusion=False,
+            apply_rope_fusion=False,
+            gradient_accumulation_fusion=False,
+            bias_dropout_fusion=False,
+        )
+        built = GPTModel(
+            config,
+            get_gpt_layer_local_spec(normalization="RMSNorm"),
+            vocab_size=-(-VOCAB // (8 * tp)) * 8 * tp,
+            max_sequence_length=64,
+            pre_process=parallel_state.is_pipeline_first_stage(),
+            post_process=parallel_state.is_pipeline_last_stage(),
+            share_embeddings_and_output_weights=spec.tied_embeddings,
+            position_embedding_type="rope",
+            rotary_base=spec.rope_theta,
+            parallel_output=False,
+        )
+        built.rotary_pos_emb.inv_freq = inverse_frequencies(spec)
+        yield built
+    finally:
+        parallel_state.destroy_model_parallel()
+        dist.destroy_process_group()
+
+
+@pytest.fixture(autouse=True)
+def stay_on_this_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.Tensor, "cuda", lambda tensor: tensor)  # Megatron moves a tied output layer
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize(("tp", "pp"), [(1, 1), (2, 1), (1, 2), (2, 2), (4, 2), (1, 4)])
+@pytest.mark.parametrize("family", [tiny_llama, tiny_qwen2])
+def test_names_and_shapes_on_every_rank(
+    family: Callable[..., Path], tp: int, pp: int, tied: bool, tmp_path: Path
+) -> None:
+    sizes = {"head_dim": 24} if family is tiny_llama else {}
+    spec = model_spec(read_config(family(tmp_path, tied=tied, vocab=VOCAB, **sizes)))
+    for rank in range(tp * pp):
+        bound = entries(spec, even_stages(spec.num_layers, pp)[rank // tp])
+        with model(spec, tp, pp, rank) as built:
+            parameters = dict(built.named_parameters())
+            assert len(match(parameters, bound, tp_size=tp)) == len(parameters)
+
+
+def logits(folder: Path, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """Megatron's and those of transformers, [B, T, VOCAB] float32."""
+    spec = model_spec(read_config(folder))
+    with model(spec, 1, 1, 0) as built, HFReader(folder) as reader, torch.no_grad():
+        stage = even_stages(spec.num_layers, 1)[0]
+        load_into(built.named_parameters(), entries(spec, stage), reader, tp_rank=0, tp_size=1)
+        positions = torch.arange(tokens.shape[1]).expand_as(tokens)
+        later = torch.ones(tokens.shape[1], tokens.shape[1], dtype=torch.bool).triu(1)
+        ours = built.eval()(tokens, positions, later[None, None])
+    with torch.no_grad():
+        theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()(tokens).logits
+    return ours[..., :VOCAB], theirs
+
+
+def error(folder: Path, tokens: Tensor) -> float:
+    """Largest difference, relative to the largest logit: fp32 transformers itself is 2e-5 from fp64 at logits of 7."""
+    ours, theirs = logits(folder, tokens)
+    return float((ours - theirs).abs().max() / theirs.abs().max())
+
+
+TOKENS = torch.randint(0, VOCAB, (2, 40), generator=torch.Generator().manual_seed(0))
+
+
+def change_config(folder: Path, **fields: Any) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, **fields}))
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_logits_of_llama(tied: bool, tmp_path: Path) -> None:
+    assert error(tiny_llama(tmp_path, tied=tied, vocab=VOCAB, head_dim=24), TOKENS) < 1e-5
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_logits_of_qwen2(tied: bool, tmp_path: Path) -> None:
+    assert error(tiny_qwen2(tmp_path, tied=tied, vocab=VOCAB), TOKENS) < 1e-5
+
+
+@pytest.mark.parametrize("generation", [4, 5])
+def test_logits_with_scaled_rope(generation: int, tmp_path: Path) -> None:
+    folder = tiny_llama(tmp_path, vocab=VOCAB)
+    if generation == 5:
+        change_config(folder, rope_parameters=LLAMA3)
+    else:
+        scaling = {name: value for name, value in LLAMA3.items() if name != "rope_theta"}
+        change_config(folder, rope_parameters=None, rope_scaling=scaling, rope_theta=500.0)
+    assert error(folder, TOKENS) < 1e-5
+
+
+def swap(first: str, second: str) -> Callable[[dict[str, Tensor]], None]:
+    def change(tensors: dict[str, Tensor]) -> None:
+        prefix = "model.layers.1."
+        a, b = prefix + first, prefix + second
+        tensors[a], tensors[b] = tensors[b], tensors[a]
+
+    return change
+
+
+def replace(name: str, change: Callable[[Tensor], Tensor]) -> Callable[[dict[str, Tensor]], None]:
+    name = "model.layers.1." + name
+    return lambda tensors: tensors.update({name: change(tensors[name])})
+
+
+MUTATIONS: dict[str, Callable[[dict[str, Tensor]], None]] = {
+    "q and k swapped": swap("self_attn.q_proj.weight", "self_attn.k_proj.weight"),
+    "k and v swapped": swap("self_attn.k_proj.weight", "self_attn.v_proj.weight"),
+    "gate and up swapped": swap("mlp.gate_proj.weight", "mlp.up_proj.weight"),
+    "norms swapped": swap("input_layernorm.weight", "post_attention_layernorm.weight"),
+    "norm zeroed": replace("input_layernorm.weight", torch.zeros_like),
+    "heads reversed": replace("self_attn.o_proj.weight", lambda weight: weight.flip(1)),
+}
+
+
+@pytest.mark.parametrize("mutation", MUTATIONS)
+def test_the_logits_notice(mutation: str, tmp_path: Path) -> None:
+    """The comparison above is sharp: Megatron with a mutated folder is far from transformers with the true one."""
+    sizes = {"heads": 4, "kv_heads": 4, "vocab": VOCAB, "seed": 3}
+    true, wrong = tiny_llama(tmp_path / "true", **sizes), tiny_llama(tmp_path / "wrong", **sizes)
+    tensors = load_file(wrong / SINGLE)
+    MUTATIONS[mutation](tensors)
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, wrong / SINGLE, {"format": "pt"})
+    ours, theirs = logits(wrong, TOKENS)[0], logits(true, TOKENS)[1]
+    assert float((ours - theirs).abs().max()) > 1e-2
+
+
+def test_the_logits_notice_a_wrong_theta(tmp_path: Path) -> None:
+    folder = tiny_llama(tmp_path, vocab=VOCAB)
+    theirs = logits(folder, TOKENS)[1]
+    change_config(folder, rope_parameters={"rope_type": "default", "rope_theta": 20000.0})
+    assert float((logits(folder, TOKENS)[0] - theirs).abs().max()) > 1e-2
