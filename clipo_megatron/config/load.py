@@ -77,7 +77,7 @@ def nearest_keys(key: str) -> list[str]:
         return [_OTHER_NAMES[leaf]]
     if close := difflib.get_close_matches(plain, known, n=1, cutoff=0.85):
         return close
-    if near_leaf := difflib.get_close_matches(leaf, {_leaf(other) for other in known}, n=1, cutoff=0.75):
+    if near_leaf := difflib.get_close_matches(leaf, {_leaf(other) for other in known}, n=1, cutoff=0.8):
         return [other for other in known if _leaf(other) == near_leaf[0]][:3]
     return difflib.get_close_matches(plain, known, n=1, cutoff=0.6)
 

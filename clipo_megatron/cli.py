@@ -1,0 +1,214 @@
+"""The `clipo` command. Each command imports what it needs, so that help and refusals come at once."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from clipo_megatron import __version__
+
+if TYPE_CHECKING:
+    from clipo_megatron.config.schema import RunConfig
+    from clipo_megatron.launch import Launch
+
+USER_ERROR = 2
+
+_OVERVIEW = """\
+Contrastive policy optimisation (CLIPO) for reinforcement learning with verifiable rewards, on Megatron.
+
+commands:
+  train      train a model as a configuration file says
+  settings   every setting of a configuration: its type, default and meaning
+  doctor     what this machine has, and what a run would use of it
+"""
+_EXAMPLES = """\
+examples:
+  clipo train run.yaml                          one machine; starts its own ranks when the layout needs several
+  clipo train run.yaml layout.tp=2 train.steps=50
+  clipo train run.yaml --check                  only check the configuration, the model folder and the data
+  torchrun --nproc-per-node 8 -m clipo_megatron.cli train run.yaml
+  srun --ntasks-per-node 8 clipo train run.yaml
+  clipo settings clipo                          the settings of one section
+
+`clipo COMMAND --help` says more. CLIPO_TRACEBACK=1 shows where an error comes from.
+"""
+_TRAIN = """\
+Train a model as CONFIG, a YAML file, says. `key=value` overrides settings; values are YAML.
+
+Without a launcher, a layout of several ranks is started on this machine, and Ctrl-C ends the run after its step.
+Under torchrun or srun this process is one of the ranks.
+"""
+_TRAIN_EXAMPLES = """\
+examples:
+  clipo train run.yaml
+  clipo train run.yaml layout.pp=2 clipo.weight=0.1 name=weak-bonus
+  clipo train run.yaml 'data.train=[{path: train.parquet, suffix: " Think."}]' data.train[0].size=1000
+  clipo train run.yaml model.system_prompt= reward.by_source='{my/set: math}' --check
+
+`clipo settings` lists every key.
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code: 0, 2 for an error that the user can correct, 128 + a signal."""
+    options = _parse(arguments)
+    try:
+        return options.run(options)
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:  # `clipo settings | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except Exception as error:
+        if not is_for_users(error) or os.environ.get("CLIPO_TRACEBACK") == "1":
+            raise
+        if _speaks(options):
+            print(f"clipo: {_rank_prefix()}{error}", file=sys.stderr, flush=True)
+        return getattr(error, "exit_code", USER_ERROR)
+
+
+def is_for_users(error: BaseException) -> bool:
+    """Whether the message alone tells the user what to do: true of every exception class that this package defines."""
+    return type(error).__module__.partition(".")[0] == __package__
+
+
+def _speaks(options: argparse.Namespace) -> bool:
+    """Errors found before training are the same on every rank, so rank 0 tells them; later ones are each rank's own."""
+    return getattr(options, "training", False) or os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
+
+
+def _rank_prefix() -> str:
+    rank = os.environ.get("RANK", "0")
+    return f"rank {rank}: " if rank != "0" else ""
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = _parser()
+    options, rest = parser.parse_known_args(arguments)
+    # argparse takes no more overrides after an option: `clipo train run.yaml --check layout.tp=2`
+    if rest and hasattr(options, "overrides") and not any(word.startswith("-") for word in rest):
+        options.overrides, rest = [*options.overrides, *rest], []
+    if rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    return options
+
+
+def _parser() -> argparse.ArgumentParser:
+    plain = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser("clipo", description=_OVERVIEW, epilog=_EXAMPLES, formatter_class=plain)
+    parser.add_argument("--version", action="version", version=f"clipo {__version__}")
+    commands = parser.add_subparsers(title=argparse.SUPPRESS, metavar="COMMAND", required=True)
+
+    train = commands.add_parser("train", description=_TRAIN, epilog=_TRAIN_EXAMPLES, formatter_class=plain)
+    train.add_argument("config", metavar="CONFIG", help="YAML file")
+    train.add_argument("overrides", metavar="key=value", nargs="*", help="settings that win over the file")
+    train.add_argument("--check", action="store_true", help="check everything that can be checked, and train nothing")
+    train.set_defaults(run=_train)
+
+    settings = commands.add_parser("settings", description="Every setting, with its type, default and meaning.")
+    settings.add_argument("section", metavar="SECTION", nargs="?", help="such as rollout, or algorithm.kl")
+    settings.set_defaults(run=_settings)
+
+    doctor = commands.add_parser("doctor", description="What this machine has, and what a run would use of it.")
+    doctor.set_defaults(run=_doctor)
+    return parser
+
+
+# ---------------------------------------------------------------- train
+
+
+def _train(options: argparse.Namespace) -> int:
+    from clipo_megatron import launch
+    from clipo_megatron.config.checks import check, requested_ranks
+    from clipo_megatron.config.load import load
+
+    place = launch.from_environment()
+    config = load(options.config, options.overrides)
+    check(config, ranks=place.world if place else None)
+    if options.check:
+        return _report_check(config, place)
+    if place is None and (ranks := requested_ranks(config.layout)) > 1:
+        return _train_here(options, config, ranks)
+    launch.adopt(place or launch.Launch(rank=0, world=1, local_rank=0))
+    options.training = True
+    from clipo_megatron.trainer import run
+
+    run(config)
+    return 0
+
+
+def _train_here(options: argparse.Namespace, config: RunConfig, ranks: int) -> int:
+    from clipo_megatron import launch
+
+    arguments = [sys.executable, "-m", "clipo_megatron.cli", "train", options.config, *options.overrides]
+    commands = launch.local_commands(arguments, ranks, logs=Path(config.train.output) / "logs")
+    # A step may take as long as its rollouts and one collective do.
+    patience = config.rollout.deadline_s + config.layout.distributed_timeout_s
+    return launch.supervise(commands, stop_deadline_s=patience)
+
+
+def _report_check(config: RunConfig, place: Launch | None) -> int:
+    from clipo_megatron.config.checks import data_parallel, requested_ranks
+    from clipo_megatron.data.sources import overlap, read_all
+
+    train, held_out = read_all(config.data.train), read_all(config.data.eval)
+    if place is not None and place.rank != 0:
+        return 0
+    layout, ranks = config.layout, place.world if place else requested_ranks(config.layout)
+    replicas = data_parallel(layout, ranks)
+    print(f"{config.name}: the configuration is sound.")
+    print(f"  ranks     {ranks} = tp {layout.tp} x pp {layout.pp} x dp {replicas}")
+    prompts, samples = config.data.prompts_per_step, config.rollout.samples_per_prompt
+    print(f"  a step    {prompts} prompts x {samples} samples = {prompts * samples} rollouts")
+    epochs = config.train.steps * prompts / len(train)
+    print(f"  training  {len(train)} problems, {config.train.steps} steps = {epochs:.3g} epochs")
+    shared = f", {overlap(train, held_out)} of them also trained on" if held_out else ""
+    print(f"  held out  {len(held_out)} problems{shared}")
+    print(f"  output    {config.train.output}")
+    return 0
+
+
+# ---------------------------------------------------------------- settings, doctor
+
+
+def _settings(options: argparse.Namespace) -> int:
+    from clipo_megatron.config.errors import ConfigError, spell
+    from clipo_megatron.config.load import nearest_keys
+    from clipo_megatron.config.reference import MANDATORY, settings
+
+    wanted = options.section
+    chosen = [
+        setting
+        for setting in settings()
+        if not wanted or setting.key == wanted or setting.key.startswith((f"{wanted}.", f"{wanted}[]"))
+    ]
+    if not chosen:
+        near = nearest_keys(wanted)
+        hint = f"Did you mean {' or '.join(near)}?" if near else "`clipo settings` lists them all."
+        raise ConfigError(f"there are no settings {wanted!r}. {hint}")
+    width = max(len(setting.key) for setting in chosen)
+    section = None
+    for setting in chosen:
+        if setting.section != section and section is not None:
+            print()
+        section = setting.section
+        default = "must be given" if setting.default == MANDATORY else f"default {spell(setting.default)}"
+        print(f"{setting.key:<{width}}  {setting.type}; {default}")
+        if setting.comment:
+            print(f"{'':<{width}}  # {setting.comment}")
+    return 0
+
+
+def _doctor(_options: argparse.Namespace) -> int:
+    from clipo_megatron.doctor import examine
+
+    examine()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
