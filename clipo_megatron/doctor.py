@@ -1,0 +1,150 @@
+"""What this machine has, and what a run would use of it."""
+
+from __future__ import annotations
+
+import os
+import platform as host
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from importlib import metadata, util
+from pathlib import Path
+
+import psutil
+from rich.console import Console
+from rich.table import Table
+
+from clipo_megatron.device import platform
+from clipo_megatron.launch import cores, from_environment
+
+GIB = 2**30
+NEEDED = ("torch", "megatron-core", "transformers", "omegaconf", "math-verify", "reasoning-gym")
+OPTIONAL = {
+    "transformer-engine": "faster layers and attention on GPUs",
+    "apex": "fused AdamW on GPUs, where transformer-engine is absent",
+    "flash-attn": "attention kernel that transformer-engine can use",
+    "sglang": "",
+    "vllm": "",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One line of the table. `remark` says what it means for a run; empty when it means nothing unusual."""
+
+    section: str
+    what: str
+    value: str
+    remark: str = ""
+
+
+def examine(console: Console | None = None) -> None:
+    """Print all findings as one table."""
+    table = Table(box=None, pad_edge=False, show_header=False)
+    table.add_column(no_wrap=True)
+    for _ in range(2):
+        table.add_column(overflow="fold")
+    section = ""
+    for finding in findings():
+        if finding.section != section:
+            if section:
+                table.add_row()
+            section = finding.section
+            table.add_row(f"[bold]{section}[/bold]")
+        table.add_row(f"  {finding.what}", finding.value, f"[dim]{finding.remark}[/dim]" if finding.remark else "")
+    (console or Console()).print(table)
+
+
+def findings() -> list[Finding]:
+    """Everything the doctor knows, in the order of the table."""
+    return [*_machine(), *_packages(), *_launchers(), *_would_be_used()]
+
+
+def _machine() -> list[Finding]:
+    def found(what: str, value: str, remark: str = "") -> Finding:
+        return Finding("machine", what, value, remark)
+
+    memory, disk = psutil.virtual_memory(), shutil.disk_usage(Path.cwd())
+    gpus, reason = _gpus()
+    unused = "but this torch cannot use them; install its GPU build" if gpus and not platform().has_gpu else ""
+    return [
+        found("Python", host.python_version(), sys.executable),
+        found("system", f"{host.system()} {host.release()}, {host.machine()}"),
+        found("cores", str(cores()), f"of {os.cpu_count()}" if cores() != os.cpu_count() else ""),
+        found("memory", f"{memory.total / GIB:.0f} GiB", f"{memory.available / GIB:.0f} GiB available"),
+        found("disk", f"{disk.free / GIB:.0f} GiB free", f"in {Path.cwd()}"),
+        *([found("GPU", gpu, unused) for gpu in gpus] or [found("GPU", "none", reason)]),
+    ]
+
+
+def _gpus() -> tuple[list[str], str]:
+    """Name, memory and driver of each GPU as the driver tells, or why there are none."""
+    if not shutil.which("nvidia-smi"):
+        return [], "no NVIDIA driver"
+    command = ["nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader"]
+    try:
+        answer = subprocess.run(command, capture_output=True, text=True, timeout=20)
+    except subprocess.TimeoutExpired:
+        return [], "nvidia-smi did not answer within 20 s"
+    if answer.returncode:
+        return [], f"nvidia-smi fails: {(answer.stdout + answer.stderr).strip()[:100]}"
+    return [line.strip() for line in answer.stdout.splitlines() if line.strip()], "the driver sees none"
+
+
+def _packages() -> list[Finding]:
+    needed = [Finding("packages", name, version(name) or "missing: run `make install`") for name in NEEDED]
+    optional = [
+        Finding("optional packages", name, version(name) or version(f"{name}-cpu") or "not installed", purpose)
+        for name, purpose in OPTIONAL.items()
+    ]
+    return needed + optional
+
+
+def version(distribution: str) -> str | None:
+    """Installed version of a distribution, None when it is absent."""
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _launchers() -> list[Finding]:
+    place = from_environment()
+    present = [name for name in ("sinfo", "sbatch", "srun") if shutil.which(name)]
+    job = os.environ.get("SLURM_JOB_ID")
+    return [
+        Finding("launchers", "Slurm", ", ".join(present) or "not found", f"in job {job}" if job else "not in a job"),
+        Finding(
+            "launchers",
+            "this process",
+            f"rank {place.rank} of {place.world}" if place else "no rank",
+            "" if place else "`clipo train` starts its own ranks here",
+        ),
+    ]
+
+
+def _would_be_used() -> list[Finding]:
+    here = platform()
+    engine = here.has_gpu and _importable("transformer_engine")
+    choices = {
+        "device": here.name,
+        "backend": here.backend,
+        "attention": "transformer-engine" if engine else "torch's SDPA over packed segments",
+        "layers": "transformer-engine" if engine else "megatron-core's own",
+        "optimizer": _optimizer(),
+        "precision": "bf16 or fp32, with fp32 master weights",
+        "rollouts": "transformers, in the training processes",
+    }
+    return [Finding("a run would use", what, choice) for what, choice in choices.items()]
+
+
+def _optimizer() -> str:
+    """Megatron takes the first of these that it can import."""
+    if _importable("transformer_engine"):
+        return "FusedAdam of transformer-engine"
+    return "FusedAdam of apex" if _importable("apex") else "AdamW of torch"
+
+
+def _importable(package: str) -> bool:
+    return util.find_spec(package) is not None
