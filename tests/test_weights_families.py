@@ -107,6 +107,7 @@ def test_frequencies_are_those_of_transformers(scaling: dict[str, Any] | None, t
         (llama(rope_parameters={"rope_type": "default", "rope_theta": 1e4}, rope_theta=2e4), "rope_theta", 2e4),
         (llama(rope_parameters={"rope_type": "llama3", "rope_theta": 1e4}), "rope_parameters.factor", None),
         (llama(partial_rotary_factor=0.5), "partial_rotary_factor", 0.5),
+        (llama(quantization_config={"quant_method": "fp8"}), "quantization_config", {"quant_method": "fp8"}),
         (llama(num_key_value_heads=3), "num_key_value_heads", 3),
         (llama(vocab_size=None), "vocab_size", None),
         (qwen2(use_sliding_window=True), "use_sliding_window", True),

@@ -100,6 +100,7 @@ def decoder_spec(config: Mapping[str, Any], *, qkv_bias: bool = False, qk_norm: 
     """
     if (activation := config.get("hidden_act", "silu")) not in ("silu", "swish"):
         raise UnsupportedModel("hidden_act", activation, "only the SiLU-gated MLP is implemented")
+    refuse_if_set(config, "quantization_config", "the policy trains unquantised weights")
     heads, hidden = _required(config, "num_attention_heads"), _required(config, "hidden_size")
     kv_heads = config.get("num_key_value_heads") or heads
     if heads % kv_heads:
