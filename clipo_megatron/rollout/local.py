@@ -1,0 +1,274 @@
+"""Rollouts inside the training process: a transformers decoder, decoded in batches by a loop of our own.
+
+What makes it faster than `generate`: a prompt is prefilled once for its G samples, the prefix that the prompts of a
+wave share (system prompt, template) is prefilled once for all of them, keys and values are written in place, and
+finished rows leave the batch at once.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.initialization import no_init_weights
+
+from clipo_megatron.flow import Prompt, Rollout, RolloutGroup
+from clipo_megatron.rollout.decoding import DecodeBatch, NonFiniteLogits, Prefilled, prefill
+from clipo_megatron.rollout.engine import EngineError, SamplingParams
+from clipo_megatron.rollout.sampling import rollout_uniforms
+
+_LISTED = 8  # names spelled out in a message before "and N more"
+
+
+class LocalEngine:
+    """The `Engine` contract by transformers, on the device and in the process of its caller.
+
+    Built from `config.json` and the tokenizer of a Hugging Face folder; no weights are read, they come through
+    `load_weights`. Same weights, same (seed, step, prompt id, sample): same response, whatever the batch (up to
+    floating-point ties, which bf16 makes likely).
+
+    Args:
+        model_dir: Hugging Face folder.
+        dtype: of weights and activations; log-probs are float32 in any case.
+        device: where weights, cache and logits live. Rollouts come back on the CPU.
+        batch_size: sequences decoded at once, at least 1.
+
+    Raises:
+        EngineError: when the folder cannot be used.
+    """
+
+    def __init__(self, model_dir: str | Path, *, dtype: torch.dtype, device: torch.device | str, batch_size: int = 64):
+        if batch_size < 1:
+            raise EngineError(
+                f"rollout.batch_size is {batch_size}, but at least one sequence is decoded: set it to >= 1."
+            )
+        self._batch_size = batch_size
+        self._version = -1
+        self._tokenizer, self._model = _build(Path(model_dir), dtype, torch.device(device))
+
+    @property
+    def version(self) -> int:
+        """Of the weights in use; -1 before the first load, and after one that failed."""
+        return self._version
+
+    def health(self) -> None:
+        """Return when the engine can serve.
+
+        Raises:
+            EngineError: closed, or without a complete set of weights.
+        """
+        if self._model is None:
+            raise EngineError("The local engine is closed; construct a new one.")
+        if self._version < 0:
+            raise EngineError("The local engine has no complete set of weights; call load_weights first.")
+
+    def close(self) -> None:
+        """Free model and tokenizer. Idempotent."""
+        self._model = self._tokenizer = None
+        self._version = -1
+
+    def load_weights(self, tensors: Iterable[tuple[str, Tensor]], *, version: int) -> None:
+        """Copy weights in, one at a time, by Hugging Face name; any floating dtype, any device.
+
+        A tied `lm_head.weight` may be absent; when it comes it has to equal the embedding.
+
+        Raises:
+            EngineError: names the model lacks, wrong shapes, names that came twice or never; all of them are listed.
+                The engine then serves nothing until a load succeeds.
+        """
+        if self._model is None:
+            raise EngineError("The local engine is closed; construct a new one.")
+        self._version = -1
+        problems = _copy_weights(self._model, tensors)
+        if problems:
+            raise EngineError(
+                f"Weights of version {version} do not fit the model ({len(problems)} problems): "
+                + "; ".join(problems)
+                + ". Check that they were exported from the same architecture as the folder's config.json."
+            )
+        self._version = version
+
+    def generate(
+        self, prompts: Sequence[tuple[int, Prompt]], params: SamplingParams, *, deadline_s: float
+    ) -> Iterator[RolloutGroup]:
+        """Yield one group per (position, prompt) as each finishes.
+
+        The deadline counts from this call, time between two yields included.
+
+        Raises:
+            EngineError: on bad parameters or prompts (at once); when the deadline passes or a forward fails, naming
+                the prompts without an answer.
+        """
+        self.health()
+        _check_params(params)
+        self._check_prompts(prompts, params)
+        return self._generate(list(prompts), params, time.monotonic() + deadline_s, deadline_s)
+
+    def _generate(
+        self, prompts: list[tuple[int, Prompt]], params: SamplingParams, deadline: float, deadline_s: float
+    ) -> Iterator[RolloutGroup]:
+        unanswered = dict(enumerate(prompts))
+
+        def check() -> None:
+            if time.monotonic() >= deadline:
+                raise EngineError(
+                    f"Generation passed its deadline of {deadline_s:g} s; {_missing(unanswered.values())}. "
+                    "Raise rollout.deadline_s, or lower rollout.max_new_tokens or data.prompts_per_step."
+                )
+
+        order = sorted(unanswered, key=lambda index: prompts[index][1].tokens.numel(), reverse=True)
+        wave_size = max(1, self._batch_size // params.samples)
+        try:
+            for start in range(0, len(order), wave_size):
+                wave = order[start : start + wave_size]
+                for place, rollouts in self._wave([prompts[index][1] for index in wave], params, check):
+                    position, prompt = unanswered.pop(wave[place])
+                    yield RolloutGroup(position, prompt, rollouts)
+        except NonFiniteLogits as error:
+            raise EngineError(
+                f"The weights of version {self._version} give log-probs that are not finite; "
+                f"{_missing(unanswered.values())}. Look at the last updates' gradient norms."
+            ) from error
+        except torch.OutOfMemoryError as error:
+            raise EngineError(
+                f"Out of memory while decoding {self._batch_size} sequences; {_missing(unanswered.values())}. "
+                f"Lower rollout.batch_size. ({error})"
+            ) from error
+
+    def _wave(self, prompts: list[Prompt], params: SamplingParams, check) -> Iterator[tuple[int, list[Rollout]]]:
+        """Yield (index into prompts, its rollouts) as each prompt's last sample finishes."""
+        prefilled = prefill(self._model, [prompt.tokens for prompt in prompts], check)
+        finished: list[list[Rollout]] = [[] for _ in prompts]
+        for start in range(0, params.samples, self._batch_size):
+            samples = range(start, min(params.samples, start + self._batch_size))
+            for place, rollout in self._decode(prompts, prefilled, samples, params, check):
+                finished[place].append(rollout)
+                if len(finished[place]) == params.samples:
+                    yield place, sorted(finished[place], key=lambda rollout: rollout.sample)
+
+    def _decode(
+        self, prompts: list[Prompt], prefilled: Prefilled, samples: range, params: SamplingParams, check
+    ) -> Iterator[tuple[int, Rollout]]:
+        """Yield (index into prompts, rollout) as each of the given samples of each prompt finishes."""
+        rows = [(place, sample) for place in range(len(prompts)) for sample in samples]
+        uniforms = None
+        if params.temperature > 0:
+            uniforms = np.stack(
+                [
+                    rollout_uniforms(
+                        params.max_new_tokens,
+                        seed=params.seed,
+                        step=params.step,
+                        prompt_id=prompts[place].id,
+                        sample=sample,
+                    )
+                    for place, sample in rows
+                ]
+            )
+        batch = DecodeBatch(self._model, prefilled, len(samples), params, uniforms)
+        while batch.live:
+            check()
+            for row, stopped in batch.step():
+                place, sample = rows[row]
+                # Clones, so that a short response does not keep the whole batch's tensors alive.
+                tokens = batch.tokens[row, : batch.length].clone().cpu()
+                yield (
+                    place,
+                    Rollout(
+                        tokens=tokens,
+                        logprobs=batch.logprobs[row, : batch.length].clone().cpu(),
+                        text=self._tokenizer.decode(tokens, skip_special_tokens=True),
+                        finish="stop" if stopped else "length",
+                        version=self._version,
+                        sample=sample,
+                    ),
+                )
+
+    def _check_prompts(self, prompts: Sequence[tuple[int, Prompt]], params: SamplingParams) -> None:
+        config = self._model.config
+        for _, prompt in prompts:
+            length = prompt.tokens.numel()
+            if length == 0:
+                raise EngineError(f"Prompt {prompt.id} has no tokens; give it a message.")
+            if length + params.max_new_tokens > config.max_position_embeddings:
+                raise EngineError(
+                    f"Prompt {prompt.id} has {length} tokens; with {params.max_new_tokens} new ones it exceeds the "
+                    f"model's {config.max_position_embeddings} positions. Lower max_new_tokens or max_prompt_tokens."
+                )
+            largest = int(prompt.tokens.max())
+            if largest >= config.vocab_size or int(prompt.tokens.min()) < 0:
+                raise EngineError(
+                    f"Prompt {prompt.id} has a token outside the model's vocabulary of {config.vocab_size} "
+                    f"(largest {largest}); tokenise it with the tokenizer of the same folder."
+                )
+
+
+def _build(folder: Path, dtype: torch.dtype, device: torch.device) -> tuple:
+    """Tokenizer and model (parameters allocated, not initialised) of a Hugging Face folder."""
+    if not (folder / "config.json").is_file():
+        raise EngineError(f"{folder} has no config.json; model.path must be a Hugging Face folder.")
+    try:
+        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        raise EngineError(f"The configuration or tokenizer in {folder} cannot be loaded: {error}") from error
+    sliding = sorted(set(getattr(config, "layer_types", None) or ()) - {"full_attention"})
+    if sliding:
+        raise EngineError(
+            f"{folder} has layers of type {', '.join(sliding)}, but the local engine knows full attention only; "
+            "use another engine for this model."
+        )
+    with no_init_weights():  # faster, and leaves the global random state alone
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
+    model.tie_weights()
+    return tokenizer, model.to(device).eval().requires_grad_(False)
+
+
+@torch.no_grad()
+def _copy_weights(model: nn.Module, tensors: Iterable[tuple[str, Tensor]]) -> list[str]:
+    """Copy tensors into the model's parameters; what is wrong with them, one sentence part each."""
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    problems: list[str] = []
+    arrived: set[str] = set()
+    filled: set[int] = set()  # parameters, by identity: tied names share one
+    for name, tensor in tensors:
+        parameter = parameters.get(name)
+        if parameter is None:
+            problems.append(f"{name} {list(tensor.shape)} is unknown to the model")
+        elif name in arrived:
+            problems.append(f"{name} came twice")
+        elif tensor.shape != parameter.shape:
+            problems.append(f"{name} has shape {list(tensor.shape)}, the model needs {list(parameter.shape)}")
+        elif id(parameter) not in filled:
+            parameter.copy_(tensor)
+        elif not torch.equal(parameter, tensor.to(parameter)):
+            problems.append(f"{name} differs from the weight it is tied to")
+        if parameter is not None:
+            arrived.add(name)
+            filled.add(id(parameter))
+    problems += [f"{name} never came" for name, parameter in model.named_parameters() if id(parameter) not in filled]
+    return problems
+
+
+def _check_params(params: SamplingParams) -> None:
+    rules = {
+        "samples": (params.samples >= 1, "at least 1"),
+        "max_new_tokens": (params.max_new_tokens >= 1, "at least 1"),
+        "temperature": (params.temperature >= 0, "0 (greedy) or more"),
+        "top_p": (0 < params.top_p <= 1, "above 0 and at most 1"),
+        "top_k": (params.top_k >= 0, "0 (off) or more"),
+    }
+    for name, (holds, rule) in rules.items():
+        if not holds:
+            raise EngineError(f"Sampling parameter {name} is {getattr(params, name)}; it must be {rule}.")
+
+
+def _missing(prompts: Iterable[tuple[int, Prompt]]) -> str:
+    names = [prompt.id for _, prompt in prompts]
+    more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
+    return f"without an answer: {', '.join(names[:_LISTED])}{more}"
