@@ -1,0 +1,46 @@
+# One place for the commands of this repository. Versions are pinned in pyproject.toml alone.
+
+# The first that runs and is new enough; another: make install PYTHON=/path/to/python
+NEW_ENOUGH := import sys; sys.exit(sys.version_info < (3, 11))
+PYTHON ?= $(shell for python in python3.11 python3; do \
+	$$python -c '$(NEW_ENOUGH)' 2>/dev/null && command -v $$python && break; done)
+VENV := .venv
+# Named after what was installed, so that a changed pyproject.toml installs again and nothing else does.
+STAMP := $(VENV)/.installed-$(shell cksum < pyproject.toml | tr ' ' '-')
+TORCH := $(shell sed -n 's/^ *"\(torch==[^"]*\)",*/\1/p' pyproject.toml)
+# Which build of torch this is depends on the package index. Where the usual one offers the GPU build only and this
+# machine has no GPU, name the index of CPU builds: make install TORCH_INDEX=<address>
+TORCH_INDEX ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help install test quickstart lint clean
+
+help: ## Show this list.
+	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | column -t -s '|' 2>/dev/null \
+		|| sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1   \2/p' $(MAKEFILE_LIST)
+
+install: $(STAMP) ## Set up .venv with everything pinned in pyproject.toml; does nothing when that is done.
+
+test: install ## Set up and run all tests.
+	$(VENV)/bin/python -m pytest
+
+quickstart: install ## Set up and watch CLIPO teach a small model arithmetic, on two ranks, in a quarter of an hour.
+	$(VENV)/bin/python examples/quickstart/quickstart.py
+
+lint: install ## Set up and check style and formatting.
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+
+clean: ## Remove .venv and caches; models, runs and checkpoints stay.
+	rm -rf $(VENV) build .pytest_cache .ruff_cache *.egg-info
+
+$(STAMP):
+	@test -n "$(PYTHON)" && $(PYTHON) -c '$(NEW_ENOUGH)' || { \
+		echo "Python 3.11 or newer is needed, and $(or $(PYTHON),python3) is $$($(or $(PYTHON),python3) --version 2>&1)." >&2; \
+		echo "Install it, or name another: make install PYTHON=/path/to/python3.11" >&2; exit 1; }
+	@echo "Setting up $(VENV); the first time this takes a few minutes."
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) "$(TORCH)"
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --editable ".[dev]"
+	@rm -f $(VENV)/.installed-*
+	@touch $@
