@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 import time
 from pathlib import Path
 
@@ -127,6 +129,19 @@ def test_a_cache_that_outgrows_its_first_room_changes_nothing(llama):
             assert rollout.tokens.numel() == 150
             expected = alone(model, group.prompt.tokens, rollout.tokens, 1.0)
             torch.testing.assert_close(rollout.logprobs, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_memory_that_was_never_written_is_never_read(llama, monkeypatch):
+    monkeypatch.setattr(decoding, "PREFILL_TOKENS", 30)  # parts of different widths, so gaps in the cache
+    prompts, engine = chat_prompts(llama, TEXTS), engine_of(llama)
+    params = {"samples": 3, "max_new_tokens": 12, "stop_ids": tuple(range(40, 60))}
+    expected = by_prompt(run(engine, prompts, **params))
+    torch.use_deterministic_algorithms(True)  # fills new tensors with NaN
+    try:
+        assert torch.empty(1).isnan()
+        assert by_prompt(run(engine, prompts, **params)) == expected
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 def test_greedy_equals_generate(folder):
@@ -384,6 +399,21 @@ def test_construction_errors_name_the_folder(tmp_path, llama):
         LocalEngine(tmp_path, dtype=torch.float32, device="cpu")
     with pytest.raises(EngineError, match="batch_size is 0"):
         LocalEngine(llama, dtype=torch.float32, device="cpu", batch_size=0)
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "message"),
+    [
+        ("llama", {"final_logit_softcapping": 30.0}, "final_logit_softcapping = 30.0"),
+        ("qwen2", {"use_sliding_window": True, "max_window_layers": 2, "layer_types": None}, "sliding_attention"),
+    ],
+)
+def test_a_model_it_would_compute_wrongly_is_refused(folders, tmp_path, family, changes, message):
+    shutil.copytree(folders[family], tmp_path, dirs_exist_ok=True)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, **changes, "sliding_window": 8}))
+    with pytest.raises(EngineError, match=message):
+        LocalEngine(tmp_path, dtype=torch.float32, device="cpu")
 
 
 def test_close_is_idempotent_and_final(llama):

@@ -2,8 +2,8 @@
 
     python tools/bench_rollout.py MODEL_DIR --prompts 8 --samples 8 --new-tokens 16 --threads 1
 
-Both decode exactly --new-tokens tokens a sample (no stop ids), then once more with the model's end token as stop.
-`generate` does not compute log-probs; the engine does.
+Both decode exactly --new-tokens tokens a sample (no stop ids), then again with the model's end token as stop, in
+alternating rounds; the fastest round of each counts. `generate` gives no log-probs, the engine does.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--top-p", type=float, default=1.0)
     parser.add_argument("--top-k", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--rounds", type=int, default=2, help="timed rounds; the fastest counts")
+    parser.add_argument("--rounds", type=int, default=2, help="timed rounds of each, after one to warm up")
     parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32")
     parser.add_argument("--device", default="cpu")
     return parser.parse_args()
@@ -49,15 +49,22 @@ def arithmetic_prompts(tokenizer, count: int) -> list[Prompt]:
     return prompts
 
 
-def fastest(run: Callable[[], int], rounds: int) -> tuple[float, int]:
-    """Seconds of the fastest round after one warm-up, and the response tokens of a round."""
-    run()
-    seconds = []
+def fastest(runs: dict[str, Callable[[], int]], rounds: int) -> dict[str, tuple[float, int]]:
+    """Of each run: seconds of its fastest round, and the response tokens of a round. Rounds alternate."""
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    tokens = {name: run() for name, run in runs.items()}
     for _ in range(rounds):
-        start = time.perf_counter()
-        tokens = run()
-        seconds.append(time.perf_counter() - start)
-    return min(seconds), tokens
+        for name, run in runs.items():
+            start = time.perf_counter()
+            run()
+            seconds[name].append(time.perf_counter() - start)
+    return {name: (min(seconds[name]), tokens[name]) for name in runs}
+
+
+def up_to_stop(responses: torch.Tensor, stop: tuple[int, ...]) -> int:
+    """Tokens of [n, R] padded responses, each up to its first stop token, which counts."""
+    stops = torch.isin(responses, torch.tensor(stop, device=responses.device)).int()
+    return int((stops.cumsum(1) - stops == 0).sum())
 
 
 def main() -> None:
@@ -99,22 +106,16 @@ def main() -> None:
             eos_token_id=list(stop) or None,
             pad_token_id=tokenizer.pad_token_id,
         )[:, padded.input_ids.shape[1] :]
-        if not stop:
-            return out.numel()
-        ended = (
-            torch.isin(out, torch.tensor(stop, device=out.device)).int().cumsum(1)
-            - torch.isin(out, torch.tensor(stop, device=out.device)).int()
-        )
-        return int((ended == 0).sum())  # up to the first stop token, which counts
+        return up_to_stop(out, stop)
 
     model.generation_config.eos_token_id = None
     for label, stop in (("all tokens", ()), ("with stop ids", (tokenizer.eos_token_id,))):
+        runs = {"generate": lambda stop=stop: theirs(stop), "engine": lambda stop=stop: ours(stop)}
         rates = {}
-        for name, run in (("generate", theirs), ("engine", ours)):
-            seconds, tokens = fastest(lambda run=run, stop=stop: run(stop), args.rounds)
+        for name, (seconds, tokens) in fastest(runs, args.rounds).items():
             rates[name] = tokens / seconds
-            print(f"{label:14s} {name:9s} {tokens:6d} tokens {seconds:7.2f} s {rates[name]:8.1f} tokens/s")
-        print(f"{label:14s} ratio     {rates['engine'] / rates['generate']:.2f}")
+            print(f"{label:14s} {name:9s} {tokens:6d} tokens {seconds:7.2f} s {rates[name]:8.1f} tokens/s", flush=True)
+        print(f"{label:14s} ratio     {rates['engine'] / rates['generate']:.2f}", flush=True)
 
 
 if __name__ == "__main__":

@@ -8,13 +8,13 @@ finished rows leave the batch at once.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.initialization import no_init_weights
 
 from clipo_megatron.flow import Prompt, Rollout, RolloutGroup
@@ -22,6 +22,8 @@ from clipo_megatron.rollout.decoding import DecodeBatch, NonFiniteLogits, Prefil
 from clipo_megatron.rollout.engine import EngineError, SamplingParams
 from clipo_megatron.rollout.sampling import rollout_uniforms
 
+# What some families do to the logits after the LM head; Llama and Qwen2 do none of it.
+_LOGIT_CHANGES = ("final_logit_softcapping", "logit_scale", "logits_scaling")
 _LISTED = 8  # names spelled out in a message before "and N more"
 
 
@@ -140,7 +142,9 @@ class LocalEngine:
                 f"Lower rollout.batch_size. ({error})"
             ) from error
 
-    def _wave(self, prompts: list[Prompt], params: SamplingParams, check) -> Iterator[tuple[int, list[Rollout]]]:
+    def _wave(
+        self, prompts: list[Prompt], params: SamplingParams, check: Callable[[], None]
+    ) -> Iterator[tuple[int, list[Rollout]]]:
         """Yield (index into prompts, its rollouts) as each prompt's last sample finishes."""
         prefilled = prefill(self._model, [prompt.tokens for prompt in prompts], check)
         finished: list[list[Rollout]] = [[] for _ in prompts]
@@ -152,7 +156,12 @@ class LocalEngine:
                     yield place, sorted(finished[place], key=lambda rollout: rollout.sample)
 
     def _decode(
-        self, prompts: list[Prompt], prefilled: Prefilled, samples: range, params: SamplingParams, check
+        self,
+        prompts: list[Prompt],
+        prefilled: Prefilled,
+        samples: range,
+        params: SamplingParams,
+        check: Callable[[], None],
     ) -> Iterator[tuple[int, Rollout]]:
         """Yield (index into prompts, rollout) as each of the given samples of each prompt finishes."""
         rows = [(place, sample) for place in range(len(prompts)) for sample in samples]
@@ -208,7 +217,7 @@ class LocalEngine:
                 )
 
 
-def _build(folder: Path, dtype: torch.dtype, device: torch.device) -> tuple:
+def _build(folder: Path, dtype: torch.dtype, device: torch.device) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
     """Tokenizer and model (parameters allocated, not initialised) of a Hugging Face folder."""
     if not (folder / "config.json").is_file():
         raise EngineError(f"{folder} has no config.json; model.path must be a Hugging Face folder.")
@@ -217,11 +226,12 @@ def _build(folder: Path, dtype: torch.dtype, device: torch.device) -> tuple:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError, KeyError) as error:
         raise EngineError(f"The configuration or tokenizer in {folder} cannot be loaded: {error}") from error
-    sliding = sorted(set(getattr(config, "layer_types", None) or ()) - {"full_attention"})
-    if sliding:
+    unsupported = [kind for kind in sorted(set(getattr(config, "layer_types", None) or ())) if kind != "full_attention"]
+    unsupported += [f"{name} = {getattr(config, name)}" for name in _LOGIT_CHANGES if getattr(config, name, None)]
+    if unsupported:
         raise EngineError(
-            f"{folder} has layers of type {', '.join(sliding)}, but the local engine knows full attention only; "
-            "use another engine for this model."
+            f"The model in {folder} has {', '.join(unsupported)}, which the local engine does not compute; "
+            "use another engine for it."
         )
     with no_init_weights():  # faster, and leaves the global random state alone
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
