@@ -354,6 +354,21 @@ def test_weights_that_give_nan_are_reported(llama):
 # --- deadline, misuse, end ---
 
 
+def test_a_failing_forward_names_the_prompts_without_an_answer(llama):
+    engine, calls = engine_of(llama, batch_size=1), []
+
+    def fail_later(*_):
+        calls.append(1)
+        if len(calls) > 4:
+            raise RuntimeError("the disk is upside down")
+
+    engine._model.get_input_embeddings().register_forward_pre_hook(fail_later)
+    stream = engine.generate(bare_prompts([9, 4, 3]), SamplingParams(max_new_tokens=4), deadline_s=60)
+    assert next(stream).position == 0
+    with pytest.raises(EngineError, match=r"without an answer: bare/1, bare/2\..*rollout\.batch_size.*upside down"):
+        next(stream)
+
+
 def test_a_deadline_names_the_prompts_without_an_answer(llama):
     engine = engine_of(llama, batch_size=1)
     with pytest.raises(EngineError, match=r"deadline of 0 s; without an answer: bare/0, bare/1\."):

@@ -136,10 +136,12 @@ class LocalEngine:
                 f"The weights of version {self._version} give log-probs that are not finite; "
                 f"{_missing(unanswered.values())}. Look at the last updates' gradient norms."
             ) from error
-        except torch.OutOfMemoryError as error:
+        except EngineError:
+            raise
+        except RuntimeError as error:
             raise EngineError(
-                f"Out of memory while decoding {self._batch_size} sequences; {_missing(unanswered.values())}. "
-                f"Lower rollout.batch_size. ({error})"
+                f"Decoding up to {self._batch_size} sequences at once failed; {_missing(unanswered.values())}. "
+                f"If memory ran out, lower rollout.batch_size. The cause: {error}"
             ) from error
 
     def _wave(
@@ -256,13 +258,15 @@ def _copy_weights(model: nn.Module, tensors: Iterable[tuple[str, Tensor]]) -> li
             problems.append(f"{name} has shape {list(tensor.shape)}, the model needs {list(parameter.shape)}")
         elif id(parameter) not in filled:
             parameter.copy_(tensor)
+            filled.add(id(parameter))
         elif not torch.equal(parameter, tensor.to(parameter)):
             problems.append(f"{name} differs from the weight it is tied to")
         if parameter is not None:
             arrived.add(name)
-            filled.add(id(parameter))
-    problems += [f"{name} never came" for name, parameter in model.named_parameters() if id(parameter) not in filled]
-    return problems
+    came = {id(parameters[name]) for name in arrived}
+    return problems + [
+        f"{name} never came" for name, parameter in model.named_parameters() if id(parameter) not in came
+    ]
 
 
 def _check_params(params: SamplingParams) -> None:
