@@ -1,0 +1,79 @@
+"""The ways to judge a response, by name, and the choice among them by data source."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+from clipo_megatron.rewards import choice, math, reasoning_gym, reference
+from clipo_megatron.rewards.answer import UnknownGraderError, is_choice_source
+
+_GRADERS = {
+    "math": math.grade,
+    "reference": reference.grade,
+    "choice": choice.grade,
+    "reasoning_gym": reasoning_gym.grade,
+}
+MODES = ("auto", *_GRADERS)
+_log = logging.getLogger(__name__)
+
+
+def mode_for(data_source: str) -> str:
+    """The mode that `auto` stands for: reasoning_gym/* its own data set, multiple-choice sets `choice`, else `math`."""
+    if data_source.startswith(reasoning_gym.PREFIX):
+        return "reasoning_gym"
+    return "choice" if is_choice_source(data_source) else "math"
+
+
+def judge(
+    response: str, ground_truth: str, *, data_source: str, mode: str = "math", extra: Mapping[str, Any] | None = None
+) -> float:
+    """1.0 or 0.0, or the exception that kept the grader from a verdict.
+
+    Raises:
+        UnknownGraderError: `mode` is unknown, or names reasoning-gym and `data_source` no data set of it.
+        Exception: whatever the answer provoked.
+    """
+    if mode == "auto":
+        mode = mode_for(data_source)
+    if mode not in _GRADERS:
+        raise UnknownGraderError(f"grader mode {mode!r} is unknown; choose one of {', '.join(MODES)}")
+    return _GRADERS[mode](response, ground_truth, data_source=data_source, extra=extra)
+
+
+def grade(
+    response: str, ground_truth: str, *, data_source: str, mode: str = "math", extra: Mapping[str, Any] | None = None
+) -> float | None:
+    """Judge the final answer of one response, in this process and without a deadline.
+
+    A hostile answer can keep SymPy busy for hours or exhaust the memory; `GraderPool` judges the same way in
+    processes that it kills.
+
+    Args:
+        response: the model's text.
+        ground_truth: the gold answer, or a worked solution whose last `\\boxed{}` is the answer.
+        data_source: the row's source, "openai/gsm8k"; says which sets are multiple choice, and the data set for
+            mode "reasoning_gym".
+        mode: "math", "reference", "choice", "reasoning_gym", or "auto" to choose by `data_source`.
+        extra: the reasoning-gym entry, for that mode.
+
+    Returns:
+        1.0 correct, 0.0 wrong, None ungraded: the grader failed on this answer, which says nothing about it. The
+        failure is logged.
+
+    Raises:
+        UnknownGraderError: `mode` is unknown, or `data_source` names no reasoning-gym data set.
+    """
+    try:
+        return judge(response, ground_truth, data_source=data_source, mode=mode, extra=extra)
+    except UnknownGraderError:
+        raise
+    except Exception as error:
+        _log.warning("ungraded: %s", describe(error))
+        return None
+
+
+def describe(error: BaseException) -> str:
+    """One line of at most 200 characters: the exception's type and message."""
+    return f"{type(error).__name__}: {error}".replace("\n", " ")[:200]

@@ -1,0 +1,69 @@
+"""Problems of a reasoning-gym generator, scored by the data set that made them.
+
+The answer is the content of the last `<answer>...</answer>`, else of the last `\\boxed{}`, else the whole text after
+the last `</think>`, stripped. With or without a final period; the better score counts.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from functools import cache
+from typing import Any
+
+from clipo_megatron.rewards.answer import UnknownGraderError, after_thinking, last_boxed
+
+PREFIX = "reasoning_gym/"
+_TAGGED = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
+_FULL_SCORE = 1.0 - 1e-9  # scores are sums of floats in some data sets
+
+
+def grade(response: str, ground_truth: str, *, data_source: str, extra: Mapping[str, Any] | None = None) -> float:
+    """1.0 if the data set gives the answer its full score, else 0.0.
+
+    Args:
+        response: what the model wrote.
+        ground_truth: the entry's "answer"; used where `extra` has none.
+        data_source: "reasoning_gym/<data set>".
+        extra: the generator's entry ("question", "answer", "metadata"); most data sets need the answer only.
+
+    Raises:
+        UnknownGraderError: `data_source` names no data set of reasoning-gym.
+    """
+    score = _scorer(data_source.removeprefix(PREFIX))
+    entry = {"answer": ground_truth, "metadata": {}, **(extra or {})}
+    answer = final_text(response)
+    candidates = {answer, answer.removesuffix(".").rstrip()}
+    # JSON turned the tuples of some entries (grids) into lists; the data set compares them as tuples.
+    entries = (entry, {**entry, "metadata": _tuples(entry["metadata"])})
+    return float(any(score(c, e) >= _FULL_SCORE for c in candidates for e in entries))
+
+
+def final_text(response: str) -> str:
+    """The final answer as text (see the module's docstring)."""
+    response = after_thinking(response)
+    tagged = _TAGGED.findall(response)
+    if tagged:
+        return tagged[-1].strip()
+    boxed = last_boxed(response)
+    return (response if boxed is None else boxed).strip()
+
+
+@cache
+def _scorer(name: str) -> Callable[[str, Mapping[str, Any]], float]:
+    from reasoning_gym.factory import DATASETS, get_score_answer_fn  # two seconds: it imports every generator
+
+    if name not in DATASETS:
+        raise UnknownGraderError(
+            f"data source {PREFIX + name!r}: reasoning-gym has no data set {name!r}; "
+            f"write '{PREFIX}<name>' with one of its {len(DATASETS)} names, for instance '{PREFIX}chain_sum'"
+        )
+    return get_score_answer_fn(name)
+
+
+def _tuples(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _tuples(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return tuple(_tuples(item) for item in value)
+    return value

@@ -1,0 +1,85 @@
+"""Three hundred answers that hang, crash or flood a grader, and the pool that outlives them."""
+
+import random
+
+import pytest
+
+from clipo_megatron.config.schema import GraderMode, RewardConfig
+from clipo_megatron.rewards import GraderPool
+from clipo_megatron.rewards.pool import Answer
+
+DEADLINE_S = 1.0
+# Machines that run the tests are shared: the transfer of an answer and scheduling get this much on top.
+SLACK_S = 20.0
+GOLDS = ("3", "\\frac{3}{4}", "x^2+1", "0.75", "(1, 2)", "C")
+COUNT = 300
+HANGING_EVERY = 10  # each hang costs its deadline and a new process, so most answers only flood
+
+
+def hostile_answers() -> list[str]:
+    """300 responses; the sizes are drawn with a fixed seed."""
+    draw = random.Random(0)
+
+    def nested(opening: str, closing: str) -> str:
+        return opening * draw.choice((50, 500, 50_000)) + "1" + closing * draw.choice((50, 500, 50_000))
+
+    hanging = (
+        lambda: f"{draw.randrange(10**6, 10**7)}**{draw.randrange(10**7, 10**8)}",
+        lambda: "^".join(["9"] * draw.choice((3, 12))),
+        lambda: "9^{" * draw.choice((3, 12)) + "9" + "}" * draw.randrange(0, 12),
+        lambda: nested(*draw.choice((("{", "}"), ("(", ")"), ("\\frac{1}{", "}"), ("\\sqrt{", "}")))),
+        lambda: f"{10**9}" + "!" * draw.randrange(1, 4),
+        lambda: "+".join(draw.choice(("1", "x", "\\frac12")) for _ in range(20_000)),
+        lambda: draw.choice("19x(") * 10**6,
+    )
+    exotic = (0x1D7D8, 0x202E, 0x0661, 0x1F600, 0xFF11)  # digits of other alphabets, right-to-left marks, emoji
+    code = (
+        "__import__('os')._exit(3)",
+        "exec('while 1: pass')",
+        "().__class__.__base__.__subclasses__()",
+        "import os; os.kill(os.getpid(), 9)",
+        "\\input{/etc/passwd}",
+        "[x for x in iter(int, 1)]",
+        "\\def\\x{\\x}\\x",
+    )
+    flooding = (
+        lambda: (
+            draw.choice(("{", "}", "((", "\\left(", "\\frac{", "\\sqrt{", "\\begin{pmatrix}")) * draw.randrange(1, 9)
+        ),
+        lambda: "}" * draw.choice((50, 500, 50_000)),
+        lambda: draw.choice(("word ", "\\foo ", "3 ", "\\text{a}")) * draw.choice((100, 200_000)),
+        lambda: "".join(chr(draw.choice(exotic) + draw.randrange(9)) for _ in range(99)),
+        lambda: draw.choice(("\x00", "\ud800", "3\x00", "\udfff3", "\x1b[2J")) * draw.choice((1, 1000)),
+        lambda: draw.choice(code),
+        lambda: "1" * draw.choice((4301, 100_000)) + draw.choice(("", "/7", ".5", "%")),
+        lambda: draw.choice(
+            ("\\frac", "\\sqrt", "\\frac1", "^", "_", "=", "\\", "1/0", "0^{-1}", "nan", "inf", "1e999")
+        ),
+    )
+    wrappers = ("\\boxed{%s}", "<think></think>\\boxed{%s}", "\\boxed{\\boxed{%s}", "\\boxed{%s")
+    return [
+        draw.choice(wrappers) % draw.choice(hanging if index % HANGING_EVERY == 0 else flooding)()
+        for index in range(COUNT)
+    ]
+
+
+@pytest.mark.timeout(240)
+def test_three_hundred_hostile_answers_leave_the_pool_alive():
+    answers = [
+        Answer(response, gold, "mmlu" if gold == "C" else "math")
+        for index, response in enumerate(hostile_answers())
+        for gold in [GOLDS[index // HANGING_EVERY % len(GOLDS)]]
+    ]
+    with GraderPool(RewardConfig(mode=GraderMode.auto, workers=2, deadline_s=DEADLINE_S)) as pool:
+        verdicts = pool.grade_many(answers)
+        statistics = pool.take_statistics()
+        after = pool.grade_many([Answer("\\boxed{\\frac{2}{4}}", "0.5", "math"), Answer("\\boxed{4}", "3", "math")])
+
+    assert [verdict.correct for verdict in after] == [True, False]
+    assert len(verdicts) == statistics.answers == COUNT
+    assert [ascii(a.response[:80]) for a, v in zip(answers, verdicts, strict=True) if v.correct] == []
+    for verdict in verdicts:
+        assert verdict.seconds < 2 * DEADLINE_S + SLACK_S
+        assert (verdict.correct is None) == bool(verdict.reason)
+    assert statistics.ungraded == sum(verdict.correct is None for verdict in verdicts)
+    assert 1 <= statistics.timeouts < 100  # some do hang; most are plainly wrong, and are called so

@@ -1,0 +1,231 @@
+"""The pool under the failures it exists for: hangs, crashes, kills, stopped workers, a parent that dies."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+
+from clipo_megatron.config.schema import GraderMode, RewardConfig
+from clipo_megatron.flow import Prompt, Rollout, RolloutGroup
+from clipo_megatron.rewards import GraderPool
+from clipo_megatron.rewards.pool import Answer
+
+# SymPy evaluates this power for hours; the golds differ by being no integers, else the reference says no at once.
+HANGING = Answer("\\boxed{9999999**99999999}", "0.75", "math")
+RIGHT = Answer("\\boxed{\\frac{2}{4}}", "1/2", "math")
+WRONG = Answer("\\boxed{4}", "5", "math")
+PATIENCE_S = 60.0
+
+
+def until(condition, what: str):
+    """The first true value of `condition()`, within a deadline."""
+    end = time.monotonic() + PATIENCE_S
+    while time.monotonic() < end:
+        value = condition()
+        if value:
+            return value
+        time.sleep(0.02)
+    raise AssertionError(f"not within {PATIENCE_S} s: {what}")
+
+
+def group(position: int, texts: list[str], gold: str = "5", source: str = "math") -> RolloutGroup:
+    tokens = torch.tensor([1])
+    prompt = Prompt(f"test/{position}", ({"role": "user", "content": "?"},), tokens, source, gold)
+    rollouts = [
+        Rollout(tokens, torch.zeros(1), text, finish="stop", version=0, sample=i) for i, text in enumerate(texts)
+    ]
+    return RolloutGroup(position, prompt, rollouts)
+
+
+@pytest.fixture(scope="module")
+def pool():
+    config = RewardConfig(
+        mode=GraderMode.auto,
+        by_source={"strict": GraderMode.reference},
+        workers=2,
+        deadline_s=2.0,
+        correct_reward=2.0,
+        wrong_reward=-1.0,
+    )
+    with GraderPool(config) as pool:
+        yield pool
+
+
+def test_groups_are_collected_by_position_with_verdict_and_reward_apart(pool):
+    pool.submit(group(1, ["\\boxed{5}", "\\boxed{6}", "no box"]))
+    pool.submit(group(0, ["\\boxed{C}", "\\boxed{(c)}"], gold="C", source="cais/mmlu"))
+    pool.submit(group(2, ["7"], gold="7", source="reasoning_gym/chain_sum"))
+    scored = pool.collect()
+    assert [each.group.position for each in scored] == [0, 1, 2]
+    assert [[v.correct for v in each.verdicts] for each in scored] == [[True, True], [True, False, False], [True]]
+    assert [v.reward for v in scored[1].verdicts] == [2.0, -1.0, -1.0]
+    assert all(v.reason == "" and v.seconds >= 0 for each in scored for v in each.verdicts)
+    assert pool.collect() == []
+
+
+def test_modes_by_source_win_over_the_default(pool):
+    halves = [Answer("\\boxed{\\frac{2}{4}}", "1/2", source) for source in ("math", "strict")]
+    assert [v.correct for v in pool.grade_many(halves)] == [True, False]
+
+
+def test_a_hang_is_killed_counted_and_ungraded(pool):
+    pool.take_statistics()
+    before = set(pool.worker_pids)
+    verdicts = pool.grade_many([RIGHT, HANGING, WRONG])
+    assert [v.correct for v in verdicts] == [True, None, False]
+    assert "no verdict within 2 s" in verdicts[1].reason
+    assert verdicts[1].reward == 0.0
+    assert 2.0 <= verdicts[1].seconds < 30.0
+    statistics = pool.take_statistics()
+    assert (statistics.answers, statistics.ungraded, statistics.timeouts, statistics.deaths) == (3, 1, 1, 0)
+    assert pool.grade_many([RIGHT, WRONG])[0].correct is True
+    assert len(set(pool.worker_pids) & before) == 1
+
+
+def test_a_worker_killed_while_it_grades_leaves_that_answer_ungraded():
+    with GraderPool(RewardConfig(workers=1, deadline_s=PATIENCE_S)) as pool:
+        pool.grade_many([RIGHT])  # the worker is up and its libraries loaded: from here on, CPU time is grading
+        worker = psutil.Process(pool.worker_pids[0])
+        idle_s = sum(worker.cpu_times()[:2])
+        verdict = pool.submit_answer(HANGING)
+        until(lambda: sum(worker.cpu_times()[:2]) > idle_s + 0.3, "the worker at work")
+        worker.kill()
+        assert verdict.result(PATIENCE_S).correct is None
+        assert verdict.result().reason == "grader process was ended by SIGKILL"
+        assert [v.correct for v in pool.grade_many([RIGHT, WRONG])] == [True, False]
+        statistics = pool.take_statistics()
+        assert (statistics.answers, statistics.ungraded, statistics.deaths) == (4, 1, 1)
+
+
+def test_a_worker_killed_while_idle_costs_nothing(pool):
+    pool.grade_many([RIGHT] * 4)
+    for pid in pool.worker_pids:
+        os.kill(pid, signal.SIGKILL)
+    assert [v.correct for v in pool.grade_many([RIGHT, WRONG] * 4)] == [True, False] * 4
+
+
+def test_a_stopped_worker_is_replaced_and_its_answer_graded(pool):
+    pool.grade_many([RIGHT] * 8)
+    stopped = list(pool.worker_pids)
+    for pid in stopped:
+        os.kill(pid, signal.SIGSTOP)
+    assert [v.correct for v in pool.grade_many([RIGHT, WRONG])] == [True, False]
+    until(lambda: not any(psutil.pid_exists(pid) for pid in stopped), "the stopped workers gone")
+
+
+def test_megabytes_and_odd_characters_arrive_whole(pool):
+    long = "x" * 1_000_000
+    answers = [
+        Answer(long + "\\boxed{5}", "5", "math"),
+        Answer("\x00\ud800\\boxed{5}", "5", "math"),
+        Answer("\\boxed{" + long + "}", "5", "math"),
+        Answer("\\boxed{5}", long + "\\boxed{5}", "math"),
+    ]
+    assert [v.correct for v in pool.grade_many(answers)] == [True, True, False, True]
+
+
+def test_an_exception_in_the_grader_is_ungraded_with_its_reason(pool):
+    verdict = pool.grade_many([Answer("COLD,CORD", "COLD", "reasoning_gym/word_ladder")])[0]
+    assert verdict.correct is None
+    assert "KeyError" in verdict.reason
+
+
+def test_a_data_source_without_grader_stops_the_run(pool):
+    with pytest.raises(ValueError, match="no data set 'nothing'"):
+        pool.grade_many([Answer("1", "1", "reasoning_gym/nothing")])
+    pool.submit(group(0, ["1"], source="reasoning_gym/nothing"))
+    with pytest.raises(ValueError, match="no data set 'nothing'"):
+        pool.collect()
+    assert pool.grade_many([RIGHT])[0].correct is True
+
+
+def test_collection_has_a_deadline_of_its_own(pool):
+    begun = time.monotonic()
+    pool.submit(group(0, ["\\boxed{9999999**99999999}"] * 3, gold="0.75"))
+    verdicts = pool.collect(deadline_s=0.5)[0].verdicts
+    assert time.monotonic() - begun < 2.0
+    assert [v.correct for v in verdicts] == [None] * 3
+    assert "0.5 s of the collection" in verdicts[0].reason
+    assert pool.grade_many([RIGHT])[0].correct is True
+
+
+def test_workers_inherit_no_sockets(pool):
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        os.set_inheritable(listener.fileno(), True)
+        for pid in pool.worker_pids:
+            os.kill(pid, signal.SIGKILL)
+        pool.grade_many([RIGHT] * 4)
+        for pid in pool.worker_pids:
+            targets = [os.readlink(f"/proc/{pid}/fd/{fd}") for fd in os.listdir(f"/proc/{pid}/fd")]
+            assert not [target for target in targets if target.startswith("socket:")]
+
+
+def test_memory_is_limited():
+    hungry = Answer("\\boxed{1<<99999999999}", "0.75", "math")  # an integer of 12 GB
+    with GraderPool(RewardConfig(mode=GraderMode.reference, workers=1), memory_bytes=1 << 30) as pool:
+        verdict = pool.grade_many([hungry])[0]
+        assert verdict.correct is None
+        assert "MemoryError" in verdict.reason
+        before = pool.worker_pids
+        assert pool.grade_many([WRONG])[0].correct is False
+        assert pool.worker_pids != before  # a fresh process, not one that ran out of memory
+
+
+def test_close_kills_the_workers_and_settles_what_waits():
+    pool = GraderPool(RewardConfig(workers=1, deadline_s=30.0))
+    pool.grade_many([RIGHT])
+    waiting = [pool.submit_answer(HANGING), pool.submit_answer(RIGHT)]
+    pids = pool.worker_pids
+    begun = time.monotonic()
+    pool.close()
+    pool.close()
+    assert time.monotonic() - begun < 10.0
+    assert [future.result(1.0).correct for future in waiting] == [None, None]
+    assert not any(psutil.pid_exists(pid) for pid in pids)
+    with pytest.raises(RuntimeError, match="closed"):
+        pool.submit_answer(RIGHT)
+
+
+PARENT = """
+import sys, time
+from clipo_megatron.config.schema import RewardConfig
+from clipo_megatron.rewards.pool import Answer, GraderPool
+pool = GraderPool(RewardConfig(workers=2, deadline_s=600.0))
+pool.grade_many([Answer("\\\\boxed{1}", "1", "math")] * 4)
+pool.submit_answer(Answer("\\\\boxed{9999999**99999999}", "0.75", "math"))
+print(*pool.worker_pids, flush=True)
+time.sleep(600)
+"""  # no __main__ guard: workers must not import the caller's script
+
+
+def test_no_worker_outlives_its_parent(tmp_path: Path):
+    script = tmp_path / "parent.py"
+    script.write_text(PARENT)
+    parent = subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, text=True)
+    try:
+        pids = [int(pid) for pid in parent.stdout.readline().split()]
+        assert len(pids) == 2
+    finally:
+        parent.kill()
+        parent.wait(10)
+        parent.stdout.close()
+
+    def gone():
+        return not any(psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE for pid in pids)
+
+    until(gone, "the orphans' end")
+
+
+@pytest.mark.parametrize(("setting", "value"), [("workers", 0), ("deadline_s", 0.0)])
+def test_a_pool_that_cannot_grade_is_refused(setting, value):
+    with pytest.raises(ValueError, match=f"reward.{setting}"):
+        GraderPool(RewardConfig(**{setting: value}))
