@@ -118,6 +118,7 @@ class Sample:
 
     @property
     def length(self) -> int:
+        """P + R."""
         return self.prompt.numel() + self.response.numel()
 
 

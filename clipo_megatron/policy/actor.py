@@ -17,7 +17,7 @@ from clipo_megatron.config.schema import RunConfig
 from clipo_megatron.device import platform
 from clipo_megatron.flow import MicroBatch, RolloutTable
 from clipo_megatron.policy.contrastive import ContrastiveActor
-from clipo_megatron.policy.exchange import share_from_last_stage
+from clipo_megatron.policy.exchange import from_last_stage, share_from_last_stage
 from clipo_megatron.policy.layout import Layout
 from clipo_megatron.policy.model import TORCH_DTYPE, PolicyStage, transformer_config
 from clipo_megatron.policy.optimizer import PolicyOptimizer, data_parallel
@@ -117,9 +117,8 @@ class PolicyActor:
     def _contrast(self, pooled: list[Tensor], rows: list[Tensor], table: RolloutTable) -> None:
         result = torch.zeros(2, table.size)
         if self.contrastive is not None:
-            scored = self.contrastive.step(torch.cat(pooled), torch.cat(rows), table)
-            result = torch.stack([scored["loss"], scored["valid"].float()])
-            self.embeddings = scored["embeddings"]
+            loss, valid = self.contrastive.step(torch.cat(pooled), torch.cat(rows), table)
+            result = torch.stack([loss, valid.float()])
         result = share_from_last_stage(result, self.layout, sum_over_dp=False)
         table.signals["contrastive_loss"] = result[0]
         table.signals["contrastive_valid"] = result[1] > 0
@@ -222,8 +221,7 @@ class PolicyActor:
 
     def _sum_metrics(self, outputs: list[dict[str, Tensor]]) -> dict[str, float]:
         """Add up over micro-batches and data-parallel ranks. Every micro-batch reports the same names."""
-        names = sorted(outputs[0]) if outputs else []
-        names = self._names_of_last_stage(names)
+        names: list[str] = from_last_stage(sorted(outputs[0]) if outputs else [], self.layout)
         sums = torch.zeros(len(names), dtype=torch.float64)
         for output in outputs:
             sums += torch.stack([output[name].double().cpu() for name in names])
@@ -231,13 +229,6 @@ class PolicyActor:
         metrics = dict(zip(names, values, strict=True))
         weight = metrics.pop("policy/weight", 0.0)
         return {name: value / weight if weight and name != "policy/loss" else value for name, value in metrics.items()}
-
-    def _names_of_last_stage(self, names: list[str]) -> list[str]:
-        if self.layout.pp == 1:
-            return names
-        box = [names]
-        torch.distributed.broadcast_object_list(box, src=self.layout.last_stage_rank, group=self.layout.pp_group)
-        return box[0]
 
     def _run(
         self, micro_batches: Sequence[MicroBatch], last_stage: Callable[..., Any], *, forward_only: bool

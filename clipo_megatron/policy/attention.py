@@ -7,6 +7,7 @@ padded key lies behind every real query, so no mask is needed and nothing leaks 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -40,7 +41,7 @@ def plan_segments(boundaries: list[int], device: torch.device) -> SegmentPlan:
         boundaries: S+1 offsets, ascending from 0.
         device: where the index tensors go.
     """
-    spans = [(end - start, start) for start, end in zip(boundaries, boundaries[1:], strict=False) if end > start]
+    spans = [(end - start, start) for start, end in pairwise(boundaries) if end > start]
     spans.sort(reverse=True)
     gather: list[Tensor] = []
     restore = torch.empty(boundaries[-1], dtype=torch.int64)

@@ -22,7 +22,11 @@ from clipo_megatron.policy.layout import Layout
 
 
 class ContrastiveActor:
-    """Trains the head and scores rollouts with it; lives on last-stage ranks only."""
+    """Trains the head and scores rollouts with it; lives on last-stage ranks only.
+
+    Attributes:
+        embeddings: [B, d] float32, of the last batch.
+    """
 
     def __init__(self, hidden_size: int, config: ClipoConfig, layout: Layout, *, seed: int):
         self.config = config
@@ -31,11 +35,12 @@ class ContrastiveActor:
         self.head = ContrastiveHead(
             hidden_size, config.dim, kind=config.head.value, debias=config.debias.value, seed=seed
         ).to(platform().device)
+        self.embeddings = torch.empty(0)
         self.optimizer = torch.optim.AdamW(
             self.head.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay
         )
 
-    def step(self, pooled: Tensor, rows: Tensor, table: RolloutTable) -> dict[str, Tensor]:
+    def step(self, pooled: Tensor, rows: Tensor, table: RolloutTable) -> tuple[Tensor, Tensor]:
         """Score the batch with the head as it stands, then train the head one step on it.
 
         Args:
@@ -44,11 +49,11 @@ class ContrastiveActor:
             table: the global batch, B rows.
 
         Returns:
-            "loss" [B] float32 and "valid" [B] bool over the global batch, "embeddings" [B, d]; before the step.
+            Loss [B] float32 and validity [B] bool over the global batch, before the step.
         """
         size, device = table.size, pooled.device
         graded = table.graded.to(device)
-        mean = self._global_mean(pooled, size) if self.config.debias.value == "mean" else None
+        mean = self._global_mean(pooled[graded[rows]]) if self.config.debias.value == "mean" else None
         own = self.head(pooled, mean=mean)
         gathered = torch.zeros(size, own.shape[1], dtype=own.dtype, device=device)
         gathered[rows] = own.detach()
@@ -80,7 +85,8 @@ class ContrastiveActor:
         count = valid.sum()
         if not self.config.frozen and count > 0:
             self._train(own, gathered, rows, loss_kept.sum() / count)
-        return {"loss": loss, "valid": valid > 0, "embeddings": gathered.detach()}
+        self.embeddings = gathered.detach()
+        return loss, valid > 0
 
     def _train(self, own: Tensor, gathered: Tensor, rows: Tensor, loss: Tensor) -> None:
         if loss.requires_grad:
@@ -93,10 +99,11 @@ class ContrastiveActor:
             self._sum(parameter.grad)
         self.optimizer.step()
 
-    def _global_mean(self, pooled: Tensor, size: int) -> Tensor:
-        total = pooled.sum(0)
+    def _global_mean(self, pooled: Tensor) -> Tensor:
+        """Mean state over all ranks' rows, [H]."""
+        total = torch.cat([pooled.sum(0), pooled.new_tensor([pooled.shape[0]])])
         self._sum(total)
-        return total / size
+        return total[:-1] / total[-1].clamp(min=1)
 
     def _sum(self, tensor: Tensor) -> None:
         """All-reduce over data-parallel ranks, in place."""

@@ -7,6 +7,7 @@ that generated a rollout to the head of the replica that trains it, and from the
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -154,3 +155,12 @@ def share_from_last_stage(values: Tensor, layout: Layout, *, sum_over_dp: bool) 
     if layout.pp > 1:
         dist.broadcast(tensor, src=layout.last_stage_rank, group=layout.pp_group)
     return tensor.cpu()
+
+
+def from_last_stage(facts: Any, layout: Layout) -> Any:
+    """A small object of the last stage, on every rank of its pipeline."""
+    if layout.pp == 1:
+        return facts
+    box = [facts]
+    dist.broadcast_object_list(box, src=layout.last_stage_rank, group=layout.pp_group)
+    return box[0]

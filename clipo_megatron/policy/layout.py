@@ -74,8 +74,8 @@ def initialize(config: LayoutConfig, *, seed: int) -> Layout:
     world = dist.get_world_size()
     if world % (config.tp * config.pp):
         raise ValueError(
-            f"{world} ranks cannot be divided into replicas of tp {config.tp} x pp {config.pp} = {config.tp * config.pp}"
-            " ranks; start a multiple of that, or change layout.tp / layout.pp"
+            f"{world} ranks cannot be divided into replicas of tp {config.tp} x pp {config.pp} ranks; start a multiple "
+            f"of {config.tp * config.pp}, or change layout.tp / layout.pp"
         )
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=config.tp,

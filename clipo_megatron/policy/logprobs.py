@@ -64,7 +64,7 @@ class _TokenLogprobs(torch.autograd.Function):
     """Forward keeps log-sum-exp only; backward recomputes each chunk's softmax from it."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, targets, start, real, temperature, group, main_grad, want_entropy, chunk):  # noqa: D102
+    def forward(ctx, hidden, weight, targets, start, real, temperature, group, main_grad, want_entropy, chunk):
         count = targets.numel()
         shard = weight[:real]
         stats = torch.empty(3 if want_entropy else 2, count, dtype=torch.float32, device=hidden.device)
@@ -94,7 +94,7 @@ class _TokenLogprobs(torch.autograd.Function):
         return target_logit - lse, (lse - moment if want_entropy else lse.new_empty(0))
 
     @staticmethod
-    def backward(ctx, grad_logprobs, grad_entropy):  # noqa: D102
+    def backward(ctx, grad_logprobs, grad_entropy):
         hidden, weight, local, owned, lse, *moment = ctx.saved_tensors
         shard = weight[: ctx.real]
         grad_hidden = torch.empty_like(hidden)

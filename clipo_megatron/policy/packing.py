@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -74,7 +75,7 @@ def pack(samples: Sequence[Sample], *, multiple: int = 1, device: torch.device |
 
     tokens = torch.zeros(total, dtype=torch.int64)
     positions = torch.zeros(total, dtype=torch.int64)
-    for start, end in zip(boundaries, boundaries[1:], strict=False):
+    for start, end in pairwise(boundaries):
         positions[start:end] = torch.arange(end - start)
     for sample, start in zip(samples, starts, strict=False):
         tokens[start : start + sample.length] = torch.cat([sample.prompt, sample.response])

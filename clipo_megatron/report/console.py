@@ -1,0 +1,110 @@
+"""What a person sees while a run goes on, and at its end."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from clipo_megatron.flow import StepReport
+
+# (heading, metric, format) of each column of the live table
+COLUMNS: tuple[tuple[str, str, str], ...] = (
+    ("reward", "reward/mean", "{:.3f}"),
+    ("accuracy", "reward/accuracy", "{:.1%}"),
+    ("clipo loss", "clipo/loss", "{:.3f}"),
+    ("bonus", "clipo/bonus_mean", "{:+.3f}"),
+    ("grad norm", "policy/grad_norm", "{:.2f}"),
+    ("drift", "policy/mult_prob_error", "{:.4f}"),
+    ("tokens", "rollout/response_length", "{:.0f}"),
+    ("s/step", "time/step_s", "{:.1f}"),
+)
+HEADING_EVERY = 20
+
+
+class Progress:
+    """A line a step with the time left; works in a terminal, a file and a CI log alike."""
+
+    def __init__(self, total_steps: int, *, enabled: bool = True):
+        self.total = total_steps
+        self.enabled = enabled
+        self.console = Console(highlight=False, soft_wrap=True)
+        self._durations: list[float] = []
+        self._shown = 0
+
+    def say(self, message: str) -> None:
+        """One line of news."""
+        if self.enabled:
+            self.console.print(message, markup=False)
+
+    def step(self, report: StepReport) -> None:
+        """The step's line. Metrics that a step does not have show as a dash."""
+        if not self.enabled:
+            return
+        self._durations = [*self._durations[-9:], report.metrics.get("time/step_s", 0.0)]
+        left = (self.total - report.step - 1) * sum(self._durations) / len(self._durations)
+        if self._shown % HEADING_EVERY == 0:
+            self.say("  ".join(["      step", *(f"{heading:>10}" for heading, _, _ in COLUMNS), " time left"]))
+        self._shown += 1
+        cells = [
+            form.format(report.metrics[metric]) if metric in report.metrics else "-" for _, metric, form in COLUMNS
+        ]
+        place = f"{report.step + 1}/{self.total}"
+        self.say("  ".join([f"{place:>10}", *(f"{cell:>10}" for cell in cells), f"{duration(left):>10}"]))
+
+    def table(self, title: str, headings: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+        """A closing table."""
+        if not self.enabled:
+            return
+        table = Table(title=title, title_justify="left")
+        for index, heading in enumerate(headings):
+            table.add_column(heading, justify="left" if index == 0 else "right")
+        for row in rows:
+            table.add_row(*row)
+        self.console.print(table)
+
+    def paths(self, paths: Mapping[str, Path]) -> None:
+        """Where things were written."""
+        for name, path in paths.items():
+            self.say(f"  {name:<12} {path}")
+
+
+def duration(seconds: float) -> str:
+    """Seconds as a person says them: 48s, 3m10s, 2h05m."""
+    seconds = max(0, round(seconds))
+    if seconds < 60:
+        return f"{seconds}s"
+    if seconds < 3600:
+        return f"{seconds // 60}m{seconds % 60:02d}s"
+    return f"{seconds // 3600}h{seconds % 3600 // 60:02d}m"
+
+
+class Stopwatch:
+    """Seconds a phase, for one step: `with watch("generate"): ...` gives "time/generate_s"."""
+
+    def __init__(self) -> None:
+        self.metrics: dict[str, float] = {}
+        self._start = time.perf_counter()
+
+    def __call__(self, phase: str) -> _Phase:
+        """A context that adds its duration to the phase."""
+        return _Phase(self, phase)
+
+    def total(self) -> float:
+        """Seconds since the start."""
+        return time.perf_counter() - self._start
+
+
+class _Phase:
+    def __init__(self, watch: Stopwatch, phase: str):
+        self.watch, self.name = watch, f"time/{phase}_s"
+
+    def __enter__(self) -> None:
+        self.start = time.perf_counter()
+
+    def __exit__(self, *_: object) -> None:
+        spent = time.perf_counter() - self.start
+        self.watch.metrics[self.name] = self.watch.metrics.get(self.name, 0.0) + spent

@@ -1,0 +1,66 @@
+"""A few rollouts of each step as text, to read what the policy does: rollouts.jsonl."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TextIO
+
+from torch import Tensor
+
+from clipo_megatron.flow import RolloutTable, ScoredGroup
+from clipo_megatron.report.sinks import read_lines
+
+
+class SampleLog:
+    """Writes the first `groups` groups that this rank generated in a step; none with groups = 0."""
+
+    def __init__(self, path: Path, *, groups: int):
+        self.path, self.groups = path, groups
+        self._file: TextIO | None = None
+
+    def open(self, *, from_step: int) -> None:
+        """Keep what was logged before `from_step`, drop the rest."""
+        if not self.groups:
+            return
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = self.path.with_suffix(".tmp")
+        kept = [line for line in read_lines(self.path) if line["step"] < from_step]
+        temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        os.replace(temporary, self.path)
+        self._file = self.path.open("a", buffering=1)
+
+    def write(self, scored: Sequence[ScoredGroup], table: RolloutTable, reward: Tensor, advantage: Tensor) -> None:
+        """One line a group: the question, each response with its verdict, reward and advantage."""
+        if self._file is None:
+            return
+        for each in list(scored)[: self.groups]:
+            group = each.group
+            rows = (table.group == group.position).nonzero().squeeze(1).tolist()
+            line = {
+                "step": table.step,
+                "prompt_id": group.prompt.id,
+                "messages": [dict(message) for message in group.prompt.messages],
+                "ground_truth": group.prompt.ground_truth,
+                "rollouts": [
+                    {
+                        "text": rollout.text,
+                        "correct": verdict.correct,
+                        "why_ungraded": verdict.reason,
+                        "reward": float(reward[row]),
+                        "advantage": float(advantage[row]),
+                        "finish": rollout.finish,
+                        "version": rollout.version,
+                    }
+                    for rollout, verdict, row in zip(group.rollouts, each.verdicts, rows, strict=True)
+                ],
+            }
+            self._file.write(json.dumps(line) + "\n")
+
+    def close(self) -> None:
+        """Flush. Idempotent."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
