@@ -137,6 +137,14 @@ def test_an_exception_in_the_grader_is_ungraded_with_its_reason(pool):
     assert "KeyError" in verdict.reason
 
 
+def test_an_entry_that_no_message_can_carry_is_ungraded_and_harms_nobody(pool):
+    answers = [Answer("7", "7", "reasoning_gym/chain_sum", {("a", "tuple"): 1}), RIGHT]
+    verdicts = pool.grade_many(answers)
+    assert [v.correct for v in verdicts] == [None, True]
+    assert "TypeError" in verdicts[0].reason
+    assert pool.grade_many([Answer("\\boxed{5}", "5", "math", {("a", "tuple"): 1})] * 4)[0].correct is True
+
+
 def test_a_data_source_without_grader_stops_the_run(pool):
     with pytest.raises(ValueError, match="no data set 'nothing'"):
         pool.grade_many([Answer("1", "1", "reasoning_gym/nothing")])

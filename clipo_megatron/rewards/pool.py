@@ -24,7 +24,7 @@ from typing import Any
 from clipo_megatron.config.schema import GraderMode, RewardConfig
 from clipo_megatron.flow import RolloutGroup, ScoredGroup, Verdict
 from clipo_megatron.rewards.answer import UnknownGraderError
-from clipo_megatron.rewards.modes import mode_for
+from clipo_megatron.rewards.modes import describe, mode_for
 from clipo_megatron.rewards.process import GraderFailure, GraderProcess
 
 _ATTEMPTS = 2  # a worker that fails before it starts on an answer is replaced, and the answer asked once more
@@ -183,7 +183,11 @@ class GraderPool:
                     break
                 if task.verdict.done():  # given up by the collection
                     continue
-                process = self._grade(task, process, number)
+                try:
+                    process = self._grade(task, process, number)
+                except Exception as error:  # an entry that JSON cannot carry; the thread must go on
+                    process = self._discard(process, number)
+                    self._publish(task, self._ungraded(describe(error)))
         finally:
             self._discard(process, number)
             self._drain()
@@ -191,12 +195,13 @@ class GraderPool:
     def _grade(self, task: _Task, process: GraderProcess | None, number: int) -> GraderProcess | None:
         """Settle `task`; returns the process if it can go on."""
         answer, begun = task.answer, time.monotonic()
+        mode = self._mode(answer.data_source)
         request = {
-            "mode": self._mode(answer.data_source),
+            "mode": mode,
             "response": answer.response,
             "ground_truth": answer.ground_truth,
             "data_source": answer.data_source,
-            "extra": dict(answer.extra) if answer.extra else None,
+            "extra": dict(answer.extra) if answer.extra and mode == "reasoning_gym" else None,
             "deadline_s": self._config.deadline_s,
         }
         reason = "the grader process could not be started"

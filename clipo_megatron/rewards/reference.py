@@ -10,13 +10,15 @@ The final answer (`answer.py`) equals the gold answer when one of these says so:
    terms, and an integer must be written as one.
 
 Known to be too strict, by design of the original: it rejects \frac{2}{4} for 1/2, 6/2 for 3, 2^{10} for 1024, {1,2}
-for 2,1, and \text{C}, (C) and c for the choice C. Known to be lenient: 32.5\% for 32.5, x=5 for 5, letter case.
+for 2,1, and \text{C}, (C) and c for the choice C. Known to be lenient: 32.5\% for 32.5, x=5 for 5, letter case,
+5\text{ or }6 for 5 (the text counts as a unit), 3.5e-8 for 0 (a number within 1e-7 of an integer is that integer).
 One deliberate difference: `\boxed 9` without braces is read as 9, in answers and in ground truths.
 """
 
 from __future__ import annotations
 
 import re
+import warnings
 from typing import Any
 
 from clipo_megatron.rewards.answer import after_thinking, gold_answer, is_choice_source, last_boxed
@@ -220,8 +222,10 @@ def _difference_is_zero(answer: str, gold: str) -> bool:
 
     rules = (*sympy_parser.standard_transformations, sympy_parser.implicit_multiplication_application)
     try:
-        difference = sympy_parser.parse_expr(expression.replace("^", "**"), transformations=rules)
-        return bool(sympy.simplify(difference) == 0)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Python and SymPy comment on odd answers: "3(4)" looks like a call
+            difference = sympy_parser.parse_expr(expression.replace("^", "**"), transformations=rules)
+            return bool(sympy.simplify(difference) == 0)
     except (MemoryError, RecursionError):
         raise
     except Exception:  # text that is no expression raises anything: SyntaxError, TokenError, TypeError ...

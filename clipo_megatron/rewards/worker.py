@@ -9,6 +9,7 @@ answer that its parent has forgotten.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import resource
@@ -36,7 +37,8 @@ def main() -> None:
         (resource.RLIMIT_FSIZE, _FILE_BYTES),
         (resource.RLIMIT_CORE, 0),
     ):
-        resource.setrlimit(limit, (value, value))
+        with contextlib.suppress(ValueError, OSError):  # a lower limit is in force, or macOS, which has no RLIMIT_AS
+            resource.setrlimit(limit, (value, value))
     requests, replies = _claim_standard_streams()
     try:
         while True:
@@ -84,7 +86,8 @@ def _warm(mode: str) -> None:
 
 
 def _die_with(parent: int) -> None:
-    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if sys.platform == "linux":  # elsewhere the end of the input and the alarm do
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:  # it died before the call
         os._exit(0)
 
