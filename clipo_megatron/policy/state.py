@@ -1,4 +1,9 @@
-"""The policy's parameters and optimizer on disk, in Megatron's torch_dist format: loadable in any TP x PP x DP."""
+"""The policy's parameters and optimizer on disk, in Megatron's torch_dist format: loadable in any TP x PP x DP.
+
+The optimizer's state is written in the shape of the parameters, put together from the data-parallel ranks' shards
+here. Megatron's own gathering (0.16.1, "fully_reshardable") places the moments wrongly where a gradient buffer has
+more than one bucket, as with tied embeddings and pipeline stages: it forgets the padding between buckets.
+"""
 
 from __future__ import annotations
 
@@ -8,21 +13,39 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing.strategies import filesystem_async  # noqa: F401  (to adapt)
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.optimizer import make_sharded_optimizer_tensor
+from megatron.core.dist_checkpointing.strategies import (  # noqa: F401
+    async_utils,
+    filesystem_async,
+    fully_parallel,
+    state_dict_saver,
+)
+from megatron.core.dist_checkpointing.strategies import torch as torch_dist  # noqa: F401
+from megatron.core.dist_checkpointing.utils import extract_sharded_tensors_and_factories
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from torch import Tensor
 
 from clipo_megatron.device import platform
 from clipo_megatron.policy.optimizer import PolicyOptimizer
 
-# The optimizer's state in the shape of the parameters, so that another layout can cut it anew.
-METADATA = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
+MOMENTS = ("exp_avg", "exp_avg_sq")
+MASTER = "master"  # the fp32 parameter that the optimizer updates
 
 
 def save_policy(folder: Path, stage: torch.nn.Module, optimizer: PolicyOptimizer) -> None:
     """Write parameters, optimizer and learning-rate schedule; collective, `folder` exists and is empty."""
     with _megatron_here():
-        _allocate_moments(optimizer)
-        dist_checkpointing.save(_sharded(stage, optimizer, is_loading=False), str(folder))
+        model = stage.sharded_state_dict()
+        state = {
+            "model": model,
+            "optimizer": _in_model_shape(model, optimizer, _gathered),
+            "schedule": optimizer.schedule.state_dict(),
+            "updates": _updates(optimizer),
+        }
+        dist_checkpointing.save(state, str(folder))
 
 
 def load_policy(folder: Path, stage: torch.nn.Module, optimizer: PolicyOptimizer) -> None:
@@ -32,43 +55,97 @@ def load_policy(folder: Path, stage: torch.nn.Module, optimizer: PolicyOptimizer
         Whatever Megatron raises for a checkpoint of another architecture, which names the key or shape.
     """
     with _megatron_here():
-        _allocate_moments(optimizer)
-        state = dist_checkpointing.load(_sharded(stage, optimizer, is_loading=True), str(folder))
+        model = stage.sharded_state_dict()
+        template = {"model": model, "optimizer": _in_model_shape(model, optimizer, _blank)}
+        state = dist_checkpointing.load(template, str(folder))
         stage.load_state_dict(state["model"])
-        optimizer.inner.load_state_dict(state["optimizer"])
     optimizer.schedule.load_state_dict(state["schedule"])
-    for _, moments in _moments(optimizer):
-        if "step" in moments:
-            # Megatron hands one tensor to all parameters, and torch's Adam counts in place.
-            moments["step"] = moments["step"].clone()
+    for name, _, shard in _shards(optimizer):
+        for key, own in _state_of(shard, updates=state["updates"]).items():
+            own.copy_(state["optimizer"][name][key].view(-1)[shard.start : shard.stop].view_as(own))
+
+
+class _Shard:
+    """This data-parallel rank's part of one parameter in the distributed optimizer; empty where it holds none."""
+
+    def __init__(self, inner: DistributedOptimizer, parameter: torch.nn.Parameter):
+        self.inner, self.group = inner, inner.data_parallel_group
+        self.start = self.stop = 0
+        self.main: Tensor | None = None
+        if parameter in inner.model_param_group_index_map:
+            group, order = inner.model_param_group_index_map[parameter]
+            span = inner._get_model_param_range_map(parameter)["param"]
+            self.start, self.stop = span.start, span.end
+            self.main = inner.optimizer.param_groups[group]["params"][order]
+
+
+def _state_of(shard: _Shard, *, updates: int | None = None) -> dict[str, Tensor]:
+    """Master parameter and moments of a shard; allocated if need be, and counted on from `updates` if given."""
+    if shard.main is None:
+        return {}
+    state = shard.inner.optimizer.state[shard.main]
+    for key in MOMENTS:
+        state.setdefault(key, torch.zeros_like(shard.main.data))
+    if updates is not None:
+        # torch's Adam counts in a tensor of each parameter, TE's and apex's in the group
+        state["step"] = torch.tensor(float(updates))
+        for group in shard.inner.optimizer.param_groups:
+            if "step" in group:
+                group["step"] = updates
+    return {MASTER: shard.main.data, **{key: state[key] for key in MOMENTS}}
+
+
+def _in_model_shape(model: dict[str, Any], optimizer: PolicyOptimizer, fill: Any) -> dict[str, dict[str, Any]]:
+    """Sharded tensors of the optimizer's state beside those of the parameters, [name][master | exp_avg | ...]."""
+    sharded, _ = extract_sharded_tensors_and_factories(model)
+    by_parameter = {id(each.data): each for each in nested_values(sharded)}
+    return {
+        name: {
+            key: make_sharded_optimizer_tensor(by_parameter[id(parameter)], whole, prefix=f"optimizer.{key}")
+            for key, whole in fill(parameter, shard).items()
+        }
+        for name, parameter, shard in _shards(optimizer)
+    }
+
+
+def _gathered(parameter: torch.nn.Parameter, shard: _Shard) -> dict[str, Tensor]:
+    """Each kind of state whole, put together from the data-parallel ranks' shards."""
+    whole = torch.zeros(1 + len(MOMENTS), parameter.numel(), dtype=torch.float32, device=parameter.device)
+    for row, own in zip(whole, _state_of(shard).values(), strict=False):
+        row[shard.start : shard.stop] = own.view(-1)
+    if dist.get_world_size(shard.group) > 1:
+        dist.all_reduce(whole, group=shard.group)
+    return {key: row.view(parameter.shape) for key, row in zip((MASTER, *MOMENTS), whole, strict=True)}
+
+
+def _blank(parameter: torch.nn.Parameter, _shard: _Shard) -> dict[str, Tensor]:
+    return {key: torch.empty_like(parameter, dtype=torch.float32).detach() for key in (MASTER, *MOMENTS)}
+
+
+def _shards(optimizer: PolicyOptimizer) -> Iterator[tuple[str, torch.nn.Parameter, _Shard]]:
+    """Every trained parameter by name, in the same order on all data-parallel ranks."""
+    for inner in optimizer.inner.chained_optimizers:
+        trained = {parameter for buffer in inner.buffers for parameter in buffer.param_index_map}
+        for chunk in inner.model_chunks:
+            for name, parameter in chunk.named_parameters():
+                if parameter in trained:
+                    yield name, parameter, _Shard(inner, parameter)
+
+
+def _updates(optimizer: PolicyOptimizer) -> int:
+    """How many updates Adam has counted; the same for every parameter."""
+    for _, _, shard in _shards(optimizer):
+        if shard.main is None:
+            continue
+        state = shard.inner.optimizer.state.get(shard.main, {})
+        groups = shard.inner.optimizer.param_groups
+        return int(state.get("step", next((group["step"] for group in groups if "step" in group), 0)))
+    return 0
 
 
 @contextmanager
 def _megatron_here() -> Iterator[None]:
-    """Megatron loads its writers late; within, they too run on this platform."""
+    """Megatron's writers, imported above for that, run on this platform within."""
     platform().adapt("megatron.core")
     with platform().cuda_tensor_names():
         yield
-
-
-def _sharded(stage: torch.nn.Module, optimizer: PolicyOptimizer, *, is_loading: bool) -> dict[str, Any]:
-    model = stage.sharded_state_dict(metadata=METADATA)
-    return {
-        "model": model,
-        "optimizer": optimizer.inner.sharded_state_dict(model, is_loading=is_loading, metadata=METADATA),
-        "schedule": optimizer.schedule.state_dict(),
-    }
-
-
-def _moments(optimizer: PolicyOptimizer) -> list[tuple[torch.nn.Parameter, dict[str, Any]]]:
-    inner = [each.optimizer for each in optimizer.inner.chained_optimizers]
-    return [(p, each.state[p]) for each in inner for group in each.param_groups for p in group["params"]]
-
-
-def _allocate_moments(optimizer: PolicyOptimizer) -> None:
-    """Megatron reads the state of every parameter; torch's Adam makes it at the first step only."""
-    for parameter, moments in _moments(optimizer):
-        if not moments:
-            moments["step"] = torch.tensor(0.0)
-            moments["exp_avg"] = torch.zeros_like(parameter.data)
-            moments["exp_avg_sq"] = torch.zeros_like(parameter.data)
