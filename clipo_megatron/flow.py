@@ -1,13 +1,13 @@
 """The types that flow through a training step, in the order in which a step produces them.
 
-    Prompt -> RolloutGroup of Rollouts -> ScoredGroup -> RolloutTable + Samples -> MicroBatch -> StepReport
+    Prompt -> RolloutGroup -> ScoredGroup -> RolloutTable + Samples -> MiniBatch (MicroBatches) -> StepReport
 
 Shapes use the same letters everywhere:
 
     P  prompt tokens of one prompt        R  response tokens of one rollout
     G  rollouts of one prompt (a group)   B  rollouts of one step, over all ranks
     T  tokens of one packed micro-batch   N  of these, the ones that predict a response token
-    S  segments (rollouts) of one packed micro-batch
+    K  rollouts of one packed micro-batch
     H  hidden size                        d  size of the contrastive embedding
 
 Worked example: prompt ids [5, 6, 7] (P = 3), response ids [8, 9] (R = 2). The packed segment is
@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from torch import Tensor
 
@@ -109,9 +109,10 @@ class RolloutTable:
 
 @dataclass(slots=True)
 class Sample:
-    """What training needs of one rollout; `row` is its row in the RolloutTable."""
+    """What training needs of one rollout; `row` is its row in the RolloutTable, `group` its group there."""
 
     row: int
+    group: int
     prompt: Tensor  # [P] int64
     response: Tensor  # [R] int64
     logprobs: Tensor  # [R] float32, the engine's
@@ -122,34 +123,51 @@ class Sample:
         return self.prompt.numel() + self.response.numel()
 
 
+class Segment(NamedTuple):
+    """A run of tokens in a packed row: each attends to the context's tokens and to its own segment up to itself."""
+
+    start: int
+    length: int
+    context_start: int = 0
+    context_length: int = 0
+
+
 @dataclass(slots=True)
 class MicroBatch:
     """A table of segments packed without padding between them, and what each of its targets carries.
 
-    `tokens` is padded at the end to the tensor-parallel multiple only; the padding is a segment of its own that
-    nothing reads.
+    Without shared prompts a segment is a rollout, [prompt, response]. With them a prompt stands once, followed by the
+    responses to it, whose context it is: its layers are computed once for the whole group. `tokens` is padded at the
+    end to the tensor-parallel multiple only; the padding is a segment of its own that nothing reads.
+
+    Worked example: prompt [5, 6, 7], responses [8, 9] and [10]. Shared: tokens [5, 6, 7, 8, 9, 10], positions
+    [0, 1, 2, 3, 4, 3], segments (0, 3), (3, 2 | context 0, 3), (5, 1 | context 0, 3), predict [2, 3, 2],
+    targets [8, 9, 10], states [3, 4, 5], rollout [0, 0, 1].
     """
 
     tokens: Tensor  # [T] int64
-    positions: Tensor  # [T] int64, from 0 within each segment
-    boundaries: Tensor  # [S+1] int32, segment s covers tokens boundaries[s] .. boundaries[s+1]-1 (padding included)
-    rows: Tensor  # [S'] int64, table row of each real segment; S' = S, or S-1 with padding
-    predict: Tensor  # [N] int64, positions in `tokens` whose hidden state predicts a response token
+    positions: Tensor  # [T] int64, within prompt and response
+    segments: tuple[Segment, ...]  # cover the tokens, in order
+    samples: tuple[Sample, ...]  # what was packed
+    rows: Tensor  # [K] int64, table row of each rollout
+    predict: Tensor  # [N] int64, places in `tokens` whose hidden state predicts a response token
+    states: Tensor  # [N] int64, places of the response tokens themselves
     targets: Tensor  # [N] int64, the response tokens
-    segment: Tensor  # [N] int64, segment of each target
-    state_start: Tensor  # [S'] int64, first response token of each real segment
-    state_end: Tensor  # [S'] int64, one past the last response token
-    rollout_logprobs: Tensor  # [N] float32
+    rollout: Tensor  # [N] int64, index into `rows` of each target
+    rollout_logprobs: Tensor  # [N] float32, the engine's
     old_logprobs: Tensor | None = None  # [N] float32, filled in by the scoring forward (last stage only)
     reference_logprobs: Tensor | None = None  # [N] float32
     advantages: Tensor | None = None  # [N] float32
     weights: Tensor | None = None  # [N] float32, share of each token in the loss; global counts are already in it
+    padding: int = 0  # tokens added to reach the tensor-parallel multiple
 
-    @property
-    def padding(self) -> int:
-        """Tokens that were added to reach the tensor-parallel multiple."""
-        real = int(self.state_end[-1]) if self.rows.numel() else 0
-        return self.tokens.numel() - real
+
+@dataclass(slots=True)
+class MiniBatch:
+    """What one optimizer step learns from: rows [M] int64 of the table, and this rank's packed share of them."""
+
+    rows: Tensor
+    micro_batches: list[MicroBatch]
 
 
 @dataclass(slots=True)

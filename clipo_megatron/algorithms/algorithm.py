@@ -31,6 +31,11 @@ class Algorithm:
         """The first stage of a class, if there is one."""
         return next((stage for stage in self.stages if isinstance(stage, kind)), None)
 
+    @property
+    def learns_without_advantage(self) -> bool:
+        """Whether rollouts with advantage 0 have a gradient."""
+        return any(stage.learns_without_advantage for stage in self.stages)
+
     def select(self, table: RolloutTable) -> Tensor:
         """Rows that train, [B] bool: graded, and wanted by every stage."""
         keep = table.graded.clone()

@@ -37,7 +37,7 @@ class TokenBatch:
     old_logprobs: Tensor  # float32, under the policy that was scored before the update
     advantages: Tensor  # float32
     weights: Tensor  # float32; the step's loss is sum(weights * per-token loss) over all ranks
-    segment: Tensor  # int64, which rollout of the micro-batch
+    rollout: Tensor  # int64, which rollout of the micro-batch
     rollout_logprobs: Tensor  # float32, the engine's
     reference_logprobs: Tensor | None = None
     entropy: Tensor | None = None
@@ -48,6 +48,7 @@ class Stage:
     """One part of an algorithm. Subclasses name their paper and assumptions in their docstring."""
 
     needs: frozenset[Signal] = frozenset()
+    learns_without_advantage = False  # whether `loss` has a gradient where the advantage is 0
 
     def select(self, table: RolloutTable) -> Tensor | None:
         """Rows that train, [B] bool; None leaves all."""

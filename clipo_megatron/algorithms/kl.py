@@ -30,6 +30,7 @@ class KLLoss(Stage):
     """Adds coefficient * KL(pi || pi_ref) to the loss of every token. Assumes gradients flow through log pi."""
 
     needs = frozenset({Signal.reference_logprobs})
+    learns_without_advantage = True
 
     def __init__(self, coefficient: float, kind: KLKind):
         self.coefficient, self.kind = coefficient, kind
@@ -58,6 +59,7 @@ class EntropyBonus(Stage):
     """Subtracts coefficient * entropy from the loss of every token."""
 
     needs = frozenset({Signal.entropy})
+    learns_without_advantage = True
 
     def __init__(self, coefficient: float):
         self.coefficient = coefficient

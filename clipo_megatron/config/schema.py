@@ -102,6 +102,7 @@ class LayoutConfig:
     dp: Optional[int] = None  # data parallel; None: ranks / (tp * pp), and 1 when `clipo train` starts the ranks
     sequence_parallel: bool = False  # shard the sequence between tensor-parallel regions; needs tp > 1
     max_tokens_per_microbatch: int = 8192  # packed tokens of one forward; a longer rollout gets its own
+    share_prompts: Optional[bool] = None  # compute a group's prompt once; None: where the attention can
     distributed_timeout_s: float = 1800.0  # deadline of every collective
 
 

@@ -131,7 +131,7 @@ class PolicyActor:
         for micro, output in zip(micro_batches, outputs, strict=False):
             micro.reference_logprobs = output["logprobs"]
             per_token = kl_estimate(kind, micro.old_logprobs, micro.reference_logprobs)
-            sums.index_add_(0, micro.rows[micro.segment], per_token)
+            sums.index_add_(0, micro.rows[micro.rollout], per_token)
         table.signals["kl"] = share_from_last_stage(sums, self.layout, sum_over_dp=True)
 
     def _agreement(self, micro_batches: Sequence[MicroBatch]) -> dict[str, float]:
@@ -168,12 +168,16 @@ class PolicyActor:
 
     # --- learning ------------------------------------------------------------------------------------------------
 
-    def update(self, micro_batches: Sequence[MicroBatch], loss: LossFunction) -> dict[str, float]:
+    def update(
+        self, micro_batches: Sequence[MicroBatch], loss: LossFunction, *, first: bool = False
+    ) -> dict[str, float]:
         """One optimizer step on one mini-batch.
 
         Args:
             micro_batches: with advantages, weights and old log-probs on the last stage.
             loss: per-token loss [N] of a TokenBatch; the step's loss is its sum under the weights, over all ranks.
+            first: whether the weights are still those that were scored; then KL(old || new) must be 0, and is
+                reported as "policy/first_update_kl".
 
         Returns:
             Metrics, identical on every rank; "policy/update_skipped" is 1 where the gradient was not finite.
@@ -193,7 +197,7 @@ class PolicyActor:
                 old_logprobs=micro.old_logprobs,
                 advantages=micro.advantages,
                 weights=micro.weights,
-                segment=micro.segment,
+                rollout=micro.rollout,
                 rollout_logprobs=micro.rollout_logprobs,
                 reference_logprobs=micro.reference_logprobs,
                 entropy=entropy,
@@ -212,8 +216,11 @@ class PolicyActor:
 
         outputs = self._run(micro_batches, compute, forward_only=False)
         norm, applied = self.optimizer.step()
+        sums = self._sum_metrics(outputs)
+        if first:
+            sums["policy/first_update_kl"] = sums["policy/update_kl"]
         return {
-            **self._sum_metrics(outputs),
+            **sums,
             "policy/grad_norm": norm,
             "policy/update_skipped": 0.0 if applied else 1.0,
             "policy/learning_rate": self.optimizer.learning_rate,

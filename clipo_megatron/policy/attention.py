@@ -1,13 +1,14 @@
 """Core attention for packed segments on `scaled_dot_product_attention`: CPUs, and GPUs without transformer-engine.
 
-Segments of similar length are attended to together, right-padded inside the attention only: under a causal mask a
-padded key lies behind every real query, so no mask is needed and nothing leaks between segments.
+Every segment has queries (its own tokens) and keys (its context's tokens, then its own), causal at the lower right.
+Segments with the same context length and similar own lengths are attended to together, right-padded inside the
+attention only: under the causal mask a padded key lies behind every real query, so nothing leaks between segments.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -17,8 +18,20 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-# Segments share a bucket while the longest is at most this much longer than the shortest.
-BUCKET_GROWTH = 1.25
+from clipo_megatron.flow import Segment
+
+# Segments share a bucket while the longest is at most this much longer than the shortest, plus SLACK tokens.
+GROWTH, SLACK = 1.25, 4
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """Segments that are attended to side by side."""
+
+    count: int
+    length: int  # of their queries, padded
+    context: int  # keys before their own
+    mask: Tensor | None  # [length, context + length] bool, True where attended; None: plainly causal
 
 
 @dataclass
@@ -29,44 +42,47 @@ class SegmentPlan(PackedSeqParams):
     and rotary embeddings alone.
     """
 
-    gather: Tensor | None = None  # [sum n*L] int64, token of each padded place, bucket after bucket
-    restore: Tensor | None = None  # [T] int64, padded place of each token
-    buckets: tuple[tuple[int, int], ...] = ()  # (n segments, L padded length)
+    queries: Tensor | None = None  # [sum count*length] int64, token of each padded query, bucket after bucket
+    keys: Tensor | None = None  # [sum count*(context+length)] int64, token of each padded key
+    restore: Tensor | None = None  # [T] int64, padded query of each token
+    buckets: tuple[Bucket, ...] = ()
 
 
-def plan_segments(boundaries: list[int], device: torch.device) -> SegmentPlan:
-    """Bucket segments by length.
-
-    Args:
-        boundaries: S+1 offsets, ascending from 0.
-        device: where the index tensors go.
-    """
-    spans = [(end - start, start) for start, end in pairwise(boundaries) if end > start]
-    spans.sort(reverse=True)
-    gather: list[Tensor] = []
-    restore = torch.empty(boundaries[-1], dtype=torch.int64)
-    buckets: list[tuple[int, int]] = []
+def plan_segments(segments: Sequence[Segment], device: torch.device) -> SegmentPlan:
+    """Bucket segments by context length and own length. Index tensors go to `device`."""
+    waiting = sorted(segments, key=lambda each: (each.context_length, each.length), reverse=True)
+    queries: list[Tensor] = []
+    keys: list[Tensor] = []
+    buckets: list[Bucket] = []
+    restore = torch.empty(sum(each.length for each in segments), dtype=torch.int64)
     place = 0
-    while spans:
-        longest = spans[0][0]
-        count = sum(1 for length, _ in spans if length * BUCKET_GROWTH >= longest)
-        bucket, spans = spans[:count], spans[count:]
-        for length, start in bucket:
+    while waiting:
+        context, longest = waiting[0].context_length, waiting[0].length
+        count = sum(1 for each in waiting if each.context_length == context and each.length * GROWTH + SLACK >= longest)
+        bucket, waiting = waiting[:count], waiting[count:]
+        for each in bucket:
             # Padding reads the segment's last token: any finite value does, its output is dropped.
-            gather.append(torch.arange(longest).clamp_(max=length - 1).add_(start))
-            restore[start : start + length] = torch.arange(place, place + length)
+            own = torch.arange(longest).clamp_(max=each.length - 1).add_(each.start)
+            queries.append(own)
+            keys += [torch.arange(each.context_start, each.context_start + context), own]
+            restore[each.start : each.start + each.length] = torch.arange(place, place + each.length)
             place += longest
-        buckets.append((count, longest))
+        buckets.append(Bucket(count, longest, context, _lower_right(longest, context, device) if context else None))
     return SegmentPlan(
         qkv_format="segments",
-        gather=torch.cat(gather).to(device),
+        queries=torch.cat(queries).to(device),
+        keys=torch.cat(keys).to(device),
         restore=restore.to(device),
         buckets=tuple(buckets),
     )
 
 
+def _lower_right(length: int, context: int, device: torch.device) -> Tensor:
+    return torch.ones(length, context + length, dtype=torch.bool, device=device).tril_(diagonal=context)
+
+
 class PackedAttention(MegatronModule):
-    """Causal attention within each segment of a packed row, grouped-query heads included."""
+    """Attention within the segments of a packed row and to their contexts, grouped-query heads included."""
 
     def __init__(self, config: TransformerConfig, layer_number: int, softmax_scale: float | None = None, **_: Any):
         super().__init__(config=config)
@@ -79,24 +95,34 @@ class PackedAttention(MegatronModule):
         """Attend.
 
         Args:
-            query: [T, 1, heads, head_dim]. key, value: [T, 1, kv_heads, head_dim].
+            query: [T, 1, heads, head_dim].
+            key: [T, 1, kv_heads, head_dim]; `value` likewise.
             packed_seq_params: the row's plan.
 
         Returns:
             [T, 1, heads * head_dim].
         """
         plan = packed_seq_params
-        padded = [tensor.squeeze(1).index_select(0, plan.gather) for tensor in (query, key, value)]
         grouped = query.shape[2] != key.shape[2]
-        outputs, place = [], 0
-        for count, length in plan.buckets:
-            q, k, v = (
-                tensor[place : place + count * length].unflatten(0, (count, length)).transpose(1, 2)
-                for tensor in padded
-            )
+        padded_query = query.squeeze(1).index_select(0, plan.queries)
+        padded_key, padded_value = (each.squeeze(1).index_select(0, plan.keys) for each in (key, value))
+        outputs, place, key_place = [], 0, 0
+        for bucket in plan.buckets:
+            rows, key_rows = bucket.count * bucket.length, bucket.count * (bucket.context + bucket.length)
             out = scaled_dot_product_attention(
-                q, k, v, is_causal=True, scale=self.softmax_scale, enable_gqa=grouped
-            )  # fmt: skip
-            outputs.append(out.transpose(1, 2).reshape(count * length, -1))
-            place += count * length
+                _batched(padded_query[place : place + rows], bucket.count),
+                _batched(padded_key[key_place : key_place + key_rows], bucket.count),
+                _batched(padded_value[key_place : key_place + key_rows], bucket.count),
+                attn_mask=bucket.mask,
+                is_causal=bucket.mask is None,
+                scale=self.softmax_scale,
+                enable_gqa=grouped,
+            )
+            outputs.append(out.transpose(1, 2).reshape(rows, -1))
+            place, key_place = place + rows, key_place + key_rows
         return torch.cat(outputs).index_select(0, plan.restore).unsqueeze(1)
+
+
+def _batched(rows: Tensor, count: int) -> Tensor:
+    """[count * length, heads, head_dim] -> [count, heads, length, head_dim]."""
+    return rows.unflatten(0, (count, -1)).transpose(1, 2)

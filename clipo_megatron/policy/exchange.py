@@ -76,11 +76,13 @@ def build_table(groups: Sequence[ScoredGroup], *, step: int) -> tuple[RolloutTab
         step=step,
     )
     row_of = {(int(position), int(sample)): row for row, (position, sample) in enumerate(keys)}
-    samples = [
-        Sample(row_of[scored.group.position, r.sample], scored.group.prompt.tokens, r.tokens, r.logprobs)
-        for scored in groups
-        for r in scored.group.rollouts
-    ]
+    samples = []
+    for scored in groups:
+        for rollout in scored.group.rollouts:
+            row = row_of[scored.group.position, rollout.sample]
+            samples.append(
+                Sample(row, int(table.group[row]), scored.group.prompt.tokens, rollout.tokens, rollout.logprobs)
+            )
     return table, samples
 
 
@@ -134,7 +136,8 @@ def _decode(words: Tensor, order: Sequence[int], table: RolloutTable) -> dict[in
     for row in order:
         prompt, response = int(table.prompt_length[row]), int(table.response_length[row])
         parts = words[place : place + prompt + 2 * response].split([prompt, response, response])
-        samples[row] = Sample(row, parts[0].long(), parts[1].long(), parts[2].view(torch.float32))
+        group = int(table.group[row])
+        samples[row] = Sample(row, group, parts[0].long(), parts[1].long(), parts[2].view(torch.float32))
         place += prompt + 2 * response
     return samples
 

@@ -27,6 +27,11 @@ from clipo_megatron.weights.spec import ModelSpec, inverse_frequencies
 TORCH_DTYPE = {DType.fp32: torch.float32, DType.bf16: torch.bfloat16}
 
 
+def packs_shared_prompts() -> bool:
+    """Whether the attention in use lets responses attend to a prompt that is packed once: ours does, TE's does not."""
+    return not transformer_engine_usable()
+
+
 def transformer_engine_usable() -> bool:
     """Whether transformer-engine's layers are installed and can run here."""
     if not platform().has_gpu:
@@ -148,12 +153,12 @@ class PolicyStage(GPTModel):
 
     def _segments(self, micro: MicroBatch) -> tuple[PackedSeqParams | SegmentPlan, Tensor]:
         """How attention sees the row's segments, and the rotary angles that go with it."""
-        lengths = micro.boundaries.diff()
-        longest = int(lengths.max())
+        longest = max(segment.context_length + segment.length for segment in micro.segments)
         table = self.rotary_pos_emb.get_emb(longest)  # [longest, 1, 1, head_dim]
         if not self.packed_by_engine:
-            return plan_segments(micro.boundaries.tolist(), micro.tokens.device), table[micro.positions]
-        offsets = micro.boundaries.to(micro.tokens.device)
+            return plan_segments(micro.segments, micro.tokens.device), table[micro.positions]
+        starts = [segment.start for segment in micro.segments]
+        offsets = torch.tensor([*starts, micro.tokens.numel()], dtype=torch.int32, device=micro.tokens.device)
         params = PackedSeqParams(
             qkv_format="thd", cu_seqlens_q=offsets, cu_seqlens_kv=offsets, max_seqlen_q=longest, max_seqlen_kv=longest
         )
@@ -189,11 +194,8 @@ class PolicyStage(GPTModel):
         Differs from the paper's code, which drops the first response token's predecessor and divides R-1 states by R.
 
         Returns:
-            [S', H] float32.
+            [K, H] float32.
         """
-        lengths = micro.state_end - micro.state_start
-        index = torch.repeat_interleave(torch.arange(lengths.numel(), device=hidden.device), lengths)
-        # Response tokens follow their predictors by one.
-        states = hidden.index_select(0, micro.predict + 1).float()
-        sums = torch.zeros(lengths.numel(), hidden.shape[1], dtype=torch.float32, device=hidden.device)
-        return sums.index_add_(0, index, states) / lengths[:, None]
+        lengths = torch.bincount(micro.rollout, minlength=micro.rows.numel())
+        sums = torch.zeros(micro.rows.numel(), hidden.shape[1], dtype=torch.float32, device=hidden.device)
+        return sums.index_add_(0, micro.rollout, hidden.index_select(0, micro.states).float()) / lengths[:, None]

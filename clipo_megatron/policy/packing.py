@@ -3,106 +3,164 @@
 from __future__ import annotations
 
 import heapq
+from collections import defaultdict
 from collections.abc import Sequence
-from itertools import pairwise
+from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
-from clipo_megatron.flow import MicroBatch, Sample
+from clipo_megatron.flow import MicroBatch, Sample, Segment
+
+# Cut groups into parts until every rank has about this many to be balanced with.
+PARTS_PER_RANK = 8
 
 
-def plan_micro_batches(lengths: Sequence[int], ranks: int, max_tokens: int) -> list[list[list[int]]]:
-    """Divide rollouts among data-parallel ranks and micro-batches.
+@dataclass(frozen=True, slots=True)
+class Unit:
+    """Rollouts that stay in one micro-batch: those that share a prompt, or a single one."""
 
-    Invariants: every row appears once; every rank has the same number of micro-batches; none is empty while there are
-    at least as many rows as micro-batches; a micro-batch exceeds `max_tokens` only when a single rollout does.
-    Ranks are balanced by tokens (longest first onto the lightest rank), and so are the micro-batches of a rank.
+    rows: tuple[int, ...]
+    tokens: int
+
+
+def units_of(
+    group: Sequence[int],
+    prompt_length: Sequence[int],
+    response_length: Sequence[int],
+    *,
+    ranks: int,
+    max_tokens: int,
+    share_prompts: bool,
+) -> list[Unit]:
+    """Group the rollouts of a mini-batch for packing.
+
+    Without shared prompts each rollout is a unit. With them a unit is a group, or a part of one: groups are cut where
+    one does not fit `max_tokens`, and so that every rank has several to be balanced with (each part pays for the
+    prompt again).
 
     Args:
-        lengths: tokens of each row (prompt and response).
+        group: group of each rollout; prompt_length, response_length: its tokens.
         ranks: data-parallel size.
         max_tokens: packed tokens of one micro-batch.
+        share_prompts: whether the prompt of a unit is packed once.
+    """
+    if not share_prompts:
+        return [Unit((row,), p + r) for row, (p, r) in enumerate(zip(prompt_length, response_length, strict=True))]
+    members: dict[int, list[int]] = defaultdict(list)
+    for row, number in enumerate(group):
+        members[number].append(row)
+    # One rank has nothing to balance.
+    parts = -(-PARTS_PER_RANK * ranks // len(members)) if ranks > 1 else 1
+    units = []
+    for rows in members.values():
+        prompt = prompt_length[rows[0]]
+        tokens = sum(response_length[row] for row in rows)
+        room = max(1, max_tokens - prompt)
+        count = min(len(rows), max(parts, -(-tokens // room)))
+        bins = _lightest_first(rows, [response_length[row] for row in rows], count)
+        units += [Unit(tuple(part), prompt + sum(response_length[row] for row in part)) for part in bins]
+    return units
+
+
+def plan_micro_batches(units: Sequence[Unit], ranks: int, max_tokens: int) -> list[list[list[int]]]:
+    """Divide units among data-parallel ranks and micro-batches.
+
+    Invariants: every row appears once; every rank has the same number of micro-batches; a micro-batch exceeds
+    `max_tokens` only when a single unit does. Ranks are balanced by tokens (largest first onto the lightest rank), and
+    so are the micro-batches of a rank.
 
     Returns:
-        plan[rank][micro_batch] = row numbers, ascending.
+        plan[rank][micro_batch] = rows, ascending.
 
     Raises:
-        ValueError: fewer rows than ranks.
+        ValueError: fewer units than ranks.
     """
-    if len(lengths) < ranks:
+    if len(units) < ranks:
         raise ValueError(
-            f"{len(lengths)} rollouts cannot keep {ranks} data-parallel ranks busy; raise data.prompts_per_step or "
+            f"{len(units)} rollouts cannot keep {ranks} data-parallel ranks busy; raise data.prompts_per_step or "
             "rollout.samples_per_prompt, or lower algorithm.mini_batches or layout.dp"
         )
-    shares = _lightest_first(range(len(lengths)), lengths, ranks)
-    count = 1
+    tokens = [unit.tokens for unit in units]
+    shares = _lightest_first(range(len(units)), tokens, ranks)
+    count = max(1, max(-(-sum(tokens[i] for i in share) // max_tokens) for share in shares))
     while True:
-        bins = [_lightest_first(share, lengths, min(count, len(share))) for share in shares]
-        overfull = any(len(rows) > 1 and sum(lengths[row] for row in rows) > max_tokens for b in bins for rows in b)
-        if not overfull:
+        bins = [_lightest_first(share, [tokens[i] for i in share], min(count, len(share))) for share in shares]
+        if all(len(part) == 1 or sum(tokens[i] for i in part) <= max_tokens for each in bins for part in each):
             break
         count += 1
-    return [share + [[] for _ in range(count - len(share))] for share in bins]
+    rows = [[sorted(row for i in part for row in units[i].rows) for part in each] for each in bins]
+    return [each + [[] for _ in range(count - len(each))] for each in rows]
 
 
-def _lightest_first(rows: Sequence[int], lengths: Sequence[int], bins: int) -> list[list[int]]:
-    """Longest-processing-time rule: each row, longest first, goes to the bin with the fewest tokens."""
+def _lightest_first(items: Sequence[int], sizes: Sequence[int], bins: int) -> list[list[int]]:
+    """Longest-processing-time rule: each item, largest first, goes to the bin that holds least."""
     result: list[list[int]] = [[] for _ in range(bins)]
     heap = [(0, 0, index) for index in range(bins)]
-    for row in sorted(rows, key=lambda r: (-lengths[r], r)):
-        tokens, members, index = heapq.heappop(heap)
-        result[index].append(row)
-        heapq.heappush(heap, (tokens + lengths[row], members + 1, index))
-    return [sorted(rows) for rows in result]
+    for size, item in sorted(zip(sizes, items, strict=True), key=lambda pair: (-pair[0], pair[1])):
+        held, members, index = heapq.heappop(heap)
+        result[index].append(item)
+        heapq.heappush(heap, (held + size, members + 1, index))
+    return [sorted(part) for part in result]
 
 
-def pack(samples: Sequence[Sample], *, multiple: int = 1, device: torch.device | None = None) -> MicroBatch:
+def pack(
+    samples: Sequence[Sample], *, share_prompts: bool = False, multiple: int = 1, device: torch.device | None = None
+) -> MicroBatch:
     """Lay samples end to end in one row.
 
     Args:
-        samples: the micro-batch's rollouts; none gives a row of padding that no target reads.
+        samples: the micro-batch's rollouts, in order of their rows; none gives padding that no target reads.
+        share_prompts: pack the prompt of neighbours of one group once, and their responses behind it.
         multiple: pad the row's end to a multiple of this (tensor-parallel size under sequence parallelism).
         device: where the tensors go.
     """
-    spans = [(sample.prompt.numel(), sample.response.numel()) for sample in samples]
-    starts = [0]
-    for prompt, response in spans:
-        starts.append(starts[-1] + prompt + response)
-    real = starts[-1]
-    total = max(multiple, -(-real // multiple) * multiple)
-    boundaries = starts + ([total] if total > real else [])
+    tokens: list[torch.Tensor] = []
+    positions: list[torch.Tensor] = []
+    segments: list[Segment] = []
+    predict: list[torch.Tensor] = []
+    states: list[torch.Tensor] = []
+    end = 0
 
-    tokens = torch.zeros(total, dtype=torch.int64)
-    positions = torch.zeros(total, dtype=torch.int64)
-    for start, end in pairwise(boundaries):
-        positions[start:end] = torch.arange(end - start)
-    for sample, start in zip(samples, starts, strict=False):
-        tokens[start : start + sample.length] = torch.cat([sample.prompt, sample.response])
+    def append(piece: torch.Tensor, first_position: int, context: tuple[int, int] = (0, 0)) -> int:
+        nonlocal end
+        start, end = end, end + piece.numel()
+        tokens.append(piece)
+        positions.append(torch.arange(first_position, first_position + piece.numel()))
+        segments.append(Segment(start, piece.numel(), *context))
+        return start
 
-    predict = [torch.arange(s + p - 1, s + p + r - 1) for (p, r), s in zip(spans, starts, strict=False)]
-    segment = [torch.full((r,), index) for index, (_, r) in enumerate(spans)]
-    states = [(s + p, s + p + r) for (p, r), s in zip(spans, starts, strict=False)]
+    prompt_start, shared = 0, None
+    for sample in samples:
+        length, count = sample.prompt.numel(), sample.response.numel()
+        if not share_prompts:
+            prompt_start = append(torch.cat([sample.prompt, sample.response]), 0)
+            start = prompt_start + length
+        else:
+            if shared != sample.group:
+                prompt_start, shared = append(sample.prompt, 0), sample.group
+            start = append(sample.response, length, (prompt_start, length))
+        place = torch.arange(start, start + count)
+        states.append(place)
+        predict.append(torch.cat([torch.tensor([prompt_start + length - 1]), place[:-1]]))
 
-    def ints(values: Sequence[int]) -> Tensor:
-        return torch.tensor(values, dtype=torch.int64, device=device)
+    padding = max(multiple, -(-end // multiple) * multiple) - end
+    if padding:
+        append(torch.zeros(padding, dtype=torch.int64), 0)
+    counts = torch.tensor([sample.response.numel() for sample in samples], dtype=torch.int64)
 
-    def joined(parts: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
-        return (
-            torch.cat(list(parts)).to(device=device, dtype=dtype)
-            if parts
-            else torch.empty(0, dtype=dtype, device=device)
-        )
+    def joined(parts: Sequence[torch.Tensor], dtype: torch.dtype = torch.int64) -> torch.Tensor:
+        return torch.cat([torch.empty(0, dtype=dtype), *parts]).to(device=device, dtype=dtype)
 
     return MicroBatch(
-        tokens=tokens.to(device),
-        positions=positions.to(device),
-        boundaries=torch.tensor(boundaries, dtype=torch.int32),
-        rows=ints([sample.row for sample in samples]),
-        predict=joined(predict, torch.int64),
-        targets=joined([sample.response for sample in samples], torch.int64),
-        segment=joined(segment, torch.int64),
-        state_start=ints([start for start, _ in states]),
-        state_end=ints([end for _, end in states]),
+        tokens=joined(tokens),
+        positions=joined(positions),
+        segments=tuple(segments),
+        samples=tuple(samples),
+        rows=joined([torch.tensor([sample.row for sample in samples], dtype=torch.int64)]),
+        predict=joined(predict),
+        states=joined(states),
+        targets=joined([sample.response for sample in samples]),
+        rollout=torch.repeat_interleave(torch.arange(len(samples)), counts).to(device),
         rollout_logprobs=joined([sample.logprobs for sample in samples], torch.float32),
+        padding=padding,
     )
