@@ -82,6 +82,7 @@ class GraderMode(str, Enum):
     math = "math"
     reference = "reference"
     choice = "choice"
+    number = "number"  # the last number of the response
     reasoning_gym = "reasoning_gym"
 
 
@@ -126,6 +127,7 @@ class DataConfig:
     prompts_per_step: int = 16  # over all ranks
     shuffle: bool = True
     max_prompt_tokens: int = 512  # longer prompts are left out, and counted
+    hold_out: bool = True  # leave out of training whatever is also an evaluation problem
 
 
 @dataclass

@@ -6,13 +6,14 @@ import logging
 from collections.abc import Mapping
 from typing import Any
 
-from clipo_megatron.rewards import choice, math, reasoning_gym, reference
+from clipo_megatron.rewards import choice, math, number, reasoning_gym, reference
 from clipo_megatron.rewards.answer import UnknownGraderError, is_choice_source
 
 _GRADERS = {
     "math": math.grade,
     "reference": reference.grade,
     "choice": choice.grade,
+    "number": number.grade,
     "reasoning_gym": reasoning_gym.grade,
 }
 MODES = ("auto", *_GRADERS)
@@ -20,9 +21,14 @@ _log = logging.getLogger(__name__)
 
 
 def mode_for(data_source: str) -> str:
-    """The mode that `auto` stands for: reasoning_gym/* its own data set, multiple-choice sets `choice`, else `math`."""
+    """The mode that `auto` stands for.
+
+    reasoning_gym/* its own data set, arithmetic* `number`, multiple-choice sets `choice`, everything else `math`.
+    """
     if data_source.startswith(reasoning_gym.PREFIX):
         return "reasoning_gym"
+    if data_source.startswith("arithmetic"):
+        return "number"
     return "choice" if is_choice_source(data_source) else "math"
 
 
@@ -55,7 +61,7 @@ def grade(
         ground_truth: the gold answer, or a worked solution whose last `\\boxed{}` is the answer.
         data_source: the row's source, "openai/gsm8k"; says which sets are multiple choice, and the data set for
             mode "reasoning_gym".
-        mode: "math", "reference", "choice", "reasoning_gym", or "auto" to choose by `data_source`.
+        mode: "math", "reference", "choice", "number", "reasoning_gym", or "auto" to choose by `data_source`.
         extra: the reasoning-gym entry, for that mode.
 
     Returns:
