@@ -1,0 +1,33 @@
+"""What tests of several rooms share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from ranks import RankPool
+from small_runs import SmallRun, write_config, write_model
+
+
+@pytest.fixture(scope="session")
+def ranks() -> Iterator[RankPool]:
+    """Processes that a test runs a function on, as the ranks of a process group."""
+    pool = RankPool()
+    yield pool
+    pool.close()
+
+
+@pytest.fixture(scope="session")
+def small_config(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The configuration file of a small run."""
+    folder = tmp_path_factory.mktemp("small")
+    return write_config(folder, write_model(folder / "model"))
+
+
+@pytest.fixture(scope="session")
+def undisturbed(small_config: Path) -> Path:
+    """The output folder of a small run on one rank that nothing happened to; not to be written to."""
+    output = small_config.with_name("undisturbed")
+    SmallRun(small_config, output).wait()
+    return output

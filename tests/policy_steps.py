@@ -1,0 +1,148 @@
+"""Training steps on made-up rollouts, through the same rooms as the trainer's page; what a layout must not change.
+
+The rollouts are random tokens with random verdicts, a function of the seed alone and dealt out over the ranks as the
+engines would. Everything after generation is the real path: exchange, batching, scoring, stages, credit, update.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from clipo_megatron.algorithms.algorithm import build_algorithm
+from clipo_megatron.config.schema import DType, LayoutConfig, RunConfig
+from clipo_megatron.flow import Prompt, Rollout, RolloutGroup, ScoredGroup, Verdict
+from clipo_megatron.policy import layout as layouts
+from clipo_megatron.policy.actor import PolicyActor
+from clipo_megatron.policy.batching import Batcher
+from clipo_megatron.policy.exchange import build_table
+
+STEPS = 3
+
+
+def configuration(folder: Path | str, *, overlap: bool = False) -> RunConfig:
+    """A small run in fp32 whose updates move the weights by about 1%.
+
+    Adam's epsilon is as large as the gradients, in the policy: dividing by their root mean square alone would turn the
+    rounding noise of a gradient near zero into a step of full size with either sign, in any layout.
+    """
+    config = RunConfig()
+    config.model.path, config.model.dtype = str(folder), DType.fp32
+    config.layout.max_tokens_per_microbatch = 100
+    config.rollout.samples_per_prompt = 4
+    config.algorithm.mini_batches = 2
+    config.clipo.dim = 16
+    config.optimizer.learning_rate, config.optimizer.epsilon = 2e-3, 1e-4
+    config.optimizer.overlap_grad_reduce = overlap
+    return config
+
+
+def scored_groups(step: int, *, vocab: int, groups: int = 6, samples: int = 4) -> list[ScoredGroup]:
+    """Unequal lengths down to one token; group 0 all right, 1 all wrong, 2 with one right, ungraded ones in between."""
+    generator = torch.Generator().manual_seed(1000 + step)
+
+    def number(low: int, high: int) -> int:
+        return int(torch.randint(low, high, (), generator=generator))
+
+    def tokens(count: int) -> torch.Tensor:
+        return torch.randint(0, vocab, (count,), generator=generator)
+
+    result = []
+    for position in range(groups):
+        prompt = Prompt(f"made up/{step}-{position}", (), tokens(1 if position == 3 else number(2, 20)), "none", "")
+        rollouts, verdicts = [], []
+        for sample in range(samples):
+            length = 1 if (position + sample) % 7 == 0 else number(2, 16)
+            rollouts.append(Rollout(tokens(length), -torch.rand(length, generator=generator), "", "stop", 0, sample))
+            correct: bool | None = {0: True, 1: False, 2: sample == 1}.get(position, number(0, 2) == 1)
+            if position % 3 == 2 and sample == position % samples:
+                correct = None
+            verdicts.append(Verdict(correct, 1.0 if correct else 0.0))
+        result.append(ScoredGroup(RolloutGroup(position, prompt, rollouts), verdicts))
+    return result
+
+
+def train(config: RunConfig, layout_config: LayoutConfig) -> dict[str, Any]:
+    """STEPS steps on this rank; collective.
+
+    Returns:
+        Facts of the steps (identical on every rank): metrics of each update, table signals, rewards, advantages, final
+        weights by Hugging Face name. What only some ranks know is given by table row: "logprobs", "pooled", both of
+        the last step; "head" are the contrastive head's weights. Both kinds are absent on ranks that do not hold them.
+    """
+    config.layout = layout_config
+    layout = layouts.initialize(config.layout, seed=config.train.seed)
+    algorithm = build_algorithm(config)
+    actor = PolicyActor(config, layout, needs=algorithm.needs, total_steps=100)
+    batcher = Batcher.of(config, layout)
+    weights_before = _exported(actor)
+    facts: dict[str, Any] = {"updates": [], "scores": [], "signals": [], "reward": [], "advantage": []}
+    pooled: dict[int, torch.Tensor] = {}
+    if actor.contrastive is not None:
+        _listen(actor.contrastive, pooled)
+    for step in range(STEPS):
+        scored = scored_groups(step, vocab=actor.spec.vocab_size)[layout.rank :: layout.world]
+        table, samples = build_table(scored, step=step)
+        mini_batches = batcher.mini_batches_of(samples, table)
+        micro_batches = [micro for batch in mini_batches for micro in batch.micro_batches]
+        facts["scores"].append(actor.score(micro_batches, table))
+        keep = algorithm.select(table)
+        reward = algorithm.shape_reward(table)
+        advantage = algorithm.advantage(table, reward)
+        for epoch in range(config.algorithm.epochs):
+            for batch in mini_batches:
+                weight = algorithm.token_weight(table, batch.rows[keep[batch.rows]])
+                credited = batcher.credit(
+                    batch, advantage, weight, skip_zero_advantage=not algorithm.learns_without_advantage
+                )
+                first = epoch == 0 and batch is mini_batches[0]
+                facts["updates"].append(actor.update(credited, algorithm.loss, first=first))
+        algorithm.after_update(table)
+        facts["signals"].append(dict(table.signals))
+        facts["reward"].append(reward)
+        facts["advantage"].append(advantage)
+    facts["weights_before"], facts["weights"] = weights_before, _exported(actor)
+    facts["packed"] = sum(micro.tokens.numel() for micro in micro_batches)
+    if layout.is_last_stage:
+        facts["logprobs"] = _by_row(micro_batches, "old_logprobs")
+        facts["pooled"] = pooled
+        if actor.contrastive is not None:
+            facts["head"] = dict(actor.contrastive.head.state_dict())
+    return facts
+
+
+def merged(results: Sequence[dict[str, Any]], name: str) -> dict[int, torch.Tensor]:
+    """What the data-parallel ranks know of `name`, by row of the table; tensor-parallel ranks must agree to the bit."""
+    rows: dict[int, torch.Tensor] = {}
+    for each in results:
+        for row, value in each.get(name, {}).items():
+            assert row not in rows or torch.equal(rows[row], value), f"two ranks disagree on {name} of row {row}"
+            rows[row] = value
+    return dict(sorted(rows.items()))
+
+
+def _exported(actor: PolicyActor) -> dict[str, torch.Tensor]:
+    return {name: tensor.clone() for name, tensor in actor.export()}
+
+
+def _by_row(micro_batches: Sequence[Any], name: str) -> dict[int, torch.Tensor]:
+    return {
+        int(row): getattr(micro, name)[micro.rollout == index]
+        for micro in micro_batches
+        for index, row in enumerate(micro.rows)
+    }
+
+
+def _listen(contrastive: Any, heard: dict[int, torch.Tensor]) -> None:
+    """Note the pooled states that pass into the contrastive head's latest step."""
+    step = contrastive.step
+
+    def note(pooled: torch.Tensor, rows: torch.Tensor, table: Any) -> Any:
+        heard.clear()
+        heard.update(zip(rows.tolist(), pooled.clone(), strict=True))
+        return step(pooled, rows, table)
+
+    contrastive.step = note

@@ -1,0 +1,190 @@
+"""Three steps of two mini-batches give the same numbers in every layout, to 1e-5 relative, in fp32.
+
+"Relative" is to the largest magnitude of the tensor: fp32 transformers itself is further than 1e-5 of a single
+near-zero entry from fp64.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from policy_steps import STEPS, configuration, merged, train
+from ranks import RankPool
+from tiny_models import tiny_llama, tiny_qwen2
+from torch import Tensor
+
+from clipo_megatron.config.schema import (
+    Aggregation,
+    AlgorithmName,
+    ContrastiveLossName,
+    Debias,
+    HeadKind,
+    KLConfig,
+    KLKind,
+    KLPlace,
+    LayoutConfig,
+    Level,
+    RunConfig,
+)
+
+TOLERANCE = 1e-5
+# Odd: the vocabulary is padded under tensor parallelism.
+VOCAB = 263
+
+
+def plain_llama(folder: Path) -> tuple[RunConfig, bool]:
+    """GRPO and CLIPO as they come; embeddings and LM head apart."""
+    return configuration(tiny_llama(folder, tied=False, vocab=VOCAB)), False
+
+
+def qwen2_with_kl_and_entropy(folder: Path) -> tuple[RunConfig, bool]:
+    """KL and entropy in the loss, so that every graded rollout has a gradient; asymmetric clip; shared prompts."""
+    config = configuration(tiny_qwen2(folder, tied=True, vocab=VOCAB))
+    config.algorithm.kl = KLConfig(coefficient=0.05, kind=KLKind.k3, place=KLPlace.loss)
+    config.algorithm.entropy_coefficient = 0.01
+    config.algorithm.clip_low, config.algorithm.clip_high = 0.1, 0.28
+    config.rollout.temperature = 0.8
+    return config, True
+
+
+def tied_llama_debiased(folder: Path) -> tuple[RunConfig, bool]:
+    """Dr.GRPO over two epochs, KL in the reward, a debiased two-layer head whose negatives come from the batch."""
+    config = configuration(tiny_llama(folder, tied=True, vocab=VOCAB))
+    config.algorithm.name = AlgorithmName.dr_grpo
+    config.algorithm.constant_length = 15
+    config.algorithm.epochs = 2
+    config.algorithm.kl = KLConfig(coefficient=0.01, kind=KLKind.k1, place=KLPlace.reward)
+    config.clipo.debias, config.clipo.head = Debias.mean, HeadKind.mlp
+    config.clipo.level, config.clipo.loss = Level.cross, ContrastiveLossName.supcon_out
+    return config, True
+
+
+def untied_qwen2_by_sequences(folder: Path) -> tuple[RunConfig, bool]:
+    """Sequence means, gradients reduced while others are computed."""
+    config = configuration(tiny_qwen2(folder, tied=False, vocab=VOCAB), overlap=True)
+    config.algorithm.aggregation = Aggregation.sequence_mean
+    return config, True
+
+
+CASES = {
+    case.__name__: case
+    for case in (plain_llama, qwen2_with_kl_and_entropy, tied_llama_debiased, untied_qwen2_by_sequences)
+}
+LAYOUTS = {
+    "TP2": (2, LayoutConfig(tp=2)),
+    "PP2": (2, LayoutConfig(pp=2)),
+    "TP2 x PP2": (4, LayoutConfig(tp=2, pp=2)),
+    "DP2": (2, LayoutConfig()),
+    "TP2 with sequence parallelism": (2, LayoutConfig(tp=2, sequence_parallel=True)),
+    "PP2 x DP2": (4, LayoutConfig(pp=2)),
+    "TP2 x DP2 with sequence parallelism": (4, LayoutConfig(tp=2, sequence_parallel=True)),
+}
+
+
+@pytest.fixture(scope="module", params=CASES)
+def one_rank(
+    request: pytest.FixtureRequest, ranks: RankPool, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[RunConfig, bool, dict[str, Any]]:
+    """A case's configuration, whether it shares prompts, and what one rank makes of it."""
+    case: Callable[[Path], tuple[RunConfig, bool]] = CASES[request.param]
+    config, share = case(tmp_path_factory.mktemp("model"))
+    return config, share, ranks.run(train, 1, config, LayoutConfig(share_prompts=share))[0]
+
+
+def distance(ours: Tensor, theirs: Tensor, scale: float | None = None) -> float:
+    """Largest difference relative to the largest magnitude of `theirs`, or to `scale`."""
+    assert ours.shape == theirs.shape
+    ours, theirs = ours.double(), theirs.double()
+    return float((ours - theirs).abs().max() / (scale or theirs.abs().max().clamp(min=1e-30)))
+
+
+@pytest.mark.timeout(240)
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_every_layout_trains_the_same(name: str, one_rank: tuple[Any, ...], ranks: RankPool) -> None:
+    config, share, expected = one_rank
+    world, layout = LAYOUTS[name]
+    layout = LayoutConfig(layout.tp, layout.pp, sequence_parallel=layout.sequence_parallel, share_prompts=share)
+    results = ranks.run(train, world, config, layout)
+
+    far: dict[str, float] = {}
+    # Differences of larger terms are as exact as the terms: similarities over the temperature, sums of log-probs,
+    # and, in the loss, advantages.
+    scales = {
+        "contrastive_loss": 1 / config.clipo.temperature,
+        "kl": max(float(each.abs().sum()) for each in expected["logprobs"].values()),
+        "loss": 1.0,
+    }
+
+    def compare(what: str, ours: Tensor, theirs: Tensor) -> None:
+        far[what] = max(far.get(what, 0.0), distance(ours, theirs, scales.get(what)))
+
+    for quantity in ("logprobs", "pooled"):
+        theirs = merged([expected], quantity)
+        ours = merged(results, quantity)
+        assert list(ours) == list(theirs)
+        compare(quantity, torch.cat(list(ours.values())), torch.cat(list(theirs.values())))
+    for rank in results:
+        for step in range(STEPS):
+            for signal, theirs in expected["signals"][step].items():
+                compare(signal, rank["signals"][step][signal], theirs)
+            compare("reward", rank["reward"][step], expected["reward"][step])
+            compare("advantage", rank["advantage"][step], expected["advantage"][step])
+            for metric, theirs in expected["scores"][step].items():
+                compare(metric, torch.tensor(rank["scores"][step][metric]), torch.tensor(theirs))
+        for ours, theirs in zip(rank["updates"], expected["updates"], strict=True):
+            assert ours.keys() == theirs.keys()
+            for what, metric in {"loss": "policy/loss", "gradient norm": "policy/grad_norm"}.items():
+                compare(what, torch.tensor(ours[metric]), torch.tensor(theirs[metric]))
+            assert ours["policy/update_skipped"] == 0
+        for parameter, theirs in expected["weights"].items():
+            compare(f"weight {parameter}", rank["weights"][parameter], theirs)
+        for parameter, theirs in expected["head"].items():
+            if "head" in rank:
+                compare(f"head {parameter}", rank["head"][parameter], theirs)
+    assert sum("head" in rank for rank in results) == world // layout.pp
+    assert {what: value for what, value in far.items() if not value <= TOLERANCE} == {}
+
+
+def test_the_weights_move_far_more_than_the_tolerance(one_rank: tuple[Any, ...]) -> None:
+    _, _, facts = one_rank
+    for name, after in facts["weights"].items():
+        assert distance(after, facts["weights_before"][name]) > 200 * TOLERANCE, name
+    for after in facts["head"].values():
+        assert float(after.abs().max()) > 0
+
+
+def test_the_cases_are_not_trivial(one_rank: tuple[Any, ...]) -> None:
+    config, _, facts = one_rank
+    valid = torch.cat([signals["contrastive_valid"] for signals in facts["signals"]])
+    assert 0 < int(valid.sum()) < valid.numel()
+    assert len(facts["updates"]) == STEPS * config.algorithm.mini_batches * config.algorithm.epochs
+    advantage = torch.cat(facts["advantage"])
+    assert 0 < int((advantage == 0).sum()) < advantage.numel()
+    norms = [update["policy/grad_norm"] for update in facts["updates"]]
+    assert min(norms) < config.optimizer.max_grad_norm < max(norms) or min(norms) > config.optimizer.max_grad_norm
+
+
+def test_the_first_update_is_on_policy(one_rank: tuple[Any, ...]) -> None:
+    config, _, facts = one_rank
+    a_step = config.algorithm.mini_batches * config.algorithm.epochs
+    for number, update in enumerate(facts["updates"]):
+        if number % a_step == 0:
+            assert abs(update["policy/first_update_kl"]) < 1e-8
+        else:
+            assert "policy/first_update_kl" not in update
+            assert math.isfinite(update["policy/update_kl"]) and update["policy/update_kl"] > 1e-8
+
+
+def test_shared_prompts_change_nothing_but_the_work(ranks: RankPool, tmp_path: Path) -> None:
+    config, _ = plain_llama(tmp_path)
+    apart, shared = (ranks.run(train, 1, config, LayoutConfig(share_prompts=share))[0] for share in (False, True))
+    assert shared["packed"] < 0.8 * apart["packed"]
+    far = {name: distance(shared["weights"][name], theirs) for name, theirs in apart["weights"].items()}
+    assert max(far.values()) <= TOLERANCE, far
+    rows = merged([apart], "logprobs")
+    assert distance(torch.cat(list(merged([shared], "logprobs").values())), torch.cat(list(rows.values()))) <= TOLERANCE
