@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import heapq
+import math
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,8 +12,8 @@ import torch
 
 from clipo_megatron.flow import MicroBatch, Sample, Segment
 
-# Cut groups into parts until every rank has about this many to be balanced with.
-PARTS_PER_RANK = 8
+# Groups are cut into parts until the heaviest rank has at most this many times the mean.
+BALANCE = 1.02
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,8 +36,7 @@ def units_of(
     """Group the rollouts of a mini-batch for packing.
 
     Without shared prompts each rollout is a unit. With them a unit is a group, or a part of one: groups are cut where
-    one does not fit `max_tokens`, and so that every rank has several to be balanced with (each part pays for the
-    prompt again).
+    one does not fit `max_tokens`, and into as few parts as balance the ranks (each part pays for the prompt again).
 
     Args:
         group: group of each rollout; prompt_length, response_length: its tokens.
@@ -49,16 +49,33 @@ def units_of(
     members: dict[int, list[int]] = defaultdict(list)
     for row, number in enumerate(group):
         members[number].append(row)
-    # One rank has nothing to balance.
-    parts = -(-PARTS_PER_RANK * ranks // len(members)) if ranks > 1 else 1
-    units = []
-    for rows in members.values():
-        prompt = prompt_length[rows[0]]
-        tokens = sum(response_length[row] for row in rows)
-        room = max(1, max_tokens - prompt)
-        count = min(len(rows), max(parts, -(-tokens // room)))
-        bins = _lightest_first(rows, [response_length[row] for row in rows], count)
-        units += [Unit(tuple(part), prompt + sum(response_length[row] for row in part)) for part in bins]
+
+    best, least = [], math.inf
+    for parts in range(1, 1 + max(map(len, members.values()))):
+        units = [
+            unit
+            for rows in members.values()
+            for unit in _parts_of(
+                rows, prompt_length[rows[0]], [response_length[row] for row in rows], parts, max_tokens
+            )
+        ]
+        tokens = [unit.tokens for unit in units]
+        heaviest = max(sum(tokens[i] for i in share) for share in _lightest_first(range(len(units)), tokens, ranks))
+        if not best or len(best) < ranks or heaviest < least:
+            best, least = units, heaviest
+        if len(units) >= ranks and heaviest * ranks <= BALANCE * sum(tokens):
+            break
+    return best
+
+
+def _parts_of(rows: Sequence[int], prompt: int, responses: Sequence[int], parts: int, max_tokens: int) -> list[Unit]:
+    """A group in at least `parts` parts, and so many that each fits `max_tokens` or is one rollout."""
+    size = dict(zip(rows, responses, strict=True))
+    for count in range(min(parts, len(rows)), len(rows) + 1):
+        bins = _lightest_first(rows, responses, count)
+        units = [Unit(tuple(part), prompt + sum(size[row] for row in part)) for part in bins]
+        if all(len(unit.rows) == 1 or unit.tokens <= max_tokens for unit in units):
+            break
     return units
 
 
