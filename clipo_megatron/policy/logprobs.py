@@ -67,44 +67,50 @@ class _TokenLogprobs(torch.autograd.Function):
     def forward(ctx, hidden, weight, targets, start, real, temperature, group, main_grad, want_entropy, chunk):
         count = targets.numel()
         shard = weight[:real]
-        stats = torch.empty(3 if want_entropy else 2, count, dtype=torch.float32, device=hidden.device)
+        stats = torch.zeros(3 if want_entropy else 2, count, dtype=torch.float32, device=hidden.device)
+        stats[0] = -torch.inf  # of a shard that is padding alone
         local = targets - start
         owned = (local >= 0) & (local < real)
         local = torch.where(owned, local, 0)
-        for begin in range(0, count, chunk):
+        workspace = _Workspace(min(chunk, count), hidden, shard, temperature)
+        for begin in range(0, count if real else 0, chunk):
             part = slice(begin, begin + chunk)
-            logits = _logits(hidden[part], shard, temperature)
-            lse = torch.logsumexp(logits, dim=-1)
-            stats[0, part] = lse
+            logits = workspace.logits(hidden[part])
             stats[1, part] = logits.gather(1, local[part, None]).squeeze(1).masked_fill_(~owned[part], 0.0)
+            peak = logits.amax(-1, keepdim=True)
+            odds = logits.sub_(peak).exp() if want_entropy else logits.sub_(peak).exp_()
+            total = odds.sum(-1)
+            stats[0, part] = total.log() + peak.squeeze(1)
             if want_entropy:
                 # sum_j p_j * logit_j under the shard's own softmax; merged below
-                stats[2, part] = (logits - lse[:, None]).exp_().mul_(logits).sum(-1)
+                stats[2, part] = odds.mul_(logits).sum(-1) / total + peak.squeeze(1)
         if group is not None and dist.get_world_size(group) > 1:
             gathered = torch.empty(dist.get_world_size(group), *stats.shape, dtype=stats.dtype, device=stats.device)
             dist.all_gather_into_tensor(gathered.view(-1), stats.view(-1), group=group)
             lse = torch.logsumexp(gathered[:, 0], dim=0)
             target_logit = gathered[:, 1].sum(0)
-            moment = ((gathered[:, 0] - lse).exp() * gathered[:, 2]).sum(0) if want_entropy else None
+            share = (gathered[:, 0] - lse).exp()  # of the probability, each shard's
+            entropy = (share * (lse - gathered[:, 2])).sum(0) if want_entropy else lse.new_empty(0)
         else:
             lse, target_logit = stats[0].clone(), stats[1]
-            moment = stats[2].clone() if want_entropy else None
-        ctx.save_for_backward(hidden, weight, local, owned, lse, *([moment] if want_entropy else []))
+            entropy = lse - stats[2] if want_entropy else lse.new_empty(0)
+        ctx.save_for_backward(hidden, weight, local, owned, lse, *([lse - entropy] if want_entropy else []))
         ctx.real, ctx.temperature, ctx.main_grad, ctx.chunk = real, temperature, main_grad, chunk
-        return target_logit - lse, (lse - moment if want_entropy else lse.new_empty(0))
+        return target_logit - lse, entropy
 
     @staticmethod
     def backward(ctx, grad_logprobs, grad_entropy):
         hidden, weight, local, owned, lse, *moment = ctx.saved_tensors
         shard = weight[: ctx.real]
-        grad_hidden = torch.empty_like(hidden)
+        grad_hidden = torch.empty_like(hidden) if ctx.real else torch.zeros_like(hidden)
         grad_weight = ctx.main_grad
         if grad_weight is None and ctx.needs_input_grad[1]:
             grad_full = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
             grad_weight = grad_full[: ctx.real]
-        for begin in range(0, local.numel(), ctx.chunk):
+        workspace = _Workspace(min(ctx.chunk, local.numel()), hidden, shard, ctx.temperature)
+        for begin in range(0, local.numel() if ctx.real else 0, ctx.chunk):
             part = slice(begin, begin + ctx.chunk)
-            logits = _logits(hidden[part], shard, ctx.temperature)
+            logits = workspace.logits(hidden[part])
             centred = logits - moment[0][part, None] if moment else None
             grad = logits.sub_(lse[part, None]).exp_()
             if centred is not None:
@@ -115,7 +121,7 @@ class _TokenLogprobs(torch.autograd.Function):
             grad.scatter_add_(1, local[part, None], (grad_logprobs[part] * owned[part])[:, None])
             if ctx.temperature != 1.0:
                 grad.div_(ctx.temperature)
-            narrow = grad.to(hidden.dtype)
+            narrow = workspace.narrowed(grad)
             torch.mm(narrow, shard, out=grad_hidden[part])
             if grad_weight is not None:
                 if narrow.dtype == grad_weight.dtype:
@@ -133,7 +139,24 @@ class _TokenLogprobs(torch.autograd.Function):
         return (grad_hidden, grad_out) + (None,) * 8
 
 
-def _logits(hidden: Tensor, shard: Tensor, temperature: float) -> Tensor:
-    """fp32 logits of one chunk, [n, V_shard]; a fresh tensor that the caller may overwrite."""
-    logits = (hidden @ shard.t()).float()
-    return logits if temperature == 1.0 else logits.div_(temperature)
+class _Workspace:
+    """Buffers for the logits of one chunk, used again by the next: fresh ones of this size cost page faults."""
+
+    def __init__(self, tokens: int, hidden: Tensor, shard: Tensor, temperature: float):
+        self.shard, self.temperature = shard, temperature
+        self.raw = hidden.new_empty(tokens, shard.shape[0])
+        self.wide = (
+            self.raw if hidden.dtype is torch.float32 else self.raw.new_empty(self.raw.shape, dtype=torch.float32)
+        )
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[n, V_shard] float32, valid until the next call; the caller may overwrite it."""
+        raw, logits = self.raw[: len(hidden)], self.wide[: len(hidden)]
+        torch.mm(hidden, self.shard.t(), out=raw)
+        if self.raw is not self.wide:
+            logits.copy_(raw)
+        return logits if self.temperature == 1.0 else logits.div_(self.temperature)
+
+    def narrowed(self, logits: Tensor) -> Tensor:
+        """What `logits` returned, in the states' dtype again."""
+        return logits if self.raw is self.wide else self.raw[: len(logits)].copy_(logits)
