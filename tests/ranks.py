@@ -101,7 +101,8 @@ class RankPool:
 
     def _collect(self, ranks: range, timeout_s: float, what: str) -> dict[int, tuple[bool, Any]]:
         """One answer of each rank; kills the pool and raises when some are missing."""
-        deadline = time.monotonic() + timeout_s
+        start = time.monotonic()
+        deadline = start + timeout_s
         pending = {self._workers[rank][1]: rank for rank in ranks}
         answers: dict[int, tuple[bool, Any]] = {}
         gone: list[int] = []
@@ -121,8 +122,8 @@ class RankPool:
             told = "".join(f"\n--- rank {rank}:\n{text}" for rank, (ok, text) in sorted(answers.items()) if not ok)
             self.close()
             raise RankTimeout(
-                f"waited {timeout_s:.0f} s for {what}: no answer from ranks {silent} of {len(ranks)}"
-                + (f"; {GRACE_S:.0f} s after others raised:{told}" if told else "")
+                f"waited {time.monotonic() - start:.0f} s for {what}: no answer from ranks {silent} of {len(ranks)}"
+                + (f"; others raised at most {GRACE_S:.0f} s before:{told}" if told else "")
             )
         if gone:
             self.close()

@@ -61,7 +61,7 @@ class ClippedPolicyLoss(Stage):
         elif self.aggregation is Aggregation.sequence_mean:
             per_token = 1.0 / (lengths.numel() * lengths)
         else:
-            per_token = torch.full_like(lengths, 1.0 / (lengths.numel() * self.constant_length))
+            per_token = torch.full_like(lengths, 1.0 / (max(lengths.numel(), 1) * self.constant_length))
         weight = torch.zeros(table.size)
         weight[rows] = per_token
         return weight

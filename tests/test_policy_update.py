@@ -1,0 +1,207 @@
+"""The packed update's gradients against a plain transformers implementation, and updates that must not happen."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from policy_steps import configuration, scored_groups
+from ranks import RankPool
+from tiny_models import tiny_llama, tiny_qwen2
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from clipo_megatron.algorithms.algorithm import build_algorithm
+from clipo_megatron.config.schema import Aggregation, KLConfig, KLKind, LayoutConfig, RunConfig
+from clipo_megatron.flow import ScoredGroup, Verdict
+from clipo_megatron.policy import layout as layouts
+from clipo_megatron.policy.actor import PolicyActor
+from clipo_megatron.policy.batching import Batcher
+from clipo_megatron.policy.exchange import build_table
+from clipo_megatron.weights.export import export
+
+VOCAB = 263
+# Old and reference log-probs, as if two other policies had been scored.
+OLD_SHIFT, REFERENCE_SHIFT = 0.3, 0.5
+
+
+def shift(name: str, tokens: Tensor, scale: float) -> Tensor:
+    """A made-up distance of each token's log-prob, known to both sides of the comparison."""
+    return scale * torch.sin(tokens.float() * {"old": 1.0, "reference": 2.0}[name])
+
+
+def one_update(config: RunConfig, layout_config: LayoutConfig) -> dict[str, Any]:
+    """Gradients by Hugging Face name, the loss and the norm of one update on one mini-batch; one rank."""
+    config.layout, config.algorithm.mini_batches = layout_config, 1
+    config.layout.max_tokens_per_microbatch = 100
+    config.optimizer.max_grad_norm = 0.0  # clipping would scale the gradients where they lie
+    layout = layouts.initialize(config.layout, seed=0)
+    algorithm = build_algorithm(config)
+    actor = PolicyActor(config, layout, needs=algorithm.needs, total_steps=10)
+    batcher = Batcher.of(config, layout)
+    table, samples = build_table(scored_groups(0, vocab=VOCAB), step=0)
+    batch = batcher.mini_batches_of(samples, table)[0]
+    actor.score(batch.micro_batches, table)
+    for micro in batch.micro_batches:
+        micro.reference_logprobs = micro.old_logprobs + shift("reference", micro.targets, REFERENCE_SHIFT)
+        micro.old_logprobs = micro.old_logprobs + shift("old", micro.targets, OLD_SHIFT)
+    advantage = algorithm.advantage(table, algorithm.shape_reward(table))
+    weight = algorithm.token_weight(table, batch.rows[algorithm.select(table)])
+    credited = batcher.credit(batch, advantage, weight, skip_zero_advantage=not algorithm.learns_without_advantage)
+    metrics = actor.update(credited, algorithm.loss)
+    gradients = {name: parameter.main_grad for name, parameter in actor.stage.named_parameters()}
+    return {
+        "gradients": {name: grad.clone() for name, grad in export(actor.export_plan, [gradients])},
+        "metrics": metrics,
+        "advantage": advantage,
+        "micro_batches": len(credited),
+    }
+
+
+def plainly(config: RunConfig, advantage: Tensor) -> tuple[float, dict[str, Tensor]]:
+    """The same loss as one writes it first: a forward a sequence, full logits, autograd."""
+    model = AutoModelForCausalLM.from_pretrained(config.model.path, dtype=torch.float32)
+    settings = config.algorithm
+    sequences, row = [], 0
+    for scored in scored_groups(0, vocab=VOCAB):
+        for rollout, verdict in zip(scored.group.rollouts, scored.verdicts, strict=True):
+            if verdict.correct is not None:
+                sequences.append((scored.group.prompt.tokens, rollout.tokens, float(advantage[row])))
+            row += 1
+    total_tokens = sum(response.numel() for _, response, _ in sequences)
+    loss = torch.zeros((), dtype=torch.float64)
+    for prompt, response, value in sequences:
+        logits = model(torch.cat([prompt, response])[None]).logits[0, prompt.numel() - 1 : -1].double()
+        table = (logits / config.rollout.temperature).log_softmax(-1)
+        logprobs = table.gather(1, response[:, None]).squeeze(1)
+        ratio = (logprobs - logprobs.detach() - shift("old", response, OLD_SHIFT)).exp()
+        clipped = ratio.clamp(1 - settings.clip_low, 1 + settings.clip_high)
+        per_token = -torch.minimum(ratio * value, clipped * value)
+        if settings.kl.coefficient:
+            x = logprobs.detach() + shift("reference", response, REFERENCE_SHIFT) - logprobs
+            per_token = per_token + settings.kl.coefficient * (x.exp() - 1 - x)
+        if settings.entropy_coefficient:
+            per_token = per_token + settings.entropy_coefficient * (table.exp() * table).sum(-1)
+        if settings.aggregation is Aggregation.sequence_mean:
+            loss = loss + per_token.mean() / len(sequences)
+        else:
+            loss = loss + per_token.sum() / total_tokens
+    loss.backward()
+    return float(loss), {name: parameter.grad for name, parameter in model.named_parameters()}
+
+
+@pytest.mark.parametrize("share", [False, True])
+@pytest.mark.parametrize("terms", ["policy loss", "kl and entropy, by sequence"])
+@pytest.mark.parametrize(("family", "tied"), [(tiny_llama, True), (tiny_qwen2, False)])
+def test_gradients_are_those_of_a_plain_implementation(
+    family: Any, tied: bool, terms: str, share: bool, ranks: RankPool, tmp_path: Path
+) -> None:
+    config = configuration(family(tmp_path, tied=tied, vocab=VOCAB))
+    if terms != "policy loss":
+        config.algorithm.kl = KLConfig(coefficient=0.2, kind=KLKind.k3)
+        config.algorithm.entropy_coefficient = 0.05
+        config.algorithm.aggregation = Aggregation.sequence_mean
+        config.algorithm.clip_low, config.algorithm.clip_high = 0.1, 0.25
+        config.rollout.temperature = 0.8
+    ours = ranks.run(one_update, 1, config, LayoutConfig(share_prompts=share))[0]
+    assert ours["micro_batches"] > 1
+    loss, gradients = plainly(config, ours["advantage"])
+    assert ours["metrics"]["policy/loss"] == pytest.approx(loss, abs=1e-5)
+    assert ours["gradients"].keys() - gradients.keys() == set()
+    far = {}
+    for name, expected in gradients.items():
+        assert expected.abs().max() > 1e-6, name
+        far[name] = float((ours["gradients"][name] - expected).abs().max() / expected.abs().max())
+    assert max(far.values()) <= 1e-5, far
+    norm = math.sqrt(sum(float(grad.double().square().sum()) for grad in gradients.values()))
+    assert ours["metrics"]["policy/grad_norm"] == pytest.approx(norm, rel=1e-5)
+
+
+# --- updates that must not happen --------------------------------------------------------------------------------
+
+
+def broken_then_sound(config: RunConfig, layout_config: LayoutConfig, poison: float) -> list[Any]:
+    """Three updates, the second with one `poison` among one rank's advantages: metrics and weights after each."""
+    config.layout, config.algorithm.mini_batches = layout_config, 1
+    config.layout.max_tokens_per_microbatch = 100
+    layout = layouts.initialize(config.layout, seed=0)
+    algorithm = build_algorithm(config)
+    actor = PolicyActor(config, layout, needs=algorithm.needs, total_steps=10)
+    batcher = Batcher.of(config, layout)
+    groups = scored_groups(0, vocab=VOCAB)[layout.rank :: layout.world]
+    table, samples = build_table(groups, step=0)
+    batch = batcher.mini_batches_of(samples, table)[0]
+    actor.score(batch.micro_batches, table)
+    advantage = algorithm.advantage(table, algorithm.shape_reward(table))
+    weight = algorithm.token_weight(table, batch.rows[algorithm.select(table)])
+    history = []
+    for number in range(3):
+        credited = batcher.credit(batch, advantage, weight, skip_zero_advantage=True)
+        if number == 1 and layout.dp_rank == 0:
+            next(micro for micro in credited if micro.targets.numel()).advantages[0] = poison
+        metrics = actor.update(credited, algorithm.loss)
+        weights = {name: tensor.clone() for name, tensor in actor.export()}
+        history.append((metrics, weights))
+    return history
+
+
+@pytest.mark.parametrize("poison", [math.nan, math.inf])
+@pytest.mark.parametrize(
+    ("world", "layout"),
+    [
+        pytest.param(1, LayoutConfig(), id="one rank"),
+        pytest.param(2, LayoutConfig(), id="DP2"),
+        pytest.param(4, LayoutConfig(tp=2, pp=2), id="TP2 x PP2"),
+    ],
+)
+def test_a_gradient_that_is_not_finite_is_skipped_on_every_rank(
+    world: int, layout: LayoutConfig, poison: float, ranks: RankPool, tmp_path: Path
+) -> None:
+    config = configuration(tiny_llama(tmp_path, vocab=VOCAB))
+    config.clipo.enabled = False
+    for history in ranks.run(broken_then_sound, world, config, layout, poison):
+        (first, before), (second, same), (third, after) = history
+        assert [each["policy/update_skipped"] for each in (first, second, third)] == [0.0, 1.0, 0.0]
+        assert not math.isfinite(second["policy/grad_norm"]) and math.isfinite(third["policy/grad_norm"])
+        assert all(torch.equal(before[name], same[name]) for name in before)
+        assert all(tensor.isfinite().all() and not torch.equal(before[name], tensor) for name, tensor in after.items())
+
+
+def nothing_to_learn(config: RunConfig, layout_config: LayoutConfig, correct: bool | None) -> Any:
+    """A step whose verdicts are all the same."""
+    config.layout = layout_config
+    layout = layouts.initialize(config.layout, seed=0)
+    algorithm = build_algorithm(config)
+    actor = PolicyActor(config, layout, needs=algorithm.needs, total_steps=10)
+    batcher = Batcher.of(config, layout)
+    verdict = Verdict(correct, 1.0 if correct else 0.0)
+    groups = [
+        ScoredGroup(each.group, [verdict] * len(each.group.rollouts))
+        for each in scored_groups(0, vocab=VOCAB)[layout.rank :: layout.world]
+    ]
+    table, samples = build_table(groups, step=0)
+    mini_batches = batcher.mini_batches_of(samples, table)
+    metrics = actor.score([micro for batch in mini_batches for micro in batch.micro_batches], table)
+    keep = algorithm.select(table)
+    advantage = algorithm.advantage(table, algorithm.shape_reward(table))
+    for batch in mini_batches:
+        weight = algorithm.token_weight(table, batch.rows[keep[batch.rows]])
+        metrics |= actor.update(batcher.credit(batch, advantage, weight, skip_zero_advantage=True), algorithm.loss)
+    return metrics, {name: bool(tensor.isfinite().all()) for name, tensor in actor.export()}
+
+
+@pytest.mark.parametrize("aggregation", list(Aggregation))
+@pytest.mark.parametrize("correct", [True, False, None])
+def test_a_step_without_a_signal_passes(
+    correct: bool | None, aggregation: Aggregation, ranks: RankPool, tmp_path: Path
+) -> None:
+    """All right, all wrong, nothing graded: no gradient, and no crash either."""
+    config = configuration(tiny_llama(tmp_path, vocab=VOCAB))
+    config.algorithm.aggregation, config.algorithm.constant_length = aggregation, 15
+    layout = LayoutConfig(tp=2, sequence_parallel=True)
+    for metrics, finite in ranks.run(nothing_to_learn, 4, config, layout, correct):
+        assert metrics["policy/grad_norm"] == 0.0 and metrics["policy/update_skipped"] == 0.0
+        assert all(math.isfinite(value) for value in metrics.values()) and all(finite.values())
