@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from clipo_megatron import __version__
+from clipo_megatron.quiet import quiet_libraries
 
 if TYPE_CHECKING:
     from clipo_megatron.config.schema import RunConfig
@@ -135,6 +136,7 @@ def _train(options: argparse.Namespace) -> int:
         return _train_here(options, config, ranks)
     launch.adopt(place or launch.Launch(rank=0, world=1, local_rank=0))
     options.training = True
+    quiet_libraries()
     from clipo_megatron.trainer import run
 
     run(config)
@@ -153,9 +155,15 @@ def _train_here(options: argparse.Namespace, config: RunConfig, ranks: int) -> i
 
 def _report_check(config: RunConfig, place: Launch | None) -> int:
     from clipo_megatron.config.checks import data_parallel, requested_ranks
-    from clipo_megatron.data.sources import overlap, read_all
+    from clipo_megatron.data.sources import DataError, overlap, read_all, without
 
-    train, held_out = read_all(config.data.train), read_all(config.data.eval)
+    found, held_out = read_all(config.data.train), read_all(config.data.eval)
+    train = without(found, held_out) if config.data.hold_out else found
+    if not train:
+        raise DataError(
+            f"all {len(found)} training problems are also held out, and data.hold_out leaves those out of training. "
+            "Give other problems, or set data.hold_out=false."
+        )
     if place is not None and place.rank != 0:
         return 0
     layout, ranks = config.layout, place.world if place else requested_ranks(config.layout)
@@ -167,6 +175,8 @@ def _report_check(config: RunConfig, place: Launch | None) -> int:
     epochs = config.train.steps * prompts / len(train)
     print(f"  training  {len(train)} problems, {config.train.steps} steps = {epochs:.3g} epochs")
     shared = f", {overlap(train, held_out)} of them also trained on" if held_out else ""
+    left_out = len(found) - len(train)
+    shared += f"; {left_out} training problems are among them and left out" if left_out else ""
     print(f"  held out  {len(held_out)} problems{shared}")
     print(f"  output    {config.train.output}")
     return 0

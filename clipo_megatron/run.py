@@ -8,7 +8,6 @@ import os
 import random
 import signal
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,23 +19,44 @@ from clipo_megatron.algorithms.clipo.stage import Clipo
 from clipo_megatron.algorithms.clipo.statistics import statistics
 from clipo_megatron.checkpoint import Checkpoints, Owner
 from clipo_megatron.config.schema import RunConfig
-from clipo_megatron.data.prompts import load_prompts, load_tokenizer
+from clipo_megatron.data.prompts import load_tokenizer
 from clipo_megatron.data.sampler import PromptSampler
 from clipo_megatron.device import platform
-from clipo_megatron.evaluation import Evaluation, compare, evaluate, evaluation_params
-from clipo_megatron.flow import Prompt, RolloutTable, StepReport
+from clipo_megatron.evaluation import (
+    Evaluation,
+    comparison_table,
+    evaluate,
+    evaluation_params,
+    read_evaluations,
+    remove_evaluations,
+    write_evaluation,
+)
+from clipo_megatron.flow import RolloutTable, StepReport
+from clipo_megatron.output import CHECKPOINTS, EVALUATIONS, METRICS, ROLLOUTS, SETTINGS, TENSORBOARD, claim, set_aside
 from clipo_megatron.policy import layout as layouts
 from clipo_megatron.policy.actor import PolicyActor
 from clipo_megatron.policy.exchange import from_last_stage
 from clipo_megatron.policy.model import TORCH_DTYPE
 from clipo_megatron.policy.state import load_policy, save_policy
+from clipo_megatron.problems import load_problems
 from clipo_megatron.report.console import Progress, duration
 from clipo_megatron.report.samples import SampleLog
-from clipo_megatron.report.sinks import JsonLines, Sink, TensorBoard
+from clipo_megatron.report.sinks import JsonLines, Sink, TensorBoard, read_lines
 from clipo_megatron.rewards.pool import GraderPool
 from clipo_megatron.rollout.engine import Engine, SamplingParams
 from clipo_megatron.rollout.local import LocalEngine
 from clipo_megatron.sync.in_process import InProcessSync
+
+
+class Stopped(RuntimeError):
+    """A run was asked to end before its last step, and has saved its state; `exit_code` is 128 + the signal."""
+
+    def __init__(self, step: int, steps: int, signum: int):
+        name = signal.Signals(signum).name if signum else "a request"
+        super().__init__(
+            f"stopped by {name} after {step} of {steps} steps; the state is saved, and the same command goes on from it"
+        )
+        self.exit_code = 128 + signum
 
 
 class Run:
@@ -47,7 +67,7 @@ class Run:
         self.device = platform().device
         self.output = Path(config.train.output)
         self.started = time.time()
-        self._stop = False
+        self._stop = 0  # the signal that asked to stop
         self._seed(config.train.seed)
         if not dist.is_initialized():
             platform().init_process_group(
@@ -57,11 +77,11 @@ class Run:
             )
         self.layout = layouts.initialize(config.layout, seed=config.train.seed)
         self.is_main = self.layout.rank == 0
+        self._lock = claim(self.output) if self.is_main else None
         self.progress = Progress(config.train.steps, enabled=self.is_main and config.report.console)
 
         tokenizer = load_tokenizer(config.model.path)
-        self.train_prompts = self._prompts(config.data.train, tokenizer, "training")
-        self.eval_prompts = self._prompts(config.data.eval, tokenizer, "evaluation") if config.data.eval else []
+        self.train_prompts, self.eval_prompts = load_problems(config, tokenizer, self.progress.say)
         self.sampler = PromptSampler(
             len(self.train_prompts), config.data.prompts_per_step, seed=config.train.seed, shuffle=config.data.shuffle
         )
@@ -87,11 +107,8 @@ class Run:
         self.sync = InProcessSync(self.actor, self.engine)
         self.evaluations: list[Evaluation] = []
         self.checkpoints = self._checkpoints()
-        self.samples = SampleLog(self.output / "rollouts.jsonl", groups=config.report.save_rollouts * self.is_main)
+        self.samples = SampleLog(self.output / ROLLOUTS, groups=config.report.save_rollouts * self.is_main)
         self._sinks: list[Sink] = []
-        if self.is_main:
-            self.output.mkdir(parents=True, exist_ok=True)
-            (self.output / "config.json").write_text(json.dumps(dataclasses.asdict(config), indent=1, default=str))
         for name in (signal.SIGINT, signal.SIGTERM):
             signal.signal(name, self._request_stop)
 
@@ -100,63 +117,91 @@ class Run:
     def restore(self) -> int:
         """Load the newest checkpoint if there is one, and give the engine the policy's weights.
 
+        With checkpoint.resume = false, what earlier runs left in the output folder is moved aside instead.
+
         Returns:
             How many steps are done.
         """
-        newest = self.checkpoints.latest() if self.config.checkpoint.resume else None
-        step = self.checkpoints.load(newest) if newest else 0
-        if newest:
+        step = 0
+        if not self.config.checkpoint.resume:
+            if self.is_main and (shelf := set_aside(self.output)):
+                self.progress.say(f"starting over: the results of the run before are in {shelf}")
+        elif newest := self.checkpoints.latest():
+            # Megatron's schedule insists on its old settings otherwise: here the configuration counts
+            self.actor.optimizer.schedule.override_opt_param_scheduler = True
+            step = self.checkpoints.load(newest)
             self.progress.say(f"resumed from {newest}, {step} steps done")
+        elif self.is_main and read_lines(self.output / METRICS):
+            self.progress.say(f"{self.output} has metrics but no checkpoint: starting from the beginning")
+        # Without a checkpoint nothing says that the results found are of this model.
+        if self.is_main:
+            remove_evaluations(self.output / EVALUATIONS, after=step or -1)
+        found = [read_evaluations(self.output / EVALUATIONS) if self.is_main else []]
+        dist.broadcast_object_list(found, src=0)
+        self.evaluations = found[0]
         self.sync.push(step)
         return step
 
     def before_training(self, step: int) -> None:
-        """Open the logs; evaluate the policy as it comes."""
+        """Open the logs; evaluate the policy if that is due and was not done."""
         config = self.config
         if self.is_main:
-            self._sinks = [JsonLines(self.output / "metrics.jsonl", from_step=step)]
+            (self.output / SETTINGS).write_text(json.dumps(dataclasses.asdict(config), indent=1, default=str))
+            self._sinks = [JsonLines(self.output / METRICS, from_step=step)]
             if config.report.tensorboard:
-                self._sinks.append(TensorBoard(self.output / "tensorboard"))
+                self._sinks.append(TensorBoard(self.output / TENSORBOARD, from_step=step))
         self.samples.open(from_step=step)
         self.progress.say(
             f"{config.name}: {Path(config.model.path).name}, {len(self.train_prompts)} problems, "
             f"{config.data.prompts_per_step} prompts x {config.rollout.samples_per_prompt} samples a step, "
             f"{self.layout.world} ranks (tp {self.layout.tp} x pp {self.layout.pp} x dp {self.layout.dp})"
         )
-        if step == 0 and config.eval.at_start:
-            self.evaluate(0)
+        due = config.eval.at_start if step == 0 else self.is_due(config.eval.every, step)
+        if step >= config.train.steps:
+            self.progress.say(f"nothing to train: {step} steps are done; to go on, set train.steps higher than that")
+        elif due and not self._evaluated(step):
+            self.evaluate(step)
 
     def after_training(self, step: int) -> None:
-        """Save, evaluate, and say where everything is."""
+        """Save, evaluate, and say where everything is.
+
+        Raises:
+            Stopped: there are steps left.
+        """
         finished = step >= self.config.train.steps
         if not self.checkpoints.has(step):
             self.checkpoints.save(step)
-        if finished and (not self.evaluations or self.evaluations[-1].step != step):
+        if finished and not self._evaluated(step):
             self.evaluate(step)
         for sink in self._sinks:
             sink.close()
         self.samples.close()
-        self._closing_words(step, finished)
+        self._closing_words(step)
+        if not finished:
+            raise Stopped(step, self.config.train.steps, self._stop)
 
     def close(self) -> None:
         """Free engines, graders and groups. Idempotent."""
         self.graders.close()
         self.engine.close()
         layouts.shutdown()
+        if self._lock:
+            self._lock.close()
 
     def stop_requested(self) -> bool:
         """Whether any rank was asked to stop; collective, so that all leave at the same step."""
-        flag = torch.tensor([float(self._stop)])
-        dist.all_reduce(flag)
-        if flag.item() and self.is_main:
-            self.progress.say("stopping: saving a checkpoint first; the same command goes on from it")
-        return bool(flag.item())
+        flag = torch.tensor([self._stop])
+        dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+        self._stop = int(flag)
+        return bool(self._stop)
 
     def _request_stop(self, signum: int, _frame: Any) -> None:
         if self._stop:
             raise KeyboardInterrupt
-        self._stop = True
-        self.progress.say(f"{signal.Signals(signum).name}: ending after this step; once more to end at once")
+        self._stop = signum
+        if self.progress.enabled:  # past the console: the signal may have come while it was printing
+            name = signal.Signals(signum).name
+            os.write(2, f"{name}: ending after this step; once more to end at once\n".encode())
 
     # --- parts the trainer asks for ------------------------------------------------------------------------------
 
@@ -176,14 +221,15 @@ class Run:
             return {}
         metrics = {}
         if self.actor.contrastive is not None:
+            graded = table.graded  # an ungraded rollout is neither right nor wrong
             metrics = statistics(
-                table.correct,
-                table.group,
-                table.signals["contrastive_loss"],
-                table.signals["contrastive_valid"],
-                clipo.last_bonus,
+                table.correct[graded],
+                table.group[graded],
+                table.signals["contrastive_loss"][graded],
+                table.signals["contrastive_valid"][graded],
+                clipo.last_bonus[graded],
                 floor=self.config.clipo.floor,
-                embeddings=self.actor.contrastive.embeddings.cpu(),
+                embeddings=self.actor.contrastive.embeddings.cpu()[graded],
             )
         return from_last_stage(metrics, self.layout)
 
@@ -201,7 +247,8 @@ class Run:
         if drift > self.config.report.mult_prob_error_alarm:
             self.progress.say(
                 f"warning: step {report.step}: engine and trainer disagree: mult_prob_error {drift:.3f} exceeds "
-                f"report.mult_prob_error_alarm = {self.config.report.mult_prob_error_alarm}; weights or precision differ"
+                f"report.mult_prob_error_alarm = {self.config.report.mult_prob_error_alarm}; weights or "
+                "precision differ"
             )
         if report.metrics.get("policy/update_skipped"):
             self.progress.say(f"warning: step {report.step}: the gradient was not finite; the update was skipped")
@@ -225,37 +272,23 @@ class Run:
         self.evaluations.append(result)
         self.progress.say(
             f"held-out accuracy after {step} steps: {result.accuracy:.1%} of {len(result.correct)} problems"
-            f" ({result.truncated:.0%} cut at the length limit)"
+            f" ({result.truncated:.0%} cut at the length limit"
+            + (f", {result.ungraded:.1%} could not be graded and count as not solved)" if result.ungraded else ")")
         )
         if self.is_main:
-            folder = self.output / "eval"
-            folder.mkdir(parents=True, exist_ok=True)
-            facts = {**dataclasses.asdict(result), "accuracy": result.accuracy, "by_source": result.by_source()}
-            (folder / f"step_{step:06d}.json").write_text(json.dumps(facts, indent=1))
+            write_evaluation(self.output / EVALUATIONS, result)
         return result
 
-    # --- construction --------------------------------------------------------------------------------------------
+    def _evaluated(self, step: int) -> bool:
+        return not self.eval_prompts or any(each.step == step for each in self.evaluations)
 
-    def _prompts(self, sources: Sequence[Any], tokenizer: Any, purpose: str) -> list[Prompt]:
-        found = load_prompts(
-            sources,
-            tokenizer,
-            system_prompt=self.config.model.system_prompt,
-            max_prompt_tokens=self.config.data.max_prompt_tokens,
-        )
-        if found.too_long:
-            self.progress.say(
-                f"{found.too_long} {purpose} prompts are longer than data.max_prompt_tokens = "
-                f"{self.config.data.max_prompt_tokens} and are left out"
-            )
-        return found.prompts
+    # --- construction --------------------------------------------------------------------------------------------
 
     def _checkpoints(self) -> Checkpoints:
         actor, layout = self.actor, self.layout
         owners = [
             Owner("sampler", self.sampler.state_dict, self.sampler.load_state_dict, writes=self.is_main),
             Owner("algorithm", self.algorithm.state_dict, self.algorithm.load_state_dict, writes=self.is_main),
-            Owner("evaluations", self._evaluations_state, self._load_evaluations, writes=self.is_main),
             Owner("rng", self._rng_state, self._load_rng, per_rank=True),
         ]
         if actor.contrastive is not None:
@@ -263,8 +296,9 @@ class Run:
             owners.append(
                 Owner("contrastive", actor.contrastive.state_dict, actor.contrastive.load_state_dict, writes=leads)
             )
+        clipo = self.config.clipo
         return Checkpoints(
-            self.output / "checkpoints",
+            self.output / CHECKPOINTS,
             owners,
             save_policy=lambda folder: save_policy(folder, actor.stage, actor.optimizer),
             load_policy=lambda folder: load_policy(folder, actor.stage, actor.optimizer),
@@ -274,16 +308,14 @@ class Run:
                     "family": actor.spec.family,
                     "hidden": actor.spec.hidden_size,
                     "layers": actor.spec.num_layers,
+                    "vocabulary": actor.spec.vocab_size,
                 },
+                "algorithm": list(self.algorithm.state_dict()),
+                "contrastive head": {"kind": clipo.head.value, "dim": clipo.dim} if clipo.enabled else None,
                 "layout": {"tp": layout.tp, "pp": layout.pp, "dp": layout.dp},
             },
+            say=self.progress.say,
         )
-
-    def _evaluations_state(self) -> dict[str, Any]:
-        return {"evaluations": [dataclasses.asdict(each) for each in self.evaluations]}
-
-    def _load_evaluations(self, state: dict[str, Any]) -> None:
-        self.evaluations = [Evaluation(**each) for each in state["evaluations"]]
 
     def _rng_state(self) -> dict[str, Any]:
         version, numbers, gauss = random.getstate()
@@ -299,32 +331,22 @@ class Run:
         random.seed(seed)
         torch.manual_seed(seed)
 
-    def _closing_words(self, step: int, finished: bool) -> None:
-        took = duration(time.time() - self.started)
-        self.progress.say(f"{'done' if finished else 'stopped'} after {step} steps, {took} in this session")
+    def _closing_words(self, step: int) -> None:
+        self.progress.say(
+            f"{step} of {self.config.train.steps} steps done, {duration(time.time() - self.started)} in this session"
+        )
         if len(self.evaluations) > 1:
-            paired = compare(self.evaluations[0], self.evaluations[-1])
+            first, last = self.evaluations[0], self.evaluations[-1]
             self.progress.table(
-                "Held-out problems, the same before and after",
-                ["problems", "before", "after", "gain", "newly right", "newly wrong", "p (McNemar)"],
-                [
-                    [
-                        str(paired.problems),
-                        f"{paired.before:.1%}",
-                        f"{paired.after:.1%}",
-                        f"{100 * (paired.after - paired.before):+.1f} points",
-                        str(paired.gained),
-                        str(paired.lost),
-                        f"{paired.p_value:.2g}",
-                    ]
-                ],
+                f"Held-out problems after {first.step} and {last.step} steps, paired (p: exact McNemar test)",
+                *comparison_table(first, last),
             )
         self.progress.paths(
             {
-                "metrics": self.output / "metrics.jsonl",
-                "rollouts": self.output / "rollouts.jsonl",
-                "evaluation": self.output / "eval",
-                "checkpoints": self.output / "checkpoints",
+                "metrics": self.output / METRICS,
+                "rollouts": self.output / ROLLOUTS,
+                "evaluation": self.output / EVALUATIONS,
+                "checkpoints": self.output / CHECKPOINTS,
             }
         )
 

@@ -28,7 +28,7 @@ def draw(run: Path, out: Path) -> None:
     steps = [line["step"] + 1 for line in lines]
     figure, axes = plt.subplots(figsize=(7.2, 3.2))
     axes.plot(steps, [100 * line["reward/accuracy"] for line in lines], color=BLUE, label="sampled, training problems")
-    evaluations = read_evaluations(run / "eval", until=2**31)
+    evaluations = read_evaluations(run / "eval")
     axes.plot(
         [each.step for each in evaluations],
         [100 * each.accuracy for each in evaluations],

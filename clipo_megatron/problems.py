@@ -1,0 +1,61 @@
+"""The problems of a run: those it trains on, and those it is judged by, which are different ones."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from clipo_megatron.config.schema import RunConfig, SourceConfig
+from clipo_megatron.data.prompts import load_prompts
+from clipo_megatron.data.sources import DataError, distinct, source_of, without
+from clipo_megatron.flow import Prompt
+
+
+def load_problems(config: RunConfig, tokenizer: Any, say: Callable[[str], None]) -> tuple[list[Prompt], list[Prompt]]:
+    """Training and evaluation prompts; whatever is left out is said.
+
+    No evaluation source has a problem twice, and unless data.hold_out is false no evaluation problem is trained on.
+
+    Raises:
+        DataError: a source cannot be read, or nothing is left to train on.
+    """
+    held_out = _once(_load(config, config.data.eval, tokenizer, "evaluation", say), say) if config.data.eval else []
+    found = _load(config, config.data.train, tokenizer, "training", say)
+    train = without(found, held_out) if config.data.hold_out else found
+    if not train:
+        raise DataError(
+            f"all {len(found)} training problems are also evaluation problems, and data.hold_out leaves those out. "
+            "Give other problems to data.train or data.eval, or set data.hold_out=false"
+        )
+    if len(train) < len(found):
+        say(
+            f"{len(found) - len(train)} of {len(found)} training problems are also evaluation problems and are left "
+            "out (data.hold_out)"
+        )
+    return train, held_out
+
+
+def _load(
+    config: RunConfig, sources: Sequence[SourceConfig], tokenizer: Any, purpose: str, say: Callable[[str], None]
+) -> list[Prompt]:
+    limit = config.data.max_prompt_tokens
+    found = load_prompts(sources, tokenizer, system_prompt=config.model.system_prompt, max_prompt_tokens=limit)
+    if found.too_long:
+        say(f"{found.too_long} {purpose} prompts are longer than data.max_prompt_tokens = {limit} and are left out")
+    return found.prompts
+
+
+def _once(prompts: Sequence[Prompt], say: Callable[[str], None]) -> list[Prompt]:
+    by_source: dict[str, list[Prompt]] = {}
+    for prompt in prompts:
+        by_source.setdefault(source_of(prompt.id), []).append(prompt)
+    kept: list[Prompt] = []
+    for source, found in by_source.items():
+        first = distinct(found)
+        if len(first) < len(found):
+            say(
+                f"{len(found) - len(first)} of {len(found)} evaluation problems of {source} repeat others and are left "
+                "out: a paired test counts each problem once"
+            )
+        kept += first
+    return kept

@@ -1,0 +1,233 @@
+"""Runs of `clipo train` small enough for tests: a tiny model, a task it sometimes solves, and processes to kill.
+
+A random model answers no question, and a run without right answers has no advantages, no bonuses and no gradients: it
+would resume equally well with half its state lost. So the end of turn of this model is made likely, and right is what
+it says most often then: one byte that is no character.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import uuid
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from tiny_models import EOS, tiny_llama
+
+FAVOURITE = "�"
+WAIT_S = 150.0
+STEPS, EVERY = 6, 3
+
+
+def write_model(folder: Path, **options: Any) -> Path:
+    """A tiny Llama that ends its turn early."""
+    tiny_llama(folder, **options)
+    weights = load_file(folder / "model.safetensors")
+    embedding = weights["model.embed_tokens.weight"]
+    embedding *= 0.3
+    embedding[EOS] *= 20.0
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+def write_problems(file: Path, questions: list[str]) -> Path:
+    """Rows in the verl schema, all with the same answer."""
+    rows = [
+        {
+            "data_source": "reasoning_gym/chain_sum",
+            "prompt": [{"role": "user", "content": question}],
+            "reward_model": {"ground_truth": FAVOURITE, "style": "rule"},
+        }
+        for question in questions
+    ]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return file
+
+
+def write_config(folder: Path, model: Path) -> Path:
+    """A run that has every kind of state: momenta, a schedule, a warm-up, a reference policy, several epochs of data.
+
+    The problems are 12 to train on, of which 2 are held out, and 8 to be judged by, of which 2 repeat others.
+    """
+    train = write_problems(folder / "practice.jsonl", [f"Question {n}?" for n in range(12)])
+    held_out = write_problems(folder / "exam.jsonl", [f"Question {n}?" for n in (10, 11, 12, 13, 14, 15, 12, 15)])
+    config = {
+        "name": "small",
+        "model": {"path": str(model), "dtype": "fp32"},
+        "layout": {"max_tokens_per_microbatch": 400, "distributed_timeout_s": 100},
+        "data": {
+            "train": [{"path": str(train)}],
+            "eval": [{"path": str(held_out)}],
+            "prompts_per_step": 4,
+            "max_prompt_tokens": 100,
+        },
+        "rollout": {"samples_per_prompt": 8, "max_new_tokens": 5, "deadline_s": 60},
+        "reward": {"deadline_s": 30},  # a busy machine must not make a verdict differ between two runs
+        "algorithm": {"mini_batches": 2, "kl": {"coefficient": 0.01}},
+        "clipo": {"warmup_steps": 2, "dim": 32, "head": "mlp"},
+        "optimizer": {"learning_rate": 1.0e-3, "warmup_steps": 3, "schedule": "cosine"},
+        "train": {"steps": STEPS},
+        "checkpoint": {"every": EVERY},
+        "eval": {"every": EVERY},
+    }
+    file = folder / "small.yaml"
+    file.write_text(json.dumps(config))
+    return file
+
+
+class SmallRun:
+    """One `clipo train` and everything it starts, known by a mark in their environment."""
+
+    def __init__(self, config: Path, output: Path, *overrides: str):
+        self.output, self.mark = output, uuid.uuid4().hex
+        self.log = output.with_name(f"{output.name}.{self.mark[:6]}.log")
+        environment = {
+            **{name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")},
+            "CLIPO_TEST_RUN": self.mark,
+            "OMP_NUM_THREADS": "1",
+            "CUDA_VISIBLE_DEVICES": "",
+        }
+        with self.log.open("wb") as log:
+            self.process = subprocess.Popen(
+                [
+                    sys.executable,
+                    "-m",
+                    "clipo_megatron.cli",
+                    "train",
+                    str(config),
+                    f"train.output={output}",
+                    *overrides,
+                ],
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+
+    @property
+    def said(self) -> str:
+        """What it printed so far."""
+        return self.log.read_text()
+
+    def pids(self) -> list[int]:
+        """Its living processes: supervisor, ranks, graders, checkpoint writers."""
+        found = []
+        for place in Path("/proc").iterdir():
+            if not place.name.isdigit():
+                continue
+            try:
+                if self.mark.encode() in (place / "environ").read_bytes():
+                    state = (place / "stat").read_text().rpartition(")")[2].split()[0]
+                    found += [int(place.name)] if state != "Z" else []
+            except OSError:
+                continue
+        return found
+
+    def kill(self) -> None:
+        """SIGKILL to every process at once."""
+        for pid in self.pids():
+            try:
+                os.kill(pid, signal.SIGKILL)
+            except ProcessLookupError:
+                continue
+        self.process.wait(WAIT_S)
+        wait_until(lambda: not self.pids(), "the killed processes to be gone")
+
+    def wait(self, code: int = 0) -> SmallRun:
+        """Wait for its end; nothing of it stays alive."""
+        try:
+            ended = self.process.wait(WAIT_S)
+        except subprocess.TimeoutExpired:
+            self.kill()
+            raise AssertionError(f"no end within {WAIT_S:.0f} s:\n{self.said}") from None
+        assert ended == code, self.said
+        wait_until(lambda: not self.pids(), "its processes to be gone")
+        return self
+
+    def wait_for(self, condition: Callable[[], bool], what: str) -> None:
+        """Poll quickly for something that happens while it runs."""
+
+        def reached() -> bool:
+            if condition():
+                return True
+            assert self.process.poll() is None, f"it ended before {what}:\n{self.said}"
+            return False
+
+        try:
+            wait_until(reached, what)
+        except AssertionError:
+            self.kill()
+            raise
+
+
+def wait_until(condition: Callable[[], bool], what: str, seconds: float = WAIT_S) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, f"waited {seconds:.0f} s for {what}"
+        time.sleep(0.002)
+
+
+def steps_logged(output: Path) -> int:
+    file = output / "metrics.jsonl"
+    return file.read_bytes().count(b"\n") if file.exists() else 0
+
+
+def metrics(output: Path) -> list[dict[str, float]]:
+    """The lines of metrics.jsonl without what clocks say."""
+    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    return [{name: x for name, x in line.items() if not name.startswith(("time/", "speed/"))} for line in lines]
+
+
+def checkpoint_state(output: Path, step: int) -> dict[str, Any]:
+    """Everything a checkpoint holds, as tensors and values by name."""
+    from torch.distributed.checkpoint import FileSystemReader
+    from torch.distributed.checkpoint.state_dict_loader import _load_state_dict_from_keys
+
+    folder = output / "checkpoints" / f"step_{step:06d}"
+    with warnings.catch_warnings(action="ignore"):  # that there is no process group is meant so
+        state = _load_state_dict_from_keys(storage_reader=FileSystemReader(folder / "policy"))
+    flat: dict[str, Any] = {}
+
+    def collect(name: str, value: Any) -> None:
+        if isinstance(value, dict):
+            for key, item in value.items():
+                collect(f"{name}.{key}", item)
+        elif isinstance(value, torch.Tensor):
+            flat[name] = value
+
+    collect("policy", state)
+    for file in sorted(folder.glob("*.safetensors")):
+        flat |= {f"{file.name}/{name}": tensor for name, tensor in load_file(file).items()}
+    for file in sorted(folder.glob("*.json")):
+        if file.name != "manifest.json":
+            flat[file.name] = json.loads(file.read_text())
+    return flat
+
+
+def assert_same_state(mine: dict[str, Any], other: dict[str, Any]) -> None:
+    """To the bit."""
+    assert mine.keys() == other.keys()
+    differing = [
+        name
+        for name, value in mine.items()
+        if not (torch.equal(value, other[name]) if isinstance(value, torch.Tensor) else value == other[name])
+    ]
+    assert differing == []
+
+
+def assert_same_run(output: Path, undisturbed: Path, step: int = STEPS) -> None:
+    """Equal metrics, evaluations and state at the end, to the bit."""
+    assert metrics(output) == metrics(undisturbed)
+    for file in sorted((undisturbed / "eval").iterdir()):
+        assert json.loads((output / "eval" / file.name).read_text()) == json.loads(file.read_text())
+    assert_same_state(checkpoint_state(output, step), checkpoint_state(undisturbed, step))

@@ -1,0 +1,138 @@
+"""What surrounds the steps of a run: its folder, its problems, and the silence of libraries."""
+
+import json
+import subprocess
+import sys
+import warnings
+
+import pytest
+from small_runs import write_config, write_model
+
+from clipo_megatron.config.load import load
+from clipo_megatron.data.prompts import load_tokenizer
+from clipo_megatron.data.sources import DataError, overlap
+from clipo_megatron.output import OutputError, claim, set_aside
+from clipo_megatron.problems import load_problems
+from clipo_megatron.quiet import NOISE, quiet_libraries
+
+pytestmark = pytest.mark.timeout(120)
+
+# ---------------------------------------------------------------- the output folder
+
+
+def test_results_of_earlier_runs_are_set_aside(tmp_path):
+    assert set_aside(tmp_path) is None
+    for number in (1, 2):
+        (tmp_path / "metrics.jsonl").write_text(str(number))
+        (tmp_path / "checkpoints" / "step_000001").mkdir(parents=True)
+        (tmp_path / "logs").mkdir(exist_ok=True)  # of ranks that write at this moment
+        assert set_aside(tmp_path) == tmp_path / "previous" / str(number)
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["logs", "previous"]
+        assert (tmp_path / "previous" / str(number) / "metrics.jsonl").read_text() == str(number)
+        assert (tmp_path / "previous" / str(number) / "checkpoints" / "step_000001").is_dir()
+
+
+def test_one_run_writes_to_a_folder(tmp_path, monkeypatch):
+    monkeypatch.setattr("clipo_megatron.output._LOCK_WAIT_S", 0.2)
+    output = tmp_path / "deep" / "run"
+    lock = claim(output)
+    again = (
+        "from pathlib import Path; from clipo_megatron import output; output._LOCK_WAIT_S = 0.2; "
+        f"output.claim(Path({str(output)!r}))"
+    )
+    done = subprocess.run([sys.executable, "-c", again], capture_output=True, text=True, timeout=60)
+    assert "OutputError: process " in done.stderr
+    assert "is writing to train.output = " in done.stderr
+    lock.close()
+    claim(output).close()
+
+
+def test_an_output_folder_that_cannot_be_made_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OutputError, match=r"train.output = .*file.run cannot be written to.*Choose another"):
+        claim(tmp_path / "file" / "run")
+
+
+# ---------------------------------------------------------------- problems
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("problems")
+    file = write_config(folder, write_model(folder / "model"))
+    return file, load_tokenizer(folder / "model")
+
+
+def problems(small, *overrides):
+    said = []
+    train, held_out = load_problems(load(small[0], overrides), small[1], said.append)
+    return train, held_out, said
+
+
+def test_no_evaluation_problem_is_trained_on(small):
+    train, held_out, said = problems(small)
+    assert (len(train), len(held_out), overlap(train, held_out)) == (10, 6, 0)
+    assert said == [
+        "2 of 8 evaluation problems of exam repeat others and are left out: a paired test counts each problem once",
+        "2 of 12 training problems are also evaluation problems and are left out (data.hold_out)",
+    ]
+    assert [prompt.id for prompt in held_out] == [f"exam/{row}" for row in range(6)]
+
+
+def test_holding_out_can_be_switched_off(small):
+    train, held_out, said = problems(small, "data.hold_out=false")
+    assert (len(train), overlap(train, held_out)) == (12, 2)
+    assert len(said) == 1
+
+
+def test_nothing_left_to_train_on_is_said(small):
+    path = load(small[0], []).data.train[0].path
+    with pytest.raises(DataError, match=r"all 12 training problems.*data\.hold_out=false"):
+        problems(small, f"data.eval=[{{path: {path}, name: same}}]")
+
+
+def test_without_evaluation_nothing_is_held_out(small):
+    train, held_out, said = problems(small, "data.eval=[]")
+    assert (len(train), held_out, said) == (12, [], [])
+
+
+def test_long_prompts_are_counted(small):
+    train, *_ = problems(small, "data.eval=[]")
+    lengths = sorted(prompt.tokens.numel() for prompt in train)
+    limit = lengths[0]
+    longer = sum(length > limit for length in lengths)
+    assert longer  # else the test shows nothing
+    kept, _, said = problems(small, f"data.max_prompt_tokens={limit}", "data.eval=[]")
+    assert len(kept) == len(train) - longer
+    assert said == [f"{longer} training prompts are longer than data.max_prompt_tokens = {limit} and are left out"]
+
+
+# ---------------------------------------------------------------- silence
+
+
+def test_libraries_are_quiet_and_others_are_heard(monkeypatch):
+    monkeypatch.setattr(sys, "warnoptions", [])
+    with warnings.catch_warnings(record=True) as heard:
+        warnings.simplefilter("always")
+        quiet_libraries()
+        apex = "Apex is not installed. Falling back to Torch Norm"
+        for module, message in [
+            ("megatron.core.models.backends", apex),
+            ("somebody.else", apex),
+            ("megatron.core.models.backends", "The weights are on fire"),
+            ("torch.distributed.c10d_logger", "`torch.distributed.reduce_scatter_tensor` is deprecated. Please"),
+            ("torch.distributed.c10d_logger", "`torch.distributed` is not what it was"),
+        ]:
+            warnings.warn_explicit(message, UserWarning, f"{module}.py", 1, module=module)
+    assert [str(each.message) for each in heard] == [
+        apex,
+        "The weights are on fire",
+        "`torch.distributed` is not what it was",
+    ]
+    assert len(NOISE) < 12
+
+
+def test_a_run_says_nothing_that_is_not_its_own(undisturbed):
+    (log,) = undisturbed.parent.glob("undisturbed.*.log")
+    assert "Warning" not in log.read_text()
+    assert json.loads((undisturbed / "config.json").read_text())["train"]["seed"] == 0
