@@ -38,7 +38,7 @@ class CheckpointError(RuntimeError):
 
 @dataclass(frozen=True)
 class Owner:
-    """Somebody with state. `save(folder)` and `load(folder)` are for owners that write files of their own."""
+    """Somebody with state: nested dicts and lists of tensors and plain JSON values."""
 
     name: str
     state_dict: Callable[[], dict[str, Any]]
