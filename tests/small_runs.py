@@ -7,6 +7,7 @@ it says most often then: one byte that is no character.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -15,7 +16,7 @@ import sys
 import time
 import uuid
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -133,13 +134,12 @@ class SmallRun:
                 continue
         return found
 
-    def kill(self) -> None:
-        """SIGKILL to every process at once."""
-        for pid in self.pids():
-            try:
-                os.kill(pid, signal.SIGKILL)
-            except ProcessLookupError:
-                continue
+    def kill(self, known: Sequence[int] = ()) -> None:
+        """SIGKILL to every process; to those already `known` at once, while looking for others takes a while."""
+        for pids in (known, self.pids):
+            for pid in pids() if callable(pids) else pids:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
         self.process.wait(WAIT_S)
         wait_until(lambda: not self.pids(), "the killed processes to be gone")
 

@@ -38,9 +38,11 @@ def kill_after_checkpoint(config, output, *overrides):
     delay = random.Random(seed).uniform(0.0, 0.15)
     for _ in range(4):  # where it wins the race, it starts again
         run = SmallRun(config, output, *overrides)
+        run.wait_for(lambda: steps_logged(output) >= EVERY, f"step {EVERY}")
+        known = run.pids()
         run.wait_for(lambda: steps_logged(output) > EVERY, f"step {EVERY + 1}")
         time.sleep(delay)
-        run.kill()
+        run.kill(known)
         if not (output / "checkpoints" / f"step_{STEPS:06d}").exists():
             break
         shutil.rmtree(output)
