@@ -305,7 +305,7 @@ class _Supervision:
                 try:
                     self.running.discard(self.ended.get(timeout=min(left, 0.1)))
                 except queue.Empty:
-                    if len(self.signals) > 1:
+                    if number == signal.SIGTERM and len(self.signals) > 1:
                         break
         self.running = set(range(len(self.processes)))
         self._signal(signal.SIGKILL)
@@ -317,7 +317,7 @@ class _Supervision:
             if codes[first] == 2 and codes[0] == 2:
                 return 2  # a user's error, the same on every rank: rank 0 has said it
             raise RankError(self._story(first), exit_code=_as_exit_code(codes[first]))
-        if self.signals and any(codes):
+        if self.signals and any(code != 0 for code in codes):  # None: not even gone after a SIGKILL
             return 128 + self.signals[0]
         return 0
 

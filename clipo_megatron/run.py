@@ -127,8 +127,6 @@ class Run:
             if self.is_main and (shelf := set_aside(self.output)):
                 self.progress.say(f"starting over: the results of the run before are in {shelf}")
         elif newest := self.checkpoints.latest():
-            # Megatron's schedule insists on its old settings otherwise: here the configuration counts
-            self.actor.optimizer.schedule.override_opt_param_scheduler = True
             step = self.checkpoints.load(newest)
             self.progress.say(f"resumed from {newest}, {step} steps done")
         elif self.is_main and read_lines(self.output / METRICS):

@@ -38,7 +38,7 @@ def draw(run: Path, out: Path) -> None:
         label="greedy, held-out problems",
     )
     for each in evaluations:
-        axes.annotate(f"{each.accuracy:.0%}", (each.step, 100 * each.accuracy), (6, -14), textcoords="offset points")
+        axes.annotate(f"{each.accuracy:.0%}", (each.step, 100 * each.accuracy), (5, 7), textcoords="offset points")
     axes.set(xlabel="step", ylabel="accuracy, %", ylim=(0, 100), xlim=(0, steps[-1] + 1.5))
     axes.legend(loc="upper left", frameon=False)
     loss = axes.twinx()

@@ -82,6 +82,9 @@ class PolicyOptimizer:
             end_wd=config.weight_decay,
             wd_incr_steps=total_steps,
             wd_incr_style="constant",
+            # On resume the configuration counts, not the checkpoint's: a run may be prolonged.
+            use_checkpoint_opt_param_scheduler=False,
+            override_opt_param_scheduler=True,
         )
 
     @property
