@@ -6,8 +6,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from ranks import RankPool
 from small_runs import SmallRun, write_config, write_model
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    """The same random tensors in every run of a test."""
+    torch.manual_seed(0)
 
 
 @pytest.fixture(scope="session")

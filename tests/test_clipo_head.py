@@ -129,7 +129,8 @@ import torch
 from clipo_megatron.algorithms.clipo import ContrastiveHead, contrastive_loss, contrastive_reward
 from clipo_megatron.algorithms.clipo import draw, stage, statistics
 correct, group = torch.tensor([1, 1, 0, 0]).bool(), torch.zeros(4).long()
-loss, valid = contrastive_loss(ContrastiveHead(8, 4)(torch.randn(4, 8)), correct, group)
+states = torch.ones(4, 8) + 0.1 * torch.eye(4, 8)  # close together, so that no loss rounds to 0
+loss, valid = contrastive_loss(ContrastiveHead(8, 4)(states), correct, group)
 assert contrastive_reward(loss, valid).ne(0).sum() == 2
 try:
     import megatron
