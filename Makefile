@@ -8,9 +8,9 @@ VENV := .venv
 # Named after what was installed, so that a changed pyproject.toml installs again and nothing else does.
 STAMP := $(VENV)/.installed-$(shell cksum < pyproject.toml | tr ' ' '-')
 TORCH := $(shell sed -n 's/^ *"\(torch==[^"]*\)",*/\1/p' pyproject.toml)
-# Which build of torch this is depends on the package index. Where the usual one offers the GPU build only and this
-# machine has no GPU, name the index of CPU builds: make install TORCH_INDEX=<address>
-TORCH_INDEX ?=
+# Which build of torch this is depends on where pip looks. Where that offers the GPU build only and this machine has no
+# GPU, hand pip the options that name a source of CPU builds: make install TORCH_OPTIONS="..."
+TORCH_OPTIONS ?=
 
 .DEFAULT_GOAL := help
 .PHONY: help install test quickstart lint clean
@@ -40,7 +40,7 @@ $(STAMP):
 		echo "Install it, or name another: make install PYTHON=/path/to/python3.11" >&2; exit 1; }
 	@echo "Setting up $(VENV); the first time this takes a few minutes."
 	$(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) "$(TORCH)"
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check $(TORCH_OPTIONS) "$(TORCH)"
 	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --editable ".[dev]"
 	@rm -f $(VENV)/.installed-*
 	@touch $@

@@ -54,14 +54,6 @@ class Platform:
         if self.has_gpu:
             torch.cuda.synchronize()
 
-    def peak_memory_bytes(self) -> int:
-        """Largest allocation so far: of the GPU's allocator, or of this process on a CPU."""
-        if self.has_gpu:
-            return torch.cuda.max_memory_allocated()
-        import resource
-
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
     def rng_state(self) -> dict[str, torch.Tensor]:
         """State of the default generators, for checkpoints."""
         state = {"cpu": torch.get_rng_state()}

@@ -217,7 +217,7 @@ def test_no_committed_file_names_a_place_of_one_machine():
 def test_no_committed_file_names_a_package_registry():
     registries = "|".join(re.escape(host) for host in REGISTRIES)
     here = str(Path(__file__).relative_to(ROOT))
-    found = lines_with(re.compile(rf"https?://[^\s\"']*({registries})|index-url[= ]\S*://", re.IGNORECASE))
+    found = lines_with(re.compile(rf"https?://[^\s\"']*({registries})|index.url[= ]\S*://", re.IGNORECASE))
     assert [line for line in found if not line.startswith(here)] == []
 
 

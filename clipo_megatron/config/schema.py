@@ -90,7 +90,7 @@ class GraderMode(str, Enum):
 class ModelConfig:
     path: str = "???"  # Hugging Face folder: config.json, *.safetensors, tokenizer
     dtype: DType = DType.bf16  # of parameters and activations; the optimizer keeps fp32 masters
-    recompute: bool = False  # recompute every layer in backward (less memory, about 1/3 more time)
+    recompute: bool = False  # recompute every layer in backward: less memory, one more forward
     system_prompt: Optional[str] = None  # None: the chat template's own; "": none at all
 
 
