@@ -18,7 +18,7 @@ from clipo_megatron.config.schema import EvalConfig, RolloutConfig
 from clipo_megatron.data.sources import source_of
 from clipo_megatron.flow import Prompt
 from clipo_megatron.rewards.pool import GraderPool
-from clipo_megatron.rollout.engine import Engine, SamplingParams
+from clipo_megatron.rollout.engine import Engine, Request, SamplingParams
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ def evaluate(
         step: recorded in the result.
         deadline_s: for this rank's generation.
     """
-    for group in engine.generate([(index, prompts[index]) for index in mine], params, deadline_s=deadline_s):
+    for group in engine.generate([Request(index, prompts[index]) for index in mine], params, deadline_s=deadline_s):
         pool.submit(group)
     rows = [
         (

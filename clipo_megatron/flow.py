@@ -45,9 +45,14 @@ class Rollout:
     tokens: Tensor  # [R] int64, the stop token included when one was produced; R >= 1
     logprobs: Tensor  # [R] float32, under the temperature-scaled policy, before top-p / top-k truncation
     text: str  # decoded without special tokens
-    finish: Finish
-    version: int  # of the weights that produced it
+    finish: Finish  # "abort": interrupted; a later request can go on from its tokens
+    versions: Tensor  # [R] int64, of the weights that produced each token; they never decrease
     sample: int  # 0 .. G-1 within its group
+
+    @property
+    def version(self) -> int:
+        """Of the oldest weights in it."""
+        return int(self.versions[0])
 
 
 @dataclass(slots=True)
@@ -97,7 +102,7 @@ class RolloutTable:
     prompt_length: Tensor  # [B] int64
     response_length: Tensor  # [B] int64
     truncated: Tensor  # [B] bool, finish == "length"
-    version: Tensor  # [B] int64
+    version: Tensor  # [B] int64, of the weights that produced the rollout's first token, its oldest
     step: int = 0
     signals: dict[str, Tensor] = field(default_factory=dict)  # [B] each: what stages asked for (see algorithms.base)
 

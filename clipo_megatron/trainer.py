@@ -13,6 +13,7 @@ from clipo_megatron.policy.batching import Batcher
 from clipo_megatron.policy.exchange import build_table
 from clipo_megatron.report.console import Stopwatch
 from clipo_megatron.report.metrics import speed_metrics, table_metrics
+from clipo_megatron.rollout.engine import Request
 from clipo_megatron.run import Run
 
 
@@ -78,7 +79,7 @@ class Trainer:
         """This rank's share of the step's rollouts, graded while others still generate."""
         run = self.run
         params = replace(run.sampling, step=self.step)
-        mine = [(position, prompts[position]) for position in run.share(len(prompts))]
+        mine = [Request(position, prompts[position]) for position in run.share(len(prompts))]
         for group in run.engine.generate(mine, params, deadline_s=run.config.rollout.deadline_s):
             run.graders.submit(group)
         return run.graders.collect()

@@ -39,7 +39,8 @@ def group(position: int, texts: list[str], gold: str = "5", source: str = "math"
     tokens = torch.tensor([1])
     prompt = Prompt(f"test/{position}", ({"role": "user", "content": "?"},), tokens, source, gold)
     rollouts = [
-        Rollout(tokens, torch.zeros(1), text, finish="stop", version=0, sample=i) for i, text in enumerate(texts)
+        Rollout(tokens, torch.zeros(1), text, finish="stop", versions=torch.zeros(1, dtype=torch.int64), sample=i)
+        for i, text in enumerate(texts)
     ]
     return RolloutGroup(position, prompt, rollouts)
 

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from clipo_megatron.flow import Prompt, RolloutGroup
 from clipo_megatron.rollout import decoding
-from clipo_megatron.rollout.engine import EngineError, SamplingParams
+from clipo_megatron.rollout.engine import EngineError, Request, SamplingParams
 from clipo_megatron.rollout.local import LocalEngine
 
 pytestmark = pytest.mark.timeout(120)
@@ -53,22 +53,22 @@ def engine_of(folder: Path, *, batch_size: int = 64, dtype: torch.dtype = torch.
     return engine
 
 
-def chat_prompts(folder: Path, texts: list[str]) -> list[tuple[int, Prompt]]:
+def chat_prompts(folder: Path, texts: list[str]) -> list[Request]:
     """Prompts with the template's beginning in common, and of different lengths."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
     prompts = []
     for row, text in enumerate(texts):
         messages = ({"role": "user", "content": text},)
         tokens = tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, return_dict=False)
-        prompts.append((row, Prompt(f"test/{row}", messages, torch.tensor(tokens), "test", "")))
+        prompts.append(Request(row, Prompt(f"test/{row}", messages, torch.tensor(tokens), "test", "")))
     return prompts
 
 
-def bare_prompts(lengths: list[int], vocab: int = 259) -> list[tuple[int, Prompt]]:
+def bare_prompts(lengths: list[int], vocab: int = 259) -> list[Request]:
     """Prompts of random tokens, which have nothing in common."""
     generator = torch.Generator().manual_seed(7)
     return [
-        (row, Prompt(f"bare/{row}", (), torch.randint(3, vocab, (length,), generator=generator), "test", ""))
+        Request(row, Prompt(f"bare/{row}", (), torch.randint(3, vocab, (length,), generator=generator), "test", ""))
         for row, length in enumerate(lengths)
     ]
 
@@ -98,7 +98,7 @@ def alone(model, prompt: torch.Tensor, response: torch.Tensor, temperature: floa
 @pytest.mark.parametrize("shared", [True, False], ids=["shared-prefix", "nothing-shared"])
 def test_logprobs_agree_with_a_plain_forward_of_each_sequence(folder, shared, temperature):
     prompts = chat_prompts(folder, TEXTS) if shared else bare_prompts([9, 1, 30, 9, 2])
-    assert (decoding.shared_prefix([prompt.tokens for _, prompt in prompts]) > 0) == shared
+    assert (decoding.shared_prefix([prompt.tokens for _, prompt, _ in prompts]) > 0) == shared
     model = reference(folder)
     groups = run(
         engine_of(folder), prompts, samples=3, max_new_tokens=12, temperature=temperature, stop_ids=(EOS, 50, 60, 70)
@@ -205,7 +205,7 @@ def test_samples_depend_on_nothing_but_seed_step_prompt_and_sample(folder):
     assert by_prompt(run(small, prompts, **params)) == expected
     assert by_prompt(run(small, prompts[::-1], **params)) == expected
     assert by_prompt(run(engine_of(folder, batch_size=11), prompts[2:4], **params)) == {
-        prompt.id: expected[prompt.id] for _, prompt in prompts[2:4]
+        prompt.id: expected[prompt.id] for _, prompt, _ in prompts[2:4]
     }
 
 
@@ -219,7 +219,7 @@ def test_a_longer_budget_extends_the_same_responses(llama):
 def test_seed_step_prompt_and_sample_each_change_the_draw(llama):
     engine = engine_of(llama)
     prompt = bare_prompts([6])
-    twin = [(0, Prompt("another", (), prompt[0][1].tokens, "test", ""))]
+    twin = [Request(0, Prompt("another", (), prompt[0][1].tokens, "test", ""))]
     variants = [
         run(engine, prompts, samples=2, max_new_tokens=16, seed=seed, step=step)[0].rollouts
         for prompts, seed, step in [(prompt, 0, 0), (prompt, 1, 0), (prompt, 0, 1), (twin, 0, 0)]
@@ -270,8 +270,8 @@ def test_no_token_is_computed_twice_or_after_its_end(llama):
     tokens = []
     engine._model.get_input_embeddings().register_forward_hook(lambda _, inputs, __: tokens.append(inputs[0].numel()))
     groups = run(engine, prompts, samples=6, max_new_tokens=16, stop_ids=tuple(range(40, 60)))
-    shared = decoding.shared_prefix([prompt.tokens for _, prompt in prompts])
-    prefill = shared + sum(prompt.tokens.numel() - shared for _, prompt in prompts)
+    shared = decoding.shared_prefix([prompt.tokens for _, prompt, _ in prompts])
+    prefill = shared + sum(prompt.tokens.numel() - shared for _, prompt, _ in prompts)
     decode = sum(rollout.tokens.numel() - 1 for group in groups for rollout in group.rollouts)
     assert sum(tokens) == prefill + decode
 
@@ -402,7 +402,7 @@ def test_prompts_without_or_with_foreign_tokens_are_named(llama):
     for tokens, message in [([], "p/0 has no tokens"), ([5, 259], "p/0 has a token outside.*259"), ([-1], "outside")]:
         prompt = Prompt("p/0", (), torch.tensor(tokens, dtype=torch.int64), "test", "")
         with pytest.raises(EngineError, match=message):
-            engine.generate([(0, prompt)], SamplingParams(max_new_tokens=2), deadline_s=60)
+            engine.generate([Request(0, prompt)], SamplingParams(max_new_tokens=2), deadline_s=60)
 
 
 def test_no_prompts_no_groups(llama):

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
 from clipo_megatron.flow import Prompt
-from clipo_megatron.rollout.engine import SamplingParams
+from clipo_megatron.rollout.engine import Request, SamplingParams
 from clipo_megatron.rollout.local import LocalEngine
 
 
@@ -90,7 +90,7 @@ def main() -> None:
             top_p=args.top_p,
             top_k=args.top_k,
         )
-        groups = engine.generate(list(enumerate(prompts)), params, deadline_s=600)
+        groups = engine.generate([Request(*each) for each in enumerate(prompts)], params, deadline_s=600)
         return sum(rollout.tokens.numel() for group in groups for rollout in group.rollouts)
 
     def theirs(stop: tuple[int, ...]) -> int:

@@ -17,6 +17,33 @@ class DType(str, Enum):
 
 class EngineKind(str, Enum):
     local = "local"  # transformers, inside the training processes
+    sglang = "sglang"  # servers, started by `clipo serve` or by others
+    vllm = "vllm"
+
+
+class Transport(str, Enum):
+    in_process = "in_process"  # local engine only
+    broadcast = "broadcast"  # trainer ranks and servers share process groups
+    ipc = "ipc"  # servers on the trainer's own GPUs open its memory
+    disk = "disk"  # safetensors in a folder that servers and trainer share
+
+
+class Unfinished(str, Enum):
+    drop = "drop"  # aborted and forgotten
+    resume = "resume"  # aborted; the next step goes on from their tokens
+    keep_running = "keep_running"  # they go on while the policy trains, and after the update under the new weights
+
+
+class CorrectionKind(str, Enum):
+    none = "none"
+    truncate = "truncate"  # weights above the cap count as the cap
+    mask = "mask"  # weights outside [floor, cap] count as 0
+
+
+class CorrectionLevel(str, Enum):
+    token = "token"
+    sequence = "sequence"  # product over a rollout's tokens
+    geometric = "geometric"  # geometric mean over a rollout's tokens
 
 
 class AlgorithmName(str, Enum):
@@ -131,8 +158,42 @@ class DataConfig:
 
 
 @dataclass
+class PoolConfig:
+    """How each data-parallel head asks the servers."""
+
+    concurrency: int = 64  # requests (of one prompt's samples) in flight a head, over all servers
+    request_deadline_s: float = 900.0  # for one request to one server
+    attempts: int = 4  # servers asked for one request before generation fails
+    backoff_s: float = 0.5  # before the second attempt; doubles with each further one
+    affinity_slack: int = 4  # requests a prompt's own server may be busier than the idlest and still get it
+    join_deadline_s: float = 900.0  # to wait for a server when none is ready
+
+
+@dataclass
+class SyncConfig:
+    """How new weights reach the engine."""
+
+    transport: Optional[Transport] = None  # None: in_process (local), broadcast (sglang), disk (vllm)
+    deadline_s: float = 300.0  # for one update of all servers; one that misses it is left out
+    bucket_mb: int = 64  # of tensors sent together, in MiB; two such buckets are held
+    verify_every: int = 1  # updates between two comparisons of checksums; 0: never
+    folder: Optional[str] = None  # transport `disk`: shared by trainer and servers; None: train.output/weights
+    host: str = "127.0.0.1"  # transport `broadcast`: address of the trainer that the servers reach
+
+
+@dataclass
 class RolloutConfig:
     engine: EngineKind = EngineKind.local
+    endpoints: list[str] = field(default_factory=list)  # URLs of servers that others run; []: those of `clipo serve`
+    servers: int = 1  # registered servers to wait for before the first step
+    router: Optional[str] = None  # URL of a router in front of the servers: it gets the prompts, not the weights
+    api_key_env: str = "CLIPO_API_KEY"  # environment variable with the servers' key; needed beyond this machine
+    pool: PoolConfig = field(default_factory=PoolConfig)
+    sync: SyncConfig = field(default_factory=SyncConfig)
+    colocated: bool = False  # servers and trainer share GPUs and take turns
+    over_sampling: float = 1.0  # prompts asked for / prompts_per_step; the first to finish are taken
+    unfinished: Unfinished = Unfinished.drop  # what becomes of the others
+    refill_rounds: int = 0  # dynamic sampling: times that groups all right or all wrong are replaced by others
     samples_per_prompt: int = 8  # G
     max_new_tokens: int = 1024
     temperature: float = 1.0
@@ -141,6 +202,21 @@ class RolloutConfig:
     batch_size: int = 64  # local engine: sequences decoded at once
     dtype: Optional[DType] = None  # local engine: weights it computes in; None: model.dtype
     deadline_s: float = 1800.0  # for one step's rollouts
+
+
+@dataclass
+class ServeConfig:
+    """What `clipo serve` starts. Further options of the server itself go into the sections `sglang` and `vllm`."""
+
+    servers: int = 1
+    python: Optional[str] = None  # interpreter with the engine; None: this one, or an environment set up on demand
+    host: str = "127.0.0.1"  # other addresses need the key of rollout.api_key_env
+    port: int = 0  # of the first server, the next ones follow; 0: free ones
+    tp: int = 1  # GPUs of one server
+    dtype: Optional[DType] = None  # weights it computes in; None: model.dtype
+    start_deadline_s: float = 900.0  # until a server answers
+    unresponsive_s: float = 60.0  # without an answer to a health check, after which it is killed and started again
+    restarts: int = 5  # failed starts in a row before `clipo serve` gives up
 
 
 @dataclass
@@ -161,6 +237,16 @@ class KLConfig:
 
 
 @dataclass
+class CorrectionConfig:
+    """Importance weights for rollouts whose engine or version differs from the policy that scores them."""
+
+    kind: CorrectionKind = CorrectionKind.none
+    level: CorrectionLevel = CorrectionLevel.token
+    cap: float = 2.0
+    floor: float = 0.0
+
+
+@dataclass
 class AlgorithmConfig:
     name: AlgorithmName = AlgorithmName.grpo
     clip_low: float = 0.2
@@ -171,6 +257,7 @@ class AlgorithmConfig:
     mini_batches: int = 1  # optimizer steps a pass over the batch
     epochs: int = 1  # passes over the batch
     kl: KLConfig = field(default_factory=KLConfig)
+    correction: CorrectionConfig = field(default_factory=CorrectionConfig)
 
 
 @dataclass
@@ -239,7 +326,9 @@ class ReportConfig:
     console: bool = True
     tensorboard: bool = False
     save_rollouts: int = 1  # groups of each step written to rollouts.jsonl
-    mult_prob_error_alarm: float = 1.05
+    mult_prob_error_alarm: float = 1.05  # of mean(exp(|log-prob of trainer - of engine|)), fresh rollouts
+    rollout_kl_alarm: float = 0.05  # of the engine-trainer KL, nats a token, fresh rollouts
+    alarm_stops: bool = False  # whether an alarm ends the run, or warns
 
 
 @dataclass
@@ -249,6 +338,9 @@ class RunConfig:
     layout: LayoutConfig = field(default_factory=LayoutConfig)
     data: DataConfig = field(default_factory=DataConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    serve: ServeConfig = field(default_factory=ServeConfig)
+    sglang: dict[str, Any] = field(default_factory=dict)  # any option of its server: mem_fraction_static: 0.8
+    vllm: dict[str, Any] = field(default_factory=dict)  # any option of its server: gpu_memory_utilization: 0.8
     reward: RewardConfig = field(default_factory=RewardConfig)
     algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
     clipo: ClipoConfig = field(default_factory=ClipoConfig)

@@ -4,15 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from enum import Enum
+from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
-from clipo_megatron.flow import Prompt, RolloutGroup
+from clipo_megatron.flow import Prompt, Rollout, RolloutGroup
 
 
 class EngineError(RuntimeError):
     """The engine cannot go on; the message says what happened, to which request, and what to do."""
+
+
+class EngineLostError(EngineError):
+    """Nothing is left that generates, but it may come back: `unanswered` requests can be asked again after new weights
+    were loaded. Groups that were yielded before are complete and stay valid."""
+
+    def __init__(self, message: str, unanswered: Sequence[Request]):
+        super().__init__(message)
+        self.unanswered = tuple(unanswered)
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,11 +39,57 @@ class SamplingParams:
     step: int = 0
 
 
+class Request(NamedTuple):
+    """One prompt to answer."""
+
+    position: int  # the prompt's place in the step's global batch
+    prompt: Prompt
+    begun: tuple[Rollout, ...] = ()  # rollouts of an interrupted request: aborted ones go on from their tokens
+
+
+class Generation(Iterator[RolloutGroup]):
+    """Groups as they finish, in any order. Exhaust it, `stop` it or `close` it."""
+
+    def __init__(self, groups: Iterator[RolloutGroup]):
+        self._groups = groups
+
+    def __next__(self) -> RolloutGroup:
+        return next(self._groups)
+
+    def stop(self) -> list[RolloutGroup]:
+        """End what still runs, and return what there is of it: groups in which some rollouts are aborted.
+
+        A rollout without a token yet is left out. An engine that keeps nothing of unfinished groups returns none.
+        """
+        self.close()
+        return []
+
+    def close(self) -> None:
+        """End what still runs and forget it. Idempotent."""
+        if close := getattr(self._groups, "close", None):
+            close()
+
+
+class Memory(str, Enum):
+    """What an engine that shares its GPUs with the trainer can give back."""
+
+    weights = "weights"
+    kv_cache = "kv_cache"
+
+
+class InFlight(str, Enum):
+    """What becomes of generation in flight when an engine pauses."""
+
+    abort = "abort"  # it ends, with the tokens it has
+    retract = "retract"  # it waits, and goes on under the weights of then; its cache is computed again
+
+
 class Engine(Protocol):
     """Generates responses with the newest weights it was given.
 
-    Lifecycle: construct -> load_weights(version=0) -> (generate | load_weights)* -> close. A single caller per engine;
-    `generate` is exhausted or closed before the next call. The caller owns the tensors it passes and gets.
+    Lifecycle: construct -> load_weights(version=0) -> (generate | load_weights | pause .. resume)* -> close. A single
+    caller per engine; a `Generation` is exhausted, stopped or closed before the next one. The caller owns the tensors
+    it passes and gets.
     """
 
     @property
@@ -41,10 +97,8 @@ class Engine(Protocol):
         """Of the weights in use; -1 before the first load."""
         ...
 
-    def generate(
-        self, prompts: Sequence[tuple[int, Prompt]], params: SamplingParams, *, deadline_s: float
-    ) -> Iterator[RolloutGroup]:
-        """Yield one group per (position, prompt), as each finishes, in any order.
+    def generate(self, requests: Sequence[Request], params: SamplingParams, *, deadline_s: float) -> Generation:
+        """One group a request. Token ids and log-probs are the engine's own; no text is tokenised again.
 
         Raises:
             EngineError: when the deadline passes or generation fails; names the prompts without an answer.
@@ -57,6 +111,22 @@ class Engine(Protocol):
         Raises:
             EngineError: a name or shape that the model lacks, or one that never came; all are listed.
         """
+        ...
+
+    def pause(self, in_flight: InFlight = InFlight.abort) -> None:
+        """Generate nothing until `resume`. Idempotent."""
+        ...
+
+    def resume(self) -> None:
+        """Go on after `pause`. Idempotent."""
+        ...
+
+    def release_memory(self, *what: Memory) -> None:
+        """Give GPU memory back; nothing is in flight. Weights released have to be loaded again. Idempotent."""
+        ...
+
+    def restore_memory(self, *what: Memory) -> None:
+        """Take the memory again; its contents are undefined until loaded. Idempotent."""
         ...
 
     def health(self) -> None:

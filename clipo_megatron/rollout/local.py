@@ -19,7 +19,7 @@ from transformers.initialization import no_init_weights
 
 from clipo_megatron.flow import Prompt, Rollout, RolloutGroup
 from clipo_megatron.rollout.decoding import DecodeBatch, NonFiniteLogits, Prefilled, prefill
-from clipo_megatron.rollout.engine import EngineError, SamplingParams
+from clipo_megatron.rollout.engine import EngineError, Generation, InFlight, Memory, Request, SamplingParams
 from clipo_megatron.rollout.sampling import rollout_uniforms
 
 # What some families do to the logits after the LM head; Llama and Qwen2 do none of it.
@@ -69,6 +69,18 @@ class LocalEngine:
         if self._version < 0:
             raise EngineError("The local engine has no complete set of weights; call load_weights first.")
 
+    def pause(self, in_flight: InFlight = InFlight.abort) -> None:
+        """Nothing to do: it generates only while its caller asks for the next group."""
+
+    def resume(self) -> None:
+        """Nothing to do."""
+
+    def release_memory(self, *what: Memory) -> None:
+        """Nothing to do: keys and values live as long as a generation, and weights stay."""
+
+    def restore_memory(self, *what: Memory) -> None:
+        """Nothing to do."""
+
     def close(self) -> None:
         """Free model and tokenizer. Idempotent."""
         self._model = self._tokenizer = None
@@ -95,10 +107,8 @@ class LocalEngine:
             )
         self._version = version
 
-    def generate(
-        self, prompts: Sequence[tuple[int, Prompt]], params: SamplingParams, *, deadline_s: float
-    ) -> Iterator[RolloutGroup]:
-        """Yield one group per (position, prompt) as each finishes.
+    def generate(self, requests: Sequence[Request], params: SamplingParams, *, deadline_s: float) -> Generation:
+        """One group a request, as each finishes.
 
         The deadline counts from this call, time between two yields included.
 
@@ -108,8 +118,11 @@ class LocalEngine:
         """
         self.health()
         _check_params(params)
+        if any(request.begun for request in requests):
+            raise EngineError("The local engine goes on from no interrupted rollout; set rollout.unfinished=drop.")
+        prompts = [(request.position, request.prompt) for request in requests]
         self._check_prompts(prompts, params)
-        return self._generate(list(prompts), params, time.monotonic() + deadline_s, deadline_s)
+        return Generation(self._generate(prompts, params, time.monotonic() + deadline_s, deadline_s))
 
     def _generate(
         self, prompts: list[tuple[int, Prompt]], params: SamplingParams, deadline: float, deadline_s: float
@@ -195,7 +208,7 @@ class LocalEngine:
                         logprobs=batch.logprobs[row, : batch.length].clone().cpu(),
                         text=self._tokenizer.decode(tokens, skip_special_tokens=True),
                         finish="stop" if stopped else "length",
-                        version=self._version,
+                        versions=torch.full((len(tokens),), self._version),
                         sample=sample,
                     ),
                 )
