@@ -42,13 +42,13 @@ class SamplingParams:
 class Request(NamedTuple):
     """One prompt to answer."""
 
-    position: int  # the prompt's place in the step's global batch
+    position: int  # its group carries it; no other request that is unanswered has the same
     prompt: Prompt
     begun: tuple[Rollout, ...] = ()  # rollouts of an interrupted request: aborted ones go on from their tokens
 
 
 class Generation(Iterator[RolloutGroup]):
-    """Groups as they finish, in any order. Exhaust it, `stop` it or `close` it."""
+    """Groups as they finish, in any order. Exhaust it, `stop`, `close` or `leave` it."""
 
     def __init__(self, groups: Iterator[RolloutGroup]):
         self._groups = groups
@@ -63,6 +63,15 @@ class Generation(Iterator[RolloutGroup]):
         """
         self.close()
         return []
+
+    def leave(self) -> None:
+        """Let what still runs go on, while the weights are updated too.
+
+        The next `generate` yields these groups besides those of its own requests, and an `EngineLostError` of it has
+        them among its `unanswered`. Until then `stop` and `close` of this generation end them. An engine that keeps
+        nothing running raises EngineError.
+        """
+        raise EngineError("This engine keeps nothing running between two steps; set rollout.unfinished=drop.")
 
     def close(self) -> None:
         """End what still runs and forget it. Idempotent."""
@@ -88,7 +97,7 @@ class Engine(Protocol):
     """Generates responses with the newest weights it was given.
 
     Lifecycle: construct -> load_weights(version=0) -> (generate | load_weights | pause .. resume)* -> close. A single
-    caller per engine; a `Generation` is exhausted, stopped or closed before the next one. The caller owns the tensors
+    caller per engine; a `Generation` is exhausted, stopped, closed or left before the next one. The caller owns the tensors
     it passes and gets.
     """
 
