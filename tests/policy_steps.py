@@ -56,7 +56,9 @@ def scored_groups(step: int, *, vocab: int, groups: int = 6, samples: int = 4) -
         rollouts, verdicts = [], []
         for sample in range(samples):
             length = 1 if (position + sample) % 7 == 0 else number(2, 16)
-            rollouts.append(Rollout(tokens(length), -torch.rand(length, generator=generator), "", "stop", 0, sample))
+            ids, logprobs = tokens(length), -torch.rand(length, generator=generator)
+            versions = torch.full((length,), step)
+            rollouts.append(Rollout(ids, logprobs, "", "stop", versions, sample))
             correct: bool | None = {0: True, 1: False, 2: sample == 1}.get(position, number(0, 2) == 1)
             if position % 3 == 2 and sample == position % samples:
                 correct = None
@@ -65,8 +67,8 @@ def scored_groups(step: int, *, vocab: int, groups: int = 6, samples: int = 4) -
     return result
 
 
-def train(config: RunConfig, layout_config: LayoutConfig) -> dict[str, Any]:
-    """STEPS steps on this rank; collective.
+def train(config: RunConfig, layout_config: LayoutConfig, *, taking_turns: bool = False) -> dict[str, Any]:
+    """STEPS steps on this rank; collective. With `taking_turns` the actor's memory is released before each step.
 
     Returns:
         Facts of the steps (identical on every rank): metrics of each update, table signals, rewards, advantages, final
@@ -84,6 +86,10 @@ def train(config: RunConfig, layout_config: LayoutConfig) -> dict[str, Any]:
     if actor.contrastive is not None:
         _listen(actor.contrastive, pooled)
     for step in range(STEPS):
+        if taking_turns:
+            actor.release_memory()
+            facts["held"] = sum(buffer.grad_data.untyped_storage().size() for buffer in actor.model.buffers)
+            actor.restore_memory()
         scored = scored_groups(step, vocab=actor.spec.vocab_size)[layout.rank :: layout.world]
         table, samples = build_table(scored, step=step)
         mini_batches = batcher.mini_batches_of(samples, table)

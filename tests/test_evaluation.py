@@ -106,9 +106,9 @@ def evaluate_here(answers):
         def generate(self, prompts, params, *, deadline_s):
             assert params.step == -1
             assert params.temperature == 0.0
-            for position, prompt in prompts:
+            for position, prompt, _ in prompts:
                 rollouts = [
-                    Rollout(torch.zeros(2, dtype=torch.long), torch.zeros(2), text, finish, 0, sample)
+                    Rollout(torch.tensor([1, 2]), torch.zeros(2), text, finish, torch.tensor([0, 0]), sample)
                     for sample, (text, finish) in enumerate(answers[prompt.id])
                 ]
                 yield RolloutGroup(position, prompt, rollouts)

@@ -8,14 +8,15 @@ from typing import Any
 
 import pytest
 import torch
-from policy_steps import configuration, scored_groups
+from megatron.core import parallel_state
+from policy_steps import configuration, scored_groups, train
 from ranks import RankPool
 from tiny_models import tiny_llama, tiny_qwen2
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from clipo_megatron.algorithms.algorithm import build_algorithm
-from clipo_megatron.config.schema import Aggregation, KLConfig, KLKind, LayoutConfig, RunConfig
+from clipo_megatron.config.schema import Aggregation, DType, KLConfig, KLKind, LayoutConfig, RunConfig
 from clipo_megatron.flow import ScoredGroup, Verdict
 from clipo_megatron.policy import layout as layouts
 from clipo_megatron.policy.actor import PolicyActor
@@ -205,3 +206,24 @@ def test_a_step_without_a_signal_passes(
     for metrics, finite in ranks.run(nothing_to_learn, 4, config, layout, correct):
         assert metrics["policy/grad_norm"] == 0.0 and metrics["policy/update_skipped"] == 0.0
         assert all(math.isfinite(value) for value in metrics.values()) and all(finite.values())
+
+
+def taking_turns(config: RunConfig, layout_config: LayoutConfig) -> list[dict[str, Any]]:
+    """The same steps with and without giving memory away before each."""
+    results = []
+    for turns in (False, True):
+        results.append(train(config, layout_config, taking_turns=turns))
+        parallel_state.destroy_model_parallel()
+    return results
+
+
+@pytest.mark.parametrize("dtype", [DType.fp32, DType.bf16])
+def test_memory_given_away_between_steps_changes_nothing(ranks: RankPool, tmp_path: Path, dtype: DType):
+    config = configuration(tiny_llama(tmp_path))
+    config.model.dtype = dtype
+    config.algorithm.kl.coefficient = 0.01  # keeps a reference policy
+    for kept, turned in ranks.run(taking_turns, 2, config, LayoutConfig(pp=2)):
+        assert turned["held"] == 0
+        assert kept["updates"] == turned["updates"]
+        for name, weight in kept["weights"].items():
+            assert torch.equal(weight, turned["weights"][name]), name

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from clipo_megatron.algorithms.base import Signal, TokenBatch
 from clipo_megatron.algorithms.kl import kl_estimate
-from clipo_megatron.config.schema import RunConfig
+from clipo_megatron.config.schema import DType, RunConfig
 from clipo_megatron.device import platform
 from clipo_megatron.flow import MicroBatch, RolloutTable
 from clipo_megatron.policy.contrastive import ContrastiveActor
@@ -122,6 +122,14 @@ class PolicyActor:
         result = share_from_last_stage(result, self.layout, sum_over_dp=False)
         table.signals["contrastive_loss"] = result[0]
         table.signals["contrastive_valid"] = result[1] > 0
+
+    def contrastive_metrics(self, table: RolloutTable, bonus: Tensor | None) -> dict[str, float]:
+        """What the contrastive head did in this step, the same on every rank; {} without one, or before the first
+        `bonus` ([B] float32, what its losses paid)."""
+        if Signal.contrastive not in self.needs or bonus is None:
+            return {}
+        metrics = self.contrastive.metrics(table, bonus) if self.contrastive is not None else {}
+        return from_last_stage(metrics, self.layout)
 
     def _score_reference(self, micro_batches: Sequence[MicroBatch], table: RolloutTable) -> None:
         kind = self.config.algorithm.kl.kind
@@ -267,6 +275,26 @@ class PolicyActor:
             tp_group=self.layout.tp_group if self.layout.tp > 1 else None,
             pp_group=self.layout.pp_group if self.layout.pp > 1 else None,
         )
+
+    def release_memory(self) -> None:
+        """Free what only training needs: gradients, and optimizer state and reference policy into host memory.
+
+        The weights stay, so they can be exported. For servers that take turns with this rank on its GPU.
+        """
+        self.model.offload_grad_buffers()
+        if self.config.model.dtype is DType.bf16:  # in fp32 the masters are the weights themselves
+            self.optimizer.inner.offload_to_cpu()
+        if self._reference is not None:
+            self._reference = [tensor.cpu() for tensor in self._reference]
+
+    def restore_memory(self) -> None:
+        """Inverse of `release_memory`, before `score` or `update`. Gradients come back as zeros."""
+        self.model.restore_grad_buffers()
+        if self.config.model.dtype is DType.bf16:
+            with platform().cuda_tensor_names():
+                self.optimizer.inner.restore_from_cpu()
+        if self._reference is not None:
+            self._reference = [tensor.to(platform().device) for tensor in self._reference]
 
     @contextlib.contextmanager
     def _reference_weights(self) -> Iterator[None]:
