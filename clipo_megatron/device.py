@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import contextlib
 import os
+import socket
 import sys
+import threading
+import time
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import cache
@@ -48,6 +51,17 @@ class Platform:
             backend, rank=rank, world_size=world_size, timeout=timedelta(seconds=timeout_s), store=store,
             **({} if store is not None else {"init_method": "env://"}),
         )  # fmt: skip
+
+    def share_group(self, name: str, *, world: int, host: str, timeout_s: float) -> SharedGroup:
+        """Open a process group beside the default one, as its rank 0; the others find it at host and the result's port.
+
+        Args:
+            name: of the group, the same for all members.
+            world: number of members, this one included.
+            host: address of this machine that the others reach; nothing listens on any other.
+            timeout_s: for every wait of the group: to meet, and for each broadcast.
+        """
+        return SharedGroup(self, name, world=world, host=host, timeout_s=timeout_s)
 
     def synchronize(self) -> None:
         """Wait for queued kernels, so that a clock read afterwards tells the truth."""
@@ -99,6 +113,132 @@ class Platform:
             yield
         finally:
             torch.Tensor.type, torch.Tensor.cuda = original_type, original_cuda  # type: ignore[method-assign]
+
+
+class SharedGroupError(RuntimeError):
+    """Members of a shared group did not meet, or a broadcast to them broke off; the group is of no further use."""
+
+
+class SharedGroup:
+    """Rank 0's end of a process group whose other members are processes of another program, such as an engine's.
+
+    It owes nothing to the default group: it has a rendezvous of its own, and `close` never waits, whatever became of
+    the others. Members in another release of torch may join; what has to agree is how torch derives the keys of the
+    rendezvous from the group's name, and that is the same from 2.6 on.
+    """
+
+    def __init__(self, platform: Platform, name: str, *, world: int, host: str, timeout_s: float):
+        self.name, self.world, self.host = name, world, host
+        self._platform, self._timeout_s = platform, timeout_s
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        with socket.create_server((host, 0), family=family, backlog=1024) as listener:
+            self.port: int = listener.getsockname()[1]
+            self._store: dist.Store | None = dist.TCPStore(
+                host, self.port, world, is_master=True, timeout=timedelta(seconds=timeout_s), wait_for_workers=False,
+                master_listen_fd=listener.detach(),
+            )  # fmt: skip
+        self._group: Any = None
+        self._works: list[dist.Work] = []
+
+    def join(self, stop: Callable[[], bool] = lambda: False) -> None:
+        """Meet the others.
+
+        Raises:
+            SharedGroupError: they did not all come in time, or `stop` said that nobody waits for this any more.
+        """
+        met: list[Any] = []
+        failure: list[BaseException] = []
+
+        def meet(store: dist.Store) -> None:
+            try:
+                met.append(self._connect(store))
+            except BaseException as error:
+                failure.append(error)
+
+        # In a thread of its own, because there is no way to interrupt it: it ends with its timeout.
+        thread = threading.Thread(target=meet, args=(self._store,), name=f"join {self.name}", daemon=True)
+        thread.start()
+        while thread.is_alive():
+            thread.join(0.05)
+            if thread.is_alive() and stop():
+                raise SharedGroupError(f"group {self.name}: given up before its {self.world} members had met")
+        if failure:
+            raise SharedGroupError(f"group {self.name}: its {self.world} members did not meet: {failure[0]}")
+        self._group = met[0]
+
+    def broadcast(self, tensor: torch.Tensor) -> dist.Work:
+        """Start to send a contiguous tensor to all members, as bytes; it must stay as it is until `wait` returns."""
+        options = dist.BroadcastOptions()
+        options.rootRank, options.rootTensor = 0, 0
+        options.timeout = timedelta(seconds=self._timeout_s)
+        work = self._group.broadcast([tensor.view(torch.uint8)], options)
+        self._works.append(work)
+        return work
+
+    def wait(self, work: dist.Work, stop: Callable[[], bool] = lambda: False) -> None:
+        """Return when a broadcast is done; on a GPU the kernels that follow wait for it as well.
+
+        Raises:
+            SharedGroupError: it broke off, it took longer than the group's timeout, or `stop` said to give up.
+        """
+        start = time.monotonic()
+        try:
+            while not self._done(work):
+                if stop():
+                    raise SharedGroupError(f"group {self.name}: given up in the middle of a broadcast")
+                if time.monotonic() - start > self._timeout_s + 5.0:  # its own timeout comes first
+                    raise SharedGroupError(f"group {self.name}: no end of a broadcast in {self._timeout_s:.0f} s")
+            work.wait()
+        except SharedGroupError:
+            raise
+        except Exception as error:
+            raise SharedGroupError(f"group {self.name}: a broadcast broke off: {str(error).splitlines()[0]}") from error
+        self._works.remove(work)
+
+    def close(self) -> None:
+        """Leave at once, also in the middle of a broadcast. Idempotent."""
+        group, works, store = self._group, self._works, self._store
+        self._group, self._works, self._store = None, [], None
+        if group is None:
+            return
+        if self._platform.has_gpu:
+            group.abort()
+            return
+        # gloo cannot interrupt what is in flight, and its group can only be freed afterwards: others wait for that.
+        threading.Thread(target=_outlive, args=([group, store], works), name=f"leave {self.name}", daemon=True).start()
+
+    def _connect(self, store: dist.Store) -> Any:
+        kind = "cuda" if self._platform.has_gpu else "cpu"
+        # What torch's own way to a group from an address makes of its name.
+        for prefix in (self.name, f"{self.name}/", f"{kind}/"):
+            store = dist.PrefixStore(prefix, store)
+        timeout = timedelta(seconds=self._timeout_s)
+        if self._platform.has_gpu:
+            options = dist.ProcessGroupNCCL.Options()
+            options._timeout, options.group_name = timeout, self.name
+            return dist.ProcessGroupNCCL(store, 0, self.world, options)
+        options = dist.ProcessGroupGloo._Options()
+        options._timeout = timeout
+        options._devices = [dist.ProcessGroupGloo.create_device(hostname=self.host)]
+        return dist.ProcessGroupGloo(store, 0, self.world, options)
+
+    def _done(self, work: dist.Work) -> bool:
+        if self._platform.has_gpu:
+            if not work.is_completed():
+                time.sleep(0.001)
+            return work.is_completed()
+        with contextlib.suppress(RuntimeError):  # not yet, or it broke off: the caller's wait says which
+            work.wait(timedelta(milliseconds=100))
+        return work.is_completed()
+
+
+def _outlive(holders: list[Any], works: list[dist.Work]) -> None:
+    """Drop a group once nothing of it is in flight."""
+    for work in works:
+        with contextlib.suppress(RuntimeError):
+            work.wait()
+    works.clear()
+    holders.clear()
 
 
 @cache

@@ -2,12 +2,12 @@
 
 The plan is computed once and is the same on every rank; `export` then follows it. For each bucket the owning pipeline
 stage gathers its tensor-parallel (TP) shards, rebuilds the tensors into one flat buffer, and passes that to the other
-pipeline stages (PP).
+pipeline stages (PP). `own_buckets` stops before the last step: each stage keeps what it owns, to send it elsewhere.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 
@@ -44,6 +44,12 @@ class Bucket:
     def numel(self) -> int:
         """Elements of the flat buffer."""
         return sum(prod(tensor.shape) for tensor in self.tensors)
+
+    def views(self, flat: Tensor) -> Iterator[tuple[str, Tensor]]:
+        """Name and tensor of everything in the bucket's flat buffer [numel], in order, without a copy."""
+        parts = flat.split([prod(tensor.shape) for tensor in self.tensors])
+        for tensor, part in zip(self.tensors, parts, strict=True):
+            yield tensor.name, part.view(tensor.shape)
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,17 +122,76 @@ def export(
         WeightsError: the groups are not of the plan's sizes, or the count of chunks is not the plan's.
         CoverageError: the parameters and the plan do not match. Both are raised before anything is sent.
     """
-    for name, group, size in (("tp", tp_group, plan.tp_size), ("pp", pp_group, len(plan.chunks))):
-        ranks = dist.get_world_size(group) if group is not None else 1
-        if ranks != size:
-            raise WeightsError(f"the export was planned for {name}={size}, and {name}_group has {ranks} ranks")
+    _check_group("pp", pp_group, len(plan.chunks))
     pp_rank = dist.get_rank(pp_group) if pp_group is not None else 0
+    _check(plan, chunks, tp_group, pp_rank)
+    return _stream(plan, chunks, tp_group, pp_group, pp_rank, to_all)
+
+
+def own_buckets(
+    plan: ExportPlan,
+    chunks: Sequence[Mapping[str, Tensor]],
+    *,
+    pp_rank: int = 0,
+    tp_group: Group | None = None,
+    buffer: Callable[[int], Tensor],
+) -> Iterator[tuple[Bucket, Tensor]]:
+    """Yield (bucket, flat buffer) for the buckets that pipeline rank `pp_rank` owns, in plan order.
+
+    A collective of `tp_group` alone: its first rank gets the buckets, the others take part and yield nothing. All of
+    them exhaust the iterator. Each tensor is owned by one stage: a tied output layer is sent with the embedding.
+
+    Args:
+        plan: the same on every rank; `chunks` and `tp_group` as for `export`.
+        chunks: this rank's parameters.
+        pp_rank: this rank's.
+        tp_group: this stage's tensor-parallel ranks; None where it would have one.
+        buffer: called on the first rank, with a number of elements, when a bucket's shards are gathered and are to be
+            written: a flat tensor of at least that size, of the plan's dtype, on the parameters' device. It returns
+            when that memory may be overwritten, so it is what holds the sender to its number of buffers.
+
+    Memory beside these buffers: none without TP; with TP this rank's part and the gathered parts of one bucket, that
+    is 1 + 1/tp buckets.
+
+    Raises:
+        WeightsError: the group is not of the plan's size, or the count of chunks is not the plan's.
+        CoverageError: the parameters and the plan do not match. Both are raised before anything is sent.
+    """
+    _check(plan, chunks, tp_group, pp_rank)
+    return _own(plan, chunks, pp_rank, tp_group, buffer)
+
+
+def _own(
+    plan: ExportPlan,
+    chunks: Sequence[Mapping[str, Tensor]],
+    pp_rank: int,
+    tp_group: Group | None,
+    buffer: Callable[[int], Tensor],
+) -> Iterator[tuple[Bucket, Tensor]]:
+    for bucket in plan.buckets:
+        if bucket.owner != pp_rank:
+            continue
+        shards = _gather(bucket, chunks[bucket.chunk], plan, tp_group, to_all=False)
+        if shards is not None:
+            flat = buffer(bucket.numel)[: bucket.numel]
+            _rebuild(bucket, shards, flat)
+            del shards  # before the caller keeps us waiting
+            yield bucket, flat
+
+
+def _check(plan: ExportPlan, chunks: Sequence[Mapping[str, Tensor]], tp_group: Group | None, pp_rank: int) -> None:
+    _check_group("tp", tp_group, plan.tp_size)
     planned = plan.chunks[pp_rank]
     if len(chunks) != len(planned):
         raise WeightsError(f"the export was planned for {len(planned)} model chunks a rank, not {len(chunks)}")
     for parameters, bound in zip(chunks, planned, strict=True):
         match(parameters, bound, tp_size=plan.tp_size)
-    return _stream(plan, chunks, tp_group, pp_group, pp_rank, to_all)
+
+
+def _check_group(name: str, group: Group | None, size: int) -> None:
+    ranks = dist.get_world_size(group) if group is not None else 1
+    if ranks != size:
+        raise WeightsError(f"the export was planned for {name}={size}, and {name}_group has {ranks} ranks")
 
 
 def _stream(
@@ -152,7 +217,7 @@ def _stream(
         if pp_group is not None and flat is not None:
             _pass_on(flat, bucket.owner, pp_group, pp_rank, to_all)
         if receives and flat is not None:
-            yield from _views(bucket, flat)
+            yield from bucket.views(flat)
 
 
 def _gather(
@@ -183,7 +248,7 @@ def _gather(
 
 
 def _rebuild(bucket: Bucket, shards: Sequence[Tensor], flat: Tensor) -> None:
-    views = [view for _, view in _views(bucket, flat)]
+    views = [view for _, view in bucket.views(flat)]
     for entry, parts in zip(bucket.entries, shards, strict=True):
         entry.kind.unshard(parts, views[: len(entry.hf)])
         views = views[len(entry.hf) :]
@@ -197,12 +262,6 @@ def _pass_on(flat: Tensor, owner: int, group: Group, pp_rank: int, to_all: bool)
         dist.send(_bytes(flat), group=group, group_dst=0)
     elif owner != 0:
         dist.recv(_bytes(flat), group=group, group_src=owner)
-
-
-def _views(bucket: Bucket, flat: Tensor) -> Iterator[tuple[str, Tensor]]:
-    parts = flat.split([prod(tensor.shape) for tensor in bucket.tensors])
-    for tensor, part in zip(bucket.tensors, parts, strict=True):
-        yield tensor.name, part.view(tensor.shape)
 
 
 def _bytes(tensor: Tensor) -> Tensor:
