@@ -28,11 +28,11 @@ class Fault(str, Enum):
 
 
 class ServerError(EngineError):
-    """One call to one server failed."""
+    """One call to one server failed; `status` is the HTTP status where the fault is `status`, else 0."""
 
-    def __init__(self, url: str, fault: Fault, message: str):
+    def __init__(self, url: str, fault: Fault, message: str, status: int = 0):
         super().__init__(f"{url}: {message}")
-        self.url, self.fault = url, fault
+        self.url, self.fault, self.status = url, fault, status
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +75,11 @@ class RankChecksums:
     checksums: dict[str, str] = field(repr=False)
 
 
+def sample_id(name: str, sample: int) -> str:
+    """What identifies one sample of a call on its server."""
+    return f"{name}-{sample}"
+
+
 class Server(Protocol):
     """One server's client. An engine that lacks a call raises `ServerError` with `Fault.unsupported`."""
 
@@ -95,13 +100,14 @@ class Server(Protocol):
         """All rollouts of one request, in order of sample.
 
         `begun` rollouts that are finished are returned as they are; aborted ones go on from their tokens. `version`
-        is that of the weights it should have; `name` identifies the call for `abort`. After an abort, rollouts of
-        finish "abort" are among the result, those without a token left out.
+        is that of the weights it should have, newer ones are no error here; `sample_id(name, sample)` identifies a
+        sample for `abort`. After an abort, rollouts of finish "abort" are among the result, those without a token left
+        out.
         """
         ...
 
-    async def abort(self, *, deadline_s: float) -> None:
-        """End all generation; the calls of `generate` return."""
+    async def abort(self, ids: Sequence[str] | None = None, *, deadline_s: float) -> None:
+        """End the generation of the samples with the given ids (`sample_id`), or all of it; their calls return."""
         ...
 
     async def pause(self, in_flight: InFlight, *, deadline_s: float) -> None:
