@@ -46,6 +46,8 @@ class Owner:
     writes: bool = True  # whether this rank writes it: exactly one rank does
     reads: bool = True  # whether this rank takes part in loading it
     per_rank: bool = False  # every rank has its own, in <name>.<rank>
+    gathers: bool = False  # `state_dict` is collective: every rank calls it, and the one that writes gets the whole
+    optional: bool = False  # a checkpoint without it is complete: it was written before there was such an owner
 
 
 class Checkpoints:
@@ -90,8 +92,10 @@ class Checkpoints:
             _barrier()
             self.save_policy(partial / "policy")
             for owner in self.owners:
-                if owner.per_rank or owner.writes:
-                    _write_tree(partial / self._file(owner), owner.state_dict())
+                writes = owner.per_rank or owner.writes
+                state = owner.state_dict() if writes or owner.gathers else {}
+                if writes:
+                    _write_tree(partial / self._file(owner), state)
             _barrier()
             manifest = {"step": step, "world": _world(), **self.facts, "files": _contents(partial)}
             if _rank() == 0:
@@ -159,7 +163,7 @@ class Checkpoints:
                 continue
             file = path / self._file(owner)
             if not _tree_file(file).exists():
-                if owner.per_rank and manifest["world"] != _world():
+                if owner.optional or (owner.per_rank and manifest["world"] != _world()):
                     continue  # another number of ranks: a rank without a past keeps its fresh state
                 raise CheckpointError(f"{path} has no state of {owner.name}: remove that folder to use an older one")
             owner.load_state_dict(_read_tree(file))

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
@@ -16,8 +17,9 @@ import torch.distributed as dist
 
 from clipo_megatron.config.schema import EvalConfig, RolloutConfig
 from clipo_megatron.data.sources import source_of
-from clipo_megatron.flow import Prompt
+from clipo_megatron.flow import Prompt, RolloutGroup
 from clipo_megatron.rewards.pool import GraderPool
+from clipo_megatron.rollout.asking import ask
 from clipo_megatron.rollout.engine import Engine, Request, SamplingParams
 
 
@@ -53,6 +55,7 @@ def evaluate(
     *,
     step: int,
     deadline_s: float,
+    recover: Callable[[], None] = lambda: None,
 ) -> Evaluation:
     """Answer and grade `prompts`, whose ids differ; collective.
 
@@ -64,9 +67,15 @@ def evaluate(
         params: temperature 0 for greedy.
         step: recorded in the result.
         deadline_s: for this rank's generation.
+        recover: collective; gives an engine that was lost and came back the current weights.
     """
-    for group in engine.generate([Request(index, prompts[index]) for index in mine], params, deadline_s=deadline_s):
+
+    def take(group: RolloutGroup) -> bool:
         pool.submit(group)
+        return False
+
+    requests = [Request(index, prompts[index]) for index in mine]
+    ask(engine, requests, params, take=take, recover=recover, deadline=time.monotonic() + deadline_s)
     rows = [
         (
             scored.group.prompt.id,

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import random
 import signal
-import time
 from pathlib import Path
 from typing import Any
 
@@ -15,33 +13,20 @@ import torch
 import torch.distributed as dist
 
 from clipo_megatron.algorithms.algorithm import Algorithm, build_algorithm
-from clipo_megatron.algorithms.clipo.stage import Clipo
-from clipo_megatron.algorithms.clipo.statistics import statistics
 from clipo_megatron.checkpoint import Checkpoints, Owner
+from clipo_megatron.collector import Collector
 from clipo_megatron.config.schema import RunConfig
 from clipo_megatron.data.prompts import load_tokenizer
 from clipo_megatron.data.sampler import PromptSampler
 from clipo_megatron.device import platform
-from clipo_megatron.evaluation import (
-    Evaluation,
-    comparison_table,
-    evaluate,
-    evaluation_params,
-    read_evaluations,
-    remove_evaluations,
-    write_evaluation,
-)
-from clipo_megatron.flow import RolloutTable, StepReport
-from clipo_megatron.output import CHECKPOINTS, EVALUATIONS, METRICS, ROLLOUTS, SETTINGS, TENSORBOARD, claim, set_aside
+from clipo_megatron.evaluation import evaluate, evaluation_params
+from clipo_megatron.output import CHECKPOINTS, claim, set_aside
 from clipo_megatron.policy import layout as layouts
 from clipo_megatron.policy.actor import PolicyActor
-from clipo_megatron.policy.exchange import from_last_stage
 from clipo_megatron.policy.model import TORCH_DTYPE
 from clipo_megatron.policy.state import load_policy, save_policy
 from clipo_megatron.problems import load_problems
-from clipo_megatron.report.console import Progress, duration
-from clipo_megatron.report.samples import SampleLog
-from clipo_megatron.report.sinks import JsonLines, Sink, TensorBoard, read_lines
+from clipo_megatron.reporting import Reporter
 from clipo_megatron.rewards.pool import GraderPool
 from clipo_megatron.rollout.engine import Engine, SamplingParams
 from clipo_megatron.rollout.local import LocalEngine
@@ -66,7 +51,6 @@ class Run:
         self.config = config
         self.device = platform().device
         self.output = Path(config.train.output)
-        self.started = time.time()
         self._stop = 0  # the signal that asked to stop
         self._seed(config.train.seed)
         if not dist.is_initialized():
@@ -78,10 +62,10 @@ class Run:
         self.layout = layouts.initialize(config.layout, seed=config.train.seed)
         self.is_main = self.layout.rank == 0
         self._lock = claim(self.output) if self.is_main else None
-        self.progress = Progress(config.train.steps, enabled=self.is_main and config.report.console)
+        self.reporter = Reporter(config, is_main=self.is_main)
 
         tokenizer = load_tokenizer(config.model.path)
-        self.train_prompts, self.eval_prompts = load_problems(config, tokenizer, self.progress.say)
+        self.train_prompts, self.eval_prompts = load_problems(config, tokenizer, self.reporter.say)
         self.sampler = PromptSampler(
             len(self.train_prompts), config.data.prompts_per_step, seed=config.train.seed, shuffle=config.data.shuffle
         )
@@ -98,17 +82,21 @@ class Run:
         self.algorithm: Algorithm = build_algorithm(config)
         updates = config.train.steps * config.algorithm.epochs * config.algorithm.mini_batches
         self.actor = PolicyActor(config, self.layout, needs=self.algorithm.needs, total_steps=updates)
-        self.engine: Engine = LocalEngine(
-            config.model.path,
-            dtype=TORCH_DTYPE[config.rollout.dtype or config.model.dtype],
-            device=self.device,
-            batch_size=config.rollout.batch_size,
-        )
+        self.engine = self._engine()
+        self.askers = list(range(self.layout.world))  # the local engine runs on every rank
         self.sync = InProcessSync(self.actor, self.engine)
-        self.evaluations: list[Evaluation] = []
+        self.collector = Collector(
+            config.rollout,
+            prompts=self.train_prompts,
+            sampler=self.sampler,
+            engine=self.engine,
+            graders=self.graders,
+            sampling=self.sampling,
+            askers=self.askers,
+            recover=self.recover,
+            progress=self.reporter.progress.rollouts,
+        )
         self.checkpoints = self._checkpoints()
-        self.samples = SampleLog(self.output / ROLLOUTS, groups=config.report.save_rollouts * self.is_main)
-        self._sinks: list[Sink] = []
         for name in (signal.SIGINT, signal.SIGTERM):
             signal.signal(name, self._request_stop)
 
@@ -125,38 +113,28 @@ class Run:
         step = 0
         if not self.config.checkpoint.resume:
             if self.is_main and (shelf := set_aside(self.output)):
-                self.progress.say(f"starting over: the results of the run before are in {shelf}")
+                self.reporter.say(f"starting over: the results of the run before are in {shelf}")
         elif newest := self.checkpoints.latest():
             step = self.checkpoints.load(newest)
-            self.progress.say(f"resumed from {newest}, {step} steps done")
-        elif self.is_main and read_lines(self.output / METRICS):
-            self.progress.say(f"{self.output} has metrics but no checkpoint: starting from the beginning")
-        # Without a checkpoint nothing says that the results found are of this model.
-        if self.is_main:
-            remove_evaluations(self.output / EVALUATIONS, after=step or -1)
-        found = [read_evaluations(self.output / EVALUATIONS) if self.is_main else []]
-        dist.broadcast_object_list(found, src=0)
-        self.evaluations = found[0]
+            self.reporter.say(f"resumed from {newest}, {step} steps done")
+        elif self.is_main and self.reporter.has_metrics:
+            self.reporter.say(f"{self.output} has metrics but no checkpoint: starting from the beginning")
+        self.reporter.restore(step)
         self.sync.push(step)
         return step
 
     def before_training(self, step: int) -> None:
         """Open the logs; evaluate the policy if that is due and was not done."""
         config = self.config
-        if self.is_main:
-            (self.output / SETTINGS).write_text(json.dumps(dataclasses.asdict(config), indent=1, default=str))
-            self._sinks = [JsonLines(self.output / METRICS, from_step=step)]
-            if config.report.tensorboard:
-                self._sinks.append(TensorBoard(self.output / TENSORBOARD, from_step=step))
-        self.samples.open(from_step=step)
-        self.progress.say(
+        self.reporter.open(step)
+        self.reporter.say(
             f"{config.name}: {Path(config.model.path).name}, {len(self.train_prompts)} problems, "
             f"{config.data.prompts_per_step} prompts x {config.rollout.samples_per_prompt} samples a step, "
             f"{self.layout.world} ranks (tp {self.layout.tp} x pp {self.layout.pp} x dp {self.layout.dp})"
         )
-        due = config.eval.at_start if step == 0 else self.is_due(config.eval.every, step)
+        due = config.eval.at_start if step == 0 else is_due(config.eval.every, step)
         if step >= config.train.steps:
-            self.progress.say(f"nothing to train: {step} steps are done; to go on, set train.steps higher than that")
+            self.reporter.say(f"nothing to train: {step} steps are done; to go on, set train.steps higher than that")
         elif due and not self._evaluated(step):
             self.evaluate(step)
 
@@ -171,10 +149,7 @@ class Run:
             self.checkpoints.save(step)
         if finished and not self._evaluated(step):
             self.evaluate(step)
-        for sink in self._sinks:
-            sink.close()
-        self.samples.close()
-        self._closing_words(step)
+        self.reporter.close(step)
         if not finished:
             raise Stopped(step, self.config.train.steps, self._stop)
 
@@ -197,96 +172,65 @@ class Run:
         if self._stop:
             raise KeyboardInterrupt
         self._stop = signum
-        if self.progress.enabled:  # past the console: the signal may have come while it was printing
+        if self.reporter.progress.enabled:  # past the console: the signal may have come while it was printing
             name = signal.Signals(signum).name
             os.write(2, f"{name}: ending after this step; once more to end at once\n".encode())
 
-    # --- parts the trainer asks for ------------------------------------------------------------------------------
-
-    def share(self, count: int) -> list[int]:
-        """Which of `count` prompts this rank answers: the local engine runs on every rank."""
-        return list(range(self.layout.rank, count, self.layout.world))
-
-    def policy_learns(self) -> bool:
-        """False in the steps of a warm-up in which the contrastive head trains alone."""
-        clipo = self.algorithm.stage(Clipo)
-        return not (isinstance(clipo, Clipo) and clipo.warming_up and not self.config.clipo.warmup_policy)
-
-    def contrastive_metrics(self, table: RolloutTable) -> dict[str, float]:
-        """What the contrastive head did in this step; collective, {} without CLIPO."""
-        clipo = self.algorithm.stage(Clipo)
-        if not isinstance(clipo, Clipo) or clipo.last_bonus is None:
-            return {}
-        metrics = {}
-        if self.actor.contrastive is not None:
-            graded = table.graded  # an ungraded rollout is neither right nor wrong
-            metrics = statistics(
-                table.correct[graded],
-                table.group[graded],
-                table.signals["contrastive_loss"][graded],
-                table.signals["contrastive_valid"][graded],
-                clipo.last_bonus[graded],
-                floor=self.config.clipo.floor,
-                embeddings=self.actor.contrastive.embeddings.cpu()[graded],
-            )
-        return from_last_stage(metrics, self.layout)
-
-    @staticmethod
-    def is_due(every: int, step: int) -> bool:
-        """Whether something that happens every `every` steps happens after step number `step`."""
-        return every > 0 and step % every == 0
-
-    def report(self, report: StepReport) -> None:
-        """Hand a step's metrics to every sink."""
-        for sink in self._sinks:
-            sink.write(report)
-        self.progress.step(report)
-        drift = report.metrics.get("policy/mult_prob_error", 1.0)
-        if drift > self.config.report.mult_prob_error_alarm:
-            self.progress.say(
-                f"warning: step {report.step}: engine and trainer disagree: mult_prob_error {drift:.3f} exceeds "
-                f"report.mult_prob_error_alarm = {self.config.report.mult_prob_error_alarm}; weights or "
-                "precision differ"
-            )
-        if report.metrics.get("policy/update_skipped"):
-            self.progress.say(f"warning: step {report.step}: the gradient was not finite; the update was skipped")
-        if ungraded := report.metrics.get("reward/ungraded"):
-            self.progress.say(f"warning: step {report.step}: {ungraded:.1%} of the answers could not be graded")
-
-    def evaluate(self, step: int) -> Evaluation | None:
+    def evaluate(self, step: int) -> None:
         """Accuracy on the held-out problems with the engine's weights; collective."""
-        if not self.eval_prompts:
-            return None
-        params = evaluation_params(self.config.eval, self.config.rollout, self.sampling.stop_ids, self.sampling.seed)
-        result = evaluate(
-            self.engine,
-            self.graders,
-            self.eval_prompts,
-            self.share(len(self.eval_prompts)),
-            params,
-            step=step,
-            deadline_s=self.config.rollout.deadline_s,
-        )
-        self.evaluations.append(result)
-        self.progress.say(
-            f"held-out accuracy after {step} steps: {result.accuracy:.1%} of {len(result.correct)} problems"
-            f" ({result.truncated:.0%} cut at the length limit"
-            + (f", {result.ungraded:.1%} could not be graded and count as not solved)" if result.ungraded else ")")
-        )
-        if self.is_main:
-            write_evaluation(self.output / EVALUATIONS, result)
-        return result
+        if self.eval_prompts:
+            params = evaluation_params(
+                self.config.eval, self.config.rollout, self.sampling.stop_ids, self.sampling.seed
+            )
+            self.collector.withdraw()  # else the engine would answer its requests too
+            result = evaluate(
+                self.engine,
+                self.graders,
+                self.eval_prompts,
+                self._share(len(self.eval_prompts)),
+                params,
+                step=step,
+                deadline_s=self.config.rollout.deadline_s,
+                recover=self.recover,
+            )
+            self.reporter.evaluated(result)
+
+    def recover(self) -> None:
+        """Give engines that came back the current weights; collective."""
+        self.sync.push(self.engine.version)
+
+    def _share(self, count: int) -> list[int]:
+        """Which of `count` prompts this rank answers."""
+        rank = self.layout.rank
+        return list(range(self.askers.index(rank), count, len(self.askers))) if rank in self.askers else []
 
     def _evaluated(self, step: int) -> bool:
-        return not self.eval_prompts or any(each.step == step for each in self.evaluations)
+        return not self.eval_prompts or self.reporter.knows_evaluation(step)
 
     # --- construction --------------------------------------------------------------------------------------------
+
+    def _engine(self) -> Engine:
+        config = self.config
+        return LocalEngine(
+            config.model.path,
+            dtype=TORCH_DTYPE[config.rollout.dtype or config.model.dtype],
+            device=self.device,
+            batch_size=config.rollout.batch_size,
+        )
 
     def _checkpoints(self) -> Checkpoints:
         actor, layout = self.actor, self.layout
         owners = [
             Owner("sampler", self.sampler.state_dict, self.sampler.load_state_dict, writes=self.is_main),
             Owner("algorithm", self.algorithm.state_dict, self.algorithm.load_state_dict, writes=self.is_main),
+            Owner(
+                "rollouts",
+                self.collector.state_dict,
+                self.collector.load_state_dict,
+                writes=self.is_main,
+                gathers=True,
+                optional=True,
+            ),
             Owner("rng", self._rng_state, self._load_rng, per_rank=True),
         ]
         if actor.contrastive is not None:
@@ -312,7 +256,7 @@ class Run:
                 "contrastive head": {"kind": clipo.head.value, "dim": clipo.dim} if clipo.enabled else None,
                 "layout": {"tp": layout.tp, "pp": layout.pp, "dp": layout.dp},
             },
-            say=self.progress.say,
+            say=self.reporter.say,
         )
 
     def _rng_state(self) -> dict[str, Any]:
@@ -329,24 +273,10 @@ class Run:
         random.seed(seed)
         torch.manual_seed(seed)
 
-    def _closing_words(self, step: int) -> None:
-        self.progress.say(
-            f"{step} of {self.config.train.steps} steps done, {duration(time.time() - self.started)} in this session"
-        )
-        if len(self.evaluations) > 1:
-            first, last = self.evaluations[0], self.evaluations[-1]
-            self.progress.table(
-                f"Held-out problems after {first.step} and {last.step} steps, paired (p: exact McNemar test)",
-                *comparison_table(first, last),
-            )
-        self.progress.paths(
-            {
-                "metrics": self.output / METRICS,
-                "rollouts": self.output / ROLLOUTS,
-                "evaluation": self.output / EVALUATIONS,
-                "checkpoints": self.output / CHECKPOINTS,
-            }
-        )
+
+def is_due(every: int, step: int) -> bool:
+    """Whether something that happens every `every` steps happens after step number `step`."""
+    return every > 0 and step % every == 0
 
 
 def stop_ids(folder: Path, tokenizer: Any) -> tuple[int, ...]:

@@ -5,16 +5,13 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from clipo_megatron.config.schema import RunConfig
-from clipo_megatron.flow import Prompt, ScoredGroup, StepReport
+from clipo_megatron.flow import StepReport
 from clipo_megatron.policy.batching import Batcher
 from clipo_megatron.policy.exchange import build_table
 from clipo_megatron.report.console import Stopwatch
 from clipo_megatron.report.metrics import speed_metrics, table_metrics
-from clipo_megatron.rollout.engine import Request
-from clipo_megatron.run import Run
+from clipo_megatron.run import Run, is_due
 
 
 class Trainer:
@@ -31,11 +28,11 @@ class Trainer:
         run.before_training(self.step)
         while self.step < run.config.train.steps and not run.stop_requested():
             report = self.train_step()
-            run.report(report)
+            run.reporter.step(report)
             self.step += 1
-            if run.is_due(run.config.checkpoint.every, self.step):
+            if is_due(run.config.checkpoint.every, self.step):
                 run.checkpoints.save(self.step)
-            if run.is_due(run.config.eval.every, self.step):
+            if is_due(run.config.eval.every, self.step):
                 run.evaluate(self.step)
         run.after_training(self.step)
 
@@ -45,20 +42,19 @@ class Trainer:
         actor, algorithm = run.actor, run.algorithm
 
         with watch("generate"):
-            prompts = [run.train_prompts[index] for index in run.sampler.next()]
-            scored = self.rollouts(prompts)
+            scored, metrics = run.collector.collect(self.step)
         with watch("exchange"):
             table, samples = build_table(scored, step=self.step)
             mini_batches = self.batcher.mini_batches_of(samples, table)
             micro_batches = [micro for batch in mini_batches for micro in batch.micro_batches]
         with watch("score"):
-            metrics = actor.score(micro_batches, table)
+            metrics |= actor.score(micro_batches, table)
 
         keep = algorithm.select(table)
         reward = algorithm.shape_reward(table)
         advantage = algorithm.advantage(table, reward)
         with watch("update"):
-            for epoch in range(run.config.algorithm.epochs if run.policy_learns() else 0):
+            for epoch in range(run.config.algorithm.epochs if algorithm.policy_learns else 0):
                 for batch in mini_batches:
                     weight = algorithm.token_weight(table, batch.rows[keep[batch.rows]])
                     credited = self.batcher.credit(
@@ -69,20 +65,11 @@ class Trainer:
         with watch("sync"):
             run.sync.push(self.step + 1)
 
-        run.samples.write(scored, table, reward, advantage)
+        run.reporter.samples.write(scored, table, reward, advantage)
         metrics |= table_metrics(table, reward, advantage)
-        metrics |= run.contrastive_metrics(table)
+        metrics |= actor.contrastive_metrics(table, algorithm.last_bonus)
         metrics |= speed_metrics(watch, table, micro_batches, world=run.layout.world)
         return StepReport(self.step, metrics)
-
-    def rollouts(self, prompts: list[Prompt]) -> list[ScoredGroup]:
-        """This rank's share of the step's rollouts, graded while others still generate."""
-        run = self.run
-        params = replace(run.sampling, step=self.step)
-        mine = [Request(position, prompts[position]) for position in run.share(len(prompts))]
-        for group in run.engine.generate(mine, params, deadline_s=run.config.rollout.deadline_s):
-            run.graders.submit(group)
-        return run.graders.collect()
 
 
 def run(config: RunConfig) -> None:

@@ -36,6 +36,17 @@ class Algorithm:
         """Whether rollouts with advantage 0 have a gradient."""
         return any(stage.learns_without_advantage for stage in self.stages)
 
+    @property
+    def policy_learns(self) -> bool:
+        """Whether the policy is updated in the next step."""
+        return not any(stage.holds_policy for stage in self.stages)
+
+    @property
+    def last_bonus(self) -> Tensor | None:
+        """[B] float32, what the contrastive losses paid in this step; None without CLIPO."""
+        clipo = self.stage(Clipo)
+        return clipo.last_bonus if isinstance(clipo, Clipo) else None
+
     def select(self, table: RolloutTable) -> Tensor:
         """Rows that train, [B] bool: graded, and wanted by every stage."""
         keep = table.graded.clone()

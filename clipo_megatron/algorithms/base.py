@@ -49,6 +49,7 @@ class Stage:
 
     needs: frozenset[Signal] = frozenset()
     learns_without_advantage = False  # whether `loss` has a gradient where the advantage is 0
+    holds_policy = False  # whether the policy waits in the next step, while this stage's own part learns
 
     def select(self, table: RolloutTable) -> Tensor | None:
         """Rows that train, [B] bool; None leaves all."""

@@ -33,9 +33,13 @@ class PromptSampler:
 
     def next(self) -> list[int]:
         """Indices of the next step's prompts, each in [0, n)."""
+        return self.draw(self.prompts_per_step)
+
+    def draw(self, count: int) -> list[int]:
+        """Indices of the next `count` prompts, each in [0, n)."""
         batch: list[int] = []
-        while len(batch) < self.prompts_per_step:
-            taken = self._order[self.offset : self.offset + self.prompts_per_step - len(batch)]
+        while len(batch) < count:
+            taken = self._order[self.offset : self.offset + count - len(batch)]
             batch += taken
             self.offset += len(taken)
             if self.offset == self.n:

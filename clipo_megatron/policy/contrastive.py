@@ -15,6 +15,7 @@ from torch import Tensor
 
 from clipo_megatron.algorithms.clipo import ContrastiveHead, contrastive_loss
 from clipo_megatron.algorithms.clipo.draw import draws
+from clipo_megatron.algorithms.clipo.statistics import statistics
 from clipo_megatron.config.schema import ClipoConfig
 from clipo_megatron.device import platform
 from clipo_megatron.flow import RolloutTable
@@ -87,6 +88,19 @@ class ContrastiveActor:
             self._train(own, gathered, rows, loss_kept.sum() / count)
         self.embeddings = gathered.detach()
         return loss, valid > 0
+
+    def metrics(self, table: RolloutTable, bonus: Tensor) -> dict[str, float]:
+        """The numbers to watch about the last batch; `bonus` [B] float32 is what its losses paid."""
+        graded = table.graded  # an ungraded rollout is neither right nor wrong
+        return statistics(
+            table.correct[graded],
+            table.group[graded],
+            table.signals["contrastive_loss"][graded],
+            table.signals["contrastive_valid"][graded],
+            bonus[graded],
+            floor=self.config.floor,
+            embeddings=self.embeddings.cpu()[graded],
+        )
 
     def _train(self, own: Tensor, gathered: Tensor, rows: Tensor, loss: Tensor) -> None:
         if loss.requires_grad:

@@ -42,12 +42,19 @@ class Progress:
         self.enabled = enabled
         self.console = console or Console(highlight=False, soft_wrap=True)
         self._durations: list[float] = []
+        self._phase = _Countdown(self.console)
         self._shown = 0
 
     def say(self, message: str) -> None:
         """One line of news."""
         if self.enabled:
+            self._phase.clear()
             self.console.print(message, markup=False, highlight=False, soft_wrap=True)
+
+    def rollouts(self, done: int, wanted: int) -> None:
+        """A line that changes in place while a step's rollouts come in; on a terminal only, and in long steps only."""
+        if self.enabled and self.console.is_terminal:
+            self._phase.show("rollouts", done, wanted)
 
     def step(self, report: StepReport) -> None:
         """The step's line. Metrics that a step does not have show as a dash."""
@@ -89,6 +96,44 @@ class Progress:
         """Where things were written."""
         for name, path in paths.items():
             self.say(f"  {name:<12} {path}")
+
+
+class _Countdown:
+    """One line, overwritten about once a second until something else is said."""
+
+    PATIENCE_S, EVERY_S = 5.0, 1.0
+
+    def __init__(self, console: Console):
+        self.console = console
+        self._start = self._last = 0.0
+        self._done = self._first = 0
+        self._width = 0  # of what stands there
+
+    def show(self, what: str, done: int, wanted: int) -> None:
+        now = time.monotonic()
+        if done <= self._done or not self._start:  # a new phase: its first result came after nobody knows how long
+            self.clear()
+            self._start = self._last = now
+            self._first = done
+        self._done = done
+        if done >= wanted:
+            self.clear()
+        elif now - self._start >= self.PATIENCE_S and now - self._last >= self.EVERY_S:
+            left = (now - self._start) / max(done - self._first, 1) * (wanted - done)
+            self._write(f"{what} {done} of {wanted}, about {duration(left)} left")
+            self._last = now
+
+    def clear(self) -> None:
+        if self._width:
+            self._write("")
+            self._width = 0
+        self._start = 0.0
+
+    def _write(self, text: str) -> None:
+        text = text[: self.console.width - 1]
+        self.console.file.write("\r" + text.ljust(self._width) + ("" if text else "\r"))
+        self.console.file.flush()
+        self._width = len(text)
 
 
 def duration(seconds: float) -> str:

@@ -102,6 +102,18 @@ class GraderPool:
         ]
         self._submitted.append((group, verdicts))
 
+    def finished(self) -> list[ScoredGroup]:
+        """The groups whose verdicts are all in by now, by position; does not wait. `collect` returns the others.
+
+        Raises:
+            UnknownGraderError: a data source has no grader; the configuration must change.
+        """
+        graded, waiting = [], []
+        for each in self._submitted:
+            (graded if all(verdict.done() for verdict in each[1]) else waiting).append(each)
+        self._submitted = waiting
+        return _scored(graded)
+
     def collect(self, deadline_s: float | None = None) -> list[ScoredGroup]:
         """All groups submitted since the last call, by position, each rollout with its verdict.
 
@@ -114,8 +126,7 @@ class GraderPool:
         """
         groups, self._submitted = self._submitted, []
         self._await([verdict for _, verdicts in groups for verdict in verdicts], deadline_s)
-        scored = [ScoredGroup(group, [v.result() for v in verdicts]) for group, verdicts in groups]
-        return sorted(scored, key=lambda each: each.group.position)
+        return _scored(groups)
 
     def grade_many(self, answers: Iterable[Answer], deadline_s: float | None = None) -> list[Verdict]:
         """Verdicts of `answers`, in their order. Arguments and exceptions as for `collect`."""
@@ -287,3 +298,8 @@ class GraderPool:
                 self._tasks.put(None)  # another thread's signal
                 return
             self._publish(task, self._ungraded("the grader pool was closed"))
+
+
+def _scored(groups: Iterable[tuple[RolloutGroup, list[Future[Verdict]]]]) -> list[ScoredGroup]:
+    scored = [ScoredGroup(group, [verdict.result() for verdict in verdicts]) for group, verdicts in groups]
+    return sorted(scored, key=lambda each: each.group.position)

@@ -97,8 +97,8 @@ class Engine(Protocol):
     """Generates responses with the newest weights it was given.
 
     Lifecycle: construct -> load_weights(version=0) -> (generate | load_weights | pause .. resume)* -> close. A single
-    caller per engine; a `Generation` is exhausted, stopped, closed or left before the next one. The caller owns the tensors
-    it passes and gets.
+    caller per engine; a `Generation` is exhausted, stopped, closed or left before the next one. The caller owns the
+    tensors it passes and gets.
     """
 
     @property

@@ -35,6 +35,11 @@ class Clipo(Stage):
         """Whether the next update still belongs to the warm-up."""
         return self.updates < self.config.warmup_steps
 
+    @property
+    def holds_policy(self) -> bool:  # type: ignore[override]
+        """In a warm-up in which the head trains alone."""
+        return self.warming_up and not self.config.warmup_policy
+
     def shape_reward(self, table: RolloutTable, reward: Tensor) -> Tensor:
         """`reward` [B] plus the bonus of each rollout.
 

@@ -1,0 +1,354 @@
+"""How a step gets its graded groups: prompts -> requests -> engine -> graders, round by round.
+
+A round asks for as many prompts as groups are missing, and over-sampling for some more; each rank that asks takes the
+first that finish. With dynamic sampling, groups that are all right or all wrong do not count as long as there are
+rounds left. What is then still unfinished is dropped, or carried into the next round and the next step.
+
+Every prompt drawn from the sampler gets a ticket, the same on all ranks: the order of drawing, and the `position` of
+its request. Of a step's groups, those chosen get the positions 0, 1, ... in order of their tickets.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
+
+import torch.distributed as dist
+
+from clipo_megatron.config.schema import RolloutConfig, Unfinished
+from clipo_megatron.data.sampler import PromptSampler
+from clipo_megatron.flow import Prompt, Rollout, RolloutGroup, ScoredGroup
+from clipo_megatron.rewards.pool import GraderPool
+from clipo_megatron.rollout.asking import ask, begun
+from clipo_megatron.rollout.engine import Engine, EngineError, Generation, Request, SamplingParams
+
+
+@dataclass(slots=True)
+class _Standing:
+    """What a rank tells the others after a round."""
+
+    groups: list[tuple[int, bool]]  # ticket of each complete group of the step, and whether it teaches
+    carried: int  # prompts asked for and not finished
+    dropped: int  # prompts of this round that were given up
+
+
+@dataclass(slots=True)
+class _Tally:
+    """What is counted over a step; the same on every rank."""
+
+    rounds: int = 0
+    refilled: int = 0  # prompts drawn after the first round
+    dropped: int = 0
+    recoveries: int = 0
+    groups: dict[int, tuple[int, bool]] = field(default_factory=dict)  # ticket -> rank that has it, whether it teaches
+
+
+class Collector:
+    """A step's graded groups. `collect` and `state_dict` are collective; every rank has a collector.
+
+    Args:
+        config: deadline, over-sampling, dynamic sampling, what becomes of unfinished rollouts.
+        prompts: all training prompts, the same on every rank.
+        sampler: gives their indices, the same on every rank; `prompts_per_step` of it is the size of a batch.
+        engine: this rank's.
+        graders: this rank's.
+        sampling: how to sample; the step is filled in.
+        askers: the ranks that ask for rollouts, in order.
+        recover: collective; gives an engine that was lost and came back the current weights.
+        progress: is told this rank's finished and wanted rollouts of a round.
+    """
+
+    def __init__(
+        self,
+        config: RolloutConfig,
+        *,
+        prompts: Sequence[Prompt],
+        sampler: PromptSampler,
+        engine: Engine,
+        graders: GraderPool,
+        sampling: SamplingParams,
+        askers: Sequence[int],
+        recover: Callable[[], None],
+        progress: Callable[[int, int], None] = lambda done, wanted: None,
+    ):
+        self.config = config
+        self.prompts, self.sampler = prompts, sampler
+        self.engine, self.graders, self.sampling = engine, graders, sampling
+        self.askers, self.recover, self.progress = list(askers), recover, progress
+        self._rank = dist.get_rank()
+        self._ticket = 0  # of the next prompt drawn
+        self._carried: list[Request] = []  # this rank's, to be asked for again; complete ones wait to be taken
+        self._running: list[Request] = []  # this rank's, which the engine goes on with
+        self._left: Generation | None = None  # the generation they were left by
+        self._carried_by = [0] * len(self.askers)  # how many each asker has of both kinds; the same on every rank
+
+    # --- a step --------------------------------------------------------------------------------------------------
+
+    def collect(self, step: int) -> tuple[list[ScoredGroup], dict[str, float]]:
+        """This rank's part of the step's batch of sampler.prompts_per_step groups, and the step's counts.
+
+        rollout/rounds             1, and one more for each time that groups were replaced
+        rollout/refilled_groups    prompts that were drawn to replace groups
+        rollout/discarded_groups   finished groups that neither train nor are carried over
+        rollout/dropped_prompts    prompts asked for, not finished and given up; their next chance is the next epoch
+        rollout/carried_prompts    prompts that the next step begins with
+        rollout/mixed_groups       share of the finished groups with both right and wrong answers, before any choice
+        rollout/recoveries         times that an engine was lost and asked again
+
+        Raises:
+            EngineError: rollout.deadline_s has passed, or an engine failed for good.
+        """
+        params = replace(self.sampling, step=step)
+        deadline = time.monotonic() + self.config.deadline_s
+        size = missing = self.sampler.prompts_per_step
+        held: dict[int, ScoredGroup] = {}
+        tally = _Tally()
+        while missing > 0 and tally.rounds <= self.config.refill_rounds:
+            first = self._ticket
+            fresh = self._draw(missing)
+            if tally.rounds:
+                tally.refilled += self._ticket - first
+            scored, dropped, recoveries = self._round(fresh, share(missing, self.askers, self._rank), params, deadline)
+            held |= {each.group.position: each for each in scored}
+            tally.rounds, tally.recoveries = tally.rounds + 1, tally.recoveries + recoveries
+            self._meet(held, dropped, tally)
+            missing = size - sum(teaches for _, teaches in tally.groups.values()) if self.config.refill_rounds else 0
+        positions, surplus = choose(tally.groups, size)
+        mine = self._hand_over(held, positions, surplus if self._carries else [], tally)
+        finished = tally.groups.values()
+        return mine, {
+            "rollout/rounds": float(tally.rounds),
+            "rollout/refilled_groups": float(tally.refilled),
+            "rollout/discarded_groups": float(len(finished) - size - (len(surplus) if self._carries else 0)),
+            "rollout/dropped_prompts": float(tally.dropped),
+            "rollout/carried_prompts": float(sum(self._carried_by)),
+            "rollout/mixed_groups": sum(teaches for _, teaches in finished) / len(finished),
+            "rollout/recoveries": float(tally.recoveries),
+        }
+
+    def _draw(self, missing: int) -> list[Request]:
+        """Draw what over-sampling asks for beyond what is carried already; this rank's part of it."""
+        room = [
+            oversampled(share(missing, self.askers, asker), self.config.over_sampling) - carried
+            for asker, carried in zip(self.askers, self._carried_by, strict=True)
+        ]
+        owners = deal(room)
+        tickets = range(self._ticket, self._ticket + len(owners))
+        self._ticket += len(owners)
+        return [
+            Request(ticket, self.prompts[index])
+            for ticket, owner, index in zip(tickets, owners, self.sampler.draw(len(owners)), strict=True)
+            if self.askers[owner] == self._rank
+        ]
+
+    def _round(
+        self, fresh: list[Request], quota: int, params: SamplingParams, deadline: float
+    ) -> tuple[list[ScoredGroup], int, int]:
+        """Ask for this rank's prompts until `quota` groups count; collective.
+
+        Returns:
+            Its finished groups, how many prompts it gave up, and how often an engine was lost.
+        """
+        intake = _Intake(self.graders, quota, self.config.refill_rounds > 0, params.samples, self.progress)
+        whole = [each for each in self._carried if is_whole(each, params.samples)]
+        waiting = [each for each in self._carried if not is_whole(each, params.samples)] + fresh
+        for each in whole:
+            intake.take(RolloutGroup(each.position, each.prompt, list(each.begun)))
+        satisfied = intake.enough()
+        asked = ask(
+            self.engine,
+            [] if satisfied else waiting,
+            params,
+            take=intake.take,
+            recover=self.recover,
+            deadline=deadline,
+            running=[] if satisfied else self._running,
+            unfinished=self.config.unfinished,
+        )
+        dropped = 0
+        if satisfied:
+            self._carried = waiting
+        else:
+            self._left = asked.running
+            self._running = asked.unanswered if asked.running else []
+            self._carried = asked.unanswered if self._carries and not asked.running else []
+            dropped = len(asked.unanswered) - len(self._running) - len(self._carried)
+        return intake.groups(), dropped, asked.recoveries
+
+    def _meet(self, held: dict[int, ScoredGroup], dropped: int, tally: _Tally) -> None:
+        """Let every rank know where the step stands; collective."""
+        dynamic = self.config.refill_rounds > 0
+        mine = _Standing(
+            [(ticket, teaches(scored) if dynamic else True) for ticket, scored in held.items()],
+            len(self._carried) + len(self._running),
+            dropped,
+        )
+        everybody: list[_Standing] = [mine] * dist.get_world_size()
+        dist.all_gather_object(everybody, mine)
+        tally.groups = {ticket: (rank, counts) for rank, each in enumerate(everybody) for ticket, counts in each.groups}
+        tally.dropped += sum(each.dropped for each in everybody)
+        self._carried_by = [everybody[asker].carried for asker in self.askers]
+
+    def _hand_over(
+        self, held: dict[int, ScoredGroup], positions: dict[int, int], surplus: Sequence[int], tally: _Tally
+    ) -> list[ScoredGroup]:
+        """This rank's chosen groups under their positions; surplus ones are kept for the next step."""
+        for ticket in surplus:
+            rank, _ = tally.groups[ticket]
+            self._carried_by[self.askers.index(rank)] += 1
+            if rank == self._rank:
+                group = held[ticket].group
+                self._carried.append(Request(ticket, group.prompt, tuple(group.rollouts)))
+        self._carried.sort(key=_ticket)
+        chosen = [held[ticket] for ticket in sorted(held) if ticket in positions]
+        for scored in chosen:
+            scored.group.position = positions[scored.group.position]
+        return chosen
+
+    # --- between steps -------------------------------------------------------------------------------------------
+
+    def withdraw(self) -> None:
+        """End what the engine was left running with and keep what there is of it, so that others can use the engine."""
+        if self._left is not None:
+            self._carried = sorted([*self._carried, *begun(self._left.stop(), self._running)], key=_ticket)
+            self._left, self._running = None, []
+
+    @property
+    def _carries(self) -> bool:
+        return self.config.unfinished is not Unfinished.drop
+
+    def state_dict(self) -> dict[str, Any]:
+        """What all ranks carry over, in order of tickets, on rank 0; collective. Rollouts that the engine goes on with
+        are in it as they were when it got them."""
+        mine = [
+            {"ticket": each.position, "id": each.prompt.id, "begun": [_facts(rollout) for rollout in each.begun]}
+            for each in [*self._carried, *self._running]
+        ]
+        everybody: list[list[dict[str, Any]]] = [[] for _ in range(dist.get_world_size())]
+        dist.gather_object(mine, everybody if self._rank == 0 else None)
+        return {"carried": sorted((each for part in everybody for each in part), key=lambda each: each["ticket"])}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Deal what was carried over out to the ranks that ask now.
+
+        Without a setting that carries rollouts over, their prompts are asked for anew.
+
+        Raises:
+            ValueError: a prompt is not among the training prompts.
+        """
+        by_id = {prompt.id: prompt for prompt in self.prompts} if state["carried"] else {}
+        self._carried_by = [0] * len(self.askers)
+        self._carried, self._running, self._left = [], [], None
+        self._ticket = len(state["carried"])
+        for ticket, each in enumerate(state["carried"]):
+            if each["id"] not in by_id:
+                raise ValueError(
+                    f"the checkpoint holds rollouts of prompt {each['id']}, which is not among the training prompts: "
+                    "restore data.train, or choose another train.output"
+                )
+            asker = ticket % len(self.askers)
+            self._carried_by[asker] += 1
+            if self.askers[asker] == self._rank:
+                rollouts = tuple(Rollout(**facts) for facts in each["begun"]) if self._carries else ()
+                self._carried.append(Request(ticket, by_id[each["id"]], rollouts))
+
+
+class _Intake:
+    """Takes a rank's groups of one round, until enough of them count."""
+
+    def __init__(
+        self, graders: GraderPool, quota: int, dynamic: bool, samples: int, progress: Callable[[int, int], None]
+    ):
+        self.graders, self.quota, self.dynamic, self.samples, self.progress = graders, quota, dynamic, samples, progress
+        self._taken = 0
+        self._scored: list[ScoredGroup] = []
+
+    def take(self, group: RolloutGroup) -> bool:
+        """Have a group graded; whether no more are needed."""
+        broken = [rollout for rollout in group.rollouts if rollout.finish == "abort"]
+        if broken or len(group.rollouts) != self.samples:
+            raise EngineError(
+                f"the engine answered prompt {group.prompt.id} with {len(group.rollouts)} rollouts, {len(broken)} of "
+                f"them unfinished, and {self.samples} were asked for"
+            )
+        self.graders.submit(group)
+        self._taken += 1
+        self.progress(min(self._taken, self.quota) * self.samples, self.quota * self.samples)
+        return self.enough()
+
+    def enough(self) -> bool:
+        """Whether no more groups are needed."""
+        if not self.dynamic or self._taken < self.quota:
+            return self._taken >= self.quota
+        self._scored += self.graders.finished()
+        if self._teaching() + self._taken - len(self._scored) < self.quota:
+            return False
+        # The verdicts that are missing may be all that is missing: they take less time than the next group may.
+        self._scored += self.graders.collect()
+        return self._teaching() >= self.quota
+
+    def _teaching(self) -> int:
+        return sum(map(teaches, self._scored))
+
+    def groups(self) -> list[ScoredGroup]:
+        """All that were taken, graded."""
+        return self._scored + self.graders.collect()
+
+
+def teaches(scored: ScoredGroup) -> bool:
+    """Whether a group has both right and wrong answers."""
+    return {True, False} <= {verdict.correct for verdict in scored.verdicts}
+
+
+def is_whole(request: Request, samples: int) -> bool:
+    """Whether a request needs no engine any more."""
+    return len(request.begun) == samples and all(rollout.finish != "abort" for rollout in request.begun)
+
+
+def deal(room: Sequence[int]) -> list[int]:
+    """Which asker gets each of the next prompts: in turn, as long as each has room.
+
+    Worked example: room [2, 1, 3] gives [0, 1, 2, 0, 2, 2].
+    """
+    turns = max([0, *room])
+    return [asker for turn in range(turns) for asker in range(len(room)) if turn < room[asker]]
+
+
+def choose(groups: dict[int, tuple[int, bool]], size: int) -> tuple[dict[int, int], list[int]]:
+    """Which of the step's groups train.
+
+    Args:
+        groups: ticket -> (rank, whether it teaches).
+        size: groups of a batch.
+
+    Returns:
+        Positions of the chosen tickets: those that teach first, the rest filled up with others, earlier tickets before
+        later ones. And the tickets of groups that teach and were not chosen.
+    """
+    ranked = sorted(groups, key=lambda ticket: (not groups[ticket][1], ticket))
+    chosen = sorted(ranked[:size])
+    return (
+        {ticket: position for position, ticket in enumerate(chosen)},
+        [ticket for ticket in ranked[size:] if groups[ticket][1]],
+    )
+
+
+def oversampled(quota: int, factor: float) -> int:
+    """Prompts to ask for when `quota` groups are needed: 10 by 1.1 are 11, though the product is a hair more."""
+    return math.ceil(quota * factor - 1e-9)
+
+
+def share(count: int, askers: Sequence[int], rank: int) -> int:
+    """How many of `count` prompts a rank asks for when they are dealt out in turn."""
+    return len(range(askers.index(rank), count, len(askers))) if rank in askers else 0
+
+
+def _ticket(request: Request) -> int:
+    return request.position
+
+
+def _facts(rollout: Rollout) -> dict[str, Any]:
+    return {each.name: getattr(rollout, each.name) for each in fields(Rollout)}

@@ -1,0 +1,129 @@
+"""What a run tells the world: metric sinks, lines on the console, alarms, samples, evaluations and its last words."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+from pathlib import Path
+
+import torch.distributed as dist
+
+from clipo_megatron.config.schema import RunConfig
+from clipo_megatron.evaluation import (
+    Evaluation,
+    comparison_table,
+    read_evaluations,
+    remove_evaluations,
+    write_evaluation,
+)
+from clipo_megatron.flow import StepReport
+from clipo_megatron.output import CHECKPOINTS, EVALUATIONS, METRICS, ROLLOUTS, SETTINGS, TENSORBOARD
+from clipo_megatron.report.alarms import alarms, stop_on
+from clipo_megatron.report.console import Progress, duration
+from clipo_megatron.report.samples import SampleLog
+from clipo_megatron.report.sinks import JsonLines, Sink, TensorBoard, read_lines
+
+
+class Reporter:
+    """Every rank has one; the main rank's writes and speaks.
+
+    Args:
+        config: of the run.
+        is_main: whether this rank is the one that is heard.
+    """
+
+    def __init__(self, config: RunConfig, *, is_main: bool):
+        self.config, self.is_main = config, is_main
+        self.output = Path(config.train.output)
+        self.progress = Progress(config.train.steps, enabled=is_main and config.report.console)
+        self.samples = SampleLog(self.output / ROLLOUTS, groups=config.report.save_rollouts * is_main)
+        self.evaluations: list[Evaluation] = []
+        self._started = time.time()
+        self._sinks: list[Sink] = []
+
+    def say(self, message: str) -> None:
+        """One line of news."""
+        self.progress.say(message)
+
+    @property
+    def has_metrics(self) -> bool:
+        """Whether an earlier session logged steps; on the main rank."""
+        return bool(read_lines(self.output / METRICS))
+
+    def restore(self, step: int) -> None:
+        """Find the evaluations of earlier sessions, up to `step`; collective.
+
+        At step 0 there is no checkpoint, and nothing says that results found are of this model: they are removed.
+        """
+        if self.is_main:
+            remove_evaluations(self.output / EVALUATIONS, after=step or -1)
+        found = [read_evaluations(self.output / EVALUATIONS) if self.is_main else []]
+        dist.broadcast_object_list(found, src=0)
+        self.evaluations = found[0]
+
+    def open(self, step: int) -> None:
+        """Open the logs for the steps from `step` on."""
+        if self.is_main:
+            settings = json.dumps(dataclasses.asdict(self.config), indent=1, default=str)
+            (self.output / SETTINGS).write_text(settings)
+            self._sinks = [JsonLines(self.output / METRICS, from_step=step)]
+            if self.config.report.tensorboard:
+                self._sinks.append(TensorBoard(self.output / TENSORBOARD, from_step=step))
+        self.samples.open(from_step=step)
+
+    def step(self, report: StepReport) -> None:
+        """Hand a step's metrics to every sink, and warn of what is wrong with them.
+
+        Raises:
+            AlarmError: a watched number is beyond its limit, and report.alarm_stops is true; on every rank.
+        """
+        for sink in self._sinks:
+            sink.write(report)
+        self.progress.step(report)
+        if report.metrics.get("policy/update_skipped"):
+            self.say(f"warning: step {report.step}: the gradient was not finite; the update was skipped")
+        if ungraded := report.metrics.get("reward/ungraded"):
+            self.say(f"warning: step {report.step}: {ungraded:.1%} of the answers could not be graded")
+        found = alarms(report, self.config.report)
+        if self.config.report.alarm_stops:
+            stop_on(found)
+        for alarm in found:
+            self.say(f"warning: {alarm}")
+
+    def evaluated(self, result: Evaluation) -> None:
+        """Keep and tell an evaluation."""
+        self.evaluations.append(result)
+        self.say(
+            f"held-out accuracy after {result.step} steps: {result.accuracy:.1%} of {len(result.correct)} problems"
+            f" ({result.truncated:.0%} cut at the length limit"
+            + (f", {result.ungraded:.1%} could not be graded and count as not solved)" if result.ungraded else ")")
+        )
+        if self.is_main:
+            write_evaluation(self.output / EVALUATIONS, result)
+
+    def knows_evaluation(self, step: int) -> bool:
+        """Whether the policy after `step` steps was evaluated."""
+        return any(each.step == step for each in self.evaluations)
+
+    def close(self, step: int) -> None:
+        """Close the logs, and say what was done and where everything is."""
+        for sink in self._sinks:
+            sink.close()
+        self.samples.close()
+        spent = duration(time.time() - self._started)
+        self.say(f"{step} of {self.config.train.steps} steps done, {spent} in this session")
+        if len(self.evaluations) > 1:
+            first, last = self.evaluations[0], self.evaluations[-1]
+            self.progress.table(
+                f"Held-out problems after {first.step} and {last.step} steps, paired (p: exact McNemar test)",
+                *comparison_table(first, last),
+            )
+        self.progress.paths(
+            {
+                "metrics": self.output / METRICS,
+                "rollouts": self.output / ROLLOUTS,
+                "evaluation": self.output / EVALUATIONS,
+                "checkpoints": self.output / CHECKPOINTS,
+            }
+        )

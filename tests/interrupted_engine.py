@@ -1,0 +1,135 @@
+"""An engine that really generates, through the local engine, and is interrupted on purpose.
+
+It can do what servers can: go on from begun rollouts, hand out what it has when it is stopped, go on with requests while
+the weights change, and be lost. When, is drawn from a seed. It keeps books of everything it hands out.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from clipo_megatron.flow import Rollout, RolloutGroup
+from clipo_megatron.rollout.engine import EngineLostError, Generation, Request, SamplingParams
+from clipo_megatron.rollout.local import LocalEngine
+
+
+class InterruptedEngine:
+    """`loss`: probability of being lost before each group; `limit`: losses in all."""
+
+    def __init__(self, engine: LocalEngine, seed: int, *, loss: float = 0.0, limit: int = 1 << 30):
+        self.engine, self.random = engine, random.Random(seed)
+        self.loss, self.limit = loss, limit
+        self.up = True
+        self.left: dict[int, Request] = {}
+        self.asked: list[int] = []  # positions, in order, once for each time they are sent
+        self.answered: list[int] = []
+        self.losses = self.stops = self.resumed = 0
+
+    @property
+    def version(self) -> int:
+        return self.engine.version
+
+    def load_weights(self, tensors: Iterable[tuple[str, Tensor]], *, version: int) -> None:
+        self.engine.load_weights(tensors, version=version)
+        self.up = True
+
+    def close(self) -> None:
+        self.engine.close()
+
+    def generate(self, requests: Sequence[Request], params: SamplingParams, *, deadline_s: float) -> Generation:
+        open_ = {request.position: request for request in (*self.left.values(), *requests)}
+        assert len(open_) == len(self.left) + len(requests)
+        self.asked += [request.position for request in requests]
+        self.left = {}
+        return _Interrupted(self, open_, params, deadline_s)
+
+    def complete(self, request: Request, params: SamplingParams, deadline_s: float) -> RolloutGroup:
+        """All rollouts of a request; those begun go on from their tokens, under the weights of now."""
+        known = {rollout.sample: rollout for rollout in request.begun}
+        rollouts: list[Rollout] = []
+        if len(known) < params.samples:
+            (group,) = self.engine.generate([request._replace(begun=())], params, deadline_s=deadline_s)
+            rollouts = [each for each in group.rollouts if each.sample not in known]
+        for begun in known.values():
+            rollouts.append(self._go_on(request, begun, params, deadline_s) if begun.finish == "abort" else begun)
+        return RolloutGroup(request.position, request.prompt, sorted(rollouts, key=lambda each: each.sample))
+
+    def _go_on(self, request: Request, begun: Rollout, params: SamplingParams, deadline_s: float) -> Rollout:
+        self.resumed += 1
+        left = params.max_new_tokens - begun.tokens.numel()
+        if not left:
+            return replace(begun, finish="length")
+        longer = replace(request.prompt, tokens=torch.cat([request.prompt.tokens, begun.tokens]))
+        more = replace(params, samples=1, max_new_tokens=left)
+        (group,) = self.engine.generate([Request(0, longer)], more, deadline_s=deadline_s)
+        (rest,) = group.rollouts
+        return Rollout(
+            tokens=torch.cat([begun.tokens, rest.tokens]),
+            logprobs=torch.cat([begun.logprobs, rest.logprobs]),
+            text=self.engine._tokenizer.decode(torch.cat([begun.tokens, rest.tokens]), skip_special_tokens=True),
+            finish=rest.finish,
+            versions=torch.cat([begun.versions, rest.versions]),
+            sample=begun.sample,
+        )
+
+    def interrupt(self, request: Request, params: SamplingParams) -> Request:
+        """The request as it is when it is interrupted at a random moment: some rollouts done, some begun, some not."""
+        begun = []
+        for rollout in self.complete(request, params, 60.0).rollouts:
+            had = max((each.tokens.numel() for each in request.begun if each.sample == rollout.sample), default=0)
+            kept = self.random.randint(had, rollout.tokens.numel())
+            if kept == rollout.tokens.numel():
+                begun.append(rollout)
+            elif kept:
+                begun.append(
+                    Rollout(
+                        rollout.tokens[:kept],
+                        rollout.logprobs[:kept],
+                        "",
+                        "abort",
+                        rollout.versions[:kept],
+                        rollout.sample,
+                    )
+                )
+        return request._replace(begun=tuple(begun))
+
+
+class _Interrupted(Generation):
+    def __init__(self, engine: InterruptedEngine, open_: dict[int, Request], params: SamplingParams, deadline_s: float):
+        self.engine, self.open, self.params, self.deadline_s = engine, open_, params, deadline_s
+        super().__init__(self._answers())
+
+    def _answers(self) -> Iterator[RolloutGroup]:
+        engine = self.engine
+        while self.open:
+            if not engine.up or (engine.losses < engine.limit and engine.random.random() < engine.loss):
+                engine.losses += 1
+                engine.up = False
+                have = [
+                    engine.interrupt(each, self.params) if engine.random.random() < 0.5 else each
+                    for each in self.open.values()
+                ]
+                raise EngineLostError("lost on purpose", have)
+            position = engine.random.choice(sorted(self.open))
+            group = engine.complete(self.open.pop(position), self.params, self.deadline_s)
+            engine.answered.append(position)
+            yield group
+
+    def stop(self) -> list[RolloutGroup]:
+        self.engine.stops += 1
+        have = [self.engine.interrupt(each, self.params) for each in self.open.values()]
+        self.close()
+        return [RolloutGroup(each.position, each.prompt, list(each.begun)) for each in have if each.begun]
+
+    def leave(self) -> None:
+        self.engine.left = dict(self.open)
+
+    def close(self) -> None:
+        self.open = {}
+        self.engine.left = {}
+        super().close()
