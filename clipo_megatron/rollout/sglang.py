@@ -130,12 +130,15 @@ class SGLangServer:
     async def _pieces(
         self, body: dict[str, Any], count: int, params: SamplingParams, budget: int, version: int, deadline: float
     ) -> list[Piece]:
-        answer = await self._http.post("/generate", body, deadline_s=deadline - time.monotonic())
-        answers = answer if isinstance(answer, list) else [answer]
-        if len(answers) != count:
-            raise self._http.fail(Fault.garbage, f"/generate answered {len(answers)} samples instead of {count}")
+        def read(answer: Any) -> list[Piece]:
+            answers = answer if isinstance(answer, list) else [answer]
+            if len(answers) != count:
+                raise BadAnswer(f"{len(answers)} samples instead of {count}")
+            return [_piece(each, params, budget) for each in answers]
+
         try:
-            pieces = [_piece(each, params, budget) for each in answers]
+            left = deadline - time.monotonic()
+            pieces = await self._http.post_and_read("/generate", body, read, deadline_s=left)
         except BadAnswer as reason:
             raise self._http.fail(Fault.garbage, f"/generate answered {reason}") from None
         for piece in pieces:
@@ -193,8 +196,15 @@ class SGLangServer:
         await self._done("/destroy_weights_update_group", {"group_name": name}, deadline_s)
 
     async def begin_update(self, *, deadline_s: float) -> None:
-        """Before the first bucket. Does nothing on a release that has no such call."""
-        await self._done_if_known("/begin_weight_update", deadline_s)
+        """Before the first bucket. Does nothing on a release that has no such call.
+
+        An update that broke off has left the server in the middle of one, where it takes buckets already.
+        """
+        try:
+            await self._done_if_known("/begin_weight_update", deadline_s)
+        except ServerError as error:
+            if "already open" not in str(error):
+                raise
 
     async def receive_bucket(self, group: str, bucket: BucketNames, *, deadline_s: float) -> None:
         """Take one flat bucket that the group's rank 0 broadcasts; returns when it is loaded."""
@@ -221,7 +231,7 @@ class SGLangServer:
         """After the last bucket: caches are empty, and answers carry the version."""
         deadline = time.monotonic() + deadline_s
         await self._done_if_known("/end_weight_update", deadline_s)
-        await self._http.post("/flush_cache", deadline_s=deadline - time.monotonic())
+        await self._http.get_text("/flush_cache", deadline_s=deadline - time.monotonic())  # answers plain words
         body = {"new_version": str(version), "abort_all_requests": False}
         await self._done("/update_weight_version", body, deadline - time.monotonic())
 

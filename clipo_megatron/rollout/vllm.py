@@ -136,21 +136,26 @@ class VLLMServer:
         # version: what holds before and after held in between.
         body["request_id"] = sample_id(name, first)
         before = await self._version(deadline)
-        answer = await self._http.post("/v1/completions", body, deadline_s=_left(deadline))
-        after = await self._version(deadline)
-        if before != after or after < version:
-            raise self._http.fail(Fault.stale, f"it answered with weights of version {after}, not {version}")
+
+        def read(answer: Any) -> list[Piece]:
+            try:
+                choices = sorted(answer["choices"], key=lambda choice: choice["index"])
+                if [choice["index"] for choice in choices] != list(range(len(samples))):
+                    raise BadAnswer(f"{len(choices)} samples instead of {len(samples)}")
+                return [_piece(choice, params, budget, before) for choice in choices]
+            except (KeyError, TypeError):
+                raise BadAnswer("samples without ids, log-probs or finish reason") from None
+
         try:
-            choices = sorted(answer["choices"], key=lambda choice: choice["index"])
-            if [choice["index"] for choice in choices] != list(range(len(samples))):
-                raise BadAnswer(f"{len(choices)} samples instead of {len(samples)}")
-            pieces = [_piece(choice, params, budget, after) for choice in choices]
+            left = _left(deadline)
+            pieces = await self._http.post_and_read("/v1/completions", body, read, deadline_s=left)
+            after = await self._version(deadline)
+            if before != after or after < version:
+                raise self._http.fail(Fault.stale, f"it answered with weights of version {after}, not {version}")
             found = [
                 joined(begun, piece, sample, self._decode)
                 for piece, (sample, begun) in zip(pieces, samples, strict=True)
             ]
-        except (KeyError, TypeError):
-            raise self._http.fail(Fault.garbage, "/v1/completions answered no samples") from None
         except BadAnswer as reason:
             raise self._http.fail(Fault.garbage, f"/v1/completions answered {reason}") from None
         return [rollout for rollout in found if rollout is not None]
