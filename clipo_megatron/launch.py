@@ -228,7 +228,7 @@ class _Supervision:
         self.signals.append(number)
 
     def _start(self) -> None:
-        bind = _dies_with_this_process()
+        bind = dies_with_this_process()
         for command in self.commands:
             if command.log:
                 command.log.parent.mkdir(parents=True, exist_ok=True)
@@ -351,7 +351,7 @@ def _signal_name(number: int) -> str:
         return f"signal {number}"
 
 
-def _dies_with_this_process() -> Callable[[], None] | None:
+def dies_with_this_process() -> Callable[[], None] | None:
     """What a child runs before its program, so that the kernel kills it when this process dies. Linux only."""
     if not sys.platform.startswith("linux"):
         return None

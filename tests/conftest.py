@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from ranks import RankPool
+from served import Servers
 from small_runs import SmallRun, write_config, write_model
 
 
@@ -23,6 +24,14 @@ def ranks() -> Iterator[RankPool]:
     pool = RankPool()
     yield pool
     pool.close()
+
+
+@pytest.fixture(scope="session")
+def servers() -> Iterator[Servers]:
+    """Real SGLang and vLLM servers, started when a test first asks for one."""
+    started = Servers()
+    yield started
+    started.close()
 
 
 @pytest.fixture(scope="session")

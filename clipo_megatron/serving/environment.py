@@ -1,0 +1,248 @@
+"""An engine's own virtual environment, set up once on machines without a GPU, and the choice of its interpreter.
+
+Engines and trainer want different versions of the same packages, so an engine never shares the trainer's environment.
+Where there are GPUs, users install stock SGLang or vLLM as its documentation says, and `serve.python` names it.
+
+    python -m clipo_megatron.serving.environment sglang vllm        (what `make engines` runs)
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from clipo_megatron.launch import dies_with_this_process
+from clipo_megatron.serving.errors import ServingError
+
+REQUIREMENTS = Path(__file__).with_name("requirements")
+FOLDER_VARIABLE, PIP_OPTIONS_VARIABLE = "CLIPO_ENVIRONMENTS", "CLIPO_PIP_OPTIONS"
+DEADLINE_S = 3600.0
+COMPLETE = "complete.json"  # written last: without it the folder is an interrupted build
+_TELL_EVERY_S = 15.0
+_TAIL_LINES = 15
+_STEPS = 1  # of the recipe in `_build`; raise it when they change, and every environment is made anew
+
+Say = Callable[[str], None]
+
+
+def _print(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How an environment is made: pinned packages, and a program that only runs when they are enough."""
+
+    name: str
+    requirements: Path  # one `package==version` a line; torch, the first, is installed with what it depends on
+    proof: str  # Python source
+    minutes: float  # that it takes on two cores, for the message
+    gigabytes: float
+
+    @cached_property
+    def pins(self) -> tuple[str, ...]:
+        """The packages, in the order of the file."""
+        lines = (line.partition("#")[0].strip() for line in self.requirements.read_text().splitlines())
+        return tuple(line for line in lines if line)
+
+    @property
+    def folder(self) -> Path:
+        """Where it stands or would stand. Other pins, steps or Pythons have another name, so nothing is ever changed."""
+        python = f"{sys.implementation.cache_tag} {sys.platform} {os.uname().machine}"
+        facts = json.dumps([_STEPS, python, self.pins, self.proof])
+        return root() / f"{self.name}-{hashlib.sha256(facts.encode()).hexdigest()[:12]}"
+
+    @property
+    def python(self) -> Path:
+        """Its interpreter."""
+        return self.folder / "bin" / "python"
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether it stands complete. The interpreter it was made from may have gone since."""
+        return (self.folder / COMPLETE).is_file() and self.python.exists()
+
+
+RECIPES: Mapping[str, Recipe] = {
+    recipe.name: recipe
+    for recipe in (
+        Recipe("sglang", REQUIREMENTS / "sglang.txt", "import sglang, torch, xgrammar", minutes=2.0, gigabytes=2.5),
+        Recipe("vllm", REQUIREMENTS / "vllm.txt", "import vllm, torch", minutes=2.0, gigabytes=2.5),
+    )
+}
+
+
+def root(environment: Mapping[str, str] = os.environ) -> Path:
+    """The folder of all environments."""
+    return Path(environment.get(FOLDER_VARIABLE) or Path.home() / ".cache" / "clipo-megatron" / "environments")
+
+
+def ensure(recipe: Recipe, *, say: Say = _print, deadline_s: float = DEADLINE_S) -> Path:
+    """The interpreter of a complete environment; makes it when there is none. One process makes it, others wait.
+
+    Raises:
+        ServingError: it cannot be made, or not in time.
+    """
+    if recipe.is_ready:
+        return recipe.python
+    deadline = time.monotonic() + deadline_s
+    try:
+        recipe.folder.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ServingError(
+            f"{recipe.folder.parent} cannot be made: {error}. Name another folder in {FOLDER_VARIABLE}."
+        ) from error
+    with _only_builder(recipe, deadline, say):
+        if not recipe.is_ready:  # made while this process waited
+            _build(recipe, deadline, say)
+    return recipe.python
+
+
+@contextmanager
+def _only_builder(recipe: Recipe, deadline: float, say: Say) -> Iterator[None]:
+    """Hold the recipe's lock. The kernel lets go of it when its holder dies."""
+    file = recipe.folder.with_suffix(".lock")
+    with file.open("a+") as lock:
+        told = False
+        while True:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                pass
+            if not told:
+                told = True
+                say(f"Waiting for another process to set up {recipe.folder}.")
+            if time.monotonic() > deadline:
+                raise ServingError(
+                    f"another process has been setting up {recipe.folder} for the whole deadline. Wait for it or end it "
+                    f"(`fuser {file}` names it)."
+                )
+            time.sleep(0.2)
+        yield
+
+
+def _build(recipe: Recipe, deadline: float, say: Say) -> None:
+    folder, log = recipe.folder, recipe.folder.with_suffix(".log")
+    say(
+        f"Setting up {recipe.name} in {folder}: once, about {recipe.minutes:.0f} minutes and "
+        f"{recipe.gigabytes:.1f} GB of disk."
+    )
+    begun = time.monotonic()
+    shutil.rmtree(folder, ignore_errors=True)  # what an interrupted build left
+    log.unlink(missing_ok=True)
+    options = os.environ.get(PIP_OPTIONS_VARIABLE, "").split()
+    pip = [str(recipe.python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *options]
+    first, *others = recipe.pins
+    # Virtual environments cannot be moved: this one is made where it stays, and is complete with its last file.
+    steps: list[tuple[str, Sequence[str]]] = [
+        ("making the environment", [sys.executable, "-m", "venv", str(folder)]),
+        (f"installing {first}", [*pip, first]),
+        (f"installing {len(others)} more packages", [*pip, "--no-deps", *others]),
+        ("trying it", [str(recipe.python), "-c", recipe.proof]),
+    ]
+    try:
+        for what, command in steps:
+            _run(command, what, recipe, log, begun, deadline, say)
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+    seconds = time.monotonic() - begun
+    stamp = folder / f".{COMPLETE}"
+    stamp.write_text(json.dumps({"pins": recipe.pins, "seconds": round(seconds, 1)}, indent=1))
+    os.replace(stamp, folder / COMPLETE)
+    say(f"{recipe.name} is set up, after {seconds:.0f} s.")
+
+
+def _run(
+    command: Sequence[str], what: str, recipe: Recipe, log: Path, begun: float, deadline: float, say: Say
+) -> None:
+    """One step, which ends with this process; tells how far it is."""
+    with log.open("ab") as output:
+        process = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+            env={name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PYTHONHOME")},
+            preexec_fn=dies_with_this_process(),
+        )
+    try:
+        while True:
+            left = deadline - time.monotonic()
+            try:
+                code = process.wait(timeout=max(0.0, min(left, _TELL_EVERY_S)))
+                break
+            except subprocess.TimeoutExpired:
+                if left <= _TELL_EVERY_S:
+                    raise ServingError(
+                        f"setting up {recipe.name} did not end in time, while {what}. {log} holds what pip says; a "
+                        "slow network may need another try, which starts over."
+                    ) from None
+                say(f"  {what}: {time.monotonic() - begun:.0f} s of about {60 * recipe.minutes:.0f} s")
+    finally:
+        if process.poll() is None:
+            process.kill()
+            process.wait()
+    if code:
+        lines = log.read_text(errors="replace").splitlines()[-_TAIL_LINES:]
+        tail = "\n".join(f"  | {line}" for line in lines) or "  | (nothing)"
+        raise ServingError(
+            f"{recipe.name} could not be set up: {what} failed with exit code {code}. Check the network and the disk; "
+            f"{PIP_OPTIONS_VARIABLE} hands options to pip. The end of {log}:\n{tail}"
+        )
+
+
+def interpreter(engine: str, given: str | None, *, gpus: int, say: Say = _print) -> Path:
+    """The Python that runs an engine: the `given` one, else this one if it has the engine, else, without a GPU, that of
+    its own environment, which is set up if need be.
+
+    Raises:
+        ServingError: there is none.
+    """
+    if given is not None:
+        found = shutil.which(given)
+        if found is None:
+            raise ServingError(
+                f"serve.python = {given} is no program. Give the path of the Python that has {engine}, such as "
+                "ENVIRONMENT/bin/python."
+            )
+        return Path(found)
+    from importlib.util import find_spec
+
+    if find_spec(engine) is not None:
+        return Path(sys.executable)
+    if gpus == 0:
+        return ensure(RECIPES[engine], say=say)
+    raise ServingError(
+        f"{engine} is not installed in {sys.executable}, and on a machine with GPUs its setup depends on them. Install "
+        f"it as its documentation says, in an environment of its own, and name that: serve.python=ENVIRONMENT/bin/python."
+    )
+
+
+def main(engines: Sequence[str]) -> int:
+    """Set up the environments of the named engines; returns the exit code."""
+    try:
+        for engine in engines or RECIPES:
+            if engine not in RECIPES:
+                raise ServingError(f"there is no recipe for {engine!r}. Choose from {', '.join(RECIPES)}.")
+            print(ensure(RECIPES[engine]))
+    except ServingError as error:
+        print(error, file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

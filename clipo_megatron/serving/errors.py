@@ -1,0 +1,7 @@
+"""What the user of `clipo serve` can correct."""
+
+from __future__ import annotations
+
+
+class ServingError(RuntimeError):
+    """A server cannot be set up, started or kept alive; the message says why, and what to do."""

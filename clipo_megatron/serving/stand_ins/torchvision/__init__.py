@@ -1,0 +1,10 @@
+"""Torch's image functions, absent: their builds want the very build of torch that they were made for."""
+
+from absent_package import Missing, missing, pretend
+
+__version__ = "0.0.0"
+pretend(__name__)
+
+
+def __getattr__(attribute: str) -> Missing:
+    return missing(__name__, attribute)
