@@ -115,6 +115,16 @@ class Platform:
             torch.Tensor.type, torch.Tensor.cuda = original_type, original_cuda  # type: ignore[method-assign]
 
 
+def open_store(host: str, *, world: int, timeout_s: float) -> dist.TCPStore:
+    """A key-value store of this process for `world` clients, at a free port of `host` and of no other address."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.create_server((host, 0), family=family, backlog=1024) as listener:
+        return dist.TCPStore(
+            host, listener.getsockname()[1], world, is_master=True, timeout=timedelta(seconds=timeout_s),
+            wait_for_workers=False, master_listen_fd=listener.detach(),
+        )  # fmt: skip
+
+
 class SharedGroupError(RuntimeError):
     """Members of a shared group did not meet, or a broadcast to them broke off; the group is of no further use."""
 
@@ -130,13 +140,8 @@ class SharedGroup:
     def __init__(self, platform: Platform, name: str, *, world: int, host: str, timeout_s: float):
         self.name, self.world, self.host = name, world, host
         self._platform, self._timeout_s = platform, timeout_s
-        family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        with socket.create_server((host, 0), family=family, backlog=1024) as listener:
-            self.port: int = listener.getsockname()[1]
-            self._store: dist.Store | None = dist.TCPStore(
-                host, self.port, world, is_master=True, timeout=timedelta(seconds=timeout_s), wait_for_workers=False,
-                master_listen_fd=listener.detach(),
-            )  # fmt: skip
+        self._store: dist.TCPStore | None = open_store(host, world=world, timeout_s=timeout_s)
+        self.port: int = self._store.port
         self._group: Any = None
         self._works: list[dist.Work] = []
 

@@ -246,13 +246,13 @@ class SGLangServer:
         try:
             found = [
                 RankChecksums(
-                    int(rank["parallelism_info"]["tp_rank"]),
-                    int(rank["parallelism_info"]["tp_size"]),
+                    int(_place(rank)["tp_rank"]),
+                    int(_place(rank)["tp_size"]),
                     {str(name): str(value) for name, value in rank["checksums"].items()},
                 )
                 for rank in answer["ranks"]
             ]
-        except (KeyError, TypeError, AttributeError, ValueError):
+        except (KeyError, IndexError, TypeError, AttributeError, ValueError):
             found = []
         if not found or not all(rank.checksums for rank in found):
             raise self._http.fail(Fault.garbage, "/weights_checker answered no checksums")
@@ -290,6 +290,12 @@ class SGLangServer:
         except ServerError as error:
             if error.status != 404:
                 raise
+
+
+def _place(rank: dict[str, Any]) -> dict[str, Any]:
+    """Where a rank stands; a list where it holds a draft model too, the target model first."""
+    place = rank["parallelism_info"]
+    return place[0] if isinstance(place, list) else place
 
 
 def _generate_body(inputs: list[Any], ids: Any, params: SamplingParams, budget: int) -> dict[str, Any]:

@@ -1,0 +1,175 @@
+"""Proof of a sync: the trainer's own checksum of every tensor as a server holds it, against the server's."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+from clipo_megatron.rollout.server import RankChecksums
+from clipo_megatron.weights.export import Bucket
+from clipo_megatron.weights.served import ServedTensor, served_tensors
+from clipo_megatron.weights.spec import ModelSpec
+
+_SLICE_BYTES = 8 * 2**20  # of a tensor that is not contiguous, copied at once
+
+Place = tuple[int, int]  # a server's rank and how many it has
+
+
+class ChecksumError(RuntimeError):
+    """A server holds a tensor that is not the trainer's; the message names the server, the tensor and both sums."""
+
+
+class Sums:
+    """Checksums of what this rank sent, collected bucket by bucket for every size of server.
+
+    Args:
+        spec: of the model.
+        sizes: numbers of ranks that the servers have.
+        on_gpu: whether the servers hash on GPUs (`tile_hash`) or on CPUs (`digest`).
+    """
+
+    def __init__(self, spec: ModelSpec, sizes: Iterable[int], *, on_gpu: bool = False):
+        self.sizes = tuple(sizes)
+        self.held: dict[Place, dict[str, str]] = {(rank, size): {} for size in self.sizes for rank in range(size)}
+        self.optional: set[str] = set()
+        self._hash = tile_hash if on_gpu else digest
+        self._by_source: dict[str, list[ServedTensor]] = {}
+        for tensor in served_tensors(spec):
+            self._by_source.setdefault(tensor.sources[0], []).append(tensor)
+            if tensor.optional:
+                self.optional.add(tensor.name)
+
+    def add(self, bucket: Bucket, flat: Tensor) -> None:
+        """Take the checksums of everything that the tensors of a bucket [numel] are part of.
+
+        The tensors that a server fuses are one parameter of the trainer's, so they are in the same bucket.
+        """
+        tensors = dict(bucket.views(flat))
+        for name in tensors:
+            for served in self._by_source.get(name, ()):
+                sources = [tensors[source] for source in served.sources]
+                if served.replicated and self.held:
+                    value = self._hash(served.cut(sources, 0, 1))
+                    for held in self.held.values():
+                        held[served.name] = value
+                    continue
+                for (rank, size), held in self.held.items():
+                    held[served.name] = self._hash(served.cut(sources, rank, size))
+
+    def merged(self, others: Iterable[Sums | None]) -> Sums:
+        """With those of the other senders, which sent other tensors."""
+        for other in others:
+            for place, held in other.held.items() if other is not None else ():
+                self.held[place] |= held
+        return self
+
+    def __getstate__(self) -> dict[str, object]:
+        return {"held": self.held, "optional": self.optional, "sizes": self.sizes}  # what travels between ranks
+
+
+def compare(url: str, ranks: Sequence[RankChecksums], sums: Sums) -> list[str]:
+    """Compare a server's checksums with the trainer's.
+
+    Returns:
+        What could not be compared, a line each: tensors of the server that the trainer knows nothing of, and tensors
+        that the server was sent and does not name.
+
+    Raises:
+        ChecksumError: at least one tensor differs.
+    """
+    unproven, seen = [], set()
+    wrong: list[str] = []
+    for rank in ranks:
+        mine = sums.held.get((rank.tp_rank, rank.tp_size), {})
+        seen |= rank.checksums.keys()
+        for name, value in sorted(rank.checksums.items()):
+            if name not in mine:
+                unproven.append(f"{name} of {url}: the trainer does not know what it is made of")
+            elif value != mine[name]:
+                wrong.append(
+                    f"{url}, rank {rank.tp_rank} of {rank.tp_size}: {name} has checksum {value}, "
+                    f"the trainer's has {mine[name]}"
+                )
+    if wrong:
+        more = f"; and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+        raise ChecksumError(
+            f"a server does not hold the weights it was sent: {'; '.join(wrong[:3])}{more}. Look for another process "
+            "that updates this server, or for another model or precision in it"
+        )
+    expected = set().union(*sums.held.values()) - sums.optional if sums.held else set()
+    return unproven + [f"{name}: {url} does not name it" for name in sorted(expected - seen)]
+
+
+def digest(parts: Sequence[Tensor]) -> str:
+    """First 8 bytes of the SHA-256 over the parts' bytes, as hex: SGLang's checksum of a tensor on a CPU."""
+    state = hashlib.sha256()
+    for part in parts:
+        for piece in _contiguous(part.cpu()):
+            state.update(memoryview(piece.view(-1).view(torch.uint8).numpy()))
+    return state.hexdigest()[:16]
+
+
+def _contiguous(part: Tensor) -> Iterable[Tensor]:
+    """The part, or copies of slices of its rows where it is not contiguous."""
+    if part.is_contiguous():
+        return [part]
+    rows = max(1, _SLICE_BYTES // max(1, part[0].nbytes))
+    return (piece.contiguous() for piece in part.split(rows))
+
+
+_MASK = 0xFFFFFFFF
+_TILE = 8192  # words of 4 bytes hashed to one number
+
+
+def tile_hash(parts: Sequence[Tensor], seed: int = 0x243F6A88) -> str:
+    """SGLang's checksum of a tensor on a GPU, in plain torch on whatever device the parts are on.
+
+    Every 32-bit word is mixed with its place under two seeds, the results are summed within tiles of 8,192 words and
+    mixed again; the sum of the tiles' 64-bit numbers is mixed a last time (MurmurHash3's and SplitMix64's finalisers).
+    Never compared with a server on a GPU: only with another program for the same formula.
+    """
+    data = torch.cat([part.contiguous().view(-1).view(torch.uint8) for part in parts])
+    data = torch.nn.functional.pad(data, (0, -data.numel() % 4))
+    words = data.view(torch.int32).to(torch.int64) & _MASK
+    count = words.numel()
+    if count == 0:
+        return f"{0:016x}"
+    place = torch.arange(count, device=words.device)
+    total = 0
+    halves = []
+    for start, factor, turn in (
+        (seed & _MASK, 0x27D4EB2D, 15),
+        ((seed * 0x9E3779B1 ^ 0xDEADBEEF) & _MASK, 0x165667B1, 13),
+    ):
+        salt = ((place * factor + start) & _MASK) ^ ((place << turn | place >> (32 - turn)) & _MASK)
+        mixed = torch.nn.functional.pad(_mix32(words ^ salt), (0, -count % _TILE))
+        halves.append(_mix32((mixed.view(-1, _TILE).sum(dim=1) & _MASK) ^ (4 * count & _MASK)))
+    for high, low in zip(halves[0].tolist(), halves[1].tolist(), strict=True):
+        total += high << 32 | low
+    return f"{_mix64(total & (1 << 64) - 1):016x}"
+
+
+def _mix32(x: Tensor) -> Tensor:
+    """On int64 that holds 32 unsigned bits."""
+    x = x ^ x >> 16
+    x = _times(x, 0x85EBCA6B)
+    x = x ^ x >> 13
+    x = _times(x, 0xC2B2AE35)
+    return x ^ x >> 16
+
+
+def _times(x: Tensor, factor: int) -> Tensor:
+    """Product of 32 bits, modulo 2^32, without leaving int64."""
+    return ((x & 0xFFFF) * factor + ((((x >> 16) * factor) & 0xFFFF) << 16)) & _MASK
+
+
+def _mix64(x: int) -> int:
+    mask = (1 << 64) - 1
+    x ^= x >> 30
+    x = x * 0xBF58476D1CE4E5B9 & mask
+    x ^= x >> 27
+    x = x * 0x94D049BB133111EB & mask
+    return x ^ x >> 31

@@ -1,0 +1,109 @@
+"""How a server of rollouts holds a model: which Hugging Face tensors each of its own is made of, and how its ranks
+divide it.
+
+SGLang and vLLM agree on this for the families here: query, key and value are one tensor, gate and up are one, a tied
+output layer is none. Declared once, for whoever has to say what a server ought to hold.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+from torch import Tensor
+
+from clipo_megatron.weights.errors import UnsupportedModel
+from clipo_megatron.weights.spec import ModelSpec
+
+VOCABULARY_MULTIPLE = 64  # rows to which both engines pad an embedding
+
+# (tensors, rank, size) -> parts that make up one rank's tensor when they are laid end to end
+Cut = Callable[[Sequence[Tensor], int, int], list[Tensor]]
+
+
+@dataclass(frozen=True, slots=True)
+class ServedTensor:
+    """One tensor of a server."""
+
+    name: str
+    sources: tuple[str, ...]  # Hugging Face names, in the order in which they lie in it
+    cut: Cut
+    replicated: bool = False  # every rank holds the same
+    optional: bool = False  # some servers have it, some do not
+
+
+def served_tensors(spec: ModelSpec) -> list[ServedTensor]:
+    """Everything that a server of this model holds.
+
+    Raises:
+        UnsupportedModel: nobody has declared how servers hold this family.
+    """
+    if spec.family not in ("llama", "qwen2"):
+        raise UnsupportedModel("model_type", spec.family, "how servers hold its tensors is not declared")
+    embedding = "model.embed_tokens.weight"
+    output = embedding if spec.tied_embeddings else "lm_head.weight"
+    tensors = [
+        ServedTensor(embedding, (embedding,), _vocabulary),
+        ServedTensor("lm_head.weight", (output,), _vocabulary, optional=spec.tied_embeddings),
+        ServedTensor("model.norm.weight", ("model.norm.weight",), _whole, replicated=True),
+    ]
+    for layer in range(spec.num_layers):
+        tensors += _layer(spec, f"model.layers.{layer}.")
+    return tensors
+
+
+def _layer(spec: ModelSpec, at: str) -> list[ServedTensor]:
+    qkv = partial(_query_key_value, spec.num_kv_heads)
+
+    def fused(name: str, parts: Sequence[str], kind: str, cut: Cut) -> ServedTensor:
+        return ServedTensor(f"{at}{name}.{kind}", tuple(f"{at}{part}.{kind}" for part in parts), cut)
+
+    projections = [f"self_attn.{x}_proj" for x in "qkv"]
+    tensors = [
+        fused("self_attn.qkv_proj", projections, "weight", qkv),
+        fused("self_attn.o_proj", ["self_attn.o_proj"], "weight", _columns),
+        fused("mlp.gate_up_proj", ["mlp.gate_proj", "mlp.up_proj"], "weight", _rows),
+        fused("mlp.down_proj", ["mlp.down_proj"], "weight", _columns),
+    ]
+    if spec.qkv_bias:
+        tensors.append(fused("self_attn.qkv_proj", projections, "bias", qkv))
+    norms = ["input_layernorm", "post_attention_layernorm"]
+    if spec.qk_norm:
+        norms += ["self_attn.q_norm", "self_attn.k_norm"]
+    return tensors + [ServedTensor(f"{at}{x}.weight", (f"{at}{x}.weight",), _whole, replicated=True) for x in norms]
+
+
+def _whole(tensors: Sequence[Tensor], rank: int, size: int) -> list[Tensor]:
+    return list(tensors)
+
+
+def _rows(tensors: Sequence[Tensor], rank: int, size: int) -> list[Tensor]:
+    return [_slice(tensor, rank, size) for tensor in tensors]
+
+
+def _columns(tensors: Sequence[Tensor], rank: int, size: int) -> list[Tensor]:
+    (tensor,) = tensors
+    width = tensor.shape[1] // size
+    return [tensor[:, rank * width : (rank + 1) * width]]
+
+
+def _query_key_value(kv_heads: int, tensors: Sequence[Tensor], rank: int, size: int) -> list[Tensor]:
+    """With more ranks than KV heads, neighbouring ranks hold the same one."""
+    query, key, value = tensors
+    copies = max(1, size // kv_heads)
+    return [_slice(query, rank, size), *(_slice(each, rank // copies, size // copies) for each in (key, value))]
+
+
+def _vocabulary(tensors: Sequence[Tensor], rank: int, size: int) -> list[Tensor]:
+    (tensor,) = tensors
+    rows = tensor.shape[0]
+    held = -(-rows // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE // size
+    start, stop = rank * held, (rank + 1) * held
+    padding = stop - max(start, min(stop, rows))
+    return [tensor[start:stop], *([tensor.new_zeros(padding, *tensor.shape[1:])] if padding else [])]
+
+
+def _slice(tensor: Tensor, rank: int, size: int) -> Tensor:
+    rows = tensor.shape[0] // size
+    return tensor[rank * rows : (rank + 1) * rows]
