@@ -10,6 +10,7 @@ import torch
 from ranks import RankPool
 from served import Servers
 from small_runs import SmallRun, write_config, write_model
+from tiny_models import tiny_llama
 
 
 @pytest.fixture(autouse=True)
@@ -32,6 +33,12 @@ def servers() -> Iterator[Servers]:
     started = Servers()
     yield started
     started.close()
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny random Llama that servers of several modules share; not to be written to."""
+    return tiny_llama(tmp_path_factory.mktemp("tiny") / "model", tied=False)
 
 
 @pytest.fixture(scope="session")

@@ -16,7 +16,7 @@ from clipo_megatron.rollout.server import Server, ServerError, ServerState
 
 PROBE_S = 10.0  # for a server to say how it is
 _FIRST_PROBE_S = 0.5  # after a failure; doubles with each further one
-_LAST_PROBE_S = 30.0
+_LAST_PROBE_S = 5.0
 
 
 class NoServer(Exception):
@@ -31,7 +31,7 @@ class Member:
     version: int = -1  # of the weights it was admitted with; -1: it gets no requests
     suspected: bool = False  # it failed, and has not shown since that it is well
     in_flight: int = 0  # requests of this pool
-    strikes: int = 0  # failures since it last answered a request
+    strikes: int = 0  # times it was suspected since it last answered a request
     words: str = ""  # what it last said or did wrong
     _probe: asyncio.Task | None = field(default=None, repr=False)
 
@@ -89,10 +89,10 @@ class Members:
     def suspect(self, member: Member, error: ServerError) -> None:
         """Ask it nothing until it says that it is well and has the right weights."""
         member.words = str(error)
-        member.strikes += 1
-        if not member.suspected:
+        if not member.suspected:  # else it is one of many requests that fail for the same reason
+            member.suspected = True
+            member.strikes += 1
             self._counts["suspected"] += 1
-        member.suspected = True
         if member._probe is None or member._probe.done():
             member._probe = asyncio.create_task(self._probe(member))
         self._announce()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import time
 from collections.abc import Sequence
@@ -35,6 +36,7 @@ from clipo_megatron.rollout.server import (
 # A prompt of so many tokens is prefilled once before its samples are asked for. Samples that arrive together would
 # each prefill it: the cache only knows what has finished.
 _PREFILL_ONCE = 64
+_EMPTY_CACHE_S = 0.2  # between two attempts to empty the prefix cache
 
 
 class SGLangServer:
@@ -237,8 +239,21 @@ class SGLangServer:
 
     async def load_folder(self, folder: str, version: int, *, deadline_s: float) -> None:
         """Read all weights from safetensors; the folder has a config.json too."""
-        body = {"model_path": folder, "weight_version": str(version), "flush_cache": True}
-        await self._done("/update_weights_from_disk", body, deadline_s)
+        deadline = time.monotonic() + deadline_s
+        await self._done("/update_weights_from_disk", {"model_path": folder, "flush_cache": False}, deadline_s)
+        await self._set_version(version, deadline)
+
+    async def _set_version(self, version: int, deadline: float) -> None:
+        while True:  # requests whose client has just gone may still be there, and hold it
+            try:
+                await self._http.post("/flush_cache", deadline_s=deadline - time.monotonic())
+                break
+            except ServerError as error:
+                if error.fault is not Fault.status:
+                    raise
+            await asyncio.sleep(_EMPTY_CACHE_S)
+        body = {"new_version": str(version), "abort_all_requests": False}
+        await self._done("/update_weight_version", body, deadline - time.monotonic())
 
     async def checksums(self, *, deadline_s: float) -> list[RankChecksums]:
         """Of the weights as they are in its memory, a rank each."""
