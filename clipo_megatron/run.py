@@ -19,18 +19,16 @@ from clipo_megatron.config.schema import RunConfig
 from clipo_megatron.data.prompts import load_tokenizer
 from clipo_megatron.data.sampler import PromptSampler
 from clipo_megatron.device import platform
+from clipo_megatron.engines import askers, build_engine, build_sync
 from clipo_megatron.evaluation import evaluate, evaluation_params
 from clipo_megatron.output import CHECKPOINTS, claim, set_aside
 from clipo_megatron.policy import layout as layouts
 from clipo_megatron.policy.actor import PolicyActor
-from clipo_megatron.policy.model import TORCH_DTYPE
 from clipo_megatron.policy.state import load_policy, save_policy
 from clipo_megatron.problems import load_problems
 from clipo_megatron.reporting import Reporter
 from clipo_megatron.rewards.pool import GraderPool
-from clipo_megatron.rollout.engine import Engine, SamplingParams
-from clipo_megatron.rollout.local import LocalEngine
-from clipo_megatron.sync.in_process import InProcessSync
+from clipo_megatron.rollout.engine import SamplingParams
 
 
 class Stopped(RuntimeError):
@@ -82,9 +80,10 @@ class Run:
         self.algorithm: Algorithm = build_algorithm(config)
         updates = config.train.steps * config.algorithm.epochs * config.algorithm.mini_batches
         self.actor = PolicyActor(config, self.layout, needs=self.algorithm.needs, total_steps=updates)
-        self.engine = self._engine()
-        self.askers = list(range(self.layout.world))  # the local engine runs on every rank
-        self.sync = InProcessSync(self.actor, self.engine)
+        self.askers = askers(config, self.layout)
+        self.engine = build_engine(config, self.layout, tokenizer)
+        self.sync = build_sync(config, self.actor, self.engine)
+        self.version = -1  # of the weights that the engine has
         self.collector = Collector(
             config.rollout,
             prompts=self.train_prompts,
@@ -120,7 +119,7 @@ class Run:
         elif self.is_main and self.reporter.has_metrics:
             self.reporter.say(f"{self.output} has metrics but no checkpoint: starting from the beginning")
         self.reporter.restore(step)
-        self.sync.push(step)
+        self.push(step)
         return step
 
     def before_training(self, step: int) -> None:
@@ -156,7 +155,9 @@ class Run:
     def close(self) -> None:
         """Free engines, graders and groups. Idempotent."""
         self.graders.close()
-        self.engine.close()
+        self.sync.close()
+        if self.engine is not None:
+            self.engine.close()
         layouts.shutdown()
         if self._lock:
             self._lock.close()
@@ -195,9 +196,15 @@ class Run:
             )
             self.reporter.evaluated(result)
 
+    def push(self, version: int) -> dict[str, float]:
+        """Give the engine the policy's weights, as `version`; collective. Returns what that was like, as metrics."""
+        self.version = version
+        report = self.sync.push(version)
+        return report.metrics if report else {}
+
     def recover(self) -> None:
         """Give engines that came back the current weights; collective."""
-        self.sync.push(self.engine.version)
+        self.push(self.version)
 
     def _share(self, count: int) -> list[int]:
         """Which of `count` prompts this rank answers."""
@@ -208,15 +215,6 @@ class Run:
         return not self.eval_prompts or self.reporter.knows_evaluation(step)
 
     # --- construction --------------------------------------------------------------------------------------------
-
-    def _engine(self) -> Engine:
-        config = self.config
-        return LocalEngine(
-            config.model.path,
-            dtype=TORCH_DTYPE[config.rollout.dtype or config.model.dtype],
-            device=self.device,
-            batch_size=config.rollout.batch_size,
-        )
 
     def _checkpoints(self) -> Checkpoints:
         actor, layout = self.actor, self.layout

@@ -63,7 +63,7 @@ class Trainer:
                     metrics |= actor.update(credited, algorithm.loss, first=epoch == 0 and batch is mini_batches[0])
             algorithm.after_update(table)
         with watch("sync"):
-            run.sync.push(self.step + 1)
+            metrics |= run.push(self.step + 1)
 
         run.reporter.samples.write(scored, table, reward, advantage)
         metrics |= table_metrics(table, reward, advantage)

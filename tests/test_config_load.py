@@ -82,7 +82,7 @@ def test_references_to_other_settings(write):
     ("key", "nearest"),
     [
         ("rollout.temprature", ["rollout.temperature"]),
-        ("model.tp", ["layout.tp"]),
+        ("model.tp", ["serve.tp", "layout.tp"]),
         ("rolout.temperature", ["rollout.temperature"]),
         ("optimizer.lr", ["optimizer.learning_rate"]),
         ("layout.tensor_model_parallel_size", ["layout.tp"]),
@@ -188,3 +188,12 @@ def test_configuration_imports_no_torch(write):
     command = [sys.executable, "-c", textwrap.dedent(program), str(write(MODEL))]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert done.stdout.strip() == "refused", done.stderr
+
+
+def test_a_list_of_plain_values(tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text("name: x\nmodel: {path: m}\nrollout: {endpoints: ['http://a:1', 'http://b:2']}\n")
+    assert load(file).rollout.endpoints == ["http://a:1", "http://b:2"]
+    assert load(file, ["rollout.endpoints=[http://c:3]"]).rollout.endpoints == ["http://c:3"]
+    with pytest.raises(ConfigError, match=r"a list, each entry text was expected. Write \[http://c:3\]"):
+        load(file, ["rollout.endpoints=http://c:3"])

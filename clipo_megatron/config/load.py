@@ -224,7 +224,8 @@ def _inspect_leaf(section: type, name: str, annotation: Any, value: Any, key: st
         return
     expected = reference.describe(annotation)
     inner = reference.unwrap_optional(annotation)[0]
-    bad = isinstance(value, dict) != expected.startswith("a mapping") or isinstance(value, list)
+    bad = isinstance(value, dict) != expected.startswith("a mapping")
+    bad |= isinstance(value, list) != expected.startswith("a list")
     # OmegaConf would turn `name: no` (a truth value in YAML) into "False", and any number into a truth value
     bad |= (inner is str and isinstance(value, bool)) or (
         inner is bool and isinstance(value, (int, float)) and not isinstance(value, bool)
@@ -248,6 +249,8 @@ def _type_remedy(expected: str, value: Any) -> str:
         if close := difflib.get_close_matches(value, choices, n=1, cutoff=0.5):
             return f"Did you mean {close[0]}?"
         return f"Choose {'one of them' if len(choices) > 1 else choices[0]}"
+    if expected.startswith("a list") and not isinstance(value, (list, dict)):
+        return f"Write [{value}]"
     if expected.startswith("text") and isinstance(value, bool):
         return "Put it in quotes"
     if isinstance(value, float) and "whole number" in expected and value.is_integer():

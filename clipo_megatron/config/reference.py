@@ -99,6 +99,8 @@ def describe(annotation: Any) -> str:
         words = "a list of sections"
     elif is_dataclass(inner):
         words = "a section"
+    elif typing.get_origin(inner) is list:
+        words = f"a list, each entry {describe(typing.get_args(inner)[0])}"
     elif typing.get_origin(inner) is dict:
         value = typing.get_args(inner)[1]
         words = "a mapping" if value is Any else f"a mapping to {describe(value)}"

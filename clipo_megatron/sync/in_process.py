@@ -27,3 +27,6 @@ class InProcessSync:
     def push(self, version: int) -> None:
         """Give the engine the newest weights. After it returns, only these generate."""
         self.engine.load_weights(self.source.export(), version=version)
+
+    def close(self) -> None:
+        """Nothing to free."""

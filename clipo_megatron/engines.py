@@ -1,0 +1,67 @@
+"""The engine that a configuration names, which ranks ask it, and how it gets the policy's weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from clipo_megatron.config.schema import EngineKind, RunConfig, Transport, Unfinished
+from clipo_megatron.device import platform
+from clipo_megatron.policy.actor import PolicyActor
+from clipo_megatron.policy.layout import Layout
+from clipo_megatron.policy.model import TORCH_DTYPE
+from clipo_megatron.rollout.engine import Engine, InFlight
+from clipo_megatron.rollout.local import LocalEngine
+from clipo_megatron.rollout.pool import ServerPool
+from clipo_megatron.sync.broadcast import BroadcastSync
+from clipo_megatron.sync.in_process import InProcessSync
+from clipo_megatron.sync.shard import Shard
+
+WeightSync = InProcessSync | BroadcastSync
+
+
+def askers(config: RunConfig, layout: Layout) -> list[int]:
+    """Ranks that ask for rollouts: every one has a local engine; servers are asked by the head of each replica."""
+    if config.rollout.engine is EngineKind.local:
+        return list(range(layout.world))
+    return [layout.head_of(dp_rank) for dp_rank in range(layout.dp)]
+
+
+def build_engine(config: RunConfig, layout: Layout, tokenizer: Any) -> Engine | None:
+    """This rank's engine; None on ranks that ask for nothing.
+
+    With servers, it is a pool that has found `rollout.servers` of them.
+
+    Raises:
+        EngineError: the model cannot be used, or the servers did not come in time.
+    """
+    if config.rollout.engine is EngineKind.local:
+        return LocalEngine(
+            config.model.path,
+            dtype=TORCH_DTYPE[config.rollout.dtype or config.model.dtype],
+            device=platform().device,
+            batch_size=config.rollout.batch_size,
+        )
+    if layout.rank not in askers(config, layout):
+        return None
+    pool = ServerPool.from_config(config, lambda ids: tokenizer.decode(ids, skip_special_tokens=True))
+    pool.join(len(config.rollout.endpoints) or config.rollout.servers)
+    return pool
+
+
+def build_sync(config: RunConfig, actor: PolicyActor, engine: Engine | None) -> WeightSync:
+    """How this rank takes part in giving the policy's weights to the engine."""
+    if isinstance(engine, LocalEngine):
+        return InProcessSync(actor, engine)
+    rollout = config.rollout
+    default = Transport.broadcast if rollout.engine is EngineKind.sglang else Transport.disk
+    transport = rollout.sync.transport or default
+    options: dict[str, Any] = {
+        "in_flight": InFlight.retract if rollout.unfinished is Unfinished.keep_running else InFlight.abort,
+        "join_deadline_s": rollout.pool.join_deadline_s,
+    }
+    if transport is Transport.disk:
+        options["model"] = Path(config.model.path)
+        options["folder"] = Path(rollout.sync.folder or Path(config.train.output) / "weights")
+    kind = {Transport.broadcast: BroadcastSync}[transport]
+    return kind(Shard.of(actor), engine, rollout.sync, **options)
