@@ -23,6 +23,7 @@ Contrastive policy optimisation (CLIPO) for reinforcement learning with verifiab
 
 commands:
   train      train a model as a configuration file says
+  serve      run the servers that generate for it, SGLang or vLLM
   settings   every setting of a configuration: its type, default and meaning
   doctor     what this machine has, and what a run would use of it
 """
@@ -33,6 +34,7 @@ examples:
   clipo train run.yaml --check                  only check the configuration, the model folder and the data
   torchrun --nproc-per-node 8 -m clipo_megatron.cli train run.yaml
   srun --ntasks-per-node 8 clipo train run.yaml
+  clipo serve run.yaml                          the servers of a run with rollout.engine=sglang; keeps them running
   clipo settings clipo                          the settings of one section
 
 `clipo COMMAND --help` says more. CLIPO_TRACEBACK=1 shows where an error comes from.
@@ -51,6 +53,22 @@ examples:
   clipo train run.yaml model.system_prompt= reward.by_source='{my/set: math}' --check
 
 `clipo settings` lists every key.
+"""
+_SERVE = """\
+Run the servers that generate for the training that CONFIG describes, until Ctrl-C.
+
+They are started as `model`, `rollout` and `serve` say, with any further options of the sections `sglang` and `vllm`,
+registered in train.output/servers, where `clipo train` finds them, and started again when they die or hang. Their logs
+are in train.output/logs. On a machine without a GPU the engine gets an environment of its own, once.
+"""
+_SERVE_EXAMPLES = """\
+examples:
+  clipo serve run.yaml rollout.engine=sglang serve.servers=2
+  clipo serve run.yaml --check                  show the command lines, and start nothing
+  clipo serve run.yaml serve.tp=4 sglang.mem_fraction_static=0.8 serve.python=envs/sglang/bin/python
+  CLIPO_API_KEY=... clipo serve run.yaml serve.host=0.0.0.0
+
+Train with the same file and overrides: clipo train run.yaml rollout.engine=sglang
 """
 
 
@@ -109,6 +127,12 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("overrides", metavar="key=value", nargs="*", help="settings that win over the file")
     train.add_argument("--check", action="store_true", help="check everything that can be checked, and train nothing")
     train.set_defaults(run=_train)
+
+    serve = commands.add_parser("serve", description=_SERVE, epilog=_SERVE_EXAMPLES, formatter_class=plain)
+    serve.add_argument("config", metavar="CONFIG", help="YAML file, the one that training gets")
+    serve.add_argument("overrides", metavar="key=value", nargs="*", help="settings that win over the file")
+    serve.add_argument("--check", action="store_true", help="print what would be started, and start nothing")
+    serve.set_defaults(run=_serve)
 
     settings = commands.add_parser("settings", description="Every setting, with its type, default and meaning.")
     settings.add_argument("section", metavar="SECTION", nargs="?", help="such as rollout, or algorithm.kl")
@@ -180,6 +204,17 @@ def _report_check(config: RunConfig, place: Launch | None) -> int:
     print(f"  held out  {len(held_out)} problems{shared}")
     print(f"  output    {config.train.output}")
     return 0
+
+
+# ---------------------------------------------------------------- serve
+
+
+def _serve(options: argparse.Namespace) -> int:
+    from clipo_megatron.config.load import load
+    from clipo_megatron.serving import command
+
+    config = load(options.config, options.overrides)
+    return command.report_check(config) if options.check else command.serve(config)
 
 
 # ---------------------------------------------------------------- settings, doctor

@@ -22,6 +22,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+# Names the GPUs that a process may use, by the numbers that the driver gives them.
+VISIBLE_DEVICES = "CUDA_VISIBLE_DEVICES"
+
 # Ranks on one machine meet on loopback, whatever its name resolves to.
 LOCAL_RENDEZVOUS_ENV = {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"}
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import platform as host
 import shutil
-import subprocess
 import sys
 from dataclasses import dataclass
 from importlib import metadata, util
@@ -17,6 +16,8 @@ from rich.table import Table
 
 from clipo_megatron.device import platform
 from clipo_megatron.launch import cores, from_environment
+from clipo_megatron.serving.environment import RECIPES, Recipe
+from clipo_megatron.serving.gpus import gpus as _gpus
 
 GIB = 2**30
 NEEDED = ("torch", "megatron-core", "transformers", "omegaconf", "math-verify", "reasoning-gym")
@@ -24,8 +25,6 @@ OPTIONAL = {
     "transformer-engine": "faster layers and attention on GPUs",
     "apex": "fused AdamW on GPUs, where transformer-engine is absent",
     "flash-attn": "attention kernel that transformer-engine can use",
-    "sglang": "",
-    "vllm": "",
 }
 
 
@@ -58,7 +57,7 @@ def examine(console: Console | None = None) -> None:
 
 def findings() -> list[Finding]:
     """Everything the doctor knows, in the order of the table."""
-    return [*_machine(), *_packages(), *_launchers(), *_would_be_used()]
+    return [*_machine(), *_packages(), *_servers(), *_launchers(), *_would_be_used()]
 
 
 def _machine() -> list[Finding]:
@@ -78,20 +77,6 @@ def _machine() -> list[Finding]:
     ]
 
 
-def _gpus() -> tuple[list[str], str]:
-    """Name, memory and driver of each GPU as the driver tells, or why there are none."""
-    if not shutil.which("nvidia-smi"):
-        return [], "no NVIDIA driver"
-    command = ["nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader"]
-    try:
-        answer = subprocess.run(command, capture_output=True, text=True, timeout=20)
-    except subprocess.TimeoutExpired:
-        return [], "nvidia-smi did not answer within 20 s"
-    if answer.returncode:
-        return [], f"nvidia-smi fails: {(answer.stdout + answer.stderr).strip()[:100]}"
-    return [line.strip() for line in answer.stdout.splitlines() if line.strip()], "the driver sees none"
-
-
 def _packages() -> list[Finding]:
     needed = [Finding("packages", name, version(name) or "missing: run `make install`") for name in NEEDED]
     optional = [
@@ -107,6 +92,24 @@ def version(distribution: str) -> str | None:
         return metadata.version(distribution)
     except metadata.PackageNotFoundError:
         return None
+
+
+def _servers() -> list[Finding]:
+    """Whether `clipo serve` can run each engine here, and with what."""
+    on_cpu = not _gpus()[0]
+    return [Finding("servers", recipe.name, *_engine(recipe, on_cpu)) for recipe in RECIPES.values()]
+
+
+def _engine(recipe: Recipe, on_cpu: bool) -> tuple[str, str]:
+    here = version(recipe.name) or version(f"{recipe.name}-cpu")
+    if here:
+        return here, f"in {sys.executable}"
+    if not on_cpu:
+        return "not installed here", "install it in an environment of its own, and name that in serve.python"
+    if recipe.is_ready:
+        return "ready", f"in {recipe.folder}"
+    size = f"{recipe.minutes:.0f} minutes, {recipe.gigabytes:.1f} GB"
+    return "not set up", f"`clipo serve` or `make engines` does it once: about {size}"
 
 
 def _launchers() -> list[Finding]:
@@ -134,7 +137,7 @@ def _would_be_used() -> list[Finding]:
         "layers": "transformer-engine" if engine else "megatron-core's own",
         "optimizer": _optimizer(),
         "precision": "bf16 or fp32, with fp32 master weights",
-        "rollouts": "transformers, in the training processes",
+        "rollouts": "transformers, in the training processes; or servers of `clipo serve`",
     }
     return [Finding("a run would use", what, choice) for what, choice in choices.items()]
 

@@ -110,9 +110,7 @@ def server_command(
     )
 
 
-def _sglang(
-    config: RunConfig, place: Place, python: Path, key: str | None, scratch: Path | None
-) -> ServerCommand:
+def _sglang(config: RunConfig, place: Place, python: Path, key: str | None, scratch: Path | None) -> ServerCommand:
     options: dict[str, Any] = {
         "model_path": config.model.path,
         "host": config.serve.host,

@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
+from importlib import util
 from pathlib import Path
 
 from clipo_megatron.launch import dies_with_this_process
@@ -58,7 +59,7 @@ class Recipe:
 
     @property
     def folder(self) -> Path:
-        """Where it stands or would stand. Other pins, steps or Pythons have another name, so nothing is ever changed."""
+        """Where it stands or would stand. Other pins, steps or Pythons have another name: nothing is ever changed."""
         python = f"{sys.implementation.cache_tag} {sys.platform} {os.uname().machine}"
         facts = json.dumps([_STEPS, python, self.pins, self.proof])
         return root() / f"{self.name}-{hashlib.sha256(facts.encode()).hexdigest()[:12]}"
@@ -126,8 +127,8 @@ def _only_builder(recipe: Recipe, deadline: float, say: Say) -> Iterator[None]:
                 say(f"Waiting for another process to set up {recipe.folder}.")
             if time.monotonic() > deadline:
                 raise ServingError(
-                    f"another process has been setting up {recipe.folder} for the whole deadline. Wait for it or end it "
-                    f"(`fuser {file}` names it)."
+                    f"another process has been setting up {recipe.folder} for the whole deadline. Wait for it, or end "
+                    f"it (`fuser {file}` names it)."
                 )
             time.sleep(0.2)
         yield
@@ -165,9 +166,7 @@ def _build(recipe: Recipe, deadline: float, say: Say) -> None:
     say(f"{recipe.name} is set up, after {seconds:.0f} s.")
 
 
-def _run(
-    command: Sequence[str], what: str, recipe: Recipe, log: Path, begun: float, deadline: float, say: Say
-) -> None:
+def _run(command: Sequence[str], what: str, recipe: Recipe, log: Path, begun: float, deadline: float, say: Say) -> None:
     """One step, which ends with this process; tells how far it is."""
     with log.open("ab") as output:
         process = subprocess.Popen(
@@ -219,16 +218,20 @@ def interpreter(engine: str, given: str | None, *, gpus: int, say: Say = _print)
                 "ENVIRONMENT/bin/python."
             )
         return Path(found)
-    from importlib.util import find_spec
-
-    if find_spec(engine) is not None:
+    if importable(engine):
         return Path(sys.executable)
     if gpus == 0:
         return ensure(RECIPES[engine], say=say)
     raise ServingError(
-        f"{engine} is not installed in {sys.executable}, and on a machine with GPUs its setup depends on them. Install "
-        f"it as its documentation says, in an environment of its own, and name that: serve.python=ENVIRONMENT/bin/python."
+        f"{engine} is not installed in {sys.executable}, and on a machine with GPUs its setup depends on them. "
+        "Install it as its documentation says, in an environment of its own, and name that: "
+        "serve.python=ENVIRONMENT/bin/python."
     )
+
+
+def importable(engine: str) -> bool:
+    """Whether this interpreter has the engine."""
+    return util.find_spec(engine) is not None
 
 
 def main(engines: Sequence[str]) -> int:

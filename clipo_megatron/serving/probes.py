@@ -1,8 +1,8 @@
 """Three questions to a running server, from the lightest to the heaviest. Plain blocking HTTP; no client is needed.
 
-`answers` is about the process that speaks HTTP: it answers from memory even while the engine loads weights, is paused or
-works on long prompts. `engine_answers` goes through the engine's own loop, which such work may hold up for as long as it
-takes. `generates` is only true when a token came out.
+`answers` is about the process that speaks HTTP: it answers from memory even while the engine loads weights, is paused
+or works on long prompts. `engine_answers` goes through the engine's own loop, which such work may hold up for
+as long as it takes. `generates` is only true when a token came out.
 """
 
 from __future__ import annotations

@@ -21,6 +21,7 @@ class Missing:
         return missing(self._name, attribute)
 
     def __call__(self, *_arguments: Any, **_options: Any) -> NoReturn:
+        """Raises NotImplementedError, whatever it is asked."""
         package = self._name.partition(".")[0]
         raise NotImplementedError(
             f"{self._name} was called, and the package {package} is not installed: this server was set up to serve "

@@ -1,4 +1,4 @@
-"""Runs inside vLLM's workers (`--worker-extension-cls clipo_weights.WeightChecksums`): the standard library and torch."""
+"""Runs inside vLLM's workers (`--worker-extension-cls clipo_weights.WeightChecksums`), on no more than torch."""
 
 from __future__ import annotations
 
