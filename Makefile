@@ -1,4 +1,5 @@
-# One place for the commands of this repository. Versions are pinned in pyproject.toml alone.
+# One place for the commands of this repository. Versions are pinned in pyproject.toml, and those of the engines' own
+# environments in clipo_megatron/serving/requirements.
 
 # The first that runs and is new enough; another: make install PYTHON=/path/to/python
 NEW_ENOUGH := import sys; sys.exit(sys.version_info < (3, 11))
@@ -13,25 +14,31 @@ TORCH := $(shell sed -n 's/^ *"\(torch==[^"]*\)",*/\1/p' pyproject.toml)
 TORCH_OPTIONS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install test quickstart lint clean
+.PHONY: help install engines test quickstart quickstart-sglang lint clean
 
 help: ## Show this list.
-	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | column -t -s '|' 2>/dev/null \
-		|| sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1   \2/p' $(MAKEFILE_LIST)
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | column -t -s '|' 2>/dev/null \
+		|| sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1   \2/p' $(MAKEFILE_LIST)
 
 install: $(STAMP) ## Set up .venv with everything pinned in pyproject.toml; does nothing when that is done.
 
-test: install ## Set up and run all tests.
+engines: install ## Set up SGLang and vLLM for servers without a GPU, each in an environment of its own; once.
+	CLIPO_PIP_OPTIONS="$(TORCH_OPTIONS)" $(VENV)/bin/python -m clipo_megatron.serving.environment
+
+test: install $(if $(CLIPO_TESTS_WITHOUT_ENGINES),,engines) ## Set up and run all tests, those on real servers too.
 	$(VENV)/bin/python -m pytest
 
 quickstart: install ## Set up and watch CLIPO teach a small model arithmetic, on two ranks, in a quarter of an hour.
 	$(VENV)/bin/python examples/quickstart/quickstart.py
 
+quickstart-sglang: install ## The same, with the generation on an SGLang server.
+	CLIPO_PIP_OPTIONS="$(TORCH_OPTIONS)" $(VENV)/bin/python examples/served/served.py
+
 lint: install ## Set up and check style and formatting.
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 
-clean: ## Remove .venv and caches; models, runs and checkpoints stay.
+clean: ## Remove .venv and caches; models, runs, checkpoints and engines stay.
 	rm -rf $(VENV) build .pytest_cache .ruff_cache *.egg-info
 
 $(STAMP):
