@@ -21,6 +21,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
+import torch
 from torch import Tensor
 
 Finish = Literal["stop", "length", "abort"]
@@ -104,12 +105,23 @@ class RolloutTable:
     truncated: Tensor  # [B] bool, finish == "length"
     version: Tensor  # [B] int64, of the weights that produced the rollout's first token, its oldest
     step: int = 0
+    newest: Tensor | None = None  # [B] int64, of the weights that produced the rollout's last token; None: as `version`
     signals: dict[str, Tensor] = field(default_factory=dict)  # [B] each: what stages asked for (see algorithms.base)
 
     @property
     def size(self) -> int:
         """B."""
         return self.group.numel()
+
+    @property
+    def fresh(self) -> Tensor:
+        """[B] bool: every token was drawn under the weights that this step began with."""
+        return self.version == self.step
+
+    @property
+    def mixed_versions(self) -> Tensor:
+        """[B] bool: tokens were drawn under more than one set of weights."""
+        return torch.zeros_like(self.correct) if self.newest is None else self.newest > self.version
 
 
 @dataclass(slots=True)

@@ -1,7 +1,7 @@
 """An engine that really generates, through the local engine, and is interrupted on purpose.
 
-It can do what servers can: go on from begun rollouts, hand out what it has when it is stopped, go on with requests while
-the weights change, and be lost. When, is drawn from a seed. It keeps books of everything it hands out.
+It can do what servers can: go on from begun rollouts, hand out what it has when it is stopped, go on with requests
+while the weights change, and be lost; at moments drawn from a seed. It counts what it is asked and what it answers.
 """
 
 from __future__ import annotations

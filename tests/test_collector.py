@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections import Counter
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,12 @@ def prompts(count: int) -> list[Prompt]:
     ]
 
 
+@cache
+def graders() -> GraderPool:
+    """Of this process: starting one takes longer than most cases."""
+    return GraderPool(RewardConfig(deadline_s=60.0))
+
+
 class Bench:
     """A collector on this rank with everything around it; runs within `ranks.run`."""
 
@@ -68,7 +75,7 @@ class Bench:
         local = LocalEngine(folder, dtype=torch.float32, device="cpu", batch_size=32)
         self.engine: Any = InterruptedEngine(local, **interrupted) if interrupted is not None else local
         self.push(0)
-        self.graders = GraderPool(RewardConfig(deadline_s=60.0))
+        self.graders = graders()
         self.sampler = PromptSampler(problems, size, seed=3)
         self.recoveries = 0
         self.collector = Collector(
@@ -94,7 +101,7 @@ class Bench:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.graders.close()
+        self.graders.collect()  # a case that raised may have left some
         self.engine.close()
 
 
@@ -340,11 +347,11 @@ def test_the_faults_happen(ranks: RankPool, model: Path):
     assert max(max(run["asked"].values()) for run in runs) > 1, "no request was ever sent twice"
 
 
-def lost_for_good(folder: Path, deadline_s: float) -> tuple[int, str]:
+def lost_for_good(folder: Path, deadline_s: float, askers: list[int] | None = None) -> tuple[int, str]:
     """On a rank; rank 0's engine is lost whatever is done."""
     loss = 1.0 if dist.get_rank() == 0 else 0.0
     config = RolloutConfig(deadline_s=deadline_s)
-    with Bench(folder, config, interrupted={"seed": 0, "loss": loss}) as bench:
+    with Bench(folder, config, askers=askers, interrupted={"seed": 0, "loss": loss}) as bench:
         with pytest.raises(EngineError) as caught:
             bench.collector.collect(0)
         return bench.recoveries, str(caught.value)
@@ -355,7 +362,7 @@ def test_an_engine_that_stays_lost_ends_the_run_on_all_ranks(ranks: RankPool, mo
     assert tried == tried_too == 8
     assert "lost on purpose" in why and "that was loss 9" in why and "Look at the servers' logs" in why
     assert "another rank lost its engine" in why_too
-    (tried, why), _ = ranks.run(lost_for_good, 2, model, 0.0)
+    (tried, why), _ = ranks.run(lost_for_good, 2, model, 0.0, [0])
     assert tried == 0 and "rollout.deadline_s has passed" in why
 
 

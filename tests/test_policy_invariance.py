@@ -22,6 +22,9 @@ from clipo_megatron.config.schema import (
     Aggregation,
     AlgorithmName,
     ContrastiveLossName,
+    CorrectionConfig,
+    CorrectionKind,
+    CorrectionLevel,
     Debias,
     HeadKind,
     KLConfig,
@@ -65,9 +68,14 @@ def tied_llama_debiased(folder: Path) -> tuple[RunConfig, bool]:
 
 
 def untied_qwen2_by_sequences(folder: Path) -> tuple[RunConfig, bool]:
-    """Sequence means, gradients reduced while others are computed."""
+    """Sequence means, gradients reduced while others are computed, importance weights of whole rollouts.
+
+    The made-up rollouts are far from the policy's, so that weights are about 1/500, and Adam's epsilon with them.
+    """
     config = configuration(tiny_qwen2(folder, tied=False, vocab=VOCAB), overlap=True)
     config.algorithm.aggregation = Aggregation.sequence_mean
+    config.algorithm.correction = CorrectionConfig(CorrectionKind.truncate, CorrectionLevel.geometric, cap=0.002)
+    config.optimizer.epsilon, config.optimizer.max_grad_norm = 1e-6, 0.008
     return config, True
 
 
@@ -167,6 +175,13 @@ def test_the_cases_are_not_trivial(one_rank: tuple[Any, ...]) -> None:
     assert 0 < int((advantage == 0).sum()) < advantage.numel()
     norms = [update["policy/grad_norm"] for update in facts["updates"]]
     assert min(norms) < config.optimizer.max_grad_norm < max(norms) or min(norms) > config.optimizer.max_grad_norm
+
+
+def test_the_correction_acts(one_rank: tuple[Any, ...]) -> None:
+    config, _, facts = one_rank
+    for score in facts["scores"]:
+        assert ("off_policy/above_cap" in score) == (config.algorithm.correction.kind is CorrectionKind.truncate)
+        assert 0 < score.get("off_policy/above_cap", 0.5) < 1
 
 
 def test_the_first_update_is_on_policy(one_rank: tuple[Any, ...]) -> None:

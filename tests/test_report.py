@@ -9,8 +9,10 @@ import re
 import pytest
 from rich.console import Console
 
+from clipo_megatron.config.schema import ReportConfig
 from clipo_megatron.evaluation import Evaluation, comparison_table
 from clipo_megatron.flow import StepReport
+from clipo_megatron.report.alarms import AlarmError, alarms, stop_on
 from clipo_megatron.report.console import COLUMNS, Progress, Stopwatch, duration
 from clipo_megatron.report.sinks import JsonLines, MissingPackageError, TensorBoard, keep_before, read_lines
 
@@ -85,6 +87,32 @@ def test_tensorboard_that_is_not_installed_is_named(tmp_path, monkeypatch):
         TensorBoard(tmp_path, from_step=0)
 
 
+# ---------------------------------------------------------------- alarms
+
+
+def test_alarms_name_step_value_limit_and_where_to_look():
+    config = ReportConfig(mult_prob_error_alarm=1.05, rollout_kl_alarm=0.02)
+
+    def found(**metrics):
+        return alarms(StepReport(7, {f"policy/{name}": value for name, value in metrics.items()}), config)
+
+    assert found() == found(mult_prob_error=1.05, rollout_kl=0.02) == found(rollout_kl=-1.0) == []
+    (alarm,) = found(mult_prob_error=1.0501, rollout_kl=0.01)
+    assert (alarm.metric, alarm.setting, alarm.limit) == (
+        "policy/mult_prob_error",
+        "report.mult_prob_error_alarm",
+        1.05,
+    )
+    both = found(mult_prob_error=1.25, rollout_kl=math.nan)
+    assert [each.metric for each in both] == ["policy/mult_prob_error", "policy/rollout_kl"]
+    text = str(both[0])
+    for part in ("step 7", "is 1.25", "report.mult_prob_error_alarm = 1.05", "rollout.sync.verify_every=1", "dtype"):
+        assert part in text
+    stop_on([])
+    with pytest.raises(AlarmError, match=r"rollout_kl is nan.*before this step is saved.*goes on from there"):
+        stop_on(both)
+
+
 # ---------------------------------------------------------------- live lines and closing table
 
 
@@ -111,6 +139,28 @@ def test_lines_fit_the_terminal(width):
     assert ("tokens" in heading) == (width >= 120)
     assert rows[0].split()[0] == "1/20"
     assert rows[0].endswith("3m10s")  # 19 steps of 10 s
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_a_long_step_counts_its_rollouts_on_a_terminal(terminal, monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr("clipo_megatron.report.console.time.monotonic", lambda: now[0])
+    progress, lines = screen(60, terminal=terminal)
+    for _ in range(2):  # the second step counts anew
+        for done in range(8, 65, 8):
+            progress.rollouts(done, 64)
+            now[0] += 3.0
+    progress.rollouts(8, 64)
+    progress.say("news")
+    shown = [part for part in lines() if part.strip()]  # also split where the line begins again
+    if not terminal:
+        assert shown == ["news"]
+        return
+    # 24 rollouts are in 6 s after the first 8: 2.67 a second
+    assert shown[0] == "rollouts 24 of 64, about 15s left"
+    assert sum(part.startswith("rollouts 24 of 64, about 15s left") for part in shown) == 2
+    assert shown[-1] == "news" and not any("64 of 64" in part for part in shown)
+    assert all(len(part) < 60 for part in lines())
 
 
 def test_a_file_gets_all_columns_and_no_colours():

@@ -6,7 +6,7 @@ import sys
 import warnings
 
 import pytest
-from small_runs import write_config, write_model
+from small_runs import SmallRun, metrics, write_config, write_model
 
 from clipo_megatron.config.load import load
 from clipo_megatron.data.prompts import load_tokenizer
@@ -105,6 +105,38 @@ def test_long_prompts_are_counted(small):
     kept, _, said = problems(small, f"data.max_prompt_tokens={limit}", "data.eval=[]")
     assert len(kept) == len(train) - longer
     assert said == [f"{longer} training prompts are longer than data.max_prompt_tokens = {limit} and are left out"]
+
+
+# ---------------------------------------------------------------- rollouts of a step, and alarms
+
+
+def test_dynamic_sampling_with_a_correction_in_a_whole_run(small_config, tmp_path):
+    output = tmp_path / "run"
+    asked = ("rollout.refill_rounds=2", "rollout.over_sampling=1.5", "layout.dp=2", "train.steps=2", "data.eval=[]")
+    asked += ("clipo.warmup_steps=0",)
+    corrected = ("algorithm.correction.kind=mask", "algorithm.correction.level=geometric")
+    SmallRun(small_config, output, *asked, *corrected).wait()
+    lines = metrics(output)
+    assert len(lines) == 2
+    for line in lines:
+        assert line["rollout/rounds"] == 1 + (line["rollout/refilled_groups"] > 0) or line["rollout/rounds"] == 3
+        assert line["rollout/dropped_prompts"] + line["rollout/discarded_groups"] > 0
+        assert line["reward/mixed_groups"] >= line["rollout/mixed_groups"] > 0
+        assert (line["rollout/stale"], line["rollout/mixed_versions"], line["rollout/version_lag"]) == (0, 0, 0)
+        assert abs(line["off_policy/importance_mean"] - 1) < 1e-3
+        assert line["off_policy/mult_prob_error"] == line["policy/mult_prob_error"]
+
+
+def test_an_alarm_stops_the_run_before_the_checkpoint(small_config, tmp_path):
+    output = tmp_path / "run"
+    limit = ("report.alarm_stops=true", "report.mult_prob_error_alarm=1.0e-9", "checkpoint.every=1", "data.eval=[]")
+    run = SmallRun(small_config, output, *limit).wait(2)
+    said = " ".join(run.said.split())
+    assert "step 0: policy/mult_prob_error is 1" in said and "report.mult_prob_error_alarm = 1e-09" in said
+    assert "before this step is saved" in said
+    assert len(metrics(output)) == 1 and not (output / "checkpoints").exists()
+    warned = SmallRun(small_config, output, *limit[1:], "report.alarm_stops=false", "train.steps=3").wait().said
+    assert warned.count("warning: step") == 3 and (output / "checkpoints" / "step_000003").is_dir()
 
 
 # ---------------------------------------------------------------- silence

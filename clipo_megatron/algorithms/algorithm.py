@@ -10,14 +10,16 @@ from torch import Tensor
 
 from clipo_megatron.algorithms.base import Signal, Stage, TokenBatch
 from clipo_megatron.algorithms.clipo.stage import Clipo
+from clipo_megatron.algorithms.correction import OffPolicyCorrection
 from clipo_megatron.algorithms.grpo import GRPO, ClippedPolicyLoss, DrGRPO
 from clipo_megatron.algorithms.kl import EntropyBonus, KLLoss, KLReward
-from clipo_megatron.config.schema import Aggregation, AlgorithmName, KLPlace, RunConfig
+from clipo_megatron.config.schema import Aggregation, AlgorithmName, CorrectionKind, KLPlace, RunConfig
 from clipo_megatron.flow import RolloutTable
 
 
 class Algorithm:
-    """Runs the stages of one step. All methods but `loss` see the whole step and give the same on every rank."""
+    """Runs the stages of one step. All methods but `loss`, with the importance weights in it, see the whole step and
+    give the same on every rank."""
 
     def __init__(self, stages: Sequence[Stage]):
         self.stages = list(stages)
@@ -72,6 +74,8 @@ class Algorithm:
 
     def loss(self, tokens: TokenBatch) -> Tensor:
         """Per-token loss, [N] float32."""
+        factors = [factor for stage in self.stages if (factor := stage.importance(tokens)) is not None]
+        tokens.importance = torch.stack(factors).prod(0) if factors else None
         terms = [term for stage in self.stages if (term := stage.loss(tokens)) is not None]
         return torch.stack(terms).sum(0) if len(terms) > 1 else terms[0]
 
@@ -117,6 +121,8 @@ def build_algorithm(config: RunConfig) -> Algorithm:
             settings.constant_length or config.rollout.max_new_tokens,
         )
     ]
+    if settings.correction.kind is not CorrectionKind.none:
+        stages.append(OffPolicyCorrection(settings.correction))
     if settings.kl.coefficient:
         kind = KLLoss if settings.kl.place is KLPlace.loss else KLReward
         stages.append(kind(settings.kl.coefficient, settings.kl.kind))

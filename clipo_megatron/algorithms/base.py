@@ -1,11 +1,11 @@
 """The stages of an algorithm, in the order in which a step runs them.
 
-    select -> shape_reward -> advantage -> token_weight -> loss -> after_update
+    select -> shape_reward -> advantage -> token_weight -> importance -> loss -> after_update
 
 An algorithm is a list of stages. Each stage implements the hooks it is about and leaves the others alone; a stage with
 state keeps it in `state_dict`. `needs` declares the signals a stage reads, and nothing is computed unasked.
-All hooks but `loss` see the whole step (`RolloutTable`), identical on every rank, so results cannot depend on the
-layout. `loss` sees the targets of one micro-batch.
+All hooks but `importance` and `loss` see the whole step (`RolloutTable`), identical on every rank, so results cannot
+depend on the layout. These two see the targets of one micro-batch, whole rollouts.
 """
 
 from __future__ import annotations
@@ -41,6 +41,7 @@ class TokenBatch:
     rollout_logprobs: Tensor  # float32, the engine's
     reference_logprobs: Tensor | None = None
     entropy: Tensor | None = None
+    importance: Tensor | None = None  # float32, multiplies the policy gradient; the product over stages
     metrics: dict[str, Tensor] = field(default_factory=dict)  # scalar sums weighted by `weights`, filled by losses
 
 
@@ -66,6 +67,10 @@ class Stage:
     def token_weight(self, table: RolloutTable, rows: Tensor) -> Tensor | None:
         """Weight of each response token of every rollout, [B] float32, zero outside `rows` ([M] int64, one
         mini-batch); at most one stage gives them. Summed over all tokens of `rows` they are the loss's denominator."""
+        return None
+
+    def importance(self, tokens: TokenBatch) -> Tensor | None:
+        """Factors [N] float32 of the policy-gradient term, without gradient; None for 1. Stages multiply."""
         return None
 
     def loss(self, tokens: TokenBatch) -> Tensor | None:

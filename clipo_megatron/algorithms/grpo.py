@@ -34,8 +34,8 @@ def group_statistics(reward: Tensor, table: RolloutTable) -> tuple[Tensor, Tenso
 class ClippedPolicyLoss(Stage):
     """PPO's clipped surrogate on each token: max(-rho A, -clip(rho, 1 - low, 1 + high) A), arXiv 1707.06347.
 
-    rho is the ratio to the policy that was scored before the update. Different low and high are DAPO's clip-higher
-    (arXiv 2503.14476).
+    rho is the ratio to the policy that was scored before the update; importance weights multiply the whole. Different
+    low and high are DAPO's clip-higher (arXiv 2503.14476).
     """
 
     def __init__(self, clip_low: float, clip_high: float, aggregation: Aggregation, constant_length: int):
@@ -48,7 +48,8 @@ class ClippedPolicyLoss(Stage):
         clipped = ratio.clamp(1 - self.clip_low, 1 + self.clip_high)
         plain, limited = -ratio * tokens.advantages, -clipped * tokens.advantages
         tokens.metrics["policy/clip_fraction"] = (tokens.weights * (limited > plain)).sum().detach()
-        return torch.maximum(plain, limited)
+        surrogate = torch.maximum(plain, limited)
+        return surrogate if tokens.importance is None else tokens.importance * surrogate
 
     def token_weight(self, table: RolloutTable, rows: Tensor) -> Tensor:
         """Weight of each response token over global counts, [B] float32.

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from clipo_megatron.config.checks_rollout import rollout_problems
 from clipo_megatron.config.errors import ConfigError, Problem
 from clipo_megatron.config.schema import Aggregation, AlgorithmName, LayoutConfig, RunConfig, SourceConfig
 
@@ -28,7 +29,14 @@ def check(config: RunConfig, *, ranks: int | None = None) -> None:
     Raises:
         ConfigError: all problems found, numbered, each with value, reason and remedy.
     """
-    problems = [*_layout(config, ranks), *_model(config), *_data(config), *_batch(config, ranks), *_numbers(config)]
+    problems = [
+        *_layout(config, ranks),
+        *_model(config),
+        *_data(config),
+        *_batch(config, ranks),
+        *_numbers(config),
+        *rollout_problems(config),
+    ]
     if problems:
         raise ConfigError(problems)
 
@@ -233,6 +241,12 @@ def _numbers(config: RunConfig) -> Iterator[Problem]:
             "rollout.samples_per_prompt",
             "rollout.max_new_tokens",
             "rollout.batch_size",
+            "rollout.servers",
+            "rollout.pool.concurrency",
+            "rollout.pool.attempts",
+            "rollout.sync.bucket_mb",
+            "serve.servers",
+            "serve.tp",
             "reward.workers",
             "algorithm.constant_length",
             "algorithm.mini_batches",
@@ -245,6 +259,11 @@ def _numbers(config: RunConfig) -> Iterator[Problem]:
         ),
         0: (
             "rollout.top_k",
+            "rollout.refill_rounds",
+            "rollout.pool.backoff_s",
+            "rollout.pool.affinity_slack",
+            "rollout.sync.verify_every",
+            "serve.restarts",
             "algorithm.clip_low",
             "algorithm.clip_high",
             "algorithm.entropy_coefficient",
@@ -271,6 +290,11 @@ def _numbers(config: RunConfig) -> Iterator[Problem]:
         "layout.distributed_timeout_s",
         "rollout.temperature",
         "rollout.deadline_s",
+        "rollout.pool.request_deadline_s",
+        "rollout.pool.join_deadline_s",
+        "rollout.sync.deadline_s",
+        "serve.start_deadline_s",
+        "serve.unresponsive_s",
         "reward.deadline_s",
         "clipo.temperature",
         "clipo.learning_rate",
@@ -278,6 +302,7 @@ def _numbers(config: RunConfig) -> Iterator[Problem]:
         "optimizer.epsilon",
         "optimizer.max_grad_norm",
         "report.mult_prob_error_alarm",
+        "report.rollout_kl_alarm",
     ):
         value = _value(config, key)
         if not (value > 0 and math.isfinite(value)):

@@ -131,7 +131,7 @@ class LayoutConfig:
     sequence_parallel: bool = False  # shard the sequence between tensor-parallel regions; needs tp > 1
     max_tokens_per_microbatch: int = 8192  # packed tokens of one forward; a longer rollout gets its own
     share_prompts: Optional[bool] = None  # compute a group's prompt once; None: where the attention can
-    distributed_timeout_s: float = 1800.0  # deadline of every collective
+    distributed_timeout_s: float = 2700.0  # of every collective; ranks wait in one for others' rollouts and updates
 
 
 @dataclass
@@ -191,9 +191,9 @@ class RolloutConfig:
     pool: PoolConfig = field(default_factory=PoolConfig)
     sync: SyncConfig = field(default_factory=SyncConfig)
     colocated: bool = False  # servers and trainer share GPUs and take turns
-    over_sampling: float = 1.0  # prompts asked for / prompts_per_step; the first to finish are taken
+    over_sampling: float = 1.0  # prompts asked for / prompts needed, on each rank that asks; the first to finish count
     unfinished: Unfinished = Unfinished.drop  # what becomes of the others
-    refill_rounds: int = 0  # dynamic sampling: times that groups all right or all wrong are replaced by others
+    refill_rounds: int = 0  # dynamic sampling: times a step that groups all right or all wrong are replaced by others
     samples_per_prompt: int = 8  # G
     max_new_tokens: int = 1024
     temperature: float = 1.0
@@ -201,7 +201,7 @@ class RolloutConfig:
     top_k: int = 0  # 0: off
     batch_size: int = 64  # local engine: sequences decoded at once
     dtype: Optional[DType] = None  # local engine: weights it computes in; None: model.dtype
-    deadline_s: float = 1800.0  # for one step's rollouts
+    deadline_s: float = 1800.0  # for one step's rollouts, all rounds of them
 
 
 @dataclass
@@ -243,7 +243,7 @@ class CorrectionConfig:
     kind: CorrectionKind = CorrectionKind.none
     level: CorrectionLevel = CorrectionLevel.token
     cap: float = 2.0
-    floor: float = 0.0
+    floor: float = 0.0  # kind `mask` only
 
 
 @dataclass
@@ -328,7 +328,7 @@ class ReportConfig:
     save_rollouts: int = 1  # groups of each step written to rollouts.jsonl
     mult_prob_error_alarm: float = 1.05  # of mean(exp(|log-prob of trainer - of engine|)), fresh rollouts
     rollout_kl_alarm: float = 0.05  # of the engine-trainer KL, nats a token, fresh rollouts
-    alarm_stops: bool = False  # whether an alarm ends the run, or warns
+    alarm_stops: bool = False  # an alarm ends the run before the step's checkpoint, rather than to warn
 
 
 @dataclass

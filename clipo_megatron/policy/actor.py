@@ -12,8 +12,9 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from clipo_megatron.algorithms.base import Signal, TokenBatch
+from clipo_megatron.algorithms.correction import LARGEST_EXPONENT, SUMS, correction_metrics, correction_sums
 from clipo_megatron.algorithms.kl import kl_estimate
-from clipo_megatron.config.schema import DType, RunConfig
+from clipo_megatron.config.schema import CorrectionKind, DType, RunConfig
 from clipo_megatron.device import platform
 from clipo_megatron.flow import MicroBatch, RolloutTable
 from clipo_megatron.policy.contrastive import ContrastiveActor
@@ -108,7 +109,7 @@ class PolicyActor:
             self._contrast(pooled, rows, table)
         if Signal.reference_logprobs in self.needs:
             self._score_reference(micro_batches, table)
-        metrics = self._agreement(micro_batches)
+        metrics = self._agreement(micro_batches, table)
         if want_entropy:
             total, count = share_from_last_stage(entropy, self.layout, sum_over_dp=True).tolist()
             metrics["policy/entropy"] = total / max(count, 1.0)
@@ -142,18 +143,36 @@ class PolicyActor:
             sums.index_add_(0, micro.rows[micro.rollout], per_token)
         table.signals["kl"] = share_from_last_stage(sums, self.layout, sum_over_dp=True)
 
-    def _agreement(self, micro_batches: Sequence[MicroBatch]) -> dict[str, float]:
-        """How far the engine's log-probs are from the trainer's."""
-        sums = torch.zeros(3, dtype=torch.float64)
+    def _agreement(self, micro_batches: Sequence[MicroBatch], table: RolloutTable) -> dict[str, float]:
+        """How far the engine's log-probs are from the trainer's, and what a correction makes of it.
+
+        policy/mult_prob_error       mean of exp(|log pi_train - log pi_rollout|) over the tokens of fresh rollouts:
+                                     same weights on both sides, so what is beyond 1 is precision, or an error
+        policy/rollout_kl            mean of log pi_rollout - log pi_train over the same tokens
+        off_policy/mult_prob_error   as above, over all tokens: those of older weights too
+        off_policy/rollout_kl        k3 estimate of KL(rollout || train) over all tokens
+        """
+        correction = self.config.algorithm.correction
+        sums = torch.zeros(5 + len(SUMS), dtype=torch.float64)
         if self.layout.is_last_stage:
             for micro in micro_batches:
                 gap = (micro.old_logprobs - micro.rollout_logprobs).double()
-                sums += torch.stack([gap.abs().exp().sum(), (-gap).sum(), gap.new_tensor(gap.numel())]).cpu()
-        error, kl, count = share_from_last_stage(sums, self.layout, sum_over_dp=True).tolist()
-        return {
-            "policy/mult_prob_error": error / max(count, 1.0),
-            "policy/rollout_kl": kl / max(count, 1.0),
-        }
+                error = gap.abs().clamp(max=LARGEST_EXPONENT).exp()
+                fresh = table.fresh.to(gap.device)[micro.rows][micro.rollout]
+                k3 = gap.clamp(max=LARGEST_EXPONENT).exp() - 1 - gap
+                parts = [error[fresh].sum(), -gap[fresh].sum(), fresh.sum().double(), error.sum(), k3.sum()]
+                sums[:5] += torch.stack(parts).cpu()
+                sums[5:] += correction_sums(gap, micro.rollout, correction).cpu()
+        sums = share_from_last_stage(sums, self.layout, sum_over_dp=True)
+        fresh_error, fresh_kl, fresh_count, error, kl = sums[:5].tolist()
+        count = max(float(sums[-1]), 1.0)
+        metrics = {"off_policy/mult_prob_error": error / count, "off_policy/rollout_kl": kl / count}
+        if fresh_count:
+            metrics["policy/mult_prob_error"] = fresh_error / fresh_count
+            metrics["policy/rollout_kl"] = fresh_kl / fresh_count
+        if correction.kind is not CorrectionKind.none:
+            metrics |= correction_metrics(sums[5:])
+        return metrics
 
     def _forward(
         self, micro_batches: Sequence[MicroBatch], *, want_pooled: bool, want_entropy: bool

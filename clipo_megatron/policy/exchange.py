@@ -43,13 +43,14 @@ def build_table(groups: Sequence[ScoredGroup], *, step: int) -> tuple[RolloutTab
             rollout.tokens.numel(),
             rollout.finish == "length",
             rollout.version,
+            int(rollout.versions[-1]),
         )
         for scored in groups
         for rollout, verdict in zip(scored.group.rollouts, scored.verdicts, strict=True)
     ]
     names = {scored.group.position: scored.group.prompt.id for scored in groups}
     shared: list[tuple[np.ndarray, dict[int, str]]] = [None] * dist.get_world_size()  # type: ignore[list-item]
-    dist.all_gather_object(shared, (np.array(local, dtype=np.float64).reshape(-1, 9), names))
+    dist.all_gather_object(shared, (np.array(local, dtype=np.float64).reshape(-1, 10), names))
     facts = np.concatenate([part for part, _ in shared])
     if not len(facts):
         raise RuntimeError("no rank generated a rollout in this step")
@@ -74,6 +75,7 @@ def build_table(groups: Sequence[ScoredGroup], *, step: int) -> tuple[RolloutTab
         truncated=column(7, torch.bool),
         version=column(8, torch.int64),
         step=step,
+        newest=column(9, torch.int64),
     )
     row_of = {(int(position), int(sample)): row for row, (position, sample) in enumerate(keys)}
     samples = []

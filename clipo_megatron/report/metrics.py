@@ -17,6 +17,9 @@ def table_metrics(table: RolloutTable, reward: Tensor, advantage: Tensor) -> dic
     reward/accuracy          share of graded rollouts that are correct
     reward/ungraded          share of rollouts without a verdict
     reward/mixed_groups      share of groups with both right and wrong rollouts: those that teach
+    rollout/version_lag      updates between the weights of a rollout's first token and those that score it, mean
+    rollout/mixed_versions   share of rollouts whose tokens come from more than one set of weights
+    rollout/stale            share of rollouts with a token from older weights than this step began with
     """
     graded = table.graded
     count = max(int(graded.sum()), 1)
@@ -31,6 +34,8 @@ def table_metrics(table: RolloutTable, reward: Tensor, advantage: Tensor) -> dic
         "rollout/response_length": float(table.response_length.float().mean()),
         "rollout/truncated": float(table.truncated.float().mean()),
         "rollout/version_lag": float((table.step - table.version).float().mean()),
+        "rollout/mixed_versions": float(table.mixed_versions.float().mean()),
+        "rollout/stale": float((~table.fresh).float().mean()),
     }
 
 
