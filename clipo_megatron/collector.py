@@ -33,6 +33,7 @@ class _Standing:
     groups: list[tuple[int, bool]]  # ticket of each complete group of the step, and whether it teaches
     carried: int  # prompts asked for and not finished
     dropped: int  # prompts of this round that were given up
+    spent_s: float  # since the step began
 
 
 @dataclass(slots=True)
@@ -44,6 +45,12 @@ class _Tally:
     dropped: int = 0
     recoveries: int = 0
     groups: dict[int, tuple[int, bool]] = field(default_factory=dict)  # ticket -> rank that has it, whether it teaches
+    spent_s: list[float] = field(default_factory=list)  # when each round ended, on the slowest rank
+
+    def has_time(self, deadline_s: float) -> bool:
+        """Whether a further round as long as the longest so far would end in time."""
+        rounds = [end - start for start, end in zip([0.0, *self.spent_s], self.spent_s, strict=False)]
+        return not rounds or self.spent_s[-1] + max(rounds) < deadline_s
 
 
 class Collector:
@@ -53,7 +60,7 @@ class Collector:
         config: deadline, over-sampling, dynamic sampling, what becomes of unfinished rollouts.
         prompts: all training prompts, the same on every rank.
         sampler: gives their indices, the same on every rank; `prompts_per_step` of it is the size of a batch.
-        engine: this rank's.
+        engine: this rank's; None where it asks for nothing.
         graders: this rank's.
         sampling: how to sample; the step is filled in.
         askers: the ranks that ask for rollouts, in order.
@@ -67,7 +74,7 @@ class Collector:
         *,
         prompts: Sequence[Prompt],
         sampler: PromptSampler,
-        engine: Engine,
+        engine: Engine | None,
         graders: GraderPool,
         sampling: SamplingParams,
         askers: Sequence[int],
@@ -79,6 +86,7 @@ class Collector:
         self.engine, self.graders, self.sampling = engine, graders, sampling
         self.askers, self.recover, self.progress = list(askers), recover, progress
         self._rank = dist.get_rank()
+        self._began = 0.0  # when the step did
         self._ticket = 0  # of the next prompt drawn
         self._carried: list[Request] = []  # this rank's, to be asked for again; complete ones wait to be taken
         self._running: list[Request] = []  # this rank's, which the engine goes on with
@@ -102,11 +110,12 @@ class Collector:
             EngineError: rollout.deadline_s has passed, or an engine failed for good.
         """
         params = replace(self.sampling, step=step)
-        deadline = time.monotonic() + self.config.deadline_s
+        self._began = time.monotonic()
+        deadline = self._began + self.config.deadline_s
         size = missing = self.sampler.prompts_per_step
         held: dict[int, ScoredGroup] = {}
         tally = _Tally()
-        while missing > 0 and tally.rounds <= self.config.refill_rounds:
+        while missing > 0 and tally.rounds <= self.config.refill_rounds and tally.has_time(self.config.deadline_s):
             first = self._ticket
             fresh = self._draw(missing)
             if tally.rounds:
@@ -185,10 +194,12 @@ class Collector:
             [(ticket, teaches(scored) if dynamic else True) for ticket, scored in held.items()],
             len(self._carried) + len(self._running),
             dropped,
+            time.monotonic() - self._began,
         )
         everybody: list[_Standing] = [mine] * dist.get_world_size()
         dist.all_gather_object(everybody, mine)
         tally.groups = {ticket: (rank, counts) for rank, each in enumerate(everybody) for ticket, counts in each.groups}
+        tally.spent_s.append(max(each.spent_s for each in everybody))
         tally.dropped += sum(each.dropped for each in everybody)
         self._carried_by = [everybody[asker].carried for asker in self.askers]
 
@@ -234,7 +245,7 @@ class Collector:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Deal what was carried over out to the ranks that ask now.
 
-        Without a setting that carries rollouts over, their prompts are asked for anew.
+        Where rollouts are not carried over, or are to be fewer or shorter now, the prompts are asked for anew.
 
         Raises:
             ValueError: a prompt is not among the training prompts.
@@ -252,8 +263,13 @@ class Collector:
             asker = ticket % len(self.askers)
             self._carried_by[asker] += 1
             if self.askers[asker] == self._rank:
-                rollouts = tuple(Rollout(**facts) for facts in each["begun"]) if self._carries else ()
-                self._carried.append(Request(ticket, by_id[each["id"]], rollouts))
+                rollouts = tuple(Rollout(**facts) for facts in each["begun"])
+                fits = self._carries and all(map(self._asked_for, rollouts))
+                self._carried.append(Request(ticket, by_id[each["id"]], rollouts if fits else ()))
+
+    def _asked_for(self, rollout: Rollout) -> bool:
+        """Whether a rollout of an earlier session could be one of this one's."""
+        return rollout.sample < self.sampling.samples and rollout.tokens.numel() <= self.sampling.max_new_tokens
 
 
 class _Intake:

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from small_runs import FAVOURITE, write_model
 
 from clipo_megatron.checkpoint import Checkpoints, Owner
-from clipo_megatron.collector import Collector, choose, deal, is_whole, oversampled, share, teaches
+from clipo_megatron.collector import Collector, _Tally, choose, deal, is_whole, oversampled, share, teaches
 from clipo_megatron.config.schema import RewardConfig, RolloutConfig, Unfinished
 from clipo_megatron.data.sampler import PromptSampler
 from clipo_megatron.flow import Prompt, Rollout, RolloutGroup, ScoredGroup, Verdict
@@ -162,6 +162,12 @@ def test_groups_that_teach_come_first():
     assert choose(groups, 2) == ({2: 0, 3: 1}, [9])
     assert choose(groups, 3) == ({2: 0, 3: 1, 9: 2}, [])
     assert choose(groups, 4) == ({2: 0, 3: 1, 5: 2, 9: 3}, [])
+
+
+def test_no_round_begins_that_would_miss_the_deadline():
+    assert _Tally().has_time(0.0), "the first round always begins"
+    assert _Tally(spent_s=[4.0]).has_time(8.1) and not _Tally(spent_s=[4.0]).has_time(8.0)
+    assert _Tally(spent_s=[1.0, 4.0, 5.0]).has_time(8.1) and not _Tally(spent_s=[1.0, 4.0, 5.0]).has_time(7.9)
 
 
 def test_a_group_teaches_with_right_and_wrong():

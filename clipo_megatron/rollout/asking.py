@@ -33,7 +33,7 @@ class Asked:
 
 
 def ask(
-    engine: Engine,
+    engine: Engine | None,
     requests: Sequence[Request],
     params: SamplingParams,
     *,
@@ -49,7 +49,7 @@ def ask(
     nothing to ask take part with no requests.
 
     Args:
-        engine: with the weights to use.
+        engine: with the weights to use; None where there is nothing to ask.
         requests: of this rank; positions differ.
         params: how to sample.
         take: gets each group once; True means that no more are needed.
