@@ -4,6 +4,7 @@ import itertools
 import json
 
 import pytest
+from small_runs import write_model
 
 from clipo_megatron.evaluation import (
     Evaluation,
@@ -122,6 +123,50 @@ def evaluate_here(answers):
     with GraderPool(RewardConfig(deadline_s=5.0)) as pool:
         mine = range(rank, len(prompts), world)
         return evaluate(Spoken(), pool, prompts, mine, params, step=4, deadline_s=60)
+
+
+def evaluate_losing_engines(folder):
+    """Runs on a rank: the same problems with an engine that stays, and with one that is lost now and then."""
+    import torch
+    from interrupted_engine import InterruptedEngine
+    from safetensors.torch import load_file
+    from small_runs import FAVOURITE
+
+    from clipo_megatron.config.schema import EvalConfig, RewardConfig, RolloutConfig
+    from clipo_megatron.flow import Prompt
+    from clipo_megatron.rewards.pool import GraderPool
+    from clipo_megatron.rollout.local import LocalEngine
+
+    rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    weights = load_file(folder / "model.safetensors")
+    generator = torch.Generator().manual_seed(5)
+    tokens = [torch.randint(3, 250, (3 + n % 9,), generator=generator) for n in range(24)]
+    prompts = [Prompt(f"s/{n}", (), each, "reasoning_gym/chain_sum", FAVOURITE) for n, each in enumerate(tokens)]
+    params = evaluation_params(EvalConfig(), RolloutConfig(max_new_tokens=5), (1,), seed=3)
+    results, recoveries, losses = [], [], []
+    with GraderPool(RewardConfig(deadline_s=60.0)) as pool:
+        for loss in (0.0, 0.4):
+            local = LocalEngine(folder, dtype=torch.float32, device="cpu")
+            engine = InterruptedEngine(local, rank, loss=loss * (rank == 0), limit=3)
+            engine.load_weights(weights.items(), version=2)
+
+            def recover(engine=engine):
+                recoveries.append(1)
+                engine.load_weights(weights.items(), version=2)
+
+            mine = range(rank, len(prompts), world)
+            results.append(evaluate(engine, pool, prompts, mine, params, step=2, deadline_s=60, recover=recover))
+            losses.append(engine.losses)
+    return results, len(recoveries), losses
+
+
+def test_an_engine_that_is_lost_changes_no_result(ranks, tmp_path):
+    first, second = ranks.run(evaluate_losing_engines, 2, write_model(tmp_path / "model", layers=2))
+    (undisturbed, disturbed), recoveries, losses = first
+    assert undisturbed == disturbed == second[0][1]
+    assert recoveries == second[1] > 0, "every rank comes to every recovery"
+    assert losses == [0, recoveries] and second[2] == [0, 0]
+    assert 0 < undisturbed.accuracy < 1
 
 
 def test_an_ungraded_answer_is_not_solved(ranks):
