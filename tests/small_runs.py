@@ -86,9 +86,9 @@ def write_config(folder: Path, model: Path) -> Path:
 
 
 class SmallRun:
-    """One `clipo train` and everything it starts, known by a mark in their environment."""
+    """One `clipo train`, or another command, and everything it starts, known by a mark in their environment."""
 
-    def __init__(self, config: Path, output: Path, *overrides: str):
+    def __init__(self, config: Path, output: Path, *overrides: str, command: str = "train"):
         self.output, self.mark = output, uuid.uuid4().hex
         self.log = output.with_name(f"{output.name}.{self.mark[:6]}.log")
         environment = {
@@ -103,7 +103,7 @@ class SmallRun:
                     sys.executable,
                     "-m",
                     "clipo_megatron.cli",
-                    "train",
+                    command,
                     str(config),
                     f"train.output={output}",
                     *overrides,
@@ -143,18 +143,18 @@ class SmallRun:
         self.process.wait(WAIT_S)
         wait_until(lambda: not self.pids(), "the killed processes to be gone")
 
-    def wait(self, code: int = 0) -> SmallRun:
+    def wait(self, code: int = 0, seconds: float = WAIT_S) -> SmallRun:
         """Wait for its end; nothing of it stays alive."""
         try:
-            ended = self.process.wait(WAIT_S)
+            ended = self.process.wait(seconds)
         except subprocess.TimeoutExpired:
             self.kill()
-            raise AssertionError(f"no end within {WAIT_S:.0f} s:\n{self.said}") from None
+            raise AssertionError(f"no end within {seconds:.0f} s:\n{self.said}") from None
         assert ended == code, self.said
         wait_until(lambda: not self.pids(), "its processes to be gone")
         return self
 
-    def wait_for(self, condition: Callable[[], bool], what: str) -> None:
+    def wait_for(self, condition: Callable[[], bool], what: str, seconds: float = WAIT_S) -> None:
         """Poll quickly for something that happens while it runs."""
 
         def reached() -> bool:
@@ -164,7 +164,7 @@ class SmallRun:
             return False
 
         try:
-            wait_until(reached, what)
+            wait_until(reached, what, seconds)
         except AssertionError:
             self.kill()
             raise
