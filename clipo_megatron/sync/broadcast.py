@@ -41,11 +41,13 @@ class BroadcastSync(ServedSync):
         self._bell: _Bell | None = None
         self._group: SharedGroup | None = None  # of this sender and all servers
         self._groups: dict[int, UpdateGroup] = {}  # of all senders, by pipeline rank; coordinator only
+        self._memory: list[Tensor] = []  # of the sender's two buffers, kept: memory not yet touched is slow
 
     def close(self) -> None:
         """Leave the groups; the servers notice. Idempotent."""
         super().close()
         self._leave()
+        self._memory.clear()
 
     def _transfer(self, order: Order, attempt: Attempt | None) -> Sums | None:
         self._hang_bell(order.number)
@@ -113,7 +115,8 @@ class BroadcastSync(ServedSync):
     def _send(self, order: Order) -> Sums | None:
         """This stage's part; on ranks other than the sender, to help it gather."""
         sums = Sums(self.shard.spec, order.tp_sizes) if order.verify and self.shard.is_sender else None
-        lane = _Lane(self._group, self._bell, self.plan, self.shard)
+        memory, self._memory = self._memory, []  # what a failure leaves in flight is not used again
+        lane = _Lane(self._group, self._bell, self.plan, self.shard, memory)
         going = False
         for bucket, flat in self.shard.own_buckets(self.plan, lane.buffer):
             if lane.failure is None and not going:
@@ -130,6 +133,7 @@ class BroadcastSync(ServedSync):
         if lane.failure is not None:
             self._leave()
             raise lane.failure
+        self._memory = lane.memory
         return sums
 
     async def _receive(self, attempt: Attempt, version: int) -> None:
@@ -199,12 +203,12 @@ class _Lane:
     """A sender's two buffers: one is on the wire while the other is filled. After a failure nothing is sent any more,
     but the buffers can still be filled: other ranks may have to gather to the end."""
 
-    def __init__(self, group: SharedGroup | None, bell: _Bell, plan: ExportPlan, shard: Shard):
+    def __init__(self, group: SharedGroup | None, bell: _Bell, plan: ExportPlan, shard: Shard, memory: list[Tensor]):
         self.failure: SharedGroupError | None = None
         self._group, self._bell = group, bell
         self._size = max((bucket.numel for bucket in plan.buckets if bucket.owner == shard.pp_rank), default=0)
         self._dtype, self._shard = plan.dtype, shard
-        self._buffers: deque[tuple[Tensor, dist.Work | None]] = deque()  # the longest on the wire first
+        self._buffers: deque[tuple[Tensor, dist.Work | None]] = deque((each, None) for each in memory)  # oldest first
 
     def buffer(self, numel: int) -> Tensor:
         """Memory for the next bucket."""
@@ -225,7 +229,11 @@ class _Lane:
         """Return when everything has arrived, or cannot arrive any more."""
         for _, work in self._buffers:
             self._wait(work)
-        self._buffers.clear()
+
+    @property
+    def memory(self) -> list[Tensor]:
+        """The buffers, once nothing is in flight."""
+        return [flat for flat, _ in self._buffers]
 
     def _wait(self, work: dist.Work | None) -> None:
         if work is None or self.failure is not None:

@@ -1,0 +1,191 @@
+"""What ranks do in tests of the weight sync: hold a model without Megatron around it, change it, push it to servers."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from clipo_megatron.config.schema import EngineKind, PoolConfig, SyncConfig
+from clipo_megatron.rollout.engine import InFlight
+from clipo_megatron.rollout.pool import ServerPool
+from clipo_megatron.sync.broadcast import BroadcastSync
+from clipo_megatron.sync.served import ServedSync, SyncReport
+from clipo_megatron.sync.shard import Shard
+from clipo_megatron.weights.families import entries, model_spec
+from clipo_megatron.weights.load import load_into
+from clipo_megatron.weights.mapping import even_stages
+from clipo_megatron.weights.reader import HFReader
+from clipo_megatron.weights.spec import read_config
+
+Change = Callable[[dict[str, Tensor], int], None]
+
+
+def make_shard(folder: str, tp: int, pp: int, *, dtype: torch.dtype = torch.bfloat16) -> Shard:
+    """This rank's part of a folder's weights in fp32, exported in `dtype`. Ranks as Megatron orders them."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    dp = world // (tp * pp)
+    tp_rank, dp_rank, pp_rank = rank % tp, rank // tp % dp, rank // (tp * dp)
+    tp_group = None
+    if tp > 1:
+        for start in range(0, world, tp):
+            group = dist.new_group(list(range(start, start + tp)))
+            if start <= rank < start + tp:
+                tp_group = group
+    spec = model_spec(read_config(folder))
+    stages = even_stages(spec.num_layers, pp)
+    mine = entries(spec, stages[pp_rank])
+    parameters = {entry.megatron[0]: torch.empty(entry.kind.local_shape(entry.shapes, tp)) for entry in mine}
+    with HFReader(folder) as reader:
+        load_into(parameters.items(), mine, reader, tp_rank=tp_rank, tp_size=tp)
+    return Shard(
+        spec=spec, stages=stages, chunks=lambda: [parameters], dtype=dtype, rank=rank, tp=tp, pp=pp,
+        tp_rank=tp_rank, pp_rank=pp_rank, dp_rank=dp_rank, tp_group=tp_group,
+    )  # fmt: skip
+
+
+def make_pool(shard: Shard, urls: list[str]) -> ServerPool | None:
+    """On the first rank of every replica, as in a run."""
+    if shard.tp_rank or shard.pp_rank:
+        return None
+    return ServerPool(EngineKind.sglang, decode=str, config=PoolConfig(), endpoints=urls)
+
+
+def change(shard: Shard, version: int) -> None:
+    """Every parameter becomes another one, all by different factors."""
+    with torch.no_grad():
+        for index, parameter in enumerate(shard.chunks()[0].values()):
+            parameter.mul_(1.0 + 0.01 * (version + 1) + 0.001 * (index % 7))
+
+
+def push_often(
+    folder: str, urls: list[str], tp: int, pp: int, pushes: int, settings: dict[str, Any], transport: str = "broadcast"
+) -> list[SyncReport]:
+    """Several pushes of changing weights; reports, after checking what the pool was told."""
+    shard = make_shard(folder, tp, pp)
+    pool = make_pool(shard, urls)
+    sync = make_sync(transport, shard, pool, settings)
+    reports = []
+    try:
+        for version in range(pushes):
+            change(shard, version)
+            reports.append(sync.push(version))
+            assert pool is None or pool.version == version
+    finally:
+        sync.close()
+        if pool is not None:
+            pool.close()
+    return reports
+
+
+def make_sync(transport: str, shard: Shard, pool: ServerPool | None, settings: dict[str, Any]) -> ServedSync:
+    assert transport == "broadcast"
+    join_deadline_s = settings.pop("join_deadline_s", 20.0)
+    return BroadcastSync(
+        shard,
+        pool,
+        SyncConfig(**({"deadline_s": 60.0, "bucket_mb": 1} | settings)),
+        in_flight=InFlight.retract,
+        join_deadline_s=join_deadline_s,
+    )
+
+
+def plant_a_wrong_byte(folder: str, urls: list[str]) -> None:
+    """One bit of one byte changes on the wire, in a tensor of the second stage."""
+    shard = make_shard(folder, 1, 2)
+    pool = make_pool(shard, urls)
+    sync = make_sync("broadcast", shard, pool, {})
+    name = "model.layers.2.self_attn.o_proj.weight"
+    bucket = next(each for each in sync.plan.buckets if name in {tensor.name for tensor in each.tensors})
+
+    sync.push(0)
+    if shard.pp_rank == bucket.owner:
+        send = sync._group.broadcast
+
+        def broadcast(flat: Tensor) -> Any:
+            if flat.numel() == bucket.numel and torch.equal(dict(bucket.views(flat))[name], expected):
+                flat = flat.clone()
+                dict(bucket.views(flat))[name].view(torch.uint8)[17, 3] ^= 1
+                kept.append(flat)
+            return send(flat)
+
+        expected, kept = exported(shard, name), []
+        sync._group.broadcast = broadcast
+    try:
+        sync.push(1)
+    finally:
+        assert shard.pp_rank != bucket.owner or len(kept) == 1, "no byte was changed"
+        sync.close()
+
+
+def exported(shard: Shard, name: str) -> Tensor:
+    """A tensor of this stage by its Hugging Face name."""
+    plan = shard.plan(2**20)
+
+    def buffer(numel: int) -> Tensor:
+        return torch.empty(numel, dtype=plan.dtype)
+
+    return next(dict(bucket.views(flat))[name] for bucket, flat in shard.own_buckets(plan, buffer)
+                if name in dict(bucket.views(flat)))  # fmt: skip
+
+
+def harm_in_the_middle(
+    folder: str, urls: list[str], fault: str, group: int, marker: str, deadline_s: float
+) -> tuple[float, SyncReport, SyncReport]:
+    """Two stages push; a server is killed or stopped before its second bucket. Then push again once all are back."""
+    shard = make_shard(folder, 1, 2)
+    pool = make_pool(shard, urls)
+    sync = make_sync("broadcast", shard, pool, {"deadline_s": deadline_s})
+    change(shard, 0)
+    if pool is not None:
+        harm_before_bucket(
+            pool, urls[1], 2, lambda: os.killpg(group, signal.SIGKILL if fault == "kill" else signal.SIGSTOP)
+        )
+    start = time.monotonic()
+    first = sync.push(0)
+    seconds = time.monotonic() - start
+    if pool is not None:
+        Path(marker).touch()
+        deadline = time.monotonic() + 200
+        while len(pool.discover()) < 2:
+            assert time.monotonic() < deadline, "the server did not come back"
+            time.sleep(0.2)
+    dist.barrier()
+    change(shard, 1)
+    second = sync.push(1)
+    sync.close()
+    return seconds, first, second
+
+
+def harm_before_bucket(pool: ServerPool, url: str, count: int, harm: Callable[[], None]) -> None:
+    """Call `harm` when a server is about to be asked for its bucket number `count`."""
+    server = next(live.server for live in pool.discover() if live.server.url == url)
+    receive, asked = server.receive_bucket, []
+
+    async def harmful(*args: Any, **kwargs: Any) -> None:
+        asked.append(None)
+        if len(asked) == count:
+            harm()
+        await receive(*args, **kwargs)
+
+    server.receive_bucket = harmful
+
+
+def one_more_server() -> None:
+    """Nothing listens at this address."""
+    from tiny_models import tiny_llama
+
+    folder = tiny_llama(Path(os.environ.get("TMPDIR", "/tmp")) / f"alone-{os.getpid()}")
+    shard = make_shard(str(folder), 1, 2)
+    sync = make_sync("broadcast", shard, make_pool(shard, ["http://127.0.0.1:9"]), {"join_deadline_s": 3.0})
+    try:
+        sync.push(0)
+    finally:
+        sync.close()

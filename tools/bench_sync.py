@@ -1,0 +1,228 @@
+"""How fast new weights reach servers, against one plain broadcast of the same bytes in the same run.
+
+    python tools/bench_sync.py MODEL http://127.0.0.1:30000 [more servers ...] --pp 2
+
+The servers are real ones that hold the same model (`clipo serve`). Ranks of a trainer are started here: they hold the
+model's weights, change them before each update, and send them as a run does. In between, as many plain processes as
+there are members in a sender's group receive the same number of bytes in one broadcast into memory that they have
+already used. An update counts from the call to its return, with groups formed and checksums off; an update with
+checksums is shown beside it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing as mp
+import os
+import statistics
+import sys
+import time
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import torch
+import torch.distributed as dist
+
+from clipo_megatron.config.schema import PoolConfig, SyncConfig
+from clipo_megatron.device import LOCAL_RENDEZVOUS_ENV, platform
+from clipo_megatron.rollout.engine import InFlight
+from clipo_megatron.sync.shard import Shard
+from clipo_megatron.weights.families import entries, model_spec
+from clipo_megatron.weights.load import load_into
+from clipo_megatron.weights.mapping import even_stages
+from clipo_megatron.weights.reader import HFReader
+from clipo_megatron.weights.spec import read_config
+
+TIMEOUT_S = 300.0
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", help="Hugging Face folder")
+    parser.add_argument("servers", nargs="+", help="URLs of SGLang servers of that model")
+    parser.add_argument("--pp", type=int, default=1, help="pipeline stages of the trainer")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--bucket-mb", type=int, default=SyncConfig().bucket_mb)
+    parser.add_argument("--json", help="file to write the figures to")
+    options = parser.parse_args()
+
+    nbytes = sum(file.stat().st_size for file in Path(options.model).glob("*.safetensors"))
+    plain = Ranks(plain_rank, 1 + len(options.servers), nbytes)
+    trainer = Ranks(trainer_rank, options.pp, options.model, options.servers, options.bucket_mb)
+    try:
+        trainer.ask(("push", True))  # forms the groups
+        figures: dict[str, list[Any]] = {"plain": [], "update": [], "proven": []}
+        for _ in range(options.rounds):
+            figures["plain"].append(plain.ask(())[0])
+            figures["update"].append(trainer.ask(("push", False)))
+            figures["plain"].append(plain.ask(())[0])
+            figures["proven"].append(trainer.ask(("push", True)))
+    finally:
+        plain.close()
+        trainer.close()
+    show(figures, options)
+
+
+def show(figures: dict[str, list[Any]], options: argparse.Namespace) -> None:
+    reports = {kind: [ranks[0][0] for ranks in figures[kind]] for kind in ("update", "proven")}
+    nbytes = reports["update"][0].nbytes
+    plain = statistics.median(figures["plain"])
+    facts: dict[str, Any] = {
+        "pp": options.pp,
+        "servers": len(options.servers),
+        "bucket_mb": options.bucket_mb,
+        "bytes": nbytes,
+        "plain_s": plain,
+        "plain_all_s": figures["plain"],
+    }
+    print(
+        f"{nbytes / 1e6:.0f} MB, {options.pp} senders, {len(options.servers)} servers, {options.bucket_mb} MiB a bucket"
+    )
+    print(f"plain broadcast     {plain:6.3f} s  {nbytes / plain / 1e6:6.0f} MB/s")
+    for kind, words in (("update", "update"), ("proven", "with checksums")):
+        seconds = statistics.median(report.seconds for report in reports[kind])
+        phases = {
+            name: statistics.median(report.phases.get(name, 0.0) for report in reports[kind])
+            for name in reports[kind][0].phases
+        }
+        facts |= {f"{kind}_s": seconds, f"{kind}_ratio": plain / seconds, f"{kind}_phases_s": phases}
+        facts[f"{kind}_all_s"] = [report.seconds for report in reports[kind]]
+        print(
+            f"{words:<18}  {seconds:6.3f} s  {nbytes / seconds / 1e6:6.0f} MB/s  {plain / seconds:5.0%} of plain   "
+            + "  ".join(f"{name} {value:.3f}" for name, value in phases.items())
+        )
+    bucket = options.bucket_mb * 2**20
+    for rank in range(options.pp):
+        peak = max(ranks[rank][1] for kind in ("update", "proven") for ranks in figures[kind])
+        facts[f"peak_buckets_rank{rank}"] = peak / bucket
+        print(f"rank {rank}: peak extra memory {peak / 2**20:.0f} MiB, {peak / bucket:.2f} buckets")
+    if options.json:
+        Path(options.json).write_text(json.dumps(facts, indent=1))
+
+
+# --- processes -------------------------------------------------------------------------------------------------------
+
+
+class Ranks:
+    """Processes in one process group that do something each time they are asked."""
+
+    def __init__(self, function: Any, world: int, *args: Any):
+        self._store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        context = mp.get_context("spawn")
+        self._pipes: list[Connection] = []
+        self._processes = []
+        for rank in range(world):
+            ours, theirs = context.Pipe()
+            process = context.Process(target=serve, args=(theirs, self._store.port, rank, world, function, args))
+            process.start()
+            theirs.close()
+            self._pipes.append(ours)
+            self._processes.append(process)
+
+    def ask(self, question: Any) -> list[Any]:
+        """Every rank's answer."""
+        for pipe in self._pipes:
+            pipe.send(question)
+        answers = []
+        for rank, pipe in enumerate(self._pipes):
+            if not pipe.poll(TIMEOUT_S):
+                raise TimeoutError(f"rank {rank} did not answer within {TIMEOUT_S:.0f} s")
+            answers.append(pipe.recv())
+        return answers
+
+    def close(self) -> None:
+        """Kill them."""
+        for process in self._processes:
+            process.kill()
+            process.join()
+
+
+def serve(pipe: Connection, port: int, rank: int, world: int, function: Any, args: tuple[Any, ...]) -> None:
+    os.environ |= LOCAL_RENDEZVOUS_ENV
+    torch.set_num_threads(1)
+    store = dist.TCPStore("127.0.0.1", port)
+    platform().init_process_group(rank, world, timeout_s=TIMEOUT_S, store=store)
+    answers = function(*args)
+    next(answers)
+    while True:
+        pipe.send(answers.send(pipe.recv()))
+
+
+def plain_rank(nbytes: int) -> Any:
+    """Receives, or sends, all bytes at once; seconds until everybody has them."""
+    data = torch.ones(nbytes, dtype=torch.uint8)
+    dist.broadcast(data, src=0)
+    answer = None
+    while True:
+        yield answer
+        dist.barrier()
+        start = time.perf_counter()
+        dist.broadcast(data, src=0)
+        dist.barrier()
+        answer = time.perf_counter() - start
+
+
+def trainer_rank(model: str, urls: list[str], bucket_mb: int) -> Any:
+    """Changes its weights and pushes them; the report, and by how many bytes this process grew meanwhile."""
+    from clipo_megatron.config.schema import EngineKind
+    from clipo_megatron.rollout.pool import ServerPool
+    from clipo_megatron.sync.broadcast import BroadcastSync
+
+    shard, parameters = load(model)
+    pool = None
+    if shard.is_coordinator:
+        pool = ServerPool(EngineKind.sglang, decode=str, config=PoolConfig(), endpoints=urls)
+    sync = BroadcastSync(shard, pool, SyncConfig(bucket_mb=bucket_mb), in_flight=InFlight.retract, join_deadline_s=60.0)
+    answer, version = None, 0
+    while True:
+        _, proven = yield answer
+        version += 1
+        with torch.no_grad():
+            for parameter in parameters.values():
+                parameter.mul_(1.0 + 0.01 * version)
+        sync.config.verify_every = int(proven)
+        before = reset_peak()
+        report = sync.push(version)
+        answer = (report, peak() - before)
+
+
+def load(folder: str) -> tuple[Shard, dict[str, torch.Tensor]]:
+    """This pipeline stage of a model in bf16, without a network around it."""
+    spec = model_spec(read_config(folder))
+    rank, pp = dist.get_rank(), dist.get_world_size()
+    stages = even_stages(spec.num_layers, pp)
+    mine = entries(spec, stages[rank])
+    parameters = {
+        entry.megatron[0]: torch.empty(entry.kind.local_shape(entry.shapes, 1), dtype=torch.bfloat16) for entry in mine
+    }
+    with HFReader(folder) as reader:
+        load_into(parameters.items(), mine, reader, tp_rank=0, tp_size=1)
+    shard = Shard(
+        spec=spec, stages=stages, chunks=lambda: [parameters], dtype=torch.bfloat16, rank=rank, tp=1, pp=pp,
+        tp_rank=0, pp_rank=rank, dp_rank=0, tp_group=None,
+    )  # fmt: skip
+    return shard, parameters
+
+
+def reset_peak() -> int:
+    """Resident bytes now; what `peak` says starts again from here."""
+    Path("/proc/self/clear_refs").write_text("5")
+    return status("VmRSS")
+
+
+def peak() -> int:
+    """Most resident bytes since `reset_peak`."""
+    return status("VmHWM")
+
+
+def status(name: str) -> int:
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name + ":"))
+    return int(line.split()[1]) * 1024
+
+
+if __name__ == "__main__":
+    sys.exit(main())
