@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from clipo_megatron.checkpoint import Checkpoints, Owner
+from clipo_megatron.checkpoint import CheckpointError, Checkpoints, Owner
 
 pytestmark = pytest.mark.timeout(200)
 
@@ -117,6 +117,30 @@ def refused_latest(folder):
     return failure(newest, folder)
 
 
+def an_owner_more(folder):
+    """A checkpoint from before there was a certain owner, which gathers what all ranks have."""
+    checkpoints = saved(folder, [1])
+    rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    loaded = []
+
+    def gathered():
+        shared = [None] * world
+        torch.distributed.all_gather_object(shared, rank)
+        return {"ranks": shared if rank == 0 else []}
+
+    for optional in (True, False):
+        owner = Owner("late", gathered, loaded.append, writes=rank == 0, gathers=True, optional=optional)
+        checkpoints.owners = [*checkpoints.owners[:2], owner]
+        if optional:
+            assert checkpoints.load(checkpoints.latest()) == 1 and not loaded
+        else:
+            with pytest.raises(CheckpointError, match="has no state of late"):
+                checkpoints.load(checkpoints.latest())
+    checkpoints.save(2)
+    checkpoints.load(checkpoints.latest())
+    return loaded
+
+
 def save_onto_a_file(folder):
     (Path(folder) / "checkpoints").write_text("in the way")
     return failure(saved, folder, [1])
@@ -138,6 +162,10 @@ def test_state_comes_back_to_the_bit_on_every_rank(ranks, tmp_path, world):
     assert manifest["world"] == world
     listed = {f"checkpoints/step_000005/{name}" for name in [*manifest["files"], "manifest.json"]}
     assert listed == {name for name in files if "step_000005" in name}
+
+
+def test_an_owner_that_gathers_and_may_be_missing(ranks, tmp_path):
+    assert ranks.run(an_owner_more, 2, tmp_path) == [[{"ranks": [0, 1]}]] * 2
 
 
 @pytest.mark.parametrize(
