@@ -13,11 +13,12 @@ import hashlib
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from importlib import util
@@ -141,7 +142,7 @@ def _build(recipe: Recipe, deadline: float, say: Say) -> None:
         f"{recipe.gigabytes:.1f} GB of disk."
     )
     begun = time.monotonic()
-    shutil.rmtree(folder, ignore_errors=True)  # what an interrupted build left
+    _clear(folder)  # what an interrupted build left
     log.unlink(missing_ok=True)
     options = os.environ.get(PIP_OPTIONS_VARIABLE, "").split()
     pip = [str(recipe.python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *options]
@@ -157,13 +158,22 @@ def _build(recipe: Recipe, deadline: float, say: Say) -> None:
         for what, command in steps:
             _run(command, what, recipe, log, begun, deadline, say)
     except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
+        _clear(folder)
         raise
     seconds = time.monotonic() - begun
     stamp = folder / f".{COMPLETE}"
     stamp.write_text(json.dumps({"pins": recipe.pins, "seconds": round(seconds, 1)}, indent=1))
     os.replace(stamp, folder / COMPLETE)
     say(f"{recipe.name} is set up, after {seconds:.0f} s.")
+
+
+def _clear(folder: Path) -> None:
+    """Remove an incomplete environment; what pip or venv had started in it goes first, or it would write it anew."""
+    for place in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            if (place / "cmdline").read_bytes().startswith(f"{folder}/bin/".encode()):
+                os.kill(int(place.name), signal.SIGKILL)
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def _run(command: Sequence[str], what: str, recipe: Recipe, log: Path, begun: float, deadline: float, say: Say) -> None:

@@ -35,7 +35,7 @@ USAGE_EXIT = 2  # how a program ends whose options are wrong: trying again would
 _TICK_S = 0.1
 _LOOK_S = 1.0  # between two looks at the states of a server's processes
 _TELL_EVERY_S = 30.0
-_STARTING_PROBE_S, _LIGHT_PROBE_S, _ENGINE_PROBE_S = 0.5, 2.0, 10.0  # between two questions
+_STARTING_PROBE_S, _LIGHT_PROBE_S, _ENGINE_PROBE_S = 0.5, 2.0, 10.0  # between two questions, at most
 _READY_TIMEOUT_S = 30.0  # SGLang gives a health check 20 s by itself
 _ABSENCE_S = 5.0  # without a tick: this process itself was stopped
 _LONGEST_BACKOFF_S = 60.0
@@ -233,10 +233,11 @@ class Supervisor:
         server.process.forget_secret()
         server.watches[0].end()
         probe = server.wanted.probe(server.entry.url)
+        light, engine = self._patience.unresponsive_s, self._patience.engine_silent_s
         # An answer counts whenever it comes: one that is late by less than the limit shows that the server lives.
         server.watches = [
-            _Watch(probe.answers, _LIGHT_PROBE_S, self._patience.unresponsive_s),
-            _Watch(probe.engine_answers, _ENGINE_PROBE_S, self._patience.engine_silent_s),
+            _Watch(probe.answers, min(_LIGHT_PROBE_S, light / 5), light),
+            _Watch(probe.engine_answers, min(_ENGINE_PROBE_S, engine / 5), engine),
         ]
         for watch in server.watches:
             watch.start()
