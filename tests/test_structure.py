@@ -40,6 +40,8 @@ ONLY_IN = {
     "math_verify": {"rewards"},
     "sympy": {"rewards"},
     "omegaconf": {"config"},
+    "aiohttp": {"rollout"},
+    "orjson": {"rollout"},
     "rich": {"report", "doctor"},
 }
 DEVICE_WORDS = re.compile("cuda|nccl|gloo", re.IGNORECASE)

@@ -149,3 +149,17 @@ class Engine(Protocol):
     def close(self) -> None:
         """Free everything. Idempotent."""
         ...
+
+
+def check_params(params: SamplingParams) -> None:
+    """Raise EngineError for parameters that no engine can follow."""
+    rules = {
+        "samples": (params.samples >= 1, "at least 1"),
+        "max_new_tokens": (params.max_new_tokens >= 1, "at least 1"),
+        "temperature": (params.temperature >= 0, "0 (greedy) or more"),
+        "top_p": (0 < params.top_p <= 1, "above 0 and at most 1"),
+        "top_k": (params.top_k >= 0, "0 (off) or more"),
+    }
+    for name, (holds, rule) in rules.items():
+        if not holds:
+            raise EngineError(f"Sampling parameter {name} is {getattr(params, name)}; it must be {rule}.")

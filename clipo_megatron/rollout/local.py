@@ -19,7 +19,15 @@ from transformers.initialization import no_init_weights
 
 from clipo_megatron.flow import Prompt, Rollout, RolloutGroup
 from clipo_megatron.rollout.decoding import DecodeBatch, NonFiniteLogits, Prefilled, prefill
-from clipo_megatron.rollout.engine import EngineError, Generation, InFlight, Memory, Request, SamplingParams
+from clipo_megatron.rollout.engine import (
+    EngineError,
+    Generation,
+    InFlight,
+    Memory,
+    Request,
+    SamplingParams,
+    check_params,
+)
 from clipo_megatron.rollout.sampling import rollout_uniforms
 
 # What some families do to the logits after the LM head; Llama and Qwen2 do none of it.
@@ -117,7 +125,7 @@ class LocalEngine:
                 the prompts without an answer.
         """
         self.health()
-        _check_params(params)
+        check_params(params)
         if any(request.begun for request in requests):
             raise EngineError("The local engine goes on from no interrupted rollout; set rollout.unfinished=drop.")
         prompts = [(request.position, request.prompt) for request in requests]
@@ -280,19 +288,6 @@ def _copy_weights(model: nn.Module, tensors: Iterable[tuple[str, Tensor]]) -> li
     return problems + [
         f"{name} never came" for name, parameter in model.named_parameters() if id(parameter) not in came
     ]
-
-
-def _check_params(params: SamplingParams) -> None:
-    rules = {
-        "samples": (params.samples >= 1, "at least 1"),
-        "max_new_tokens": (params.max_new_tokens >= 1, "at least 1"),
-        "temperature": (params.temperature >= 0, "0 (greedy) or more"),
-        "top_p": (0 < params.top_p <= 1, "above 0 and at most 1"),
-        "top_k": (params.top_k >= 0, "0 (off) or more"),
-    }
-    for name, (holds, rule) in rules.items():
-        if not holds:
-            raise EngineError(f"Sampling parameter {name} is {getattr(params, name)}; it must be {rule}.")
 
 
 def _missing(prompts: Iterable[tuple[int, Prompt]]) -> str:

@@ -23,6 +23,7 @@ from clipo_megatron.rollout.engine import (
     Memory,
     Request,
     SamplingParams,
+    check_params,
 )
 from clipo_megatron.rollout.http import EventLoop
 from clipo_megatron.rollout.loading import write_folder
@@ -152,7 +153,11 @@ class ServerPool:
 
     def run(self, coroutine: Coroutine[Any, Any, T], *, deadline_s: float) -> T:
         """Run a client's coroutine on the pool's event loop."""
-        self._open()
+        try:
+            self._open()
+        except EngineError:
+            coroutine.close()
+            raise
         return self.loop.run(coroutine, deadline_s=deadline_s)
 
     # --- the contract --------------------------------------------------------------------------------------------
@@ -279,8 +284,7 @@ class ServerPool:
 
     def _check(self, requests: Sequence[Request], params: SamplingParams) -> None:
         """What no server should be asked: some die of it."""
-        if params.samples < 1 or params.max_new_tokens < 1 or params.temperature < 0 or not 0 < params.top_p <= 1:
-            raise EngineError(f"These sampling parameters cannot be: {params}.")
+        check_params(params)
         for request in requests:
             tokens = request.prompt.tokens
             if not tokens.numel():

@@ -23,6 +23,7 @@ from clipo_megatron.rollout.answers import (
 )
 from clipo_megatron.rollout.engine import InFlight, Memory, Request, SamplingParams
 from clipo_megatron.rollout.http import JsonClient, together
+from clipo_megatron.rollout.released import Released
 from clipo_megatron.rollout.server import (
     BucketNames,
     Fault,
@@ -36,7 +37,7 @@ from clipo_megatron.rollout.server import (
 # A prompt of so many tokens is prefilled once before its samples are asked for. Samples that arrive together would
 # each prefill it: the cache only knows what has finished.
 _PREFILL_ONCE = 64
-_EMPTY_CACHE_S = 0.2  # between two attempts to empty the prefix cache
+_EMPTY_CACHE_S = 15.0  # for the last requests to let go of the prefix cache
 
 
 class SGLangServer:
@@ -57,6 +58,7 @@ class SGLangServer:
     def __init__(self, url: str, *, api_key_env: str = "", decode: Decode | None = None):
         self._http = JsonClient(url, api_key_env)
         self._decode = decode
+        self._memory = Released()
 
     @property
     def url(self) -> str:
@@ -72,10 +74,11 @@ class SGLangServer:
         try:
             tp, path = int(info["tp_size"]) * int(info.get("pp_size", 1)), str(model["model_path"])
             release = str(info["version"])
+            boot = str(info.get("random_seed", ""))  # drawn at each start, unless it was given one
         except (KeyError, TypeError, ValueError):
             raise self._http.fail(Fault.garbage, "/server_info lacks tp_size, version or model_path") from None
         version = version_number(model.get("weight_version"))
-        return ServerState(path, tp, None if version < 0 else version, "", f"SGLang {release}")
+        return ServerState(path, tp, None if version < 0 else version, boot, f"SGLang {release}")
 
     async def health(self, *, deadline_s: float) -> None:
         """Return when it can generate: it generates one token, or is already generating."""
@@ -169,15 +172,22 @@ class SGLangServer:
 
     async def release_memory(self, what: Sequence[Memory], *, deadline_s: float) -> None:
         """Give GPU memory back; needs a server started with --enable-memory-saver."""
-        await self._memory("release", what, deadline_s)
+        deadline = time.monotonic() + deadline_s
+        state = await self.state(deadline_s=deadline_s)
+        if missing := self._memory.to_release(what, state.boot):
+            await self._empty_cache(deadline)  # it dies when something is in flight
+            body = {"tags": [each.value for each in missing]}
+            await self._http.post("/release_memory_occupation", body, deadline_s=deadline - time.monotonic())
+            self._memory.released(missing)
 
     async def restore_memory(self, what: Sequence[Memory], *, deadline_s: float) -> None:
         """Take it again."""
-        await self._memory("resume", what, deadline_s)
-
-    async def _memory(self, verb: str, what: Sequence[Memory], deadline_s: float) -> None:
-        body = {"tags": [each.value for each in what]}
-        await self._http.post(f"/{verb}_memory_occupation", body, deadline_s=deadline_s)
+        deadline = time.monotonic() + deadline_s
+        state = await self.state(deadline_s=deadline_s)
+        if missing := self._memory.to_restore(what, state.boot):
+            body = {"tags": [each.value for each in missing]}
+            await self._http.post("/resume_memory_occupation", body, deadline_s=deadline - time.monotonic())
+            self._memory.restored(missing)
 
     # --- weights -------------------------------------------------------------------------------------------------
 
@@ -233,9 +243,7 @@ class SGLangServer:
         """After the last bucket: caches are empty, and answers carry the version."""
         deadline = time.monotonic() + deadline_s
         await self._done_if_known("/end_weight_update", deadline_s)
-        await self._http.get_text("/flush_cache", deadline_s=deadline - time.monotonic())  # answers plain words
-        body = {"new_version": str(version), "abort_all_requests": False}
-        await self._done("/update_weight_version", body, deadline - time.monotonic())
+        await self._set_version(version, deadline)
 
     async def load_folder(self, folder: str, version: int, *, deadline_s: float) -> None:
         """Read all weights from safetensors; the folder has a config.json too."""
@@ -244,16 +252,22 @@ class SGLangServer:
         await self._set_version(version, deadline)
 
     async def _set_version(self, version: int, deadline: float) -> None:
-        while True:  # requests whose client has just gone may still be there, and hold it
-            try:
-                await self._http.post("/flush_cache", deadline_s=deadline - time.monotonic())
-                break
-            except ServerError as error:
-                if error.fault is not Fault.status:
-                    raise
-            await asyncio.sleep(_EMPTY_CACHE_S)
+        """Empty the prefix cache, then give the weights their version."""
+        await self._empty_cache(deadline)
         body = {"new_version": str(version), "abort_all_requests": False}
         await self._done("/update_weight_version", body, deadline - time.monotonic())
+
+    async def _empty_cache(self, deadline: float) -> None:
+        """Succeeds only while nothing is computed; requests whose client has just gone are waited for."""
+        tries_until = min(deadline, time.monotonic() + _EMPTY_CACHE_S)
+        while True:
+            try:
+                await self._http.get_text("/flush_cache", deadline_s=deadline - time.monotonic())  # in plain words
+                return
+            except ServerError as error:
+                if error.status != 400 or time.monotonic() >= tries_until:
+                    raise
+            await asyncio.sleep(0.1)
 
     async def checksums(self, *, deadline_s: float) -> list[RankChecksums]:
         """Of the weights as they are in its memory, a rank each."""

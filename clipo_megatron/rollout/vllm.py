@@ -23,6 +23,7 @@ from clipo_megatron.rollout.answers import (
 )
 from clipo_megatron.rollout.engine import InFlight, Memory, Request, SamplingParams
 from clipo_megatron.rollout.http import JsonClient, together
+from clipo_megatron.rollout.released import Released
 from clipo_megatron.rollout.server import (
     BucketNames,
     Fault,
@@ -59,6 +60,7 @@ class VLLMServer:
         self._decode = decode
         self._model = ""  # as it calls the model
         self._logprobs_mode: str | None = None
+        self._memory = Released()
 
     @property
     def url(self) -> str:
@@ -197,16 +199,24 @@ class VLLMServer:
     # --- memory --------------------------------------------------------------------------------------------------
 
     async def release_memory(self, what: Sequence[Memory], *, deadline_s: float) -> None:
-        """Give GPU memory back; needs a server started with --enable-sleep-mode. Weights go without a copy."""
-        if Memory.weights in what:
-            await self._http.post("/sleep", deadline_s=deadline_s, level="2")
-        elif Memory.kv_cache in what:
-            await self._http.post("/release_kv_cache_memory", deadline_s=deadline_s)
+        """Give GPU memory back; needs a server started with --enable-sleep-mode. Weights take the cache with them."""
+        deadline = time.monotonic() + deadline_s
+        boot = (await self.state(deadline_s=deadline_s)).boot
+        missing = self._memory.to_release(what, boot)
+        if Memory.weights in missing:
+            await self._http.post("/sleep", deadline_s=_left(deadline), level="2")
+            self._memory.released(tuple(Memory))
+        elif missing:
+            await self._http.post("/release_kv_cache_memory", deadline_s=_left(deadline))
+            self._memory.released(missing)
 
     async def restore_memory(self, what: Sequence[Memory], *, deadline_s: float) -> None:
-        """Take it again."""
-        for each in what:
-            await self._http.post("/wake_up", deadline_s=deadline_s, tags=each.value)
+        """Take it again; it generates once it has all."""
+        deadline = time.monotonic() + deadline_s
+        boot = (await self.state(deadline_s=deadline_s)).boot
+        for each in self._memory.to_restore(what, boot):
+            await self._http.post("/wake_up", deadline_s=_left(deadline), tags=each.value)
+            self._memory.restored([each])
 
     # --- weights -------------------------------------------------------------------------------------------------
 
