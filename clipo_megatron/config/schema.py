@@ -215,7 +215,7 @@ class ServeConfig:
     tp: int = 1  # GPUs of one server
     dtype: Optional[DType] = None  # weights it computes in; None: model.dtype
     start_deadline_s: float = 900.0  # until a server answers
-    unresponsive_s: float = 60.0  # without an answer to a health check, after which it is killed and started again
+    unresponsive_s: float = 60.0  # without an answer, or stopped, after which it is killed and started again
     restarts: int = 5  # failed starts in a row before `clipo serve` gives up
 
 
