@@ -126,12 +126,12 @@ class Collector:
             self._meet(held, dropped, tally)
             missing = size - sum(teaches for _, teaches in tally.groups.values()) if self.config.refill_rounds else 0
         positions, surplus = choose(tally.groups, size)
-        mine = self._hand_over(held, positions, surplus if self._carries else [], tally)
+        mine = self._hand_over(held, positions, surplus, tally)
         finished = tally.groups.values()
         return mine, {
             "rollout/rounds": float(tally.rounds),
             "rollout/refilled_groups": float(tally.refilled),
-            "rollout/discarded_groups": float(len(finished) - size - (len(surplus) if self._carries else 0)),
+            "rollout/discarded_groups": float(len(finished) - size - len(surplus)),
             "rollout/dropped_prompts": float(tally.dropped),
             "rollout/carried_prompts": float(sum(self._carried_by)),
             "rollout/mixed_groups": sum(teaches for _, teaches in finished) / len(finished),
@@ -206,7 +206,11 @@ class Collector:
     def _hand_over(
         self, held: dict[int, ScoredGroup], positions: dict[int, int], surplus: Sequence[int], tally: _Tally
     ) -> list[ScoredGroup]:
-        """This rank's chosen groups under their positions; surplus ones are kept for the next step."""
+        """This rank's chosen groups under their positions; surplus ones are kept for the next step.
+
+        There are some where more groups were carried over complete than a round needed: interrupting an engine may
+        give groups that it had just finished.
+        """
         for ticket in surplus:
             rank, _ = tally.groups[ticket]
             self._carried_by[self.askers.index(rank)] += 1

@@ -351,6 +351,8 @@ def test_the_faults_happen(ranks: RankPool, model: Path):
     for name in ("recoveries", "resumed", "stops", "prefixes"):
         assert sum(run[name] for run in runs) > 0, name
     assert max(max(run["asked"].values()) for run in runs) > 1, "no request was ever sent twice"
+    plain = [ranks.run(account, 1, model, SETTINGS["plain"], seed, None)[0] for seed in range(4)]
+    assert sum(run["resumed"] for run in plain) > 0, "what a lost engine had done was not gone on from"
 
 
 def lost_for_good(folder: Path, deadline_s: float, askers: list[int] | None = None) -> tuple[int, str]:
@@ -466,6 +468,31 @@ def test_carried_rollouts_survive_in_any_number_of_ranks(ranks: RankPool, model:
     carried, after = ranks.run(load_carried, 1, model, RolloutConfig(), tmp_path)[0]
     assert [begun for _, _, begun in carried] == [[]] * len(saved)
     assert {name for name, _ in saved} <= set(after) and len(after) == 6
+
+
+def begin_with_complete_groups(folder: Path) -> Any:
+    """More groups are carried over complete than a step needs."""
+    with Bench(folder, RolloutConfig(), size=8) as bench:
+        scored, _ = bench.collector.collect(0)
+        whole = [Request(each.group.position, each.group.prompt, tuple(each.group.rollouts)) for each in scored]
+        bench.collector._carried = whole
+        state, place = bench.collector.state_dict(), bench.sampler.state_dict()
+    with Bench(folder, SETTINGS["resume"], interrupted={"seed": 0}) as bench:
+        bench.collector.load_state_dict(state)
+        bench.sampler.load_state_dict(place)
+        first, counts = bench.collector.collect(1)
+        asked = list(bench.engine.asked)
+        left = [each.prompt.id for each in bench.collector._carried]
+        second, _ = bench.collector.collect(2)
+        return facts(scored), facts(first), asked, counts, left, facts(second)
+
+
+def test_complete_groups_are_taken_without_an_engine(ranks: RankPool, model: Path):
+    before, first, asked, counts, left, second = ranks.run(begin_with_complete_groups, 1, model)[0]
+    assert first == before[:6] and asked == []
+    assert counts["rollout/discarded_groups"] == counts["rollout/dropped_prompts"] == 0
+    assert {group[1] for group in before[6:]} <= set(left)
+    assert [group[1:] for group in second if group[1] in left[:2]] == [group[1:] for group in before[6:]]
 
 
 def test_only_complete_groups_wait_without_an_engine():
