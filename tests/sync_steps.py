@@ -17,8 +17,11 @@ from clipo_megatron.config.schema import EngineKind, PoolConfig, SyncConfig
 from clipo_megatron.rollout.engine import InFlight
 from clipo_megatron.rollout.pool import ServerPool
 from clipo_megatron.sync.broadcast import BroadcastSync
+from clipo_megatron.sync.disk import DiskSync
+from clipo_megatron.sync.ipc import IpcSync
 from clipo_megatron.sync.served import ServedSync, SyncReport
 from clipo_megatron.sync.shard import Shard
+from clipo_megatron.weights.export import export
 from clipo_megatron.weights.families import entries, model_spec
 from clipo_megatron.weights.load import load_into
 from clipo_megatron.weights.mapping import even_stages
@@ -51,11 +54,11 @@ def make_shard(folder: str, tp: int, pp: int, *, dtype: torch.dtype = torch.bflo
     )  # fmt: skip
 
 
-def make_pool(shard: Shard, urls: list[str]) -> ServerPool | None:
+def make_pool(shard: Shard, urls: list[str], engine: str = "sglang") -> ServerPool | None:
     """On the first rank of every replica, as in a run."""
     if shard.tp_rank or shard.pp_rank:
         return None
-    return ServerPool(EngineKind.sglang, decode=str, config=PoolConfig(), endpoints=urls)
+    return ServerPool(EngineKind(engine), decode=str, config=PoolConfig(), endpoints=urls)
 
 
 def change(shard: Shard, version: int) -> None:
@@ -66,11 +69,18 @@ def change(shard: Shard, version: int) -> None:
 
 
 def push_often(
-    folder: str, urls: list[str], tp: int, pp: int, pushes: int, settings: dict[str, Any], transport: str = "broadcast"
+    folder: str,
+    urls: list[str],
+    tp: int,
+    pp: int,
+    pushes: int,
+    settings: dict[str, Any],
+    transport: str = "broadcast",
+    engine: str = "sglang",
 ) -> list[SyncReport]:
     """Several pushes of changing weights; reports, after checking what the pool was told."""
     shard = make_shard(folder, tp, pp)
-    pool = make_pool(shard, urls)
+    pool = make_pool(shard, urls, engine)
     sync = make_sync(transport, shard, pool, settings)
     reports = []
     try:
@@ -86,15 +96,20 @@ def push_often(
 
 
 def make_sync(transport: str, shard: Shard, pool: ServerPool | None, settings: dict[str, Any]) -> ServedSync:
-    assert transport == "broadcast"
-    join_deadline_s = settings.pop("join_deadline_s", 20.0)
-    return BroadcastSync(
-        shard,
-        pool,
-        SyncConfig(**({"deadline_s": 60.0, "bucket_mb": 1} | settings)),
-        in_flight=InFlight.retract,
-        join_deadline_s=join_deadline_s,
-    )
+    settings = {"deadline_s": 60.0, "bucket_mb": 1, "join_deadline_s": 20.0} | settings
+    join_deadline_s, model = settings.pop("join_deadline_s"), settings.pop("model", None)
+    config, rest = SyncConfig(**settings), {"in_flight": InFlight.retract, "join_deadline_s": join_deadline_s}
+    if transport == "disk":
+        return DiskSync(shard, pool, config, model=model, folder=config.folder, **rest)
+    if transport == "ipc":
+        return IpcSync(shard, pool, config, pp_group=stages_of(shard), **rest)
+    return BroadcastSync(shard, pool, config, **rest)
+
+
+def stages_of(shard: Shard) -> dist.ProcessGroup | None:
+    """The pipeline that this rank is in, without replicas."""
+    groups = [dist.new_group([stage * shard.tp + place for stage in range(shard.pp)]) for place in range(shard.tp)]
+    return groups[shard.tp_rank] if shard.pp > 1 else None
 
 
 def plant_a_wrong_byte(folder: str, urls: list[str]) -> None:
@@ -189,3 +204,40 @@ def one_more_server() -> None:
         sync.push(0)
     finally:
         sync.close()
+
+
+def write_and_compare(folder: str, target: str) -> dict[str, Tensor]:
+    """Two TP ranks and two stages write a version; what an export of everything gives."""
+    shard = make_shard(folder, 2, 2)
+    sync = DiskSync(
+        shard, make_pool(shard, ["http://127.0.0.1:9"]), SyncConfig(bucket_mb=1), model=folder, folder=target
+    )
+    change(shard, 5)
+    sync._begin(5)
+    whole = export(sync.plan, shard.chunks(), tp_group=shard.tp_group, pp_group=stages_of(shard))
+    return {name: tensor.clone() for name, tensor in whole}
+
+
+def own_against_export(folder: str, tp: int, pp: int) -> dict[str, int]:
+    """Every sender's own buckets are the bits of the export; the count of times that each tensor was sent."""
+    shard = make_shard(folder, tp, pp)
+    plan = shard.plan(96 * 1024)
+    whole = {
+        name: tensor.clone()
+        for name, tensor in export(plan, shard.chunks(), tp_group=shard.tp_group, pp_group=stages_of(shard))
+    }
+    buffers = [torch.full((max(bucket.numel for bucket in plan.buckets),), 7.0, dtype=plan.dtype) for _ in range(2)]
+    asked: list[int] = []
+
+    def buffer(numel: int) -> Tensor:
+        asked.append(numel)
+        return buffers[len(asked) % 2]
+
+    sent: dict[str, int] = {}
+    for bucket, flat in shard.own_buckets(plan, buffer):
+        assert flat.data_ptr() == buffers[len(asked) % 2].data_ptr() and flat.numel() == asked[-1] == bucket.numel
+        for name, tensor in bucket.views(flat):
+            assert torch.equal(tensor, whole[name]), name
+            sent[name] = sent.get(name, 0) + 1
+    assert shard.is_sender or not asked
+    return sent

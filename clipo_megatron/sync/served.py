@@ -9,13 +9,15 @@ from collections import Counter
 from collections.abc import Callable, Coroutine, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, TypeVar
 
 import torch.distributed as dist
 
 from clipo_megatron.config.schema import SyncConfig
-from clipo_megatron.device import SharedGroupError
+from clipo_megatron.device import SharedGroupError, platform
 from clipo_megatron.rollout.engine import EngineError, InFlight
+from clipo_megatron.rollout.server import Fault, RankChecksums, ServerError
 from clipo_megatron.sync.checksums import ChecksumError, Sums, compare
 from clipo_megatron.sync.members import Attempt, Limits, Member, Servers, UpdateFailed
 from clipo_megatron.sync.shard import Shard
@@ -69,6 +71,7 @@ class Order:
     ranks: int  # of all servers together
     regroup: bool  # whether the servers are not those of the last update
     verify: bool
+    on_gpu: bool  # how the servers compute checksums
 
 
 @dataclass(frozen=True, slots=True)
@@ -233,6 +236,7 @@ class ServedSync(ABC):
             ranks=sum(member.state.tp for member in members),
             regroup=self._formed is None or self._formed != self._signature(self._members),
             verify=every > 0 and self._updates % every == 0,
+            on_gpu=platform().has_gpu and all(member.state.engine.startswith("SGLang") for member in members),
         )
 
     def _signature(self, members: tuple[Member, ...]) -> tuple[Any, ...]:
@@ -332,12 +336,13 @@ class ServedSync(ABC):
 
         async def prove(attempt: Attempt) -> None:
             if order.verify:
-                held = await self._surviving(
-                    attempt, "verify", lambda member: member.server.checksums(deadline_s=attempt.deadline())
-                )
+                held = await self._surviving(attempt, "verify", partial(_checksums, attempt))
                 mine = Sums(self.shard.spec, order.tp_sizes).merged(gathered)
                 for url, ranks in held.items():
-                    unproven.update(compare(url, ranks, mine))
+                    if ranks is None:
+                        unproven.add(f"{url}: everything; this server cannot compute checksums")
+                    else:
+                        unproven.update(compare(url, ranks, mine))
             await self._surviving(attempt, "resume", lambda member: member.server.resume(deadline_s=attempt.deadline()))
 
         self._together(lambda: None, prove, attempt)
@@ -383,3 +388,13 @@ class ServedSync(ABC):
         everyone: list[Any] | None = [None] * dist.get_world_size() if self.shard.is_coordinator else None
         dist.gather_object(mine, everyone, dst=0)
         return everyone or []
+
+
+async def _checksums(attempt: Attempt, member: Member) -> list[RankChecksums] | None:
+    """A server's; None where it has no such call."""
+    try:
+        return await member.server.checksums(deadline_s=attempt.deadline())
+    except ServerError as error:
+        if error.fault is Fault.unsupported:
+            return None
+        raise

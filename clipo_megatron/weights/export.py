@@ -122,6 +122,27 @@ def export(
         WeightsError: the groups are not of the plan's sizes, or the count of chunks is not the plan's.
         CoverageError: the parameters and the plan do not match. Both are raised before anything is sent.
     """
+    buckets = export_buckets(plan, chunks, tp_group=tp_group, pp_group=pp_group, to_all=to_all)
+    return _tensors(buckets)
+
+
+def _tensors(buckets: Iterator[tuple[Bucket, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+    while (found := next(buckets, None)) is not None:
+        views = list(found[0].views(found[1]))
+        del found  # the views alone keep the bucket
+        while views:
+            yield views.pop(0)
+
+
+def export_buckets(
+    plan: ExportPlan,
+    chunks: Sequence[Mapping[str, Tensor]],
+    *,
+    tp_group: Group | None = None,
+    pp_group: Group | None = None,
+    to_all: bool = True,
+) -> Iterator[tuple[Bucket, Tensor]]:
+    """As `export`, but yield (bucket, its flat buffer), new memory each."""
     _check_group("pp", pp_group, len(plan.chunks))
     pp_rank = dist.get_rank(pp_group) if pp_group is not None else 0
     _check(plan, chunks, tp_group, pp_rank)
@@ -201,7 +222,7 @@ def _stream(
     pp_group: Group | None,
     pp_rank: int,
     to_all: bool,
-) -> Iterator[tuple[str, Tensor]]:
+) -> Iterator[tuple[Bucket, Tensor]]:
     device = next(iter(chunks[0].values())).device
     receives = to_all or (pp_rank == 0 and (tp_group is None or dist.get_rank(tp_group) == 0))
     for bucket in plan.buckets:
@@ -217,7 +238,7 @@ def _stream(
         if pp_group is not None and flat is not None:
             _pass_on(flat, bucket.owner, pp_group, pp_rank, to_all)
         if receives and flat is not None:
-            yield from bucket.views(flat)
+            yield bucket, flat
 
 
 def _gather(

@@ -1,0 +1,170 @@
+"""Weights by broadcast into real SGLang servers: equal to the bit, from every layout, whatever happens to a server."""
+
+from __future__ import annotations
+
+import json
+import time
+import urllib.request
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from aiohttp import web
+from faulty_proxy import FaultyProxy
+from ranks import RankError, RankPool
+from served import Served, Servers
+from sync_steps import harm_in_the_middle, one_more_server, plant_a_wrong_byte, push_often
+from tiny_models import tiny_llama, tiny_qwen2
+
+DEADLINE_S = 24.0  # of one update, in the tests that waste a part of it
+ROOM = {"mem_fraction_static": 0.5}  # others on the machine take memory while a server starts
+
+
+@pytest.fixture(scope="session")
+def wide_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Llama of a few buckets a stage, its vocabulary padded by the servers."""
+    return tiny_llama(
+        tmp_path_factory.mktemp("wide") / "model",
+        hidden=256, heads=4, kv_heads=2, head_dim=64, intermediate=704, layers=4, vocab=1003,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def biased_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Qwen2: biases, and an output layer of its own."""
+    return tiny_qwen2(tmp_path_factory.mktemp("biased") / "model", tied=False, vocab=515)
+
+
+def held(server: Served) -> dict[str, str]:
+    """The server's own checksums."""
+    request = urllib.request.Request(
+        f"{server.url}/weights_checker", b'{"action": "checksum"}', {"Content-Type": "application/json"}, method="POST"
+    )
+    with urllib.request.urlopen(request, timeout=60) as answer:
+        return json.load(answer)["ranks"][0]["checksums"]
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize(
+    "layout", [(1, 1, 1), (1, 2, 1), (2, 2, 1), (1, 2, 2)], ids="tp{0[0]} pp{0[1]} dp{0[2]}".format
+)
+def test_every_push_arrives_to_the_bit(layout, ranks: RankPool, servers: Servers, wide_model: Path):
+    tp, pp, dp = layout
+    server = servers.shared("sglang", wide_model, options=ROOM)
+    results = ranks.run(push_often, tp * pp * dp, str(wide_model), [server.url], tp, pp, 3, {})
+    assert all(each == results[0] for each in results), "ranks were told different things"
+    for version, report in enumerate(results[0]):
+        assert report.version == version and report.servers == (server.url,) and report.attempts == 1
+        assert not report.left_out and not report.unproven and report.phases["verify"] > 0
+    assert "join" in results[0][0].phases and "join" not in results[0][1].phases, "groups are formed once"
+
+
+@pytest.mark.timeout(300)
+def test_biases_and_an_output_layer_of_its_own(ranks: RankPool, servers: Servers, biased_model: Path):
+    server = servers.shared("sglang", biased_model, options=ROOM)
+    before = held(server)
+    (reports, _) = ranks.run(push_often, 2, str(biased_model), [server.url], 1, 2, 2, {})
+    assert not reports[-1].unproven
+    after = held(server)
+    assert "lm_head.weight" in after and "model.layers.3.self_attn.qkv_proj.bias" in after
+    assert [name for name in after if after[name] == before[name]] == [], "tensors that no push has changed"
+
+
+@pytest.mark.timeout(300)
+def test_a_wrong_byte_is_found_and_named(ranks: RankPool, servers: Servers, wide_model: Path):
+    server = servers.shared("sglang", wide_model, options=ROOM)
+    with pytest.raises(RankError) as raised:
+        ranks.run(plant_a_wrong_byte, 2, str(wide_model), [server.url])
+    report = str(raised.value)
+    assert report.count("sync.checksums.ChecksumError") == 2, "both ranks stop"
+    assert f"{server.url}, rank 0 of 1: model.layers.2.self_attn.o_proj.weight has checksum" in report
+
+
+class OlderRelease(FaultyProxy):
+    """A release that knows no begin and end of an update: both answer 404, and buckets are taken without them."""
+
+    async def _pass_on(self, request: web.Request, sent: bytes) -> web.StreamResponse:
+        answer = await super()._pass_on(request, sent)
+        if request.path in ("/begin_weight_update", "/end_weight_update"):
+            self.happened[request.path] += 1
+            return web.json_response({"detail": "Not Found"}, status=404)
+        return answer
+
+
+@pytest.mark.timeout(300)
+def test_a_release_without_begin_and_end(ranks: RankPool, servers: Servers, wide_model: Path):
+    proxy = OlderRelease(servers.shared("sglang", wide_model, options=ROOM).url)
+    try:
+        (reports,) = ranks.run(push_often, 1, str(wide_model), [proxy.url], 1, 1, 2, {})
+    finally:
+        proxy.close()
+    assert [report.attempts for report in reports] == [1, 1]
+    assert proxy.happened == {"/begin_weight_update": 2, "/end_weight_update": 2}
+
+
+class SaysNo(FaultyProxy):
+    """Refuses the second bucket of the first update, or answers rubbish to it, and is well again."""
+
+    def __init__(self, target: str, *, rubbish: bool):
+        super().__init__(target)
+        self.buckets, self.rubbish = 0, rubbish
+
+    async def _pass_on(self, request: web.Request, sent: bytes) -> web.StreamResponse:
+        self.buckets += request.path == "/update_weights_from_distributed"
+        if request.path == "/update_weights_from_distributed" and self.buckets == 2:
+            if self.rubbish:
+                return web.Response(body=b"<html>", content_type="application/json")
+            return web.json_response({"success": False, "message": "planted refusal"}, status=400)
+        return await super()._pass_on(request, sent)
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("rubbish", [False, True], ids=["refusal", "rubbish"])
+def test_a_refused_bucket_costs_one_attempt(rubbish, ranks: RankPool, servers: Servers, wide_model: Path):
+    proxy = SaysNo(servers.shared("sglang", wide_model, options=ROOM).url, rubbish=rubbish)
+    start = time.monotonic()
+    try:
+        results = ranks.run(push_often, 2, str(wide_model), [proxy.url], 1, 2, 2, {"deadline_s": DEADLINE_S})
+    finally:
+        proxy.close()
+    assert [report.attempts for report in results[1]] == [2, 1]
+    assert all(report.servers == (proxy.url,) and not report.left_out for report in results[0])
+    assert time.monotonic() - start < DEADLINE_S + 10
+
+
+@pytest.mark.timeout(400)
+@pytest.mark.parametrize("fault", ["kill", "stop"])
+def test_a_server_lost_in_the_middle_of_an_update(
+    fault, ranks: RankPool, servers: Servers, wide_model: Path, tmp_path: Path
+):
+    staying, lost = (servers.own("sglang", wide_model, options=ROOM).begin() for _ in range(2))
+    staying.wait(), lost.wait()
+    marker = tmp_path / "first push is over"
+    with ThreadPoolExecutor(1) as thread:
+        work = thread.submit(
+            ranks.run, harm_in_the_middle, 2, str(wide_model), [staying.url, lost.url], fault, lost.process.pid,
+            str(marker), DEADLINE_S, timeout_s=300,
+        )  # fmt: skip
+        while not marker.exists() and not work.done():
+            time.sleep(0.1)
+        if fault == "kill":
+            lost.kill()
+            lost.begin().wait()
+        else:
+            lost.resume()
+        (seconds, first, second), (_, _, other) = work.result()
+    staying.stop(), lost.stop()
+    assert first.servers == (staying.url,) and list(first.left_out) == [lost.url] and first.attempts == 2
+    assert lost.url in first.left_out[lost.url] and first.left_out[lost.url].startswith("buckets: ")
+    assert seconds < DEADLINE_S
+    assert set(second.servers) == {staying.url, lost.url} and not second.left_out, "it is back"
+    assert other == second
+
+
+@pytest.mark.timeout(300)
+def test_no_server_is_an_error_that_says_what_happened(ranks: RankPool):
+    start = time.monotonic()
+    with pytest.raises(RankError) as raised:
+        ranks.run(one_more_server, 2)
+    assert str(raised.value).count("SyncError: no server took the weights of version 0 within 3 s") == 2
+    assert time.monotonic() - start < 30

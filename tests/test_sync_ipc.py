@@ -1,0 +1,20 @@
+"""Weights by memory that a server opens: on a CPU shared memory stands for the memory of a GPU."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from ranks import RankPool
+from served import Servers
+from sync_steps import push_often
+
+
+@pytest.mark.timeout(300)
+def test_a_real_server_opens_the_trainers_memory(ranks: RankPool, servers: Servers, tiny_model: Path):
+    server = servers.shared("sglang", tiny_model, options={"mem_fraction_static": 0.5})
+    results = ranks.run(push_often, 4, str(tiny_model), [server.url], 2, 2, 2, {}, "ipc")
+    assert all(each == results[0] for each in results)
+    for report in results[0]:
+        assert report.servers == (server.url,) and report.attempts == 1
+        assert not report.left_out and not report.unproven and report.phases["verify"] > 0
