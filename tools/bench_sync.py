@@ -4,9 +4,9 @@
 
 The servers are real ones that hold the same model (`clipo serve`). Ranks of a trainer are started here: they hold the
 model's weights, change them before each update, and send them as a run does. In between, as many plain processes as
-there are members in a sender's group receive the same number of bytes in one broadcast into memory that they have
-already used. An update counts from the call to its return, with groups formed and checksums off; an update with
-checksums is shown beside it.
+there are members in a sender's group receive the same number of bytes in one broadcast, into memory of their own that
+is new, as a server's buckets are, and into memory that they have used before. An update counts from the call to its
+return, with groups formed and checksums off; an update with checksums is shown beside it.
 """
 
 from __future__ import annotations
@@ -70,19 +70,21 @@ def main() -> None:
 def show(figures: dict[str, list[Any]], options: argparse.Namespace) -> None:
     reports = {kind: [ranks[0][0] for ranks in figures[kind]] for kind in ("update", "proven")}
     nbytes = reports["update"][0].nbytes
-    plain = statistics.median(figures["plain"])
+    plain, used = (statistics.median(each) for each in zip(*figures["plain"], strict=True))
     facts: dict[str, Any] = {
         "pp": options.pp,
         "servers": len(options.servers),
         "bucket_mb": options.bucket_mb,
         "bytes": nbytes,
         "plain_s": plain,
+        "plain_used_memory_s": used,
         "plain_all_s": figures["plain"],
     }
     print(
         f"{nbytes / 1e6:.0f} MB, {options.pp} senders, {len(options.servers)} servers, {options.bucket_mb} MiB a bucket"
     )
     print(f"plain broadcast     {plain:6.3f} s  {nbytes / plain / 1e6:6.0f} MB/s")
+    print(f"  into used memory  {used:6.3f} s  {nbytes / used / 1e6:6.0f} MB/s")
     for kind, words in (("update", "update"), ("proven", "with checksums")):
         seconds = statistics.median(report.seconds for report in reports[kind])
         phases = {
@@ -153,17 +155,20 @@ def serve(pipe: Connection, port: int, rank: int, world: int, function: Any, arg
 
 
 def plain_rank(nbytes: int) -> Any:
-    """Receives, or sends, all bytes at once; seconds until everybody has them."""
-    data = torch.ones(nbytes, dtype=torch.uint8)
-    dist.broadcast(data, src=0)
+    """Receives, or sends, all bytes at once; seconds until everybody has them, in new memory and in used memory."""
+    used = torch.ones(nbytes, dtype=torch.uint8)
     answer = None
     while True:
         yield answer
-        dist.barrier()
-        start = time.perf_counter()
-        dist.broadcast(data, src=0)
-        dist.barrier()
-        answer = time.perf_counter() - start
+        answer = []
+        for again in (False, True):
+            dist.barrier()
+            start = time.perf_counter()
+            data = used if again or dist.get_rank() == 0 else torch.empty(nbytes, dtype=torch.uint8)
+            dist.broadcast(data, src=0)
+            dist.barrier()
+            answer.append(time.perf_counter() - start)
+            del data
 
 
 def trainer_rank(model: str, urls: list[str], bucket_mb: int) -> Any:
