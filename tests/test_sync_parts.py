@@ -17,7 +17,7 @@ from tiny_models import tiny_llama, tiny_qwen2
 
 from clipo_megatron.rollout.engine import Memory
 from clipo_megatron.rollout.server import Fault, RankChecksums, ServerError, ServerState
-from clipo_megatron.sync.checksums import ChecksumError, Sums, compare, digest, tile_hash
+from clipo_megatron.sync.checksums import ChecksumError, Kind, Sums, compare, digest, tile_hash
 from clipo_megatron.sync.colocation import Colocation, WrongTurn
 from clipo_megatron.sync.members import Attempt, Limits, Member, UpdateFailed
 from clipo_megatron.sync.shard import send_order
@@ -99,12 +99,12 @@ def test_digest_of_parts_is_that_of_the_whole():
     assert digest([tensor[:, 10:20]]) == expected == digest([tensor[:7, 10:20], tensor[7:, 10:20].contiguous()])
 
 
-def sums_of(folder: Path, sizes: list[int]) -> tuple[Sums, dict[str, torch.Tensor]]:
+def sums_of(folder: Path, sizes: list[int], kind: Kind = "plain") -> tuple[Sums, dict[str, torch.Tensor]]:
     """Of a folder's own tensors in fp32, all in one bucket."""
     spec = model_spec(read_config(folder))
     weights = load_file(folder / "model.safetensors")
     bucket = Bucket(0, 0, tuple(each for each in entries(spec, even_stages(spec.num_layers, 1)[0]) if not each.copy))
-    sums = Sums(spec, sizes)
+    sums = Sums(spec, sizes, kind)
     sums.add(bucket, torch.cat([weights[tensor.name].flatten() for tensor in bucket.tensors]))
     return sums, weights
 
@@ -135,6 +135,18 @@ def test_what_ranks_of_a_server_hold(tmp_path: Path):
         == sha(weights["model.norm.weight"])
         == sums.held[0, 1]["model.norm.weight"]
     )
+
+
+def test_the_mlp_is_padded_on_a_cpu(tmp_path: Path):
+    sums, weights = sums_of(tiny_llama(tmp_path / "model"), [1, 2], "sglang on a cpu")
+    gate, up, down = (weights[f"model.layers.0.mlp.{x}_proj.weight"] for x in ("gate", "up", "down"))
+    zeros = torch.zeros(16, 64)
+    # 112 inner features become 128
+    assert sums.held[0, 1]["model.layers.0.mlp.gate_up_proj.weight"] == sha(gate, zeros, up, zeros)
+    assert sums.held[1, 2]["model.layers.0.mlp.gate_up_proj.weight"] == sha(gate[64:], zeros, up[64:], zeros)
+    padded = torch.cat((down, torch.zeros(64, 16)), dim=1)
+    assert sums.held[0, 1]["model.layers.0.mlp.down_proj.weight"] == sha(padded)
+    assert sums.held[1, 2]["model.layers.0.mlp.down_proj.weight"] == sha(padded[:, 64:])
 
 
 def test_comparison(tmp_path: Path):

@@ -114,11 +114,7 @@ class BroadcastSync(ServedSync):
 
     def _send(self, order: Order) -> Sums | None:
         """This stage's part; on ranks other than the sender, to help it gather."""
-        sums = (
-            Sums(self.shard.spec, order.tp_sizes, on_gpu=order.on_gpu)
-            if order.verify and self.shard.is_sender
-            else None
-        )
+        sums = Sums(self.shard.spec, order.tp_sizes, order.kind) if order.verify and self.shard.is_sender else None
         memory, self._memory = self._memory, []  # what a failure leaves in flight is not used again
         lane = _Lane(self._group, self._bell, self.plan, self.shard, memory)
         going = False

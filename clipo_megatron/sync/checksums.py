@@ -4,18 +4,24 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from clipo_megatron.rollout.server import RankChecksums
 from clipo_megatron.weights.export import Bucket
-from clipo_megatron.weights.served import ServedTensor, served_tensors
+from clipo_megatron.weights.served import CPU_MLP_MULTIPLE, ServedTensor, served_tensors
 from clipo_megatron.weights.spec import ModelSpec
 
 _SLICE_BYTES = 8 * 2**20  # of a tensor that is not contiguous, copied at once
 
+# SGLang on a GPU has a hash of its own (`tile_hash`), on a CPU it pads the MLP; all else is `digest` of what it is.
+Kind = Literal["sglang on a gpu", "sglang on a cpu", "plain"]
 Place = tuple[int, int]  # a server's rank and how many it has
+
+
+_EMPTY = hashlib.sha256().hexdigest()[:16]
 
 
 class ChecksumError(RuntimeError):
@@ -28,16 +34,16 @@ class Sums:
     Args:
         spec: of the model.
         sizes: numbers of ranks that the servers have.
-        on_gpu: whether the servers hash on GPUs (`tile_hash`) or on CPUs (`digest`).
+        kind: of the servers.
     """
 
-    def __init__(self, spec: ModelSpec, sizes: Iterable[int], *, on_gpu: bool = False):
+    def __init__(self, spec: ModelSpec, sizes: Iterable[int], kind: Kind = "plain"):
         self.sizes = tuple(sizes)
         self.held: dict[Place, dict[str, str]] = {(rank, size): {} for size in self.sizes for rank in range(size)}
         self.optional: set[str] = set()
-        self._hash = tile_hash if on_gpu else digest
+        self._hash = tile_hash if kind == "sglang on a gpu" else digest
         self._by_source: dict[str, list[ServedTensor]] = {}
-        for tensor in served_tensors(spec):
+        for tensor in served_tensors(spec, mlp_multiple=CPU_MLP_MULTIPLE if kind == "sglang on a cpu" else 1):
             self._by_source.setdefault(tensor.sources[0], []).append(tensor)
             if tensor.optional:
                 self.optional.add(tensor.name)
@@ -88,6 +94,8 @@ def compare(url: str, ranks: Sequence[RankChecksums], sums: Sums) -> list[str]:
         for name, value in sorted(rank.checksums.items()):
             if name not in mine:
                 unproven.append(f"{name} of {url}: the trainer does not know what it is made of")
+            elif value == _EMPTY != mine[name]:
+                unproven.append(f"{name} of {url}: the server holds it in another form, and its checksum is of nothing")
             elif value != mine[name]:
                 wrong.append(
                     f"{url}, rank {rank.tp_rank} of {rank.tp_size}: {name} has checksum {value}, "

@@ -71,7 +71,7 @@ class DiskSync(ServedSync):
 
         def hash_own() -> None:
             if order.verify and self.shard.takes_part:
-                sums[0] = Sums(self.shard.spec, order.tp_sizes, on_gpu=order.on_gpu)
+                sums[0] = Sums(self.shard.spec, order.tp_sizes, order.kind)
                 for bucket, flat in self.shard.own_buckets(self.plan, self._buffer):
                     sums[0].add(bucket, flat)
             self._memory = None

@@ -47,7 +47,7 @@ class IpcSync(ServedSync):
     def _transfer(self, order: Order, attempt: Attempt | None) -> Sums | None:
         sums = None
         if order.verify and self.shard.takes_part:
-            sums = Sums(self.shard.spec, order.tp_sizes, on_gpu=order.on_gpu)
+            sums = Sums(self.shard.spec, order.tp_sizes, order.kind)
 
         async def begin(attempt: Attempt) -> None:
             await attempt.each("pause", lambda each: each.server.pause(self.in_flight, deadline_s=attempt.deadline()))

@@ -6,7 +6,7 @@ import logging
 import time
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
@@ -18,7 +18,7 @@ from clipo_megatron.config.schema import SyncConfig
 from clipo_megatron.device import SharedGroupError, platform
 from clipo_megatron.rollout.engine import EngineError, InFlight
 from clipo_megatron.rollout.server import Fault, RankChecksums, ServerError
-from clipo_megatron.sync.checksums import ChecksumError, Sums, compare
+from clipo_megatron.sync.checksums import ChecksumError, Kind, Sums, compare
 from clipo_megatron.sync.members import Attempt, Limits, Member, Servers, UpdateFailed
 from clipo_megatron.sync.shard import Shard
 
@@ -71,7 +71,7 @@ class Order:
     ranks: int  # of all servers together
     regroup: bool  # whether the servers are not those of the last update
     verify: bool
-    on_gpu: bool  # how the servers compute checksums
+    kind: Kind  # how the servers compute checksums
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,6 +195,9 @@ class ServedSync(ABC):
             self.servers.admit(report.servers, version)
         return report
 
+    def make_room(self) -> None:  # noqa: B027
+        """Nothing to do: the servers have GPUs of their own."""
+
     def close(self) -> None:
         """Free what the updates hold. Idempotent."""
         self._thread.shutdown(wait=False, cancel_futures=True)
@@ -236,7 +239,7 @@ class ServedSync(ABC):
             ranks=sum(member.state.tp for member in members),
             regroup=self._formed is None or self._formed != self._signature(self._members),
             verify=every > 0 and self._updates % every == 0,
-            on_gpu=platform().has_gpu and all(member.state.engine.startswith("SGLang") for member in members),
+            kind=_kind(members),
         )
 
     def _signature(self, members: tuple[Member, ...]) -> tuple[Any, ...]:
@@ -388,6 +391,13 @@ class ServedSync(ABC):
         everyone: list[Any] | None = [None] * dist.get_world_size() if self.shard.is_coordinator else None
         dist.gather_object(mine, everyone, dst=0)
         return everyone or []
+
+
+def _kind(members: Sequence[Member]) -> Kind:
+    """Servers and trainer compute on the same kind of device, and all servers run the same engine."""
+    if not all(member.state.engine.startswith("SGLang") for member in members):
+        return "plain"
+    return "sglang on a gpu" if platform().has_gpu else "sglang on a cpu"
 
 
 async def _checksums(attempt: Attempt, member: Member) -> list[RankChecksums] | None:

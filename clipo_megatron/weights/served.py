@@ -11,12 +11,16 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
+import torch
 from torch import Tensor
+from torch.nn import functional
 
 from clipo_megatron.weights.errors import UnsupportedModel
 from clipo_megatron.weights.spec import ModelSpec
 
 VOCABULARY_MULTIPLE = 64  # rows to which both engines pad an embedding
+CPU_FFN_MULTIPLE = 32  # of a rank's share of a feed-forward layer, to which SGLang pads it on a CPU
+CPU_MLP_MULTIPLE = 32  # rows a rank to which SGLang pads the MLP on a CPU, where its kernels want that
 
 # (tensors, rank, size) -> parts that make up one rank's tensor when they are laid end to end
 Cut = Callable[[Sequence[Tensor], int, int], list[Tensor]]
@@ -31,10 +35,15 @@ class ServedTensor:
     cut: Cut
     replicated: bool = False  # every rank holds the same
     optional: bool = False  # some servers have it, some do not
+    cut_on_cpu: Cut | None = None  # where servers on a CPU may hold it in another way
 
 
-def served_tensors(spec: ModelSpec) -> list[ServedTensor]:
+def served_tensors(spec: ModelSpec, *, mlp_multiple: int = 1) -> list[ServedTensor]:
     """Everything that a server of this model holds.
+
+    Args:
+        spec: of the model.
+        mlp_multiple: inner features of the MLP that each rank's share is padded to a multiple of, with zeros.
 
     Raises:
         UnsupportedModel: nobody has declared how servers hold this family.
@@ -49,22 +58,22 @@ def served_tensors(spec: ModelSpec) -> list[ServedTensor]:
         ServedTensor("model.norm.weight", ("model.norm.weight",), _whole, replicated=True),
     ]
     for layer in range(spec.num_layers):
-        tensors += _layer(spec, f"model.layers.{layer}.")
+        tensors += _layer(spec, f"model.layers.{layer}.", mlp_multiple)
     return tensors
 
 
-def _layer(spec: ModelSpec, at: str) -> list[ServedTensor]:
+def _layer(spec: ModelSpec, at: str, mlp_multiple: int) -> list[ServedTensor]:
     qkv = partial(_query_key_value, spec.num_kv_heads)
 
-    def fused(name: str, parts: Sequence[str], kind: str, cut: Cut) -> ServedTensor:
-        return ServedTensor(f"{at}{name}.{kind}", tuple(f"{at}{part}.{kind}" for part in parts), cut)
+    def fused(name: str, parts: Sequence[str], kind: str, cut: Cut, on_cpu: Cut | None = None) -> ServedTensor:
+        return ServedTensor(f"{at}{name}.{kind}", tuple(f"{at}{part}.{kind}" for part in parts), cut, cut_on_cpu=on_cpu)
 
     projections = [f"self_attn.{x}_proj" for x in "qkv"]
     tensors = [
         fused("self_attn.qkv_proj", projections, "weight", qkv),
-        fused("self_attn.o_proj", ["self_attn.o_proj"], "weight", _columns),
-        fused("mlp.gate_up_proj", ["mlp.gate_proj", "mlp.up_proj"], "weight", _rows),
-        fused("mlp.down_proj", ["mlp.down_proj"], "weight", _columns),
+        fused("self_attn.o_proj", ["self_attn.o_proj"], "weight", partial(_columns, 1)),
+        fused("mlp.gate_up_proj", ["mlp.gate_proj", "mlp.up_proj"], "weight", partial(_rows, mlp_multiple)),
+        fused("mlp.down_proj", ["mlp.down_proj"], "weight", partial(_columns, mlp_multiple)),
     ]
     if spec.qkv_bias:
         tensors.append(fused("self_attn.qkv_proj", projections, "bias", qkv))
@@ -78,14 +87,37 @@ def _whole(tensors: Sequence[Tensor], rank: int, size: int) -> list[Tensor]:
     return list(tensors)
 
 
-def _rows(tensors: Sequence[Tensor], rank: int, size: int) -> list[Tensor]:
-    return [_slice(tensor, rank, size) for tensor in tensors]
+def _rows(multiple: int, tensors: Sequence[Tensor], rank: int, size: int) -> list[Tensor]:
+    parts: list[Tensor] = []
+    for tensor in tensors:
+        held, start, stop = _share(tensor.shape[0], multiple, rank, size)
+        parts.append(tensor[start:stop])
+        if stop - start < held:
+            parts.append(tensor.new_zeros(held - (stop - start), *tensor.shape[1:]))
+    return parts
 
 
-def _columns(tensors: Sequence[Tensor], rank: int, size: int) -> list[Tensor]:
+def _columns(multiple: int, tensors: Sequence[Tensor], rank: int, size: int) -> list[Tensor]:
     (tensor,) = tensors
-    width = tensor.shape[1] // size
-    return [tensor[:, rank * width : (rank + 1) * width]]
+    held, start, stop = _share(tensor.shape[1], multiple, rank, size)
+    part = tensor[:, start:stop]
+    return [part if stop - start == held else torch.nn.functional.pad(part, (0, held - (stop - start)))]
+
+
+def _share(features: int, multiple: int, rank: int, size: int) -> tuple[int, int, int]:
+    """How many features a rank holds, padding included, and which of them are real: from, to."""
+    held = -(-features // (multiple * size)) * multiple
+    start = min(rank * held, features)
+    return held, start, min(start + held, features)
+
+
+def _padded(cut: Cut, dim: int, tensors: Sequence[Tensor], rank: int, size: int) -> list[Tensor]:
+    """Cut with zeros at the end; nothing where there is no need for any."""
+    missing = -tensors[0].shape[dim] % (CPU_FFN_MULTIPLE * size)
+    if not missing:
+        return []
+    padding = (0, missing) if dim == 1 else (0, 0, 0, missing)
+    return cut([functional.pad(tensor, padding) for tensor in tensors], rank, size)
 
 
 def _query_key_value(kv_heads: int, tensors: Sequence[Tensor], rank: int, size: int) -> list[Tensor]:
