@@ -5,19 +5,25 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import torch
+import torch.distributed as dist
+
 from clipo_megatron.config.schema import EngineKind, RunConfig, Transport, Unfinished
 from clipo_megatron.device import platform
 from clipo_megatron.policy.actor import PolicyActor
 from clipo_megatron.policy.layout import Layout
 from clipo_megatron.policy.model import TORCH_DTYPE
-from clipo_megatron.rollout.engine import Engine, InFlight
+from clipo_megatron.rollout.engine import Engine, InFlight, Memory
 from clipo_megatron.rollout.local import LocalEngine
 from clipo_megatron.rollout.pool import ServerPool
 from clipo_megatron.sync.broadcast import BroadcastSync
+from clipo_megatron.sync.colocation import ColocatedSync
+from clipo_megatron.sync.disk import DiskSync
 from clipo_megatron.sync.in_process import InProcessSync
+from clipo_megatron.sync.ipc import IpcSync
 from clipo_megatron.sync.shard import Shard
 
-WeightSync = InProcessSync | BroadcastSync
+WeightSync = InProcessSync | BroadcastSync | DiskSync | IpcSync | ColocatedSync
 
 
 def askers(config: RunConfig, layout: Layout) -> list[int]:
@@ -30,7 +36,8 @@ def askers(config: RunConfig, layout: Layout) -> list[int]:
 def build_engine(config: RunConfig, layout: Layout, tokenizer: Any) -> Engine | None:
     """This rank's engine; None on ranks that ask for nothing.
 
-    With servers, it is a pool that has found `rollout.servers` of them.
+    With servers, it is a pool that has found `rollout.servers` of them. Colocated ones have then given their memory
+    back, so that the policy can be built; collective in that case.
 
     Raises:
         EngineError: the model cannot be used, or the servers did not come in time.
@@ -42,16 +49,20 @@ def build_engine(config: RunConfig, layout: Layout, tokenizer: Any) -> Engine | 
             device=platform().device,
             batch_size=config.rollout.batch_size,
         )
-    if layout.rank not in askers(config, layout):
-        return None
-    pool = ServerPool.from_config(config, lambda ids: tokenizer.decode(ids, skip_special_tokens=True))
-    pool.join(len(config.rollout.endpoints) or config.rollout.servers)
+    pool = None
+    if layout.rank in askers(config, layout):
+        pool = ServerPool.from_config(config, lambda ids: tokenizer.decode(ids, skip_special_tokens=True))
+        pool.join(len(config.rollout.endpoints) or config.rollout.servers)
+    if config.rollout.colocated:
+        if layout.rank == 0:
+            pool.release_memory(Memory.kv_cache, Memory.weights)
+        dist.all_reduce(torch.zeros(1))  # nobody builds anything before there is room
     return pool
 
 
 def build_sync(config: RunConfig, actor: PolicyActor, engine: Engine | None) -> WeightSync:
     """How this rank takes part in giving the policy's weights to the engine."""
-    if isinstance(engine, LocalEngine):
+    if config.rollout.engine is EngineKind.local:
         return InProcessSync(actor, engine)
     rollout = config.rollout
     default = Transport.broadcast if rollout.engine is EngineKind.sglang else Transport.disk
@@ -63,5 +74,8 @@ def build_sync(config: RunConfig, actor: PolicyActor, engine: Engine | None) -> 
     if transport is Transport.disk:
         options["model"] = Path(config.model.path)
         options["folder"] = Path(rollout.sync.folder or Path(config.train.output) / "weights")
-    kind = {Transport.broadcast: BroadcastSync}[transport]
-    return kind(Shard.of(actor), engine, rollout.sync, **options)
+    if transport is Transport.ipc:
+        options["pp_group"] = actor.layout.pp_group if actor.layout.pp > 1 else None
+    kind = {Transport.broadcast: BroadcastSync, Transport.disk: DiskSync, Transport.ipc: IpcSync}[transport]
+    sync = kind(Shard.of(actor), engine, rollout.sync, **options)
+    return ColocatedSync(sync, actor, engine) if rollout.colocated else sync

@@ -76,12 +76,12 @@ class Run:
             stop_ids=stop_ids(Path(config.model.path), tokenizer),
             seed=config.train.seed,
         )
+        self.askers = askers(config, self.layout)
+        self.engine = build_engine(config, self.layout, tokenizer)
         self.graders = GraderPool(config.reward)
         self.algorithm: Algorithm = build_algorithm(config)
         updates = config.train.steps * config.algorithm.epochs * config.algorithm.mini_batches
         self.actor = PolicyActor(config, self.layout, needs=self.algorithm.needs, total_steps=updates)
-        self.askers = askers(config, self.layout)
-        self.engine = build_engine(config, self.layout, tokenizer)
         self.sync = build_sync(config, self.actor, self.engine)
         self.version = -1  # of the weights that the engine has
         self.collector = Collector(
@@ -145,7 +145,7 @@ class Run:
         """
         finished = step >= self.config.train.steps
         if not self.checkpoints.has(step):
-            self.checkpoints.save(step)
+            self.save(step)
         if finished and not self._evaluated(step):
             self.evaluate(step)
         self.reporter.close(step)
@@ -201,6 +201,13 @@ class Run:
         self.version = version
         report = self.sync.push(version)
         return report.metrics if report else {}
+
+    def save(self, step: int) -> None:
+        """Write a checkpoint; collective. Colocated servers step aside for it, and get their weights again."""
+        self.sync.make_room()
+        self.checkpoints.save(step)
+        if self.config.rollout.colocated:
+            self.push(self.version)
 
     def recover(self) -> None:
         """Give engines that came back the current weights; collective."""

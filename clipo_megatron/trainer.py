@@ -31,7 +31,7 @@ class Trainer:
             run.reporter.step(report)
             self.step += 1
             if is_due(run.config.checkpoint.every, self.step):
-                run.checkpoints.save(self.step)
+                run.save(self.step)
             if is_due(run.config.eval.every, self.step):
                 run.evaluate(self.step)
         run.after_training(self.step)
@@ -43,6 +43,7 @@ class Trainer:
 
         with watch("generate"):
             scored, metrics = run.collector.collect(self.step)
+            run.sync.make_room()  # colocated servers hand their memory over
         with watch("exchange"):
             table, samples = build_table(scored, step=self.step)
             mini_batches = self.batcher.mini_batches_of(samples, table)

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from enum import Enum
+from typing import Any, Protocol
 
-from clipo_megatron.rollout.engine import Engine, Memory
+import torch
+import torch.distributed as dist
+
+from clipo_megatron.rollout.engine import Engine, EngineError, Memory
 
 
 class Turn(str, Enum):
@@ -23,12 +28,11 @@ class Colocation:
     """Moves the memory of an engine that shares its GPUs: generate -> train -> update -> generate.
 
     Weights and cache are released before training; weights are restored, undefined, before they are pushed, and the
-    cache after that. A new run starts with servers that have everything; they are asked for room first, because the
-    trainer's first push comes before the first rollout.
+    cache after that. A run whose servers gave their memory back before the policy was built begins with `Turn.train`.
     """
 
-    def __init__(self, engine: Engine):
-        self.engine, self.turn = engine, Turn.generate
+    def __init__(self, engine: Engine, turn: Turn = Turn.generate):
+        self.engine, self.turn = engine, turn
 
     def before_training(self) -> None:
         """Nothing is in flight; the servers give back what they can."""
@@ -59,3 +63,73 @@ class Colocation:
                 f"{asked} was called while the servers' memory is in turn '{self.turn.value}'; "
                 f"{following[self.turn]} comes next"
             )
+
+
+class Trainee(Protocol):
+    """Whoever trains on the shared GPUs: a `PolicyActor`."""
+
+    def release_memory(self) -> None:
+        """Free what only training needs; the weights stay."""
+        ...
+
+    def restore_memory(self) -> None:
+        """Take it again."""
+        ...
+
+
+class ColocatedSync:
+    """A weight sync whose servers share their GPUs with the trainer: `make_room` before training, `push` after it.
+
+    All methods are collective. The coordinator (global rank 0) moves the servers' memory, every rank its own, and
+    nobody goes on before the memory is there. The servers must have given theirs back before this is made.
+
+    Args:
+        sync: what brings the weights over.
+        trainee: this rank's actor; it has its memory now.
+        engine: the coordinator's pool of servers.
+    """
+
+    def __init__(self, sync: Any, trainee: Trainee, engine: Engine | None):
+        self.sync, self.trainee = sync, trainee
+        self._turns = Colocation(engine, Turn.train) if dist.get_rank() == 0 else None
+        self._training = True  # whose turn it is, known to every rank
+
+    def make_room(self) -> None:
+        """The servers give their memory to the trainer; nothing is generated any more. Idempotent."""
+        if not self._training:
+            self._coordinate(lambda turns: turns.before_training())
+            self.trainee.restore_memory()
+            self._training = True
+
+    def push(self, version: int) -> Any:
+        """The trainer gives memory back, the servers get weights, and then room for their cache."""
+        if self._training:
+            self.trainee.release_memory()
+        else:  # servers that came back in the middle of a generation; they hold memory, the trainer does not
+            self._coordinate(lambda turns: turns.before_training())
+        self._training = False
+        self._coordinate(lambda turns: turns.before_push())
+        report = self.sync.push(version)
+        self._coordinate(lambda turns: turns.after_push())
+        return report
+
+    def close(self) -> None:
+        """As the sync's. Idempotent."""
+        self.sync.close()
+
+    def _coordinate(self, action: Callable[[Colocation], None]) -> None:
+        """Meet, let the coordinator act, and learn whether it could.
+
+        Raises:
+            EngineError: it could not; on every rank.
+        """
+        dist.all_reduce(torch.zeros(1))  # on the CPU: everybody has arrived
+        words: list[str] = [""]
+        if self._turns is not None:
+            try:
+                action(self._turns)
+            except (EngineError, WrongTurn) as error:
+                words[0] = str(error)
+        dist.broadcast_object_list(words, src=0)
+        if words[0]:
+            raise EngineError(f"the servers' memory could not be moved: {words[0]}")

@@ -28,5 +28,8 @@ class InProcessSync:
         """Give the engine the newest weights. After it returns, only these generate."""
         self.engine.load_weights(self.source.export(), version=version)
 
+    def make_room(self) -> None:
+        """Nothing to do: engine and policy both fit."""
+
     def close(self) -> None:
         """Nothing to free."""
