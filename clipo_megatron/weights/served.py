@@ -13,13 +13,11 @@ from functools import partial
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from clipo_megatron.weights.errors import UnsupportedModel
 from clipo_megatron.weights.spec import ModelSpec
 
 VOCABULARY_MULTIPLE = 64  # rows to which both engines pad an embedding
-CPU_FFN_MULTIPLE = 32  # of a rank's share of a feed-forward layer, to which SGLang pads it on a CPU
 CPU_MLP_MULTIPLE = 32  # rows a rank to which SGLang pads the MLP on a CPU, where its kernels want that
 
 # (tensors, rank, size) -> parts that make up one rank's tensor when they are laid end to end
@@ -35,7 +33,6 @@ class ServedTensor:
     cut: Cut
     replicated: bool = False  # every rank holds the same
     optional: bool = False  # some servers have it, some do not
-    cut_on_cpu: Cut | None = None  # where servers on a CPU may hold it in another way
 
 
 def served_tensors(spec: ModelSpec, *, mlp_multiple: int = 1) -> list[ServedTensor]:
@@ -65,8 +62,8 @@ def served_tensors(spec: ModelSpec, *, mlp_multiple: int = 1) -> list[ServedTens
 def _layer(spec: ModelSpec, at: str, mlp_multiple: int) -> list[ServedTensor]:
     qkv = partial(_query_key_value, spec.num_kv_heads)
 
-    def fused(name: str, parts: Sequence[str], kind: str, cut: Cut, on_cpu: Cut | None = None) -> ServedTensor:
-        return ServedTensor(f"{at}{name}.{kind}", tuple(f"{at}{part}.{kind}" for part in parts), cut, cut_on_cpu=on_cpu)
+    def fused(name: str, parts: Sequence[str], kind: str, cut: Cut) -> ServedTensor:
+        return ServedTensor(f"{at}{name}.{kind}", tuple(f"{at}{part}.{kind}" for part in parts), cut)
 
     projections = [f"self_attn.{x}_proj" for x in "qkv"]
     tensors = [
@@ -109,15 +106,6 @@ def _share(features: int, multiple: int, rank: int, size: int) -> tuple[int, int
     held = -(-features // (multiple * size)) * multiple
     start = min(rank * held, features)
     return held, start, min(start + held, features)
-
-
-def _padded(cut: Cut, dim: int, tensors: Sequence[Tensor], rank: int, size: int) -> list[Tensor]:
-    """Cut with zeros at the end; nothing where there is no need for any."""
-    missing = -tensors[0].shape[dim] % (CPU_FFN_MULTIPLE * size)
-    if not missing:
-        return []
-    padding = (0, missing) if dim == 1 else (0, 0, 0, missing)
-    return cut([functional.pad(tensor, padding) for tensor in tensors], rank, size)
 
 
 def _query_key_value(kv_heads: int, tensors: Sequence[Tensor], rank: int, size: int) -> list[Tensor]:
