@@ -136,7 +136,15 @@ class Collector:
             "rollout/carried_prompts": float(sum(self._carried_by)),
             "rollout/mixed_groups": sum(teaches for _, teaches in finished) / len(finished),
             "rollout/recoveries": float(tally.recoveries),
+            **self._engine_counts(),
         }
+
+    def _engine_counts(self) -> dict[str, float]:
+        """What the engines counted in this step, added up over the ranks that ask; collective."""
+        mine = self.engine.take_statistics() if self._rank in self.askers else {}
+        everybody: list[dict[str, float]] = [mine] * dist.get_world_size()
+        dist.all_gather_object(everybody, mine)
+        return {name: sum(each.get(name, 0.0) for each in everybody) for name in sorted(set().union(*everybody))}
 
     def _draw(self, missing: int) -> list[Request]:
         """Draw what over-sampling asks for beyond what is carried already; this rank's part of it."""

@@ -138,6 +138,10 @@ class Engine(Protocol):
         """Take the memory again; its contents are undefined until loaded. Idempotent."""
         ...
 
+    def take_statistics(self) -> dict[str, float]:
+        """Counts of what happened since the last call, for the step's report; those of several engines add up."""
+        ...
+
     def health(self) -> None:
         """Return when the engine can serve.
 

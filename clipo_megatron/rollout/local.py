@@ -89,6 +89,10 @@ class LocalEngine:
     def restore_memory(self, *what: Memory) -> None:
         """Nothing to do."""
 
+    def take_statistics(self) -> dict[str, float]:
+        """There is nothing to tell: it neither retries nor waits."""
+        return {}
+
     def close(self) -> None:
         """Free model and tokenizer. Idempotent."""
         self._model = self._tokenizer = None
