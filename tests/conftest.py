@@ -37,8 +37,8 @@ def servers() -> Iterator[Servers]:
 
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny random Llama that servers of several modules share; not to be written to."""
-    return tiny_llama(tmp_path_factory.mktemp("tiny") / "model", tied=False)
+    """A tiny random Llama that servers share, with heads that vLLM can compute on a CPU; not to be written to."""
+    return tiny_llama(tmp_path_factory.mktemp("tiny") / "model", tied=False, head_dim=32)
 
 
 @pytest.fixture(scope="session")

@@ -42,7 +42,7 @@ def make(request, servers, tiny_model) -> Iterator[Callable[[], Engine]]:
                 ServerPool(
                     EngineKind(request.param),
                     decode=lambda ids: tokenizer.decode(ids, skip_special_tokens=True),
-                    config=PoolConfig(request_deadline_s=120, backoff_s=0.1),
+                    config=PoolConfig(request_deadline_s=120, backoff_s=0.1, join_deadline_s=30),
                     endpoints=[servers.shared(request.param, tiny_model, DType.fp32).url],
                     model=tiny_model,
                 )

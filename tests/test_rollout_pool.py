@@ -28,7 +28,9 @@ pytestmark = pytest.mark.timeout(300)
 
 PARAMS = SamplingParams(samples=3, max_new_tokens=8, stop_ids=(EOS,))
 LONG = dataclasses.replace(PARAMS, samples=2, max_new_tokens=1000, stop_ids=())
-QUICK = PoolConfig(concurrency=8, request_deadline_s=60, attempts=4, backoff_s=0.05, affinity_slack=2)
+QUICK = PoolConfig(
+    concurrency=8, request_deadline_s=60, attempts=4, backoff_s=0.05, affinity_slack=2, join_deadline_s=30
+)
 
 
 @pytest.fixture(scope="module")

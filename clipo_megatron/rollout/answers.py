@@ -107,9 +107,8 @@ def settled(rollout: Rollout, params: SamplingParams) -> Rollout | None:
 def joined(begun: Rollout | None, piece: Piece, sample: int, decode: Decode | None) -> Rollout | None:
     """The rollout of a sample after one more piece; None if there is not one token.
 
-    The engine's text is taken for a response of one piece that ended by itself. What was cut, or goes on from tokens
-    of before, is decoded as a whole: the bytes of one character may stand in two tokens, and engines differ in what
-    they make of a half.
+    Its text is decoded from all its tokens. Engines decode as they go, and lose or add bytes that are no character;
+    theirs is taken only where there is no `decode`.
 
     Raises:
         BadAnswer: its versions are older than those of the tokens before.
@@ -123,8 +122,7 @@ def joined(begun: Rollout | None, piece: Piece, sample: int, decode: Decode | No
         tokens = torch.cat((begun.tokens, tokens))
         logprobs = torch.cat((begun.logprobs, logprobs))
         versions = torch.cat((begun.versions, versions))
-    whole = begun is None and piece.finish == "stop"
-    text = piece.text if whole or decode is None else decode(tokens.tolist())
+    text = piece.text if decode is None else decode(tokens.tolist())
     return Rollout(tokens, logprobs, text, piece.finish, versions, sample)
 
 

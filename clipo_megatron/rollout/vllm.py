@@ -50,7 +50,7 @@ class VLLMServer:
     Args:
         url: of the server.
         api_key_env: environment variable with its key.
-        decode: token ids to text, for responses of several pieces; None: the text of the last piece.
+        decode: token ids to text without special tokens; None: the engine's text, of the last piece.
     """
 
     keeps_unfinished = True
