@@ -129,6 +129,7 @@ def _sglang(config: RunConfig, place: Place, python: Path, key: str | None, scra
             "sampling_backend": "pytorch",
             "disable_overlap_schedule": True,
             "sleep_on_idle": True,  # else it polls with a whole core
+            "skip_server_warmup": True,  # the supervisor's first question is one
             "mem_fraction_static": 0.1,
             "max_total_tokens": CPU_CACHE_TOKENS,
         }

@@ -1,4 +1,4 @@
-"""One server's processes: started together, watched through their leader, killed together."""
+"""One server's processes: started together, watched through their leader, killed together, and never orphaned."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ import contextlib
 import os
 import signal
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from clipo_megatron.launch import dies_with_this_process
 from clipo_megatron.serving.commands import ServerCommand
 
 REDACTED = "<redacted>"
@@ -19,9 +19,17 @@ TAIL_LINES = 25
 _GONE_S = 10.0  # that killed processes may take to be gone
 _TAIL_BYTES = 64_000
 
+# What the guard of a server runs: it hears nothing until this process is gone, or says that it has ended the group. The
+# kernel's own tie to a parent holds the leader alone, and not every engine's other processes follow that.
+_GUARD = """
+import os, signal, sys
+if not sys.stdin.buffer.read(1):
+    os.killpg(int(sys.argv[1]), signal.SIGKILL)
+"""
+
 
 class ServerProcess:
-    """A running server. Start it from a thread that lives as long as it shall: the kernel ends it with that thread.
+    """A running server. It ends with this process, however that ends.
 
     Args:
         command: what to start.
@@ -46,7 +54,13 @@ class ServerProcess:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             process_group=0,  # all that it starts can be killed with it
-            preexec_fn=dies_with_this_process(),
+        )
+        self._guard = subprocess.Popen(
+            [sys.executable, "-I", "-S", "-c", _GUARD, str(self.pid)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
         )
         self._copier = threading.Thread(
             target=_copy, args=(self._process.stdout, log, [word.encode() for word in secrets if word]), daemon=True
@@ -98,6 +112,8 @@ class ServerProcess:
             time.sleep(0.02)
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(timeout=1.0)
+        with contextlib.suppress(OSError, ValueError, subprocess.TimeoutExpired):  # it is told again at each kill
+            self._guard.communicate(b".", timeout=_GONE_S)
         self._copier.join(1.0)
         self.forget_secret()
 

@@ -14,7 +14,11 @@ class WeightChecksums:
     """Adds `weight_checksums` to the worker, for /collective_rpc."""
 
     def weight_checksums(self) -> dict:
-        """Of every parameter that this rank holds, by vLLM's name: the first 8 bytes of its SHA-256, in hex."""
+        """Of every parameter that this rank holds, by vLLM's name: the first 8 bytes of its SHA-256, in hex.
+
+        On a CPU vLLM packs the weights of linear layers for its kernels and empties the parameters; their checksums are
+        of nothing, and say nothing.
+        """
         from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
 
         return {
