@@ -54,8 +54,8 @@ def main() -> None:
     plain = Ranks(plain_rank, 1 + len(options.servers), nbytes)
     trainer = Ranks(trainer_rank, options.pp, options.model, options.servers, options.bucket_mb)
     try:
-        trainer.ask(("push", True))  # forms the groups
         figures: dict[str, list[Any]] = {"plain": [], "update": [], "proven": []}
+        figures["first"] = [trainer.ask(("push", True))]  # forms the groups, and takes the memory that senders keep
         for _ in range(options.rounds):
             figures["plain"].append(plain.ask(())[0])
             figures["update"].append(trainer.ask(("push", False)))
@@ -99,7 +99,7 @@ def show(figures: dict[str, list[Any]], options: argparse.Namespace) -> None:
         )
     bucket = options.bucket_mb * 2**20
     for rank in range(options.pp):
-        peak = max(ranks[rank][1] for kind in ("update", "proven") for ranks in figures[kind])
+        peak = max(ranks[rank][1] for kind in ("first", "update", "proven") for ranks in figures[kind])
         facts[f"peak_buckets_rank{rank}"] = peak / bucket
         print(f"rank {rank}: peak extra memory {peak / 2**20:.0f} MiB, {peak / bucket:.2f} buckets")
     if options.json:
