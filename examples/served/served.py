@@ -14,6 +14,7 @@ import sys
 import time
 from pathlib import Path
 
+from clipo_megatron.cli import main as clipo
 from clipo_megatron.launch import dies_with_this_process
 
 HERE = Path(__file__).resolve().parent
@@ -39,6 +40,8 @@ def main() -> int:
         f"train.output={output}",
         *sys.argv[1:],
     ]
+    if (wrong := clipo(["train", *arguments, "--check"])) != 0:  # before a server is started for nothing
+        return wrong
     serving = start("serve", arguments)
     try:
         return train_while_served(serving, arguments)
