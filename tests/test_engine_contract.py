@@ -124,7 +124,7 @@ def test_a_group_has_all_samples_in_order_with_tokens_log_probs_versions_and_tex
 
 
 def test_a_stop_token_is_included_and_nothing_follows_it(engine):
-    stop = set(range(30, 120))
+    stop = {EOS, *range(30, 120)}  # SGLang ends at the model's own end-of-text token in any case
     params = dataclasses.replace(PARAMS, samples=8, max_new_tokens=30, stop_ids=tuple(sorted(stop)))
     ends = set()
     for group in run(engine, ask(5, 6), params):
@@ -146,12 +146,12 @@ def test_there_are_as_many_tokens_as_asked_for_where_nothing_stops(engine, most)
 
 def test_text_keeps_a_stop_token_that_is_no_special_one(engine, tiny_model):
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)
-    params = dataclasses.replace(PARAMS, samples=6, stop_ids=tuple(range(3, 200)))
+    params = dataclasses.replace(PARAMS, samples=6, stop_ids=(EOS, *range(3, 200)))
     (group,) = run(engine, ask(7), params)
     stopped = [rollout for rollout in group.rollouts if rollout.finish == "stop"]
-    assert stopped
+    assert any(int(rollout.tokens[-1]) != EOS for rollout in stopped)
     for rollout in stopped:
-        assert rollout.text == tokenizer.decode(rollout.tokens, skip_special_tokens=True) != ""
+        assert rollout.text == tokenizer.decode(rollout.tokens, skip_special_tokens=True)
 
 
 # --- log-probs and draws ---

@@ -256,7 +256,7 @@ def started(pool: ServerPool, requests: list[Request], params: SamplingParams, p
     while proxy.in_flight < len(requests):
         assert time.monotonic() < deadline
         time.sleep(0.05)
-    time.sleep(1.0)
+    time.sleep(0.3)
     return generation
 
 
@@ -374,11 +374,12 @@ def test_rollouts_left_running_are_among_the_lost(proxies, make_pool, monkeypatc
 
 def test_requests_interrupted_by_others_are_asked_again(proxies, make_pool):
     pool = make_pool(proxies[0].url)
-    params = dataclasses.replace(LONG, max_new_tokens=150)
-    generation = started(pool, ask(2), params, proxies[0])
+    generation = started(pool, ask(2), LONG, proxies[0])
     pool.pause(InFlight.abort)
-    threading.Timer(1.0, pool.resume).start()
-    check_answers(ask(2), list(generation), params)
+    timer = threading.Timer(1.0, pool.resume)
+    timer.start()
+    check_answers(ask(2), list(generation), LONG)
+    timer.join()
     assert pool.take_statistics()["rollout/retries"] >= 2
 
 

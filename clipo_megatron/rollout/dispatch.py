@@ -102,6 +102,8 @@ class Dispatcher:
                 job.words.append(str(error))
                 if job.stopping:
                     return list(job.request.begun)
+                if error.fault is Fault.unsupported:  # nor can any other server
+                    raise
                 tried.add(member.url)
                 self._blame(member, error)
         raise EngineError(

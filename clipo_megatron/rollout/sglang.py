@@ -45,7 +45,7 @@ class SGLangServer:
 
     The samples of a request are one HTTP call with an id a sample, because the ids that the server makes up for `n`
     samples cannot be aborted. Log-probs are those of the temperature-scaled policy before top-p and top-k; greedy ones
-    those of temperature 1.
+    those of temperature 1. With any stop tokens, the server ends a response at the model's own end-of-text token too.
 
     Args:
         url: of the server, or of a router that passes generation on.
