@@ -23,6 +23,10 @@ DTYPES = {DType.fp32: "float32", DType.bf16: "bfloat16"}
 CPU_CACHE_TOKENS = 16_384  # that an SGLang server on a CPU keeps keys and values of
 CPU_CACHE_GIB = 1  # the same for vLLM
 
+# A bucket of weights is received into new memory. Taking that from the system each time, and giving it back, is half of
+# the time of an update on a CPU; glibc keeps it with these.
+KEEP_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(8 * 2**30)}
+
 # Options that other settings decide -> which
 DECIDED = {
     "model_path": "model.path",
@@ -130,10 +134,10 @@ def _sglang(config: RunConfig, place: Place, python: Path, key: str | None, scra
             "disable_overlap_schedule": True,
             "sleep_on_idle": True,  # else it polls with a whole core
             "skip_server_warmup": True,  # the supervisor's first question is one
-            "mem_fraction_static": 0.1,
+            "mem_fraction_static": 0.5,  # a limit: what others take meanwhile counts towards it
             "max_total_tokens": CPU_CACHE_TOKENS,
         }
-        environment |= {"SGLANG_USE_CPU_ENGINE": "1", "PYTHONPATH": str(HERE / "stand_ins")}
+        environment |= {"SGLANG_USE_CPU_ENGINE": "1", "PYTHONPATH": str(HERE / "stand_ins"), **KEEP_MEMORY}
     secret = None
     if key:
         # On the command line everybody on the machine could read it.
