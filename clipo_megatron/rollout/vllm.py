@@ -225,6 +225,11 @@ class VLLMServer:
         deadline = time.monotonic() + deadline_s
         body = {"method": "reload_weights", "kwargs": {"weights_path": folder}}
         await self._http.post("/collective_rpc", body, deadline_s=_left(deadline))
+        try:
+            await self._http.post("/collective_rpc", {"method": "repack_output_layer"}, deadline_s=_left(deadline))
+        except ServerError as error:
+            if error.fault is not Fault.status:  # without the extension; only a server on a CPU needs it
+                raise
         await self.end_update(version, deadline_s=_left(deadline))
 
     async def end_update(self, version: int, *, deadline_s: float) -> None:

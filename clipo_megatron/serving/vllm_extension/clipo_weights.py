@@ -11,7 +11,15 @@ _PIECE_BYTES = 64 * 2**20  # copied to the host at once
 
 
 class WeightChecksums:
-    """Adds `weight_checksums` to the worker, for /collective_rpc."""
+    """Adds methods to the worker, for /collective_rpc."""
+
+    def repack_output_layer(self) -> None:
+        """After weights were read anew. On a CPU a tied output layer works on a packed copy of the embedding, which
+        vLLM makes at its start and then forgets."""
+        for module in self.model_runner.get_model().modules():
+            weight = getattr(module, "weight", None)
+            if hasattr(module, "cpu_linear") and hasattr(module, "org_vocab_size") and weight.numel():
+                module.quant_method.process_weights_after_loading(module)
 
     def weight_checksums(self) -> dict:
         """Of every parameter that this rank holds, by vLLM's name: the first 8 bytes of its SHA-256, in hex.
