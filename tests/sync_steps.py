@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -197,7 +198,7 @@ def one_more_server() -> None:
     """Nothing listens at this address."""
     from tiny_models import tiny_llama
 
-    folder = tiny_llama(Path(os.environ.get("TMPDIR", "/tmp")) / f"alone-{os.getpid()}")
+    folder = tiny_llama(Path(tempfile.mkdtemp(prefix="alone-")))
     shard = make_shard(str(folder), 1, 2)
     sync = make_sync("broadcast", shard, make_pool(shard, ["http://127.0.0.1:9"]), {"join_deadline_s": 3.0})
     try:
