@@ -130,6 +130,7 @@ def _contiguous(part: Tensor) -> Iterable[Tensor]:
 
 _MASK = 0xFFFFFFFF
 _TILE = 8192  # words of 4 bytes hashed to one number
+_AT_ONCE = 128 * _TILE  # words; in flight each takes some 8-byte numbers
 
 
 def tile_hash(parts: Sequence[Tensor], seed: int = 0x243F6A88) -> str:
@@ -140,23 +141,20 @@ def tile_hash(parts: Sequence[Tensor], seed: int = 0x243F6A88) -> str:
     Never compared with a server on a GPU: only with another program for the same formula.
     """
     data = torch.cat([part.contiguous().view(-1).view(torch.uint8) for part in parts])
-    data = torch.nn.functional.pad(data, (0, -data.numel() % 4))
-    words = data.view(torch.int32).to(torch.int64) & _MASK
-    count = words.numel()
-    if count == 0:
+    data = torch.nn.functional.pad(data, (0, -data.numel() % 4)).view(torch.int32)
+    if not data.numel():
         return f"{0:016x}"
-    place = torch.arange(count, device=words.device)
+    seeds = seed & _MASK, (seed * 0x9E3779B1 ^ 0xDEADBEEF) & _MASK
     total = 0
-    halves = []
-    for start, factor, turn in (
-        (seed & _MASK, 0x27D4EB2D, 15),
-        ((seed * 0x9E3779B1 ^ 0xDEADBEEF) & _MASK, 0x165667B1, 13),
-    ):
-        salt = ((place * factor + start) & _MASK) ^ ((place << turn | place >> (32 - turn)) & _MASK)
-        mixed = torch.nn.functional.pad(_mix32(words ^ salt), (0, -count % _TILE))
-        halves.append(_mix32((mixed.view(-1, _TILE).sum(dim=1) & _MASK) ^ (4 * count & _MASK)))
-    for high, low in zip(halves[0].tolist(), halves[1].tolist(), strict=True):
-        total += high << 32 | low
+    for start in range(0, data.numel(), _AT_ONCE):
+        words = data[start : start + _AT_ONCE].to(torch.int64) & _MASK
+        place = torch.arange(start, start + words.numel(), device=words.device)
+        halves = []
+        for first, factor, turn in ((seeds[0], 0x27D4EB2D, 15), (seeds[1], 0x165667B1, 13)):
+            salt = ((place * factor + first) & _MASK) ^ ((place << turn | place >> (32 - turn)) & _MASK)
+            mixed = torch.nn.functional.pad(_mix32(words ^ salt), (0, -words.numel() % _TILE))
+            halves.append(_mix32((mixed.view(-1, _TILE).sum(dim=1) & _MASK) ^ (4 * data.numel() & _MASK)))
+        total += sum(high << 32 | low for high, low in zip(*(half.tolist() for half in halves), strict=True))
     return f"{_mix64(total & (1 << 64) - 1):016x}"
 
 
