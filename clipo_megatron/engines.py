@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ def askers(config: RunConfig, layout: Layout) -> list[int]:
     return [layout.head_of(dp_rank) for dp_rank in range(layout.dp)]
 
 
-def build_engine(config: RunConfig, layout: Layout, tokenizer: Any) -> Engine | None:
+def build_engine(config: RunConfig, layout: Layout, tokenizer: Any, say: Callable[[str], None]) -> Engine | None:
     """This rank's engine; None on ranks that ask for nothing.
 
     With servers, it is a pool that has found `rollout.servers` of them. Colocated ones have then given their memory
@@ -52,7 +53,11 @@ def build_engine(config: RunConfig, layout: Layout, tokenizer: Any) -> Engine | 
     pool = None
     if layout.rank in askers(config, layout):
         pool = ServerPool.from_config(config, lambda ids: tokenizer.decode(ids, skip_special_tokens=True))
-        pool.join(len(config.rollout.endpoints) or config.rollout.servers)
+        wanted = len(config.rollout.endpoints) or config.rollout.servers
+        if len(pool.discover()) < wanted:
+            where = ", ".join(config.rollout.endpoints) or f"`clipo serve` with train.output={config.train.output}"
+            say(f"waiting up to {config.rollout.pool.join_deadline_s:.0f} s for rollout servers ({wanted} wanted): {where}")
+        pool.join(wanted)
     if config.rollout.colocated:
         if layout.rank == 0:
             pool.release_memory(Memory.kv_cache, Memory.weights)

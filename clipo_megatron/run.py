@@ -77,7 +77,7 @@ class Run:
             seed=config.train.seed,
         )
         self.askers = askers(config, self.layout)
-        self.engine = build_engine(config, self.layout, tokenizer)
+        self.engine = build_engine(config, self.layout, tokenizer, self.reporter.say)
         self.graders = GraderPool(config.reward)
         self.algorithm: Algorithm = build_algorithm(config)
         updates = config.train.steps * config.algorithm.epochs * config.algorithm.mini_batches

@@ -138,10 +138,11 @@ class ServerPool:
         deadline = time.monotonic() + deadline_s
         while len(found := self.discover()) < count:
             if time.monotonic() >= deadline:
+                words = f"{said} " if (said := self._words()) else ""
                 where = "rollout.endpoints" if self._endpoints else f"the registry {self._registry.folder}"
                 raise EngineError(
                     f"{len(found)} of {count} rollout servers answered within {deadline_s:g} s, out of "
-                    f"{len(self.urls())} in {where}. {self._words()} Start them with `clipo serve`, or raise "
+                    f"{len(self.urls())} in {where}. {words}Start them with `clipo serve`, or raise "
                     "rollout.pool.join_deadline_s."
                 )
             time.sleep(_LOOK_AGAIN_S)
