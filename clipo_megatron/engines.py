@@ -56,7 +56,8 @@ def build_engine(config: RunConfig, layout: Layout, tokenizer: Any, say: Callabl
         wanted = len(config.rollout.endpoints) or config.rollout.servers
         if len(pool.discover()) < wanted:
             where = ", ".join(config.rollout.endpoints) or f"`clipo serve` with train.output={config.train.output}"
-            say(f"waiting up to {config.rollout.pool.join_deadline_s:.0f} s for rollout servers ({wanted} wanted): {where}")
+            seconds = config.rollout.pool.join_deadline_s
+            say(f"waiting up to {seconds:.0f} s for rollout servers ({wanted} wanted): {where}")
         pool.join(wanted)
     if config.rollout.colocated:
         if layout.rank == 0:
