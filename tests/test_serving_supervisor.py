@@ -242,6 +242,21 @@ def test_wrong_options_are_not_tried_again(tmp_path):
     assert len(fakes.starts()) == 1
 
 
+def test_a_server_that_is_stopped_while_it_starts_is_started_again(tmp_path):
+    fakes = Fakes(tmp_path)
+    fakes.tell("start-slowly")
+
+    def scenario():
+        wait_until(lambda: (entry := fakes.entry()) is not None and alive(entry.pid), "a server to be starting", 30)
+        before = fakes.entry()
+        os.killpg(before.pid, signal.SIGSTOP)
+        fakes.untell("start-slowly")
+        fakes.ready(besides=before.boot)
+        assert any("stopped for" in line and "while starting" in line for line in fakes.said), fakes.said
+
+    assert fakes.run(scenario) == 130
+
+
 def test_a_start_has_a_deadline(tmp_path):
     patience = Patience(start_s=1.5, unresponsive_s=1, engine_silent_s=1, restarts=0)
     fakes = Fakes(tmp_path, patience=patience)

@@ -223,6 +223,8 @@ class Supervisor:
         seconds = now - server.process.started_at
         if server.watches[0].ever:
             self._became_ready(server, seconds)
+        elif reason := self._is_stopped(server, now):
+            self._failed(server, reason)
         elif seconds > self._patience.start_s:
             self._failed(server, f"was not ready after {self._patience.start_s:.0f} s")
         elif now - server.told_at > _TELL_EVERY_S:
@@ -254,13 +256,17 @@ class Supervisor:
             return f"has not answered for {light.silent_s:.0f} s"
         if engine.silent_s > patience.engine_silent_s:
             return f"answers, but its engine has not for {engine.silent_s:.0f} s"
+        return self._is_stopped(server, now)
+
+    def _is_stopped(self, server: _Server, now: float) -> str | None:
+        """Whether one of its processes was stopped, and for how long."""
         if now - server.looked_at > _LOOK_S:
             server.looked_at = now
             if "T" not in server.process.members().values():
                 server.stopped_since = None
             elif server.stopped_since is None:
                 server.stopped_since = now
-        if server.stopped_since is not None and now - server.stopped_since > patience.unresponsive_s:
+        if server.stopped_since is not None and now - server.stopped_since > self._patience.unresponsive_s:
             return f"has a process that has been stopped for {now - server.stopped_since:.0f} s"
         return None
 
