@@ -447,7 +447,7 @@ def test_a_router_gets_the_prompts_and_servers_the_rest(served, proxies, make_po
     pool = make_pool(server.url, router=router.url)
     router.plan(["stale", "cut", "", "error 500"])
     check_answers(ask(8), list(pool.generate(ask(8), PARAMS, deadline_s=100)))
-    assert server.calls == 0 and router.calls == 8 + 3
+    assert server.calls == 0 and router.calls > 8 * PARAMS.samples  # a sample a call, and what failed again
     generation = started(pool, ask(2), LONG, router)
     assert sorted(group.position for group in generation.stop()) == [0, 1]
     router.down()

@@ -1,4 +1,4 @@
-"""Whole runs on two pipeline stages against real servers, once for each way to collect, to sync and to share GPUs."""
+"""Whole runs on two ranks against real servers, once for each way to collect, to sync and to share GPUs."""
 
 from __future__ import annotations
 
@@ -59,7 +59,11 @@ def plain(lines: Lines) -> None:
 WAYS: dict[str, tuple[str, Callable[[Lines], None], tuple[str, ...]]] = {
     "go on from tokens": ("sglang", carried, ("rollout.over_sampling=2", "rollout.unfinished=resume")),
     "keep running": ("sglang", carried, ("rollout.over_sampling=2", "rollout.unfinished=keep_running")),
-    "refill": ("sglang", refilled, ("rollout.over_sampling=1.5", "rollout.refill_rounds=2")),
+    "refill on two heads": (
+        "sglang",
+        refilled,
+        ("rollout.over_sampling=1.5", "rollout.refill_rounds=2", "layout.pp=1", "layout.dp=2"),
+    ),
     "colocated": ("sglang", plain, ("rollout.colocated=true", "rollout.sync.transport=ipc")),
     "vllm": ("vllm", plain, ("rollout.sync.transport=disk",)),
 }

@@ -89,7 +89,7 @@ class ServerPool:
         self.loop = EventLoop()
         self._members = Members(self._connect, slack=config.affinity_slack, counts=self._counts)
         self._dispatcher = Dispatcher(
-            self._members, config, router=self._connect(router) if router else None, counts=self._counts
+            self._members, config, router=self._connect(router, routed=True) if router else None, counts=self._counts
         )
         self._generation: PoolGeneration | None = None
 
@@ -108,8 +108,8 @@ class ServerPool:
             model=config.model.path,
         )
 
-    def _connect(self, url: str) -> Server:
-        return _CLIENTS[self.kind](url, api_key_env=self._api_key_env, decode=self._decode)
+    def _connect(self, url: str, **options: bool) -> Server:
+        return _CLIENTS[self.kind](url, api_key_env=self._api_key_env, decode=self._decode, **options)
 
     # --- who serves ----------------------------------------------------------------------------------------------
 

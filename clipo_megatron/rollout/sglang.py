@@ -51,13 +51,14 @@ class SGLangServer:
         url: of the server, or of a router that passes generation on.
         api_key_env: environment variable with its key.
         decode: token ids to text without special tokens; None: the engine's text, of the last piece.
+        routed: whether the URL is that of a router, which gets a call a sample.
     """
 
     keeps_unfinished = True
 
-    def __init__(self, url: str, *, api_key_env: str = "", decode: Decode | None = None):
+    def __init__(self, url: str, *, api_key_env: str = "", decode: Decode | None = None, routed: bool = False):
         self._http = JsonClient(url, api_key_env)
-        self._decode = decode
+        self._decode, self._routed = decode, routed
         self._memory = Released()
 
     @property
@@ -109,6 +110,9 @@ class SGLangServer:
     async def _fresh(
         self, prompt: list[int], samples: list[int], params: SamplingParams, version: int, name: str, deadline: float
     ) -> list[Rollout]:
+        if self._routed and len(samples) > 1:  # sglang-router takes one id a request
+            parts = (self._fresh(prompt, [sample], params, version, name, deadline) for sample in samples)
+            return [rollout for part in await together(list(parts)) for rollout in part]
         if len(samples) > 1 and len(prompt) >= _PREFILL_ONCE:
             body = {"input_ids": prompt, "sampling_params": {"max_new_tokens": 0, "temperature": 0}}
             await self._http.post("/generate", body, deadline_s=deadline - time.monotonic())

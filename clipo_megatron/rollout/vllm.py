@@ -51,11 +51,12 @@ class VLLMServer:
         url: of the server.
         api_key_env: environment variable with its key.
         decode: token ids to text without special tokens; None: the engine's text, of the last piece.
+        routed: whether the URL is that of a router; makes no difference.
     """
 
     keeps_unfinished = True
 
-    def __init__(self, url: str, *, api_key_env: str = "", decode: Decode | None = None):
+    def __init__(self, url: str, *, api_key_env: str = "", decode: Decode | None = None, routed: bool = False):
         self._http = JsonClient(url, api_key_env)
         self._decode = decode
         self._model = ""  # as it calls the model
