@@ -155,13 +155,13 @@ class SharedGroup:
             SharedGroupError: they did not all come in time, or `stop` said that nobody waits for this any more.
         """
         met: list[Any] = []
-        failure: list[BaseException] = []
+        failure: list[str] = []  # as text: the error itself would hold what it failed with
 
         def meet(store: dist.Store) -> None:
             try:
                 met.append(self._connect(store))
             except BaseException as error:
-                failure.append(error)
+                failure.append(str(error))
 
         # In a thread of its own, because there is no way to interrupt it: it ends with its timeout.
         thread = threading.Thread(target=meet, args=(self._store,), name=f"join {self.name}", daemon=True)

@@ -19,10 +19,6 @@ from tiny_models import tiny_llama, tiny_qwen2
 DEADLINE_S = 24.0  # of one update, in the tests that waste a part of it
 ROOM = {"mem_fraction_static": 0.5}  # others on the machine take memory while a server starts
 
-# Two stages, the second server killed before its second bucket: the other one does not answer the second attempt either
-# within a quarter of the deadline, and is left out too. Known, and to be understood.
-SURVIVOR = "the surviving server may miss the deadline of the second attempt"
-
 
 @pytest.fixture(scope="session")
 def wide_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -137,7 +133,7 @@ def test_a_refused_bucket_costs_one_attempt(rubbish, ranks: RankPool, servers: S
 
 
 @pytest.mark.timeout(400)
-@pytest.mark.parametrize("fault", [pytest.param("kill", marks=pytest.mark.xfail(reason=SURVIVOR)), "stop"])
+@pytest.mark.parametrize("fault", ["kill", "stop"])
 def test_a_server_lost_in_the_middle_of_an_update(
     fault, ranks: RankPool, servers: Servers, wide_model: Path, tmp_path: Path
 ):
@@ -160,7 +156,8 @@ def test_a_server_lost_in_the_middle_of_an_update(
     staying.stop(), lost.stop()
     assert first.servers == (staying.url,) and list(first.left_out) == [lost.url] and first.attempts == 2
     assert lost.url in first.left_out[lost.url] and first.left_out[lost.url].startswith("buckets: ")
-    assert seconds < DEADLINE_S
+    # a killed server's connections break; of a stopped one only the silence shows
+    assert seconds < (DEADLINE_S / 4 if fault == "kill" else DEADLINE_S)
     assert set(second.servers) == {staying.url, lost.url} and not second.left_out, "it is back"
     assert other == second
 

@@ -119,20 +119,20 @@ class BroadcastSync(ServedSync):
         lane = _Lane(self._group, self._bell, self.plan, self.shard, memory)
         going = False
         for bucket, flat in self.shard.own_buckets(self.plan, lane.buffer):
-            if lane.failure is None and not going:
+            if not lane.failure and not going:
                 going = self._bell.wait_to_go(self.limits.total_s)
                 if not going:
-                    lane.failure = SharedGroupError(f"attempt {order.number} was given up before the first bucket")
-            if lane.failure is None:
+                    lane.failure = f"attempt {order.number} was given up before the first bucket"
+            if not lane.failure:
                 lane.send(flat)
                 if sums is not None:
                     sums.add(bucket, flat)
             elif self.shard.tp == 1:
                 break  # nobody waits for this stage to gather the rest
         lane.finish()
-        if lane.failure is not None:
+        if lane.failure:
             self._leave()
-            raise lane.failure
+            raise SharedGroupError(lane.failure)
         self._memory = lane.memory
         return sums
 
@@ -201,10 +201,14 @@ class _Bell:
 
 class _Lane:
     """A sender's two buffers: one is on the wire while the other is filled. After a failure nothing is sent any more,
-    but the buffers can still be filled: other ranks may have to gather to the end."""
+    but the buffers can still be filled: other ranks may have to gather to the end.
+
+    A failure is kept as text. The error itself would hold, by its traceback, what was in flight, and that the group:
+    its connections would stay open until Python next collects cycles, and servers at their other end would wait for it.
+    """
 
     def __init__(self, group: SharedGroup | None, bell: _Bell, plan: ExportPlan, shard: Shard, memory: list[Tensor]):
-        self.failure: SharedGroupError | None = None
+        self.failure = ""
         self._group, self._bell = group, bell
         self._size = max((bucket.numel for bucket in plan.buckets if bucket.owner == shard.pp_rank), default=0)
         self._dtype, self._shard = plan.dtype, shard
@@ -236,12 +240,12 @@ class _Lane:
         return [flat for flat, _ in self._buffers]
 
     def _wait(self, work: dist.Work | None) -> None:
-        if work is None or self.failure is not None:
+        if work is None or self.failure:
             return
         try:
             self._group.wait(work, self._bell.stopped)
         except SharedGroupError as error:
-            self.failure = error
+            self.failure = str(error)
 
 
 def _names(tensors: Sequence[HFTensor], dtype: torch.dtype) -> BucketNames:
