@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import random
-import signal
 from pathlib import Path
 from typing import Any
 
@@ -29,17 +28,7 @@ from clipo_megatron.problems import load_problems
 from clipo_megatron.reporting import Reporter
 from clipo_megatron.rewards.pool import GraderPool
 from clipo_megatron.rollout.engine import SamplingParams
-
-
-class Stopped(RuntimeError):
-    """A run was asked to end before its last step, and has saved its state; `exit_code` is 128 + the signal."""
-
-    def __init__(self, step: int, steps: int, signum: int):
-        name = signal.Signals(signum).name if signum else "a request"
-        super().__init__(
-            f"stopped by {name} after {step} of {steps} steps; the state is saved, and the same command goes on from it"
-        )
-        self.exit_code = 128 + signum
+from clipo_megatron.stopping import Stopped, StopRequest
 
 
 class Run:
@@ -49,7 +38,6 @@ class Run:
         self.config = config
         self.device = platform().device
         self.output = Path(config.train.output)
-        self._stop = 0  # the signal that asked to stop
         self._seed(config.train.seed)
         if not dist.is_initialized():
             platform().init_process_group(
@@ -96,8 +84,8 @@ class Run:
             progress=self.reporter.progress.rollouts,
         )
         self.checkpoints = self._checkpoints()
-        for name in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(name, self._request_stop)
+        self.stop = StopRequest(announce=self.reporter.progress.enabled)
+        self.stop.watch()
 
     # --- life ----------------------------------------------------------------------------------------------------
 
@@ -150,7 +138,7 @@ class Run:
             self.evaluate(step)
         self.reporter.close(step)
         if not finished:
-            raise Stopped(step, self.config.train.steps, self._stop)
+            raise Stopped(step, self.config.train.steps, self.stop.signum)
 
     def close(self) -> None:
         """Free engines, graders and groups. Idempotent."""
@@ -161,21 +149,6 @@ class Run:
         layouts.shutdown()
         if self._lock:
             self._lock.close()
-
-    def stop_requested(self) -> bool:
-        """Whether any rank was asked to stop; collective, so that all leave at the same step."""
-        flag = torch.tensor([self._stop])
-        dist.all_reduce(flag, op=dist.ReduceOp.MAX)
-        self._stop = int(flag)
-        return bool(self._stop)
-
-    def _request_stop(self, signum: int, _frame: Any) -> None:
-        if self._stop:
-            raise KeyboardInterrupt
-        self._stop = signum
-        if self.reporter.progress.enabled:  # past the console: the signal may have come while it was printing
-            name = signal.Signals(signum).name
-            os.write(2, f"{name}: ending after this step; once more to end at once\n".encode())
 
     def evaluate(self, step: int) -> None:
         """Accuracy on the held-out problems with the engine's weights; collective."""

@@ -26,7 +26,7 @@ class Trainer:
         """Steps until the last one, or until somebody asks to stop; either way the state is saved."""
         run = self.run
         run.before_training(self.step)
-        while self.step < run.config.train.steps and not run.stop_requested():
+        while self.step < run.config.train.steps and not run.stop.agreed():
             report = self.train_step()
             run.reporter.step(report)
             self.step += 1

@@ -1,11 +1,13 @@
 """What surrounds the steps of a run: its folder, its problems, and the silence of libraries."""
 
 import json
+import signal
 import subprocess
 import sys
 import warnings
 
 import pytest
+import torch.distributed as dist
 from small_runs import SmallRun, metrics, write_config, write_model
 
 from clipo_megatron.config.load import load
@@ -14,6 +16,7 @@ from clipo_megatron.data.sources import DataError, overlap
 from clipo_megatron.output import OutputError, claim, set_aside
 from clipo_megatron.problems import load_problems
 from clipo_megatron.quiet import NOISE, quiet_libraries
+from clipo_megatron.stopping import StopRequest
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -51,6 +54,39 @@ def test_an_output_folder_that_cannot_be_made_is_named(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(OutputError, match=r"train.output = .*file.run cannot be written to.*Choose another"):
         claim(tmp_path / "file" / "run")
+
+
+# ---------------------------------------------------------------- being asked to end
+
+
+def a_signal_while_the_ranks_agree() -> list[tuple[bool, int]]:
+    """Rank 1 is asked to end after it has told the others that it was not."""
+    handlers = {name: signal.getsignal(name) for name in (signal.SIGINT, signal.SIGTERM)}
+    stop, reduce, answers = StopRequest(announce=False), dist.all_reduce, []
+    stop.watch()
+
+    def all_reduce(*args, **kwargs):
+        reduce(*args, **kwargs)
+        if dist.get_rank() == 1 and not answers:
+            signal.raise_signal(signal.SIGTERM)
+
+    dist.all_reduce = all_reduce
+    try:
+        for _ in range(3):
+            answers.append((stop.agreed(), stop.signum))
+    finally:
+        dist.all_reduce = reduce
+        for name, handler in handlers.items():
+            signal.signal(name, handler)
+    return answers
+
+
+def test_a_signal_is_never_lost_and_all_ranks_hear_of_it_at_once(ranks):
+    asked = (True, signal.SIGTERM)
+    assert ranks.run(a_signal_while_the_ranks_agree, 2) == [
+        [(False, 0), asked, asked],
+        [(False, signal.SIGTERM), asked, asked],
+    ]
 
 
 # ---------------------------------------------------------------- problems

@@ -20,7 +20,7 @@ LEVELS = (
     {"device"},
     {"data", "rewards", "rollout", "algorithms", "weights"},
     {"policy", "sync", "evaluation", "checkpoint", "report", "output"},
-    {"problems", "collector", "reporting", "engines"},
+    {"problems", "collector", "reporting", "engines", "stopping"},
     {"run"},
     {"trainer"},
     {"launch"},
