@@ -153,17 +153,10 @@ class Servers:
         self._shared[key] = found or Served(engine, model, dtype, options).start()  # the newest used comes last
         return self._shared[key]
 
-    def own(
-        self,
-        engine: str,
-        model: str | Path,
-        dtype: DType = DType.bf16,
-        options: dict[str, Any] | None = None,
-        key: str | None = None,
-    ) -> Served:
-        """A server of the caller's own, not started yet; what is left of it is killed when the session ends."""
+    def own(self, *args: Any, **kwargs: Any) -> Served:
+        """A `Served` of the caller's own, not started yet; what is left of it is killed when the session ends."""
         self._own = [each for each in self._own if each.process is None or each.process.members()]
-        self._own.append(Served(engine, model, dtype, options, key))
+        self._own.append(Served(*args, **kwargs))
         return self._own[-1]
 
     def close(self) -> None:

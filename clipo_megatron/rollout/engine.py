@@ -38,6 +38,19 @@ class SamplingParams:
     seed: int = 0  # of the run; the engine derives one seed per (seed, step, prompt id, sample)
     step: int = 0
 
+    def check(self) -> None:
+        """Raise EngineError for a value that no engine can follow."""
+        rules = {
+            "samples": (self.samples >= 1, "at least 1"),
+            "max_new_tokens": (self.max_new_tokens >= 1, "at least 1"),
+            "temperature": (self.temperature >= 0, "0 (greedy) or more"),
+            "top_p": (0 < self.top_p <= 1, "above 0 and at most 1"),
+            "top_k": (self.top_k >= 0, "0 (off) or more"),
+        }
+        for name, (holds, rule) in rules.items():
+            if not holds:
+                raise EngineError(f"Sampling parameter {name} is {getattr(self, name)}; it must be {rule}.")
+
 
 class Request(NamedTuple):
     """One prompt to answer."""
@@ -153,17 +166,3 @@ class Engine(Protocol):
     def close(self) -> None:
         """Free everything. Idempotent."""
         ...
-
-
-def check_params(params: SamplingParams) -> None:
-    """Raise EngineError for parameters that no engine can follow."""
-    rules = {
-        "samples": (params.samples >= 1, "at least 1"),
-        "max_new_tokens": (params.max_new_tokens >= 1, "at least 1"),
-        "temperature": (params.temperature >= 0, "0 (greedy) or more"),
-        "top_p": (0 < params.top_p <= 1, "above 0 and at most 1"),
-        "top_k": (params.top_k >= 0, "0 (off) or more"),
-    }
-    for name, (holds, rule) in rules.items():
-        if not holds:
-            raise EngineError(f"Sampling parameter {name} is {getattr(params, name)}; it must be {rule}.")

@@ -19,15 +19,7 @@ from transformers.initialization import no_init_weights
 
 from clipo_megatron.flow import Prompt, Rollout, RolloutGroup
 from clipo_megatron.rollout.decoding import DecodeBatch, NonFiniteLogits, Prefilled, prefill
-from clipo_megatron.rollout.engine import (
-    EngineError,
-    Generation,
-    InFlight,
-    Memory,
-    Request,
-    SamplingParams,
-    check_params,
-)
+from clipo_megatron.rollout.engine import EngineError, Generation, InFlight, Memory, Request, SamplingParams
 from clipo_megatron.rollout.sampling import rollout_uniforms
 
 # What some families do to the logits after the LM head; Llama and Qwen2 do none of it.
@@ -129,7 +121,7 @@ class LocalEngine:
                 the prompts without an answer.
         """
         self.health()
-        check_params(params)
+        params.check()
         if any(request.begun for request in requests):
             raise EngineError("The local engine goes on from no interrupted rollout; set rollout.unfinished=drop.")
         prompts = [(request.position, request.prompt) for request in requests]

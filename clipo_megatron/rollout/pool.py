@@ -16,15 +16,7 @@ from torch import Tensor
 from clipo_megatron.config.schema import EngineKind, PoolConfig, RunConfig
 from clipo_megatron.rollout.answers import Decode
 from clipo_megatron.rollout.dispatch import Dispatcher, PoolGeneration
-from clipo_megatron.rollout.engine import (
-    EngineError,
-    Generation,
-    InFlight,
-    Memory,
-    Request,
-    SamplingParams,
-    check_params,
-)
+from clipo_megatron.rollout.engine import EngineError, Generation, InFlight, Memory, Request, SamplingParams
 from clipo_megatron.rollout.http import EventLoop
 from clipo_megatron.rollout.loading import write_folder
 from clipo_megatron.rollout.members import PROBE_S, Member, Members
@@ -258,7 +250,15 @@ class ServerPool:
         names = {"requests", "retries", "suspected", *self._counts}
         found = {f"rollout/{name}": float(self._counts[name]) for name in sorted(names)}
         self._counts.clear()
-        return found | {"rollout/servers": float(len(self._members.usable()))}
+        return found
+
+    def usable(self) -> list[str]:
+        """URLs of the admitted servers that requests go to now."""
+
+        async def look() -> list[str]:
+            return [member.url for member in self._members.usable()]
+
+        return self.run(look(), deadline_s=10.0)
 
     # --- parts ---------------------------------------------------------------------------------------------------
 
@@ -285,7 +285,7 @@ class ServerPool:
 
     def _check(self, requests: Sequence[Request], params: SamplingParams) -> None:
         """What no server should be asked: some die of it."""
-        check_params(params)
+        params.check()
         for request in requests:
             tokens = request.prompt.tokens
             if not tokens.numel():

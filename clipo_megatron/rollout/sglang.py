@@ -6,33 +6,16 @@ import asyncio
 import base64
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
-from clipo_megatron.flow import Rollout
-from clipo_megatron.rollout.answers import (
-    BadAnswer,
-    Decode,
-    Piece,
-    checked,
-    joined,
-    missing_samples,
-    settled,
-    version_number,
-)
-from clipo_megatron.rollout.engine import InFlight, Memory, Request, SamplingParams
-from clipo_megatron.rollout.http import JsonClient, together
-from clipo_megatron.rollout.released import Released
-from clipo_megatron.rollout.server import (
-    BucketNames,
-    Fault,
-    RankChecksums,
-    ServerError,
-    ServerState,
-    UpdateGroup,
-    sample_id,
-)
+from clipo_megatron.rollout.answers import BadAnswer, Piece, checked, version_number
+from clipo_megatron.rollout.client import Call, HttpServer, left, rank_checksums
+from clipo_megatron.rollout.engine import InFlight, Memory
+from clipo_megatron.rollout.http import together
+from clipo_megatron.rollout.server import BucketNames, Fault, RankChecksums, ServerError, ServerState, UpdateGroup
 
 # A prompt of so many tokens is prefilled once before its samples are asked for. Samples that arrive together would
 # each prefill it: the cache only knows what has finished.
@@ -40,31 +23,15 @@ _PREFILL_ONCE = 64
 _EMPTY_CACHE_S = 15.0  # for the last requests to let go of the prefix cache
 
 
-class SGLangServer:
+class SGLangServer(HttpServer):
     """The `Server` protocol for SGLang.
 
     The samples of a request are one HTTP call with an id a sample, because the ids that the server makes up for `n`
     samples cannot be aborted. Log-probs are those of the temperature-scaled policy before top-p and top-k; greedy ones
     those of temperature 1. With any stop tokens, the server ends a response at the model's own end-of-text token too.
 
-    Args:
-        url: of the server, or of a router that passes generation on.
-        api_key_env: environment variable with its key.
-        decode: token ids to text without special tokens; None: the engine's text, of the last piece.
-        routed: whether the URL is that of a router, which gets a call a sample.
+    A router (`routed`) gets a call a sample: sglang-router takes one id a request.
     """
-
-    keeps_unfinished = True
-
-    def __init__(self, url: str, *, api_key_env: str = "", decode: Decode | None = None, routed: bool = False):
-        self._http = JsonClient(url, api_key_env)
-        self._decode, self._routed = decode, routed
-        self._memory = Released()
-
-    @property
-    def url(self) -> str:
-        """Of the server."""
-        return self._http.url
 
     # --- what it is ----------------------------------------------------------------------------------------------
 
@@ -87,73 +54,29 @@ class SGLangServer:
 
     # --- generation ----------------------------------------------------------------------------------------------
 
-    async def generate(
-        self, request: Request, params: SamplingParams, *, version: int, name: str, deadline_s: float
-    ) -> list[Rollout]:
-        """All rollouts of one request; see `Server.generate`."""
-        deadline = time.monotonic() + deadline_s
-        done = {rollout.sample: rollout for rollout in request.begun}
-        calls = []
-        fresh = missing_samples(request, params)
-        prompt = request.prompt.tokens.tolist()
-        if fresh:
-            calls.append(self._fresh(prompt, fresh, params, version, name, deadline))
-        for rollout in request.begun:
-            if (finished := settled(rollout, params)) is not None:
-                done[rollout.sample] = finished
-            else:
-                calls.append(self._continued(prompt, rollout, params, version, name, deadline))
-        for rollouts in await together(calls):
-            done |= {rollout.sample: rollout for rollout in rollouts}
-        return [done[sample] for sample in sorted(done)]
+    async def _pieces(self, call: Call) -> list[Piece]:
+        if self._routed and len(call.ids) > 1:
+            parts = await together([self._pieces(replace(call, ids=[each])) for each in call.ids])
+            return [piece for part in parts for piece in part]
+        if len(call.ids) > 1 and len(call.inputs) >= _PREFILL_ONCE:
+            once = {"input_ids": call.inputs, "sampling_params": {"max_new_tokens": 0, "temperature": 0}}
+            await self._http.post("/generate", once, deadline_s=call.left_s)
 
-    async def _fresh(
-        self, prompt: list[int], samples: list[int], params: SamplingParams, version: int, name: str, deadline: float
-    ) -> list[Rollout]:
-        if self._routed and len(samples) > 1:  # sglang-router takes one id a request
-            parts = (self._fresh(prompt, [sample], params, version, name, deadline) for sample in samples)
-            return [rollout for part in await together(list(parts)) for rollout in part]
-        if len(samples) > 1 and len(prompt) >= _PREFILL_ONCE:
-            body = {"input_ids": prompt, "sampling_params": {"max_new_tokens": 0, "temperature": 0}}
-            await self._http.post("/generate", body, deadline_s=deadline - time.monotonic())
-        many = len(samples) > 1
-        ids = [sample_id(name, sample) for sample in samples]
-        body = _generate_body(
-            [prompt] * len(samples) if many else prompt, ids if many else ids[0], params, params.max_new_tokens
-        )
-        pieces = await self._pieces(body, len(samples), params, params.max_new_tokens, version, deadline)
-        found = (joined(None, piece, sample, self._decode) for piece, sample in zip(pieces, samples, strict=True))
-        return [rollout for rollout in found if rollout is not None]
-
-    async def _continued(
-        self, prompt: list[int], begun: Rollout, params: SamplingParams, version: int, name: str, deadline: float
-    ) -> list[Rollout]:
-        budget = params.max_new_tokens - begun.tokens.numel()
-        body = _generate_body(prompt + begun.tokens.tolist(), sample_id(name, begun.sample), params, budget)
-        (piece,) = await self._pieces(body, 1, params, budget, version, deadline)
-        try:
-            return [joined(begun, piece, begun.sample, self._decode)]
-        except BadAnswer as reason:
-            raise self._http.fail(Fault.stale, f"/generate answered {reason}") from None
-
-    async def _pieces(
-        self, body: dict[str, Any], count: int, params: SamplingParams, budget: int, version: int, deadline: float
-    ) -> list[Piece]:
         def read(answer: Any) -> list[Piece]:
             answers = answer if isinstance(answer, list) else [answer]
-            if len(answers) != count:
-                raise BadAnswer(f"{len(answers)} samples instead of {count}")
-            return [_piece(each, params, budget) for each in answers]
+            if len(answers) != len(call.ids):
+                raise BadAnswer(f"{len(answers)} samples instead of {len(call.ids)}")
+            return [_piece(each, call) for each in answers]
 
         try:
-            left = deadline - time.monotonic()
-            pieces = await self._http.post_and_read("/generate", body, read, deadline_s=left)
+            pieces = await self._http.post_and_read("/generate", _generate_body(call), read, deadline_s=call.left_s)
         except BadAnswer as reason:
             raise self._http.fail(Fault.garbage, f"/generate answered {reason}") from None
         for piece in pieces:
-            if piece.versions.size and (np.diff(piece.versions).min(initial=0) < 0 or piece.versions[0] < version):
+            if piece.versions.size and (np.diff(piece.versions).min(initial=0) < 0 or piece.versions[0] < call.version):
+                least = piece.versions.min()
                 raise self._http.fail(
-                    Fault.stale, f"/generate answered with weights of version {piece.versions.min()}, not {version}"
+                    Fault.stale, f"/generate answered with weights of version {least}, not {call.version}"
                 )
         return pieces
 
@@ -181,7 +104,7 @@ class SGLangServer:
         if missing := self._memory.to_release(what, state.boot):
             await self._empty_cache(deadline)  # it dies when something is in flight
             body = {"tags": [each.value for each in missing]}
-            await self._http.post("/release_memory_occupation", body, deadline_s=deadline - time.monotonic())
+            await self._http.post("/release_memory_occupation", body, deadline_s=left(deadline))
             self._memory.released(missing)
 
     async def restore_memory(self, what: Sequence[Memory], *, deadline_s: float) -> None:
@@ -190,7 +113,7 @@ class SGLangServer:
         state = await self.state(deadline_s=deadline_s)
         if missing := self._memory.to_restore(what, state.boot):
             body = {"tags": [each.value for each in missing]}
-            await self._http.post("/resume_memory_occupation", body, deadline_s=deadline - time.monotonic())
+            await self._http.post("/resume_memory_occupation", body, deadline_s=left(deadline))
             self._memory.restored(missing)
 
     # --- weights -------------------------------------------------------------------------------------------------
@@ -259,14 +182,14 @@ class SGLangServer:
         """Empty the prefix cache, then give the weights their version."""
         await self._empty_cache(deadline)
         body = {"new_version": str(version), "abort_all_requests": False}
-        await self._done("/update_weight_version", body, deadline - time.monotonic())
+        await self._done("/update_weight_version", body, left(deadline))
 
     async def _empty_cache(self, deadline: float) -> None:
         """Succeeds only while nothing is computed; requests whose client has just gone are waited for."""
         tries_until = min(deadline, time.monotonic() + _EMPTY_CACHE_S)
         while True:
             try:
-                await self._http.get_text("/flush_cache", deadline_s=deadline - time.monotonic())  # in plain words
+                await self._http.get_text("/flush_cache", deadline_s=left(deadline))  # in plain words
                 return
             except ServerError as error:
                 if error.status != 400 or time.monotonic() >= tries_until:
@@ -277,23 +200,12 @@ class SGLangServer:
         """Of the weights as they are in its memory, a rank each."""
         answer = await self._done("/weights_checker", {"action": "checksum"}, deadline_s)
         try:
-            found = [
-                RankChecksums(
-                    int(_place(rank)["tp_rank"]),
-                    int(_place(rank)["tp_size"]),
-                    {str(name): str(value) for name, value in rank["checksums"].items()},
-                )
-                for rank in answer["ranks"]
-            ]
+            found = [rank_checksums(_place(rank), rank["checksums"]) for rank in answer["ranks"]]
         except (KeyError, IndexError, TypeError, AttributeError, ValueError):
             found = []
         if not found or not all(rank.checksums for rank in found):
             raise self._http.fail(Fault.garbage, "/weights_checker answered no checksums")
         return found
-
-    async def close(self) -> None:
-        """Close the client's connections; the server goes on."""
-        await self._http.close()
 
     # --- calls ---------------------------------------------------------------------------------------------------
 
@@ -331,21 +243,27 @@ def _place(rank: dict[str, Any]) -> dict[str, Any]:
     return place[0] if isinstance(place, list) else place
 
 
-def _generate_body(inputs: list[Any], ids: Any, params: SamplingParams, budget: int) -> dict[str, Any]:
+def _generate_body(call: Call) -> dict[str, Any]:
+    params, alone = call.params, len(call.ids) == 1
     sampling: dict[str, Any] = {
         "temperature": params.temperature,
         "top_p": params.top_p,
         "top_k": params.top_k or -1,
         "min_p": 0.0,
-        "max_new_tokens": budget,
+        "max_new_tokens": call.budget,
         "stop_token_ids": list(params.stop_ids),
         "ignore_eos": not params.stop_ids,  # it would ignore stop_token_ids too
         "no_stop_trim": True,  # the text is that of all tokens; special ones are left out in any case
     }
-    return {"rid": ids, "input_ids": inputs, "sampling_params": sampling, "return_logprob": True}
+    return {
+        "rid": call.ids[0] if alone else call.ids,
+        "input_ids": call.inputs if alone else [call.inputs] * len(call.ids),
+        "sampling_params": sampling,
+        "return_logprob": True,
+    }
 
 
-def _piece(answer: Any, params: SamplingParams, budget: int) -> Piece:
+def _piece(answer: Any, call: Call) -> Piece:
     try:
         meta, tokens = answer["meta_info"], answer["output_ids"]
         rows, reason = meta["output_token_logprobs"], meta["finish_reason"]
@@ -362,8 +280,8 @@ def _piece(answer: Any, params: SamplingParams, budget: int) -> Piece:
         answer.get("text"),
         finish=finish,
         matched=matched,
-        budget=budget,
-        stop_ids=params.stop_ids,
+        budget=call.budget,
+        stop_ids=call.params.stop_ids,
     )
 
 

@@ -5,68 +5,34 @@ from __future__ import annotations
 import asyncio
 import re
 import time
-from collections.abc import Coroutine, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
-from clipo_megatron.flow import Rollout
-from clipo_megatron.rollout.answers import (
-    BadAnswer,
-    Decode,
-    Piece,
-    checked,
-    joined,
-    missing_samples,
-    settled,
-    version_number,
-)
-from clipo_megatron.rollout.engine import InFlight, Memory, Request, SamplingParams
-from clipo_megatron.rollout.http import JsonClient, together
-from clipo_megatron.rollout.released import Released
-from clipo_megatron.rollout.server import (
-    BucketNames,
-    Fault,
-    RankChecksums,
-    ServerError,
-    ServerState,
-    UpdateGroup,
-    sample_id,
-)
+from clipo_megatron.rollout.answers import BadAnswer, Piece, checked, version_number
+from clipo_megatron.rollout.client import Call, HttpServer, left, rank_checksums
+from clipo_megatron.rollout.engine import InFlight, Memory, SamplingParams
+from clipo_megatron.rollout.server import Fault, RankChecksums, ServerError, ServerState
 
 _START_TIME = re.compile(r"^process_start_time_seconds (\S+)", re.MULTILINE)
 _PAUSE_MODE = {InFlight.abort: "abort", InFlight.retract: "keep"}
 _EMPTY_CACHE_S = 0.2  # between two attempts to empty the prefix cache
 
 
-class VLLMServer:
+class VLLMServer(HttpServer):
     """The `Server` protocol for vLLM (0.32), started with VLLM_SERVER_DEV_MODE=1.
 
     Weights come through a folder. Log-probs are asked of the engine as it was started: `--logprobs-mode
     processed_logprobs` gives those of the temperature-scaled policy. They are renormalised over what top-p and top-k
     left, so those have to be off unless the temperature is 1 under the default mode, `raw_logprobs`; greedy ones are
     those of temperature 1 in both modes. What does not fit is refused.
-
-    Args:
-        url: of the server.
-        api_key_env: environment variable with its key.
-        decode: token ids to text without special tokens; None: the engine's text, of the last piece.
-        routed: whether the URL is that of a router; makes no difference.
     """
 
-    keeps_unfinished = True
-
-    def __init__(self, url: str, *, api_key_env: str = "", decode: Decode | None = None, routed: bool = False):
-        self._http = JsonClient(url, api_key_env)
-        self._decode = decode
+    def __init__(self, url: str, **kwargs: Any):
+        super().__init__(url, **kwargs)
         self._model = ""  # as it calls the model
         self._logprobs_mode: str | None = None
-        self._memory = Released()
-
-    @property
-    def url(self) -> str:
-        """Of the server."""
-        return self._http.url
 
     # --- what it is ----------------------------------------------------------------------------------------------
 
@@ -74,10 +40,10 @@ class VLLMServer:
         """What it is; also says that it answers."""
         deadline = time.monotonic() + deadline_s
         version = await self._version(deadline)
-        info = await self._http.get("/server_info", deadline_s=_left(deadline), config_format="json")
-        models = await self._http.get("/v1/models", deadline_s=_left(deadline))
-        release = await self._http.get("/version", deadline_s=_left(deadline))
-        metrics = await self._http.get_text("/metrics", deadline_s=_left(deadline))
+        info = await self._http.get("/server_info", deadline_s=left(deadline), config_format="json")
+        models = await self._http.get("/v1/models", deadline_s=left(deadline))
+        release = await self._http.get("/version", deadline_s=left(deadline))
+        metrics = await self._http.get_text("/metrics", deadline_s=left(deadline))
         try:
             parallel = info["vllm_config"]["parallel_config"]
             tp = int(parallel["tensor_parallel_size"]) * int(parallel["pipeline_parallel_size"])
@@ -95,76 +61,39 @@ class VLLMServer:
         await self._http.get("/health", deadline_s=deadline_s)
 
     async def _version(self, deadline: float) -> int:
-        answer = await self._http.get("/weight_info", deadline_s=_left(deadline))
+        answer = await self._http.get("/weight_info", deadline_s=left(deadline))
         return version_number(answer.get("weight_version") if isinstance(answer, dict) else None)
 
     # --- generation ----------------------------------------------------------------------------------------------
 
-    async def generate(
-        self, request: Request, params: SamplingParams, *, version: int, name: str, deadline_s: float
-    ) -> list[Rollout]:
-        """All rollouts of one request; see `Server.generate`."""
-        deadline = time.monotonic() + deadline_s
-        if not self._model:
-            await self.state(deadline_s=_left(deadline))
-        self._check_logprobs(params)
-        done = {rollout.sample: rollout for rollout in request.begun}
-        calls: list[Coroutine[Any, Any, list[Rollout]]] = []
-        prompt = request.prompt.tokens.tolist()
-        if fresh := missing_samples(request, params):
-            calls.append(self._call(prompt, [(sample, None) for sample in fresh], params, version, name, deadline))
-        for rollout in request.begun:
-            if (finished := settled(rollout, params)) is not None:
-                done[rollout.sample] = finished
-            else:
-                begun = prompt + rollout.tokens.tolist()
-                calls.append(self._call(begun, [(rollout.sample, rollout)], params, version, name, deadline))
-        for rollouts in await together(calls):
-            done |= {rollout.sample: rollout for rollout in rollouts}
-        return [done[sample] for sample in sorted(done)]
-
-    async def _call(
-        self,
-        inputs: list[int],
-        samples: Sequence[tuple[int, Rollout | None]],
-        params: SamplingParams,
-        version: int,
-        name: str,
-        deadline: float,
-    ) -> list[Rollout]:
-        first, begun = samples[0]
-        budget = params.max_new_tokens - (0 if begun is None else begun.tokens.numel())
-        body = _completions_body(self._model, inputs, len(samples), params, budget)
+    async def _pieces(self, call: Call) -> list[Piece]:
         # Its answer has no version. Weights change only when nothing runs, and a restarted server has lost its
         # version: what holds before and after held in between.
-        body["request_id"] = sample_id(name, first)
-        before = await self._version(deadline)
+        before = await self._version(call.end)
 
         def read(answer: Any) -> list[Piece]:
             try:
                 choices = sorted(answer["choices"], key=lambda choice: choice["index"])
-                if [choice["index"] for choice in choices] != list(range(len(samples))):
-                    raise BadAnswer(f"{len(choices)} samples instead of {len(samples)}")
-                return [_piece(choice, params, budget, before) for choice in choices]
+                if [choice["index"] for choice in choices] != list(range(len(call.ids))):
+                    raise BadAnswer(f"{len(choices)} samples instead of {len(call.ids)}")
+                return [_piece(choice, call, before) for choice in choices]
             except (KeyError, TypeError):
                 raise BadAnswer("samples without ids, log-probs or finish reason") from None
 
+        body = _completions_body(self._model, call)
         try:
-            left = _left(deadline)
-            pieces = await self._http.post_and_read("/v1/completions", body, read, deadline_s=left)
-            after = await self._version(deadline)
-            if before != after or after < version:
-                raise self._http.fail(Fault.stale, f"it answered with weights of version {after}, not {version}")
-            found = [
-                joined(begun, piece, sample, self._decode)
-                for piece, (sample, begun) in zip(pieces, samples, strict=True)
-            ]
+            pieces = await self._http.post_and_read("/v1/completions", body, read, deadline_s=call.left_s)
         except BadAnswer as reason:
             raise self._http.fail(Fault.garbage, f"/v1/completions answered {reason}") from None
-        return [rollout for rollout in found if rollout is not None]
+        after = await self._version(call.end)
+        if before != after or after < call.version:
+            raise self._http.fail(Fault.stale, f"it answered with weights of version {after}, not {call.version}")
+        return pieces
 
-    def _check_logprobs(self, params: SamplingParams) -> None:
+    async def _accept(self, params: SamplingParams, deadline_s: float) -> None:
         """Refuse parameters under which the engine's log-probs would not be the policy's."""
+        if not self._model:
+            await self.state(deadline_s=deadline_s)
         if params.temperature == 0:
             return
         truncated = params.top_p < 1 or params.top_k > 0
@@ -205,10 +134,10 @@ class VLLMServer:
         boot = (await self.state(deadline_s=deadline_s)).boot
         missing = self._memory.to_release(what, boot)
         if Memory.weights in missing:
-            await self._http.post("/sleep", deadline_s=_left(deadline), level="2")
+            await self._http.post("/sleep", deadline_s=left(deadline), level="2")
             self._memory.released(tuple(Memory))
         elif missing:
-            await self._http.post("/release_kv_cache_memory", deadline_s=_left(deadline))
+            await self._http.post("/release_kv_cache_memory", deadline_s=left(deadline))
             self._memory.released(missing)
 
     async def restore_memory(self, what: Sequence[Memory], *, deadline_s: float) -> None:
@@ -216,7 +145,7 @@ class VLLMServer:
         deadline = time.monotonic() + deadline_s
         boot = (await self.state(deadline_s=deadline_s)).boot
         for each in self._memory.to_restore(what, boot):
-            await self._http.post("/wake_up", deadline_s=_left(deadline), tags=each.value)
+            await self._http.post("/wake_up", deadline_s=left(deadline), tags=each.value)
             self._memory.restored([each])
 
     # --- weights -------------------------------------------------------------------------------------------------
@@ -225,24 +154,24 @@ class VLLMServer:
         """Read all weights from safetensors."""
         deadline = time.monotonic() + deadline_s
         body = {"method": "reload_weights", "kwargs": {"weights_path": folder}}
-        await self._http.post("/collective_rpc", body, deadline_s=_left(deadline))
+        await self._http.post("/collective_rpc", body, deadline_s=left(deadline))
         try:
-            await self._http.post("/collective_rpc", {"method": "repack_output_layer"}, deadline_s=_left(deadline))
+            await self._http.post("/collective_rpc", {"method": "repack_output_layer"}, deadline_s=left(deadline))
         except ServerError as error:
             if error.fault is not Fault.status:  # without the extension; only a server on a CPU needs it
                 raise
-        await self.end_update(version, deadline_s=_left(deadline))
+        await self.end_update(version, deadline_s=left(deadline))
 
     async def end_update(self, version: int, *, deadline_s: float) -> None:
         """Caches are empty, and the server knows its version."""
         deadline = time.monotonic() + deadline_s
         while True:  # blocks of requests that have just ended may still be held
-            answer = await self._http.post("/reset_prefix_cache", deadline_s=_left(deadline))
+            answer = await self._http.post("/reset_prefix_cache", deadline_s=left(deadline))
             if not isinstance(answer, dict) or answer.get("success", True):
                 break
             await asyncio.sleep(_EMPTY_CACHE_S)
         body = {"new_version": str(version)}
-        await self._http.post("/update_weight_version", body, deadline_s=_left(deadline))
+        await self._http.post("/update_weight_version", body, deadline_s=left(deadline))
 
     async def checksums(self, *, deadline_s: float) -> list[RankChecksums]:
         """Of the weights as they are in its memory, by the worker extension that `clipo serve` loads into it."""
@@ -253,55 +182,20 @@ class VLLMServer:
                 raise
             raise self._lacks("checksums; start it with `clipo serve`, which loads the extension for them") from error
         try:
-            found = [
-                RankChecksums(
-                    int(rank["tp_rank"]),
-                    int(rank["tp_size"]),
-                    {str(name): str(value) for name, value in rank["checksums"].items()},
-                )
-                for rank in answer["results"]
-            ]
+            found = [rank_checksums(rank, rank["checksums"]) for rank in answer["results"]]
         except (KeyError, TypeError, AttributeError, ValueError):
             raise self._http.fail(Fault.garbage, "weight_checksums answered no checksums") from None
         return found
 
-    async def join_group(self, group: UpdateGroup, *, rank_offset: int, deadline_s: float) -> None:
-        """Not of this engine."""
-        raise self._lacks("process groups for weights; set rollout.sync.transport=disk")
 
-    async def leave_group(self, name: str, *, deadline_s: float) -> None:
-        """Not of this engine."""
-        raise self._lacks("process groups for weights; set rollout.sync.transport=disk")
-
-    async def begin_update(self, *, deadline_s: float) -> None:
-        """Nothing to do before a folder is read."""
-
-    async def receive_bucket(self, group: str, bucket: BucketNames, *, deadline_s: float) -> None:
-        """Not of this engine."""
-        raise self._lacks("buckets of weights; set rollout.sync.transport=disk")
-
-    async def receive_handles(self, handles: Sequence[bytes], *, deadline_s: float) -> None:
-        """Not of this engine."""
-        raise self._lacks("handles of weights; set rollout.sync.transport=disk")
-
-    async def close(self) -> None:
-        """Close the client's connections; the server goes on."""
-        await self._http.close()
-
-    def _lacks(self, what: str) -> ServerError:
-        return self._http.fail(Fault.unsupported, f"vLLM is not asked for {what}")
-
-
-def _left(deadline: float) -> float:
-    return max(0.0, deadline - time.monotonic())
-
-
-def _completions_body(model: str, inputs: list[int], count: int, params: SamplingParams, budget: int) -> dict[str, Any]:
+def _completions_body(model: str, call: Call) -> dict[str, Any]:
+    params = call.params
     return {
         "model": model,
-        "prompt": inputs,
-        "n": count,
-        "max_tokens": budget,
+        "request_id": call.ids[0],
+        "prompt": call.inputs,
+        "n": len(call.ids),
+        "max_tokens": call.budget,
         "temperature": params.temperature,
         "top_p": params.top_p,
         "top_k": params.top_k,
@@ -320,7 +214,7 @@ def _completions_body(model: str, inputs: list[int], count: int, params: Samplin
     }
 
 
-def _piece(choice: dict[str, Any], params: SamplingParams, budget: int, version: int) -> Piece:
+def _piece(choice: dict[str, Any], call: Call, version: int) -> Piece:
     tokens, logprobs = choice["token_ids"], choice["logprobs"]
     if logprobs is None and not tokens:
         logprobs = {"token_logprobs": [], "tokens": []}
@@ -333,6 +227,6 @@ def _piece(choice: dict[str, Any], params: SamplingParams, budget: int, version:
         choice["text"],
         finish=choice["finish_reason"],
         matched=choice.get("stop_reason"),
-        budget=budget,
-        stop_ids=params.stop_ids,
+        budget=call.budget,
+        stop_ids=call.params.stop_ids,
     )

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from clipo_megatron.device import SharedGroup, SharedGroupError, open_store, platform
 from clipo_megatron.rollout.server import BucketNames, ServerError, UpdateGroup
+from clipo_megatron.sync.agreement import share
 from clipo_megatron.sync.checksums import Sums
 from clipo_megatron.sync.members import Attempt, Member
 from clipo_megatron.sync.served import Order, ServedSync
@@ -159,7 +160,7 @@ class BroadcastSync(ServedSync):
         if self._bell is None:
             host = self.config.host
             store = open_store(host, world=1, timeout_s=self.limits.call_s) if self.shard.is_coordinator else None
-            port = self._share(lambda: store.port)
+            port = share(lambda: store.port)
             self._bell = _Bell(store or dist.TCPStore(host, port, timeout=timedelta(seconds=self.limits.call_s)))
         self._bell.number = number
 

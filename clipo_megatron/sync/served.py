@@ -12,12 +12,11 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, TypeVar
 
-import torch.distributed as dist
-
 from clipo_megatron.config.schema import SyncConfig
 from clipo_megatron.device import SharedGroupError, platform
 from clipo_megatron.rollout.engine import EngineError, InFlight
 from clipo_megatron.rollout.server import Fault, RankChecksums, ServerError
+from clipo_megatron.sync.agreement import SyncError, gather, share
 from clipo_megatron.sync.checksums import ChecksumError, Kind, Sums, compare
 from clipo_megatron.sync.members import Attempt, Limits, Member, Servers, UpdateFailed
 from clipo_megatron.sync.shard import Shard
@@ -29,10 +28,6 @@ _TRIES_A_SERVER = 2  # attempts of one update that one server may spoil before i
 _TRIES_UNBLAMED = 3  # attempts of one update that may fail without anybody to blame
 
 log = logging.getLogger(__name__)
-
-
-class SyncError(RuntimeError):
-    """No server has the new weights; the message says what happened to each."""
 
 
 @dataclass(frozen=True)
@@ -161,7 +156,7 @@ class ServedSync(ABC):
         self._begin(version)
         tries = 0
         while True:
-            order = self._share(lambda: self._next_order(version))
+            order = share(lambda: self._next_order(version))
             if isinstance(order, str):
                 raise SyncError(order)
             if order is None:
@@ -177,7 +172,7 @@ class ServedSync(ABC):
         self._finish(version)
         self._updates += 1
         self._last_version = version
-        report = self._share(
+        report = share(
             lambda: SyncReport(
                 version=version,
                 seconds=time.monotonic() - start,
@@ -294,7 +289,7 @@ class ServedSync(ABC):
                 mismatch, cause = str(error), error
             except Exception as error:
                 fatal, cause = fatal or f"rank 0: {type(error).__name__}: {error}", cause or error
-        gathered = self._gather((result, broken, fatal))
+        gathered = gather((result, broken, fatal))
 
         def judge() -> _Verdict:
             fatals = [each for _, _, each in gathered if each]
@@ -306,7 +301,7 @@ class ServedSync(ABC):
             self._remember(refused, breaks, reused)
             return _Verdict(failed=True)
 
-        verdict = self._share(judge)
+        verdict = share(judge)
         if verdict.fatal:
             raise SyncError(f"the update of the servers failed: {verdict.fatal}") from cause
         if verdict.mismatch:
@@ -334,7 +329,7 @@ class ServedSync(ABC):
 
     def _prove(self, order: Order, attempt: Attempt | None, sums: Sums | None) -> tuple[str, ...]:
         """Compare checksums, then let the servers go on; those that fail here are left out. Collective."""
-        gathered = self._gather(sums)
+        gathered = gather(sums)
         unproven: set[str] = set()
 
         async def prove(attempt: Attempt) -> None:
@@ -365,32 +360,6 @@ class ServedSync(ABC):
                 raise
             self._leave_out(error.blamed)
             return error.answers
-
-    # --- agreement -----------------------------------------------------------------------------------------------
-
-    def _share(self, decide: Callable[[], T]) -> T:
-        """The coordinator's decision, on every rank. If it cannot decide, nobody goes on.
-
-        Raises:
-            SyncError: deciding raised, on the coordinator.
-        """
-        box: list[Any] = [None, ""]
-        cause: Exception | None = None
-        if self.shard.is_coordinator:
-            try:
-                box[0] = decide()
-            except Exception as error:
-                cause, box[1] = error, f"rank 0: {type(error).__name__}: {error}"
-        dist.broadcast_object_list(box, src=0)
-        if box[1]:
-            raise SyncError(f"the update of the servers failed: {box[1]}") from cause
-        return box[0]
-
-    def _gather(self, mine: T) -> list[T]:
-        """Everybody's, in order of rank, on the coordinator; [] elsewhere."""
-        everyone: list[Any] | None = [None] * dist.get_world_size() if self.shard.is_coordinator else None
-        dist.gather_object(mine, everyone, dst=0)
-        return everyone or []
 
 
 def _kind(members: Sequence[Member]) -> Kind:
