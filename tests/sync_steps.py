@@ -26,7 +26,7 @@ from clipo_megatron.sync.shard import Shard
 from clipo_megatron.weights.export import export
 from clipo_megatron.weights.families import entries, model_spec
 from clipo_megatron.weights.load import load_into
-from clipo_megatron.weights.mapping import even_stages
+from clipo_megatron.weights.mapping import Coordinates, even_stages
 from clipo_megatron.weights.reader import HFReader
 from clipo_megatron.weights.spec import read_config
 
@@ -49,7 +49,7 @@ def make_shard(folder: str, tp: int, pp: int, *, dtype: torch.dtype = torch.bflo
     mine = entries(spec, stages[pp_rank])
     parameters = {entry.megatron[0]: torch.empty(entry.kind.local_shape(entry.shapes, tp)) for entry in mine}
     with HFReader(folder) as reader:
-        load_into(parameters.items(), mine, reader, tp_rank=tp_rank, tp_size=tp)
+        load_into(parameters.items(), mine, reader, Coordinates(tp=tp, tp_rank=tp_rank))
     return Shard(
         spec=spec, stages=stages, chunks=lambda: [parameters], dtype=dtype, rank=rank, tp=tp, pp=pp,
         tp_rank=tp_rank, pp_rank=pp_rank, dp_rank=dp_rank, tp_group=tp_group,

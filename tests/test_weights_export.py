@@ -19,7 +19,7 @@ from clipo_megatron.weights.errors import CoverageError, WeightsError
 from clipo_megatron.weights.export import export, plan_export
 from clipo_megatron.weights.families import entries, model_spec
 from clipo_megatron.weights.load import load_into
-from clipo_megatron.weights.mapping import Stage, even_stages
+from clipo_megatron.weights.mapping import Coordinates, Stage, even_stages
 from clipo_megatron.weights.reader import SINGLE, HFReader
 from clipo_megatron.weights.spec import ModelSpec, read_config
 
@@ -37,7 +37,7 @@ def loaded(folder: Path, stage: Stage, *, rank: int = 0, tp: int = 1) -> dict[st
             shape[0] += 3
         model[entry.megatron[0]] = torch.full(shape, float("nan"))
     with HFReader(folder) as reader:
-        load_into(model.items(), entries(spec, stage), reader, tp_rank=rank, tp_size=tp)
+        load_into(model.items(), entries(spec, stage), reader, Coordinates(tp=tp, tp_rank=rank))
     return model
 
 

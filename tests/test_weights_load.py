@@ -16,7 +16,7 @@ from clipo_megatron.weights.coverage import check_tensors
 from clipo_megatron.weights.errors import CheckpointError, CoverageError, UnsupportedModel
 from clipo_megatron.weights.families import entries, model_spec
 from clipo_megatron.weights.load import LoadReport, load_into
-from clipo_megatron.weights.mapping import Entry, Stage, even_stages
+from clipo_megatron.weights.mapping import Coordinates, Entry, Stage, even_stages
 from clipo_megatron.weights.reader import INDEX, SINGLE, HFReader
 from clipo_megatron.weights.spec import ModelSpec, read_config
 
@@ -36,7 +36,7 @@ def empty_model(
 def load(folder: Path, model: Tensors, stage: Stage, *, rank: int = 0, tp: int = 1) -> LoadReport:
     spec = model_spec(read_config(folder))
     with HFReader(folder) as reader:
-        return load_into(model.items(), entries(spec, stage), reader, tp_rank=rank, tp_size=tp)
+        return load_into(model.items(), entries(spec, stage), reader, Coordinates(tp=tp, tp_rank=rank))
 
 
 def whole(spec: ModelSpec) -> Stage:

@@ -26,7 +26,7 @@ from clipo_megatron.device import platform
 from clipo_megatron.weights.coverage import match
 from clipo_megatron.weights.families import entries, model_spec
 from clipo_megatron.weights.load import load_into
-from clipo_megatron.weights.mapping import even_stages
+from clipo_megatron.weights.mapping import Coordinates, even_stages
 from clipo_megatron.weights.reader import SINGLE, HFReader
 from clipo_megatron.weights.spec import ModelSpec, inverse_frequencies, read_config
 
@@ -111,7 +111,7 @@ def test_names_and_shapes_on_every_rank(
         bound = entries(spec, even_stages(spec.num_layers, pp)[rank // tp])
         with model(spec, tp, pp, rank) as built:
             parameters = dict(built.named_parameters())
-            assert len(match(parameters, bound, tp_size=tp)) == len(parameters)
+            assert len(match(parameters, bound, Coordinates(tp=tp))) == len(parameters)
 
 
 def logits(folder: Path, tokens: Tensor) -> tuple[Tensor, Tensor]:
@@ -119,7 +119,7 @@ def logits(folder: Path, tokens: Tensor) -> tuple[Tensor, Tensor]:
     spec = model_spec(read_config(folder))
     with model(spec, 1, 1, 0) as built, HFReader(folder) as reader, torch.no_grad():
         stage = even_stages(spec.num_layers, 1)[0]
-        load_into(built.named_parameters(), entries(spec, stage), reader, tp_rank=0, tp_size=1)
+        load_into(built.named_parameters(), entries(spec, stage), reader, Coordinates())
         positions = torch.arange(tokens.shape[1]).expand_as(tokens)
         later = torch.ones(tokens.shape[1], tokens.shape[1], dtype=torch.bool).triu(1)
         ours = built.eval()(tokens, positions, later[None, None])

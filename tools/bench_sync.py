@@ -33,7 +33,7 @@ from clipo_megatron.rollout.engine import InFlight
 from clipo_megatron.sync.shard import Shard
 from clipo_megatron.weights.families import entries, model_spec
 from clipo_megatron.weights.load import load_into
-from clipo_megatron.weights.mapping import even_stages
+from clipo_megatron.weights.mapping import Coordinates, even_stages
 from clipo_megatron.weights.reader import HFReader
 from clipo_megatron.weights.spec import read_config
 
@@ -205,7 +205,7 @@ def load(folder: str) -> tuple[Shard, dict[str, torch.Tensor]]:
         entry.megatron[0]: torch.empty(entry.kind.local_shape(entry.shapes, 1), dtype=torch.bfloat16) for entry in mine
     }
     with HFReader(folder) as reader:
-        load_into(parameters.items(), mine, reader, tp_rank=0, tp_size=1)
+        load_into(parameters.items(), mine, reader, Coordinates())
     shard = Shard(
         spec=spec, stages=stages, chunks=lambda: [parameters], dtype=torch.bfloat16, rank=rank, tp=1, pp=pp,
         tp_rank=0, pp_rank=rank, dp_rank=0, tp_group=None,

@@ -26,7 +26,7 @@ from clipo_megatron.weights.coverage import check_tensors, match
 from clipo_megatron.weights.export import ExportPlan, export, plan_export
 from clipo_megatron.weights.families import entries, model_spec
 from clipo_megatron.weights.load import load_into
-from clipo_megatron.weights.mapping import even_stages
+from clipo_megatron.weights.mapping import Coordinates, even_stages
 from clipo_megatron.weights.reader import HFReader
 from clipo_megatron.weights.spec import read_config
 
@@ -68,15 +68,16 @@ class PolicyActor:
 
     def _load(self, folder: str) -> None:
         """Fill this stage from a Hugging Face folder."""
-        mapping = entries(self.spec, self.stages[self.layout.pp_rank])
+        at = Coordinates(tp=self.layout.tp, tp_rank=self.layout.tp_rank)
+        mapping = entries(self.spec, self.stages[self.layout.pp_rank], at)
         parameters = dict(self.stage.named_parameters())
         with HFReader(folder) as reader:
             if self.layout.rank == 0:
                 check_tensors(reader, self.spec)
-            load_into(parameters.items(), mapping, reader, tp_rank=self.layout.tp_rank, tp_size=self.layout.tp)
+            load_into(parameters.items(), mapping, reader, at)
         # Megatron sets this while it initialises weights at random, which we leave out; without it the gradient norm
         # would count the shards of one rank only.
-        for name, entry in match(parameters, mapping, tp_size=self.layout.tp):
+        for name, entry in match(parameters, mapping, at):
             parameters[name].tensor_model_parallel = entry.kind.sharded  # type: ignore[attr-defined]
 
     # --- scoring -------------------------------------------------------------------------------------------------

@@ -11,5 +11,6 @@ Example, filling the model chunk of one pipeline stage:
     stage = even_stages(spec.num_layers, pp_size)[pp_rank]
     with HFReader(folder) as reader:
         check_tensors(reader, spec)
-        load_into(model.named_parameters(), entries(spec, stage), reader, tp_rank=tp_rank, tp_size=tp_size)
+        at = Coordinates(tp=tp_size, tp_rank=tp_rank)
+        load_into(model.named_parameters(), entries(spec, stage, at), reader, at)
 """

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from clipo_megatron.weights.errors import CoverageError, UnsupportedModel
 from clipo_megatron.weights.families import entries
-from clipo_megatron.weights.mapping import Entry, Stage
+from clipo_megatron.weights.mapping import Coordinates, Entry, Stage
 from clipo_megatron.weights.reader import HFReader
 from clipo_megatron.weights.spec import ModelSpec
 
@@ -22,7 +22,7 @@ OUTPUT = "lm_head.weight"
 EMBEDDING = "model.embed_tokens.weight"
 
 
-def match(parameters: Mapping[str, Tensor], bound: Sequence[Entry], *, tp_size: int) -> list[tuple[str, Entry]]:
+def match(parameters: Mapping[str, Tensor], bound: Sequence[Entry], at: Coordinates) -> list[tuple[str, Entry]]:
     """Pair every parameter of one model chunk with its entry, in the entries' order. Meta tensors will do.
 
     Raises:
@@ -38,10 +38,11 @@ def match(parameters: Mapping[str, Tensor], bound: Sequence[Entry], *, tp_size: 
             continue
         pairs.append((name, entry))
         local = tuple(parameters[name].shape)
-        if not entry.kind.fits(local, entry.shapes, tp_size):
-            expected = entry.kind.local_shape(entry.shapes, tp_size)
+        size, _ = entry.cut(at)
+        if not entry.kind.fits(local, entry.shapes, size):
+            expected = entry.kind.local_shape(entry.shapes, size)
             problems.append(
-                f"parameter {name} has shape {list(local)}; {sources} over {tp_size} TP ranks give {list(expected)}"
+                f"parameter {name} has shape {list(local)}; {sources} over {size} TP ranks give {list(expected)}"
             )
     taken = {name for name, _ in pairs}
     problems += [f"nothing fills parameter {name}" for name in parameters if name not in taken]

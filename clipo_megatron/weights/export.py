@@ -18,7 +18,7 @@ from torch import Tensor
 from clipo_megatron.weights.coverage import match
 from clipo_megatron.weights.errors import WeightsError
 from clipo_megatron.weights.families import entries
-from clipo_megatron.weights.mapping import Entry, HFTensor, Stage
+from clipo_megatron.weights.mapping import Coordinates, Entry, HFTensor, Stage
 from clipo_megatron.weights.spec import ModelSpec
 
 # Small enough to stay near the caches of a CPU (256 MiB took twice the time over gloo), large enough for NCCL.
@@ -206,7 +206,7 @@ def _check(plan: ExportPlan, chunks: Sequence[Mapping[str, Tensor]], tp_group: G
     if len(chunks) != len(planned):
         raise WeightsError(f"the export was planned for {len(planned)} model chunks a rank, not {len(chunks)}")
     for parameters, bound in zip(chunks, planned, strict=True):
-        match(parameters, bound, tp_size=plan.tp_size)
+        match(parameters, bound, Coordinates(tp=plan.tp_size))
 
 
 def _check_group(name: str, group: Group | None, size: int) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from clipo_megatron.weights.coverage import match
 from clipo_megatron.weights.errors import CoverageError
-from clipo_megatron.weights.mapping import Entry
+from clipo_megatron.weights.mapping import Coordinates, Entry
 from clipo_megatron.weights.reader import HFReader
 
 
@@ -27,11 +27,9 @@ def load_into(
     named_parameters: Iterable[tuple[str, Tensor]],
     bound: Sequence[Entry],
     reader: HFReader,
-    *,
-    tp_rank: int,
-    tp_size: int,
+    at: Coordinates,
 ) -> LoadReport:
-    """Fill every parameter of a model chunk with this TP rank's part, cast to the parameter's dtype and device.
+    """Fill every parameter of a model chunk with the part of the rank `at`, cast to the parameter's dtype and device.
 
     `named_parameters` are those of the bare Megatron model (no wrapper's prefix), `bound` its `entries`. Everything
     is checked before the first write, so that an error leaves the model as it was; memory beyond the model is one
@@ -42,13 +40,14 @@ def load_into(
         CheckpointError: a file is missing or damaged.
     """
     parameters: dict[str, Tensor] = dict(named_parameters)
-    pairs = match(parameters, bound, tp_size=tp_size)
+    pairs = match(parameters, bound, at)
     _check_shapes(bound, reader)
     before = reader.bytes_read
     with torch.no_grad():
         for name, entry in pairs:
             sources = [reader.view(tensor.name) for tensor in entry.hf]
-            entry.kind.shard(sources, parameters[name], rank=tp_rank, size=tp_size)
+            size, rank = entry.cut(at)
+            entry.kind.shard(sources, parameters[name], rank=rank, size=size)
     tensors = tuple(tensor.name for entry in bound for tensor in entry.hf)
     return LoadReport(parameters=len(pairs), tensors=tensors, bytes_read=reader.bytes_read - before)
 

@@ -18,7 +18,7 @@ and the MLP per rank: rank r holds [gate_r; up_r], where gate_r is the r-th half
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import Protocol
@@ -198,7 +198,7 @@ class Place(Enum):
 class Rule:
     """One Megatron parameter and the HF tensors it is made of.
 
-    Names may contain `{layer}`: local to the chunk on Megatron's side, global on the other.
+    Names may contain `{layer}` and `{expert}`: local to the rank on Megatron's side, global on the other.
     `hf` lists full shapes in the order in which the kind takes the tensors.
     """
 
@@ -207,6 +207,9 @@ class Rule:
     kind: Kind
     on: Place = Place.LAYERS
     copy: bool = False  # a second holder of tensors that another rule owns: loaded, never exported
+    key: str = ""  # in a torch_dist checkpoint, `{layer}` global; "": the last of `megatron`
+    layers: Callable[[int], bool] | None = None  # of the whole model, that have it; None: all
+    experts: int = 0  # of the whole model, with one such parameter each; 0: it is no expert's
 
 
 @dataclass(frozen=True, slots=True)
@@ -217,6 +220,31 @@ class Stage:
     layers: int
     first: bool
     last: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Coordinates:
+    """One rank's place among those that hold a pipeline stage together. Experts are divided apart from all else:
+    over `ep` ranks, each with whole experts, and each expert over `etp` ranks."""
+
+    tp: int = 1
+    tp_rank: int = 0
+    ep: int = 1
+    ep_rank: int = 0
+    etp: int = 1
+    etp_rank: int = 0
+
+    def experts(self, count: int) -> range:
+        """Which of the model's experts this rank holds.
+
+        Raises:
+            WeightsError: `ep` does not divide `count`.
+        """
+        held = _divide(count, self.ep, "experts")
+        return range(self.ep_rank * held, (self.ep_rank + 1) * held)
+
+
+WHOLE = Coordinates()
 
 
 @dataclass(frozen=True, slots=True)
@@ -234,7 +262,15 @@ class Entry:
     megatron: tuple[str, ...]
     hf: tuple[HFTensor, ...]
     kind: Kind
+    key: str  # in a torch_dist checkpoint
     copy: bool = False
+    layer: int | None = None  # of the whole model
+    expert: int | None = None  # of the whole model: its place on the first axis under `key`
+    experts: int = 0  # of the whole model: the length of that axis; 0: there is no such axis
+
+    def cut(self, at: Coordinates) -> tuple[int, int]:
+        """Over how many ranks the parameter is divided, and which of them `at` is."""
+        return (at.etp, at.etp_rank) if self.experts else (at.tp, at.tp_rank)
 
     @property
     def shapes(self) -> tuple[Shape, ...]:
@@ -256,29 +292,43 @@ def even_stages(num_layers: int, pp_size: int) -> tuple[Stage, ...]:
     return tuple(Stage(i * layers, layers, first=i == 0, last=i == pp_size - 1) for i in range(pp_size))
 
 
-def bind(rules: Iterable[Rule], stage: Stage) -> tuple[Entry, ...]:
-    """The entries of one chunk, in the order of the model: embedding, layers, output."""
+def bind(rules: Iterable[Rule], stage: Stage, at: Coordinates = WHOLE) -> tuple[Entry, ...]:
+    """The entries of one chunk on one rank, in the order of the model: embedding, layers, output."""
     by_place: dict[Place, list[Rule]] = {place: [] for place in Place}
     for rule in rules:
         by_place[rule.on].append(rule)
     bound: list[Entry] = []
     if stage.first:
         bound += [_bind(rule) for rule in by_place[Place.FIRST]]
-    for layer in range(stage.layers):
-        bound += [_bind(rule, local=layer, layer=stage.offset + layer) for rule in by_place[Place.LAYERS]]
+    for local in range(stage.layers):
+        layer = stage.offset + local
+        for rule in by_place[Place.LAYERS]:
+            if rule.layers is not None and not rule.layers(layer):
+                continue
+            if rule.experts:
+                bound += [
+                    _bind(rule, local, layer, number, expert) for number, expert in enumerate(at.experts(rule.experts))
+                ]
+            else:
+                bound.append(_bind(rule, local, layer))
     if stage.last:
         # A copy exists to reach another chunk: within the owner's own chunk the parameter itself is shared.
         bound += [_bind(rule) for rule in by_place[Place.LAST] if not (rule.copy and stage.first)]
     return tuple(bound)
 
 
-def _bind(rule: Rule, local: int = 0, layer: int = 0) -> Entry:
+def _bind(rule: Rule, local: int = 0, layer: int | None = None, number: int = 0, expert: int | None = None) -> Entry:
+    """Local and global number of the layer, and of the expert."""
     names = (rule.megatron,) if isinstance(rule.megatron, str) else rule.megatron
     return Entry(
-        megatron=tuple(name.format(layer=local) for name in names),
-        hf=tuple(HFTensor(name.format(layer=layer), shape) for name, shape in rule.hf.items()),
+        megatron=tuple(name.format(layer=local, expert=number) for name in names),
+        hf=tuple(HFTensor(name.format(layer=layer, expert=expert), shape) for name, shape in rule.hf.items()),
         kind=rule.kind,
+        key=(rule.key or names[-1]).format(layer=layer),
         copy=rule.copy,
+        layer=layer,
+        expert=expert,
+        experts=rule.experts,
     )
 
 

@@ -26,8 +26,26 @@ class Llama3Rope:
 
 
 @dataclass(frozen=True, slots=True)
+class LinearRope:
+    """Positions divided by a factor (`rope_type: linear`)."""
+
+    factor: float
+
+
+@dataclass(frozen=True, slots=True)
+class Experts:
+    """A mixture of experts in place of the MLP, in every layer but the `dense_layers`."""
+
+    count: int
+    per_token: int  # experts that a token is sent to
+    ffn_hidden_size: int  # of one expert
+    renormalised: bool  # whether the chosen experts' probabilities are made to sum to 1
+    dense_layers: frozenset[int] = frozenset()  # with a plain MLP
+
+
+@dataclass(frozen=True, slots=True)
 class ModelSpec:
-    """A pre-norm decoder with RMSNorm, rotary positions, grouped-query attention and a SiLU-gated MLP."""
+    """A pre-norm decoder with RMSNorm, rotary positions, grouped-query attention and SiLU-gated MLPs."""
 
     family: str  # model_type of config.json
     num_layers: int
@@ -39,11 +57,17 @@ class ModelSpec:
     vocab_size: int  # rows of the embedding, unpadded
     rms_norm_eps: float
     rope_theta: float
-    rope_scaling: Llama3Rope | None
+    rope_scaling: Llama3Rope | LinearRope | None
     max_positions: int
     tied_embeddings: bool
     qkv_bias: bool = False
     qk_norm: bool = False
+    sliding_window: int | None = None  # tokens that a token attends to, itself among them; None: all before it
+    experts: Experts | None = None
+
+    def is_sparse(self, layer: int) -> bool:
+        """Whether a layer has experts."""
+        return self.experts is not None and layer not in self.experts.dense_layers
 
     @property
     def query_size(self) -> int:

@@ -12,7 +12,7 @@ from typing import Any
 
 from clipo_megatron.weights.errors import UnsupportedModel
 from clipo_megatron.weights.families import llama, qwen2
-from clipo_megatron.weights.mapping import Entry, Rule, Stage, bind
+from clipo_megatron.weights.mapping import WHOLE, Coordinates, Entry, Rule, Stage, bind
 from clipo_megatron.weights.spec import ModelSpec
 
 
@@ -42,6 +42,6 @@ def model_spec(config: Mapping[str, Any]) -> ModelSpec:
     return FAMILIES[name].spec(config)
 
 
-def entries(spec: ModelSpec, stage: Stage) -> tuple[Entry, ...]:
-    """The parameters of one model chunk and the tensors that fill them, in model order."""
-    return bind(FAMILIES[spec.family].rules(spec), stage)
+def entries(spec: ModelSpec, stage: Stage, at: Coordinates = WHOLE) -> tuple[Entry, ...]:
+    """The parameters of one model chunk on one rank and the tensors that fill them, in model order."""
+    return bind(FAMILIES[spec.family].rules(spec), stage, at)

@@ -10,8 +10,14 @@ HF = "model.layers.{layer}."
 
 
 def decoder_rules(spec: ModelSpec) -> list[Rule]:
-    """All rules of a dense decoder; biases, q/k norms and the output layer as the spec says."""
-    return [*embedding_rules(spec), *attention_rules(spec), *mlp_rules(spec), *output_rules(spec)]
+    """All rules of a decoder; biases, q/k norms, experts and the output layer as the spec says."""
+    return [
+        *embedding_rules(spec),
+        *attention_rules(spec),
+        *mlp_rules(spec),
+        *(expert_rules(spec) if spec.experts else []),
+        *output_rules(spec),
+    ]
 
 
 def embedding_rules(spec: ModelSpec) -> list[Rule]:
@@ -52,18 +58,61 @@ def attention_rules(spec: ModelSpec) -> list[Rule]:
 def mlp_rules(spec: ModelSpec) -> list[Rule]:
     """Norm and gated MLP of a dense layer."""
     hidden, ffn = spec.hidden_size, spec.ffn_hidden_size
+
+    def dense(layer: int) -> bool:
+        return not spec.is_sparse(layer)
+
     return [
         Rule(
             (MEGATRON + "pre_mlp_layernorm.weight", MEGATRON + "mlp.linear_fc1.layer_norm_weight"),
             {HF + "post_attention_layernorm.weight": (hidden,)},
             Replicated(),
+            layers=dense,
         ),
         Rule(
             MEGATRON + "mlp.linear_fc1.weight",
             {HF + "mlp.gate_proj.weight": (ffn, hidden), HF + "mlp.up_proj.weight": (ffn, hidden)},
             GateUp(),
+            layers=dense,
         ),
-        Rule(MEGATRON + "mlp.linear_fc2.weight", {HF + "mlp.down_proj.weight": (hidden, ffn)}, Row()),
+        Rule(MEGATRON + "mlp.linear_fc2.weight", {HF + "mlp.down_proj.weight": (hidden, ffn)}, Row(), layers=dense),
+    ]
+
+
+def expert_rules(spec: ModelSpec) -> list[Rule]:
+    """Norm, router and gated MLPs of a layer with experts; a checkpoint stacks the experts on a first axis."""
+    hidden, count, ffn = spec.hidden_size, spec.experts.count, spec.experts.ffn_hidden_size
+    here, key = MEGATRON + "mlp.experts.", MEGATRON + "mlp.experts.experts."
+    expert = HF + "mlp.experts.{expert}."
+    return [
+        Rule(
+            MEGATRON + "pre_mlp_layernorm.weight",
+            {HF + "post_attention_layernorm.weight": (hidden,)},
+            Replicated(),
+            layers=spec.is_sparse,
+        ),
+        Rule(
+            MEGATRON + "mlp.router.weight",
+            {HF + "mlp.gate.weight": (count, hidden)},
+            Replicated(),
+            layers=spec.is_sparse,
+        ),
+        Rule(
+            (here + "local_experts.{expert}.linear_fc1.weight", here + "linear_fc1.weight{expert}"),
+            {expert + "gate_proj.weight": (ffn, hidden), expert + "up_proj.weight": (ffn, hidden)},
+            GateUp(),
+            key=key + "linear_fc1.weight",
+            layers=spec.is_sparse,
+            experts=count,
+        ),
+        Rule(
+            (here + "local_experts.{expert}.linear_fc2.weight", here + "linear_fc2.weight{expert}"),
+            {expert + "down_proj.weight": (hidden, ffn)},
+            Row(),
+            key=key + "linear_fc2.weight",
+            layers=spec.is_sparse,
+            experts=count,
+        ),
     ]
 
 
