@@ -8,6 +8,7 @@ EOS as the turn marks, as SmolLM2 has it.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -20,6 +21,7 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedTokenizerFast,
     Qwen2Config,
+    Qwen3MoeConfig,
 )
 
 BOS, EOS, PAD = 0, 1, 2
@@ -113,6 +115,51 @@ def tiny_qwen2(
     return _write(Path(path), config, seed, default_system)
 
 
+def tiny_qwen3_moe(
+    path: str | Path,
+    *,
+    tied: bool = False,
+    vocab: int = TOKENIZER_SIZE,
+    hidden: int = 64,
+    heads: int = 4,
+    kv_heads: int = 2,
+    layers: int = 4,
+    head_dim: int = 24,
+    intermediate: int = 112,
+    experts: int = 8,
+    per_token: int = 2,
+    expert_intermediate: int = 40,
+    renormalised: bool = True,
+    dense_layers: tuple[int, ...] = (),
+    seed: int = 0,
+    default_system: bool = False,
+) -> Path:
+    """As `tiny_llama`, with Qwen3's q/k norms and experts in all but the `dense_layers`, a tensor each as released."""
+    config = Qwen3MoeConfig(
+        vocab_size=vocab,
+        hidden_size=hidden,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        num_hidden_layers=layers,
+        head_dim=head_dim,
+        intermediate_size=intermediate,
+        num_experts=experts,
+        num_experts_per_tok=per_token,
+        moe_intermediate_size=expert_intermediate,
+        norm_topk_prob=renormalised,
+        mlp_only_layers=list(dense_layers),
+        decoder_sparse_step=1,
+        tie_word_embeddings=tied,
+        max_position_embeddings=2048,
+        rms_norm_eps=1e-6,
+        rope_parameters={"rope_type": "default", "rope_theta": 1_000_000.0},
+        bos_token_id=BOS,
+        eos_token_id=EOS,
+        pad_token_id=PAD,
+    )
+    return _write(Path(path), config, seed, default_system)
+
+
 def tiny_weights(path: str | Path, *, seed: int) -> dict[str, torch.Tensor]:
     """Other random weights for the folder at `path`: Hugging Face name -> fp32 tensor, as safetensors holds them."""
     return _random_weights(AutoConfig.from_pretrained(path), seed)
@@ -120,7 +167,7 @@ def tiny_weights(path: str | Path, *, seed: int) -> dict[str, torch.Tensor]:
 
 def _write(path: Path, config: PreTrainedConfig, seed: int, default_system: bool) -> Path:
     path.mkdir(parents=True, exist_ok=True)
-    config.architectures = [{"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM"}[config.model_type]]
+    config.architectures = [{"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3_moe": "Qwen3MoeForCausalLM"}[config.model_type]]
     config.dtype = torch.float32
     config.save_pretrained(path)
     save_file(_random_weights(config, seed), path / "model.safetensors", metadata={"format": "pt"})
@@ -142,7 +189,23 @@ def _random_weights(config: PreTrainedConfig, seed: int) -> dict[str, torch.Tens
         else:
             # Logits of about unit scale or a little more: neither uniform nor one-hot.
             weights[name] = 1.5 * noise / math.sqrt(parameter.shape[-1])
-    return weights
+    return dict(_as_released(weights))
+
+
+def _as_released(weights: dict[str, torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
+    """transformers 5 stacks experts in memory; in files each has tensors of its own."""
+    for name, tensor in weights.items():
+        place, _, last = name.rpartition(".")
+        if not place.endswith(".experts"):
+            yield name, tensor
+            continue
+        for number, expert in enumerate(tensor):
+            if last == "gate_up_proj":
+                gate, up = expert.chunk(2)
+                yield f"{place}.{number}.gate_proj.weight", gate.contiguous()
+                yield f"{place}.{number}.up_proj.weight", up.contiguous()
+            else:
+                yield f"{place}.{number}.{last}.weight", expert.contiguous()
 
 
 def _tokenizer(default_system: bool) -> PreTrainedTokenizerFast:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from clipo_megatron.weights.errors import UnsupportedModel
-from clipo_megatron.weights.families import llama, qwen2
+from clipo_megatron.weights.families import llama, qwen2, qwen3_moe
 from clipo_megatron.weights.mapping import WHOLE, Coordinates, Entry, Rule, Stage, bind
 from clipo_megatron.weights.spec import ModelSpec
 
@@ -27,6 +27,7 @@ class Family:
 FAMILIES: dict[str, Family] = {
     "llama": Family(llama.spec, llama.rules),
     "qwen2": Family(qwen2.spec, qwen2.rules),
+    "qwen3_moe": Family(qwen3_moe.spec, qwen3_moe.rules),
 }
 
 
