@@ -114,11 +114,11 @@ class HttpServer(ABC):
     async def begin_update(self, *, deadline_s: float) -> None:  # noqa: B027
         """Nothing to do."""
 
-    async def receive_bucket(self, group: str, bucket: BucketNames, *, deadline_s: float) -> None:
+    async def receive_bucket(self, group: str, bucket: BucketNames, *, last: bool, deadline_s: float) -> None:
         """Refused."""
         raise self._lacks("buckets of weights; set rollout.sync.transport=disk")
 
-    async def receive_handles(self, handles: Sequence[bytes], *, deadline_s: float) -> None:
+    async def receive_handles(self, handles: Sequence[bytes], *, last: bool, deadline_s: float) -> None:
         """Refused."""
         raise self._lacks("handles of weights; set rollout.sync.transport=disk")
 

@@ -138,11 +138,11 @@ class Server(Protocol):
         """Before the first bucket. Does nothing on a release that has no such call."""
         ...
 
-    async def receive_bucket(self, group: str, bucket: BucketNames, *, deadline_s: float) -> None:
+    async def receive_bucket(self, group: str, bucket: BucketNames, *, last: bool, deadline_s: float) -> None:
         """Take one flat bucket that the group's rank 0 broadcasts as bytes; returns when it is loaded."""
         ...
 
-    async def receive_handles(self, handles: Sequence[bytes], *, deadline_s: float) -> None:
+    async def receive_handles(self, handles: Sequence[bytes], *, last: bool, deadline_s: float) -> None:
         """Take tensors from the memory of another process on its GPUs; one payload a rank of the server."""
         ...
 

@@ -33,6 +33,7 @@ class SGLangServer(HttpServer):
     A router (`routed`) gets a call a sample: sglang-router takes one id a request.
     """
 
+    _cache_is_empty = False  # since the last bucket of an update
     # --- what it is ----------------------------------------------------------------------------------------------
 
     async def state(self, *, deadline_s: float) -> ServerState:
@@ -145,7 +146,7 @@ class SGLangServer(HttpServer):
             if "already open" not in str(error):
                 raise
 
-    async def receive_bucket(self, group: str, bucket: BucketNames, *, deadline_s: float) -> None:
+    async def receive_bucket(self, group: str, bucket: BucketNames, *, last: bool, deadline_s: float) -> None:
         """Take one flat bucket that the group's rank 0 broadcasts; returns when it is loaded."""
         body = {
             "names": bucket.names,
@@ -153,18 +154,28 @@ class SGLangServer(HttpServer):
             "shapes": bucket.shapes,
             "group_name": group,
             "load_format": "flattened_bucket",
-            "flush_cache": False,
         }
-        await self._done("/update_weights_from_distributed", body, deadline_s)
+        await self._receive("/update_weights_from_distributed", body, last, deadline_s)
 
-    async def receive_handles(self, handles: Sequence[bytes], *, deadline_s: float) -> None:
+    async def receive_handles(self, handles: Sequence[bytes], *, last: bool, deadline_s: float) -> None:
         """Take tensors from the memory of another process; one payload a rank of the server."""
         body = {
             "serialized_named_tensors": [base64.b64encode(each).decode() for each in handles],
             "load_format": "flattened_bucket",
-            "flush_cache": False,
         }
-        await self._done("/update_weights_from_tensor", body, deadline_s)
+        await self._receive("/update_weights_from_tensor", body, last, deadline_s)
+
+    async def _receive(self, path: str, body: dict[str, Any], last: bool, deadline_s: float) -> None:
+        """With the last bucket the prefix cache is emptied: a call of its own would also collect garbage, which takes
+        longer than the bucket. The call follows all the same where something was still being computed."""
+        self._cache_is_empty = False
+        try:
+            await self._done(path, body | {"flush_cache": last}, deadline_s)
+        except ServerError as error:
+            if not last or "cache was not flushed" not in str(error):
+                raise
+        else:
+            self._cache_is_empty = last
 
     async def end_update(self, version: int, *, deadline_s: float) -> None:
         """After the last bucket: caches are empty, and answers carry the version."""
@@ -175,12 +186,14 @@ class SGLangServer(HttpServer):
     async def load_folder(self, folder: str, version: int, *, deadline_s: float) -> None:
         """Read all weights from safetensors; the folder has a config.json too."""
         deadline = time.monotonic() + deadline_s
+        self._cache_is_empty = False
         await self._done("/update_weights_from_disk", {"model_path": folder, "flush_cache": False}, deadline_s)
         await self._set_version(version, deadline)
 
     async def _set_version(self, version: int, deadline: float) -> None:
         """Empty the prefix cache, then give the weights their version."""
-        await self._empty_cache(deadline)
+        if not self._cache_is_empty:
+            await self._empty_cache(deadline)
         body = {"new_version": str(version), "abort_all_requests": False}
         await self._done("/update_weight_version", body, left(deadline))
 

@@ -141,12 +141,11 @@ class BroadcastSync(ServedSync):
         """The coordinator's side: every server takes the same buckets in the same order, one after the other."""
 
         async def take(member: Member) -> None:
-            for bucket, names in zip(self._order, self._names, strict=True):
+            for place, (bucket, names) in enumerate(zip(self._order, self._names, strict=True), start=1):
                 if attempt.failed:
                     return
-                await member.server.receive_bucket(
-                    self._groups[bucket.owner].name, names, deadline_s=attempt.deadline(settling=True)
-                )
+                group, last = self._groups[bucket.owner].name, place == len(self._order)
+                await member.server.receive_bucket(group, names, last=last, deadline_s=attempt.deadline(settling=True))
 
         await attempt.each("pause", lambda each: each.server.pause(self.in_flight, deadline_s=attempt.deadline()))
         await attempt.each("begin", lambda each: each.server.begin_update(deadline_s=attempt.deadline()))

@@ -58,8 +58,8 @@ class IpcSync(ServedSync):
             await attempt.each("end", lambda each: each.server.end_update(version, deadline_s=attempt.deadline()))
 
         self._together(lambda: None, begin, attempt)
-        for bucket, flat in self._buckets():
-            self._hand_over(bucket, flat, attempt)
+        for place, (bucket, flat) in enumerate(self._buckets(), start=1):
+            self._hand_over(bucket, flat, attempt, last=place == len(self.plan.buckets))
             if sums is not None and self.shard.rank == 0:
                 sums.add(bucket, flat)
         self._together(lambda: None, end, attempt)
@@ -68,7 +68,7 @@ class IpcSync(ServedSync):
     def _buckets(self) -> Iterator[tuple[Bucket, Tensor]]:
         return export_buckets(self.plan, self.shard.chunks(), tp_group=self.shard.tp_group, pp_group=self.pp_group)
 
-    def _hand_over(self, bucket: Bucket, flat: Tensor, attempt: Attempt | None) -> None:
+    def _hand_over(self, bucket: Bucket, flat: Tensor, attempt: Attempt | None, *, last: bool) -> None:
         """Have all servers take one bucket; collective."""
         payloads = self._together(lambda: payload(bucket, flat), None, attempt)
 
@@ -79,7 +79,7 @@ class IpcSync(ServedSync):
             async def one(member: Member) -> None:
                 first = place[member.url]
                 theirs = payloads[first : first + member.state.tp]
-                await member.server.receive_handles(theirs, deadline_s=attempt.deadline())
+                await member.server.receive_handles(theirs, last=last, deadline_s=attempt.deadline())
 
             await attempt.each("buckets", one)
 
