@@ -1,0 +1,264 @@
+"""70B without 70B: real configurations at TP8 x PP8 (and EP8), every rank's parameters against the mapping.
+
+Each of the 64 ranks is built as Megatron builds it, on the meta device, in a process group whose other ranks do not
+exist. `match` pairs its parameters with the entries of its coordinates. What the ranks of a stage hold is then counted
+row by row (column by column where a tensor is cut that way), and transformers says which tensors there are.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from clipo_megatron.config.schema import DType, LayoutConfig, ModelConfig
+from clipo_megatron.policy import layout as layouts
+from clipo_megatron.policy.model import PolicyStage, transformer_config
+from clipo_megatron.weights.coverage import match
+from clipo_megatron.weights.division import Division
+from clipo_megatron.weights.errors import CoverageError
+from clipo_megatron.weights.families import entries, model_spec
+from clipo_megatron.weights.mapping import Coordinates, Entry, Row, Stage
+from clipo_megatron.weights.spec import ModelSpec
+
+pytestmark = pytest.mark.timeout(120)
+
+ARCHITECTURES = Path(__file__).parent / "architectures"
+
+
+@dataclass(frozen=True)
+class Release:
+    """What is published of a model beside its config.json: the index of its weights."""
+
+    file: str
+    tensors: int
+    nbytes: int  # `total_size`, bf16
+    division: Division
+
+
+RELEASES = {
+    "Qwen2.5-72B": Release("qwen2.5-72b.json", 963, 145_412_407_296, Division(tp=8, pp=8)),
+    "Llama-3.1-70B": Release("llama-3.1-70b.json", 723, 141_107_412_992, Division(tp=8, pp=8)),
+}
+
+
+def config_of(release: Release) -> dict[str, Any]:
+    return json.loads((ARCHITECTURES / release.file).read_text())
+
+
+class OnMeta(TorchFunctionMode):
+    """Memory that a model asks for stays on the meta device, whichever device it asks for."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if func in (torch.empty, torch.zeros, torch.ones):
+            kwargs["device"] = "meta"
+        return func(*args, **kwargs)
+
+
+@contextmanager
+def stage_of(spec: ModelSpec, division: Division, rank: int) -> Iterator[PolicyStage]:
+    """The model chunk of one rank."""
+    world = division.tp * division.pp
+    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world)
+    try:
+        layout = layouts.initialize(LayoutConfig(tp=division.tp, pp=division.pp), seed=0)
+        with OnMeta():
+            yield PolicyStage(spec, transformer_config(spec, ModelConfig(path="", dtype=DType.bf16), layout), layout)
+    finally:
+        layouts.shutdown()
+
+
+class Thin:
+    """A full tensor, one element wide across the dimension that is cut, that holds the numbers of its rows."""
+
+    def __init__(self, shape: tuple[int, ...], along: int, first: int):
+        self.length, self.first = shape[along], first
+        numbers = torch.arange(first, first + self.length, dtype=torch.int32)
+        thin = [1] * len(shape)
+        thin[along] = self.length
+        self._numbers = numbers.view(thin)
+        self.shape = tuple(thin)
+
+    def __getitem__(self, index: Any) -> Tensor:
+        return self._numbers[index]
+
+
+class Tally:
+    """How many ranks hold each row of each Hugging Face tensor, and whether each should."""
+
+    def __init__(self) -> None:
+        self.held: dict[str, Tensor] = {}
+        self.due: dict[str, int] = {}  # ranks that each row belongs to
+
+    def add(self, entry: Entry, local: tuple[int, ...], at: Coordinates, replicas: int) -> None:
+        """Let the entry's kind cut numbered rows in place of the tensors, for the rank `at`."""
+        along = 1 if isinstance(entry.kind, Row) else 0
+        sources, first = [], 1  # 0 is padding
+        for shape in entry.shapes:
+            sources.append(Thin(shape, along, first))
+            first += shape[along]
+        size, rank = entry.cut(at)
+        target = torch.full([n if i == along else 1 for i, n in enumerate(local)], -1, dtype=torch.int32)
+        entry.kind.shard(sources, target, rank=rank, size=size)
+        assert bool((target >= 0).all()), f"{entry.megatron[0]} is not filled"
+        counts = torch.bincount(target.flatten(), minlength=first).to(torch.int16)
+        for tensor, source in zip(entry.hf, sources, strict=True):
+            part = counts[source.first : source.first + source.length]
+            self.held[tensor.name] = self.held.get(tensor.name, 0) + part
+            self.due[tensor.name] = 1 if entry.kind.sharded else replicas
+
+    def wrong(self) -> list[str]:
+        """Tensors of which a row is on too few or too many ranks."""
+        return [name for name, counts in self.held.items() if not bool((counts == self.due[name]).all())]
+
+
+Where = Callable[[Division, int], Coordinates]
+
+
+def place(division: Division, rank: int) -> Coordinates:
+    """Coordinates of a global rank of TP x PP: TP changes fastest. Expert parallelism divides the ranks of a stage."""
+    within = rank % division.tp
+    return Coordinates(
+        tp=division.tp,
+        tp_rank=within,
+        ep=division.ep,
+        ep_rank=within // division.expert_tp,
+        etp=division.expert_tp,
+        etp_rank=within % division.expert_tp,
+    )
+
+
+def cover(
+    spec: ModelSpec, division: Division, *, where: Where = place, mapped: ModelSpec | None = None
+) -> tuple[dict[str, tuple[int, ...]], list[str]]:
+    """Match every rank's parameters; shapes of the tensors they take together, and which tensors are not held once.
+
+    `mapped` is what the mapping takes the model for, if not for what it is.
+    """
+    shapes: dict[str, tuple[int, ...]] = {}
+    wrong: list[str] = []
+    for number, stage in enumerate(division.stages(spec.num_layers)):
+        tally = Tally()
+        for rank in range(number * division.tp, (number + 1) * division.tp):
+            at = where(division, rank)
+            with stage_of(spec, division, rank) as built:
+                _check_place(built, stage, rank, division)
+                parameters = dict(built.named_parameters())
+            assert {parameter.device.type for parameter in parameters.values()} == {"meta"}
+            for name, entry in match(parameters, entries(mapped or spec, stage, at), at):
+                tally.add(entry, tuple(parameters[name].shape), at, division.tp)
+                shapes |= {tensor.name: tensor.shape for tensor in entry.hf}
+        wrong += tally.wrong()
+    return shapes, wrong
+
+
+def _check_place(built: PolicyStage, stage: Stage, rank: int, division: Division) -> None:
+    assert (built.layout.tp_rank, built.layout.pp_rank) == (rank % division.tp, rank // division.tp)
+    assert (built.pre_process, built.post_process) == (stage.first, stage.last)
+    assert len(built.decoder.layers) == stage.layers
+
+
+def published_tensors(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of a release's files, from transformers, which fuses a layer's experts in memory."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config))
+    tensors: dict[str, tuple[int, ...]] = {}
+    for name, parameter in model.named_parameters():
+        shape = tuple(parameter.shape)
+        if name.endswith("experts.gate_up_proj"):
+            for expert in range(shape[0]):
+                for half in ("gate", "up"):
+                    at = name.replace("experts.gate_up_proj", f"experts.{expert}.{half}_proj.weight")
+                    tensors[at] = (shape[1] // 2, shape[2])
+        elif name.endswith("experts.down_proj"):
+            for expert in range(shape[0]):
+                tensors[name.replace("experts.down_proj", f"experts.{expert}.down_proj.weight")] = shape[1:]
+        else:
+            tensors[name] = shape
+    return tensors
+
+
+@pytest.mark.parametrize("name", RELEASES)
+def test_every_rank_of_a_real_release(name: str) -> None:
+    release = RELEASES[name]
+    config = config_of(release)
+    spec = model_spec(config)
+    stages = release.division.stages(spec.num_layers)
+    assert len(stages) == 8 and sum(stage.layers for stage in stages) == spec.num_layers
+    shapes, wrong = cover(spec, release.division)
+    assert wrong == []
+    assert shapes == published_tensors(config)
+    assert len(shapes) == release.tensors
+    assert sum(torch.Size(shape).numel() for shape in shapes.values()) * 2 == release.nbytes
+
+
+SMALL = {
+    "num_hidden_layers": 8,
+    "hidden_size": 128,
+    "intermediate_size": 64,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 8,
+    "vocab_size": 101,
+}
+
+
+@pytest.mark.parametrize(("tp", "heads"), [(4, 8), (4, 2), (8, 2)])
+def test_a_rank_that_takes_anothers_part_is_noticed(tp: int, heads: int) -> None:
+    """The count above is sharp: with KV heads for all ranks, and with fewer."""
+    config = config_of(RELEASES["Qwen2.5-72B"]) | SMALL | {"num_key_value_heads": heads}
+    spec, division = model_spec(config), Division(tp=tp, pp=2)
+    assert cover(spec, division)[1] == []
+
+    def neighbours(division: Division, rank: int) -> Coordinates:
+        at = place(division, rank)
+        return replace(at, tp_rank=at.tp_rank & ~1)
+
+    wrong = cover(spec, division, where=neighbours)[1]
+    cut = re.compile(r"embed_tokens|lm_head|self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj")
+    assert len(wrong) == 2 + 8 * 10
+    assert all(cut.search(name) for name in wrong)
+
+
+def test_a_missing_rule_is_noticed() -> None:
+    """A model with biases against a mapping without: each of a rank's is listed by name."""
+    spec = model_spec(config_of(RELEASES["Qwen2.5-72B"]) | SMALL)
+    with pytest.raises(CoverageError) as caught:
+        cover(spec, Division(tp=2, pp=2), mapped=replace(spec, qkv_bias=False))
+    assert caught.value.problems == [
+        f"nothing fills parameter decoder.layers.{layer}.self_attention.linear_qkv.bias" for layer in range(4)
+    ]
+
+
+# What Transformer Engine's layers call their parameters, from megatron-core's sources.
+TE_LAYER = {
+    "self_attention.linear_proj.weight",
+    "self_attention.linear_qkv.layer_norm_weight",
+    "self_attention.linear_qkv.weight",
+    "mlp.linear_fc1.layer_norm_weight",
+    "mlp.linear_fc1.weight",
+    "mlp.linear_fc2.weight",
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "more"), [("Qwen2.5-72B", {"self_attention.linear_qkv.bias"}), ("Llama-3.1-70B", set())]
+)
+def test_names_with_transformer_engine(name: str, more: set[str]) -> None:
+    spec = model_spec(config_of(RELEASES[name]))
+    (stage,) = Division().stages(spec.num_layers)
+    found = {entry.megatron[-1] for entry in entries(spec, stage)}
+    ends = {"embedding.word_embeddings.weight", "decoder.final_layernorm.weight", "output_layer.weight"}
+    assert found == ends | {f"decoder.layers.{layer}.{each}" for layer in range(80) for each in TE_LAYER | more}
