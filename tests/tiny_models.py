@@ -1,4 +1,4 @@
-"""Tiny random Llama and Qwen2 folders in the Hugging Face layout, made on the spot: no network, no cache.
+"""Tiny random folders of every family in the Hugging Face layout, made on the spot: no network, no cache.
 
 Every parameter, norms and biases included, is away from its default, so that a mapping that drops, transposes or swaps
 one changes the logits. The tokenizer is byte-level (ids 3 .. 258 are the bytes), its chat template ChatML with BOS and
@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -18,14 +19,25 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     LlamaConfig,
+    MistralConfig,
+    Phi3Config,
     PreTrainedConfig,
     PreTrainedTokenizerFast,
     Qwen2Config,
+    Qwen3Config,
     Qwen3MoeConfig,
 )
 
 BOS, EOS, PAD = 0, 1, 2
 TOKENIZER_SIZE = 259
+ARCHITECTURES = {
+    "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "phi3": "Phi3ForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+    "qwen3_moe": "Qwen3MoeForCausalLM",
+}
 DEFAULT_SYSTEM_PROMPT = "You are a tiny test model."
 
 _DEFAULT_SYSTEM = (
@@ -160,6 +172,55 @@ def tiny_qwen3_moe(
     return _write(Path(path), config, seed, default_system)
 
 
+def tiny_qwen3(path: str | Path, *, head_dim: int = 24, **options: Any) -> Path:
+    """As `tiny_llama`, with norms on each head's query and key."""
+    return _decoder(Path(path), Qwen3Config, {"rms_norm_eps": 1e-6}, head_dim=head_dim, **options)
+
+
+def tiny_mistral(path: str | Path, *, head_dim: int = 24, window: int | None = 5, **options: Any) -> Path:
+    """As `tiny_llama`, with a sliding window shorter than most sequences of the tests; None: no window."""
+    return _decoder(Path(path), MistralConfig, {"sliding_window": window}, head_dim=head_dim, **options)
+
+
+def tiny_phi3(path: str | Path, *, window: int | None = 7, **options: Any) -> Path:
+    """As `tiny_mistral`, with fused tensors, and no head size of its own in its configuration."""
+    return _decoder(Path(path), Phi3Config, {"sliding_window": window}, **options)
+
+
+def _decoder(
+    path: Path,
+    family: type[PreTrainedConfig],
+    fields: dict[str, Any],
+    *,
+    tied: bool = True,
+    vocab: int = TOKENIZER_SIZE,
+    hidden: int = 64,
+    heads: int = 4,
+    kv_heads: int = 2,
+    layers: int = 4,
+    intermediate: int = 112,
+    seed: int = 0,
+    default_system: bool = False,
+    **more: Any,
+) -> Path:
+    config = family(
+        vocab_size=vocab,
+        hidden_size=hidden,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        num_hidden_layers=layers,
+        intermediate_size=intermediate,
+        tie_word_embeddings=tied,
+        max_position_embeddings=2048,
+        bos_token_id=BOS,
+        eos_token_id=EOS,
+        pad_token_id=PAD,
+        **fields,
+        **more,
+    )
+    return _write(path, config, seed, default_system)
+
+
 def tiny_weights(path: str | Path, *, seed: int) -> dict[str, torch.Tensor]:
     """Other random weights for the folder at `path`: Hugging Face name -> fp32 tensor, as safetensors holds them."""
     return _random_weights(AutoConfig.from_pretrained(path), seed)
@@ -167,7 +228,7 @@ def tiny_weights(path: str | Path, *, seed: int) -> dict[str, torch.Tensor]:
 
 def _write(path: Path, config: PreTrainedConfig, seed: int, default_system: bool) -> Path:
     path.mkdir(parents=True, exist_ok=True)
-    config.architectures = [{"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3_moe": "Qwen3MoeForCausalLM"}[config.model_type]]
+    config.architectures = [ARCHITECTURES[config.model_type]]
     config.dtype = torch.float32
     config.save_pretrained(path)
     save_file(_random_weights(config, seed), path / "model.safetensors", metadata={"format": "pt"})

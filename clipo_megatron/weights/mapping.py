@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from typing import Protocol
 
@@ -158,6 +158,41 @@ class QKV(Interleaved):
         super().__init__(groups=num_kv_heads)
 
 
+@dataclass(frozen=True)
+class Fused(Kind):
+    """One tensor that holds the sources of another kind end to end, the first with `rows[0]` rows, and so on.
+
+    Fused on Hugging Face's side does not mean fused as Megatron does it: Phi-3's [q; k; v] is woven per KV head here.
+    """
+
+    kind: Kind  # one that cuts its sources along dim 0 alone
+    rows: tuple[int, ...]
+
+    def local_shape(self, shapes: Sequence[Shape], size: int) -> Shape:
+        return self.kind.local_shape([(rows, *shapes[0][1:]) for rows in self.rows], size)
+
+    def shard(self, sources: Sequence[Source], target: Tensor, *, rank: int, size: int) -> None:
+        starts = [sum(self.rows[:i]) for i in range(len(self.rows))]
+        parts = [_Rows(sources[0], start, rows) for start, rows in zip(starts, self.rows, strict=True)]
+        self.kind.shard(parts, target, rank=rank, size=size)
+
+    def unshard(self, shards: Tensor, targets: Sequence[Tensor]) -> None:
+        self.kind.unshard(shards, targets[0].split(self.rows))
+
+
+class _Rows:
+    """A run of rows of a source, as a source of its own."""
+
+    def __init__(self, source: Source, start: int, rows: int) -> None:
+        self._source, self._start = source, start
+        self.shape: Shape = (rows, *source.shape[1:])
+
+    def __getitem__(self, index: slice | tuple[slice, ...]) -> Tensor:
+        rows, *rest = index if isinstance(index, tuple) else (index,)
+        start, stop, step = rows.indices(self.shape[0])
+        return self._source[(slice(self._start + start, self._start + stop, step), *rest)]
+
+
 class Vocab(Kind):
     """Rows of the vocabulary, padded with zeros up to what the model's parameter holds."""
 
@@ -210,6 +245,13 @@ class Rule:
     key: str = ""  # in a torch_dist checkpoint, `{layer}` global; "": the last of `megatron`
     layers: Callable[[int], bool] | None = None  # of the whole model, that have it; None: all
     experts: int = 0  # of the whole model, with one such parameter each; 0: it is no expert's
+
+
+def fused(rule: Rule, name: str) -> Rule:
+    """The same parameter from one HF tensor, `name`, that holds the rule's tensors end to end."""
+    shapes = list(rule.hf.values())
+    rows = tuple(shape[0] for shape in shapes)
+    return replace(rule, hf={name: (sum(rows), *shapes[0][1:])}, kind=Fused(rule.kind, rows))
 
 
 @dataclass(frozen=True, slots=True)

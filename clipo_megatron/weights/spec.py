@@ -13,23 +13,7 @@ import torch
 from torch import Tensor
 
 from clipo_megatron.weights.errors import CheckpointError, UnsupportedModel
-
-
-@dataclass(frozen=True, slots=True)
-class Llama3Rope:
-    """Frequency scaling of Llama 3.1 and later (`rope_type: llama3`)."""
-
-    factor: float
-    low_freq_factor: float
-    high_freq_factor: float
-    original_max_positions: int
-
-
-@dataclass(frozen=True, slots=True)
-class LinearRope:
-    """Positions divided by a factor (`rope_type: linear`)."""
-
-    factor: float
+from clipo_megatron.weights.rope import LinearRope, Llama3Rope, read_rope
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,13 +73,15 @@ def inverse_frequencies(spec: ModelSpec) -> Tensor:
     """
     exponents = torch.arange(0, spec.head_dim, 2, dtype=torch.float32) / spec.head_dim
     frequencies = 1.0 / (spec.rope_theta**exponents)
-    scaling = spec.rope_scaling
-    if scaling is None:
-        return frequencies
-    turns = scaling.original_max_positions * frequencies / (2 * math.pi)  # within the original context
-    low, high = scaling.low_freq_factor, scaling.high_freq_factor
-    keep = ((turns - low) / (high - low)).clamp(0.0, 1.0)
-    return (1 - keep) * frequencies / scaling.factor + keep * frequencies
+    match spec.rope_scaling:
+        case None:
+            return frequencies
+        case LinearRope(factor):
+            return frequencies / factor
+        case Llama3Rope(factor, low, high, original):
+            turns = original * frequencies / (2 * math.pi)  # within the original context
+            keep = ((turns - low) / (high - low)).clamp(0.0, 1.0)
+            return (1 - keep) * frequencies / factor + keep * frequencies
 
 
 def read_config(folder: str | Path) -> dict[str, Any]:
@@ -116,20 +102,56 @@ def read_config(folder: str | Path) -> dict[str, Any]:
     return config
 
 
-def decoder_spec(config: Mapping[str, Any], *, qkv_bias: bool = False, qk_norm: bool = False) -> ModelSpec:
+# Fields with which a decoder of another kind changes its mathematics, and the values that change nothing. No model that
+# is represented here reads them: whoever set one meant something that would not happen.
+_NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "attention_multiplier": (),
+    "embedding_multiplier": (1,),
+    "residual_multiplier": (1,),
+    "logits_scaling": (1,),
+    "logit_scale": (1,),
+    "scale_emb": (1,),
+    "scale_depth": (),
+    "attn_logit_softcapping": (),
+    "final_logit_softcapping": (),
+    "query_pre_attn_scalar": (),
+    "clip_qkv": (),
+    "qk_layernorm": (False,),
+    "use_qk_norm": (False,),
+    "alibi": (False,),
+    "rope_interleaved": (False,),
+    "no_rope_layers": ([],),
+    "attention_chunk_size": (),
+    "is_causal": (True,),
+    "use_bidirectional_attention": (False,),
+    "attention_sink_bias": (False,),
+}
+
+
+def decoder_spec(
+    config: Mapping[str, Any], *, qkv_bias: bool = False, qk_norm: bool = False, sliding_window: int | None = None
+) -> ModelSpec:
     """The fields that decoders of the Llama line share; a family adds its own checks around it.
 
+    What a config.json leaves out has the default of `LlamaConfig`: a family with others puts them in first.
+
     Raises:
-        UnsupportedModel: an activation or a rotary embedding without an equal in Megatron, or a field is missing.
+        UnsupportedModel: something that Megatron would compute differently, or a field is missing.
     """
     if (activation := config.get("hidden_act", "silu")) not in ("silu", "swish"):
         raise UnsupportedModel("hidden_act", activation, "only the SiLU-gated MLP is implemented")
     refuse_if_set(config, "quantization_config", "the policy trains unquantised weights")
+    for field, neutral in _NEUTRAL.items():
+        if (value := config.get(field)) is not None and value not in neutral:
+            raise UnsupportedModel(
+                field, value, f"{config.get('model_type')} models do not have it, nor does the policy"
+            )
+    _check_window(config, sliding_window)
     heads, hidden = _required(config, "num_attention_heads"), _required(config, "hidden_size")
     kv_heads = config.get("num_key_value_heads") or heads
     if heads % kv_heads:
         raise UnsupportedModel("num_key_value_heads", kv_heads, f"it must divide num_attention_heads={heads}")
-    theta, scaling = _rope(config)
+    theta, scaling = read_rope(config)
     return ModelSpec(
         family=str(config.get("model_type")),
         num_layers=_required(config, "num_hidden_layers"),
@@ -146,6 +168,7 @@ def decoder_spec(config: Mapping[str, Any], *, qkv_bias: bool = False, qk_norm: 
         tied_embeddings=bool(config.get("tie_word_embeddings", False)),
         qkv_bias=qkv_bias,
         qk_norm=qk_norm,
+        sliding_window=sliding_window,
     )
 
 
@@ -155,41 +178,18 @@ def refuse_if_set(config: Mapping[str, Any], field: str, reason: str) -> None:
         raise UnsupportedModel(field, config[field], reason)
 
 
+def _check_window(config: Mapping[str, Any], window: int | None) -> None:
+    """All layers see as far as the family says."""
+    if window is not None and (not isinstance(window, int) or window < 1):
+        raise UnsupportedModel("sliding_window", window, "a positive number of tokens is needed, or null")
+    expected = "full_attention" if window is None else "sliding_attention"
+    for kind in config.get("layer_types") or ():
+        if kind != expected:
+            raise UnsupportedModel("layer_types", kind, f"every layer here has {expected}")
+
+
 def _required(config: Mapping[str, Any], field: str) -> int:
     value = config.get(field)
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise UnsupportedModel(field, value, "a positive whole number is needed")
     return value
-
-
-def _rope(config: Mapping[str, Any]) -> tuple[float, Llama3Rope | None]:
-    """Theta and scaling, from `rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling` (4)."""
-    field = "rope_parameters" if config.get("rope_parameters") else "rope_scaling"
-    parameters = config.get(field) or {}
-    old, new = config.get("rope_theta"), parameters.get("rope_theta")
-    if old is not None and new is not None and old != new:
-        raise UnsupportedModel("rope_theta", old, f"{field} says {new!r}; remove one of the two")
-    theta = next((value for value in (new, old) if value is not None), 10000.0)
-    for holder in (config, parameters):
-        if holder.get("partial_rotary_factor") not in (None, 1, 1.0):
-            raise UnsupportedModel(
-                "partial_rotary_factor", holder["partial_rotary_factor"], "only whole heads are rotated"
-            )
-    kind = parameters.get("rope_type", parameters.get("type", "default"))
-    if kind == "default":
-        return float(theta), None
-    if kind != "llama3":
-        raise UnsupportedModel(f"{field}.rope_type", kind, "only 'default' and 'llama3' are implemented")
-    missing = [
-        name
-        for name in ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-        if parameters.get(name) is None
-    ]
-    if missing:
-        raise UnsupportedModel(f"{field}.{missing[0]}", None, "rope_type 'llama3' needs it")
-    return float(theta), Llama3Rope(
-        factor=float(parameters["factor"]),
-        low_freq_factor=float(parameters["low_freq_factor"]),
-        high_freq_factor=float(parameters["high_freq_factor"]),
-        original_max_positions=int(parameters["original_max_position_embeddings"]),
-    )

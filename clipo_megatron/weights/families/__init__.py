@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from clipo_megatron.weights.errors import UnsupportedModel
-from clipo_megatron.weights.families import llama, qwen2, qwen3_moe
+from clipo_megatron.weights.families import llama, mistral, phi3, qwen2, qwen3, qwen3_moe
 from clipo_megatron.weights.mapping import WHOLE, Coordinates, Entry, Rule, Stage, bind
 from clipo_megatron.weights.spec import ModelSpec
 
@@ -26,8 +26,19 @@ class Family:
 
 FAMILIES: dict[str, Family] = {
     "llama": Family(llama.spec, llama.rules),
+    "mistral": Family(mistral.spec, mistral.rules),
+    "phi3": Family(phi3.spec, phi3.rules),
     "qwen2": Family(qwen2.spec, qwen2.rules),
+    "qwen3": Family(qwen3.spec, qwen3.rules),
     "qwen3_moe": Family(qwen3_moe.spec, qwen3_moe.rules),
+}
+
+# Families that were looked at, and what of them Megatron (0.16.1) or the actor cannot compute.
+UNREPRESENTED = {
+    "gemma2": "it caps logits and attention scores with tanh and has norms after attention and MLP too; megatron-core "
+    "has neither, and a policy without them would be another model",
+    "granite": "it multiplies embeddings, residuals, attention and logits by factors that megatron-core does not have",
+    "smollm3": "some of its layers have no rotary positions; here all layers rotate alike",
 }
 
 
@@ -39,7 +50,10 @@ def model_spec(config: Mapping[str, Any]) -> ModelSpec:
     """
     name = config.get("model_type")
     if name not in FAMILIES:
-        raise UnsupportedModel("model_type", name, f"known families are {', '.join(sorted(FAMILIES))}")
+        reason = f"known families are {', '.join(sorted(FAMILIES))}"
+        if name in UNREPRESENTED:
+            reason = f"{UNREPRESENTED[name]}; {reason}"
+        raise UnsupportedModel("model_type", name, reason)
     return FAMILIES[name].spec(config)
 
 

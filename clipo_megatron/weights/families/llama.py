@@ -1,4 +1,4 @@
-"""Llama 2, 3, 3.1, 3.2, SmolLM, SmolLM2 and other models with `model_type: llama`."""
+"""Llama 2, 3, 3.1, 3.2, SmolLM, SmolLM2, DeepSeek-R1-Distill-Llama and others with `model_type: llama`."""
 
 from __future__ import annotations
 
@@ -15,4 +15,5 @@ def spec(config: Mapping[str, Any]) -> ModelSpec:
     """Architecture facts; refuses biases: Megatron has them on all linear layers, or on q, k and v alone."""
     refuse_if_set(config, "attention_bias", "it puts a bias on o_proj, which Megatron cannot represent")
     refuse_if_set(config, "mlp_bias", "Megatron's gated MLP is built without biases")
+    refuse_if_set(config, "sliding_window", "Llama attends to the whole sequence; with windows it is Mistral")
     return decoder_spec(config)

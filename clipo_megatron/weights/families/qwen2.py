@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from clipo_megatron.weights.errors import UnsupportedModel
 from clipo_megatron.weights.families.decoder import decoder_rules as rules
 from clipo_megatron.weights.spec import ModelSpec, decoder_spec, refuse_if_set
 
@@ -13,10 +12,6 @@ __all__ = ["rules", "spec"]
 
 
 def spec(config: Mapping[str, Any]) -> ModelSpec:
-    """Architecture facts; refuses sliding windows that are switched on."""
+    """Architecture facts; refuses sliding windows that are switched on: some layers would have them, others not."""
     refuse_if_set(config, "use_sliding_window", "every layer attends to the whole sequence")
-    layer_types = config.get("layer_types") or []
-    for kind in layer_types:
-        if kind != "full_attention":
-            raise UnsupportedModel("layer_types", kind, "every layer attends to the whole sequence")
-    return decoder_spec(config, qkv_bias=True)
+    return decoder_spec({"num_key_value_heads": 32, **config}, qkv_bias=True)
