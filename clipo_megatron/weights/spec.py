@@ -120,6 +120,7 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "use_qk_norm": (False,),
     "alibi": (False,),
     "rope_interleaved": (False,),
+    "use_mrope": (False,),
     "no_rope_layers": ([],),
     "attention_chunk_size": (),
     "is_causal": (True,),
