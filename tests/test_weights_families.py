@@ -223,7 +223,7 @@ def test_an_idle_sliding_window_is_no_reason_to_refuse() -> None:
 
 
 def test_a_refusal_of_gemma2_says_what_is_missing() -> None:
-    with pytest.raises(UnsupportedModel, match="caps logits.*norms after attention and MLP.*known families"):
+    with pytest.raises(UnsupportedModel, match=r"caps logits.*norms after attention and MLP.*known families"):
         model_spec({"model_type": "gemma2", **SIZES})
 
 

@@ -3,6 +3,9 @@
 Every segment has queries (its own tokens) and keys (its context's tokens, then its own), causal at the lower right.
 Segments with the same context length and similar own lengths are attended to together, right-padded inside the
 attention only: under the causal mask a padded key lies behind every real query, so nothing leaks between segments.
+
+A sliding window of w lets a query see w keys, itself the last of them. Only then are masks wider than the causal one
+made, and only for segments that the window is too short for; of a context, what no query sees is left out.
 """
 
 from __future__ import annotations
@@ -48,8 +51,16 @@ class SegmentPlan(PackedSeqParams):
     buckets: tuple[Bucket, ...] = ()
 
 
-def plan_segments(segments: Sequence[Segment], device: torch.device) -> SegmentPlan:
-    """Bucket segments by context length and own length. Index tensors go to `device`."""
+def plan_segments(segments: Sequence[Segment], device: torch.device, window: int | None = None) -> SegmentPlan:
+    """Bucket segments by context length and own length.
+
+    Args:
+        segments: of the row.
+        device: where index tensors and masks go.
+        window: keys that a query sees, its own among them; None: all before it.
+    """
+    if window is not None:
+        segments = [_within(each, window) for each in segments]
     waiting = sorted(segments, key=lambda each: (each.context_length, each.length), reverse=True)
     queries: list[Tensor] = []
     keys: list[Tensor] = []
@@ -67,7 +78,7 @@ def plan_segments(segments: Sequence[Segment], device: torch.device) -> SegmentP
             keys += [torch.arange(each.context_start, each.context_start + context), own]
             restore[each.start : each.start + each.length] = torch.arange(place, place + each.length)
             place += longest
-        buckets.append(Bucket(count, longest, context, _lower_right(longest, context, device) if context else None))
+        buckets.append(Bucket(count, longest, context, _mask(longest, context, window, device)))
     return SegmentPlan(
         qkv_format="segments",
         queries=torch.cat(queries).to(device),
@@ -77,8 +88,21 @@ def plan_segments(segments: Sequence[Segment], device: torch.device) -> SegmentP
     )
 
 
-def _lower_right(length: int, context: int, device: torch.device) -> Tensor:
-    return torch.ones(length, context + length, dtype=torch.bool, device=device).tril_(diagonal=context)
+def _within(segment: Segment, window: int) -> Segment:
+    """The segment without the start of its context that lies outside the window of its first query."""
+    unseen = max(0, segment.context_length - (window - 1))
+    return segment._replace(
+        context_start=segment.context_start + unseen, context_length=segment.context_length - unseen
+    )
+
+
+def _mask(length: int, context: int, window: int | None, device: torch.device) -> Tensor | None:
+    """[length, context + length] bool, True where attended; None where plain causality says the same."""
+    limits = window is not None and window < context + length
+    if not context and not limits:
+        return None
+    mask = torch.ones(length, context + length, dtype=torch.bool, device=device).tril_(diagonal=context)
+    return mask.triu_(diagonal=context - window + 1) if limits else mask
 
 
 class PackedAttention(MegatronModule):
