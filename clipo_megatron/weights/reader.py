@@ -3,31 +3,40 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any
 
-from safetensors import SafetensorError, safe_open
+import torch
 from torch import Tensor
 
 from clipo_megatron.weights.errors import CheckpointError
-from clipo_megatron.weights.mapping import Shape
+from clipo_megatron.weights.safetensors import SafetensorsFile, SlicedRead, Stored
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 
 
-class LazyTensor:
-    """A tensor on disk; indexing it reads that part alone."""
+class LazyTensor(SlicedRead):
+    """A tensor on disk; indexing it reads those rows alone."""
 
-    def __init__(self, reader: HFReader, view: Any) -> None:
-        self._reader = reader
-        self._view = view
-        self.shape: Shape = tuple(view.get_shape())
+    def __init__(self, reader: HFReader, file: SafetensorsFile, name: str) -> None:
+        stored = file.header.tensors[name]
+        super().__init__(stored.shape)
+        self.dtype: torch.dtype = stored.dtype
+        self._reader, self._file, self._name = reader, file, name
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        """Rows start .. stop-1."""
+        return self._file.read(self._name, slice(start, stop))
+
+    def whole(self) -> Tensor:
+        """A tensor without rows."""
+        return self._file.read(self._name)
 
     def __getitem__(self, index: slice | tuple[slice, ...]) -> Tensor:
-        part = self._view[index]
+        part = super().__getitem__(index)
         self._reader.bytes_read += part.nbytes
         return part
 
@@ -35,7 +44,8 @@ class LazyTensor:
 class HFReader:
     """The tensors of a folder by name. Use it as a context manager, or call `close`.
 
-    Files are mapped into memory when a tensor of theirs is first asked for. `bytes_read` counts what was indexed.
+    Files are opened when a tensor of theirs is first asked for, and read as far as is asked for; several threads may
+    do so at once. `bytes_read` counts what was indexed.
 
     Raises:
         CheckpointError: no safetensors, a file that the index names but the folder lacks, a damaged or truncated
@@ -45,7 +55,8 @@ class HFReader:
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
         self.bytes_read = 0
-        self._open: dict[str, Any] | None = {}
+        self._open: dict[str, SafetensorsFile] | None = {}
+        self._opening = threading.Lock()
         self._files = self._locate()
 
     def names(self) -> tuple[str, ...]:
@@ -60,19 +71,24 @@ class HFReader:
         """The tensor's shape and, by indexing, parts of it."""
         if name not in self._files:
             raise CheckpointError(f"{self.folder} has no tensor {name!r}")
-        file = self._files[name]
-        try:
-            view = self._handle(file).get_slice(name)
-        except SafetensorError as error:
-            raise CheckpointError(
-                f"{self.folder / file} does not hold {name!r}, though {INDEX} says so: {error}"
-            ) from error
-        return LazyTensor(self, view)
+        file = self._handle(self._files[name])
+        if name not in file.header.tensors:
+            raise CheckpointError(f"{file.path} does not hold {name!r}, though {INDEX} says so")
+        return LazyTensor(self, file, name)
+
+    def stored(self, name: str) -> Stored:
+        """Dtype and shape of a tensor."""
+        return self.view(name)._file.header.tensors[name]
+
+    @property
+    def files(self) -> dict[str, SafetensorsFile]:
+        """All files of the folder by name, opened."""
+        return {name: self._handle(name) for name in sorted(set(self._files.values()))}
 
     def close(self) -> None:
-        """Unmap the files. Idempotent; reading afterwards is an error."""
+        """Close the files. Idempotent; reading afterwards is an error."""
         for handle in (self._open or {}).values():
-            handle.__exit__(None, None, None)
+            handle.close()
         self._open = None
 
     def __enter__(self) -> HFReader:
@@ -86,7 +102,7 @@ class HFReader:
     def _locate(self) -> Mapping[str, str]:
         """Which file holds which tensor. A single file wins over an index, as in transformers."""
         if (self.folder / SINGLE).is_file():
-            return dict.fromkeys(self._handle(SINGLE).keys(), SINGLE)
+            return dict.fromkeys(self._handle(SINGLE).header.tensors, SINGLE)
         index = self.folder / INDEX
         if not index.is_file():
             raise CheckpointError(
@@ -106,13 +122,14 @@ class HFReader:
             raise CheckpointError(f"{self.folder} lacks files that {INDEX} names: {', '.join(missing)}")
         return files
 
-    def _handle(self, file: str) -> Any:
+    def _handle(self, file: str) -> SafetensorsFile:
         if self._open is None:
             raise CheckpointError(f"the reader of {self.folder} is closed")
-        if file not in self._open:
-            path = self.folder / file
-            try:
-                self._open[file] = safe_open(path, framework="pt", device="cpu")
-            except (SafetensorError, OSError) as error:
-                raise CheckpointError(f"{path} is damaged or truncated: {error}") from error
-        return self._open[file]
+        with self._opening:
+            if file not in self._open:
+                path = self.folder / file
+                try:
+                    self._open[file] = SafetensorsFile(path)
+                except OSError as error:
+                    raise CheckpointError(f"{path} is damaged or truncated: {error}") from error
+            return self._open[file]
