@@ -1,0 +1,19 @@
+"""What a model's path may be: a Hugging Face folder, or a checkpoint that has its Hugging Face files in it."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+POLICY = "policy"  # of a checkpoint: the weights, in Megatron's torch_dist
+HF_FILES = "hf"  # of a checkpoint: config.json, tokenizer and whatever else stood beside the weights
+
+
+def is_checkpoint(path: str | os.PathLike[str]) -> bool:
+    """Whether a folder is a checkpoint, of conversion or of training."""
+    return (Path(path) / POLICY / "metadata.json").is_file()
+
+
+def hf_folder(path: str | os.PathLike[str]) -> Path:
+    """Where a model's config.json and tokenizer are."""
+    return Path(path) / HF_FILES if is_checkpoint(path) else Path(path)
