@@ -20,7 +20,7 @@ LEVELS = (
     {"device"},
     {"data", "rewards", "rollout", "algorithms", "weights"},
     {"policy", "sync", "evaluation", "checkpoint", "report", "output"},
-    {"problems", "collector", "reporting", "engines", "stopping"},
+    {"problems", "collector", "reporting", "engines", "stopping", "conversion"},
     {"run"},
     {"trainer"},
     {"launch"},
@@ -35,14 +35,14 @@ ONLY_IN = {
     "megatron": {"policy", "weights"},
     "transformer_engine": {"policy"},
     "apex": {"policy"},
-    "transformers": {"data", "rollout"},
+    "transformers": {"data", "rollout", "conversion"},
     "reasoning_gym": {"data", "rewards"},
     "math_verify": {"rewards"},
     "sympy": {"rewards"},
     "omegaconf": {"config"},
     "aiohttp": {"rollout"},
     "orjson": {"rollout"},
-    "rich": {"report", "doctor"},
+    "rich": {"report", "doctor", "conversion"},
 }
 DEVICE_WORDS = re.compile("cuda|nccl|gloo", re.IGNORECASE)
 # Names of Megatron's own, and of the platform's adapter to them, which cannot be spelt otherwise.

@@ -1,0 +1,93 @@
+"""Logits of a folder's weights through transformers, on fixed prompts in float32: what tensors mean, not what they are.
+
+Equal tensors under another config.json give other logits: this is what notices a wrong rope or norm.
+"""
+
+from __future__ import annotations
+
+import gc
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.utils import logging as library_logging
+
+from clipo_megatron.conversion.compare import Weights
+from clipo_megatron.weights.errors import CoverageError, WeightsError
+
+PROMPTS, LENGTH = 2, 128  # sequences, and tokens of each where the model takes as many
+
+
+@dataclass(frozen=True, slots=True)
+class LogitsDifference:
+    """Of two folders' logits."""
+
+    largest: float  # absolute difference
+    scale: float  # absolute value of A's largest logit
+    tokens: int  # that were compared
+
+    @property
+    def relative(self) -> float:
+        """The largest difference, over the scale; infinite where a logit is NaN."""
+        return self.largest / self.scale if self.largest else 0.0
+
+
+def fixed_prompts(vocab_size: int, max_positions: int) -> Tensor:
+    """The same token ids for every model of a vocabulary, [PROMPTS, T]: spread over it, none of them text."""
+    length = min(LENGTH, max_positions)
+    return (torch.arange(PROMPTS * length) * 7919 + 11).remainder(vocab_size).view(PROMPTS, length)
+
+
+def logits(weights: Weights, config_folder: Path) -> Tensor:
+    """Logits of the fixed prompts, [PROMPTS, T, vocabulary] float32, by the model that config.json describes.
+
+    All tensors are in memory at once, as float32.
+
+    Raises:
+        CoverageError: transformers misses tensors, or does not know some; all are listed.
+    """
+    config = AutoConfig.from_pretrained(config_folder)
+    with torch.device("meta"):
+        model_class = type(AutoModelForCausalLM.from_config(config))
+    state = {name: weights.get(name) for name in weights.names()}
+    shown, bar = library_logging.get_verbosity(), library_logging.is_progress_bar_enabled()
+    library_logging.set_verbosity_error()  # what it would warn of is raised below
+    library_logging.disable_progress_bar()
+    try:
+        model, loading = model_class.from_pretrained(
+            None, config=config, state_dict=state, dtype=torch.float32, output_loading_info=True
+        )
+    except (RuntimeError, ValueError) as error:
+        raise WeightsError(f"transformers cannot load the weights of {config_folder}: {error}") from error
+    finally:
+        library_logging.set_verbosity(shown)
+        if bar:
+            library_logging.enable_progress_bar()
+    del state
+    problems = [f"transformers finds no tensor {name}" for name in sorted(loading["missing_keys"])]
+    problems += [f"transformers does not know tensor {name}" for name in sorted(loading["unexpected_keys"])]
+    problems += [f"transformers gets another shape of {each}" for each in sorted(map(str, loading["mismatched_keys"]))]
+    if problems:
+        raise CoverageError(problems)
+    prompts = fixed_prompts(config.vocab_size, config.max_position_embeddings)
+    with torch.no_grad():
+        found = model.eval()(prompts).logits.float()
+    del model
+    gc.collect()
+    return found
+
+
+def difference(a: Tensor, b: Tensor) -> LogitsDifference:
+    """Of two results of `logits`.
+
+    Raises:
+        WeightsError: the vocabularies differ in size.
+    """
+    if a.shape != b.shape:
+        raise WeightsError(f"A's logits have shape {list(a.shape)} and B's {list(b.shape)}: they are of other models")
+    largest = float((a - b).abs().max())
+    if largest != largest:
+        largest = float("inf")
+    return LogitsDifference(largest, float(a.abs().max()), a.shape[0] * a.shape[1])
