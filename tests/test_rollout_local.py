@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_models import EOS, tiny_llama, tiny_qwen2, tiny_weights
+from tiny_models import EOS, tiny_llama, tiny_mistral, tiny_phi3, tiny_qwen2, tiny_qwen3, tiny_weights
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from clipo_megatron.flow import Prompt, RolloutGroup
@@ -24,6 +24,9 @@ FAMILIES = {
     "llama-tied": (tiny_llama, {"tied": True}),
     "qwen2": (tiny_qwen2, {"tied": True}),
     "qwen2-untied": (tiny_qwen2, {"tied": False}),
+    "qwen3": (tiny_qwen3, {"tied": False}),
+    "mistral": (tiny_mistral, {"window": 17}),  # shorter than what chat prompts share, and than prompts without it
+    "phi3": (tiny_phi3, {"window": 7}),
 }
 
 

@@ -61,6 +61,11 @@ def prefill(model: nn.Module, prompts: Sequence[Tensor], check: Callable[[], Non
     return Prefilled(parts, Head(model, len(prompts))(torch.cat(states)), lengths, shared, int(lengths.max()))
 
 
+def window_of(model: nn.Module) -> int | None:
+    """Tokens that a token attends to, itself among them, in every layer; None: all before it."""
+    return getattr(model.config, "sliding_window", None)
+
+
 def shared_prefix(prompts: Sequence[Tensor]) -> int:
     """Length of the prefix that all prompts share and that is worth a forward of its own, else 0.
 
@@ -95,11 +100,16 @@ def _prefill_part(model: nn.Module, own: Sequence[Tensor], shared: int, prefix: 
     column = torch.arange(width, device=device)
     positions = shared + (column - padding).clamp(min=0)
 
-    mask = None  # plain causal attention, for which kernels need no mask
+    mask = None  # plain causal attention (within the model's window), for which kernels need no mask
+    window = window_of(model)
     if prefix is not None or bool(padding.any()):
         visible = (column >= padding)[:, None, :] & (column <= column[:, None])
+        if window is not None:
+            visible &= column > column[:, None] - window
         visible |= torch.eye(width, dtype=torch.bool, device=device)  # a row of nothing but -inf would give NaN
         before = torch.ones(rows, width, shared, dtype=torch.bool, device=device)
+        if window is not None:
+            before &= torch.arange(shared, device=device) > positions[..., None] - window
         mask = torch.cat((before, visible), dim=-1)[:, None]
     cache = KVCache(model.config.num_hidden_layers) if prefix is None else prefix.repeated(rows, room=shared + width)
     return Part(cache, width), _forward(model, tokens.to(device), positions, mask, cache)
@@ -168,7 +178,7 @@ class DecodeBatch:
 
     @torch.inference_mode()
     def _start(self, prompts: Prefilled, repeats: int) -> None:
-        self._longest = prompts.longest
+        self._longest, self._shared, self._window = prompts.longest, prompts.shared, window_of(self._model)
         self._prompt_length = prompts.lengths.repeat_interleave(repeats)
         self._logits = prompts.logits.repeat_interleave(repeats, dim=0)
         self._head = Head(self._model, self._logits.shape[0])
@@ -214,13 +224,24 @@ class DecodeBatch:
         self._drop(done)
         return finished
 
-    def _advance(self) -> None:
+    def _visible_now(self) -> Tensor:
+        """[live, 1, 1, columns] bool, which columns the newest token of each live row attends to."""
         live, column = self._live, self._longest + self.length - 1
+        visible = self._visible[: live.numel(), :, :, : column + 1]
+        if self._window is None or self._window > column:
+            return visible
+        # Distances are right once the shared prefix is moved up to the prompt's own tokens.
+        moved = torch.arange(column + 1, device=live.device).repeat(live.numel(), 1)
+        moved[:, : self._shared] += (self._longest - self._prompt_length[live])[:, None]
+        return visible & (moved > column - self._window)[:, None, None, :]
+
+    def _advance(self) -> None:
+        live = self._live
         states = _forward(
             self._model,
             self.tokens[live, self.length - 1][:, None],
             (self._prompt_length[live] + self.length - 1)[:, None],
-            self._visible[: live.numel(), :, :, : column + 1],
+            self._visible_now(),
             self._cache,
         )
         self._logits = self._head(states)
