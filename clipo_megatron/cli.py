@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from clipo_megatron import __version__
+from clipo_megatron.conversion.commands import add_arguments
 from clipo_megatron.quiet import quiet_libraries
 
 if TYPE_CHECKING:
@@ -24,6 +25,7 @@ Contrastive policy optimisation (CLIPO) for reinforcement learning with verifiab
 commands:
   train      train a model as a configuration file says
   serve      run the servers that generate for it, SGLang or vLLM
+  convert    move weights between Hugging Face and Megatron, in any layout, and verify them
   settings   every setting of a configuration: its type, default and meaning
   doctor     what this machine has, and what a run would use of it
 """
@@ -133,6 +135,8 @@ def _parser() -> argparse.ArgumentParser:
     serve.add_argument("overrides", metavar="key=value", nargs="*", help="settings that win over the file")
     serve.add_argument("--check", action="store_true", help="print what would be started, and start nothing")
     serve.set_defaults(run=_serve)
+
+    add_arguments(commands.add_parser("convert"))
 
     settings = commands.add_parser("settings", description="Every setting, with its type, default and meaning.")
     settings.add_argument("section", metavar="SECTION", nargs="?", help="such as rollout, or algorithm.kl")

@@ -12,7 +12,7 @@ from torch import Tensor
 from clipo_megatron.weights.errors import CoverageError, UnsupportedModel
 from clipo_megatron.weights.families import entries
 from clipo_megatron.weights.mapping import Coordinates, Entry, Stage
-from clipo_megatron.weights.reader import HFReader
+from clipo_megatron.weights.source import Reader
 from clipo_megatron.weights.spec import ModelSpec
 
 # Buffers that old releases of transformers saved; they are computed from config.json.
@@ -51,7 +51,7 @@ def match(parameters: Mapping[str, Tensor], bound: Sequence[Entry], at: Coordina
     return pairs
 
 
-def check_tensors(reader: HFReader, spec: ModelSpec) -> None:
+def check_tensors(reader: Reader, spec: ModelSpec) -> None:
     """Check that the stages together use every tensor of the folder once, and that none is missing.
 
     A tied model's folder may hold the output layer as well, if it equals the embedding bit for bit.
@@ -74,7 +74,7 @@ def check_tensors(reader: HFReader, spec: ModelSpec) -> None:
         raise CoverageError(problems)
 
 
-def _check_tied(reader: HFReader, rows: int = 4096) -> None:
+def _check_tied(reader: Reader, rows: int = 4096) -> None:
     """Compare output layer and embedding in slices of `rows`."""
     output, embedding = reader.view(OUTPUT), reader.view(EMBEDDING)
     equal = output.shape == embedding.shape and all(

@@ -60,6 +60,11 @@ class Kind(ABC):
         """Whether a parameter of shape `local` can hold one rank's part."""
         return local == self.local_shape(shapes, size)
 
+    def divides(self, shapes: Sequence[Shape], size: int, parts: int) -> bool:
+        """Whether `size * parts` ranks hold the same as `size` ranks, each one's part cut into runs of rows: then a
+        part can be made bit by bit, without reading anything twice."""
+        return parts == 1
+
     # A checkpoint holds what one rank alone would (TP 1), whatever it was written from. Where things lie in it:
 
     def whole_shape(self, local: Shape, size: int) -> Shape:
@@ -169,6 +174,11 @@ class Interleaved(Kind):
         for target, run in zip(targets, runs, strict=True):
             target.unflatten(0, (groups, -1)).copy_(run)
 
+    def divides(self, shapes: Sequence[Shape], size: int, parts: int) -> bool:
+        if self.groups is not None and len(shapes) > 1:
+            return parts == 1 or self.groups % (size * parts) == 0
+        return all(shape[0] % (size * parts) == 0 for shape in shapes)
+
     def pieces(self, local: Shape, shapes: Sequence[Shape], *, rank: int, size: int) -> tuple[Piece, ...]:
         if self.groups is not None or len(shapes) == 1:
             return super().pieces(local, shapes, rank=rank, size=size)
@@ -227,6 +237,9 @@ class Fused(Kind):
     def unshard(self, shards: Tensor, targets: Sequence[Tensor]) -> None:
         self.kind.unshard(shards, targets[0].split(self.rows))
 
+    def divides(self, shapes: Sequence[Shape], size: int, parts: int) -> bool:
+        return self.kind.divides(self._parts(shapes), size, parts)
+
     def whole_shape(self, local: Shape, size: int) -> Shape:
         return self.kind.whole_shape(local, size)
 
@@ -268,6 +281,9 @@ class Vocab(Kind):
     def fits(self, local: Shape, shapes: Sequence[Shape], size: int) -> bool:
         rows, *rest = shapes[0]
         return local[0] * size >= rows and list(local[1:]) == rest
+
+    def divides(self, shapes: Sequence[Shape], size: int, parts: int) -> bool:
+        return self.local_shape(shapes, size)[0] % parts == 0
 
     def shard(self, sources: Sequence[Source], target: Tensor, *, rank: int, size: int) -> None:
         vocab, held = sources[0].shape[0], target.shape[0]

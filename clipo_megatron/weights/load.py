@@ -11,7 +11,7 @@ from torch import Tensor
 from clipo_megatron.weights.coverage import match
 from clipo_megatron.weights.errors import CoverageError
 from clipo_megatron.weights.mapping import Coordinates, Entry
-from clipo_megatron.weights.reader import HFReader
+from clipo_megatron.weights.source import Reader
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +26,7 @@ class LoadReport:
 def load_into(
     named_parameters: Iterable[tuple[str, Tensor]],
     bound: Sequence[Entry],
-    reader: HFReader,
+    reader: Reader,
     at: Coordinates,
 ) -> LoadReport:
     """Fill every parameter of a model chunk with the part of the rank `at`, cast to the parameter's dtype and device.
@@ -41,7 +41,7 @@ def load_into(
     """
     parameters: dict[str, Tensor] = dict(named_parameters)
     pairs = match(parameters, bound, at)
-    _check_shapes(bound, reader)
+    check_shapes(bound, reader)
     before = reader.bytes_read
     with torch.no_grad():
         for name, entry in pairs:
@@ -52,7 +52,8 @@ def load_into(
     return LoadReport(parameters=len(pairs), tensors=tensors, bytes_read=reader.bytes_read - before)
 
 
-def _check_shapes(bound: Sequence[Entry], reader: HFReader) -> None:
+def check_shapes(bound: Sequence[Entry], reader: Reader) -> None:
+    """Raise a CoverageError that lists every tensor of `bound` that is missing or of another shape."""
     present = set(reader.names())
     problems: list[str] = []
     for tensor in (tensor for entry in bound for tensor in entry.hf):

@@ -92,6 +92,10 @@ class TorchDistReader:
         """Of all tensors, sorted."""
         return tuple(sorted(self._places))
 
+    def names_in_order(self) -> tuple[str, ...]:
+        """Of all tensors, as they follow each other in the model."""
+        return tuple(self._places)
+
     def get(self, name: str) -> Tensor:
         """The whole tensor."""
         return self.view(name)[:]

@@ -1,0 +1,292 @@
+"""Checkpoint -> Hugging Face folder: safetensors with an index, config, tokenizer.
+
+Where the checkpoint knows how its source was divided over files, the output is divided so; with the same dtypes, its
+files are the source's byte for byte.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+
+import torch
+
+from clipo_megatron.config.model_folder import HF_FILES, POLICY, hf_folder, is_checkpoint
+from clipo_megatron.conversion.plan import (
+    PIECE_BYTES,
+    UNIT_BYTES,
+    Check,
+    Conversion,
+    ConversionError,
+    Record,
+    Span,
+    Tick,
+    Unit,
+)
+from clipo_megatron.conversion.work import write_durably
+from clipo_megatron.weights.coverage import EMBEDDING, OUTPUT, check_tensors
+from clipo_megatron.weights.errors import CheckpointError, CoverageError
+from clipo_megatron.weights.families import model_spec
+from clipo_megatron.weights.reader import INDEX, SINGLE
+from clipo_megatron.weights.safetensors import Header, as_bytes, build, parse
+from clipo_megatron.weights.source import LAYOUT, files_beside, manifest
+from clipo_megatron.weights.spec import read_config
+from clipo_megatron.weights.torch_dist import METADATA
+from clipo_megatron.weights.torch_dist_reader import TorchDistReader
+
+SHARD_BYTES = 5_000_000_000  # of an output file, where nobody says otherwise
+_DTYPE_FIELDS = ("torch_dtype", "dtype")  # of config.json: before transformers 5, and since
+
+
+@dataclass(frozen=True, slots=True)
+class _Task:
+    """Neighbouring tensors of one output file."""
+
+    file: str
+    names: tuple[str, ...]
+
+
+class ToHF(Conversion):
+    """Conversion of the checkpoint `source` into the Hugging Face folder `target`.
+
+    Args:
+        source: a checkpoint of conversion or training, or a bare torch_dist folder.
+        target: folder to make.
+        dtype: of the output; None: of the checkpoint.
+        shard_bytes: most of an output file; None: divided as the checkpoint's own source was, if it is known.
+        master: the optimizer's fp32 masters in place of the parameters.
+        beside: folder with config.json and tokenizer, for a checkpoint without them.
+
+    Raises:
+        UnsupportedModel, CheckpointError, CoverageError, ConversionError: it cannot be converted, and why.
+    """
+
+    def __init__(
+        self,
+        source: Path,
+        target: Path,
+        *,
+        dtype: torch.dtype | None = None,
+        shard_bytes: int | None = None,
+        master: bool = False,
+        beside: Path | None = None,
+    ) -> None:
+        self.source, self.target, self.dtype = source, target, dtype
+        self.policy = source / POLICY if is_checkpoint(source) else source
+        self.checks = tuple(self._checks(source))
+        self.beside = self._beside(source, beside)
+        config = read_config(beside or hf_folder(source))
+        self.spec = model_spec(config)
+        self.reader = TorchDistReader(self.policy, self.spec, master=master)
+        check_tensors(self.reader, self.spec)
+        if self.reader.unknown:
+            raise CoverageError([f"no parameter takes {key} of {self.policy}" for key in self.reader.unknown])
+        self.headers, self.index, self.dropped = self._layout(shard_bytes)
+        self.units: Sequence[Unit] = tuple(self._divide())
+        self.buffers = threading.local()
+        metadata = (self.policy / METADATA).stat()
+        self.facts: Mapping[str, object] = {
+            "conversion": "to Hugging Face, 1",
+            "source": str(source.resolve()),
+            "metadata": [metadata.st_size, metadata.st_mtime_ns],
+            "beside": zlib.crc32(b"".join(self.beside.values())),
+            "headers": {name: zlib.crc32(header.bytes) for name, header in self.headers.items()},
+            "master": master,
+        }
+
+    def files(self) -> dict[str, int]:
+        """Bytes of every file of weights, by name."""
+        return {name: header.size for name, header in self.headers.items()}
+
+    def prepare(self, content: Path) -> None:
+        """Make the files in their full size, with their headers."""
+        for name, header in self.headers.items():
+            descriptor = os.open(content / name, os.O_RDWR | os.O_CREAT, 0o644)
+            try:
+                os.ftruncate(descriptor, header.size)
+                _write_at(descriptor, memoryview(header.bytes), 0)
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+
+    def write(self, unit: Unit, content: Path, tick: Tick) -> Record:
+        """Write the tensors of a unit to their places."""
+        task: _Task = unit.content
+        header = self.headers[task.file]
+        start = end = header.tensors[task.names[0]].start
+        code = 0
+        descriptor = os.open(content / task.file, os.O_WRONLY)
+        try:
+            for name in task.names:
+                for piece in self._pieces(name, header):
+                    code = zlib.crc32(piece, code)
+                    _write_at(descriptor, piece, end)
+                    end += len(piece)
+                    tick(len(piece))
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+        return Record(unit.name, (Span(task.file, start, end - start, code),))
+
+    def finish(self, content: Path, records: Sequence[Record]) -> None:
+        """Write index, config, tokenizer and what else the source had."""
+        for name, data in self.beside.items():
+            if name == "config.json":
+                data = self._config(data)
+            if name != LAYOUT:
+                write_durably(content / name, data)
+        if self.index is not None:
+            write_durably(content / INDEX, self.index)
+
+    def close(self) -> None:
+        """Close the source."""
+        self.reader.close()
+
+    # --- source ------------------------------------------------------------------------------------------------------
+
+    def _checks(self, source: Path) -> Iterator[Check]:
+        """Files of a checkpoint that are read; a bare torch_dist folder says nothing about its own."""
+        if not is_checkpoint(source):
+            if not (source / METADATA).is_file():
+                raise CheckpointError(
+                    f"{source} is no checkpoint: it has neither {POLICY}/{METADATA} nor {METADATA}. Give the folder of "
+                    "one checkpoint, such as checkpoints/step_000010"
+                )
+            return
+        for name, entry in manifest(source).items():
+            if name.startswith((f"{POLICY}/", f"{HF_FILES}/")):
+                path = source / name
+                size = path.stat().st_size if path.is_file() else None
+                if size != entry["bytes"]:  # before anything tries to read it
+                    found = "is missing" if size is None else f"has {size} bytes, {entry['bytes']} were written"
+                    raise CheckpointError(f"{path} {found}: the checkpoint is damaged. Restore it from a copy")
+                yield Check(path, entry["bytes"], entry["crc32"])
+
+    def _beside(self, source: Path, other: Path | None) -> dict[str, bytes]:
+        if other is None and not (hf_folder(source) / "config.json").is_file():
+            raise ConversionError(
+                f"{source} holds no {HF_FILES}/ with config.json and tokenizer (it is older than that, or not ours): "
+                "give the folder of the model it was trained from with --hf"
+            )
+        return files_beside(other or source)
+
+    # --- layout ------------------------------------------------------------------------------------------------------
+
+    def _stored_as(self, name: str) -> torch.dtype:
+        """Dtype of a tensor in the output."""
+        return self.dtype or self.reader.view(self._origin(name)).dtype
+
+    @staticmethod
+    def _origin(name: str, *, tied: bool = True) -> str:
+        """A tied model's folder may hold the output layer too: it is the embedding."""
+        return EMBEDDING if tied and name == OUTPUT else name
+
+    def _layout(self, shard_bytes: int | None) -> tuple[dict[str, Header], str | None, list[str]]:
+        """Headers of all files, the index's text, and tensors of the source that are not in the checkpoint."""
+        if shard_bytes is None and LAYOUT in self.beside:
+            return self._as_source()
+        most = shard_bytes or SHARD_BYTES
+        shards: list[list[tuple[str, torch.dtype, tuple[int, ...]]]] = [[]]
+        filled = 0
+        for name in self.reader.names_in_order():
+            view, dtype = self.reader.view(name), self._stored_as(name)
+            nbytes = prod(view.shape) * dtype.itemsize
+            if shards[-1] and filled + nbytes > most:
+                shards.append([])
+                filled = 0
+            shards[-1].append((name, dtype, view.shape))
+            filled += nbytes
+        count = len(shards)
+        names = [SINGLE] if count == 1 else [f"model-{i + 1:05}-of-{count:05}.safetensors" for i in range(count)]
+        headers = {name: build(shard) for name, shard in zip(names, shards, strict=True)}
+        return headers, self._index(headers) if count > 1 else None, []
+
+    def _as_source(self) -> tuple[dict[str, Header], str | None, list[str]]:
+        try:
+            layout = json.loads(self.beside[LAYOUT])
+            sources = {Path(name).name: parse(text, name) for name, text in layout["headers"].items()}
+            index = layout["index"]
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise CheckpointError(f"{self.source}/{HF_FILES}/{LAYOUT} is damaged: {error!r}") from error
+        present = set(self.reader.names())
+        headers, dropped, changed = {}, [], False
+        for file, header in sources.items():
+            kept = [name for name in header.tensors if self._origin(name, tied=self.spec.tied_embeddings) in present]
+            dropped += [name for name in header.tensors if name not in kept]
+            wanted = [(name, self._stored_as(name), header.tensors[name].shape) for name in kept]
+            if wanted == [(name, stored.dtype, stored.shape) for name, stored in header.tensors.items()]:
+                headers[file] = header
+            else:
+                headers[file], changed = build(wanted), True
+        missing = present - {name for header in headers.values() for name in header.tensors}
+        if missing:
+            raise CoverageError([f"{HF_FILES}/{LAYOUT} has no place for tensor {name}" for name in sorted(missing)])
+        return headers, (self._index(headers) if changed else index) if index is not None else None, dropped
+
+    @staticmethod
+    def _index(headers: Mapping[str, Header]) -> str:
+        places = {name: file for file, header in headers.items() for name in header.tensors}
+        total = sum(stored.nbytes for header in headers.values() for stored in header.tensors.values())
+        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(places.items()))}
+        return json.dumps(index, indent=2) + "\n"
+
+    def _divide(self) -> Iterator[Unit]:
+        for file, header in self.headers.items():
+            run: list[str] = []
+            nbytes = 0
+            for name, stored in (*header.tensors.items(), (None, None)):
+                if run and (stored is None or nbytes + stored.nbytes > UNIT_BYTES):
+                    yield Unit(f"{file}:{run[0]}", nbytes, _Task(file, tuple(run)))
+                    run, nbytes = [], 0
+                if stored is not None:
+                    run.append(name)
+                    nbytes += stored.nbytes
+
+    # --- tensors -----------------------------------------------------------------------------------------------------
+
+    def _pieces(self, name: str, header: Header) -> Iterator[memoryview]:
+        """The bytes of a tensor in pieces; each is valid until the next is taken."""
+        view, dtype = self.reader.view(self._origin(name)), header.tensors[name].dtype
+        row = prod(view.shape[1:])
+        rows = max(1, PIECE_BYTES // (row * max(view.dtype.itemsize, dtype.itemsize)))
+        for start in range(0, view.shape[0], rows):
+            count = min(rows, view.shape[0] - start)
+            read = self._buffer("read", view.dtype, count * row).view(count, *view.shape[1:])
+            view.read_into(read, start)
+            if view.dtype == dtype:
+                yield as_bytes(read)
+            else:
+                yield as_bytes(self._buffer("cast", dtype, count * row).copy_(read.view(-1)))
+
+    def _buffer(self, use: str, dtype: torch.dtype, numel: int) -> torch.Tensor:
+        """Memory of this thread, used again for the next piece."""
+        held = self.buffers.__dict__.get(use)
+        if held is None or held.numel() < numel * dtype.itemsize:
+            held = self.buffers.__dict__[use] = torch.empty(max(numel * dtype.itemsize, PIECE_BYTES), dtype=torch.uint8)
+        return held[: numel * dtype.itemsize].view(dtype)
+
+    def _config(self, data: bytes) -> bytes:
+        """config.json, saying the dtype that most of the output has."""
+        sizes: dict[torch.dtype, int] = {}
+        for header in self.headers.values():
+            for stored in header.tensors.values():
+                sizes[stored.dtype] = sizes.get(stored.dtype, 0) + stored.nbytes // stored.dtype.itemsize
+        name = str(max(sizes, key=sizes.__getitem__)).removeprefix("torch.")
+        config = json.loads(data)
+        present = [field for field in _DTYPE_FIELDS if field in config]
+        if all(config[field] == name for field in present) and (present or self.dtype is None):
+            return data
+        config |= dict.fromkeys(present or _DTYPE_FIELDS[:1], name)
+        return (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def _write_at(descriptor: int, data: memoryview, offset: int) -> None:
+    done = 0
+    while done < len(data):
+        done += os.pwrite(descriptor, data[done:], offset + done)

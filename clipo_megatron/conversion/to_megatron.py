@@ -1,0 +1,340 @@
+"""Hugging Face folder -> checkpoint: torch_dist with a key a layer, and the files that stood beside the weights.
+
+OUT/policy/  .metadata, metadata.json, common.pt, one file a rank of the division and part
+    __0_tp1_2.distcp     chunk 0, TP rank 1, part 2        __0_ep3_etp0_1.distcp  the experts of EP rank 3
+OUT/hf/      config.json, tokenizer, ..., weights.json
+OUT/manifest.json
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import pickle
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from math import prod
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint.filesystem import CURRENT_DCP_VERSION, _StorageInfo
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    StorageMeta,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+
+from clipo_megatron.config.model_folder import HF_FILES, POLICY, is_checkpoint
+from clipo_megatron.conversion.plan import (
+    PIECE_BYTES,
+    UNIT_BYTES,
+    Conversion,
+    ConversionError,
+    Record,
+    Span,
+    Tick,
+    Unit,
+)
+from clipo_megatron.conversion.work import write_durably
+from clipo_megatron.weights.coverage import check_tensors
+from clipo_megatron.weights.division import Division
+from clipo_megatron.weights.families import entries, model_spec
+from clipo_megatron.weights.kinds import Row, Shape, Source
+from clipo_megatron.weights.load import check_shapes
+from clipo_megatron.weights.mapping import Coordinates, Entry, Stage
+from clipo_megatron.weights.reader import HFReader
+from clipo_megatron.weights.source import MANIFEST, crc32, files_beside
+from clipo_megatron.weights.spec import read_config
+from clipo_megatron.weights.torch_dist import METADATA
+
+# Megatron's own description of the format, and what a training framework finds beside it.
+_FORMAT = {
+    "sharded_backend": "torch_dist",
+    "sharded_backend_version": 1,
+    "common_backend": "torch",
+    "common_backend_version": 1,
+}
+_COMMON = {"checkpoint_version": 3.0, "content_metadata": {"non_homogeneous_layers": True}}
+
+
+@dataclass(frozen=True, slots=True)
+class _Task:
+    """Parameters of one chunk, for all ranks that divide them: those of the stage, or of one share of the experts."""
+
+    name: str
+    entries: tuple[Entry, ...]  # bound for any of `ranks`: global names, keys and shapes are the same
+    ranks: tuple[Coordinates, ...]
+
+    def file(self, at: Coordinates) -> str:
+        return f"__{self.name.format(rank=at.etp_rank if self.entries[0].experts else at.tp_rank)}.distcp"
+
+
+class ToMegatron(Conversion):
+    """Conversion of the Hugging Face folder `source` into the checkpoint `target`.
+
+    Args:
+        source: with config.json and safetensors.
+        target: folder to make.
+        division: how training will divide the model, so that each of its ranks finds its part in files of its own. Any
+            other division can be loaded too.
+        dtype: of the checkpoint; None: of the source.
+
+    Raises:
+        UnsupportedModel, CheckpointError, CoverageError: the source cannot be converted, and why.
+    """
+
+    checks = ()
+
+    def __init__(
+        self, source: Path, target: Path, *, division: Division | None = None, dtype: torch.dtype | None = None
+    ) -> None:
+        if is_checkpoint(source):
+            raise ConversionError(f"{source} is a checkpoint already: it loads in any layout. Nothing to convert")
+        self.source, self.target, self.dtype = source, target, dtype
+        self.division = division or Division()
+        self.spec = model_spec(read_config(source))
+        self.reader = HFReader(source)
+        whole = entries(self.spec, Stage(0, self.spec.num_layers, first=True, last=True))
+        check_tensors(self.reader, self.spec)
+        check_shapes(whole, self.reader)
+        self.beside = files_beside(source)
+        self.units: Sequence[Unit] = tuple(self._divide())
+        self.facts: Mapping[str, object] = {
+            "conversion": "to Megatron, 1",
+            "source": str(source.resolve()),
+            "files": {name: [(stat := (source / name).stat()).st_size, stat.st_mtime_ns] for name in self.reader.files},
+            "beside": zlib.crc32(b"".join(self.beside.values())),
+            "division": asdict(self.division),
+            "dtype": str(dtype),
+        }
+
+    def files(self) -> dict[str, int]:
+        """Bytes of weights of every file, by name."""
+        sizes: dict[str, int] = {}
+        for unit in self.units:
+            task: _Task = unit.content
+            for at in task.ranks:
+                name = f"{POLICY}/{task.file(at)}"
+                sizes[name] = sum(
+                    prod(entry.kind.local_shape(entry.shapes, entry.cut(at)[0])) * self._dtype(entry).itemsize
+                    for entry in task.entries
+                    if entry.kind.sharded or entry.cut(at)[1] == 0
+                )
+        return sizes
+
+    def prepare(self, content: Path) -> None:
+        """Make the folders."""
+        (content / POLICY).mkdir(exist_ok=True)
+        (content / HF_FILES).mkdir(exist_ok=True)
+
+    def write(self, unit: Unit, content: Path, tick: Tick) -> Record:
+        """Write the files of a unit, a parameter at a time."""
+        task: _Task = unit.content
+        items: list[object] = []
+        with ExitStack() as stack:
+            files = {at: stack.enter_context(_Stream(content / POLICY / task.file(at), tick)) for at in task.ranks}
+            for entry in task.entries:
+                for at, part, offset in self._parts(entry, task.ranks):
+                    file = files[at]
+                    start = file.nbytes
+                    torch.save(part, file)
+                    dtype = str(part.dtype).removeprefix("torch.")
+                    items.append(
+                        [entry.key, dtype, offset, list(part.shape), file.path.name, start, file.nbytes - start]
+                    )
+            for file in files.values():
+                file.sync()
+            spans = tuple(Span(f"{POLICY}/{file.path.name}", 0, file.nbytes, file.crc32) for file in files.values())
+        return Record(unit.name, spans, tuple(items))
+
+    def finish(self, content: Path, records: Sequence[Record]) -> None:
+        """Write the metadata, the files beside the weights, and the manifest."""
+        write_durably(content / POLICY / METADATA, pickle.dumps(self._metadata(records)))
+        common = io.BytesIO()
+        torch.save(_COMMON, common)
+        write_durably(content / POLICY / "common.pt", common.getvalue())
+        write_durably(content / POLICY / "metadata.json", json.dumps(_FORMAT))
+        for name, data in self.beside.items():
+            write_durably(content / HF_FILES / name, data)
+        written = {span.file: {"bytes": span.nbytes, "crc32": span.crc32} for each in records for span in each.spans}
+        for folder in (POLICY, HF_FILES):
+            for path in (content / folder).iterdir():
+                name = f"{folder}/{path.name}"
+                if path.name.endswith(".distcp"):
+                    if name not in written:
+                        path.unlink()  # begun by a process that was killed, under another division of the work
+                    continue
+                written[name] = {"bytes": path.stat().st_size, "crc32": crc32(path)}
+        manifest = {"converted_from": self.source.name, "files": dict(sorted(written.items()))}
+        write_durably(content / MANIFEST, json.dumps(manifest, indent=1))
+
+    def close(self) -> None:
+        """Close the source."""
+        self.reader.close()
+
+    # --- division ----------------------------------------------------------------------------------------------------
+
+    def _divide(self) -> Iterator[Unit]:
+        division = self.division
+        for chunk, stage in enumerate(division.stages(self.spec.num_layers)):
+            dense = [entry for entry in entries(self.spec, stage) if not entry.experts and not entry.copy]
+            yield from self._units(f"{chunk}_tp{{rank}}", dense, tuple(division.dense_ranks()))
+            shares: dict[int, list[Coordinates]] = {}
+            if self.spec.experts is not None:
+                for at in division.expert_ranks():
+                    shares.setdefault(at.ep_rank, []).append(at)
+            for share, ranks in shares.items():
+                experts = [entry for entry in entries(self.spec, stage, ranks[0]) if entry.experts]
+                yield from self._units(f"{chunk}_ep{share}_etp{{rank}}", experts, tuple(ranks))
+
+    def _units(self, name: str, bound: Sequence[Entry], ranks: tuple[Coordinates, ...]) -> Iterator[Unit]:
+        """Parameters in order, in runs of UNIT_BYTES or less, or one."""
+        run: list[Entry] = []
+        nbytes = part = 0
+        for entry in (*bound, None):
+            size = 0 if entry is None else self._nbytes(entry, ranks)
+            if run and (entry is None or nbytes + size > UNIT_BYTES):
+                task = _Task(f"{name}_{part}", tuple(run), ranks)
+                yield Unit(task.name.format(rank="*"), nbytes, task)
+                run, nbytes, part = [], 0, part + 1
+            if entry is not None:
+                run.append(entry)
+                nbytes += size
+
+    def _nbytes(self, entry: Entry, ranks: Sequence[Coordinates]) -> int:
+        size, _ = entry.cut(ranks[0])
+        local = entry.kind.local_shape(entry.shapes, size)  # says so where a dimension cannot be divided
+        return prod(entry.kind.whole_shape(local, size)) * self._dtype(entry).itemsize
+
+    def _dtype(self, entry: Entry) -> torch.dtype:
+        found = {self.reader.stored(tensor.name).dtype for tensor in entry.hf}
+        if self.dtype is None and len(found) > 1:
+            names = ", ".join(tensor.name for tensor in entry.hf)
+            raise ConversionError(f"{names} become one parameter and are of different dtypes {found}: give --dtype")
+        return self.dtype or found.pop()
+
+    # --- parameters --------------------------------------------------------------------------------------------------
+
+    def _parts(self, entry: Entry, ranks: Sequence[Coordinates]) -> Iterator[tuple[Coordinates, Tensor, list[int]]]:
+        """(rank, part, offset of the part in the checkpoint's tensor); a part is some PIECE_BYTES, if it can be cut."""
+        dtype, kind = self._dtype(entry), entry.kind
+        sources: list[Source] = [self.reader.view(tensor.name) for tensor in entry.hf]
+        size, _ = entry.cut(ranks[0])
+        local = kind.local_shape(entry.shapes, size)
+        if isinstance(kind, Row):
+            # Reading a column means reading its rows: all ranks' parts of some rows are made before the next rows.
+            rows = max(1, PIECE_BYTES // (local[1] * size * dtype.itemsize))
+            for start in range(0, local[0], rows):
+                block = sources[0][start : start + rows]
+                for at in ranks:
+                    target = torch.empty(block.shape[0], local[1], dtype=dtype)
+                    kind.shard([block], target, rank=entry.cut(at)[1], size=size)
+                    yield from _laid_out(entry, at, target, block.shape, first_row=start)
+            return
+        wanted = -(-prod(local) * dtype.itemsize // PIECE_BYTES)
+        cut = next((n for n in range(wanted, 0, -1) if kind.divides(entry.shapes, size, n)), 1)
+        for at in ranks:
+            rank = entry.cut(at)[1]
+            if rank and not kind.sharded:
+                continue
+            for number in range(cut):
+                target = torch.empty(local[0] // cut, *local[1:], dtype=dtype)
+                finer = _Cut(rank * cut + number, size * cut)
+                kind.shard(sources, target, rank=finer.rank, size=finer.size)
+                yield from _laid_out(entry, at, target, None, finer=finer)
+
+    def _metadata(self, records: Sequence[Record]) -> Metadata:
+        shapes = self._global_shapes()
+        chunks: dict[str, list[ChunkStorageMetadata]] = {}
+        dtypes: dict[str, torch.dtype] = {}
+        places: dict[MetadataIndex, _StorageInfo] = {}
+        for record in records:
+            for key, dtype, offset, sizes, file, start, length in record.items:
+                dtypes[key] = getattr(torch, dtype)
+                places[MetadataIndex(key, offset)] = _StorageInfo(file, start, length)
+                chunks.setdefault(key, []).append(ChunkStorageMetadata(torch.Size(offset), torch.Size(sizes)))
+        for key, shape in shapes.items():
+            held = sum(prod(chunk.sizes) for chunk in chunks.get(key, []))
+            if held != prod(shape):
+                raise ConversionError(
+                    f"{held} of {prod(shape)} elements of {key} were written: this is a defect of ours"
+                )
+        tensors = {
+            key: TensorStorageMetadata(TensorProperties(dtype=dtypes[key]), torch.Size(shape), chunks[key])
+            for key, shape in shapes.items()
+        }
+        return Metadata(tensors, storage_data=places, storage_meta=StorageMeta(), version=CURRENT_DCP_VERSION)
+
+    def _global_shapes(self) -> dict[str, Shape]:
+        shapes: dict[str, Shape] = {}
+        for unit in self.units:
+            task: _Task = unit.content
+            for entry in task.entries:
+                size, _ = entry.cut(task.ranks[0])
+                whole = entry.kind.whole_shape(entry.kind.local_shape(entry.shapes, size), size)
+                shapes[entry.key] = (entry.experts, *whole) if entry.experts else whole
+        return shapes
+
+
+@dataclass(frozen=True, slots=True)
+class _Cut:
+    rank: int
+    size: int
+
+
+def _laid_out(
+    entry: Entry,
+    at: Coordinates,
+    target: Tensor,
+    block: Sequence[int] | None,
+    *,
+    first_row: int = 0,
+    finer: _Cut | None = None,
+) -> Iterator[tuple[Coordinates, Tensor, list[int]]]:
+    """The pieces of a part with their offsets; an expert's lie behind its number."""
+    size, rank = (finer.size, finer.rank) if finer else entry.cut(at)
+    for piece in entry.kind.pieces(tuple(target.shape), entry.shapes, rank=rank, size=size):
+        part = target[piece.start : piece.stop]
+        offset = [piece.offset[0] + first_row, *piece.offset[1:]]
+        if part.untyped_storage().nbytes() != part.nbytes:
+            part = part.clone()  # torch.save writes all of a tensor's memory
+        yield (at, part[None], [entry.expert, *offset]) if entry.experts else (at, part, offset)
+
+
+class _Stream(io.RawIOBase):
+    """A file that is written from its beginning, with its size and CRC-32."""
+
+    def __init__(self, path: Path, tick: Tick) -> None:
+        self.path, self.nbytes, self.crc32 = path, 0, 0
+        self._file = path.open("wb", buffering=1 << 20)
+        self._tick = tick
+
+    def writable(self) -> bool:
+        """Always."""
+        return True
+
+    def write(self, data: object) -> int:
+        """Append."""
+        view = memoryview(data).cast("B")
+        self._file.write(view)
+        self.crc32 = zlib.crc32(view, self.crc32)
+        self.nbytes += len(view)
+        self._tick(len(view))
+        return len(view)
+
+    def sync(self) -> None:
+        """Force it to disk."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        """Idempotent."""
+        self._file.close()
+        super().close()
