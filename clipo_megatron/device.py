@@ -271,6 +271,10 @@ class _CudaOnCpu(types.ModuleType):
 
         def synchronize(self) -> None: ...
 
+        def record_event(self, *_: Any) -> _CudaOnCpu.Stream:
+            """An event that has happened."""
+            return self
+
     @staticmethod
     def current_device() -> torch.device:
         return torch.device("cpu")

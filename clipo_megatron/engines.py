@@ -80,8 +80,6 @@ def build_sync(config: RunConfig, actor: PolicyActor, engine: Engine | None) -> 
     if transport is Transport.disk:
         options["model"] = Path(config.model.path)
         options["folder"] = Path(rollout.sync.folder or Path(config.train.output) / "weights")
-    if transport is Transport.ipc:
-        options["pp_group"] = actor.layout.pp_group if actor.layout.pp > 1 else None
     kind = {Transport.broadcast: BroadcastSync, Transport.disk: DiskSync, Transport.ipc: IpcSync}[transport]
     sync = kind(Shard.of(actor), engine, rollout.sync, **options)
     return ColocatedSync(sync, actor, engine) if rollout.colocated else sync

@@ -23,10 +23,11 @@ from clipo_megatron.sync.disk import DiskSync
 from clipo_megatron.sync.ipc import IpcSync
 from clipo_megatron.sync.served import ServedSync, SyncReport
 from clipo_megatron.sync.shard import Shard
-from clipo_megatron.weights.export import export
+from clipo_megatron.weights.division import Division
+from clipo_megatron.weights.export import Holder, export
 from clipo_megatron.weights.families import entries, model_spec
 from clipo_megatron.weights.load import load_into
-from clipo_megatron.weights.mapping import Coordinates, even_stages
+from clipo_megatron.weights.mapping import Coordinates
 from clipo_megatron.weights.reader import HFReader
 from clipo_megatron.weights.spec import read_config
 
@@ -45,20 +46,20 @@ def make_shard(folder: str, tp: int, pp: int, *, dtype: torch.dtype = torch.bflo
             if start <= rank < start + tp:
                 tp_group = group
     spec = model_spec(read_config(folder))
-    stages = even_stages(spec.num_layers, pp)
-    mine = entries(spec, stages[pp_rank])
+    division, at = Division(tp=tp, pp=pp), Coordinates(tp=tp, tp_rank=tp_rank)
+    mine = entries(spec, division.stages(spec.num_layers)[pp_rank], at)
     parameters = {entry.megatron[0]: torch.empty(entry.kind.local_shape(entry.shapes, tp)) for entry in mine}
     with HFReader(folder) as reader:
-        load_into(parameters.items(), mine, reader, Coordinates(tp=tp, tp_rank=tp_rank))
-    return Shard(
-        spec=spec, stages=stages, chunks=lambda: [parameters], dtype=dtype, rank=rank, tp=tp, pp=pp,
-        tp_rank=tp_rank, pp_rank=pp_rank, dp_rank=dp_rank, tp_group=tp_group,
-    )  # fmt: skip
+        load_into(parameters.items(), mine, reader, at)
+    holder = Holder(
+        at=at, pp_rank=pp_rank, copy=dp_rank, expert_copy=dp_rank, tp_group=tp_group, pp_group=stages_of(tp, pp, dp)
+    )
+    return Shard(spec=spec, division=division, holder=holder, chunks=lambda: [parameters], dtype=dtype, rank=rank)
 
 
 def make_pool(shard: Shard, urls: list[str], engine: str = "sglang") -> ServerPool | None:
     """On the first rank of every replica, as in a run."""
-    if shard.tp_rank or shard.pp_rank:
+    if shard.holder.at.tp_rank or shard.holder.pp_rank:
         return None
     return ServerPool(EngineKind(engine), decode=str, config=PoolConfig(), endpoints=urls)
 
@@ -104,14 +105,15 @@ def make_sync(transport: str, shard: Shard, pool: ServerPool | None, settings: d
     if transport == "disk":
         return DiskSync(shard, pool, config, model=model, folder=config.folder, **rest)
     if transport == "ipc":
-        return IpcSync(shard, pool, config, pp_group=stages_of(shard), **rest)
+        return IpcSync(shard, pool, config, **rest)
     return BroadcastSync(shard, pool, config, **rest)
 
 
-def stages_of(shard: Shard) -> dist.ProcessGroup | None:
-    """The pipeline that this rank is in, without replicas."""
-    groups = [dist.new_group([stage * shard.tp + place for stage in range(shard.pp)]) for place in range(shard.tp)]
-    return groups[shard.tp_rank] if shard.pp > 1 else None
+def stages_of(tp: int, pp: int, dp: int) -> dist.ProcessGroup | None:
+    """The pipeline that this rank is in."""
+    width = tp * dp
+    groups = [dist.new_group([stage * width + place for stage in range(pp)]) for place in range(width)]
+    return groups[dist.get_rank() % width] if pp > 1 else None
 
 
 def plant_a_wrong_byte(folder: str, urls: list[str]) -> None:
@@ -123,7 +125,7 @@ def plant_a_wrong_byte(folder: str, urls: list[str]) -> None:
     bucket = next(each for each in sync.plan.buckets if name in {tensor.name for tensor in each.tensors})
 
     sync.push(0)
-    if shard.pp_rank == bucket.owner:
+    if shard.holder.pp_rank == bucket.owner:
         send = sync._group.broadcast
 
         def broadcast(flat: Tensor) -> Any:
@@ -138,7 +140,7 @@ def plant_a_wrong_byte(folder: str, urls: list[str]) -> None:
     try:
         sync.push(1)
     finally:
-        assert shard.pp_rank != bucket.owner or len(kept) == 1, "no byte was changed"
+        assert shard.holder.pp_rank != bucket.owner or len(kept) == 1, "no byte was changed"
         sync.close()
 
 
@@ -220,7 +222,7 @@ def write_and_compare(folder: str, target: str) -> dict[str, Tensor]:
     )
     change(shard, 5)
     sync._begin(5)
-    whole = export(sync.plan, shard.chunks(), tp_group=shard.tp_group, pp_group=stages_of(shard))
+    whole = export(sync.plan, shard.chunks(), shard.holder)
     return {name: tensor.clone() for name, tensor in whole}
 
 
@@ -228,10 +230,7 @@ def own_against_export(folder: str, tp: int, pp: int) -> dict[str, int]:
     """Every sender's own buckets are the bits of the export; the count of times that each tensor was sent."""
     shard = make_shard(folder, tp, pp)
     plan = shard.plan(96 * 1024)
-    whole = {
-        name: tensor.clone()
-        for name, tensor in export(plan, shard.chunks(), tp_group=shard.tp_group, pp_group=stages_of(shard))
-    }
+    whole = {name: tensor.clone() for name, tensor in export(plan, shard.chunks(), shard.holder)}
     buffers = [torch.full((max(bucket.numel for bucket in plan.buckets),), 7.0, dtype=plan.dtype) for _ in range(2)]
     asked: list[int] = []
 

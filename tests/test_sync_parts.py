@@ -13,7 +13,7 @@ import torch
 from ranks import RankPool
 from safetensors.torch import load_file
 from sync_steps import own_against_export
-from tiny_models import tiny_llama, tiny_qwen2
+from tiny_models import tiny_llama, tiny_phi3, tiny_qwen2, tiny_qwen3
 
 from clipo_megatron.rollout.engine import Memory
 from clipo_megatron.rollout.server import Fault, RankChecksums, ServerError, ServerState
@@ -22,6 +22,7 @@ from clipo_megatron.sync.checksums import ChecksumError, Kind, Sums, compare, di
 from clipo_megatron.sync.colocation import Colocation, WrongTurn
 from clipo_megatron.sync.members import Attempt, Limits, Member, UpdateFailed
 from clipo_megatron.sync.shard import send_order
+from clipo_megatron.weights.division import Division
 from clipo_megatron.weights.export import Bucket, plan_export
 from clipo_megatron.weights.families import entries, model_spec
 from clipo_megatron.weights.mapping import even_stages
@@ -40,7 +41,7 @@ def test_each_tensor_is_sent_by_one_rank(tp, pp, ranks: RankPool, tmp_path: Path
 
 def test_stages_alternate(tmp_path: Path):
     spec = model_spec(read_config(tiny_llama(tmp_path / "model")))
-    plan = plan_export(spec, even_stages(4, 2), tp_size=1, dtype=torch.float32, bucket_bytes=32 * 1024)
+    plan = plan_export(spec, Division(pp=2), dtype=torch.float32, bucket_bytes=32 * 1024)
     order = send_order(plan)
     assert sorted(map(id, order)) == sorted(map(id, plan.buckets))
     for owner in (0, 1):
@@ -137,6 +138,27 @@ def test_what_ranks_of_a_server_hold(tmp_path: Path):
         == sha(weights["model.norm.weight"])
         == sums.held[0, 1]["model.norm.weight"]
     )
+
+
+def test_tensors_that_are_fused_already(tmp_path: Path):
+    sums, weights = sums_of(tiny_phi3(tmp_path / "model", kv_heads=2), [1, 2], "sglang on a cpu")
+    layer = "model.layers.1."
+    qkv, gate_up = (weights[f"{layer}{name}.weight"] for name in ("self_attn.qkv_proj", "mlp.gate_up_proj"))
+    (q, k, v), (gate, up), zeros = qkv.split([64, 32, 32]), gate_up.chunk(2), torch.zeros(16, 64)
+    assert sums.held[0, 1][f"{layer}self_attn.qkv_proj.weight"] == sha(qkv)
+    assert sums.held[1, 2][f"{layer}self_attn.qkv_proj.weight"] == sha(q[32:], k[16:], v[16:])
+    assert sums.held[0, 1][f"{layer}mlp.gate_up_proj.weight"] == sha(gate, zeros, up, zeros)
+
+
+def test_norms_of_queries_and_keys_are_the_same_on_every_rank(tmp_path: Path):
+    sums, weights = sums_of(tiny_qwen3(tmp_path / "model"), [1, 2])
+    for name in ("model.layers.3.self_attn.q_norm.weight", "model.layers.0.self_attn.k_norm.weight"):
+        assert sums.held[0, 1][name] == sums.held[1, 2][name] == sha(weights[name])
+    assert sums.held[0, 1].keys() - {"lm_head.weight"} == {
+        name.replace("q_proj", "qkv_proj").replace("gate_proj", "gate_up_proj")
+        for name in weights
+        if not name.endswith(("k_proj.weight", "v_proj.weight", "up_proj.weight"))
+    }
 
 
 def test_the_mlp_is_padded_on_a_cpu(tmp_path: Path):

@@ -15,13 +15,14 @@ import torch.multiprocessing as mp
 from safetensors.torch import load_file
 from torch import Tensor
 
+from clipo_megatron.weights.division import Division
 from clipo_megatron.weights.errors import CoverageError, WeightsError
-from clipo_megatron.weights.export import export, plan_export
+from clipo_megatron.weights.export import Holder, export, plan_export
 from clipo_megatron.weights.families import entries, model_spec
 from clipo_megatron.weights.load import load_into
 from clipo_megatron.weights.mapping import Coordinates, Stage, even_stages
 from clipo_megatron.weights.reader import SINGLE, HFReader
-from clipo_megatron.weights.spec import ModelSpec, read_config
+from clipo_megatron.weights.spec import read_config
 
 DEADLINE_S = 120
 VOCAB = 263  # odd, and padded below
@@ -65,9 +66,8 @@ def check(folder: Path, exported: list[tuple[str, Tensor]], order: list[str], dt
 def test_one_rank(tmp_path: Path) -> None:
     for folder, dtype in itertools.product(folders(tmp_path), (torch.float32, torch.bfloat16)):
         spec = model_spec(read_config(folder))
-        stages = even_stages(spec.num_layers, 1)
-        plan = plan_export(spec, stages, tp_size=1, dtype=dtype, bucket_bytes=64 * 1024)
-        exported = list(export(plan, [loaded(folder, stages[0])]))
+        plan = plan_export(spec, Division(), dtype=dtype, bucket_bytes=64 * 1024)
+        exported = list(export(plan, [loaded(folder, *plan.stages(0))]))
         check(folder, exported, [tensor.name for tensor in plan.tensors], dtype)
         assert plan.nbytes == sum(tensor.nbytes for _, tensor in exported)
 
@@ -75,9 +75,8 @@ def test_one_rank(tmp_path: Path) -> None:
 def test_exported_tensors_are_not_the_parameters(tmp_path: Path) -> None:
     folder = folders(tmp_path)[0]
     spec = model_spec(read_config(folder))
-    stages = even_stages(spec.num_layers, 1)
-    model = loaded(folder, stages[0])
-    plan = plan_export(spec, stages, tp_size=1, dtype=torch.float32)
+    plan = plan_export(spec, Division(), dtype=torch.float32)
+    model = loaded(folder, *plan.stages(0))
     exported = list(export(plan, [model]))
     for parameter in model.values():
         parameter.zero_()
@@ -87,13 +86,12 @@ def test_exported_tensors_are_not_the_parameters(tmp_path: Path) -> None:
 def test_buckets_keep_to_their_size_and_are_let_go(tmp_path: Path) -> None:
     folder = folders(tmp_path)[0]
     spec = model_spec(read_config(folder))
-    stages = even_stages(spec.num_layers, 1)
     limit = 64 * 1024
-    plan = plan_export(spec, stages, tp_size=1, dtype=torch.float32, bucket_bytes=limit)
+    plan = plan_export(spec, Division(), dtype=torch.float32, bucket_bytes=limit)
     assert len(plan.buckets) > 3
     assert all(bucket.numel * 4 <= limit or len(bucket.entries) == 1 for bucket in plan.buckets)
     alive: list[weakref.ref[Tensor]] = []
-    for _, tensor in export(plan, [loaded(folder, stages[0])]):
+    for _, tensor in export(plan, [loaded(folder, *plan.stages(0))]):
         buffer = tensor._base
         assert buffer is not None
         if not alive or alive[-1]() is not buffer:
@@ -106,10 +104,9 @@ def test_buckets_keep_to_their_size_and_are_let_go(tmp_path: Path) -> None:
 def test_a_model_that_is_not_the_planned_one_is_refused_before_anything_is_sent(tmp_path: Path) -> None:
     folder = folders(tmp_path)[0]
     spec = model_spec(read_config(folder))
-    stages = even_stages(spec.num_layers, 1)
-    model = loaded(folder, stages[0])
+    plan = plan_export(spec, Division(), dtype=torch.float32)
+    model = loaded(folder, *plan.stages(0))
     del model["decoder.final_layernorm.weight"]
-    plan = plan_export(spec, stages, tp_size=1, dtype=torch.float32)
     with pytest.raises(CoverageError, match=r"model\.norm\.weight"):
         export(plan, [model])
 
@@ -117,14 +114,13 @@ def test_a_model_that_is_not_the_planned_one_is_refused_before_anything_is_sent(
 def test_a_plan_for_other_groups_is_refused(tmp_path: Path) -> None:
     folder = folders(tmp_path)[0]
     spec = model_spec(read_config(folder))
-    stages = even_stages(spec.num_layers, 1)
-    model = loaded(folder, stages[0])
-    for tp, cut in ((2, stages), (1, even_stages(spec.num_layers, 2))):
-        plan = plan_export(spec, cut, tp_size=tp, dtype=torch.float32)
+    model = loaded(folder, *even_stages(spec.num_layers, 1))
+    for division in (Division(tp=2), Division(pp=2)):
+        plan = plan_export(spec, division, dtype=torch.float32)
         with pytest.raises(WeightsError, match=r"planned for (tp|pp)=2, and \1_group has 1 ranks"):
             export(plan, [model])
     with pytest.raises(WeightsError, match="planned for 1 model chunks a rank, not 2"):
-        export(plan_export(spec, stages, tp_size=1, dtype=torch.float32), [model, model])
+        export(plan_export(spec, Division(), dtype=torch.float32), [model, model])
 
 
 # --- several ranks ---------------------------------------------------------------------------------------------------
@@ -144,11 +140,6 @@ def groups_of(tp: int, pp: int) -> tuple[dist.ProcessGroup, dist.ProcessGroup]:
     return mine[0], mine[1]
 
 
-def virtual_stages(spec: ModelSpec) -> tuple[Stage, ...]:
-    """Two pipeline ranks with two chunks each."""
-    return even_stages(spec.num_layers, 4)
-
-
 def rank_main(rank: int, world: int, root: str, rendezvous: str) -> None:
     """Export two families in every layout of `world` ranks; an assertion here fails the test."""
     torch.set_num_threads(1)
@@ -159,12 +150,15 @@ def rank_main(rank: int, world: int, root: str, rendezvous: str) -> None:
         tp_group, pp_group = groups_of(tp, pp)
         for folder, dtype in ((Path(root, "llama"), torch.float32), (Path(root, "qwen2"), torch.bfloat16)):
             spec = model_spec(read_config(folder))
-            stages = virtual_stages(spec) if pp == 2 else even_stages(spec.num_layers, pp)
-            plan = plan_export(spec, stages, tp_size=tp, pp_size=pp, dtype=dtype, bucket_bytes=48 * 1024)
-            chunks = [loaded(folder, stage, rank=rank % tp, tp=tp) for stage in stages[rank // tp :: pp]]
+            division = Division(tp=tp, pp=pp, vpp=2 if pp == 2 else 1)
+            plan = plan_export(spec, division, dtype=dtype, bucket_bytes=48 * 1024)
+            chunks = [loaded(folder, stage, rank=rank % tp, tp=tp) for stage in plan.stages(rank // tp)]
+            holder = Holder(
+                at=Coordinates(tp=tp, tp_rank=rank % tp), pp_rank=rank // tp, tp_group=tp_group, pp_group=pp_group
+            )
             order = [tensor.name for tensor in plan.tensors]
-            check(folder, list(export(plan, chunks, tp_group=tp_group, pp_group=pp_group)), order, dtype)
-            alone = list(export(plan, chunks, tp_group=tp_group, pp_group=pp_group, to_all=False))
+            check(folder, list(export(plan, chunks, holder)), order, dtype)
+            alone = list(export(plan, chunks, holder, to_all=False))
             check(folder, alone, order, dtype) if rank == 0 else _nothing(alone)
     dist.barrier()
     dist.destroy_process_group()

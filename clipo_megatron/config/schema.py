@@ -127,6 +127,10 @@ class LayoutConfig:
 
     tp: int = 1  # tensor parallel; divides the attention heads
     pp: int = 1  # pipeline stages; divides the layers
+    first_stage_layers: Optional[int] = None  # layers of the first stage; None: as many as the others
+    last_stage_layers: Optional[int] = None  # layers of the last stage; None: as many as the others
+    ep: int = 1  # expert parallel; divides the experts, over the tp * dp ranks of a stage
+    etp: Optional[int] = None  # ranks that each expert is divided over; None: tp
     dp: Optional[int] = None  # data parallel; None: ranks / (tp * pp), and 1 when `clipo train` starts the ranks
     sequence_parallel: bool = False  # shard the sequence between tensor-parallel regions; needs tp > 1
     max_tokens_per_microbatch: int = 8192  # packed tokens of one forward; a longer rollout gets its own

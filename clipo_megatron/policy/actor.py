@@ -26,7 +26,6 @@ from clipo_megatron.weights.coverage import check_tensors, match
 from clipo_megatron.weights.export import ExportPlan, export, plan_export
 from clipo_megatron.weights.families import entries, model_spec
 from clipo_megatron.weights.load import load_into
-from clipo_megatron.weights.mapping import Coordinates, even_stages
 from clipo_megatron.weights.reader import HFReader
 from clipo_megatron.weights.spec import read_config
 
@@ -41,10 +40,11 @@ class PolicyActor:
         self.layout = layout
         self.needs = needs
         self.spec = model_spec(read_config(config.model.path))
-        self.stages = even_stages(self.spec.num_layers, layout.pp)
+        self.stages = layout.division.stages(self.spec.num_layers)
         self.transformer = transformer_config(self.spec, config.model, layout)
         with platform().cuda_tensor_names():
-            self.stage = PolicyStage(self.spec, self.transformer, layout).to(TORCH_DTYPE[config.model.dtype])
+            self.stage = PolicyStage(self.spec, self.transformer, layout)
+            self.stage.to(device=platform().device, dtype=TORCH_DTYPE[config.model.dtype])
         self._load(config.model.path)
         self.model = data_parallel(self.stage, self.transformer, config.optimizer)
         self.optimizer = PolicyOptimizer(
@@ -61,14 +61,12 @@ class PolicyActor:
             else None
         )
         # Names, shapes and owners of the Hugging Face tensors this policy exports.
-        self.export_plan: ExportPlan = plan_export(
-            self.spec, self.stages, tp_size=layout.tp, dtype=TORCH_DTYPE[config.model.dtype]
-        )
+        self.export_plan: ExportPlan = plan_export(self.spec, layout.division, dtype=TORCH_DTYPE[config.model.dtype])
         self._forward_backward = get_forward_backward_func()
 
     def _load(self, folder: str) -> None:
         """Fill this stage from a Hugging Face folder."""
-        at = Coordinates(tp=self.layout.tp, tp_rank=self.layout.tp_rank)
+        at = self.layout.coordinates
         mapping = entries(self.spec, self.stages[self.layout.pp_rank], at)
         parameters = dict(self.stage.named_parameters())
         with HFReader(folder) as reader:
@@ -288,13 +286,8 @@ class PolicyActor:
     # --- weights and state ---------------------------------------------------------------------------------------
 
     def export(self) -> Iterator[tuple[str, Tensor]]:
-        """The policy's weights by Hugging Face name, whole, on every rank of the replica, bucket by bucket."""
-        return export(
-            self.export_plan,
-            [dict(self.stage.named_parameters())],
-            tp_group=self.layout.tp_group if self.layout.tp > 1 else None,
-            pp_group=self.layout.pp_group if self.layout.pp > 1 else None,
-        )
+        """The policy's weights by Hugging Face name, whole, on every rank, bucket by bucket."""
+        return export(self.export_plan, [dict(self.stage.named_parameters())], self.layout.holder)
 
     def release_memory(self) -> None:
         """Free what only training needs: gradients, and optimizer state and reference policy into host memory.

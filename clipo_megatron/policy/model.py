@@ -12,6 +12,7 @@ from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.tensor_parallel.mappings import copy_to_tensor_model_parallel_region
+from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
@@ -20,8 +21,11 @@ from clipo_megatron.config.schema import DType, ModelConfig
 from clipo_megatron.device import platform
 from clipo_megatron.flow import MicroBatch
 from clipo_megatron.policy.attention import PackedAttention, SegmentPlan, plan_segments
+from clipo_megatron.policy.experts import adapt_experts, adapt_sparse_layer, expert_settings
 from clipo_megatron.policy.layout import Layout
 from clipo_megatron.policy.logprobs import token_logprobs
+from clipo_megatron.weights.division import Division
+from clipo_megatron.weights.mapping import Stage
 from clipo_megatron.weights.spec import ModelSpec, inverse_frequencies
 
 TORCH_DTYPE = {DType.fp32: torch.float32, DType.bf16: torch.bfloat16}
@@ -47,7 +51,8 @@ class RMSNorm(torch.nn.RMSNorm):
     """RMSNorm that Megatron can shard the sequence of: its weight's gradient is summed over tensor-parallel ranks."""
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: object):
-        super().__init__(hidden_size, eps=eps, dtype=config.params_dtype, device=platform().device)
+        device = None if config.use_cpu_initialization else platform().device
+        super().__init__(hidden_size, eps=eps, dtype=config.params_dtype, device=device)
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
 
@@ -68,11 +73,16 @@ def transformer_config(spec: ModelSpec, model: ModelConfig, layout: Layout) -> T
         add_bias_linear=False,
         add_qkv_bias=spec.qkv_bias,
         qk_layernorm=spec.qk_norm,
+        # transformer-engine counts the keys before a query's own
+        window_size=(spec.sliding_window - 1, 0) if spec.sliding_window else None,
         attention_dropout=0.0,
         hidden_dropout=0.0,
         attention_softmax_in_fp32=True,
         tensor_model_parallel_size=layout.tp,
         pipeline_model_parallel_size=layout.pp,
+        **_stage_sizes(layout.division),
+        expert_model_parallel_size=layout.division.ep,
+        expert_tensor_parallel_size=layout.division.expert_tp,
         sequence_parallel=layout.sequence_parallel,
         pipeline_dtype=TORCH_DTYPE[model.dtype],
         params_dtype=TORCH_DTYPE[model.dtype],
@@ -90,19 +100,43 @@ def transformer_config(spec: ModelSpec, model: ModelConfig, layout: Layout) -> T
         recompute_granularity="full" if model.recompute else None,
         recompute_method="uniform" if model.recompute else None,
         recompute_num_layers=1 if model.recompute else None,
+        **expert_settings(spec, grouped=transformer_engine_usable()),
     )
 
 
-def _block_spec(config: TransformerConfig, layers: int) -> TransformerBlockSubmodules:
+def _stage_sizes(division: Division) -> dict[str, int | None]:
+    """Layers of pipeline ranks that have more or fewer than the others, and chunks a rank."""
+    if division.pp == 1:
+        return {}
+    return {
+        "num_layers_in_first_pipeline_stage": division.first_layers,
+        "num_layers_in_last_pipeline_stage": division.last_layers,
+        "virtual_pipeline_model_parallel_size": division.vpp if division.vpp > 1 else None,
+    }
+
+
+def _block_spec(spec: ModelSpec, stage: Stage) -> TransformerBlockSubmodules:
     """The layers of one stage: transformer-engine's where it can run, else Megatron's with our attention and norm."""
+    layers = [_layer_spec(spec, spec.is_sparse(stage.offset + layer)) for layer in range(stage.layers)]
+    return TransformerBlockSubmodules(layer_specs=layers, layer_norm=TENorm if transformer_engine_usable() else RMSNorm)
+
+
+def _layer_spec(spec: ModelSpec, sparse: bool) -> ModuleSpec:
+    experts = spec.experts.count if sparse else None
     if transformer_engine_usable():
-        layer = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
-        return TransformerBlockSubmodules(layer_specs=[layer] * layers, layer_norm=TENorm)
-    layer = get_gpt_layer_local_spec(normalization="RMSNorm", qk_layernorm=config.qk_layernorm)
+        return get_gpt_layer_with_transformer_engine_spec(
+            num_experts=experts, moe_grouped_gemm=sparse, qk_layernorm=spec.qk_norm
+        )
+    layer = get_gpt_layer_local_spec(num_experts=experts, normalization="RMSNorm", qk_layernorm=spec.qk_norm)
     parts = layer.submodules
     parts.input_layernorm = parts.pre_mlp_layernorm = RMSNorm
-    parts.self_attention.submodules.core_attention = PackedAttention
-    return TransformerBlockSubmodules(layer_specs=[layer] * layers, layer_norm=RMSNorm)
+    attention = parts.self_attention.submodules
+    attention.core_attention = PackedAttention
+    if spec.qk_norm:
+        attention.q_layernorm = attention.k_layernorm = RMSNorm
+    if sparse:
+        adapt_sparse_layer(layer)
+    return layer
 
 
 def _padded_vocab(size: int, tp: int) -> int:
@@ -111,25 +145,40 @@ def _padded_vocab(size: int, tp: int) -> int:
     return -(-size // multiple) * multiple
 
 
-class PolicyStage(GPTModel):
-    """One pipeline stage of the policy."""
+def build_stages(spec: ModelSpec, config: TransformerConfig, layout: Layout) -> list[PolicyStage]:
+    """This rank's model chunks: one, or as many as there are virtual stages."""
+    return [PolicyStage(spec, config, layout, chunk) for chunk in range(layout.division.vpp)]
 
-    def __init__(self, spec: ModelSpec, config: TransformerConfig, layout: Layout):
+
+class PolicyStage(GPTModel):
+    """One pipeline stage of the policy, or one of its virtual stages.
+
+    Args:
+        spec: of the model.
+        config: Megatron's, from `transformer_config`.
+        layout: this rank's place.
+        chunk: which of the rank's model chunks, 0 without virtual stages.
+    """
+
+    def __init__(self, spec: ModelSpec, config: TransformerConfig, layout: Layout, chunk: int = 0):
+        self.place = layout.division.stages(spec.num_layers)[layout.pp_rank + chunk * layout.pp]
         super().__init__(
             config=config,
-            transformer_layer_spec=_block_spec(config, spec.num_layers // layout.pp),
+            transformer_layer_spec=_block_spec(spec, self.place),
             vocab_size=_padded_vocab(spec.vocab_size, layout.tp),
             max_sequence_length=spec.max_positions,
-            pre_process=layout.is_first_stage,
-            post_process=layout.is_last_stage,
+            pre_process=self.place.first,
+            post_process=self.place.last,
             parallel_output=True,
             share_embeddings_and_output_weights=spec.tied_embeddings,
             position_embedding_type="rope",
             rotary_base=spec.rope_theta,
+            vp_stage=chunk if config.virtual_pipeline_model_parallel_size else None,
         )
         self.spec = spec
         self.layout = layout
         self.packed_by_engine = transformer_engine_usable()
+        adapt_experts(self, dispatchers=not self.packed_by_engine)
         # Megatron hard-codes llama3's scaling constants; the checkpoint's own frequencies are exact.
         self.rotary_pos_emb.inv_freq = inverse_frequencies(spec).to(platform().device)
 
@@ -156,7 +205,8 @@ class PolicyStage(GPTModel):
         longest = max(segment.context_length + segment.length for segment in micro.segments)
         table = self.rotary_pos_emb.get_emb(longest)  # [longest, 1, 1, head_dim]
         if not self.packed_by_engine:
-            return plan_segments(micro.segments, micro.tokens.device), table[micro.positions]
+            plan = plan_segments(micro.segments, micro.tokens.device, self.spec.sliding_window)
+            return plan, table[micro.positions]
         starts = [segment.start for segment in micro.segments]
         offsets = torch.tensor([*starts, micro.tokens.numel()], dtype=torch.int32, device=micro.tokens.device)
         params = PackedSeqParams(

@@ -1,4 +1,7 @@
-"""The policy's parameters and optimizer on disk, in Megatron's torch_dist format: loadable in any TP x PP x DP.
+"""The policy's parameters and optimizer on disk, in Megatron's torch_dist format: loadable in any TP x PP x DP x EP.
+
+Each layer has keys of its own ("decoder.layers.7...."), experts are stacked on a first axis. Older checkpoints have
+the layers stacked too, under keys without a number; they are read as well.
 
 The optimizer's state is written in the shape of the parameters, put together from the data-parallel ranks' shards
 here. Megatron's own gathering (0.16.1, "fully_reshardable") places the moments wrongly where a gradient buffer has
@@ -27,6 +30,7 @@ from megatron.core.dist_checkpointing.strategies import torch as torch_dist  # n
 from megatron.core.dist_checkpointing.utils import extract_sharded_tensors_and_factories
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch import Tensor
+from torch.distributed.checkpoint import FileSystemReader
 
 from clipo_megatron.device import platform
 from clipo_megatron.policy.optimizer import PolicyOptimizer
@@ -38,7 +42,7 @@ MASTER = "master"  # the fp32 parameter that the optimizer updates
 def save_policy(folder: Path, stage: torch.nn.Module, optimizer: PolicyOptimizer) -> None:
     """Write parameters, optimizer and learning-rate schedule; collective, `folder` exists and is empty."""
     with _megatron_here():
-        model = stage.sharded_state_dict()
+        model = _sharded(stage)
         state = {
             "model": model,
             "optimizer": _in_model_shape(model, optimizer, _gathered),
@@ -55,7 +59,7 @@ def load_policy(folder: Path, stage: torch.nn.Module, optimizer: PolicyOptimizer
         Whatever Megatron raises for a checkpoint of another architecture, which names the key or shape.
     """
     with _megatron_here():
-        model = stage.sharded_state_dict()
+        model = _sharded(stage, stacked=_is_stacked(folder))
         template = {"model": model, "optimizer": _in_model_shape(model, optimizer, _blank)}
         state = dist_checkpointing.load(template, str(folder))
         stage.load_state_dict(state["model"])
@@ -63,6 +67,18 @@ def load_policy(folder: Path, stage: torch.nn.Module, optimizer: PolicyOptimizer
     for name, _, shard in _shards(optimizer):
         for key, own in _state_of(shard, updates=state["updates"]).items():
             own.copy_(state["optimizer"][name][key].view(-1)[shard.start : shard.stop].view_as(own))
+
+
+def _sharded(stage: torch.nn.Module, *, stacked: bool = False) -> dict[str, Any]:
+    """The parameters as a checkpoint has them."""
+    return stage.sharded_state_dict(metadata={"non_homogeneous_layers": not stacked})
+
+
+def _is_stacked(folder: Path) -> bool:
+    """Whether a checkpoint has all layers under one key."""
+    layers = "decoder.layers."
+    keys = FileSystemReader(folder).read_metadata().state_dict_metadata
+    return any(key.startswith(layers) and not key.removeprefix(layers)[:1].isdigit() for key in keys)
 
 
 class _Shard:

@@ -261,7 +261,7 @@ def _build(folder: Path, dtype: torch.dtype, device: torch.device) -> tuple[PreT
 @torch.no_grad()
 def _copy_weights(model: nn.Module, tensors: Iterable[tuple[str, Tensor]]) -> list[str]:
     """Copy tensors into the model's parameters; what is wrong with them, one sentence part each."""
-    parameters = dict(model.named_parameters(remove_duplicate=False))
+    parameters = dict(_named_parts(model))
     problems: list[str] = []
     arrived: set[str] = set()
     filled: set[int] = set()  # parameters, by identity: tied names share one
@@ -281,9 +281,21 @@ def _copy_weights(model: nn.Module, tensors: Iterable[tuple[str, Tensor]]) -> li
         if parameter is not None:
             arrived.add(name)
     came = {id(parameters[name]) for name in arrived}
-    return problems + [
-        f"{name} never came" for name, parameter in model.named_parameters() if id(parameter) not in came
-    ]
+    never = {id(parameter): name for name, parameter in reversed(parameters.items()) if id(parameter) not in came}
+    return problems + [f"{name} never came" for name in reversed(never.values())]
+
+
+def _named_parts(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Parameters as model folders name them: transformers stacks experts, in folders each has tensors of its own."""
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        place, _, last = name.rpartition(".")
+        if not place.endswith(".experts"):
+            yield name, parameter
+            continue
+        for number, expert in enumerate(parameter.detach()):
+            parts = ("gate_proj", "up_proj") if last == "gate_up_proj" else (last,)
+            for part, tensor in zip(parts, expert.chunk(len(parts)), strict=True):
+                yield f"{place}.{number}.{part}.weight", tensor
 
 
 def _missing(prompts: Iterable[tuple[int, Prompt]]) -> str:

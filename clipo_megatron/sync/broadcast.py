@@ -1,7 +1,8 @@
 """Weights to servers through process groups that trainer ranks and servers share: each byte is sent once.
 
-The first TP rank of every pipeline stage (of the first replica) is rank 0 of a group of its own, whose other members
-are the ranks of all servers. It gathers a bucket of its parameters, broadcasts it, and gathers the next one meanwhile.
+The first TP rank of every pipeline stage, and of those with the same experts (in the first copy), is rank 0 of a group
+of its own, whose other members are the ranks of all servers. It gathers a bucket of its parameters, broadcasts it, and
+gathers the next one meanwhile.
 The coordinator tells the servers which bucket comes next, in one order for all of them (`send_order`).
 """
 
@@ -41,7 +42,7 @@ class BroadcastSync(ServedSync):
         self._names = [_names(bucket.tensors, self.plan.dtype) for bucket in self._order]
         self._bell: _Bell | None = None
         self._group: SharedGroup | None = None  # of this sender and all servers
-        self._groups: dict[int, UpdateGroup] = {}  # of all senders, by pipeline rank; coordinator only
+        self._groups: dict[tuple[int, int], UpdateGroup] = {}  # of all senders; coordinator only
         self._memory: list[Tensor] = []  # of the sender's two buffers, kept: memory not yet touched is slow
 
     def close(self) -> None:
@@ -73,14 +74,14 @@ class BroadcastSync(ServedSync):
         former, self._groups = self._groups, {}
         self._leave()
 
-        def open_group() -> tuple[int, UpdateGroup] | None:
+        def open_group() -> tuple[tuple[int, int], UpdateGroup] | None:
             if not self.shard.is_sender:
                 return None
-            name = f"clipo-{uuid.uuid4().hex[:8]}-{order.number}-{self.shard.pp_rank}"
+            name = f"clipo-{uuid.uuid4().hex[:8]}-{order.number}-{'-'.join(map(str, self.shard.sender))}"
             host = _address_towards(self.config.host)
             world = 1 + order.ranks
             self._group = platform().share_group(name, world=world, host=host, timeout_s=self.limits.call_s)
-            return self.shard.pp_rank, UpdateGroup(name, host, self._group.port, world, platform().backend)
+            return self.shard.sender, UpdateGroup(name, host, self._group.port, world, platform().backend)
 
         opened = self._together(open_group, None, attempt)
         self._groups = dict(sorted(each for each in opened if each is not None))
@@ -128,8 +129,8 @@ class BroadcastSync(ServedSync):
                 lane.send(flat)
                 if sums is not None:
                     sums.add(bucket, flat)
-            elif self.shard.tp == 1:
-                break  # nobody waits for this stage to gather the rest
+            elif not self.shard.gathers:
+                break  # nobody waits for this rank to gather the rest
         lane.finish()
         if lane.failure:
             self._leave()
@@ -144,7 +145,7 @@ class BroadcastSync(ServedSync):
             for place, (bucket, names) in enumerate(zip(self._order, self._names, strict=True), start=1):
                 if attempt.failed:
                     return
-                group, last = self._groups[bucket.owner].name, place == len(self._order)
+                group, last = self._groups[bucket.sender].name, place == len(self._order)
                 await member.server.receive_bucket(group, names, last=last, deadline_s=attempt.deadline(settling=True))
 
         await attempt.each("pause", lambda each: each.server.pause(self.in_flight, deadline_s=attempt.deadline()))
@@ -210,7 +211,7 @@ class _Lane:
     def __init__(self, group: SharedGroup | None, bell: _Bell, plan: ExportPlan, shard: Shard, memory: list[Tensor]):
         self.failure = ""
         self._group, self._bell = group, bell
-        self._size = max((bucket.numel for bucket in plan.buckets if bucket.owner == shard.pp_rank), default=0)
+        self._size = shard.largest(plan)
         self._dtype, self._shard = plan.dtype, shard
         self._buffers: deque[tuple[Tensor, dist.Work | None]] = deque((each, None) for each in memory)  # oldest first
 

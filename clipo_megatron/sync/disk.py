@@ -89,8 +89,8 @@ class DiskSync(ServedSync):
     def _buffer(self, numel: int) -> Tensor:
         """One bucket, for every one in turn: each is written before the next is gathered."""
         if self._memory is None:
-            own = (bucket.numel for bucket in self.plan.buckets if bucket.owner == self.shard.pp_rank)
-            self._memory = torch.empty(max(own), dtype=self.plan.dtype, device=self.shard.device)
+            size = self.shard.largest(self.plan)
+            self._memory = torch.empty(size, dtype=self.plan.dtype, device=self.shard.device)
         return self._memory
 
     def _write(self, draft: Path) -> list[tuple[str, list[str], int]]:
@@ -99,7 +99,8 @@ class DiskSync(ServedSync):
         if self.shard.takes_part:
             for bucket, flat in self.shard.own_buckets(self.plan, self._buffer):
                 tensors = {name: tensor.cpu() for name, tensor in bucket.views(flat)}
-                name = f"model-stage{self.shard.pp_rank}-{len(files):05d}.safetensors"
+                stage, experts = self.shard.sender
+                name = f"model-{stage}-{experts}-{len(files):05d}.safetensors"
                 save_file(tensors, draft / name, metadata={"format": "pt"})
                 files.append((name, list(tensors), flat.nbytes))
         return files

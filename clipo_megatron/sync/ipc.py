@@ -1,6 +1,6 @@
 """Weights to servers on the trainer's own GPUs: the servers open the trainer's memory, and nothing is sent.
 
-Every trainer rank of a replica gets each bucket whole (`weights.export`) in its own GPU's memory. A server with t ranks
+Every trainer rank gets each bucket whole (`weights.export`) in its own GPU's memory. A server with t ranks
 stands on the GPUs of t neighbouring trainer ranks; each of its ranks is handed what opens the bucket of the trainer
 rank on its GPU, and takes its share of the tensors from there. Buckets go one after the other: a bucket's memory is
 needed until all servers have answered.
@@ -16,10 +16,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import accumulate
 from multiprocessing.reduction import ForkingPickler
-from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch import multiprocessing as shared_memory
 
@@ -33,16 +31,7 @@ _THEIRS = b"csglang.srt.weight_sync.tensor_bucket\nFlattenedTensorMetadata\n"
 
 
 class IpcSync(ServedSync):
-    """Transport `ipc`; see the module.
-
-    Args:
-        pp_group: this rank's pipeline stages; None where there is one.
-        args: as for `ServedSync`, and `kwargs` too.
-    """
-
-    def __init__(self, *args: Any, pp_group: dist.ProcessGroup | None = None, **kwargs: Any):
-        super().__init__(*args, **kwargs)
-        self.pp_group = pp_group
+    """Transport `ipc`; see the module."""
 
     def _transfer(self, order: Order, attempt: Attempt | None) -> Sums | None:
         sums = None
@@ -66,7 +55,7 @@ class IpcSync(ServedSync):
         return sums
 
     def _buckets(self) -> Iterator[tuple[Bucket, Tensor]]:
-        return export_buckets(self.plan, self.shard.chunks(), tp_group=self.shard.tp_group, pp_group=self.pp_group)
+        return export_buckets(self.plan, self.shard.chunks(), self.shard.holder)
 
     def _hand_over(self, bucket: Bucket, flat: Tensor, attempt: Attempt | None, *, last: bool) -> None:
         """Have all servers take one bucket; collective."""

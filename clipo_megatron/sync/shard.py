@@ -8,11 +8,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from clipo_megatron.weights.export import Bucket, ExportPlan, own_buckets, plan_export
-from clipo_megatron.weights.mapping import Stage
+from clipo_megatron.weights.division import Division
+from clipo_megatron.weights.export import Bucket, ExportPlan, Holder, own_buckets, plan_export
 from clipo_megatron.weights.spec import ModelSpec
 
 
@@ -21,33 +20,22 @@ class Shard:
     """One rank's part of the policy, and its place among the ranks of the default process group."""
 
     spec: ModelSpec
-    stages: Sequence[Stage]  # of the whole model
+    division: Division
+    holder: Holder
     chunks: Callable[[], Sequence[Mapping[str, Tensor]]]  # this rank's parameters now, one mapping a model chunk
     dtype: torch.dtype  # of exported tensors
     rank: int  # global; 0 coordinates
-    tp: int
-    pp: int
-    tp_rank: int
-    pp_rank: int
-    dp_rank: int
-    tp_group: dist.ProcessGroup | None  # None where tp is 1
 
     @classmethod
     def of(cls, actor: Any) -> Shard:
         """From a `PolicyActor`."""
-        layout = actor.layout
         return cls(
             spec=actor.spec,
-            stages=actor.stages,
+            division=actor.layout.division,
+            holder=actor.layout.holder,
             chunks=lambda: [dict(actor.stage.named_parameters())],
             dtype=actor.export_plan.dtype,
-            rank=layout.rank,
-            tp=layout.tp,
-            pp=layout.pp,
-            tp_rank=layout.tp_rank,
-            pp_rank=layout.pp_rank,
-            dp_rank=layout.dp_rank,
-            tp_group=layout.tp_group if layout.tp > 1 else None,
+            rank=actor.layout.rank,
         )
 
     @property
@@ -57,13 +45,25 @@ class Shard:
 
     @property
     def takes_part(self) -> bool:
-        """Whether this rank's replica is the one that is exported."""
-        return self.dp_rank == 0
+        """Whether this rank holds something of the copy of the model that is exported, the first."""
+        return self.holder.copy == 0 or (self.spec.experts is not None and self.holder.expert_copy == 0)
 
     @property
     def is_sender(self) -> bool:
-        """Whether buckets leave the trainer from this rank: the first of its stage."""
-        return self.takes_part and self.tp_rank == 0
+        """Whether buckets leave the trainer from this rank: the first of a stage, or of those with the same experts."""
+        holder = self.holder
+        first_of_experts = holder.expert_copy == 0 and holder.at.etp_rank == 0 and self.spec.experts is not None
+        return first_of_experts or (holder.copy == 0 and holder.at.tp_rank == 0)
+
+    @property
+    def sender(self) -> tuple[int, int]:
+        """Pipeline rank and EP rank, which no two senders share; see `Bucket.sender`."""
+        return self.holder.pp_rank, self.holder.at.ep_rank if self.spec.experts else 0
+
+    @property
+    def gathers(self) -> bool:
+        """Whether buckets are put together from several ranks' parts."""
+        return self.division.tp > 1 or (self.spec.experts is not None and self.division.expert_tp > 1)
 
     def plan(self, bucket_bytes: int) -> ExportPlan:
         """Buckets such that a sender with two of them in flight holds no more than twice `bucket_bytes`.
@@ -71,19 +71,16 @@ class Shard:
         With TP a sender also holds its own part and everybody's parts of the bucket that it gathers, so buckets are
         smaller there. A parameter larger than that travels alone, and is then what is held.
         """
-        held = 2.0 if self.tp == 1 else 3.0 + 1.0 / self.tp
-        return plan_export(
-            self.spec,
-            self.stages,
-            tp_size=self.tp,
-            pp_size=self.pp,
-            dtype=self.dtype,
-            bucket_bytes=int(bucket_bytes * 2.0 / held),
-        )
+        held = 3.0 + 1.0 / max(self.division.tp, self.division.expert_tp) if self.gathers else 2.0
+        return plan_export(self.spec, self.division, dtype=self.dtype, bucket_bytes=int(bucket_bytes * 2.0 / held))
 
     def own_buckets(self, plan: ExportPlan, buffer: Callable[[int], Tensor]) -> Iterator[tuple[Bucket, Tensor]]:
-        """See `weights.export.own_buckets`; every rank of this stage, in the exported replica, calls it."""
-        return own_buckets(plan, self.chunks(), pp_rank=self.pp_rank, tp_group=self.tp_group, buffer=buffer)
+        """See `weights.export.own_buckets`; every rank that takes part calls it."""
+        return own_buckets(plan, self.chunks(), self.holder, buffer=buffer)
+
+    def largest(self, plan: ExportPlan) -> int:
+        """Elements of the largest bucket that leaves from this rank; 0 where none does."""
+        return max((bucket.numel for bucket in plan.buckets if bucket.sender == self.sender), default=0)
 
     @property
     def device(self) -> torch.device:
@@ -94,9 +91,11 @@ class Shard:
 def send_order(plan: ExportPlan) -> list[Bucket]:
     """All buckets in the one order in which every server takes them: the stages alternate.
 
-    While one stage's bucket is on the wire, the next one's is being gathered.
+    While one stage's bucket is on the wire, the next one's is being gathered. Within a stage it is the plan's order: a
+    sender may be needed to gather what another sends, and must not wait for a server that waits for that.
     """
-    waiting = [deque(bucket for bucket in plan.buckets if bucket.owner == owner) for owner in range(len(plan.chunks))]
+    stages = range(plan.division.pp)
+    waiting = [deque(bucket for bucket in plan.buckets if bucket.owner == owner) for owner in stages]
     order: list[Bucket] = []
     while any(waiting):
         order += [queue.popleft() for queue in waiting if queue]

@@ -1,8 +1,9 @@
 """Megatron's shards, live on many ranks -> full Hugging Face tensors, in buckets, on every rank or on one a replica.
 
-The plan is computed once and is the same on every rank; `export` then follows it. For each bucket the owning pipeline
-stage gathers its tensor-parallel (TP) shards, rebuilds the tensors into one flat buffer, and passes that to the other
-pipeline stages (PP). `own_buckets` stops before the last step: each stage keeps what it owns, to send it elsewhere.
+The plan is computed once and is the same on every rank; `export` then follows it. A bucket holds parameters of one
+model chunk: either no expert's, or those of the experts that one expert-parallel (EP) rank holds. Its holders gather
+its tensor-parallel (TP) shards, rebuild the tensors into one flat buffer, and pass that on, to the other EP ranks and
+to the other pipeline stages (PP). `own_buckets` stops before that: holders keep what they own, to send it elsewhere.
 """
 
 from __future__ import annotations
@@ -16,9 +17,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from clipo_megatron.weights.coverage import match
+from clipo_megatron.weights.division import Division
 from clipo_megatron.weights.errors import WeightsError
 from clipo_megatron.weights.families import entries
-from clipo_megatron.weights.mapping import Coordinates, Entry, HFTensor, Stage
+from clipo_megatron.weights.mapping import WHOLE, Coordinates, Entry, HFTensor, Stage
 from clipo_megatron.weights.spec import ModelSpec
 
 # Small enough to stay near the caches of a CPU (256 MiB took twice the time over gloo), large enough for NCCL.
@@ -34,6 +36,7 @@ class Bucket:
     owner: int  # pipeline rank that has the chunk
     chunk: int  # which of its chunks; 0 without virtual stages
     entries: tuple[Entry, ...]
+    ep_rank: int | None = None  # which of the EP ranks has these experts; None: they are no experts'
 
     @property
     def tensors(self) -> tuple[HFTensor, ...]:
@@ -45,6 +48,11 @@ class Bucket:
         """Elements of the flat buffer."""
         return sum(prod(tensor.shape) for tensor in self.tensors)
 
+    @property
+    def sender(self) -> tuple[int, int]:
+        """Pipeline rank and EP rank from which it leaves the trainer."""
+        return self.owner, self.ep_rank or 0
+
     def views(self, flat: Tensor) -> Iterator[tuple[str, Tensor]]:
         """Name and tensor of everything in the bucket's flat buffer [numel], in order, without a copy."""
         parts = flat.split([prod(tensor.shape) for tensor in self.tensors])
@@ -53,12 +61,38 @@ class Bucket:
 
 
 @dataclass(frozen=True, slots=True)
+class Holder:
+    """One rank among those that hold the model, and the groups in which it meets the others of its copy.
+
+    A group may be None where it would have one rank. Copies are what data parallelism makes: of experts there may be
+    fewer, or more, than of all else.
+    """
+
+    at: Coordinates = WHOLE
+    pp_rank: int = 0
+    copy: int = 0  # which copy of all but the experts it is of
+    expert_copy: int = 0
+    tp_group: Group | None = None
+    etp_group: Group | None = None  # ranks that divide the same experts
+    ep_group: Group | None = None  # ranks with different experts, at the same place of theirs
+    pp_group: Group | None = None
+
+    def has(self, bucket: Bucket) -> bool:
+        """Whether this rank holds a part of the bucket."""
+        return self.pp_rank == bucket.owner and bucket.ep_rank in (None, self.at.ep_rank)
+
+    def sharing(self, bucket: Bucket) -> Group | None:
+        """The ranks that hold the bucket together with this one."""
+        return self.tp_group if bucket.ep_rank is None else self.etp_group
+
+
+@dataclass(frozen=True, slots=True)
 class ExportPlan:
     """What is exported, in which order and by whom."""
 
+    spec: ModelSpec
+    division: Division
     buckets: tuple[Bucket, ...]
-    chunks: tuple[tuple[tuple[Entry, ...], ...], ...]  # entries [pipeline rank][chunk], copies included
-    tp_size: int
     dtype: torch.dtype  # of every exported tensor
 
     @property
@@ -71,49 +105,43 @@ class ExportPlan:
         """Of all tensors."""
         return sum(bucket.numel for bucket in self.buckets) * self.dtype.itemsize
 
+    def stages(self, pp_rank: int) -> tuple[Stage, ...]:
+        """Model chunks of a pipeline rank."""
+        return self.division.stages(self.spec.num_layers)[pp_rank :: self.division.pp]
+
 
 def plan_export(
-    spec: ModelSpec,
-    stages: Sequence[Stage],
-    *,
-    tp_size: int,
-    dtype: torch.dtype,
-    pp_size: int | None = None,
-    bucket_bytes: int = BUCKET_BYTES,
+    spec: ModelSpec, division: Division, *, dtype: torch.dtype, bucket_bytes: int = BUCKET_BYTES
 ) -> ExportPlan:
-    """Plan the export of a model cut into `stages`, listed in model order.
-
-    `pp_size` is the count of stages unless stages are virtual; stage i then belongs to pipeline rank i % pp_size, as
-    Megatron interleaves them. A parameter larger than `bucket_bytes` has a bucket of its own.
-    """
-    ranks = len(stages) if pp_size is None else pp_size
-    chunks: list[list[tuple[Entry, ...]]] = [[] for _ in range(ranks)]
+    """Plan the export of a model, chunk by chunk in model order: what is no expert's first, then the experts, of one
+    EP rank after the other in turn. A parameter larger than `bucket_bytes` has a bucket of its own."""
+    limit = bucket_bytes // dtype.itemsize
     buckets: list[Bucket] = []
-    for index, stage in enumerate(stages):
-        owner = index % ranks
-        bound = entries(spec, stage)
-        owned = [entry for entry in bound if not entry.copy]
-        for part in _split(owned, bucket_bytes // dtype.itemsize):
-            buckets.append(Bucket(owner, len(chunks[owner]), part))
-        chunks[owner].append(bound)
-    return ExportPlan(tuple(buckets), tuple(map(tuple, chunks)), tp_size, dtype)
+    for index, stage in enumerate(division.stages(spec.num_layers)):
+        owner, chunk = division.owner(index), index // division.pp
+        dense = [entry for entry in entries(spec, stage) if not entry.copy and not entry.experts]
+        buckets += [Bucket(owner, chunk, part) for part in _split(dense, limit)]
+        if spec.experts is None:
+            continue
+        waiting = []
+        for ep_rank in range(division.ep):
+            held = entries(spec, stage, Coordinates(ep=division.ep, ep_rank=ep_rank))
+            parts = _split([entry for entry in held if entry.experts], limit)
+            waiting.append([Bucket(owner, chunk, part, ep_rank) for part in parts])
+        buckets += [bucket for turn in zip(*waiting, strict=True) for bucket in turn]  # all hold equally many
+    return ExportPlan(spec, division, tuple(buckets), dtype)
 
 
 def export(
-    plan: ExportPlan,
-    chunks: Sequence[Mapping[str, Tensor]],
-    *,
-    tp_group: Group | None = None,
-    pp_group: Group | None = None,
-    to_all: bool = True,
+    plan: ExportPlan, chunks: Sequence[Mapping[str, Tensor]], holder: Holder = Holder(), *, to_all: bool = True
 ) -> Iterator[tuple[str, Tensor]]:
     """Yield (Hugging Face name, full tensor of the plan's dtype on the parameters' device), in plan order.
 
-    A collective: all ranks of both groups call it, with the same plan, and exhaust the iterator; a group may be None
-    where it would have one rank. `chunks` are this rank's parameters by name, one mapping a model chunk. The tensors
-    are new memory, views of one buffer a bucket: the caller may keep them, and frees a bucket by dropping them.
-    With `to_all=False` only the first rank of a model replica (TP 0, PP 0) gets tensors; the others take part and
-    yield nothing. Every wait ends with the timeout that the groups were made with.
+    A collective: all ranks that hold the model call it, with the same plan, and exhaust the iterator. `chunks` are this
+    rank's parameters by name, one mapping a model chunk. The tensors are new memory, views of one buffer a bucket: the
+    caller may keep them, and frees a bucket by dropping them. With `to_all=False` only the first rank of a copy of the
+    model (0 in TP, PP, EP and ETP) gets tensors; the others take part and yield nothing. Every wait ends with the
+    timeout that the groups were made with.
 
     Extra memory, at its peak: three buckets (a rank's part, the gathered parts, the result) beside those that the
     caller still holds a tensor of; one bucket without TP. A bucket is `bucket_bytes`, or a larger parameter alone.
@@ -122,8 +150,7 @@ def export(
         WeightsError: the groups are not of the plan's sizes, or the count of chunks is not the plan's.
         CoverageError: the parameters and the plan do not match. Both are raised before anything is sent.
     """
-    buckets = export_buckets(plan, chunks, tp_group=tp_group, pp_group=pp_group, to_all=to_all)
-    return _tensors(buckets)
+    return _tensors(export_buckets(plan, chunks, holder, to_all=to_all))
 
 
 def _tensors(buckets: Iterator[tuple[Bucket, Tensor]]) -> Iterator[tuple[str, Tensor]]:
@@ -135,39 +162,34 @@ def _tensors(buckets: Iterator[tuple[Bucket, Tensor]]) -> Iterator[tuple[str, Te
 
 
 def export_buckets(
-    plan: ExportPlan,
-    chunks: Sequence[Mapping[str, Tensor]],
-    *,
-    tp_group: Group | None = None,
-    pp_group: Group | None = None,
-    to_all: bool = True,
+    plan: ExportPlan, chunks: Sequence[Mapping[str, Tensor]], holder: Holder = Holder(), *, to_all: bool = True
 ) -> Iterator[tuple[Bucket, Tensor]]:
     """As `export`, but yield (bucket, its flat buffer), new memory each."""
-    _check_group("pp", pp_group, len(plan.chunks))
-    pp_rank = dist.get_rank(pp_group) if pp_group is not None else 0
-    _check(plan, chunks, tp_group, pp_rank)
-    return _stream(plan, chunks, tp_group, pp_group, pp_rank, to_all)
+    _check_group("pp", holder.pp_group, plan.division.pp)
+    if plan.spec.experts is not None:
+        _check_group("ep", holder.ep_group, plan.division.ep)
+    _check(plan, chunks, holder)
+    return _stream(plan, chunks, holder, to_all)
 
 
 def own_buckets(
     plan: ExportPlan,
     chunks: Sequence[Mapping[str, Tensor]],
+    holder: Holder = Holder(),
     *,
-    pp_rank: int = 0,
-    tp_group: Group | None = None,
     buffer: Callable[[int], Tensor],
 ) -> Iterator[tuple[Bucket, Tensor]]:
-    """Yield (bucket, flat buffer) for the buckets that pipeline rank `pp_rank` owns, in plan order.
+    """Yield (bucket, flat buffer) for the buckets that leave from this rank, in plan order.
 
-    A collective of `tp_group` alone: its first rank gets the buckets, the others take part and yield nothing. All of
-    them exhaust the iterator. Each tensor is owned by one stage: a tied output layer is sent with the embedding.
+    A collective of the ranks that hold a bucket together, in the first copy: the first of them gets it, the others take
+    part and yield nothing. All of them exhaust the iterator; ranks of other copies need not call it. Each tensor leaves
+    from one rank: a tied output layer is sent with the embedding.
 
     Args:
-        plan: the same on every rank; `chunks` and `tp_group` as for `export`.
-        chunks: this rank's parameters.
-        pp_rank: this rank's.
-        tp_group: this stage's tensor-parallel ranks; None where it would have one.
-        buffer: called on the first rank, with a number of elements, when a bucket's shards are gathered and are to be
+        plan: the same on every rank.
+        chunks: this rank's parameters, as for `export`.
+        holder: this rank; its groups over PP and EP are not used.
+        buffer: called on a bucket's first rank, with a number of elements, when its shards are gathered and are to be
             written: a flat tensor of at least that size, of the plan's dtype, on the parameters' device. It returns
             when that memory may be overwritten, so it is what holds the sender to its number of buffers.
 
@@ -175,24 +197,21 @@ def own_buckets(
     is 1 + 1/tp buckets.
 
     Raises:
-        WeightsError: the group is not of the plan's size, or the count of chunks is not the plan's.
+        WeightsError: a group is not of the plan's size, or the count of chunks is not the plan's.
         CoverageError: the parameters and the plan do not match. Both are raised before anything is sent.
     """
-    _check(plan, chunks, tp_group, pp_rank)
-    return _own(plan, chunks, pp_rank, tp_group, buffer)
+    _check(plan, chunks, holder)
+    return _own(plan, chunks, holder, buffer)
 
 
 def _own(
-    plan: ExportPlan,
-    chunks: Sequence[Mapping[str, Tensor]],
-    pp_rank: int,
-    tp_group: Group | None,
-    buffer: Callable[[int], Tensor],
+    plan: ExportPlan, chunks: Sequence[Mapping[str, Tensor]], holder: Holder, buffer: Callable[[int], Tensor]
 ) -> Iterator[tuple[Bucket, Tensor]]:
     for bucket in plan.buckets:
-        if bucket.owner != pp_rank:
+        copy = holder.copy if bucket.ep_rank is None else holder.expert_copy
+        if copy or not holder.has(bucket):
             continue
-        shards = _gather(bucket, chunks[bucket.chunk], plan, tp_group, to_all=False)
+        shards = _gather(bucket, chunks[bucket.chunk], plan, holder, to_all=False)
         if shards is not None:
             flat = buffer(bucket.numel)[: bucket.numel]
             _rebuild(bucket, shards, flat)
@@ -200,13 +219,15 @@ def _own(
             yield bucket, flat
 
 
-def _check(plan: ExportPlan, chunks: Sequence[Mapping[str, Tensor]], tp_group: Group | None, pp_rank: int) -> None:
-    _check_group("tp", tp_group, plan.tp_size)
-    planned = plan.chunks[pp_rank]
-    if len(chunks) != len(planned):
-        raise WeightsError(f"the export was planned for {len(planned)} model chunks a rank, not {len(chunks)}")
-    for parameters, bound in zip(chunks, planned, strict=True):
-        match(parameters, bound, Coordinates(tp=plan.tp_size))
+def _check(plan: ExportPlan, chunks: Sequence[Mapping[str, Tensor]], holder: Holder) -> None:
+    _check_group("tp", holder.tp_group, plan.division.tp)
+    if plan.spec.experts is not None:
+        _check_group("etp", holder.etp_group, plan.division.expert_tp)
+    stages = plan.stages(holder.pp_rank)
+    if len(chunks) != len(stages):
+        raise WeightsError(f"the export was planned for {len(stages)} model chunks a rank, not {len(chunks)}")
+    for parameters, stage in zip(chunks, stages, strict=True):
+        match(parameters, entries(plan.spec, stage, holder.at), holder.at)
 
 
 def _check_group(name: str, group: Group | None, size: int) -> None:
@@ -216,36 +237,36 @@ def _check_group(name: str, group: Group | None, size: int) -> None:
 
 
 def _stream(
-    plan: ExportPlan,
-    chunks: Sequence[Mapping[str, Tensor]],
-    tp_group: Group | None,
-    pp_group: Group | None,
-    pp_rank: int,
-    to_all: bool,
+    plan: ExportPlan, chunks: Sequence[Mapping[str, Tensor]], holder: Holder, to_all: bool
 ) -> Iterator[tuple[Bucket, Tensor]]:
     device = next(iter(chunks[0].values())).device
-    receives = to_all or (pp_rank == 0 and (tp_group is None or dist.get_rank(tp_group) == 0))
+    at = holder.at
+    leads = to_all or not (at.tp_rank or at.ep_rank or at.etp_rank)  # the same for all ranks of a pipeline
     for bucket in plan.buckets:
         flat: Tensor | None = None  # also lets go of the bucket before
-        if pp_rank == bucket.owner:
-            shards = _gather(bucket, chunks[bucket.chunk], plan, tp_group, to_all)
+        across_ep = holder.pp_rank == bucket.owner and bucket.ep_rank is not None and holder.ep_group is not None
+        if holder.has(bucket):
+            shards = _gather(bucket, chunks[bucket.chunk], plan, holder, to_all)
             if shards is not None:
                 flat = torch.empty(bucket.numel, dtype=plan.dtype, device=device)
                 _rebuild(bucket, shards, flat)
                 del shards
-        elif receives:
+        elif to_all or (across_ep and not (at.ep_rank or at.etp_rank)) or (leads and holder.pp_rank == 0):
             flat = torch.empty(bucket.numel, dtype=plan.dtype, device=device)
-        if pp_group is not None and flat is not None:
-            _pass_on(flat, bucket.owner, pp_group, pp_rank, to_all)
-        if receives and flat is not None:
+        if across_ep and flat is not None:
+            _pass_on(flat, bucket.ep_rank, holder.ep_group, to_all)
+        if holder.pp_group is not None and leads and flat is not None:
+            _pass_on(flat, bucket.owner, holder.pp_group, to_all)
+        if flat is not None and leads and (to_all or holder.pp_rank == 0):
             yield bucket, flat
 
 
 def _gather(
-    bucket: Bucket, parameters: Mapping[str, Tensor], plan: ExportPlan, group: Group | None, to_all: bool
+    bucket: Bucket, parameters: Mapping[str, Tensor], plan: ExportPlan, holder: Holder, to_all: bool
 ) -> list[Tensor] | None:
-    """The TP ranks' parts of each entry, [ranks, *local shape]; None on ranks that are to get nothing."""
+    """The ranks' parts of each entry, [ranks, *local shape]; None on ranks that are to get nothing."""
     local = [parameters[entry.name_in(parameters) or ""].detach() for entry in bucket.entries]
+    group = holder.sharing(bucket)
     if group is None:
         return [part.unsqueeze(0) for part in local]
     sharded = [part for part, entry in zip(local, bucket.entries, strict=True) if entry.kind.sharded]
@@ -253,7 +274,7 @@ def _gather(
     parts: Iterator[Tensor] = iter(())
     if sharded:
         mine = torch.cat([part.to(plan.dtype).flatten() for part in sharded])
-        everyone = mine.new_empty(plan.tp_size if to_all or first else 0, mine.numel())
+        everyone = mine.new_empty(dist.get_world_size(group) if to_all or first else 0, mine.numel())
         # Bytes travel: not every backend knows every dtype.
         if to_all:
             dist.all_gather_single(_bytes(everyone).view(-1), _bytes(mine), group=group)
@@ -275,13 +296,13 @@ def _rebuild(bucket: Bucket, shards: Sequence[Tensor], flat: Tensor) -> None:
         views = views[len(entry.hf) :]
 
 
-def _pass_on(flat: Tensor, owner: int, group: Group, pp_rank: int, to_all: bool) -> None:
-    """Bring the owner's buffer to the other pipeline ranks, or to the first alone."""
+def _pass_on(flat: Tensor, owner: int, group: Group, to_all: bool) -> None:
+    """Bring the buffer of rank `owner` of a group to the others, or to the first alone."""
     if to_all:
         dist.broadcast(_bytes(flat), group=group, group_src=owner)
-    elif owner != 0 and pp_rank == owner:
+    elif owner != 0 and dist.get_rank(group) == owner:
         dist.send(_bytes(flat), group=group, group_dst=0)
-    elif owner != 0:
+    elif owner != 0 and dist.get_rank(group) == 0:
         dist.recv(_bytes(flat), group=group, group_src=owner)
 
 
