@@ -26,6 +26,7 @@ commands:
   train      train a model as a configuration file says
   serve      run the servers that generate for it, SGLang or vLLM
   convert    move weights between Hugging Face and Megatron, in any layout, and verify them
+  plan       what a configuration needs and takes on given GPUs, and which layouts fit
   settings   every setting of a configuration: its type, default and meaning
   doctor     what this machine has, and what a run would use of it
 """
@@ -71,6 +72,23 @@ examples:
   CLIPO_API_KEY=... clipo serve run.yaml serve.host=0.0.0.0
 
 Train with the same file and overrides: clipo train run.yaml rollout.engine=sglang
+"""
+_PLAN = """\
+Memory on each GPU, part by part, and the time of a step, phase by phase, before anything is queued.
+
+Needs the model's config.json, no weights and no GPU. Parameters are counted as the ranks will build them. Times follow
+from the GPUs' data sheets and assumed shares of their rates: good for comparing layouts, no promise.
+
+With --gpus, the layouts of so many GPUs that fit, cheapest step first; else the configured one. The exit code is 1 if
+none fits.
+"""
+_PLAN_EXAMPLES = """\
+examples:
+  clipo plan run.yaml                                   the layout as it is configured
+  clipo plan run.yaml layout.tp=8 layout.pp=4 layout.dp=2 serve.servers=8 serve.tp=4
+  clipo plan run.yaml --gpus 64,128 --hardware h200     layouts to choose from
+  clipo plan run.yaml --gpus 64 rollout.colocated=true --json
+  clipo plan run.yaml --assume train_flops=0.3 --assume mean_response=0.8
 """
 
 
@@ -135,6 +153,15 @@ def _parser() -> argparse.ArgumentParser:
     serve.add_argument("overrides", metavar="key=value", nargs="*", help="settings that win over the file")
     serve.add_argument("--check", action="store_true", help="print what would be started, and start nothing")
     serve.set_defaults(run=_serve)
+
+    plan = commands.add_parser("plan", description=_PLAN, epilog=_PLAN_EXAMPLES, formatter_class=plain)
+    plan.add_argument("config", metavar="CONFIG", help="YAML file, the one that training gets")
+    plan.add_argument("overrides", metavar="key=value", nargs="*", help="settings that win over the file")
+    plan.add_argument("--gpus", metavar="N,N", help="find layouts for these numbers of GPUs")
+    plan.add_argument("--hardware", default="h100", help="a100 (80 GB), h100, h200, b200 or mi300x; default h100")
+    plan.add_argument("--assume", action="append", default=[], metavar="name=number", help="change an assumption")
+    plan.add_argument("--json", action="store_true", help="print JSON")
+    plan.set_defaults(run=_plan)
 
     add_arguments(commands.add_parser("convert"))
 
@@ -219,6 +246,18 @@ def _serve(options: argparse.Namespace) -> int:
 
     config = load(options.config, options.overrides)
     return command.report_check(config) if options.check else command.serve(config)
+
+
+# ---------------------------------------------------------------- plan
+
+
+def _plan(options: argparse.Namespace) -> int:
+    from clipo_megatron.config.load import load
+    from clipo_megatron.planning.command import Options, numbers, plan
+
+    config = load(options.config, options.overrides)
+    chosen = Options(numbers(options.gpus or ""), options.hardware, tuple(options.assume), options.json)
+    return plan(config, chosen)
 
 
 # ---------------------------------------------------------------- settings, doctor

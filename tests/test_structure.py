@@ -20,7 +20,7 @@ LEVELS = (
     {"device"},
     {"data", "rewards", "rollout", "algorithms", "weights"},
     {"policy", "sync", "evaluation", "checkpoint", "report", "output"},
-    {"problems", "collector", "reporting", "engines", "stopping", "conversion"},
+    {"problems", "collector", "reporting", "engines", "stopping", "conversion", "planning"},
     {"run"},
     {"trainer"},
     {"launch"},
@@ -42,7 +42,7 @@ ONLY_IN = {
     "omegaconf": {"config"},
     "aiohttp": {"rollout"},
     "orjson": {"rollout"},
-    "rich": {"report", "doctor", "conversion"},
+    "rich": {"report", "doctor", "conversion", "planning"},
 }
 DEVICE_WORDS = re.compile("cuda|nccl|gloo", re.IGNORECASE)
 # Names of Megatron's own, and of the platform's adapter to them, which cannot be spelt otherwise.

@@ -1,0 +1,48 @@
+"""What GPUs can do by their makers' data sheets, and which share of it a plan assumes to be reached."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+GB = 1e9
+
+
+@dataclass(frozen=True, slots=True)
+class Hardware:
+    """One kind of GPU in its usual server. Rates are a GPU's, in one direction, per second."""
+
+    name: str
+    memory_bytes: float
+    flops: float  # bf16, dense
+    memory_bytes_per_s: float
+    node_bytes_per_s: float  # to other GPUs of the node
+    network_bytes_per_s: float  # to other nodes
+    gpus_per_node: int = 8
+
+
+HARDWARE: dict[str, Hardware] = {
+    each.name: each
+    for each in (
+        Hardware("a100", 80 * GB, 312e12, 2.04e12, 300 * GB, 25 * GB),
+        Hardware("h100", 80 * GB, 989e12, 3.35e12, 450 * GB, 50 * GB),
+        Hardware("h200", 141 * GB, 989e12, 4.8e12, 450 * GB, 50 * GB),
+        Hardware("b200", 180 * GB, 2250e12, 8.0e12, 900 * GB, 50 * GB),
+        Hardware("mi300x", 192 * GB, 1307e12, 5.3e12, 448 * GB, 50 * GB),
+    )
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Assumptions:
+    """Shares of the hardware's rates that are reached, and what else a plan cannot know. None of them was measured by
+    this project; they are of the order that well-tuned runs report. Set your own with `clipo plan --assume`."""
+
+    train_flops: float = 0.40  # of `flops`, in forward and backward
+    prefill_flops: float = 0.40  # in the servers' forward over prompts
+    decode_bandwidth: float = 0.50  # of `memory_bytes_per_s`, while servers generate
+    network: float = 0.60  # of `network_bytes_per_s`
+    memory: float = 0.92  # of `memory_bytes` that may be planned for; fragments and spikes take the rest
+    reserve_bytes: float = 3 * GB  # context, communication buffers and workspaces of one process
+    server_memory: float = 0.85  # of the GPU that a server takes for weights and cache
+    mean_response: float = 0.5  # of rollout.max_new_tokens
+    mean_prompt: float = 0.5  # of data.max_prompt_tokens

@@ -1,0 +1,238 @@
+"""One layout judged, and the layouts that fit, cheapest first."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from itertools import product
+
+from clipo_megatron.config.schema import EngineKind, LayoutConfig, RunConfig
+from clipo_megatron.planning.errors import PlanError
+from clipo_megatron.planning.hardware import Assumptions, Hardware
+from clipo_megatron.planning.memory import ServerMemory, TrainerMemory, server_memory, trainer_memory
+from clipo_megatron.planning.timing import StepTime, step_time
+from clipo_megatron.weights.division import Division
+from clipo_megatron.weights.errors import WeightsError
+from clipo_megatron.weights.spec import ModelSpec
+
+# Shares of the GPUs that servers get where they do not share the trainer's.
+SERVER_SHARES = (0.25, 0.5, 0.75)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What one layout needs and takes."""
+
+    division: Division
+    dp: int
+    recompute: bool
+    server_tp: int
+    server_gpus: int
+    colocated: bool
+    hardware: Hardware
+    trainer: list[TrainerMemory]  # of each pipeline stage
+    server: ServerMemory
+    time: StepTime
+    problems: tuple[str, ...]  # why it does not fit; () if it does
+
+    @property
+    def trainer_gpus(self) -> int:
+        """GPUs that train."""
+        return self.division.tp * self.division.pp * self.dp
+
+    @property
+    def gpus(self) -> int:
+        """GPUs in all."""
+        return self.trainer_gpus if self.colocated else self.trainer_gpus + self.server_gpus
+
+    @property
+    def fits(self) -> bool:
+        """Whether every GPU has the memory."""
+        return not self.problems
+
+    @property
+    def gpu_seconds(self) -> float:
+        """What a step costs."""
+        return self.gpus * self.time.total
+
+    @property
+    def tokens_per_s_per_gpu(self) -> float:
+        """Tokens of a step that train, over its time and all GPUs."""
+        return self.time.tokens / self.gpu_seconds
+
+    @property
+    def overrides(self) -> list[str]:
+        """The settings that ask for it."""
+        division = self.division
+        chosen = {"layout.tp": division.tp, "layout.pp": division.pp, "layout.dp": self.dp, "serve.tp": self.server_tp}
+        chosen |= {} if self.colocated else {"serve.servers": self.server_gpus // self.server_tp}
+        chosen |= {"layout.ep": division.ep} if division.ep > 1 else {}
+        chosen |= {"layout.etp": division.etp} if division.etp is not None else {}
+        chosen |= {"layout.first_stage_layers": division.first_layers} if division.first_layers else {}
+        chosen |= {"layout.last_stage_layers": division.last_layers} if division.last_layers else {}
+        flags = {"layout.sequence_parallel": division.tp > 1, "model.recompute": self.recompute}
+        return [f"{key}={value}" for key, value in chosen.items()] + [f"{k}={str(v).lower()}" for k, v in flags.items()]
+
+
+def division_of(layout: LayoutConfig) -> Division:
+    """The model's part of a layout."""
+    return Division(
+        tp=layout.tp,
+        pp=layout.pp,
+        ep=layout.ep,
+        etp=layout.etp,
+        first_layers=layout.first_stage_layers,
+        last_layers=layout.last_stage_layers,
+    )
+
+
+def judge(
+    config: RunConfig,
+    spec: ModelSpec,
+    dp: int,
+    server_gpus: int,
+    hardware: Hardware,
+    assume: Assumptions,
+    *,
+    division: Division | None = None,
+) -> Plan:
+    """Memory and time of a layout.
+
+    Args:
+        config: whose `layout.dp` does not matter.
+        spec: of the model.
+        dp: replicas that train.
+        server_gpus: that generate; those of the trainer with `rollout.colocated`.
+        hardware: of every GPU.
+        assume: what is reached of it.
+        division: of the model; None: the configuration's.
+
+    Raises:
+        PlanError: the model cannot be divided so.
+    """
+    division = division or division_of(config.layout)
+    try:
+        trainer = trainer_memory(config, spec, division, dp, assume)
+        time = step_time(config, spec, division, dp, server_gpus, hardware, assume)
+    except WeightsError as error:
+        raise PlanError(f"tp {division.tp} x pp {division.pp} x ep {division.ep}: {error}") from error
+    server = server_memory(spec, config.serve.tp, hardware, assume)
+    return Plan(
+        division=division,
+        dp=dp,
+        recompute=config.model.recompute,
+        server_tp=config.serve.tp,
+        server_gpus=server_gpus,
+        colocated=config.rollout.colocated,
+        hardware=hardware,
+        trainer=trainer,
+        server=server,
+        time=time,
+        problems=tuple(_problems(config, division, dp, trainer, server, server_gpus, hardware, assume)),
+    )
+
+
+def _problems(
+    config: RunConfig,
+    division: Division,
+    dp: int,
+    trainer: list[TrainerMemory],
+    server: ServerMemory,
+    server_gpus: int,
+    hardware: Hardware,
+    assume: Assumptions,
+) -> Iterator[str]:
+    usable = hardware.memory_bytes * assume.memory
+    for stage, memory in enumerate(trainer):
+        if memory.total > usable:
+            largest = max(memory.parts, key=memory.parts.__getitem__)
+            yield (
+                f"stage {stage} of the trainer needs {memory.total / 1e9:.1f} GB of {usable / 1e9:.1f} GB "
+                f"({largest} alone {memory.parts[largest] / 1e9:.1f} GB)"
+            )
+    longest = config.data.max_prompt_tokens + config.rollout.max_new_tokens
+    if not server.sequences(longest):
+        yield (
+            f"a server on {config.serve.tp} GPUs has {server.cache / 1e9:.1f} GB for its cache, and a sequence of "
+            f"{longest} tokens takes {longest * server.cache_per_token / 1e9:.1f} GB"
+        )
+    if server_gpus < config.serve.tp:
+        yield f"{server_gpus} GPUs are left to generate, and one server takes {config.serve.tp}"
+    if (dp * division.tp) % (division.ep * division.expert_tp):
+        yield f"ep {division.ep} x etp {division.expert_tp} does not divide the {dp * division.tp} ranks of a stage"
+
+
+def candidates(config: RunConfig, spec: ModelSpec, gpus: int, hardware: Hardware, assume: Assumptions) -> list[Plan]:
+    """Layouts of so many GPUs that fit, the cheapest step first."""
+    server_tp = _smallest_server(config, spec, hardware, assume)
+    if server_tp is None:
+        return []
+    found: list[Plan] = []
+    shares = (1.0,) if config.rollout.colocated else SERVER_SHARES
+    for division, share in product(_divisions(spec, gpus, hardware), shares):
+        server_gpus = int(gpus * share)
+        trainers = gpus if config.rollout.colocated else gpus - server_gpus
+        dp, rest = divmod(trainers, division.tp * division.pp)
+        if rest or not dp or (dp * division.tp) % (division.ep * division.expert_tp):
+            continue
+        for recompute in (False, True):  # only where it is needed
+            variant = replace(
+                config,
+                layout=replace(config.layout, sequence_parallel=division.tp > 1),
+                model=replace(config.model, recompute=recompute),
+                serve=replace(config.serve, tp=server_tp),
+            )
+            plan = judge(variant, spec, dp, server_gpus, hardware, assume, division=division)
+            if plan.fits:
+                found.append(plan)
+                break
+    return sorted(found, key=lambda plan: (plan.time.total, plan.division.pp, plan.division.tp))
+
+
+def _smallest_server(config: RunConfig, spec: ModelSpec, hardware: Hardware, assume: Assumptions) -> int | None:
+    """GPUs of the smallest server that holds the longest sequence; None: not even a whole node's does."""
+    longest = config.data.max_prompt_tokens + config.rollout.max_new_tokens
+    sizes = _powers(hardware.gpus_per_node)
+    return next((tp for tp in sizes if server_memory(spec, tp, hardware, assume).sequences(longest)), None)
+
+
+def _divisions(spec: ModelSpec, gpus: int, hardware: Hardware) -> Iterator[Division]:
+    """Tensor parallel within a node, pipelines whose stages are equal but for the ends, experts over all."""
+    for tp in _powers(min(gpus, hardware.gpus_per_node)):
+        if spec.num_heads % tp:
+            continue
+        for pp in _powers(gpus // tp):
+            if pp > spec.num_layers or (ends := _ends(spec.num_layers, pp)) is None:
+                continue
+            for ep in _powers(min(64, gpus // pp)) if spec.experts else (1,):
+                if spec.experts is None:
+                    yield Division(tp=tp, pp=pp, first_layers=ends[0], last_layers=ends[1])
+                elif spec.experts.count % ep == 0:
+                    yield Division(tp=tp, pp=pp, ep=ep, etp=1, first_layers=ends[0], last_layers=ends[1])
+
+
+def _ends(layers: int, pp: int) -> tuple[int | None, int | None] | None:
+    """Layers of the first and last stage, None each where all are equal; None where no layers would be left."""
+    if layers % pp == 0:
+        return None, None
+    middle = -(-layers // pp)
+    left = layers - middle * (pp - 2)
+    return (-(-left // 2), left // 2) if pp >= 2 and left >= 2 else None
+
+
+def _powers(most: int) -> Iterable[int]:
+    return (1 << i for i in range(max(0, most).bit_length()))
+
+
+def server_gpus_of(config: RunConfig, trainer_gpus: int) -> int:
+    """GPUs that generate, as a configuration has them.
+
+    Raises:
+        PlanError: it generates in the training processes.
+    """
+    if config.rollout.engine is EngineKind.local:
+        raise PlanError(
+            "rollout.engine = local generates in the training processes, which is for small models; plan with "
+            "rollout.engine=sglang"
+        )
+    return trainer_gpus if config.rollout.colocated else config.serve.servers * config.serve.tp

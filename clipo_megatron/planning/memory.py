@@ -1,0 +1,161 @@
+"""Bytes on one GPU, part by part: the trainer's while it updates the policy, the server's while it generates."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from clipo_megatron.config.schema import DType, RunConfig
+from clipo_megatron.planning.hardware import Assumptions, Hardware
+from clipo_megatron.planning.parameters import (
+    GPU_VOCAB_MULTIPLE,
+    Count,
+    active_count,
+    stage_chunks,
+    stage_counts,
+    whole_count,
+)
+from clipo_megatron.weights.division import Division
+from clipo_megatron.weights.spec import ModelSpec
+
+LOGITS_CHUNK_BYTES = 64 * 2**20  # of fp32 logits that exist at once, see policy.logprobs
+LOGITS_COPIES = 3  # logits, their exponentials, and the gradient
+BF16, FP32 = 2, 4
+
+
+@dataclass(frozen=True, slots=True)
+class TrainerMemory:
+    """Bytes on the GPU of one rank while it updates the policy."""
+
+    weights: float
+    gradients: float
+    optimizer: float
+    reference: float  # a second copy of the weights, for a KL to the start
+    activations: float
+    logits: float
+    head: float  # the contrastive one
+    reserve: float
+
+    @property
+    def parts(self) -> dict[str, float]:
+        """By name."""
+        return {name: getattr(self, name) for name in self.__dataclass_fields__}
+
+    @property
+    def total(self) -> float:
+        """Of all parts."""
+        return sum(self.parts.values())
+
+
+@dataclass(frozen=True, slots=True)
+class ServerMemory:
+    """Bytes on one GPU of a server, and what they allow."""
+
+    weights: float
+    cache: float  # what is left for keys and values
+    cache_per_token: float  # on each of its GPUs
+    reserve: float
+
+    def sequences(self, tokens: float) -> int:
+        """Sequences of so many tokens that are generated at once by one server."""
+        return max(0, int(self.cache / (self.cache_per_token * tokens)))
+
+
+def trainer_memory(
+    config: RunConfig, spec: ModelSpec, division: Division, dp: int, assume: Assumptions
+) -> list[TrainerMemory]:
+    """Of each pipeline stage.
+
+    Weights, gradients and optimizer are those of Megatron's distributed optimizer: gradients are kept in fp32 on every
+    rank, masters and both moments are divided over the data-parallel ranks (arXiv 1910.02054, stage 1).
+    """
+    counts = stage_counts(spec, division, GPU_VOCAB_MULTIPLE)
+    return [_of_stage(config, spec, division, dp, assume, count, stage) for stage, count in enumerate(counts)]
+
+
+def _of_stage(
+    config: RunConfig, spec: ModelSpec, division: Division, dp: int, assume: Assumptions, count: Count, stage: int
+) -> TrainerMemory:
+    bf16 = config.model.dtype is DType.bf16
+    width = BF16 if bf16 else FP32
+    last = stage == division.pp - 1
+    expert_dp = max(1, dp * division.tp // (division.ep * division.expert_tp))
+    state = 3 * FP32 if bf16 else 2 * FP32  # fp32 parameters are their own masters
+    tokens = config.layout.max_tokens_per_microbatch
+    in_flight = min(division.pp - stage, micro_batches(config, dp, assume))
+    head = spec.hidden_size * config.clipo.dim * 4 * FP32 if config.clipo.enabled and last else 0.0
+    return TrainerMemory(
+        weights=width * count.total,
+        gradients=FP32 * count.total,
+        optimizer=state * (count.dense / dp + count.expert / expert_dp),
+        reference=width * count.total if config.algorithm.kl.coefficient > 0 else 0.0,
+        activations=_activations(config, spec, division, stage, tokens * width, in_flight),
+        logits=LOGITS_COPIES * LOGITS_CHUNK_BYTES + 2 * tokens * spec.hidden_size * FP32 if last else 0.0,
+        head=head,
+        reserve=assume.reserve_bytes,
+    )
+
+
+def _activations(
+    config: RunConfig, spec: ModelSpec, division: Division, stage: int, values: int, in_flight: int
+) -> float:
+    """Bytes that the backward needs of `in_flight` micro-batches, on one rank of a stage; `values`: bytes of one value
+    of every token of a micro-batch.
+
+    Counted a layer: the inputs of both norms and their outputs, q, k and v, the attention's output, and the MLP's inner
+    tensors (gate and up, and their product); attention keeps no scores. After arXiv 2205.05198, for gated MLPs and
+    grouped-query attention. With recomputation each layer keeps its input, and one layer of one micro-batch at a time
+    all the rest.
+    """
+    layers = [
+        layer
+        for chunk in stage_chunks(spec.num_layers, division)[stage]
+        for layer in range(chunk.offset, chunk.offset + chunk.layers)
+    ]
+    shared = division.tp if config.layout.sequence_parallel else 1  # ranks that divide what TP leaves whole
+    entry = spec.hidden_size / shared
+    attention = 4 * entry + (2 * spec.query_size + 2 * spec.kv_size) / division.tp
+    dense = 3 * spec.ffn_hidden_size / division.tp
+
+    def whole(layer: int) -> float:
+        if not spec.is_sparse(layer):
+            return attention + dense
+        experts = spec.experts
+        # Every rank of a stage keeps its own tokens' copies, one an expert that they are sent to.
+        tokens = experts.per_token / shared
+        return attention + tokens * (2 * spec.hidden_size + 3 * experts.ffn_hidden_size / division.expert_tp)
+
+    if config.model.recompute:
+        return values * (in_flight * entry * len(layers) + max(map(whole, layers), default=0.0))
+    return values * in_flight * sum(map(whole, layers))
+
+
+def server_memory(
+    spec: ModelSpec, tp: int, hardware: Hardware, assume: Assumptions, *, width: int = BF16
+) -> ServerMemory:
+    """Of a server on `tp` GPUs."""
+    weights = width * whole_count(spec).total / tp
+    kv_heads = max(1.0, spec.num_kv_heads / tp)  # with more GPUs than KV heads they are held more than once
+    per_token = 2 * spec.num_layers * kv_heads * spec.head_dim * BF16
+    left = hardware.memory_bytes * assume.server_memory - weights - assume.reserve_bytes
+    return ServerMemory(weights, max(0.0, left), per_token, assume.reserve_bytes)
+
+
+def step_tokens(config: RunConfig, assume: Assumptions) -> tuple[float, float]:
+    """Prompt and response tokens of a step, as they are expected; a group's prompt counts once a sample."""
+    rollouts = config.data.prompts_per_step * config.rollout.samples_per_prompt
+    return (
+        rollouts * assume.mean_prompt * config.data.max_prompt_tokens,
+        rollouts * assume.mean_response * config.rollout.max_new_tokens,
+    )
+
+
+def micro_batches(config: RunConfig, dp: int, assume: Assumptions) -> int:
+    """Of one replica in one optimizer step."""
+    tokens = sum(step_tokens(config, assume)) / max(1, config.algorithm.mini_batches)
+    return max(1, -(-int(tokens) // (dp * config.layout.max_tokens_per_microbatch)))
+
+
+def flops_per_token(spec: ModelSpec, context: float) -> float:
+    """Of one forward over a token that attends to `context` others on average: 2 a parameter, and attention."""
+    seen = context if spec.sliding_window is None else min(context, spec.sliding_window)
+    return 2.0 * active_count(spec) + 4.0 * spec.num_layers * spec.query_size * seen

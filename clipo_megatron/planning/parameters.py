@@ -1,0 +1,119 @@
+"""How many parameters each rank holds: counted through the weight mapping, so that it is what a rank will build."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from math import prod
+
+from clipo_megatron.weights.division import Division
+from clipo_megatron.weights.families import entries
+from clipo_megatron.weights.mapping import Coordinates, Stage, Vocab
+from clipo_megatron.weights.spec import ModelSpec
+
+GPU_VOCAB_MULTIPLE = 64  # rows a rank to which the actor pads the vocabulary on GPUs
+
+
+@dataclass(frozen=True, slots=True)
+class Count:
+    """Parameters of one rank."""
+
+    dense: int  # of all that is not an expert's; the optimizer divides it over dp ranks
+    expert: int  # of experts; the optimizer divides it over dp * tp / (ep * etp) ranks
+
+    @property
+    def total(self) -> int:
+        """Of both."""
+        return self.dense + self.expert
+
+    def __add__(self, other: Count) -> Count:
+        return Count(self.dense + other.dense, self.expert + other.expert)
+
+
+def rank_count(
+    spec: ModelSpec, division: Division, pp_rank: int, at: Coordinates | None = None, *, vocab_multiple: int = 1
+) -> Count:
+    """Parameters of one rank.
+
+    Args:
+        spec: of the model.
+        division: of the model.
+        pp_rank: the rank's pipeline stage; all its chunks are counted.
+        at: its place in the stage; None: the first. All ranks of a stage hold equally many.
+        vocab_multiple: rows a rank to which the vocabulary is padded: `GPU_VOCAB_MULTIPLE`, or 1 on a CPU.
+
+    Raises:
+        WeightsError: the division does not fit the model.
+    """
+    at = at or Coordinates(tp=division.tp, ep=division.ep, etp=division.expert_tp)
+    chunks = stage_chunks(spec.num_layers, division)[pp_rank]
+    return sum((_chunk_count(spec, stage, at, vocab_multiple) for stage in chunks), Count(0, 0))
+
+
+@lru_cache(maxsize=4096)
+def stage_chunks(num_layers: int, division: Division) -> tuple[tuple[Stage, ...], ...]:
+    """The model chunks of each pipeline rank."""
+    chunks = tuple(enumerate(division.stages(num_layers)))
+    return tuple(tuple(stage for i, stage in chunks if division.owner(i) == rank) for rank in range(division.pp))
+
+
+@lru_cache(maxsize=4096)
+def stage_counts(spec: ModelSpec, division: Division, vocab_multiple: int = 1) -> tuple[Count, ...]:
+    """`rank_count` of each pipeline rank."""
+    return tuple(rank_count(spec, division, rank, vocab_multiple=vocab_multiple) for rank in range(division.pp))
+
+
+@lru_cache(maxsize=4096)
+def whole_count(spec: ModelSpec) -> Count:
+    """Parameters of the whole model, a tied output layer counted once."""
+    return _chunk_count(spec, Stage(0, spec.num_layers, first=True, last=True), Coordinates(), 1)
+
+
+def active_count(spec: ModelSpec) -> int:
+    """Parameters that a token passes through, without the embedding's table (a look-up) and with the output layer."""
+    whole = whole_count(spec)
+    table = spec.vocab_size * spec.hidden_size
+    idle = 0 if spec.experts is None else whole.expert * (1 - spec.experts.per_token / spec.experts.count)
+    return int(whole.total - idle) - (0 if spec.tied_embeddings else table)
+
+
+@lru_cache(maxsize=65536)
+def _chunk_count(spec: ModelSpec, stage: Stage, at: Coordinates, vocab_multiple: int) -> Count:
+    """Layers of one kind are alike, so one of each kind is counted: large models are planned many times over."""
+    kinds: dict[bool, list[int]] = {}
+    for layer in range(stage.offset, stage.offset + stage.layers):
+        kinds.setdefault(spec.is_sparse(layer), []).append(layer)
+    ends = Stage(stage.offset, 0, first=stage.first, last=stage.last)
+    total = _sum(_sizes(spec, ends, at, vocab_multiple))
+    for layers in kinds.values():
+        one = _layer_count(spec, _first_like(spec, layers[0]), at)
+        total += Count(one.dense * len(layers), one.expert * len(layers))
+    return total
+
+
+@lru_cache(maxsize=4096)
+def _layer_count(spec: ModelSpec, layer: int, at: Coordinates) -> Count:
+    return _sum(_sizes(spec, Stage(layer, 1, first=False, last=False), at, 1))
+
+
+def _first_like(spec: ModelSpec, layer: int) -> int:
+    """The model's first layer of the same kind."""
+    return next(each for each in range(layer + 1) if spec.is_sparse(each) == spec.is_sparse(layer))
+
+
+def _sum(sizes: Iterator[tuple[int, bool]]) -> Count:
+    dense = expert = 0
+    for size, of_expert in sizes:
+        expert, dense = (expert + size, dense) if of_expert else (expert, dense + size)
+    return Count(dense, expert)
+
+
+def _sizes(spec: ModelSpec, stage: Stage, at: Coordinates, vocab_multiple: int) -> Iterator[tuple[int, bool]]:
+    """Elements of each parameter, and whether it is an expert's."""
+    for entry in entries(spec, stage, at):
+        size, _ = entry.cut(at)
+        shape = entry.kind.local_shape(entry.shapes, size)
+        if isinstance(entry.kind, Vocab):
+            shape = (-(-shape[0] // vocab_multiple) * vocab_multiple, *shape[1:])
+        yield prod(shape), bool(entry.experts)

@@ -1,0 +1,131 @@
+"""Seconds of a step, phase by phase, from data-sheet rates and the assumed shares of them.
+
+A plan, not a promise: it is there to compare layouts and to see which phase will dominate.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from clipo_megatron.config.schema import RunConfig
+from clipo_megatron.planning.hardware import Assumptions, Hardware
+from clipo_megatron.planning.memory import BF16, FP32, flops_per_token, micro_batches, server_memory, step_tokens
+from clipo_megatron.planning.parameters import active_count, stage_counts, whole_count
+from clipo_megatron.weights.division import Division
+from clipo_megatron.weights.spec import ModelSpec
+
+
+@dataclass(frozen=True, slots=True)
+class StepTime:
+    """Seconds of each phase of one step."""
+
+    generate: float
+    score: float
+    update: float
+    sync: float
+    sync_bytes: float
+    tokens: float  # prompt and response tokens that train
+
+    @property
+    def total(self) -> float:
+        """Of all phases, one after the other."""
+        return self.generate + self.score + self.update + self.sync
+
+
+def step_time(
+    config: RunConfig,
+    spec: ModelSpec,
+    division: Division,
+    dp: int,
+    server_gpus: int,
+    hardware: Hardware,
+    assume: Assumptions,
+) -> StepTime:
+    """Of a layout on `division.tp * division.pp * dp` GPUs that train and `server_gpus` that generate."""
+    prompt, response = step_tokens(config, assume)
+    tokens = prompt + response
+    gpus = division.tp * division.pp * dp
+    length = assume.mean_prompt * config.data.max_prompt_tokens + assume.mean_response * config.rollout.max_new_tokens
+    forward = tokens * flops_per_token(spec, length / 2) / (gpus * hardware.flops * assume.train_flops)
+    forward += _exchange_seconds(spec, division, tokens / dp, hardware, assume)
+    forward *= 1 + (division.pp - 1) / micro_batches(config, dp, assume)  # the pipeline's bubble
+    passes = (4 if config.model.recompute else 3) * config.algorithm.epochs
+    updates = config.algorithm.epochs * config.algorithm.mini_batches
+    sync_bytes = BF16 * whole_count(spec).total
+    network = hardware.network_bytes_per_s * assume.network
+    return StepTime(
+        generate=generation_seconds(config, spec, server_gpus, hardware, assume),
+        score=forward * (2 if config.algorithm.kl.coefficient > 0 else 1),
+        update=passes * forward + updates * _reduction_seconds(spec, division, dp, hardware, assume),
+        sync=sync_bytes / division.pp / network,  # the stages send at the same time
+        sync_bytes=float(sync_bytes),
+        tokens=tokens,
+    )
+
+
+def _exchange_seconds(
+    spec: ModelSpec, division: Division, tokens: float, hardware: Hardware, assume: Assumptions
+) -> float:
+    """Of one forward over a replica's tokens: what tensor and expert parallelism send, none of it hidden.
+
+    A layer gathers and scatters its tokens' states twice over the TP ranks; experts send each token's state to and
+    from `per_token` places.
+    """
+    state = BF16 * spec.hidden_size
+    layers = spec.num_layers / division.pp
+    shared = 4 * state * (division.tp - 1) / division.tp * tokens * layers / hardware.node_bytes_per_s
+    if spec.experts is None or division.ep == 1:
+        return shared
+    in_node = division.ep * division.expert_tp <= hardware.gpus_per_node
+    rate = hardware.node_bytes_per_s if in_node else hardware.network_bytes_per_s * assume.network
+    sparse = layers * (1 - len(spec.experts.dense_layers) / spec.num_layers)
+    sent = 2 * spec.experts.per_token * state * (division.ep - 1) / division.ep * tokens / division.tp
+    return shared + sent * sparse / rate
+
+
+def _reduction_seconds(spec: ModelSpec, division: Division, dp: int, hardware: Hardware, assume: Assumptions) -> float:
+    """Of one update: gradients in fp32 to the ranks that keep their masters, and new weights back."""
+    largest = max(count.total for count in stage_counts(spec, division))
+    in_node = division.tp * division.pp * dp <= hardware.gpus_per_node
+    rate = hardware.node_bytes_per_s if in_node else hardware.network_bytes_per_s * assume.network
+    return (FP32 + BF16) * largest * (dp - 1) / dp / rate
+
+
+def generation_seconds(config: RunConfig, spec: ModelSpec, gpus: int, hardware: Hardware, assume: Assumptions) -> float:
+    """Until the last rollout of a step is there; infinite where a server cannot hold one sequence.
+
+    A token of every sequence in flight costs one pass over the weights and the cache, or the FLOPs if they take longer.
+    No step is shorter than its longest response generated nearly alone.
+    """
+    tp = config.serve.tp
+    servers = gpus // tp
+    if not servers:
+        return float("inf")
+    prompt, response = step_tokens(config, assume)
+    rollouts = config.data.prompts_per_step * config.rollout.samples_per_prompt
+    length = (prompt + response) / rollouts
+    memory = server_memory(spec, tp, hardware, assume)
+    at_once = min(memory.sequences(length), -(-rollouts // servers))
+    if not at_once:
+        return float("inf")
+
+    def pass_seconds(sequences: float) -> float:
+        moved = memory.weights * _touched(spec, sequences) + sequences * length * memory.cache_per_token
+        flops = sequences * flops_per_token(spec, length) / tp
+        return max(
+            moved / (hardware.memory_bytes_per_s * assume.decode_bandwidth),
+            flops / (hardware.flops * assume.prefill_flops),
+        )
+
+    prefill = prompt * flops_per_token(spec, length / 2) / (servers * tp * hardware.flops * assume.prefill_flops)
+    rate = servers * at_once / pass_seconds(at_once)
+    return prefill + max(response / rate, config.rollout.max_new_tokens * pass_seconds(1))
+
+
+def _touched(spec: ModelSpec, sequences: float) -> float:
+    """Share of the weights that a pass reads: all of a dense model's; of experts, those that some token is sent to."""
+    if spec.experts is None:
+        return 1.0
+    whole = whole_count(spec)
+    idle = (1 - spec.experts.per_token / spec.experts.count) ** sequences
+    return max(active_count(spec) / whole.total, 1 - idle * whole.expert / whole.total)
