@@ -71,7 +71,7 @@ def inverse_frequencies(spec: ModelSpec) -> Tensor:
     rotary embedding is right for every value. Source: the scaling of Llama 3.1, also `rope_type="llama3"` of
     transformers.
     """
-    exponents = torch.arange(0, spec.head_dim, 2, dtype=torch.float32) / spec.head_dim
+    exponents = torch.arange(0, spec.head_dim, 2, dtype=torch.float32, device="cpu") / spec.head_dim
     frequencies = 1.0 / (spec.rope_theta**exponents)
     match spec.rope_scaling:
         case None:
