@@ -159,6 +159,25 @@ def test_model_folder(config, folder, spoil, part):
     assert part in str(error) and error.problems[0].key == "model.path"
 
 
+@pytest.mark.parametrize("window", [{}, {"sliding_window": 2047}])
+def test_a_window_that_an_engine_would_not_keep_to(config, folder, window):
+    mistral = {**FACTS, "architectures": ["MistralForCausalLM"], "max_position_embeddings": 32768, **window}
+    (folder / "model" / "config.json").write_text(json.dumps(mistral))
+    config.data.max_prompt_tokens, config.rollout.max_new_tokens = 1000, 1047 if window else 3096
+    config.rollout.engine = EngineKind.sglang
+    check(config, ranks=1)
+    config.rollout.max_new_tokens += 1
+    (problem,) = refusal(config, ranks=1).problems
+    assert (
+        problem.key == "rollout.engine" and f"sliding_window is {window.get('sliding_window', 4096)}" in problem.reason
+    )
+    config.rollout.engine = EngineKind.vllm
+    check(config, ranks=1)
+    (folder / "model" / "config.json").write_text(json.dumps({**mistral, "sliding_window": None}))
+    config.rollout.engine = EngineKind.sglang
+    check(config, ranks=1)
+
+
 def test_chat_template_inside_the_tokenizer_configuration(config, folder):
     (folder / "model" / "chat_template.jinja").unlink()
     (folder / "model" / "tokenizer_config.json").write_text('{"chat_template": "x"}')

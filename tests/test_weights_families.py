@@ -7,10 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny_models
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+from clipo_megatron.config import checks
+from clipo_megatron.weights import families
 from clipo_megatron.weights.errors import CheckpointError, UnsupportedModel
 from clipo_megatron.weights.families import entries, model_spec
 from clipo_megatron.weights.mapping import Stage, even_stages
@@ -220,6 +223,12 @@ def test_what_cannot_be_represented_is_refused_by_name(config: dict[str, Any], f
 
 def test_an_idle_sliding_window_is_no_reason_to_refuse() -> None:
     model_spec(qwen2(use_sliding_window=False, sliding_window=4096, layer_types=["full_attention"] * 4))
+
+
+def test_what_the_configuration_lets_through_is_what_there_is() -> None:
+    """And the tests have a tiny model of each."""
+    assert set(tiny_models.ARCHITECTURES) == set(families.FAMILIES)
+    assert sorted(tiny_models.ARCHITECTURES.values()) == sorted(checks.ARCHITECTURES)
 
 
 def test_a_refusal_of_gemma2_says_what_is_missing() -> None:

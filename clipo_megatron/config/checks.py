@@ -14,9 +14,18 @@ from typing import Any
 
 from clipo_megatron.config.checks_rollout import rollout_problems
 from clipo_megatron.config.errors import ConfigError, Problem
-from clipo_megatron.config.schema import Aggregation, AlgorithmName, LayoutConfig, RunConfig, SourceConfig
+from clipo_megatron.config.schema import Aggregation, AlgorithmName, EngineKind, LayoutConfig, RunConfig, SourceConfig
 
-ARCHITECTURES = ("LlamaForCausalLM", "Qwen2ForCausalLM")
+ARCHITECTURES = (
+    "LlamaForCausalLM",
+    "MistralForCausalLM",
+    "Phi3ForCausalLM",
+    "Qwen2ForCausalLM",
+    "Qwen3ForCausalLM",
+    "Qwen3MoeForCausalLM",
+)
+# Architectures all of whose layers have `sliding_window`, and what they have where config.json does not say.
+WINDOWS = {"MistralForCausalLM": 4096, "Phi3ForCausalLM": None}
 SCHEDULES = ("constant", "linear", "cosine")
 DATA_SUFFIXES = (".parquet", ".jsonl")
 
@@ -108,7 +117,7 @@ def _model(config: RunConfig) -> Iterator[Problem]:
     architectures = facts.get("architectures") or ["none"]
     if architectures[0] not in ARCHITECTURES:
         reason = f"its architecture is {architectures[0]}"
-        yield Problem(key, reason, f"Supported are {' and '.join(ARCHITECTURES)}", value)
+        yield Problem(key, reason, f"Supported are {', '.join(ARCHITECTURES)}", value)
         return
     if not any(folder.glob("*.safetensors")):
         yield Problem(key, "the folder has no *.safetensors", "Fetch the weights as safetensors", value)
@@ -116,6 +125,7 @@ def _model(config: RunConfig) -> Iterator[Problem]:
         reason = "its tokenizer has no chat template, so prompts cannot be rendered"
         yield Problem(key, reason, "Use an instruct model, or add a chat_template.jinja to the folder", value)
     yield from _divisions(config, facts)
+    yield from _window(config, facts)
     longest, limit = config.data.max_prompt_tokens, facts.get("max_position_embeddings")
     for setting, new_tokens in (
         ("rollout.max_new_tokens", config.rollout.max_new_tokens),
@@ -126,6 +136,19 @@ def _model(config: RunConfig) -> Iterator[Problem]:
             room = limit - longest
             remedy = f"Set it to {room} or less" if room > 0 else "Lower data.max_prompt_tokens first"
             yield Problem(setting, f"{reason}, and the model takes {limit}", remedy, new_tokens)
+
+
+def _window(config: RunConfig, facts: dict[str, Any]) -> Iterator[Problem]:
+    """Whether the engine computes the model's sliding window, where sequences are long enough for it to matter."""
+    architecture = facts["architectures"][0]
+    window = facts.get("sliding_window", WINDOWS[architecture]) if architecture in WINDOWS else None
+    if window is None or config.rollout.engine is not EngineKind.sglang:
+        return
+    longest = config.data.max_prompt_tokens + max(config.rollout.max_new_tokens, config.eval.max_new_tokens or 0)
+    if longest > window:
+        reason = f"SGLang's {architecture} attends to the whole sequence, but the model's sliding_window is {window}"
+        remedy = f"Set rollout.engine to vllm, or keep sequences within {window} tokens (they can reach {longest})"
+        yield Problem("rollout.engine", reason, remedy, config.rollout.engine)
 
 
 def _has_chat_template(folder: Path) -> bool:

@@ -20,6 +20,10 @@ from clipo_megatron.weights.spec import ModelSpec
 VOCABULARY_MULTIPLE = 64  # rows to which both engines pad an embedding
 CPU_MLP_MULTIPLE = 32  # rows a rank to which SGLang pads the MLP on a CPU, where its kernels want that
 
+DECLARED = ("llama", "mistral", "phi3", "qwen2", "qwen3")  # families
+# of them, those whose Hugging Face tensors are fused already: [q; k; v] and [gate; up]
+FUSED = ("phi3",)
+
 # (tensors, rank, size) -> parts that make up one rank's tensor when they are laid end to end
 Cut = Callable[[Sequence[Tensor], int, int], list[Tensor]]
 
@@ -45,7 +49,7 @@ def served_tensors(spec: ModelSpec, *, mlp_multiple: int = 1) -> list[ServedTens
     Raises:
         UnsupportedModel: nobody has declared how servers hold this family.
     """
-    if spec.family not in ("llama", "qwen2"):
+    if spec.family not in DECLARED:
         raise UnsupportedModel("model_type", spec.family, "how servers hold its tensors is not declared")
     embedding = "model.embed_tokens.weight"
     output = embedding if spec.tied_embeddings else "lm_head.weight"
@@ -65,11 +69,15 @@ def _layer(spec: ModelSpec, at: str, mlp_multiple: int) -> list[ServedTensor]:
     def fused(name: str, parts: Sequence[str], kind: str, cut: Cut) -> ServedTensor:
         return ServedTensor(f"{at}{name}.{kind}", tuple(f"{at}{part}.{kind}" for part in parts), cut)
 
-    projections = [f"self_attn.{x}_proj" for x in "qkv"]
+    projections, gated = [f"self_attn.{x}_proj" for x in "qkv"], ["mlp.gate_proj", "mlp.up_proj"]
+    gate_up = partial(_rows, mlp_multiple)
+    if spec.family in FUSED:
+        projections, qkv = ["self_attn.qkv_proj"], partial(_within, [spec.query_size, spec.kv_size, spec.kv_size], qkv)
+        gated, gate_up = ["mlp.gate_up_proj"], partial(_within, [spec.ffn_hidden_size] * 2, gate_up)
     tensors = [
         fused("self_attn.qkv_proj", projections, "weight", qkv),
         fused("self_attn.o_proj", ["self_attn.o_proj"], "weight", partial(_columns, 1)),
-        fused("mlp.gate_up_proj", ["mlp.gate_proj", "mlp.up_proj"], "weight", partial(_rows, mlp_multiple)),
+        fused("mlp.gate_up_proj", gated, "weight", gate_up),
         fused("mlp.down_proj", ["mlp.down_proj"], "weight", partial(_columns, mlp_multiple)),
     ]
     if spec.qkv_bias:
@@ -82,6 +90,12 @@ def _layer(spec: ModelSpec, at: str, mlp_multiple: int) -> list[ServedTensor]:
 
 def _whole(tensors: Sequence[Tensor], rank: int, size: int) -> list[Tensor]:
     return list(tensors)
+
+
+def _within(rows: Sequence[int], cut: Cut, tensors: Sequence[Tensor], rank: int, size: int) -> list[Tensor]:
+    """A cut of parts that lie end to end in one tensor."""
+    (tensor,) = tensors
+    return cut(tensor.split(rows), rank, size)
 
 
 def _rows(multiple: int, tensors: Sequence[Tensor], rank: int, size: int) -> list[Tensor]:
