@@ -14,7 +14,7 @@ from faulty_proxy import FaultyProxy
 from ranks import RankError, RankPool
 from served import Served, Servers
 from sync_steps import harm_in_the_middle, one_more_server, plant_a_wrong_byte, push_often
-from tiny_models import tiny_llama, tiny_qwen2
+from tiny_models import tiny_llama, tiny_qwen2, tiny_qwen3
 
 DEADLINE_S = 24.0  # of one update, in the tests that waste a part of it
 ROOM = {"mem_fraction_static": 0.5}  # others on the machine take memory while a server starts
@@ -29,10 +29,10 @@ def wide_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )  # fmt: skip
 
 
-@pytest.fixture(scope="session")
-def biased_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A Qwen2: biases, and an output layer of its own."""
-    return tiny_qwen2(tmp_path_factory.mktemp("biased") / "model", tied=False, vocab=515)
+@pytest.fixture(scope="session", params=[tiny_qwen2, tiny_qwen3])
+def family_model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Qwen2: biases, and an output layer of its own; a Qwen3: norms of queries and keys."""
+    return request.param(tmp_path_factory.mktemp("family") / "model", tied=False, vocab=515, head_dim=16)
 
 
 def held(server: Served) -> dict[str, str]:
@@ -60,13 +60,14 @@ def test_every_push_arrives_to_the_bit(layout, ranks: RankPool, servers: Servers
 
 
 @pytest.mark.timeout(300)
-def test_biases_and_an_output_layer_of_its_own(ranks: RankPool, servers: Servers, biased_model: Path):
-    server = servers.shared("sglang", biased_model, options=ROOM)
+def test_what_other_families_have(ranks: RankPool, servers: Servers, family_model: Path):
+    server = servers.shared("sglang", family_model, options=ROOM)
     before = held(server)
-    (reports, _) = ranks.run(push_often, 2, str(biased_model), [server.url], 1, 2, 2, {})
+    (reports, _) = ranks.run(push_often, 2, str(family_model), [server.url], 1, 2, 2, {})
     assert not reports[-1].unproven
     after = held(server)
-    assert "lm_head.weight" in after and "model.layers.3.self_attn.qkv_proj.bias" in after
+    biased = "model.layers.3.self_attn.qkv_proj.bias" in after
+    assert biased != ("model.layers.3.self_attn.k_norm.weight" in after) and "lm_head.weight" in after
     assert [name for name in after if after[name] == before[name]] == [], "tensors that no push has changed"
 
 
