@@ -1,0 +1,8 @@
+"""`clipo convert verify`, as a script: python tools/verify_checkpoint.py A B [--logits] [--dtype ...] [--json]."""
+
+import sys
+
+from clipo_megatron import cli
+
+if __name__ == "__main__":
+    sys.exit(cli.main(["convert", "verify", *sys.argv[1:]]))
