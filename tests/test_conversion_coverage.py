@@ -25,7 +25,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from clipo_megatron.config.schema import DType, LayoutConfig, ModelConfig
 from clipo_megatron.policy import layout as layouts
-from clipo_megatron.policy.model import PolicyStage, transformer_config
+from clipo_megatron.policy.model import PolicyStage, build_stages, transformer_config
 from clipo_megatron.weights.coverage import match
 from clipo_megatron.weights.division import Division
 from clipo_megatron.weights.errors import CoverageError
@@ -51,6 +51,13 @@ class Release:
 RELEASES = {
     "Qwen2.5-72B": Release("qwen2.5-72b.json", 963, 145_412_407_296, Division(tp=8, pp=8)),
     "Llama-3.1-70B": Release("llama-3.1-70b.json", 723, 141_107_412_992, Division(tp=8, pp=8)),
+    # 94 layers: 11 on the first and last pipeline ranks, 12 on the six between; the 8 ranks of each divide its experts
+    "Qwen3-235B-A22B": Release(
+        "qwen3-235b-a22b.json",
+        36_945,
+        470_187_269_120,
+        Division(tp=8, pp=8, ep=8, etp=1, first_layers=11, last_layers=11),
+    ),
 }
 
 
@@ -74,9 +81,20 @@ def stage_of(spec: ModelSpec, division: Division, rank: int) -> Iterator[PolicyS
     world = division.tp * division.pp
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world)
     try:
-        layout = layouts.initialize(LayoutConfig(tp=division.tp, pp=division.pp), seed=0)
+        config = LayoutConfig(
+            tp=division.tp,
+            pp=division.pp,
+            ep=division.ep,
+            etp=division.etp,
+            first_stage_layers=division.first_layers,
+            last_stage_layers=division.last_layers,
+        )
+        layout = layouts.initialize(config, seed=0)
         with OnMeta():
-            yield PolicyStage(spec, transformer_config(spec, ModelConfig(path="", dtype=DType.bf16), layout), layout)
+            (stage,) = build_stages(
+                spec, transformer_config(spec, ModelConfig(path="", dtype=DType.bf16), layout), layout
+            )
+        yield stage
     finally:
         layouts.shutdown()
 
@@ -156,6 +174,7 @@ def cover(
             at = where(division, rank)
             with stage_of(spec, division, rank) as built:
                 _check_place(built, stage, rank, division)
+                assert where is not place or built.layout.coordinates == at
                 parameters = dict(built.named_parameters())
             assert {parameter.device.type for parameter in parameters.values()} == {"meta"}
             for name, entry in match(parameters, entries(mapped or spec, stage, at), at):
@@ -168,7 +187,9 @@ def cover(
 def _check_place(built: PolicyStage, stage: Stage, rank: int, division: Division) -> None:
     assert (built.layout.tp_rank, built.layout.pp_rank) == (rank % division.tp, rank // division.tp)
     assert (built.pre_process, built.post_process) == (stage.first, stage.last)
-    assert len(built.decoder.layers) == stage.layers
+    # Megatron counts layers from 1, by a calculation of its own
+    numbers = [layer.layer_number for layer in built.decoder.layers]
+    assert numbers == list(range(stage.offset + 1, stage.offset + stage.layers + 1))
 
 
 def published_tensors(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
@@ -197,7 +218,7 @@ def test_every_rank_of_a_real_release(name: str) -> None:
     config = config_of(release)
     spec = model_spec(config)
     stages = release.division.stages(spec.num_layers)
-    assert len(stages) == 8 and sum(stage.layers for stage in stages) == spec.num_layers
+    assert len(stages) == 8 and sum(stage.layers for stage in stages) == spec.num_layers == config["num_hidden_layers"]
     shapes, wrong = cover(spec, release.division)
     assert wrong == []
     assert shapes == published_tensors(config)
@@ -232,6 +253,23 @@ def test_a_rank_that_takes_anothers_part_is_noticed(tp: int, heads: int) -> None
     assert all(cut.search(name) for name in wrong)
 
 
+def test_a_rank_that_takes_anothers_experts_is_noticed() -> None:
+    fewer = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "head_dim": 16}
+    spec = model_spec(config_of(RELEASES["Qwen3-235B-A22B"]) | SMALL | fewer)
+    division = Division(tp=4, pp=2, ep=4, etp=1)
+    shapes, wrong = cover(spec, division)
+    assert wrong == [] and len([name for name in shapes if ".experts." in name]) == 8 * 8 * 3
+
+    def second_as_first(division: Division, rank: int) -> Coordinates:
+        at = place(division, rank)
+        return replace(at, ep_rank=0) if at.ep_rank == 1 else at
+
+    shapes, wrong = cover(spec, division, where=second_as_first)
+    held = {int(re.findall(r"experts\.(\d+)", name)[0]) for name in shapes if ".experts." in name}
+    twice = {int(re.findall(r"experts\.(\d+)", name)[0]) for name in wrong}
+    assert (held, twice, len(wrong)) == ({0, 1, 4, 5, 6, 7}, {0, 1}, 8 * 2 * 3)
+
+
 def test_a_missing_rule_is_noticed() -> None:
     """A model with biases against a mapping without: each of a rank's is listed by name."""
     spec = model_spec(config_of(RELEASES["Qwen2.5-72B"]) | SMALL)
@@ -243,22 +281,32 @@ def test_a_missing_rule_is_noticed() -> None:
 
 
 # What Transformer Engine's layers call their parameters, from megatron-core's sources.
-TE_LAYER = {
+TE_ATTENTION = {
     "self_attention.linear_proj.weight",
     "self_attention.linear_qkv.layer_norm_weight",
     "self_attention.linear_qkv.weight",
-    "mlp.linear_fc1.layer_norm_weight",
-    "mlp.linear_fc1.weight",
-    "mlp.linear_fc2.weight",
+}
+TE_MLP = {"mlp.linear_fc1.layer_norm_weight", "mlp.linear_fc1.weight", "mlp.linear_fc2.weight"}
+TE_EXPERTS = {"pre_mlp_layernorm.weight", "mlp.router.weight"} | {
+    f"mlp.experts.linear_fc{half}.weight{expert}" for half in (1, 2) for expert in range(16)
+}
+TE_QK_NORM = {"self_attention.q_layernorm.weight", "self_attention.k_layernorm.weight"}
+TE_LAYER = {
+    "Qwen2.5-72B": TE_ATTENTION | TE_MLP | {"self_attention.linear_qkv.bias"},
+    "Llama-3.1-70B": TE_ATTENTION | TE_MLP,
+    "Qwen3-235B-A22B": TE_ATTENTION | TE_QK_NORM | TE_EXPERTS,
 }
 
 
-@pytest.mark.parametrize(
-    ("name", "more"), [("Qwen2.5-72B", {"self_attention.linear_qkv.bias"}), ("Llama-3.1-70B", set())]
-)
-def test_names_with_transformer_engine(name: str, more: set[str]) -> None:
+@pytest.mark.parametrize("name", RELEASES)
+def test_names_with_transformer_engine(name: str) -> None:
+    """Of every rank, as TE's modules would be built there; it has no layers for the machines that run tests."""
+    division = RELEASES[name].division
     spec = model_spec(config_of(RELEASES[name]))
-    (stage,) = Division().stages(spec.num_layers)
-    found = {entry.megatron[-1] for entry in entries(spec, stage)}
-    ends = {"embedding.word_embeddings.weight", "decoder.final_layernorm.weight", "output_layer.weight"}
-    assert found == ends | {f"decoder.layers.{layer}.{each}" for layer in range(80) for each in TE_LAYER | more}
+    for number, stage in enumerate(division.stages(spec.num_layers)):
+        ends = {"embedding.word_embeddings.weight"} if stage.first else set()
+        ends |= {"decoder.final_layernorm.weight", "output_layer.weight"} if stage.last else set()
+        layers = {f"decoder.layers.{layer}.{each}" for layer in range(stage.layers) for each in TE_LAYER[name]}
+        for rank in range(number * division.tp, (number + 1) * division.tp):
+            found = [entry.megatron[-1] for entry in entries(spec, stage, place(division, rank))]
+            assert sorted(found) == sorted(ends | layers)
