@@ -1,0 +1,201 @@
+"""What ranks do in tests of mixtures of experts: logits, gradients and optimizer state by Hugging Face name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from policy_steps import scored_groups
+from test_policy_update import OLD_SHIFT, REFERENCE_SHIFT, VOCAB, shift
+from torch import Tensor
+
+from clipo_megatron.algorithms.algorithm import build_algorithm
+from clipo_megatron.config.schema import LayoutConfig, RunConfig
+from clipo_megatron.flow import Sample
+from clipo_megatron.policy import layout as layouts
+from clipo_megatron.policy import state
+from clipo_megatron.policy.actor import PolicyActor
+from clipo_megatron.policy.batching import Batcher
+from clipo_megatron.policy.exchange import build_table
+from clipo_megatron.policy.packing import pack
+from clipo_megatron.weights.export import export
+
+
+def samples() -> list[Sample]:
+    """Four groups of three: prompts of 1 to 17 tokens, responses of 1 to 14."""
+    generator = torch.Generator().manual_seed(1)
+    result = []
+    for group, prompt_length in enumerate((1, 9, 17, 4)):
+        prompt = torch.randint(0, VOCAB, (prompt_length,), generator=generator)
+        for length in (1 + group, 5, 14):
+            response = torch.randint(0, VOCAB, (length,), generator=generator)
+            result.append(Sample(len(result), group, prompt, response, torch.zeros(length)))
+    return result
+
+
+def actor_on(config: RunConfig, layout_config: LayoutConfig) -> PolicyActor:
+    config.layout = layout_config
+    layout = layouts.initialize(config.layout, seed=0)
+    return PolicyActor(config, layout, needs=build_algorithm(config).needs, total_steps=100)
+
+
+def logits_by_row(
+    config: RunConfig, layout_config: LayoutConfig, harm: Callable[[PolicyActor], None] | None = None
+) -> dict[str, Any]:
+    """Logits of the tokens that predict responses, by sample, and what is exported.
+
+    The data-parallel ranks have different samples, two packed rows each, the second with shared prompts.
+    """
+    actor = actor_on(config, layout_config)
+    layout = actor.layout
+    exported = {name: tensor.clone() for name, tensor in actor.export()}
+    if harm is not None:
+        harm(actor)
+    mine = [sample for sample in samples() if sample.group % layout.dp == layout.dp_rank]
+    halves = mine[: len(mine) // 2], mine[len(mine) // 2 :]
+    micro_batches = [
+        pack(half, share_prompts=share, multiple=layout.tp) for half, share in zip(halves, (False, True), strict=True)
+    ]
+    head = exported["lm_head.weight"]
+
+    def collect(micro: Any, hidden: Tensor, non_loss_data: bool = True) -> tuple[Any, Tensor]:
+        return micro, hidden[micro.predict] @ head.t()
+
+    with torch.no_grad():
+        outputs = actor._run(micro_batches, collect, forward_only=True)
+    rows = {
+        int(row): logits[micro.rollout == index] for micro, logits in outputs for index, row in enumerate(micro.rows)
+    }
+    return {"rows": rows, "exported": exported}
+
+
+def one_update(config: RunConfig, layout_config: LayoutConfig) -> dict[str, Any]:
+    """Gradients by Hugging Face name, the loss and the norm of one update on one mini-batch."""
+    config.algorithm.mini_batches = 1
+    config.optimizer.max_grad_norm = 0.0  # clipping would scale the gradients where they lie
+    actor = actor_on(config, layout_config)
+    algorithm, batcher = build_algorithm(config), Batcher.of(config, actor.layout)
+    mine = scored_groups(0, vocab=VOCAB)[actor.layout.rank :: actor.layout.world]
+    table, held = build_table(mine, step=0)
+    batch = batcher.mini_batches_of(held, table)[0]
+    actor.score(batch.micro_batches, table)
+    if actor.layout.is_last_stage:
+        for micro in batch.micro_batches:
+            micro.reference_logprobs = micro.old_logprobs + shift("reference", micro.targets, REFERENCE_SHIFT)
+            micro.old_logprobs = micro.old_logprobs + shift("old", micro.targets, OLD_SHIFT)
+    advantage = algorithm.advantage(table, algorithm.shape_reward(table))
+    weight = algorithm.token_weight(table, batch.rows[algorithm.select(table)])
+    credited = batcher.credit(batch, advantage, weight, skip_zero_advantage=not algorithm.learns_without_advantage)
+    metrics = actor.update(credited, algorithm.loss)
+    gradients = {_bare(name): _reduced(parameter, shard) for name, parameter, shard in state._shards(actor.optimizer)}
+    whole = export(actor.export_plan, [gradients], actor.layout.holder)
+    return {
+        "gradients": {name: grad.clone() for name, grad in whole},
+        "metrics": metrics,
+        "advantage": advantage,
+        "micro_batches": len(credited),
+    }
+
+
+def _bare(name: str) -> str:
+    """Without the data-parallel wrapper's prefix."""
+    return name.removeprefix("module.")
+
+
+def _reduced(parameter: torch.nn.Parameter, shard: Any) -> Tensor:
+    """A gradient put together from what each rank that copies the parameter has summed."""
+    whole = torch.zeros(parameter.numel())
+    whole[shard.start : shard.stop] = parameter.main_grad.view(-1)[shard.start : shard.stop]
+    dist.all_reduce(whole, group=shard.group)
+    return whole.view(parameter.shape)
+
+
+def optimizer_state(actor: PolicyActor) -> dict[str, dict[str, Tensor]]:
+    """Master parameters and moments by Hugging Face name, and how many updates were counted."""
+    held = {_bare(name): state._gathered(parameter, shard) for name, parameter, shard in state._shards(actor.optimizer)}
+    found = {}
+    for kind in (state.MASTER, *state.MOMENTS):
+        whole = export(actor.export_plan, [{name: kinds[kind] for name, kinds in held.items()}], actor.layout.holder)
+        found[kind] = {name: tensor.clone() for name, tensor in whole}
+    return {**found, "updates": {"count": torch.tensor(state._updates(actor.optimizer))}}
+
+
+def train_a_little(actor: PolicyActor, config: RunConfig, steps: int = 2) -> None:
+    algorithm, batcher = build_algorithm(config), Batcher.of(config, actor.layout)
+    for step in range(steps):
+        mine = scored_groups(step, vocab=VOCAB)[actor.layout.rank :: actor.layout.world]
+        table, held = build_table(mine, step=step)
+        batches = batcher.mini_batches_of(held, table)
+        actor.score([micro for batch in batches for micro in batch.micro_batches], table)
+        advantage = algorithm.advantage(table, algorithm.shape_reward(table))
+        for batch in batches:
+            weight = algorithm.token_weight(table, batch.rows[algorithm.select(table)[batch.rows]])
+            actor.update(batcher.credit(batch, advantage, weight, skip_zero_advantage=True), algorithm.loss)
+
+
+def save(config: RunConfig, layout_config: LayoutConfig, folder: str, stacked: bool = False) -> dict[str, Any]:
+    """Train, save, and say what the optimizer held; `stacked` as checkpoints were before."""
+    actor = actor_on(config, layout_config)
+    train_a_little(actor, config)
+    _make(folder)
+    ours = state._sharded
+    try:
+        if stacked:
+            state._sharded = lambda stage, **_: ours(stage, stacked=True)
+        state.save_policy(Path(folder), actor.stage, actor.optimizer)
+    finally:
+        state._sharded = ours
+    return {**optimizer_state(actor), "exported": {name: tensor.clone() for name, tensor in actor.export()}}
+
+
+def load_and_save(config: RunConfig, layout_config: LayoutConfig, folder: str, target: str = "") -> dict[str, Any]:
+    """What an actor holds after loading; it is saved again where a target is named."""
+    actor = actor_on(config, layout_config)
+    state.load_policy(Path(folder), actor.stage, actor.optimizer)
+    if target:
+        _make(target)
+        state.save_policy(Path(target), actor.stage, actor.optimizer)
+    return {**optimizer_state(actor), "exported": {name: tensor.clone() for name, tensor in actor.export()}}
+
+
+def _make(folder: str) -> None:
+    if dist.get_rank() == 0:
+        Path(folder).mkdir()
+    dist.barrier()
+
+
+def permute_experts(actor: PolicyActor) -> None:
+    """Swap the first two experts of a rank's first layer that has any."""
+    layer = next(layer for layer in actor.stage.decoder.layers if layer.is_moe_layer)
+    first, second = layer.mlp.experts.local_experts[:2]
+    with torch.no_grad():
+        for ours, theirs in zip(first.parameters(), second.parameters(), strict=True):
+            held = ours.clone()
+            ours.copy_(theirs)
+            theirs.copy_(held)
+
+
+def do_not_renormalise(actor: PolicyActor) -> None:
+    """Give the router the other order of softmax and choice."""
+    actor.transformer.moe_router_pre_softmax = not actor.transformer.moe_router_pre_softmax
+
+
+def forget_copies_of_experts(config: RunConfig, layout_config: LayoutConfig) -> dict[str, Any]:
+    """`one_update` with experts' gradients summed as Megatron has it."""
+    from clipo_megatron.policy import model
+
+    ours = model.adapt_experts
+
+    def adapt(stage: torch.nn.Module, *, dispatchers: bool) -> None:
+        ours(stage, dispatchers=dispatchers)
+        for parameter in stage.parameters():
+            parameter.allreduce = True
+
+    model.adapt_experts = adapt
+    try:
+        return one_update(config, layout_config)
+    finally:
+        model.adapt_experts = ours
