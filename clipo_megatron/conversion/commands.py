@@ -133,8 +133,12 @@ def _to_megatron(options: argparse.Namespace) -> int:
 
     sizes = ("tp", "pp", "vpp", "ep", "etp", "first_layers", "last_layers")
     division = Division(**{name: getattr(options, name) for name in sizes})
-    conversion = ToMegatron(options.source, _target(options), division=division, dtype=_dtype(options.dtype))
-    return _run(options, conversion)
+    kind: type[ToMegatron] = ToMegatron
+    if options.dry_run:
+        from clipo_megatron.conversion.dry_run import FromConfig, has_weights
+
+        kind = ToMegatron if has_weights(options.source) else FromConfig
+    return _run(options, kind(options.source, _target(options), division=division, dtype=_dtype(options.dtype)))
 
 
 def _to_hf(options: argparse.Namespace) -> int:

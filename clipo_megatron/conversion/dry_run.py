@@ -1,0 +1,253 @@
+"""`clipo convert ... --dry-run`: what a conversion would write and how long that would take, without writing it.
+
+Works from config.json alone: then the tensors are those that the architecture has, in the dtype that config.json names.
+The expected time comes from a short measurement at this moment: how fast the source's disk reads (where there is a
+source) and how fast the target's writes.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from clipo_megatron.conversion.plan import Conversion
+from clipo_megatron.conversion.to_hf import ToHF
+from clipo_megatron.conversion.to_megatron import ToMegatron
+from clipo_megatron.weights.division import Division
+from clipo_megatron.weights.errors import UnsupportedModel
+from clipo_megatron.weights.families import entries, model_spec
+from clipo_megatron.weights.mapping import Stage
+from clipo_megatron.weights.reader import INDEX, SINGLE
+from clipo_megatron.weights.safetensors import Stored
+from clipo_megatron.weights.spec import ModelSpec, read_config
+
+_PROBE_BYTES = 64 * 1024**2  # moved to measure a rate
+_PROBE_S = 3.0  # at most, each way
+_SHOWN_FILES = 12
+_BLOCK = 4 * 1024**2
+
+
+class ConfigAlone:
+    """In place of a reader: the tensors that config.json promises, all of one dtype."""
+
+    def __init__(self, spec: ModelSpec, dtype: torch.dtype) -> None:
+        whole = Stage(0, spec.num_layers, first=True, last=True)
+        self._stored = {
+            tensor.name: Stored(dtype, tensor.shape, 0)
+            for entry in entries(spec, whole)
+            if not entry.copy
+            for tensor in entry.hf
+        }
+
+    def stored(self, name: str) -> Stored:
+        """Dtype and shape of a tensor."""
+        return self._stored[name]
+
+    def close(self) -> None:
+        """Nothing is open."""
+
+
+class FromConfig(ToMegatron):
+    """The conversion of a folder whose weights are not there. It can be planned, not done."""
+
+    def __init__(self, source: Path, target: Path, *, division: Division, dtype: torch.dtype | None) -> None:
+        config = read_config(source)
+        self.source, self.target, self.dtype, self.division = source, target, dtype, division
+        self.spec = model_spec(config)
+        named = config.get("dtype") or config.get("torch_dtype") or "float32"
+        stored = getattr(torch, str(named).removeprefix("torch."), None)
+        if not isinstance(stored, torch.dtype):
+            raise UnsupportedModel("torch_dtype", named, "torch has no such dtype")
+        self.named = f"{str(stored).removeprefix('torch.')}, as config.json says"
+        self.reader = ConfigAlone(self.spec, stored)  # type: ignore[assignment]
+        self.units = tuple(self._divide())
+        self.facts, self.beside = {}, {}
+
+
+def has_weights(folder: Path) -> bool:
+    """Whether a Hugging Face folder holds more than its config.json."""
+    return (folder / SINGLE).is_file() or (folder / INDEX).is_file()
+
+
+@dataclass(frozen=True, slots=True)
+class Rates:
+    """Bytes a second, measured just now."""
+
+    read: float | None  # None: there is nothing to read yet
+    write: float
+
+    def seconds(self, nbytes: int) -> float:
+        """To read and to write as many bytes, one after the other: both are at times the same disk."""
+        return nbytes / self.write + (nbytes / self.read if self.read else 0.0)
+
+
+def run(conversion: Conversion, console: Console | None = None) -> int:
+    """Print the plan of a conversion; nothing of it is left on disk.
+
+    Returns:
+        The exit code: 0, or 1 where the disk has no room for the result.
+    """
+    console = console or Console(highlight=False)
+    try:
+        files = conversion.files()
+        place = _existing(conversion.target)
+        rates = measure(_source_files(conversion), place)
+        free = shutil.disk_usage(place).free
+        _show(conversion, files, rates, free, console)
+    finally:
+        conversion.close()
+    return 0 if sum(files.values()) <= free else 1
+
+
+def measure(sources: Sequence[Path], place: Path) -> Rates:
+    """Read the start of the largest source, and write as much to a file in `place` that is removed at once."""
+    read = None
+    if sources:
+        with max(sources, key=lambda path: path.stat().st_size).open("rb", buffering=0) as file:
+            os.posix_fadvise(file.fileno(), 0, _PROBE_BYTES, os.POSIX_FADV_DONTNEED)  # from the disk, if it is there
+            start, done = time.monotonic(), 0
+            while done < _PROBE_BYTES and time.monotonic() - start < _PROBE_S and (block := file.read(_BLOCK)):
+                done += len(block)
+            read = done / max(time.monotonic() - start, 1e-6) if done else None
+    block = os.urandom(_BLOCK)
+    with tempfile.TemporaryFile(dir=place) as file:
+        start, done = time.monotonic(), 0
+        while done < _PROBE_BYTES and time.monotonic() - start < _PROBE_S:
+            file.write(block)
+            done += len(block)
+        file.flush()
+        os.fsync(file.fileno())
+        return Rates(read, done / max(time.monotonic() - start, 1e-6))
+
+
+def _show(conversion: Conversion, files: dict[str, int], rates: Rates, free: int, console: Console) -> None:
+    total = sum(files.values())
+    facts = Table(box=None, pad_edge=False, show_header=False)
+    facts.add_column(no_wrap=True)
+    facts.add_column(overflow="fold")
+    for name, value in (
+        ("from", str(conversion.source)),
+        ("to", str(conversion.target)),
+        ("architecture", architecture(conversion.spec)),
+        *_division(conversion),
+        ("files", f"{len(files):,}, largest {_size(max(files.values()))}"),
+        ("bytes", f"{total:,} ({_size(total)}) of weights"),
+        ("free disk", f"{_size(free)}{'' if total <= free else ': NOT enough'}"),
+        ("expected", _expected(conversion, rates, total)),
+    ):
+        facts.add_row(name, Text(value))
+    console.print(facts)
+    console.print()
+    table = Table(box=None, pad_edge=False)
+    table.add_column("file", overflow="fold")
+    table.add_column("bytes", justify="right")
+    for name, nbytes in list(files.items())[:_SHOWN_FILES]:
+        table.add_row(Text(name), f"{nbytes:,}")
+    if len(files) > _SHOWN_FILES:
+        rest = list(files.values())[_SHOWN_FILES:]
+        table.add_row(f"and {len(rest):,} more", f"{sum(rest):,}")
+    console.print(table)
+    console.print("\nNothing was written.")
+
+
+def architecture(spec: ModelSpec) -> str:
+    """The facts of a model in a line."""
+    words = [
+        spec.family,
+        f"{spec.num_layers} layers",
+        f"hidden {spec.hidden_size}",
+        f"{spec.num_heads} heads and {spec.num_kv_heads} KV heads of {spec.head_dim}",
+        f"vocabulary {spec.vocab_size:,}{' (tied)' if spec.tied_embeddings else ''}",
+    ]
+    if spec.experts is None:
+        words.append(f"MLP {spec.ffn_hidden_size}")
+    else:
+        words.append(
+            f"{spec.experts.count} experts of {spec.experts.ffn_hidden_size}, {spec.experts.per_token} a token"
+        )
+    if spec.sliding_window:
+        words.append(f"window {spec.sliding_window}")
+    if spec.rope_scaling is not None:
+        words.append(f"rope theta {spec.rope_theta:g}, {spec.rope_scaling}")
+    return ", ".join(words)
+
+
+def _division(conversion: Conversion) -> list[tuple[str, str]]:
+    if not isinstance(conversion, ToMegatron):
+        return [("dtype", _dtype(conversion.dtype, "as in the checkpoint"))]
+    division, spec = conversion.division, conversion.spec
+    chunks = division.stages(spec.num_layers)
+    layers = [sum(chunk.layers for chunk in chunks[rank :: division.pp]) for rank in range(division.pp)]
+    words = f"TP {division.tp} x PP {division.pp}"
+    if division.vpp > 1:
+        words += f" of {division.vpp} chunks"
+    if spec.experts is not None:
+        words += f", experts over EP {division.ep} x ETP {division.expert_tp}"
+    spread = f"{layers[0]} each" if len(set(layers)) == 1 else ", ".join(map(str, layers))
+    return [
+        ("division", f"{words}; layers of the pipeline ranks: {spread}"),
+        ("padding", padding(spec, division)),
+        (
+            "dtype",
+            _dtype(conversion.dtype, conversion.named if isinstance(conversion, FromConfig) else "as in the source"),
+        ),
+    ]
+
+
+def padding(spec: ModelSpec, division: Division) -> str:
+    """Rows of the vocabulary that a checkpoint has beyond the model's: so many that the TP ranks' shares are equal."""
+    rows = -spec.vocab_size % division.tp
+    if not rows:
+        return "none"
+    tables = 1 if spec.tied_embeddings else 2
+    held = "the embedding" if tables == 1 else "embedding and output layer each"
+    return f"{rows} rows of zeros: {held} {spec.vocab_size + rows:,} rows, {division.tp} equal shares"
+
+
+def _expected(conversion: Conversion, rates: Rates, total: int) -> str:
+    measured = f"writing {_size(rates.write)}/s"
+    if rates.read is not None:
+        measured = f"reading {_size(rates.read)}/s, {measured}"
+    else:
+        measured += "; reading is not counted, the weights are not here"
+    return f"about {_time(rates.seconds(total))}, one process (measured on this machine just now: {measured})"
+
+
+def _source_files(conversion: Conversion) -> list[Path]:
+    if isinstance(conversion, FromConfig):
+        return []
+    if isinstance(conversion, ToHF):
+        return sorted(conversion.policy.glob("*.distcp"))
+    return sorted(conversion.source.glob("*.safetensors"))
+
+
+def _existing(path: Path) -> Path:
+    """The nearest folder above that is there."""
+    return next(folder for folder in path.absolute().parents if folder.is_dir())
+
+
+def _dtype(dtype: torch.dtype | None, otherwise: str) -> str:
+    return otherwise if dtype is None else str(dtype).removeprefix("torch.")
+
+
+def _size(nbytes: float) -> str:
+    for unit, scale in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6)):
+        if nbytes >= scale:
+            return f"{nbytes / scale:.3g} {unit}"
+    return f"{nbytes:,.0f} bytes"
+
+
+def _time(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.2g} s" if seconds < 10 else f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
