@@ -10,7 +10,6 @@ import ctypes
 import os
 import queue
 import random
-import re
 import signal
 import socket
 import subprocess
@@ -21,6 +20,7 @@ from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from clipo_megatron import slurm
 from clipo_megatron.config.errors import ConfigError
 
 # Below Linux's ephemeral ports (32768 and up), so that no outgoing connection takes the port first.
@@ -86,7 +86,7 @@ def adopt(launch: Launch, environment: MutableMapping[str, str] = os.environ) ->
     Under srun the first host of the step and a port derived from the job and step ids; alone, this machine.
 
     Raises:
-        ConfigError: several ranks, and nothing says where they meet.
+        ConfigError: several ranks, and nothing says where they meet, or it is a host without an address.
     """
     environment.setdefault("RANK", str(launch.rank))
     environment.setdefault("WORLD_SIZE", str(launch.world))
@@ -96,8 +96,9 @@ def adopt(launch: Launch, environment: MutableMapping[str, str] = os.environ) ->
         environment.setdefault("MASTER_ADDR", LOOPBACK)
         environment.setdefault("MASTER_PORT", str(free_port()))
     elif "SLURM_PROCID" in environment and nodes:
-        environment.setdefault("MASTER_ADDR", first_host(nodes))
-        environment.setdefault("MASTER_PORT", str(_step_port(environment)))
+        if "MASTER_ADDR" not in environment:
+            environment["MASTER_ADDR"] = slurm.reachable(slurm.first_host(nodes))
+        environment.setdefault("MASTER_PORT", str(PORTS[slurm.step_number(environment) % len(PORTS)]))
     elif "MASTER_ADDR" not in environment or "MASTER_PORT" not in environment:
         raise ConfigError(
             f"rank {launch.rank} of {launch.world} does not know where the ranks meet: MASTER_ADDR and MASTER_PORT are "
@@ -108,18 +109,6 @@ def adopt(launch: Launch, environment: MutableMapping[str, str] = os.environ) ->
 
         for name, value in LOCAL_RENDEZVOUS_ENV.items():
             environment.setdefault(name, value)
-
-
-def first_host(nodes: str) -> str:
-    """The first host of a Slurm node list: "gpu[07-09,12],login" -> "gpu07"."""
-    first = re.match(r"(?:[^,\[]|\[[^\]]*\])+", nodes)
-    return re.sub(r"\[(\w+)[^\]]*\]", r"\1", first.group()) if first else nodes
-
-
-def _step_port(environment: Mapping[str, str]) -> int:
-    """The same on every rank of a step, and another one in the next step."""
-    job, step = (int(environment.get(name, "0")) for name in ("SLURM_JOB_ID", "SLURM_STEP_ID"))
-    return PORTS[(job * 17 + step) % len(PORTS)]
 
 
 def free_port() -> int:

@@ -21,8 +21,12 @@ class Stopped(RuntimeError):
         self.exit_code = 128 + signum
 
 
+# Ctrl-C, the end of a job, and what Slurm sends before the end when it is asked to (`--signal=USR1@300`).
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+
+
 class StopRequest:
-    """SIGINT and SIGTERM as a request to end after the step; a second signal ends at once, with KeyboardInterrupt.
+    """A signal as a request to end after the step; a second one ends at once, with KeyboardInterrupt.
 
     Args:
         announce: whether this rank tells the person at the terminal that it was heard.
@@ -34,7 +38,7 @@ class StopRequest:
 
     def watch(self) -> None:
         """Handle the signals from now on."""
-        for name in (signal.SIGINT, signal.SIGTERM):
+        for name in SIGNALS:
             signal.signal(name, self._hear)
 
     def agreed(self) -> bool:

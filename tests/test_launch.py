@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from clipo_megatron import launch
+from clipo_megatron import launch, slurm
 from clipo_megatron.config.errors import ConfigError
 from clipo_megatron.launch import Launch, RankCommand, RankError, adopt, from_environment, supervise
 
@@ -62,7 +62,8 @@ def test_impossible_place(rank):
         from_environment({"RANK": rank, "WORLD_SIZE": "8"})
 
 
-def test_ranks_of_a_slurm_step_meet_at_one_place():
+def test_ranks_of_a_slurm_step_meet_at_one_place(monkeypatch):
+    monkeypatch.setattr(slurm, "reachable", lambda node: node)
     meetings = set()
     for rank in range(4):
         environment = {
@@ -104,7 +105,20 @@ def test_one_rank_alone_meets_on_loopback():
     ],
 )
 def test_first_host(nodes, host):
-    assert launch.first_host(nodes) == host
+    assert slurm.first_host(nodes) == host
+
+
+def test_a_node_whose_name_nobody_knows_is_reached_as_slurm_reaches_it():
+    asked = []
+
+    def controller(node):
+        asked.append(node)
+        return "127.0.0.1" if node == "n1.invalid" else None
+
+    assert slurm.reachable("localhost", controller) == "localhost" and not asked
+    assert slurm.reachable("n1.invalid", controller) == "127.0.0.1" and asked == ["n1.invalid"]
+    with pytest.raises(ConfigError, match=r"the ranks are to meet on n2.invalid, .* Set MASTER_ADDR"):
+        slurm.reachable("n2.invalid", controller)
 
 
 def test_local_commands(tmp_path):

@@ -16,7 +16,7 @@ from clipo_megatron.data.sources import DataError, overlap
 from clipo_megatron.output import OutputError, claim, set_aside
 from clipo_megatron.problems import load_problems
 from clipo_megatron.quiet import NOISE, quiet_libraries
-from clipo_megatron.stopping import StopRequest
+from clipo_megatron.stopping import SIGNALS, StopRequest
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -61,14 +61,14 @@ def test_an_output_folder_that_cannot_be_made_is_named(tmp_path):
 
 def a_signal_while_the_ranks_agree() -> list[tuple[bool, int]]:
     """Rank 1 is asked to end after it has told the others that it was not."""
-    handlers = {name: signal.getsignal(name) for name in (signal.SIGINT, signal.SIGTERM)}
+    handlers = {name: signal.getsignal(name) for name in SIGNALS}
     stop, reduce, answers = StopRequest(announce=False), dist.all_reduce, []
     stop.watch()
 
     def all_reduce(*args, **kwargs):
         reduce(*args, **kwargs)
         if dist.get_rank() == 1 and not answers:
-            signal.raise_signal(signal.SIGTERM)
+            signal.raise_signal(signal.SIGUSR1)
 
     dist.all_reduce = all_reduce
     try:
@@ -82,10 +82,10 @@ def a_signal_while_the_ranks_agree() -> list[tuple[bool, int]]:
 
 
 def test_a_signal_is_never_lost_and_all_ranks_hear_of_it_at_once(ranks):
-    asked = (True, signal.SIGTERM)
+    asked = (True, signal.SIGUSR1)
     assert ranks.run(a_signal_while_the_ranks_agree, 2) == [
         [(False, 0), asked, asked],
-        [(False, signal.SIGTERM), asked, asked],
+        [(False, signal.SIGUSR1), asked, asked],
     ]
 
 

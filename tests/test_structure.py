@@ -23,6 +23,7 @@ LEVELS = (
     {"problems", "collector", "reporting", "engines", "stopping", "conversion", "planning"},
     {"run"},
     {"trainer"},
+    {"slurm"},
     {"launch"},
     {"serving"},
     {"doctor"},
@@ -148,7 +149,8 @@ def test_importing_configuration_and_command_loads_no_torch():
     names = [
         ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
         for path in MODULES
-        if room_of(path) in ("config", "launch", "serving", "cli", "quiet") and not RUNS_IN_SERVERS & set(path.parts)
+        if room_of(path) in ("config", "slurm", "launch", "serving", "cli", "quiet")
+        and not RUNS_IN_SERVERS & set(path.parts)
     ]
     assert "clipo_megatron.config.schema" in names
     python(
