@@ -182,10 +182,9 @@ class ToHF(Conversion):
         """Dtype of a tensor in the output."""
         return self.dtype or self.reader.view(self._origin(name)).dtype
 
-    @staticmethod
-    def _origin(name: str, *, tied: bool = True) -> str:
+    def _origin(self, name: str) -> str:
         """A tied model's folder may hold the output layer too: it is the embedding."""
-        return EMBEDDING if tied and name == OUTPUT else name
+        return EMBEDDING if self.spec.tied_embeddings and name == OUTPUT else name
 
     def _layout(self, shard_bytes: int | None) -> tuple[dict[str, Header], str | None, list[str]]:
         """Headers of all files, the index's text, and tensors of the source that are not in the checkpoint."""
@@ -217,7 +216,7 @@ class ToHF(Conversion):
         present = set(self.reader.names())
         headers, dropped, changed = {}, [], False
         for file, header in sources.items():
-            kept = [name for name in header.tensors if self._origin(name, tied=self.spec.tied_embeddings) in present]
+            kept = [name for name in header.tensors if self._origin(name) in present]
             dropped += [name for name in header.tensors if name not in kept]
             wanted = [(name, self._stored_as(name), header.tensors[name].shape) for name in kept]
             if wanted == [(name, stored.dtype, stored.shape) for name, stored in header.tensors.items()]:

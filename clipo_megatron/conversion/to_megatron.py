@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 from torch.distributed.checkpoint.filesystem import CURRENT_DCP_VERSION, _StorageInfo
 from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
     ChunkStorageMetadata,
     Metadata,
     MetadataIndex,
@@ -54,14 +55,16 @@ from clipo_megatron.weights.source import MANIFEST, crc32, files_beside
 from clipo_megatron.weights.spec import read_config
 from clipo_megatron.weights.torch_dist import METADATA
 
-# Megatron's own description of the format, and what a training framework finds beside it.
+# Megatron's own description of the format.
 _FORMAT = {
     "sharded_backend": "torch_dist",
     "sharded_backend_version": 1,
     "common_backend": "torch",
     "common_backend_version": 1,
 }
-_COMMON = {"checkpoint_version": 3.0, "content_metadata": {"non_homogeneous_layers": True}}
+# Megatron's layers ask for a state of theirs that has nothing in it without FP8: all find the same bytes.
+_EXTRA_STATE = "__extra_state.distcp"
+_WITHOUT_EXTRA_STATE = ("embedding.word_embeddings", "output_layer", ".mlp.router")
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,22 +159,22 @@ class ToMegatron(Conversion):
 
     def finish(self, content: Path, records: Sequence[Record]) -> None:
         """Write the metadata, the files beside the weights, and the manifest."""
-        write_durably(content / POLICY / METADATA, pickle.dumps(self._metadata(records)))
-        common = io.BytesIO()
-        torch.save(_COMMON, common)
-        write_durably(content / POLICY / "common.pt", common.getvalue())
+        extra = _saved([None])
+        write_durably(content / POLICY / METADATA, pickle.dumps(self._metadata(records, len(extra))))
+        write_durably(content / POLICY / "common.pt", _saved({}))
         write_durably(content / POLICY / "metadata.json", json.dumps(_FORMAT))
         for name, data in self.beside.items():
             write_durably(content / HF_FILES / name, data)
         written = {span.file: {"bytes": span.nbytes, "crc32": span.crc32} for each in records for span in each.spans}
+        for path in (content / POLICY).glob("*.distcp"):
+            if f"{POLICY}/{path.name}" not in written:
+                path.unlink()
+        write_durably(content / POLICY / _EXTRA_STATE, extra)
         for folder in (POLICY, HF_FILES):
             for path in (content / folder).iterdir():
                 name = f"{folder}/{path.name}"
-                if path.name.endswith(".distcp"):
-                    if name not in written:
-                        path.unlink()  # begun by a process that was killed, under another division of the work
-                    continue
-                written[name] = {"bytes": path.stat().st_size, "crc32": crc32(path)}
+                if name not in written:
+                    written[name] = {"bytes": path.stat().st_size, "crc32": crc32(path)}
         manifest = {"converted_from": self.source.name, "files": dict(sorted(written.items()))}
         write_durably(content / MANIFEST, json.dumps(manifest, indent=1))
 
@@ -250,7 +253,7 @@ class ToMegatron(Conversion):
                 kind.shard(sources, target, rank=finer.rank, size=finer.size)
                 yield from _laid_out(entry, at, target, None, finer=finer)
 
-    def _metadata(self, records: Sequence[Record]) -> Metadata:
+    def _metadata(self, records: Sequence[Record], extra: int) -> Metadata:
         shapes = self._global_shapes()
         chunks: dict[str, list[ChunkStorageMetadata]] = {}
         dtypes: dict[str, torch.dtype] = {}
@@ -266,11 +269,27 @@ class ToMegatron(Conversion):
                 raise ConversionError(
                     f"{held} of {prod(shape)} elements of {key} were written: this is a defect of ours"
                 )
-        tensors = {
+        kept: dict[str, TensorStorageMetadata | BytesStorageMetadata] = {
             key: TensorStorageMetadata(TensorProperties(dtype=dtypes[key]), torch.Size(shape), chunks[key])
             for key, shape in shapes.items()
         }
-        return Metadata(tensors, storage_data=places, storage_meta=StorageMeta(), version=CURRENT_DCP_VERSION)
+        for key in self._extra_states():
+            kept[key] = BytesStorageMetadata()
+            places[MetadataIndex(key)] = _StorageInfo(_EXTRA_STATE, 0, extra)
+        return Metadata(kept, storage_data=places, storage_meta=StorageMeta(), version=CURRENT_DCP_VERSION)
+
+    def _extra_states(self) -> Iterator[str]:
+        """Keys of every layer's own state: an expert's behind its number."""
+        found: dict[str, int] = {}
+        for unit in self.units:
+            for entry in unit.content.entries:
+                module = entry.key.rpartition(".")[0]
+                if not module.endswith(_WITHOUT_EXTRA_STATE):
+                    found[module] = entry.experts or 1
+                if module.endswith("self_attention.linear_qkv"):
+                    found[module.replace("linear_qkv", "core_attention")] = 1
+        for module, count in found.items():
+            yield from (f"{module}._extra_state/shard_{number}_{count}" for number in range(count))
 
     def _global_shapes(self) -> dict[str, Shape]:
         shapes: dict[str, Shape] = {}
@@ -281,6 +300,12 @@ class ToMegatron(Conversion):
                 whole = entry.kind.whole_shape(entry.kind.local_shape(entry.shapes, size), size)
                 shapes[entry.key] = (entry.experts, *whole) if entry.experts else whole
         return shapes
+
+
+def _saved(value: object) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(value, buffer)
+    return buffer.getvalue()
 
 
 @dataclass(frozen=True, slots=True)
