@@ -11,7 +11,7 @@ import torch
 from megatron.core import parallel_state
 from policy_steps import configuration, scored_groups, train
 from ranks import RankPool
-from tiny_models import tiny_llama, tiny_qwen2
+from tiny_models import tiny_llama, tiny_mistral, tiny_phi3, tiny_qwen2, tiny_qwen3
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -96,7 +96,10 @@ def plainly(config: RunConfig, advantage: Tensor) -> tuple[float, dict[str, Tens
 
 @pytest.mark.parametrize("share", [False, True])
 @pytest.mark.parametrize("terms", ["policy loss", "kl and entropy, by sequence"])
-@pytest.mark.parametrize(("family", "tied"), [(tiny_llama, True), (tiny_qwen2, False)])
+@pytest.mark.parametrize(
+    ("family", "tied"),
+    [(tiny_llama, True), (tiny_qwen2, False), (tiny_qwen3, True), (tiny_mistral, False), (tiny_phi3, True)],
+)
 def test_gradients_are_those_of_a_plain_implementation(
     family: Any, tied: bool, terms: str, share: bool, ranks: RankPool, tmp_path: Path
 ) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_models import tiny_llama, tiny_qwen2
+from tiny_models import tiny_llama, tiny_phi3, tiny_qwen2, tiny_qwen3
 from torch import Tensor
 
 from clipo_megatron.weights.coverage import check_tensors
@@ -70,7 +70,7 @@ def unsharded(entry: Entry, parts: list[Tensor]) -> list[tuple[str, Tensor]]:
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("pp", [1, 2, 4])
 @pytest.mark.parametrize("tp", [1, 2, 4])
-@pytest.mark.parametrize("family", [tiny_llama, tiny_qwen2])
+@pytest.mark.parametrize("family", [tiny_llama, tiny_qwen2, tiny_qwen3, tiny_phi3])
 def test_there_and_back_in_any_layout(
     family: Callable[..., Path], tp: int, pp: int, tied: bool, te: bool, dtype: torch.dtype, tmp_path: Path
 ) -> None:

@@ -10,6 +10,7 @@ from clipo_megatron.weights.errors import WeightsError
 from clipo_megatron.weights.mapping import (
     QKV,
     Column,
+    Fused,
     GateUp,
     Kind,
     Place,
@@ -20,6 +21,7 @@ from clipo_megatron.weights.mapping import (
     Vocab,
     bind,
     even_stages,
+    fused,
 )
 
 HIDDEN = 6
@@ -82,6 +84,24 @@ def test_qkv_equals_the_loop_and_comes_back(
     assert torch.equal(shards.flatten(0, 1), expected)
     for source, back in zip(sources, restored(kind, shards, sources), strict=True):
         assert torch.equal(back, source)
+
+
+@pytest.mark.parametrize("tp", [1, 2, 4])
+def test_a_fused_tensor_is_its_parts_end_to_end(tp: int) -> None:
+    q, k, v = random(16, HIDDEN), random(8, HIDDEN), random(8, HIDDEN)
+    kind, tensor = Fused(QKV(2), (16, 8, 8)), torch.cat([q, k, v])
+    shards = shards_of(kind, [tensor], tp)
+    assert torch.equal(shards.flatten(0, 1), fused_by_loop(q, k, v, 4, 2, 4))
+    assert torch.equal(restored(kind, shards, [tensor])[0], tensor)
+    gated, both = Fused(GateUp(), (16, 16)), torch.cat([q, k, v])
+    assert torch.equal(shards_of(gated, [both], tp), shards_of(GateUp(), list(both.chunk(2)), tp))
+    assert torch.equal(restored(gated, shards_of(gated, [both], tp), [both])[0], both)
+
+
+def test_a_rule_from_one_tensor_keeps_the_order() -> None:
+    rule = Rule("m", {"a": (4, HIDDEN), "b": (2, HIDDEN), "c": (2, HIDDEN)}, QKV(2))
+    one = fused(rule, "abc")
+    assert one.hf == {"abc": (8, HIDDEN)} and one.kind == Fused(rule.kind, (4, 2, 2)) and one.megatron == "m"
 
 
 def test_the_loop_notices_swapped_projections() -> None:
