@@ -34,27 +34,43 @@ from clipo_megatron.weights.spec import read_config
 Change = Callable[[dict[str, Tensor], int], None]
 
 
-def make_shard(folder: str, tp: int, pp: int, *, dtype: torch.dtype = torch.bfloat16) -> Shard:
+def make_shard(folder: str, tp: int, pp: int, *, ep: int = 1, dtype: torch.dtype = torch.bfloat16) -> Shard:
     """This rank's part of a folder's weights in fp32, exported in `dtype`. Ranks as Megatron orders them."""
     rank, world = dist.get_rank(), dist.get_world_size()
-    dp = world // (tp * pp)
-    tp_rank, dp_rank, pp_rank = rank % tp, rank // tp % dp, rank // (tp * dp)
-    tp_group = None
-    if tp > 1:
-        for start in range(0, world, tp):
-            group = dist.new_group(list(range(start, start + tp)))
-            if start <= rank < start + tp:
-                tp_group = group
+    width = world // pp  # ranks of a stage
+    pp_rank, place = divmod(rank, width)
+    etp = tp if ep == 1 else 1
+    division = Division(tp=tp, pp=pp, ep=ep, etp=etp)
+    at = Coordinates(tp, place % tp, ep, place // etp % ep, etp, place % etp)
     spec = model_spec(read_config(folder))
-    division, at = Division(tp=tp, pp=pp), Coordinates(tp=tp, tp_rank=tp_rank)
     mine = entries(spec, division.stages(spec.num_layers)[pp_rank], at)
-    parameters = {entry.megatron[0]: torch.empty(entry.kind.local_shape(entry.shapes, tp)) for entry in mine}
+    parameters = {
+        entry.megatron[0]: torch.empty(entry.kind.local_shape(entry.shapes, entry.cut(at)[0])) for entry in mine
+    }
     with HFReader(folder) as reader:
         load_into(parameters.items(), mine, reader, at)
     holder = Holder(
-        at=at, pp_rank=pp_rank, copy=dp_rank, expert_copy=dp_rank, tp_group=tp_group, pp_group=stages_of(tp, pp, dp)
+        at=at,
+        pp_rank=pp_rank,
+        copy=place // tp,
+        expert_copy=place // (etp * ep),
+        tp_group=_neighbours(tp, 1),
+        etp_group=_neighbours(etp, 1),
+        ep_group=_neighbours(ep, etp),
+        pp_group=_neighbours(pp, width),
     )
     return Shard(spec=spec, division=division, holder=holder, chunks=lambda: [parameters], dtype=dtype, rank=rank)
+
+
+def _neighbours(size: int, stride: int) -> dist.ProcessGroup | None:
+    """Groups of `size` ranks, each `stride` from the next: the one with this rank in it; None where it is alone."""
+    found = None
+    for first in range(dist.get_world_size() if size > 1 else 0):
+        if first // stride % size == 0:
+            members = [first + number * stride for number in range(size)]
+            group = dist.new_group(members)
+            found = group if dist.get_rank() in members else found
+    return found
 
 
 def make_pool(shard: Shard, urls: list[str], engine: str = "sglang") -> ServerPool | None:
@@ -107,13 +123,6 @@ def make_sync(transport: str, shard: Shard, pool: ServerPool | None, settings: d
     if transport == "ipc":
         return IpcSync(shard, pool, config, **rest)
     return BroadcastSync(shard, pool, config, **rest)
-
-
-def stages_of(tp: int, pp: int, dp: int) -> dist.ProcessGroup | None:
-    """The pipeline that this rank is in."""
-    width = tp * dp
-    groups = [dist.new_group([stage * width + place for stage in range(pp)]) for place in range(width)]
-    return groups[dist.get_rank() % width] if pp > 1 else None
 
 
 def plant_a_wrong_byte(folder: str, urls: list[str]) -> None:
@@ -214,9 +223,9 @@ def one_more_server() -> None:
         sync.close()
 
 
-def write_and_compare(folder: str, target: str) -> dict[str, Tensor]:
-    """Two TP ranks and two stages write a version; what an export of everything gives."""
-    shard = make_shard(folder, 2, 2)
+def write_and_compare(folder: str, target: str, tp: int, pp: int, ep: int = 1) -> dict[str, Tensor]:
+    """All ranks write a version; what an export of everything gives."""
+    shard = make_shard(folder, tp, pp, ep=ep)
     sync = DiskSync(
         shard, make_pool(shard, ["http://127.0.0.1:9"]), SyncConfig(bucket_mb=1), model=folder, folder=target
     )
@@ -226,9 +235,9 @@ def write_and_compare(folder: str, target: str) -> dict[str, Tensor]:
     return {name: tensor.clone() for name, tensor in whole}
 
 
-def own_against_export(folder: str, tp: int, pp: int) -> dict[str, int]:
+def own_against_export(folder: str, tp: int, pp: int, ep: int = 1) -> dict[str, int]:
     """Every sender's own buckets are the bits of the export; the count of times that each tensor was sent."""
-    shard = make_shard(folder, tp, pp)
+    shard = make_shard(folder, tp, pp, ep=ep)
     plan = shard.plan(96 * 1024)
     whole = {name: tensor.clone() for name, tensor in export(plan, shard.chunks(), shard.holder)}
     buffers = [torch.full((max(bucket.numel for bucket in plan.buckets),), 7.0, dtype=plan.dtype) for _ in range(2)]

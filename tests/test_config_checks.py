@@ -85,6 +85,39 @@ def test_tensor_parallel_sizes_that_do_not(config, tp, part):
     assert f"layout.tp = {tp}" in message and part in message and "1, 2, 4, 6, 12" in message
 
 
+EXPERTS = {"architectures": ["Qwen3MoeForCausalLM"], "num_experts": 8, "moe_intermediate_size": 40}
+
+
+@pytest.mark.parametrize(
+    ("settings", "ranks"),
+    [
+        ({"layout__ep": 4}, 4),
+        ({"layout__ep": 2, "layout__pp": 2}, 4),
+        ({"layout__tp": 2, "layout__ep": 2, "layout__etp": 1, "layout__sequence_parallel": True}, 2),
+        ({"layout__pp": 4, "layout__first_stage_layers": 6, "layout__ep": 2}, 8),
+    ],
+)
+def test_layouts_of_experts_that_fit(config, folder, settings, ranks):
+    (folder / "model" / "config.json").write_text(json.dumps(FACTS | EXPERTS))
+    check(assign(config, **settings), ranks=ranks)
+
+
+@pytest.mark.parametrize(
+    ("settings", "ranks", "key", "part"),
+    [
+        ({"layout__ep": 3}, 3, "layout.ep", "Valid for this model: 1, 2, 4, 8"),
+        ({"layout__ep": 2}, None, "layout.ep", "tp * dp = 1 * 1"),
+        ({"layout__ep": 2, "layout__etp": 3}, 6, "layout.etp", "inner size of an expert, 40"),
+        ({"layout__ep": 0}, 2, "layout.ep", "at least 1"),
+        ({"layout__tp": 2}, 2, "layout.sequence_parallel", "Set it to true"),
+    ],
+)
+def test_layouts_of_experts_that_do_not(config, folder, settings, ranks, key, part):
+    (folder / "model" / "config.json").write_text(json.dumps(FACTS | EXPERTS))
+    (problem,) = refusal(assign(config, **settings), ranks=ranks).problems
+    assert problem.key == key and part in str(problem)
+
+
 def test_intermediate_size(config, folder):
     (folder / "model" / "config.json").write_text(json.dumps({**FACTS, "intermediate_size": 50}))
     assert "intermediate size, 50" in str(refusal(assign(config, layout__tp=4)))
@@ -94,6 +127,11 @@ def test_intermediate_size(config, folder):
     ("settings", "ranks", "key", "part"),
     [
         ({"layout__pp": 4}, None, "layout.pp", "1, 2, 3, 5, 6, 10, 15, 30"),
+        ({"layout__ep": 2}, 2, "layout.ep", "no experts"),
+        ({"layout__etp": 1}, None, "layout.etp", "Set it to null"),
+        ({"layout__first_stage_layers": 2}, None, "layout.first_stage_layers", "one pipeline stage"),
+        ({"layout__pp": 3, "layout__first_stage_layers": 5}, None, "layout.first_stage_layers", "leaves 25 of"),
+        ({"layout__pp": 2, "layout__last_stage_layers": 0}, None, "layout.last_stage_layers", "at least 1"),
         ({"layout__tp": 0}, None, "layout.tp", "at least 1"),
         ({"layout__sequence_parallel": True}, None, "layout.sequence_parallel", "layout.tp is 1"),
         ({"layout__tp": 2, "layout__pp": 2}, 6, "", "4 or 8 ranks"),

@@ -11,7 +11,7 @@ from ranks import RankPool
 from safetensors.torch import load_file
 from served import Servers
 from sync_steps import push_often, write_and_compare
-from tiny_models import tiny_qwen2
+from tiny_models import tiny_qwen2, tiny_qwen3_moe
 
 
 @pytest.mark.timeout(400)
@@ -38,13 +38,19 @@ def test_both_engines_read_it(engine, ranks: RankPool, servers: Servers, tiny_mo
 
 
 @pytest.mark.timeout(120)
-def test_the_folder_is_a_model_folder(ranks: RankPool, tmp_path: Path):
-    model = tiny_qwen2(tmp_path / "model", tied=False)
-    exported = ranks.run(write_and_compare, 4, str(model), str(tmp_path / "weights"))
+@pytest.mark.parametrize(
+    ("family", "tp", "pp", "ep", "world", "senders"),
+    [(tiny_qwen2, 2, 2, 1, 4, 2), (tiny_qwen3_moe, 1, 1, 2, 2, 2), (tiny_qwen3_moe, 1, 2, 2, 4, 4)],
+    ids=["TP2 x PP2", "EP2", "EP2 x PP2"],
+)
+def test_the_folder_is_a_model_folder(family, tp, pp, ep, world, senders, ranks: RankPool, tmp_path: Path):
+    model = family(tmp_path / "model", tied=False)
+    exported = ranks.run(write_and_compare, world, str(model), str(tmp_path / "weights"), tp, pp, ep)
     (folder,) = (tmp_path / "weights").iterdir()
     index = json.loads((folder / "model.safetensors.index.json").read_text())
     files = {name: load_file(folder / name) for name in set(index["weight_map"].values())}
-    assert len(files) == 2 and {path.name for path in folder.glob("*.safetensors")} == set(files)
+    assert len({name[: len("model-0-0")] for name in files}) == senders
+    assert {path.name for path in folder.glob("*.safetensors")} == set(files)
     expected = exported[0]
     assert set(index["weight_map"]) == set(expected) == set(load_file(model / "model.safetensors"))
     for name, tensor in expected.items():

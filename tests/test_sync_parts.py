@@ -13,7 +13,7 @@ import torch
 from ranks import RankPool
 from safetensors.torch import load_file
 from sync_steps import own_against_export
-from tiny_models import tiny_llama, tiny_phi3, tiny_qwen2, tiny_qwen3
+from tiny_models import tiny_llama, tiny_phi3, tiny_qwen2, tiny_qwen3, tiny_qwen3_moe
 
 from clipo_megatron.rollout.engine import Memory
 from clipo_megatron.rollout.server import Fault, RankChecksums, ServerError, ServerState
@@ -37,6 +37,20 @@ def test_each_tensor_is_sent_by_one_rank(tp, pp, ranks: RankPool, tmp_path: Path
     sent = sum((Counter(each) for each in results), Counter())
     assert sent == Counter(load_file(folder / "model.safetensors").keys()), "a tied output layer is not sent twice"
     assert [bool(each) for each in results] == [rank % tp == 0 for rank in range(tp * pp)]
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("tp, pp, ep, world", [(1, 1, 2, 2), (1, 2, 2, 4), (2, 1, 2, 2), (1, 1, 2, 4)])
+def test_each_expert_is_sent_by_one_rank_of_those_that_have_it(tp, pp, ep, world, ranks: RankPool, tmp_path: Path):
+    folder = tiny_qwen3_moe(tmp_path / "model", dense_layers=(1,), vocab=263)
+    results = ranks.run(own_against_export, world, str(folder), tp, pp, ep)
+    sent = sum((Counter(each) for each in results), Counter())
+    assert sent == Counter(load_file(folder / "model.safetensors").keys())
+    width = world // pp
+    assert [bool(each) for each in results] == [rank % width < ep for rank in range(world)]
+    for rank, each in enumerate(results):
+        others = {name for name in each if ".experts." not in name}
+        assert bool(others) == (rank % width == 0), "what is no expert's leaves from the first rank"
 
 
 def test_stages_alternate(tmp_path: Path):

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from clipo_megatron.config.checks_layout import division_problems
 from clipo_megatron.config.checks_rollout import rollout_problems
 from clipo_megatron.config.errors import ConfigError, Problem
 from clipo_megatron.config.schema import Aggregation, AlgorithmName, EngineKind, LayoutConfig, RunConfig, SourceConfig
@@ -40,7 +41,7 @@ def check(config: RunConfig, *, ranks: int | None = None) -> None:
     """
     problems = [
         *_layout(config, ranks),
-        *_model(config),
+        *_model(config, ranks),
         *_data(config),
         *_batch(config, ranks),
         *_numbers(config),
@@ -69,7 +70,8 @@ def source_name(source: SourceConfig) -> str:
 
 def _layout(config: RunConfig, ranks: int | None) -> Iterator[Problem]:
     layout = config.layout
-    for name in ("tp", "pp", "dp", "max_tokens_per_microbatch"):
+    counts = ("tp", "pp", "dp", "ep", "etp", "first_stage_layers", "last_stage_layers", "max_tokens_per_microbatch")
+    for name in counts:
         value = getattr(layout, name)
         if value is not None and value < 1:
             yield Problem(f"layout.{name}", "it counts things and must be at least 1", "Set it to 1 or more", value)
@@ -97,7 +99,7 @@ def _multiples(near: int, unit: int) -> str:
     return f"{below} or {above}" if below else str(above)
 
 
-def _model(config: RunConfig) -> Iterator[Problem]:
+def _model(config: RunConfig, ranks: int | None) -> Iterator[Problem]:
     folder = Path(config.model.path)
     key, value = "model.path", config.model.path
     if not folder.is_dir():
@@ -124,7 +126,7 @@ def _model(config: RunConfig) -> Iterator[Problem]:
     if not _has_chat_template(folder):
         reason = "its tokenizer has no chat template, so prompts cannot be rendered"
         yield Problem(key, reason, "Use an instruct model, or add a chat_template.jinja to the folder", value)
-    yield from _divisions(config, facts)
+    yield from division_problems(config.layout, facts, data_parallel(config.layout, ranks))
     yield from _window(config, facts)
     longest, limit = config.data.max_prompt_tokens, facts.get("max_position_embeddings")
     for setting, new_tokens in (
@@ -158,37 +160,6 @@ def _has_chat_template(folder: Path) -> bool:
         return bool(json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8")).get("chat_template"))
     except (FileNotFoundError, json.JSONDecodeError):
         return False
-
-
-def _divisions(config: RunConfig, facts: dict[str, Any]) -> Iterator[Problem]:
-    """Whether Megatron can cut this model as the layout asks."""
-    tp, pp = config.layout.tp, config.layout.pp
-    heads, layers, wide = (
-        int(facts.get(name, 0)) for name in ("num_attention_heads", "num_hidden_layers", "intermediate_size")
-    )
-    groups = int(facts.get("num_key_value_heads") or heads)
-
-    def fits(size: int) -> bool:
-        # fewer key-value heads than ranks: each is replicated on tp / groups of them
-        return heads % size == 0 and wide % size == 0 and (groups % size == 0 or size % groups == 0)
-
-    if tp > 1 and not fits(tp):
-        if heads % tp:
-            reason = f"it does not divide the model's {heads} attention heads"
-        elif wide % tp:
-            reason = f"it does not divide the model's intermediate size, {wide}"
-        else:
-            reason = f"it neither divides the model's {groups} key-value heads nor is a multiple of them"
-        valid = [size for size in range(1, heads + 1) if fits(size)]
-        yield Problem("layout.tp", reason, f"Valid for this model: {_listed(valid)}", tp)
-    if pp > 1 and layers % pp:
-        valid = [size for size in range(1, layers + 1) if layers % size == 0]
-        reason = f"it does not divide the model's {layers} layers into equal stages"
-        yield Problem("layout.pp", reason, f"Valid for this model: {_listed(valid)}", pp)
-
-
-def _listed(values: list[int]) -> str:
-    return ", ".join(map(str, values))
 
 
 def _data(config: RunConfig) -> Iterator[Problem]:
