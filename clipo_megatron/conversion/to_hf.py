@@ -81,7 +81,7 @@ class ToHF(Conversion):
         self.policy = source / POLICY if is_checkpoint(source) else source
         self.checks = tuple(self._checks(source))
         self.beside = self._beside(source, beside)
-        config = read_config(beside or hf_folder(source))
+        config = read_config(hf_folder(beside or source))
         self.spec = model_spec(config)
         self.reader = TorchDistReader(self.policy, self.spec, master=master)
         check_tensors(self.reader, self.spec)
