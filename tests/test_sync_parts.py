@@ -175,6 +175,14 @@ def test_norms_of_queries_and_keys_are_the_same_on_every_rank(tmp_path: Path):
     }
 
 
+def test_of_a_mixture_of_experts_all_but_the_experts_is_known(tmp_path: Path):
+    sums, weights = sums_of(tiny_qwen3_moe(tmp_path / "model", dense_layers=(1,)), [1])
+    held = sums.held[0, 1]
+    assert held["model.layers.0.mlp.gate.weight"] == sha(weights["model.layers.0.mlp.gate.weight"])
+    assert [name for name in held if "gate_up" in name] == ["model.layers.1.mlp.gate_up_proj.weight"]
+    assert not any("experts" in name for name in held)
+
+
 def test_the_mlp_is_padded_on_a_cpu(tmp_path: Path):
     sums, weights = sums_of(tiny_llama(tmp_path / "model"), [1, 2], "sglang on a cpu")
     gate, up, down = (weights[f"model.layers.0.mlp.{x}_proj.weight"] for x in ("gate", "up", "down"))

@@ -3,6 +3,9 @@ divide it.
 
 SGLang and vLLM agree on this for the families here: query, key and value are one tensor, gate and up are one, a tied
 output layer is none. Declared once, for whoever has to say what a server ought to hold.
+
+Not declared are experts: servers stack a layer's into two tensors, and the trainer's ranks each send some of them, so
+nobody has all that such a tensor is made of. A proof of a sync names these tensors as unproven.
 """
 
 from __future__ import annotations
@@ -20,7 +23,7 @@ from clipo_megatron.weights.spec import ModelSpec
 VOCABULARY_MULTIPLE = 64  # rows to which both engines pad an embedding
 CPU_MLP_MULTIPLE = 32  # rows a rank to which SGLang pads the MLP on a CPU, where its kernels want that
 
-DECLARED = ("llama", "mistral", "phi3", "qwen2", "qwen3")  # families
+DECLARED = ("llama", "mistral", "phi3", "qwen2", "qwen3", "qwen3_moe")  # families
 # of them, those whose Hugging Face tensors are fused already: [q; k; v] and [gate; up]
 FUSED = ("phi3",)
 
@@ -40,7 +43,7 @@ class ServedTensor:
 
 
 def served_tensors(spec: ModelSpec, *, mlp_multiple: int = 1) -> list[ServedTensor]:
-    """Everything that a server of this model holds.
+    """Everything that a server of this model holds, but for experts: servers stack those, in forms of their own.
 
     Args:
         spec: of the model.
@@ -59,11 +62,12 @@ def served_tensors(spec: ModelSpec, *, mlp_multiple: int = 1) -> list[ServedTens
         ServedTensor("model.norm.weight", ("model.norm.weight",), _whole, replicated=True),
     ]
     for layer in range(spec.num_layers):
-        tensors += _layer(spec, f"model.layers.{layer}.", mlp_multiple)
+        tensors += _layer(spec, layer, mlp_multiple)
     return tensors
 
 
-def _layer(spec: ModelSpec, at: str, mlp_multiple: int) -> list[ServedTensor]:
+def _layer(spec: ModelSpec, layer: int, mlp_multiple: int) -> list[ServedTensor]:
+    at = f"model.layers.{layer}."
     qkv = partial(_query_key_value, spec.num_kv_heads)
 
     def fused(name: str, parts: Sequence[str], kind: str, cut: Cut) -> ServedTensor:
@@ -77,15 +81,21 @@ def _layer(spec: ModelSpec, at: str, mlp_multiple: int) -> list[ServedTensor]:
     tensors = [
         fused("self_attn.qkv_proj", projections, "weight", qkv),
         fused("self_attn.o_proj", ["self_attn.o_proj"], "weight", partial(_columns, 1)),
-        fused("mlp.gate_up_proj", gated, "weight", gate_up),
-        fused("mlp.down_proj", ["mlp.down_proj"], "weight", partial(_columns, mlp_multiple)),
     ]
+    if not spec.is_sparse(layer):
+        tensors += [
+            fused("mlp.gate_up_proj", gated, "weight", gate_up),
+            fused("mlp.down_proj", ["mlp.down_proj"], "weight", partial(_columns, mlp_multiple)),
+        ]
     if spec.qkv_bias:
         tensors.append(fused("self_attn.qkv_proj", projections, "bias", qkv))
     norms = ["input_layernorm", "post_attention_layernorm"]
     if spec.qk_norm:
         norms += ["self_attn.q_norm", "self_attn.k_norm"]
-    return tensors + [ServedTensor(f"{at}{x}.weight", (f"{at}{x}.weight",), _whole, replicated=True) for x in norms]
+    replicated = [*norms, "mlp.gate"] if spec.is_sparse(layer) else norms
+    return tensors + [
+        ServedTensor(f"{at}{x}.weight", (f"{at}{x}.weight",), _whole, replicated=True) for x in replicated
+    ]
 
 
 def _whole(tensors: Sequence[Tensor], rank: int, size: int) -> list[Tensor]:
