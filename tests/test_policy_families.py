@@ -17,7 +17,7 @@ import torch.distributed as dist
 from policy_steps import configuration, train
 from ranks import RankPool
 from safetensors.torch import load_file, save_file
-from tiny_models import tiny_llama, tiny_mistral, tiny_phi3, tiny_qwen3
+from tiny_models import tiny_llama, tiny_mistral, tiny_phi3, tiny_qwen2, tiny_qwen3
 from torch import Tensor
 
 from clipo_megatron.algorithms.base import Signal
@@ -57,6 +57,7 @@ def changed(folder: Path, **fields: Any) -> Path:
 
 
 FAMILIES: dict[str, Callable[..., Path]] = {
+    "qwen2": partial(tiny_qwen2, tied=True),
     "qwen3": partial(tiny_qwen3, tied=False),
     "mistral": partial(tiny_mistral, tied=True, window=5),
     "mistral without a window": partial(tiny_mistral, tied=False, window=None),
@@ -168,6 +169,17 @@ def test_logits_are_those_of_transformers_and_export_gives_the_bits(
     for result in results:
         assert result["exported"].keys() == source.keys()
         assert [name for name, tensor in source.items() if not torch.equal(tensor, result["exported"][name])] == []
+
+
+@pytest.mark.parametrize("family", [tiny_qwen2, tiny_qwen3, tiny_mistral, tiny_phi3])
+def test_configurations_of_transformers_4(family: Callable[..., Path], ranks: RankPool, tmp_path: Path) -> None:
+    folder = family(tmp_path, vocab=VOCAB)
+    plain = expected_logits(folder)
+    changed(folder, rope_parameters=None, rope_theta=500.0, dtype=None, torch_dtype="float32")
+    theirs = expected_logits(folder)
+    assert distance(plain, theirs) > 1e-3
+    for logits in ranks.run(stage_logits, 1, folder, LayoutConfig())[0]["logits"]:
+        assert distance(logits, theirs) < 1e-5
 
 
 # --- the comparison is sharp -------------------------------------------------------------------------------------
