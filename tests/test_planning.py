@@ -16,13 +16,14 @@ from clipo_megatron.algorithms.algorithm import build_algorithm
 from clipo_megatron.cli import main
 from clipo_megatron.config.schema import DType, LayoutConfig, RunConfig
 from clipo_megatron.planning.hardware import HARDWARE, Assumptions
-from clipo_megatron.planning.layouts import Plan, candidates, division_of, judge
+from clipo_megatron.planning.layouts import Plan, candidates, judge
 from clipo_megatron.planning.memory import server_memory, trainer_memory
 from clipo_megatron.planning.parameters import active_count, rank_count, whole_count
 from clipo_megatron.policy import layout as layouts
 from clipo_megatron.policy.actor import PolicyActor
 from clipo_megatron.policy.batching import Batcher
 from clipo_megatron.policy.exchange import build_table
+from clipo_megatron.weights.division import Division
 from clipo_megatron.weights.families import model_spec
 from clipo_megatron.weights.spec import ModelSpec, read_config
 
@@ -97,7 +98,7 @@ def held(folder: str, layout_config: LayoutConfig) -> dict[str, int]:
 def test_every_rank_holds_what_was_planned(layout, ranks: RankPool, folder: Path):
     tp, pp, dp = layout
     config = LayoutConfig(tp=tp, pp=pp, dp=dp)
-    spec, division = model_spec(read_config(folder)), division_of(config)
+    spec, division = model_spec(read_config(folder)), Division.of(config)
     found = ranks.run(held, tp * pp * dp, str(folder), config)
     for each in found:
         planned = rank_count(spec, division, each["pp_rank"]).total
@@ -147,7 +148,7 @@ def test_activations_are_of_the_planned_size(recompute, ranks: RankPool, tmp_pat
     config.model.recompute, config.layout.max_tokens_per_microbatch = recompute, tokens
     config.data.prompts_per_step = 1
     spec = model_spec(read_config(folder))
-    (memory,) = trainer_memory(config, spec, division_of(config.layout), 1, Assumptions())
+    (memory,) = trainer_memory(config, spec, Division.of(config.layout), 1, Assumptions())
     if recompute:
         # what stays while the other layers run is the layers' inputs
         planned = 4 * tokens * spec.hidden_size * spec.num_layers
@@ -164,16 +165,16 @@ def test_memory_of_a_stage_is_what_the_optimizer_says():
     """Llama-3.1-70B, tp 8 x pp 4 x dp 2, bf16: weights 2 bytes, gradients 4, masters and moments 12 over dp."""
     config, spec = large_run("llama"), architecture("llama-3.1-70b")
     config.layout.tp, config.layout.pp, config.layout.sequence_parallel = 8, 4, True
-    stages = trainer_memory(config, spec, division_of(config.layout), 2, Assumptions())
+    stages = trainer_memory(config, spec, Division.of(config.layout), 2, Assumptions())
     middle = 20 * (8192 * 8192 * 2 + 2 * 1024 * 8192 + 3 * 28672 * 8192) / 8 + 20 * 2 * 8192
     assert stages[1].weights == 2 * middle and stages[1].gradients == 4 * middle and stages[1].optimizer == 6 * middle
     assert stages[0].weights > stages[1].weights < stages[3].weights, "embedding, output layer"
     assert stages[0].activations > stages[1].activations, "the first stage has most micro-batches in flight"
     assert stages[3].logits > 0 == stages[0].logits and stages[3].head > 0
     config.algorithm.kl.coefficient = 0.01
-    assert trainer_memory(config, spec, division_of(config.layout), 2, Assumptions())[1].reference == 2 * middle
+    assert trainer_memory(config, spec, Division.of(config.layout), 2, Assumptions())[1].reference == 2 * middle
     config.model.dtype = DType.fp32
-    in_fp32 = trainer_memory(config, spec, division_of(config.layout), 2, Assumptions())[1]
+    in_fp32 = trainer_memory(config, spec, Division.of(config.layout), 2, Assumptions())[1]
     assert (in_fp32.weights, in_fp32.optimizer) == (4 * middle, 4 * middle)
 
 

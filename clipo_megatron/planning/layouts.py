@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import product
 
-from clipo_megatron.config.schema import EngineKind, LayoutConfig, RunConfig
+from clipo_megatron.config.schema import EngineKind, RunConfig
 from clipo_megatron.planning.errors import PlanError
 from clipo_megatron.planning.hardware import Assumptions, Hardware
 from clipo_megatron.planning.memory import ServerMemory, TrainerMemory, server_memory, trainer_memory
@@ -74,18 +74,6 @@ class Plan:
         return [f"{key}={value}" for key, value in chosen.items()] + [f"{k}={str(v).lower()}" for k, v in flags.items()]
 
 
-def division_of(layout: LayoutConfig) -> Division:
-    """The model's part of a layout."""
-    return Division(
-        tp=layout.tp,
-        pp=layout.pp,
-        ep=layout.ep,
-        etp=layout.etp,
-        first_layers=layout.first_stage_layers,
-        last_layers=layout.last_stage_layers,
-    )
-
-
 def judge(
     config: RunConfig,
     spec: ModelSpec,
@@ -110,7 +98,7 @@ def judge(
     Raises:
         PlanError: the model cannot be divided so.
     """
-    division = division or division_of(config.layout)
+    division = division or Division.of(config.layout)
     try:
         trainer = trainer_memory(config, spec, division, dp, assume)
         time = step_time(config, spec, division, dp, server_gpus, hardware, assume)

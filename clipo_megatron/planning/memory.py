@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from clipo_megatron.config.schema import DType, RunConfig
 from clipo_megatron.planning.hardware import Assumptions, Hardware
 from clipo_megatron.planning.parameters import (
-    GPU_VOCAB_MULTIPLE,
     Count,
     active_count,
     stage_chunks,
@@ -15,6 +14,7 @@ from clipo_megatron.planning.parameters import (
     whole_count,
 )
 from clipo_megatron.weights.division import Division
+from clipo_megatron.weights.kinds import VOCAB_MULTIPLE_ON_GPUS
 from clipo_megatron.weights.spec import ModelSpec
 
 LOGITS_CHUNK_BYTES = 64 * 2**20  # of fp32 logits that exist at once, see policy.logprobs
@@ -68,7 +68,7 @@ def trainer_memory(
     Weights, gradients and optimizer are those of Megatron's distributed optimizer: gradients are kept in fp32 on every
     rank, masters and both moments are divided over the data-parallel ranks (arXiv 1910.02054, stage 1).
     """
-    counts = stage_counts(spec, division, GPU_VOCAB_MULTIPLE)
+    counts = stage_counts(spec, division, VOCAB_MULTIPLE_ON_GPUS)
     return [_of_stage(config, spec, division, dp, assume, count, stage) for stage, count in enumerate(counts)]
 
 

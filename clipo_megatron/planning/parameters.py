@@ -12,8 +12,6 @@ from clipo_megatron.weights.families import entries
 from clipo_megatron.weights.mapping import Coordinates, Stage, Vocab
 from clipo_megatron.weights.spec import ModelSpec
 
-GPU_VOCAB_MULTIPLE = 64  # rows a rank to which the actor pads the vocabulary on GPUs
-
 
 @dataclass(frozen=True, slots=True)
 class Count:
@@ -41,7 +39,7 @@ def rank_count(
         division: of the model.
         pp_rank: the rank's pipeline stage; all its chunks are counted.
         at: its place in the stage; None: the first. All ranks of a stage hold equally many.
-        vocab_multiple: rows a rank to which the vocabulary is padded: `GPU_VOCAB_MULTIPLE`, or 1 on a CPU.
+        vocab_multiple: rows a rank to which the vocabulary is padded: `VOCAB_MULTIPLE_ON_GPUS`, or 1 on a CPU.
 
     Raises:
         WeightsError: the division does not fit the model.

@@ -114,19 +114,6 @@ class Layout:
         return dist.get_global_rank(self.pp_group, self.pp - 1)
 
 
-def division_of(config: LayoutConfig, *, vpp: int = 1) -> Division:
-    """How a configuration divides the weights."""
-    return Division(
-        tp=config.tp,
-        pp=config.pp,
-        vpp=vpp,
-        ep=config.ep,
-        etp=config.etp,
-        first_layers=config.first_stage_layers,
-        last_layers=config.last_stage_layers,
-    )
-
-
 def initialize(config: LayoutConfig, *, seed: int, vpp: int = 1) -> Layout:
     """Divide the ranks of the (initialised) default process group.
 
@@ -136,7 +123,7 @@ def initialize(config: LayoutConfig, *, seed: int, vpp: int = 1) -> Layout:
         ValueError: when tp * pp, or ep * etp * pp, does not divide the number of ranks.
     """
     platform().adapt("megatron.core")
-    division = division_of(config, vpp=vpp)
+    division = Division.of(config, vpp=vpp)
     world = dist.get_world_size()
     if world % (config.tp * config.pp):
         raise ValueError(

@@ -25,6 +25,7 @@ from clipo_megatron.policy.experts import adapt_experts, adapt_sparse_layer, exp
 from clipo_megatron.policy.layout import Layout
 from clipo_megatron.policy.logprobs import token_logprobs
 from clipo_megatron.weights.division import Division
+from clipo_megatron.weights.kinds import VOCAB_MULTIPLE_ON_GPUS
 from clipo_megatron.weights.mapping import Stage
 from clipo_megatron.weights.spec import ModelSpec, inverse_frequencies
 
@@ -141,7 +142,7 @@ def _layer_spec(spec: ModelSpec, sparse: bool) -> ModuleSpec:
 
 def _padded_vocab(size: int, tp: int) -> int:
     """The vocabulary in equal shards; on GPUs in shards of whole 64-row tiles."""
-    multiple = tp * (64 if platform().has_gpu else 1)
+    multiple = tp * (VOCAB_MULTIPLE_ON_GPUS if platform().has_gpu else 1)
     return -(-size // multiple) * multiple
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from clipo_megatron.config.schema import LayoutConfig
 from clipo_megatron.weights.errors import WeightsError
 from clipo_megatron.weights.mapping import Coordinates, Stage, even_stages
 
@@ -24,6 +25,19 @@ class Division:
     etp: int | None = None  # None: tp, as in Megatron
     first_layers: int | None = None  # on the first pipeline rank; None: as many as on the others
     last_layers: int | None = None  # on the last
+
+    @classmethod
+    def of(cls, layout: LayoutConfig, *, vpp: int = 1) -> Division:
+        """The model's part of a configured layout."""
+        return cls(
+            tp=layout.tp,
+            pp=layout.pp,
+            vpp=vpp,
+            ep=layout.ep,
+            etp=layout.etp,
+            first_layers=layout.first_stage_layers,
+            last_layers=layout.last_stage_layers,
+        )
 
     @property
     def expert_tp(self) -> int:

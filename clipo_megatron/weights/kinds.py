@@ -270,6 +270,10 @@ class _Rows:
         return self._source[(slice(self._start + start, self._start + stop, step), *rest)]
 
 
+# Rows that each rank's part of the vocabulary is a multiple of on GPUs, whose kernels want whole tiles.
+VOCAB_MULTIPLE_ON_GPUS = 64
+
+
 class Vocab(Kind):
     """Rows of the vocabulary, padded with zeros up to what the model's parameter holds."""
 
@@ -281,9 +285,6 @@ class Vocab(Kind):
     def fits(self, local: Shape, shapes: Sequence[Shape], size: int) -> bool:
         rows, *rest = shapes[0]
         return local[0] * size >= rows and list(local[1:]) == rest
-
-    def divides(self, shapes: Sequence[Shape], size: int, parts: int) -> bool:
-        return self.local_shape(shapes, size)[0] % parts == 0
 
     def shard(self, sources: Sequence[Source], target: Tensor, *, rank: int, size: int) -> None:
         vocab, held = sources[0].shape[0], target.shape[0]
