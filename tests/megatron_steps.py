@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.validation import StrictHandling
 
 from clipo_megatron.config.schema import DType, LayoutConfig, ModelConfig
 from clipo_megatron.device import platform
@@ -70,6 +71,17 @@ def relay(
         assert names == [], f"not filled from {source}: {names}"
     _save(stages, target, stacked)
     return [len(list(stage.parameters())) for stage in stages]
+
+
+def left_over(folder: Path, source: Path, config: LayoutConfig) -> tuple[set[str], set[str]]:
+    """Keys of torch_dist `source` that a model does not ask for, and keys that it does and are not there; collective.
+
+    Megatron calls the first "missing" and the second "unexpected".
+    """
+    stages = chunks(folder, config)
+    with _megatron_here():
+        _, unasked, absent = dist_checkpointing.load(sharded(stages), str(source), strict=StrictHandling.RETURN_ALL)
+    return unasked, absent
 
 
 def _save(stages: list[PolicyStage], target: Path, stacked: bool) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from megatron_steps import relay, save_from_hf
+from megatron_steps import left_over, relay, save_from_hf
 from ranks import RankPool
 from safetensors.torch import load_file, save_file
 from tiny_models import tiny_llama, tiny_mistral, tiny_phi3, tiny_qwen2, tiny_qwen3, tiny_qwen3_moe
@@ -113,6 +113,26 @@ def test_a_checkpoint_divided_like_training(ranks: RankPool, tmp_path: Path) -> 
     assert_same(source, tmp_path / "checkpoint" / "policy")
     ranks.run(relay, 4, source, tmp_path / "checkpoint" / "policy", tmp_path / "saved", LayoutConfig(tp=4, ep=2, etp=2))
     assert_same(source, tmp_path / "saved")
+
+
+@pytest.mark.parametrize("family", [tiny_llama, tiny_qwen3, tiny_qwen3_moe])
+def test_megatron_finds_neither_less_nor_more_than_it_expects(
+    family: Callable[..., Path], ranks: RankPool, tmp_path: Path
+) -> None:
+    source = family(tmp_path / "source", vocab=VOCAB)
+    convert(ToMegatron(source, tmp_path / "checkpoint"))
+    policy = tmp_path / "checkpoint" / "policy"
+    for unasked, absent in ranks.run(left_over, 2, source, policy, LayoutConfig(pp=2)):
+        assert absent == set()
+        # Transformer Engine's norms and attention have a state of their own, which those here have not
+        assert {key.rpartition(".")[2] for key in unasked} == {"_extra_state"}
+    fewer = tmp_path / "fewer"
+    shutil.copytree(source, fewer)
+    config = json.loads((fewer / "config.json").read_text()) | {"num_hidden_layers": 2, "layer_types": None}
+    (fewer / "config.json").write_text(json.dumps(config))
+    unasked, absent = ranks.run(left_over, 1, fewer, policy, LayoutConfig())[0]
+    weights = {key for key in unasked if not key.endswith("_extra_state")}
+    assert absent == set() and {key.split(".")[2] for key in weights} == {"2", "3"}
 
 
 @pytest.mark.parametrize("family", [tiny_llama, tiny_qwen2, tiny_qwen3_moe])
