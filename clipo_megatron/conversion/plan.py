@@ -12,7 +12,7 @@ from typing import Any
 Tick = Callable[[int], None]
 
 UNIT_BYTES = 256 * 1024**2  # of one unit, or of one parameter that is larger
-PIECE_BYTES = 16 * 1024**2  # moved at a time; small enough that buffers are used again and stay near the caches
+PIECE_BYTES = 8 * 1024**2  # moved at a time; small enough that buffers are used again and stay near the caches
 
 
 class ConversionError(ValueError):

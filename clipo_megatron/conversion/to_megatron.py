@@ -47,7 +47,7 @@ from clipo_megatron.conversion.work import write_durably
 from clipo_megatron.weights.coverage import check_tensors
 from clipo_megatron.weights.division import Division
 from clipo_megatron.weights.families import entries, model_spec
-from clipo_megatron.weights.kinds import Row, Shape, Source
+from clipo_megatron.weights.kinds import Row, Shape, Source, Vocab
 from clipo_megatron.weights.load import check_shapes
 from clipo_megatron.weights.mapping import Coordinates, Entry, Stage
 from clipo_megatron.weights.reader import HFReader
@@ -233,13 +233,22 @@ class ToMegatron(Conversion):
         local = kind.local_shape(entry.shapes, size)
         if isinstance(kind, Row):
             # Reading a column means reading its rows: all ranks' parts of some rows are made before the next rows.
-            rows = max(1, PIECE_BYTES // (local[1] * size * dtype.itemsize))
+            rows = _rows_of(PIECE_BYTES, (local[0], local[1] * size), dtype)
             for start in range(0, local[0], rows):
                 block = sources[0][start : start + rows]
                 for at in ranks:
                     target = torch.empty(block.shape[0], local[1], dtype=dtype)
                     kind.shard([block], target, rank=entry.cut(at)[1], size=size)
-                    yield from _laid_out(entry, at, target, block.shape, first_row=start)
+                    yield from _laid_out(entry, at, target, _Cut(entry.cut(at)[1], size), first_row=start)
+            return
+        if isinstance(kind, Vocab):
+            rows = _rows_of(PIECE_BYTES, local, dtype)
+            for at in ranks:
+                first = entry.cut(at)[1] * local[0]
+                for start in range(first, first + local[0], rows):
+                    target = torch.empty(min(rows, first + local[0] - start), *local[1:], dtype=dtype)
+                    kind.shard([sources[0][start : start + target.shape[0]]], target, rank=0, size=1)
+                    yield from _laid_out(entry, at, target, _Cut(0, 1), first_row=start)
             return
         wanted = -(-prod(local) * dtype.itemsize // PIECE_BYTES)
         cut = next((n for n in range(wanted, 0, -1) if kind.divides(entry.shapes, size, n)), 1)
@@ -251,7 +260,7 @@ class ToMegatron(Conversion):
                 target = torch.empty(local[0] // cut, *local[1:], dtype=dtype)
                 finer = _Cut(rank * cut + number, size * cut)
                 kind.shard(sources, target, rank=finer.rank, size=finer.size)
-                yield from _laid_out(entry, at, target, None, finer=finer)
+                yield from _laid_out(entry, at, target, finer)
 
     def _metadata(self, records: Sequence[Record], extra: int) -> Metadata:
         shapes = self._global_shapes()
@@ -314,18 +323,16 @@ class _Cut:
     size: int
 
 
+def _rows_of(nbytes: int, shape: Shape, dtype: torch.dtype) -> int:
+    """Rows that make up so many bytes, but one at least."""
+    return max(1, nbytes // (prod(shape[1:]) * dtype.itemsize))
+
+
 def _laid_out(
-    entry: Entry,
-    at: Coordinates,
-    target: Tensor,
-    block: Sequence[int] | None,
-    *,
-    first_row: int = 0,
-    finer: _Cut | None = None,
+    entry: Entry, at: Coordinates, target: Tensor, cut: _Cut, *, first_row: int = 0
 ) -> Iterator[tuple[Coordinates, Tensor, list[int]]]:
     """The pieces of a part with their offsets; an expert's lie behind its number."""
-    size, rank = (finer.size, finer.rank) if finer else entry.cut(at)
-    for piece in entry.kind.pieces(tuple(target.shape), entry.shapes, rank=rank, size=size):
+    for piece in entry.kind.pieces(tuple(target.shape), entry.shapes, rank=cut.rank, size=cut.size):
         part = target[piece.start : piece.stop]
         offset = [piece.offset[0] + first_row, *piece.offset[1:]]
         if part.untyped_storage().nbytes() != part.nbytes:
@@ -338,7 +345,7 @@ class _Stream(io.RawIOBase):
 
     def __init__(self, path: Path, tick: Tick) -> None:
         self.path, self.nbytes, self.crc32 = path, 0, 0
-        self._file = path.open("wb", buffering=1 << 20)
+        self._file = path.open("wb", buffering=0)
         self._tick = tick
 
     def writable(self) -> bool:
@@ -348,7 +355,9 @@ class _Stream(io.RawIOBase):
     def write(self, data: object) -> int:
         """Append."""
         view = memoryview(data).cast("B")
-        self._file.write(view)
+        done = 0
+        while done < len(view):
+            done += self._file.write(view[done:])
         self.crc32 = zlib.crc32(view, self.crc32)
         self.nbytes += len(view)
         self._tick(len(view))
@@ -356,7 +365,6 @@ class _Stream(io.RawIOBase):
 
     def sync(self) -> None:
         """Force it to disk."""
-        self._file.flush()
         os.fsync(self._file.fileno())
 
     def close(self) -> None:
