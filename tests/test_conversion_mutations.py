@@ -136,6 +136,7 @@ def test_a_wrong_theta(dense: Path, checkpoint: Path, tmp_path: Path) -> None:
         verdict = verify(other, wrong, with_logits=True)
         assert differences(verdict) == {} and not verdict.equal
         assert verdict.architecture == ["rope_theta is 10000.0 in A and 20000.0 in B"]
+        assert not verify(other, wrong).equal  # without the logits too
         assert verdict.logits is not None and verdict.logits.relative > 1e-3 and not verdict.logits_agree
 
 
