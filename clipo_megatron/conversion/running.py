@@ -165,7 +165,7 @@ class Team:
         target: object,
         stall_s: float = STALL_S,
     ) -> None:
-        self.threads = threads or min(MOST_THREADS, max(os.cpu_count() or 1, 2))
+        self.threads = threads or min(MOST_THREADS, (os.cpu_count() or 1) + 1)
         self._ranks, self._meter, self._signals, self._target = ranks, meter, signals, target
         self._stall_s = stall_s
 

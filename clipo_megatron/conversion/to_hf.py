@@ -12,6 +12,7 @@ import threading
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from math import prod
 from pathlib import Path
 
@@ -236,16 +237,23 @@ class ToHF(Conversion):
         return json.dumps(index, indent=2) + "\n"
 
     def _divide(self) -> Iterator[Unit]:
-        for file, header in self.headers.items():
-            run: list[str] = []
-            nbytes = 0
-            for name, stored in (*header.tensors.items(), (None, None)):
-                if run and (stored is None or nbytes + stored.nbytes > UNIT_BYTES):
-                    yield Unit(f"{file}:{run[0]}", nbytes, _Task(file, tuple(run)))
-                    run, nbytes = [], 0
-                if stored is not None:
-                    run.append(name)
-                    nbytes += stored.nbytes
+        """In turns from every file: two threads that write to one file wait for each other."""
+        files = [list(self._units(file, header)) for file, header in self.headers.items()]
+        for turn in zip_longest(*files):
+            yield from (unit for unit in turn if unit is not None)
+
+    @staticmethod
+    def _units(file: str, header: Header) -> Iterator[Unit]:
+        run: list[str] = []
+        nbytes = 0
+        for name, stored in header.tensors.items():
+            if run and nbytes + stored.nbytes > UNIT_BYTES:
+                yield Unit(f"{file}:{run[0]}", nbytes, _Task(file, tuple(run)))
+                run, nbytes = [], 0
+            run.append(name)
+            nbytes += stored.nbytes
+        if run:
+            yield Unit(f"{file}:{run[0]}", nbytes, _Task(file, tuple(run)))
 
     # --- tensors -----------------------------------------------------------------------------------------------------
 
