@@ -117,7 +117,7 @@ class Run:
         self.reporter.say(
             f"{config.name}: {Path(config.model.path).name}, {len(self.train_prompts)} problems, "
             f"{config.data.prompts_per_step} prompts x {config.rollout.samples_per_prompt} samples a step, "
-            f"{self.layout.world} ranks (tp {self.layout.tp} x pp {self.layout.pp} x dp {self.layout.dp})"
+            f"{self.layout.world} ranks ({self.layout})"
         )
         due = config.eval.at_start if step == 0 else is_due(config.eval.every, step)
         if step >= config.train.steps:
@@ -232,7 +232,7 @@ class Run:
                 },
                 "algorithm": list(self.algorithm.state_dict()),
                 "contrastive head": {"kind": clipo.head.value, "dim": clipo.dim} if clipo.enabled else None,
-                "layout": {"tp": layout.tp, "pp": layout.pp, "dp": layout.dp},
+                "layout": {"tp": layout.tp, "pp": layout.pp, "dp": layout.dp, "ep": layout.division.ep},
             },
             say=self.reporter.say,
         )

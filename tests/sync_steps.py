@@ -96,15 +96,18 @@ def push_often(
     settings: dict[str, Any],
     transport: str = "broadcast",
     engine: str = "sglang",
+    ep: int = 1,
+    changing: bool = True,
 ) -> list[SyncReport]:
-    """Several pushes of changing weights; reports, after checking what the pool was told."""
-    shard = make_shard(folder, tp, pp)
+    """Several pushes of changing weights, or of the folder's; reports, after checking what the pool was told."""
+    shard = make_shard(folder, tp, pp, ep=ep)
     pool = make_pool(shard, urls, engine)
     sync = make_sync(transport, shard, pool, settings)
     reports = []
     try:
         for version in range(pushes):
-            change(shard, version)
+            if changing:
+                change(shard, version)
             reports.append(sync.push(version))
             assert pool is None or pool.version == version
     finally:

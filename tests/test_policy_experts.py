@@ -22,7 +22,7 @@ from expert_steps import (
     save,
 )
 from policy_steps import configuration, train
-from ranks import RankPool
+from ranks import RankError, RankPool
 from safetensors.torch import load_file
 from test_policy_update import VOCAB, plainly
 from tiny_models import _as_released, tiny_llama, tiny_qwen3_moe
@@ -92,6 +92,12 @@ def test_the_logits_notice(harm: Any, layout: str, ranks: RankPool, tmp_path: Pa
     config = moe(tmp_path)
     results = ranks.run(logits_by_row, LAYOUTS[layout][0], config, LAYOUTS[layout][1], harm)
     assert distance(results, expected_rows(config.model.path)) > 1e-3
+
+
+def test_parts_of_experts_on_several_ranks_that_exchange_tokens_need_a_gpu(ranks: RankPool, tmp_path: Path) -> None:
+    layout = LayoutConfig(tp=2, ep=2, sequence_parallel=True)
+    with pytest.raises(RankError, match=r"ep 2 ranks .* over etp 2 .* set layout.etp=1"):
+        ranks.run(logits_by_row, 4, moe(tmp_path), layout)
 
 
 # --- learning --------------------------------------------------------------------------------------------------------

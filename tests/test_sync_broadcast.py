@@ -14,7 +14,7 @@ from faulty_proxy import FaultyProxy
 from ranks import RankError, RankPool
 from served import Served, Servers
 from sync_steps import harm_in_the_middle, one_more_server, plant_a_wrong_byte, push_often
-from tiny_models import tiny_llama, tiny_qwen2, tiny_qwen3
+from tiny_models import tiny_llama, tiny_qwen2, tiny_qwen3, tiny_qwen3_moe
 
 DEADLINE_S = 24.0  # of one update, in the tests that waste a part of it
 ROOM = {"mem_fraction_static": 0.5}  # others on the machine take memory while a server starts
@@ -69,6 +69,20 @@ def test_what_other_families_have(ranks: RankPool, servers: Servers, family_mode
     biased = "model.layers.3.self_attn.qkv_proj.bias" in after
     assert biased != ("model.layers.3.self_attn.k_norm.weight" in after) and "lm_head.weight" in after
     assert [name for name in after if after[name] == before[name]] == [], "tensors that no push has changed"
+
+
+@pytest.mark.timeout(300)
+def test_experts_arrive_from_the_ranks_that_hold_them(ranks: RankPool, servers: Servers, tmp_path: Path):
+    """A push does not prove the server's stacked experts; a push of what it started with does, by its own checksums."""
+    model = tiny_qwen3_moe(tmp_path / "model", vocab=515, head_dim=16, expert_intermediate=32)
+    server = servers.shared("sglang", model, options=ROOM)
+    before = held(server)
+    (reports, *_) = ranks.run(push_often, 4, str(model), [server.url], 1, 2, 2, {}, "broadcast", "sglang", 2)
+    after = held(server)
+    assert reports[-1].unproven and all(".experts." in line for line in reports[-1].unproven)
+    assert [name for name in after if after[name] == before[name]] == [], "tensors that no push has changed"
+    ranks.run(push_often, 4, str(model), [server.url], 1, 2, 1, {}, "broadcast", "sglang", 2, False)
+    assert held(server) == before
 
 
 @pytest.mark.timeout(300)

@@ -123,7 +123,7 @@ class ModelConfig:
 
 @dataclass
 class LayoutConfig:
-    """How ranks divide the model. Ranks = tp * pp * dp."""
+    """How ranks divide the model. Ranks = tp * pp * dp; experts divide the tp * dp ranks of a stage over ep and etp."""
 
     tp: int = 1  # tensor parallel; divides the attention heads
     pp: int = 1  # pipeline stages; divides the layers

@@ -27,19 +27,25 @@ from clipo_megatron.weights.export import ExportPlan, export, plan_export
 from clipo_megatron.weights.families import entries, model_spec
 from clipo_megatron.weights.load import load_into
 from clipo_megatron.weights.reader import HFReader
-from clipo_megatron.weights.spec import read_config
+from clipo_megatron.weights.spec import ModelSpec, read_config
 
 LossFunction = Callable[[TokenBatch], Tensor]
 
 
 class PolicyActor:
-    """One rank's part of the policy. Every method is collective: all ranks call it, in the same order."""
+    """One rank's part of the policy. Every method is collective: all ranks call it, in the same order.
+
+    Raises:
+        ValueError: the layout divides experts as this machine's communication cannot.
+        WeightsError: the folder cannot be used, or not in this layout.
+    """
 
     def __init__(self, config: RunConfig, layout: Layout, *, needs: frozenset[Signal], total_steps: int):
         self.config = config
         self.layout = layout
         self.needs = needs
         self.spec = model_spec(read_config(config.model.path))
+        _check_experts(self.spec, layout)
         self.stages = layout.division.stages(self.spec.num_layers)
         self.transformer = transformer_config(self.spec, config.model, layout)
         with platform().cuda_tensor_names():
@@ -324,3 +330,12 @@ class PolicyActor:
             held = parameter.data.clone()
             parameter.data.copy_(other)
             other.copy_(held)
+
+
+def _check_experts(spec: ModelSpec, layout: Layout) -> None:
+    division = layout.division
+    if spec.experts is not None and division.ep > 1 and division.expert_tp > 1 and not platform().has_gpu:
+        raise ValueError(
+            f"experts over ep {division.ep} ranks cannot each be divided over etp {division.expert_tp} more on a CPU, "
+            "whose communication knows no gathering of unequal parts; set layout.etp=1"
+        )

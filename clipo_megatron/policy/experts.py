@@ -62,7 +62,7 @@ class Dispatcher(MoEAlltoAllTokenDispatcher):
     def _maybe_dtoh_and_synchronize(self, point: str, tokens_per_expert: Tensor | None = None) -> Tensor | None:
         tokens_per_expert = super()._maybe_dtoh_and_synchronize(point, tokens_per_expert)
         for name in ("input_splits", "output_splits", "output_splits_tp"):
-            if isinstance(counts := getattr(self, name), Tensor):
+            if isinstance(counts := getattr(self, name), Tensor) and counts.device.type == "cpu":
                 setattr(self, name, counts.numpy())
         return tokens_per_expert
 

@@ -39,6 +39,10 @@ class Layout:
     ep_group: dist.ProcessGroup
     etp_group: dist.ProcessGroup
 
+    def __str__(self) -> str:
+        experts = f", ep {self.division.ep} x etp {self.division.expert_tp}" if self.division.ep > 1 else ""
+        return f"tp {self.tp} x pp {self.pp} x dp {self.dp}{experts}"
+
     @property
     def tp(self) -> int:
         """Tensor-parallel ranks."""
