@@ -384,6 +384,13 @@ def test_the_command(dense: Path, checkpoint: Path, tmp_path: Path, capsys: pyte
     assert "nothing/config.json does not exist" in capsys.readouterr().err
 
 
+def test_a_checkpoint_without_its_config(checkpoint: Path, tmp_path: Path) -> None:
+    shutil.copytree(checkpoint, tmp_path / "old")
+    shutil.rmtree(tmp_path / "old" / "hf")
+    with pytest.raises(CheckpointError, match=r"old holds no hf/ with config\.json.*to-hf .*old OUT --hf MODEL"):
+        verify(checkpoint, tmp_path / "old")
+
+
 def test_a_conversion_that_cast(dense: Path, tmp_path: Path) -> None:
     convert(ToMegatron(dense, tmp_path / "bf16", dtype=torch.bfloat16))
     assert verify(dense, tmp_path / "bf16").comparison.equal == 0

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from clipo_megatron.config.model_folder import hf_folder
+from clipo_megatron.config.model_folder import HF_FILES, hf_folder, is_checkpoint
 from clipo_megatron.conversion.compare import Comparison, Fingerprint, Weights, compare
 from clipo_megatron.conversion.logits import LogitsDifference, difference, logits
 from clipo_megatron.conversion.verdict import show
@@ -147,7 +147,7 @@ def verify(
 ) -> Verdict:
     """Compare two folders; arguments and errors as for `run`."""
     start = time.monotonic()
-    configs = {side: read_config(hf_folder(path)) for side, path in (("A", a), ("B", b))}
+    configs = {side: _config(path) for side, path in (("A", a), ("B", b))}
     verdict = Verdict(a, b, tolerance=tolerance)
     verdict.defects = {side: _defects(path) for side, path in (("A", a), ("B", b))}
     verdict.architecture, tied = _compare_architectures(configs, verdict.remarks)
@@ -166,6 +166,15 @@ def verify(
         verdict.defects[side].append(str(error))
     verdict.seconds = time.monotonic() - start
     return verdict
+
+
+def _config(path: Path) -> dict[str, Any]:
+    if is_checkpoint(path) and not (hf_folder(path) / "config.json").is_file():
+        raise CheckpointError(
+            f"{path} holds no {HF_FILES}/ with config.json (it is older than that, or not ours): convert it with "
+            f"`clipo convert to-hf {path} OUT --hf MODEL`, and verify OUT"
+        )
+    return read_config(hf_folder(path))
 
 
 def _unknown(weights: Reader) -> list[str]:
