@@ -3,6 +3,7 @@
     checkpoints/step_000010/          written as .step_000010.partial, then renamed
         manifest.json                 step, facts of the run, size and CRC-32 of every file; written last
         policy/                       Megatron's torch_dist: parameters and optimizer, loadable in any layout
+        hf/                           config.json, tokenizer and what else stood beside the model's first weights
         <owner>.safetensors, .json    tensors and plain values of each other owner
 
 Owners' states are nested dicts of tensors and plain JSON values. Nothing is pickled by us. A checkpoint that was cut
@@ -27,6 +28,8 @@ import torch.distributed as dist
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+
+from clipo_megatron.config.model_folder import HF_FILES, POLICY
 
 MANIFEST = "manifest.json"
 _READ_BYTES = 1 << 24
@@ -61,6 +64,7 @@ class Checkpoints:
         keep: newest complete checkpoints that stay; 0 keeps all.
         facts: what a checkpoint and the run that resumes from it must agree on; "layout" may differ.
         say: takes one line of news; on rank 0.
+        beside: files of a checkpoint's hf/, by name; on rank 0. With them it can be exported without the source.
     """
 
     def __init__(
@@ -73,9 +77,11 @@ class Checkpoints:
         keep: int,
         facts: Mapping[str, Any],
         say: Callable[[str], None] = lambda line: None,
+        beside: Mapping[str, bytes] | None = None,
     ):
         self.folder, self.owners, self.keep, self.facts, self.say = folder, list(owners), keep, dict(facts), say
         self.save_policy, self.load_policy = save_policy, load_policy
+        self.beside = dict(beside or {})
 
     def save(self, step: int) -> Path:
         """Write the state after `step` steps, make it visible in one rename, then prune old ones.
@@ -88,9 +94,13 @@ class Checkpoints:
         with _writing(final):
             if _rank() == 0:
                 self._sweep()
-                (partial / "policy").mkdir(parents=True)
+                (partial / POLICY).mkdir(parents=True)
+                if self.beside:
+                    (partial / HF_FILES).mkdir()
+                for name, data in self.beside.items():
+                    _write_bytes(partial / HF_FILES / name, data)
             _barrier()
-            self.save_policy(partial / "policy")
+            self.save_policy(partial / POLICY)
             for owner in self.owners:
                 writes = owner.per_rank or owner.writes
                 state = owner.state_dict() if writes or owner.gathers else {}
@@ -157,7 +167,7 @@ class Checkpoints:
                     "it cannot go on from there. Restore that setting, choose another train.output, or start over "
                     "with checkpoint.resume=false"
                 )
-        self.load_policy(path / "policy")
+        self.load_policy(path / POLICY)
         for owner in self.owners:
             if not owner.reads:
                 continue
@@ -312,8 +322,12 @@ def _read_tree(path: Path) -> dict[str, Any]:
 
 
 def _write_text(path: Path, text: str) -> None:
-    with path.open("w") as file:
-        file.write(text)
+    _write_bytes(path, text.encode())
+
+
+def _write_bytes(path: Path, data: bytes) -> None:
+    with path.open("wb") as file:
+        file.write(data)
         file.flush()
         os.fsync(file.fileno())
 

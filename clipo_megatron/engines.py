@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from clipo_megatron.config.model_folder import hf_folder
 from clipo_megatron.config.schema import EngineKind, RunConfig, Transport, Unfinished
 from clipo_megatron.device import platform
 from clipo_megatron.policy.actor import PolicyActor
@@ -45,7 +46,7 @@ def build_engine(config: RunConfig, layout: Layout, tokenizer: Any, say: Callabl
     """
     if config.rollout.engine is EngineKind.local:
         return LocalEngine(
-            config.model.path,
+            hf_folder(config.model.path),
             dtype=TORCH_DTYPE[config.rollout.dtype or config.model.dtype],
             device=platform().device,
             batch_size=config.rollout.batch_size,

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from clipo_megatron.algorithms.algorithm import Algorithm, build_algorithm
 from clipo_megatron.checkpoint import Checkpoints, Owner
 from clipo_megatron.collector import Collector
+from clipo_megatron.config.model_folder import hf_folder
 from clipo_megatron.config.schema import RunConfig
 from clipo_megatron.data.prompts import load_tokenizer
 from clipo_megatron.data.sampler import PromptSampler
@@ -29,6 +30,7 @@ from clipo_megatron.reporting import Reporter
 from clipo_megatron.rewards.pool import GraderPool
 from clipo_megatron.rollout.engine import SamplingParams
 from clipo_megatron.stopping import Stopped, StopRequest
+from clipo_megatron.weights.source import files_beside
 
 
 class Run:
@@ -50,7 +52,8 @@ class Run:
         self._lock = claim(self.output) if self.is_main else None
         self.reporter = Reporter(config, is_main=self.is_main)
 
-        tokenizer = load_tokenizer(config.model.path)
+        model_files = hf_folder(config.model.path)
+        tokenizer = load_tokenizer(model_files)
         self.train_prompts, self.eval_prompts = load_problems(config, tokenizer, self.reporter.say)
         self.sampler = PromptSampler(
             len(self.train_prompts), config.data.prompts_per_step, seed=config.train.seed, shuffle=config.data.shuffle
@@ -61,7 +64,7 @@ class Run:
             temperature=config.rollout.temperature,
             top_p=config.rollout.top_p,
             top_k=config.rollout.top_k,
-            stop_ids=stop_ids(Path(config.model.path), tokenizer),
+            stop_ids=stop_ids(model_files, tokenizer),
             seed=config.train.seed,
         )
         self.askers = askers(config, self.layout)
@@ -235,6 +238,7 @@ class Run:
                 "layout": {"tp": layout.tp, "pp": layout.pp, "dp": layout.dp, "ep": layout.division.ep},
             },
             say=self.reporter.say,
+            beside=files_beside(self.config.model.path) if self.is_main else None,
         )
 
     def _rng_state(self) -> dict[str, Any]:

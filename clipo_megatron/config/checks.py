@@ -15,6 +15,7 @@ from typing import Any
 from clipo_megatron.config.checks_layout import division_problems
 from clipo_megatron.config.checks_rollout import rollout_problems
 from clipo_megatron.config.errors import ConfigError, Problem
+from clipo_megatron.config.model_folder import hf_folder, is_checkpoint
 from clipo_megatron.config.schema import Aggregation, AlgorithmName, EngineKind, LayoutConfig, RunConfig, SourceConfig
 
 ARCHITECTURES = (
@@ -106,6 +107,16 @@ def _model(config: RunConfig, ranks: int | None) -> Iterator[Problem]:
         reason = "there is no such folder" + ("" if folder.is_absolute() else f" below {Path.cwd()}")
         yield Problem(key, reason, "Give the path of a Hugging Face model folder on this machine", value)
         return
+    converted = is_checkpoint(folder)
+    if converted and not (hf_folder(folder) / "config.json").is_file():
+        reason = "it is a checkpoint without hf/config.json, from before those were kept"
+        yield Problem(key, reason, "Convert it (clipo convert to-hf CHECKPOINT OUT --hf MODEL) and give OUT", value)
+        return
+    if converted and config.rollout.engine is not EngineKind.local:
+        reason = f"it is a checkpoint, and {config.rollout.engine.value} serves Hugging Face folders"
+        yield Problem(key, reason, f"Run `clipo convert to-hf {folder} OUT` and set model.path to OUT", value)
+        return
+    weights, folder = folder, hf_folder(folder)
     file = folder / "config.json"
     try:
         facts = json.loads(file.read_text(encoding="utf-8"))
@@ -121,7 +132,7 @@ def _model(config: RunConfig, ranks: int | None) -> Iterator[Problem]:
         reason = f"its architecture is {architectures[0]}"
         yield Problem(key, reason, f"Supported are {', '.join(ARCHITECTURES)}", value)
         return
-    if not any(folder.glob("*.safetensors")):
+    if not converted and not any(weights.glob("*.safetensors")):
         yield Problem(key, "the folder has no *.safetensors", "Fetch the weights as safetensors", value)
     if not _has_chat_template(folder):
         reason = "its tokenizer has no chat template, so prompts cannot be rendered"

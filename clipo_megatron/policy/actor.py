@@ -14,6 +14,7 @@ from torch import Tensor
 from clipo_megatron.algorithms.base import Signal, TokenBatch
 from clipo_megatron.algorithms.correction import LARGEST_EXPONENT, SUMS, correction_metrics, correction_sums
 from clipo_megatron.algorithms.kl import kl_estimate
+from clipo_megatron.config.model_folder import hf_folder
 from clipo_megatron.config.schema import CorrectionKind, DType, RunConfig
 from clipo_megatron.device import platform
 from clipo_megatron.flow import MicroBatch, RolloutTable
@@ -26,7 +27,7 @@ from clipo_megatron.weights.coverage import check_tensors, match
 from clipo_megatron.weights.export import ExportPlan, export, plan_export
 from clipo_megatron.weights.families import entries, model_spec
 from clipo_megatron.weights.load import load_into
-from clipo_megatron.weights.reader import HFReader
+from clipo_megatron.weights.source import open_weights
 from clipo_megatron.weights.spec import ModelSpec, read_config
 
 LossFunction = Callable[[TokenBatch], Tensor]
@@ -44,7 +45,7 @@ class PolicyActor:
         self.config = config
         self.layout = layout
         self.needs = needs
-        self.spec = model_spec(read_config(config.model.path))
+        self.spec = model_spec(read_config(hf_folder(config.model.path)))
         _check_experts(self.spec, layout)
         self.stages = layout.division.stages(self.spec.num_layers)
         self.transformer = transformer_config(self.spec, config.model, layout)
@@ -71,11 +72,11 @@ class PolicyActor:
         self._forward_backward = get_forward_backward_func()
 
     def _load(self, folder: str) -> None:
-        """Fill this stage from a Hugging Face folder."""
+        """Fill this stage from a Hugging Face folder or a checkpoint."""
         at = self.layout.coordinates
         mapping = entries(self.spec, self.stages[self.layout.pp_rank], at)
         parameters = dict(self.stage.named_parameters())
-        with HFReader(folder) as reader:
+        with open_weights(folder, self.spec) as reader:
             if self.layout.rank == 0:
                 check_tensors(reader, self.spec)
             load_into(parameters.items(), mapping, reader, at)
