@@ -5,7 +5,9 @@
 A random Llama of so many gigabytes in bf16 is written below a temporary folder, and removed at the end. Each direction
 runs in a process of its own, whose peak memory (VmHWM) is shown. `cp -r` of the source, followed by `sync` of the
 copies, runs before and after each. All files are in the page cache when they are read, for `cp` as for conversions.
-Everything is on disk when a time is taken: conversions force each file there themselves.
+Everything is on disk when a time is taken: conversions force each file there themselves. A pause goes before each
+measurement: a virtual machine gives memory that was freed back to its host after a while, and writing is several times
+slower until it has it again, so that who writes at once after a file was removed would win.
 """
 
 from __future__ import annotations
@@ -29,11 +31,13 @@ from clipo_megatron.weights.families import entries, model_spec
 from clipo_megatron.weights.mapping import Stage
 from clipo_megatron.weights.safetensors import as_bytes, build
 
+PAUSE_S = 5.0
 HIDDEN, HEADS, KV_HEADS, INTERMEDIATE, VOCABULARY = 2048, 16, 4, 5632, 64_003
 _CHILD = """
 import re, sys, time
 from clipo_megatron import cli
 from clipo_megatron.conversion import running, to_hf, to_megatron
+time.sleep(float(sys.argv.pop(1)))
 began = time.monotonic()
 code = cli.main(sys.argv[1:])
 took = time.monotonic() - began
@@ -51,7 +55,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--tp", default="1")
     parser.add_argument("--pp", default="1")
-    parser.add_argument("--threads", default="4")
+    parser.add_argument("--threads", default="3")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         measure(Path(folder), options)
@@ -143,6 +147,7 @@ def write_model(folder: Path, nbytes: float, shard: float) -> int:
 
 def copy(source: Path, target: Path) -> float:
     """Seconds of `cp -r` and `sync` of what it wrote."""
+    time.sleep(PAUSE_S)
     began = time.monotonic()
     subprocess.run(["cp", "-r", source, target], check=True, timeout=600)
     subprocess.run(["sync", *target.iterdir()], check=True, timeout=600)
@@ -154,7 +159,11 @@ def copy(source: Path, target: Path) -> float:
 def convert(arguments: list[str]) -> tuple[float, int]:
     """Seconds of a conversion, without Python's start, and bytes of its process at its peak."""
     done = subprocess.run(
-        [sys.executable, "-c", _CHILD, "convert", *arguments], capture_output=True, text=True, timeout=1800, check=False
+        [sys.executable, "-c", _CHILD, str(PAUSE_S), "convert", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=1800,
+        check=False,
     )
     found = [line.split() for line in done.stdout.splitlines() if line.startswith("MEASURED")]
     if not found or found[0][1] != "0":
