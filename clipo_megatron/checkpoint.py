@@ -16,7 +16,6 @@ import json
 import os
 import re
 import shutil
-import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -30,9 +29,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from clipo_megatron.config.model_folder import HF_FILES, POLICY
+from clipo_megatron.files import crc32, sync, write_durably
 
 MANIFEST = "manifest.json"
-_READ_BYTES = 1 << 24
 
 
 class CheckpointError(RuntimeError):
@@ -98,7 +97,7 @@ class Checkpoints:
                 if self.beside:
                     (partial / HF_FILES).mkdir()
                 for name, data in self.beside.items():
-                    _write_bytes(partial / HF_FILES / name, data)
+                    write_durably(partial / HF_FILES / name, data)
             _barrier()
             self.save_policy(partial / POLICY)
             for owner in self.owners:
@@ -109,10 +108,10 @@ class Checkpoints:
             _barrier()
             manifest = {"step": step, "world": _world(), **self.facts, "files": _contents(partial)}
             if _rank() == 0:
-                _write_text(partial / MANIFEST, json.dumps(manifest, indent=1))
+                write_durably(partial / MANIFEST, json.dumps(manifest, indent=1))
                 _remove(final)  # of this step, but damaged: a complete one would have been resumed from
                 os.replace(partial, final)
-                _sync(self.folder)
+                sync(self.folder)
                 for old in self.complete()[: -self.keep] if self.keep > 0 else []:
                     _remove(old)
             _barrier()
@@ -219,7 +218,7 @@ def _contents(folder: Path) -> dict[str, dict[str, int]]:
     """
     names = _from_rank_0(lambda: sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()))
     mine = {
-        name: {"bytes": (folder / name).stat().st_size, "crc32": _crc32(folder / name)}
+        name: {"bytes": (folder / name).stat().st_size, "crc32": crc32(folder / name)}
         for name in names[_rank() :: _world()]
     }
     parts: list[dict[str, dict[str, int]]] = [{} for _ in range(_world())]
@@ -232,19 +231,11 @@ def _changed(path: Path) -> str:
     written = json.loads((path / MANIFEST).read_text())["files"]
     found = ""
     for name in sorted(written)[_rank() :: _world()]:
-        if not found and _crc32(path / name) != written[name]["crc32"]:
+        if not found and crc32(path / name) != written[name]["crc32"]:
             found = f"the bytes of {name} are not those that were written"
     parts = [""] * _world()
     dist.all_gather_object(parts, found)
     return next(filter(None, parts), "")
-
-
-def _crc32(path: Path) -> int:
-    code = 0
-    with path.open("rb") as file:
-        while block := file.read(_READ_BYTES):
-            code = zlib.crc32(block, code)
-    return code
 
 
 def _remove(path: Path) -> None:
@@ -300,8 +291,8 @@ def _write_tree(path: Path, state: Mapping[str, Any]) -> None:
     tree = strip(state, "")
     if tensors:
         save_file(tensors, _tensor_file(path))
-        _sync(_tensor_file(path))
-    _write_text(_tree_file(path), json.dumps(tree))
+        sync(_tensor_file(path))
+    write_durably(_tree_file(path), json.dumps(tree))
 
 
 def _read_tree(path: Path) -> dict[str, Any]:
@@ -319,26 +310,6 @@ def _read_tree(path: Path) -> dict[str, Any]:
         return value
 
     return fill(tree)
-
-
-def _write_text(path: Path, text: str) -> None:
-    _write_bytes(path, text.encode())
-
-
-def _write_bytes(path: Path, data: bytes) -> None:
-    with path.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _sync(path: Path) -> None:
-    """Force a file or folder to disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _rank() -> int:

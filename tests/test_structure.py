@@ -16,7 +16,7 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 
 # A room imports rooms of earlier levels only; rooms of one level do not know each other.
 LEVELS = (
-    {"flow", "config", "quiet"},
+    {"flow", "config", "quiet", "files"},
     {"device"},
     {"data", "rewards", "rollout", "algorithms", "weights"},
     {"policy", "sync", "evaluation", "checkpoint", "report", "output"},

@@ -51,56 +51,26 @@ _TURNS = (
 )
 
 
-def tiny_llama(
-    path: str | Path,
-    *,
-    tied: bool = True,
-    vocab: int = TOKENIZER_SIZE,
-    hidden: int = 64,
-    heads: int = 4,
-    kv_heads: int = 2,
-    layers: int = 4,
-    head_dim: int = 16,
-    intermediate: int = 112,
-    seed: int = 0,
-    default_system: bool = False,
-) -> Path:
-    """Write a Llama folder (config, fp32 safetensors, tokenizer) to `path` and return it.
+_MILLION = {"rope_type": "default", "rope_theta": 1_000_000.0}
+
+
+def tiny_llama(path: str | Path, *, head_dim: int = 16, **options: Any) -> Path:
+    """Write a Llama folder (config, fp32 safetensors, tokenizer) to `path` and return it; `options`: of `_decoder`.
 
     `vocab` is the model's; the tokenizer always has 259 ids, the three special ones first.
     `default_system`: the chat template puts `DEFAULT_SYSTEM_PROMPT` before a conversation without a system turn.
     """
-    config = LlamaConfig(
-        vocab_size=vocab,
-        hidden_size=hidden,
-        num_attention_heads=heads,
-        num_key_value_heads=kv_heads,
-        num_hidden_layers=layers,
-        head_dim=head_dim,
-        intermediate_size=intermediate,
-        tie_word_embeddings=tied,
-        max_position_embeddings=2048,
-        rms_norm_eps=1e-5,
-        bos_token_id=BOS,
-        eos_token_id=EOS,
-        pad_token_id=PAD,
-    )
-    return _write(Path(path), config, seed, default_system)
+    return _decoder(Path(path), LlamaConfig, {"rms_norm_eps": 1e-5}, head_dim=head_dim, **options)
 
 
 def tiny_qwen2(
     path: str | Path,
     *,
-    tied: bool = True,
-    vocab: int = TOKENIZER_SIZE,
     hidden: int = 64,
     heads: int = 4,
-    kv_heads: int = 2,
-    layers: int = 4,
     head_dim: int = 16,
-    intermediate: int = 112,
-    seed: int = 0,
     default_system: bool = True,
+    **options: Any,
 ) -> Path:
     """As `tiny_llama`, with Qwen2's biases on query, key and value, its rope base and its default system prompt.
 
@@ -108,68 +78,35 @@ def tiny_qwen2(
     """
     if hidden != heads * head_dim:
         raise ValueError(f"Qwen2 needs hidden == heads * head_dim, got {hidden} != {heads} * {head_dim}")
-    config = Qwen2Config(
-        vocab_size=vocab,
-        hidden_size=hidden,
-        num_attention_heads=heads,
-        num_key_value_heads=kv_heads,
-        num_hidden_layers=layers,
-        intermediate_size=intermediate,
-        tie_word_embeddings=tied,
-        max_position_embeddings=2048,
-        rms_norm_eps=1e-6,
-        rope_parameters={"rope_type": "default", "rope_theta": 1_000_000.0},
-        use_sliding_window=False,
-        bos_token_id=BOS,
-        eos_token_id=EOS,
-        pad_token_id=PAD,
-    )
-    return _write(Path(path), config, seed, default_system)
+    fields = {"rms_norm_eps": 1e-6, "rope_parameters": dict(_MILLION), "use_sliding_window": False}
+    sizes = {"hidden": hidden, "heads": heads, "default_system": default_system}
+    return _decoder(Path(path), Qwen2Config, fields, **sizes, **options)
 
 
 def tiny_qwen3_moe(
     path: str | Path,
     *,
     tied: bool = False,
-    vocab: int = TOKENIZER_SIZE,
-    hidden: int = 64,
-    heads: int = 4,
-    kv_heads: int = 2,
-    layers: int = 4,
     head_dim: int = 24,
-    intermediate: int = 112,
     experts: int = 8,
     per_token: int = 2,
     expert_intermediate: int = 40,
     renormalised: bool = True,
     dense_layers: tuple[int, ...] = (),
-    seed: int = 0,
-    default_system: bool = False,
+    **options: Any,
 ) -> Path:
     """As `tiny_llama`, with Qwen3's q/k norms and experts in all but the `dense_layers`, a tensor each as released."""
-    config = Qwen3MoeConfig(
-        vocab_size=vocab,
-        hidden_size=hidden,
-        num_attention_heads=heads,
-        num_key_value_heads=kv_heads,
-        num_hidden_layers=layers,
-        head_dim=head_dim,
-        intermediate_size=intermediate,
-        num_experts=experts,
-        num_experts_per_tok=per_token,
-        moe_intermediate_size=expert_intermediate,
-        norm_topk_prob=renormalised,
-        mlp_only_layers=list(dense_layers),
-        decoder_sparse_step=1,
-        tie_word_embeddings=tied,
-        max_position_embeddings=2048,
-        rms_norm_eps=1e-6,
-        rope_parameters={"rope_type": "default", "rope_theta": 1_000_000.0},
-        bos_token_id=BOS,
-        eos_token_id=EOS,
-        pad_token_id=PAD,
-    )
-    return _write(Path(path), config, seed, default_system)
+    fields = {
+        "num_experts": experts,
+        "num_experts_per_tok": per_token,
+        "moe_intermediate_size": expert_intermediate,
+        "norm_topk_prob": renormalised,
+        "mlp_only_layers": list(dense_layers),
+        "decoder_sparse_step": 1,
+        "rms_norm_eps": 1e-6,
+        "rope_parameters": dict(_MILLION),
+    }
+    return _decoder(Path(path), Qwen3MoeConfig, fields, tied=tied, head_dim=head_dim, **options)
 
 
 def tiny_qwen3(path: str | Path, *, head_dim: int = 24, **options: Any) -> Path:

@@ -30,7 +30,7 @@ from clipo_megatron.conversion.plan import (
     Tick,
     Unit,
 )
-from clipo_megatron.conversion.work import write_durably
+from clipo_megatron.files import write_durably
 from clipo_megatron.weights.coverage import EMBEDDING, OUTPUT, check_tensors
 from clipo_megatron.weights.errors import CheckpointError, CoverageError
 from clipo_megatron.weights.families import model_spec

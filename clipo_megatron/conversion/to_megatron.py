@@ -43,7 +43,7 @@ from clipo_megatron.conversion.plan import (
     Tick,
     Unit,
 )
-from clipo_megatron.conversion.work import write_durably
+from clipo_megatron.files import crc32, write_durably
 from clipo_megatron.weights.coverage import check_tensors
 from clipo_megatron.weights.division import Division
 from clipo_megatron.weights.families import entries, model_spec
@@ -51,7 +51,7 @@ from clipo_megatron.weights.kinds import Row, Shape, Source, Vocab
 from clipo_megatron.weights.load import check_shapes
 from clipo_megatron.weights.mapping import Coordinates, Entry, Stage
 from clipo_megatron.weights.reader import HFReader
-from clipo_megatron.weights.source import MANIFEST, crc32, files_beside
+from clipo_megatron.weights.source import MANIFEST, files_beside
 from clipo_megatron.weights.spec import read_config
 from clipo_megatron.weights.torch_dist import METADATA
 

@@ -15,11 +15,12 @@ import os
 import shutil
 import socket
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
 from clipo_megatron.conversion.plan import ConversionError, Record, Span, Tick
+from clipo_megatron.files import sync, sync_tree, write_durably
 
 _SPARE_BYTES = 64 * 1024**2  # beyond the weights: tokenizer, metadata, the journal
 _READ_BYTES = 1 << 22
@@ -79,7 +80,7 @@ class WorkFolder:
         self._refuse_existing()
         sync_tree(self.content)
         os.rename(self.content, self.target)
-        _sync(self.target.parent)
+        sync(self.target.parent)
         shutil.rmtree(self.folder, ignore_errors=True)
         self.release()
 
@@ -186,32 +187,3 @@ def crc32_of(descriptor: int, start: int, nbytes: int, tick: Tick) -> int | None
         done += count
         tick(count)
     return code
-
-
-def write_durably(path: Path, data: str | bytes) -> None:
-    """Write a small file, all of it or nothing, to disk."""
-    partial = path.with_name(path.name + ".tmp")
-    with partial.open("wb") as file:
-        file.write(data.encode() if isinstance(data, str) else data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
-
-
-def sync_tree(folder: Path) -> None:
-    """Force the names in a folder, and in those below it, to disk. Files are forced by those who write them."""
-    for each in _folders(folder):
-        _sync(each)
-
-
-def _folders(folder: Path) -> Iterator[Path]:
-    for place, _, _ in os.walk(folder):
-        yield Path(place)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

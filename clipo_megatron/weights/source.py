@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from fnmatch import fnmatchcase
 from pathlib import Path
 
 from clipo_megatron.config.model_folder import HF_FILES, POLICY, hf_folder, is_checkpoint
+from clipo_megatron.files import crc32
 from clipo_megatron.weights.errors import CheckpointError
 from clipo_megatron.weights.families import model_spec
 from clipo_megatron.weights.reader import INDEX, HFReader
@@ -20,7 +20,6 @@ LAYOUT = "weights.json"  # of a checkpoint's hf/: how the source's weights were 
 # Weights, in whatever format, and what tools leave in a folder. Everything else in it is kept.
 _NOT_KEPT = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.gguf", "*.h5", "*.msgpack", "*.onnx", "*.index.json", ".*")
 _LARGEST_KEPT = 64 * 1024**2
-_READ_BYTES = 1 << 22
 
 Reader = HFReader | TorchDistReader
 
@@ -110,20 +109,4 @@ def _defect(file: Path, entry: Mapping[str, int], contents: bool) -> str:
     return ""
 
 
-def blocks(file: Path) -> Iterator[memoryview]:
-    """The contents of a file, in pieces that are valid until the next is taken."""
-    buffer = memoryview(bytearray(_READ_BYTES))
-    with file.open("rb", buffering=0) as source:
-        while count := source.readinto(buffer):
-            yield buffer[:count]
-
-
-def crc32(file: Path) -> int:
-    """Of a file's contents."""
-    code = 0
-    for block in blocks(file):
-        code = zlib.crc32(block, code)
-    return code
-
-
-__all__ = ["HF_FILES", "LAYOUT", "MANIFEST", "Reader", "crc32", "files_beside", "manifest_defects", "open_weights"]
+__all__ = ["HF_FILES", "LAYOUT", "MANIFEST", "Reader", "files_beside", "manifest_defects", "open_weights"]
