@@ -84,7 +84,7 @@ class Conversion(ABC):
 
     @abstractmethod
     def write(self, unit: Unit, content: Path, tick: Tick) -> Record:
-        """Do a unit; when this returns, its spans are on disk."""
+        """Do a unit; when this returns, its spans are written, and whoever called forces their files to disk."""
 
     @abstractmethod
     def finish(self, content: Path, records: Sequence[Record]) -> None:

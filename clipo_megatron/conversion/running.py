@@ -8,6 +8,8 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent import futures
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -15,8 +17,10 @@ from clipo_megatron.conversion.plan import Check, Conversion, ConversionError, R
 from clipo_megatron.conversion.progress import Meter
 from clipo_megatron.conversion.ranks import Ranks
 from clipo_megatron.conversion.work import WorkFolder, crc32_of
+from clipo_megatron.files import sync
 
 MOST_THREADS = 4
+_LAST_S = 30.0  # for threads to end
 STALL_S = 900.0  # without a byte read or written anywhere: the disk hangs
 
 Item = TypeVar("Item")
@@ -114,7 +118,6 @@ def _check_source(conversion: Conversion, ranks: Ranks, team: Team) -> None:
 def _write(conversion: Conversion, work: WorkFolder, ranks: Ranks, team: Team, meter: Meter) -> None:
     known = work.records()
     mine = ranks.share(conversion.units)
-    journal, noting = work.journal(ranks.rank), threading.Lock()
     changed: list[str] = []
 
     def write(unit: Unit, tick: Callable[[int], None]) -> None:
@@ -131,16 +134,56 @@ def _write(conversion: Conversion, work: WorkFolder, ranks: Ranks, team: Team, m
                 return
             changed.append(unit.name)
             tick(-min(counted, unit.nbytes))
-        record = conversion.write(unit, work.content, tick)
-        with noting:
-            journal.note(record)
+        forcing.add(conversion.write(unit, work.content, tick))
 
-    try:
+    with _Forcing(work, ranks.rank) as forcing:
         team.run("writing", mine, write, conversion.nbytes)
-    finally:
-        journal.close()
+        forcing.wait()
     if changed:
         meter.say(f"wrote {len(changed)} parts again that had changed since they were written")
+
+
+class _Forcing:
+    """Forces what units wrote to disk and notes them in the journal, beside the threads that write: those would only
+    wait, and a disk takes several files at once."""
+
+    def __init__(self, work: WorkFolder, rank: int) -> None:
+        self._work, self._journal, self._noting = work, work.journal(rank), threading.Lock()
+        self._pool = ThreadPoolExecutor(MOST_THREADS, thread_name_prefix="to disk")
+        self._begun: list[Future[None]] = []
+
+    def __enter__(self) -> _Forcing:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._pool.shutdown(wait=False)
+        futures.wait(self._begun, _LAST_S)  # what was written is not lost when a conversion is stopped
+        self._journal.close()
+
+    def add(self, record: Record) -> None:
+        """A unit that was written."""
+        self._begun.append(self._pool.submit(self._force, record))
+
+    def wait(self) -> None:
+        """Until all of them are on disk.
+
+        Raises:
+            OSError: one could not be. ConversionError: the disk hangs.
+        """
+        for each in self._begun:
+            try:
+                each.result(STALL_S)
+            except futures.TimeoutError:
+                raise ConversionError(
+                    f"{self._work.target} was not forced to disk within {STALL_S:.0f} s: the disk hangs. The same "
+                    "command goes on from what is done"
+                ) from None
+
+    def _force(self, record: Record) -> None:
+        for name in sorted({span.file for span in record.spans}):
+            sync(self._work.content / name)
+        with self._noting:
+            self._journal.note(record)
 
 
 def _all_records(conversion: Conversion, work: WorkFolder) -> Sequence[Record]:
@@ -220,7 +263,7 @@ class Team:
         finally:
             stop.set()
             for worker in workers:
-                worker.join(30)
+                worker.join(_LAST_S)
             self._meter.end()
         if errors:
             raise errors[0]

@@ -130,7 +130,6 @@ class ToHF(Conversion):
                     _write_at(descriptor, piece, end)
                     end += len(piece)
                     tick(len(piece))
-            os.fsync(descriptor)
         finally:
             os.close(descriptor)
         return Record(unit.name, (Span(task.file, start, end - start, code),))

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import pickle
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -152,8 +151,6 @@ class ToMegatron(Conversion):
                     items.append(
                         [entry.key, dtype, offset, list(part.shape), file.path.name, start, file.nbytes - start]
                     )
-            for file in files.values():
-                file.sync()
             spans = tuple(Span(f"{POLICY}/{file.path.name}", 0, file.nbytes, file.crc32) for file in files.values())
         return Record(unit.name, spans, tuple(items))
 
@@ -362,10 +359,6 @@ class _Stream(io.RawIOBase):
         self.nbytes += len(view)
         self._tick(len(view))
         return len(view)
-
-    def sync(self) -> None:
-        """Force it to disk."""
-        os.fsync(self._file.fileno())
 
     def close(self) -> None:
         """Idempotent."""
