@@ -92,6 +92,7 @@ EXPERTS = {"architectures": ["Qwen3MoeForCausalLM"], "num_experts": 8, "moe_inte
     ("settings", "ranks"),
     [
         ({"layout__ep": 4}, 4),
+        ({"layout__ep": 4}, None),
         ({"layout__ep": 2, "layout__pp": 2}, 4),
         ({"layout__tp": 2, "layout__ep": 2, "layout__etp": 1, "layout__sequence_parallel": True}, 2),
         ({"layout__pp": 4, "layout__first_stage_layers": 6, "layout__ep": 2}, 8),
@@ -106,7 +107,8 @@ def test_layouts_of_experts_that_fit(config, folder, settings, ranks):
     ("settings", "ranks", "key", "part"),
     [
         ({"layout__ep": 3}, 3, "layout.ep", "Valid for this model: 1, 2, 4, 8"),
-        ({"layout__ep": 2}, None, "layout.ep", "tp * dp = 1 * 1"),
+        ({"layout__ep": 2}, 1, "layout.ep", "tp * dp = 1 * 1"),
+        ({"layout__ep": 2, "layout__dp": 1}, None, "layout.ep", "tp * dp = 1 * 1"),
         ({"layout__ep": 2, "layout__etp": 3}, 6, "layout.etp", "inner size of an expert, 40"),
         ({"layout__ep": 0}, 2, "layout.ep", "at least 1"),
         ({"layout__tp": 2}, 2, "layout.sequence_parallel", "Set it to true"),
@@ -363,6 +365,9 @@ def test_loopback():
 def test_ranks():
     assert requested_ranks(LayoutConfig(tp=2, pp=3)) == 6
     assert requested_ranks(LayoutConfig(tp=2, pp=3, dp=4)) == 24
+    assert requested_ranks(LayoutConfig(pp=2, ep=4)) == 8
+    assert requested_ranks(LayoutConfig(tp=2, ep=4, etp=1)) == 4
+    assert requested_ranks(LayoutConfig(tp=2, ep=4)) == 8
     assert data_parallel(LayoutConfig(tp=2), 8) == 4
     assert data_parallel(LayoutConfig(tp=2), None) == 1
 

@@ -9,6 +9,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Iterator
+from math import gcd
 from pathlib import Path
 from typing import Any
 
@@ -53,15 +54,23 @@ def check(config: RunConfig, *, ranks: int | None = None) -> None:
 
 
 def requested_ranks(layout: LayoutConfig) -> int:
-    """Ranks that the layout needs when no launcher says otherwise: tp * pp * dp, dp being 1 unless given."""
-    return layout.tp * layout.pp * (layout.dp or 1)
+    """Ranks that the layout needs when no launcher says otherwise: tp * pp * dp, with as small a dp as can be."""
+    return layout.tp * layout.pp * (layout.dp or _fewest_replicas(layout))
 
 
 def data_parallel(layout: LayoutConfig, ranks: int | None) -> int:
     """Model replicas: `layout.dp`, or what the ranks leave over after tp * pp; at least 1."""
     if layout.dp is not None:
         return layout.dp
-    return max(1, (ranks or 1) // max(1, layout.tp * layout.pp))
+    if ranks is None:
+        return _fewest_replicas(layout)
+    return max(1, ranks // max(1, layout.tp * layout.pp))
+
+
+def _fewest_replicas(layout: LayoutConfig) -> int:
+    """Experts are divided over the tp * dp ranks of a stage: with fewer replicas some would have no place."""
+    experts = max(1, layout.ep * (layout.tp if layout.etp is None else layout.etp))
+    return experts // gcd(experts, max(1, layout.tp))
 
 
 def source_name(source: SourceConfig) -> str:

@@ -131,7 +131,7 @@ class LayoutConfig:
     last_stage_layers: Optional[int] = None  # layers of the last stage; None: as many as the others
     ep: int = 1  # expert parallel; divides the experts, over the tp * dp ranks of a stage
     etp: Optional[int] = None  # ranks that each expert is divided over; None: tp
-    dp: Optional[int] = None  # data parallel; None: ranks / (tp * pp), and 1 when `clipo train` starts the ranks
+    dp: Optional[int] = None  # data parallel; None: ranks / (tp * pp), or as few as can be if `clipo train` starts them
     sequence_parallel: bool = False  # shard the sequence between tensor-parallel regions; needs tp > 1
     max_tokens_per_microbatch: int = 8192  # packed tokens of one forward; a longer rollout gets its own
     share_prompts: Optional[bool] = None  # compute a group's prompt once; None: where the attention can
