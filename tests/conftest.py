@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -39,6 +41,17 @@ def servers() -> Iterator[Servers]:
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny random Llama that servers share, with heads that vLLM can compute on a CPU; not to be written to."""
     return tiny_llama(tmp_path_factory.mktemp("tiny") / "model", tied=False, head_dim=32)
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Path:
+    """The quickstart's model, fetched as the quickstart fetches it; not to be written to."""
+    root = Path(__file__).parents[1]
+    folder = root / "models" / "SmolLM2-135M-Instruct"
+    script = "import sys; from pathlib import Path; from smollm2 import fetch; fetch(Path(sys.argv[1]))"
+    where = root / "examples" / "quickstart"
+    subprocess.run([sys.executable, "-c", script, str(folder)], cwd=where, check=True, timeout=280)
+    return folder
 
 
 @pytest.fixture(scope="session")

@@ -31,7 +31,6 @@ from clipo_megatron.weights.spec import read_config
 
 pytestmark = pytest.mark.timeout(120)
 
-SMOLLM2 = Path(__file__).parents[1] / "models" / "SmolLM2-135M-Instruct"
 LAYOUTS = {
     "one rank": {},
     "tp2 pp2": {"tp": 2, "pp": 2},
@@ -195,9 +194,8 @@ def test_what_cannot_be_converted_is_refused(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint", "hf"]
 
 
-@pytest.mark.skipif(not (SMOLLM2 / "model.safetensors").exists(), reason="models/SmolLM2-135M-Instruct is not here")
-def test_smollm2_both_ways(tmp_path: Path) -> None:
-    checkpoint = import_model(SMOLLM2, tmp_path / "checkpoint", tp=3, pp=2)
+def test_smollm2_both_ways(smollm2: Path, tmp_path: Path) -> None:
+    checkpoint = import_model(smollm2, tmp_path / "checkpoint", tp=3, pp=2)
     release = export_model(checkpoint, tmp_path / "release")
-    source = {name: code for name, code in contents(SMOLLM2).items() if "/" not in name and not name.startswith(".")}
+    source = {name: code for name, code in contents(smollm2).items() if "/" not in name and not name.startswith(".")}
     assert contents(release) == source
