@@ -9,13 +9,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from policy_steps import scored_groups
-from test_policy_update import OLD_SHIFT, REFERENCE_SHIFT, VOCAB, shift
 from torch import Tensor
+from update_steps import VOCAB, actor_on, bare, one_update
 
 from clipo_megatron.algorithms.algorithm import build_algorithm
 from clipo_megatron.config.schema import LayoutConfig, RunConfig
 from clipo_megatron.flow import Sample
-from clipo_megatron.policy import layout as layouts
 from clipo_megatron.policy import state
 from clipo_megatron.policy.actor import PolicyActor
 from clipo_megatron.policy.batching import Batcher
@@ -34,12 +33,6 @@ def samples() -> list[Sample]:
             response = torch.randint(0, VOCAB, (length,), generator=generator)
             result.append(Sample(len(result), group, prompt, response, torch.zeros(length)))
     return result
-
-
-def actor_on(config: RunConfig, layout_config: LayoutConfig) -> PolicyActor:
-    config.layout = layout_config
-    layout = layouts.initialize(config.layout, seed=0)
-    return PolicyActor(config, layout, needs=build_algorithm(config).needs, total_steps=100)
 
 
 def logits_by_row(
@@ -72,50 +65,9 @@ def logits_by_row(
     return {"rows": rows, "exported": exported}
 
 
-def one_update(config: RunConfig, layout_config: LayoutConfig) -> dict[str, Any]:
-    """Gradients by Hugging Face name, the loss and the norm of one update on one mini-batch."""
-    config.algorithm.mini_batches = 1
-    config.optimizer.max_grad_norm = 0.0  # clipping would scale the gradients where they lie
-    actor = actor_on(config, layout_config)
-    algorithm, batcher = build_algorithm(config), Batcher.of(config, actor.layout)
-    mine = scored_groups(0, vocab=VOCAB)[actor.layout.rank :: actor.layout.world]
-    table, held = build_table(mine, step=0)
-    batch = batcher.mini_batches_of(held, table)[0]
-    actor.score(batch.micro_batches, table)
-    if actor.layout.is_last_stage:
-        for micro in batch.micro_batches:
-            micro.reference_logprobs = micro.old_logprobs + shift("reference", micro.targets, REFERENCE_SHIFT)
-            micro.old_logprobs = micro.old_logprobs + shift("old", micro.targets, OLD_SHIFT)
-    advantage = algorithm.advantage(table, algorithm.shape_reward(table))
-    weight = algorithm.token_weight(table, batch.rows[algorithm.select(table)])
-    credited = batcher.credit(batch, advantage, weight, skip_zero_advantage=not algorithm.learns_without_advantage)
-    metrics = actor.update(credited, algorithm.loss)
-    gradients = {_bare(name): _reduced(parameter, shard) for name, parameter, shard in state._shards(actor.optimizer)}
-    whole = export(actor.export_plan, [gradients], actor.layout.holder)
-    return {
-        "gradients": {name: grad.clone() for name, grad in whole},
-        "metrics": metrics,
-        "advantage": advantage,
-        "micro_batches": len(credited),
-    }
-
-
-def _bare(name: str) -> str:
-    """Without the data-parallel wrapper's prefix."""
-    return name.removeprefix("module.")
-
-
-def _reduced(parameter: torch.nn.Parameter, shard: Any) -> Tensor:
-    """A gradient put together from what each rank that copies the parameter has summed."""
-    whole = torch.zeros(parameter.numel())
-    whole[shard.start : shard.stop] = parameter.main_grad.view(-1)[shard.start : shard.stop]
-    dist.all_reduce(whole, group=shard.group)
-    return whole.view(parameter.shape)
-
-
 def optimizer_state(actor: PolicyActor) -> dict[str, dict[str, Tensor]]:
     """Master parameters and moments by Hugging Face name, and how many updates were counted."""
-    held = {_bare(name): state._gathered(parameter, shard) for name, parameter, shard in state._shards(actor.optimizer)}
+    held = {bare(name): state._gathered(parameter, shard) for name, parameter, shard in state._shards(actor.optimizer)}
     found = {}
     for kind in (state.MASTER, *state.MOMENTS):
         whole = export(actor.export_plan, [{name: kinds[kind] for name, kinds in held.items()}], actor.layout.holder)

@@ -17,15 +17,12 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
+from lone_ranks import lone_rank, meta_stages
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
-from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from clipo_megatron.config.schema import DType, LayoutConfig, ModelConfig
-from clipo_megatron.policy import layout as layouts
-from clipo_megatron.policy.model import PolicyStage, build_stages, transformer_config
+from clipo_megatron.config.schema import LayoutConfig
+from clipo_megatron.policy.model import PolicyStage
 from clipo_megatron.weights.coverage import match
 from clipo_megatron.weights.division import Division
 from clipo_megatron.weights.errors import CoverageError
@@ -65,38 +62,20 @@ def config_of(release: Release) -> dict[str, Any]:
     return json.loads((ARCHITECTURES / release.file).read_text())
 
 
-class OnMeta(TorchFunctionMode):
-    """Memory that a model asks for stays on the meta device, whichever device it asks for."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = dict(kwargs or {})
-        if func in (torch.empty, torch.zeros, torch.ones):
-            kwargs["device"] = "meta"
-        return func(*args, **kwargs)
-
-
 @contextmanager
 def stage_of(spec: ModelSpec, division: Division, rank: int) -> Iterator[PolicyStage]:
     """The model chunk of one rank."""
-    world = division.tp * division.pp
-    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world)
-    try:
-        config = LayoutConfig(
-            tp=division.tp,
-            pp=division.pp,
-            ep=division.ep,
-            etp=division.etp,
-            first_stage_layers=division.first_layers,
-            last_stage_layers=division.last_layers,
-        )
-        layout = layouts.initialize(config, seed=0)
-        with OnMeta():
-            (stage,) = build_stages(
-                spec, transformer_config(spec, ModelConfig(path="", dtype=DType.bf16), layout), layout
-            )
+    config = LayoutConfig(
+        tp=division.tp,
+        pp=division.pp,
+        ep=division.ep,
+        etp=division.etp,
+        first_stage_layers=division.first_layers,
+        last_stage_layers=division.last_layers,
+    )
+    with lone_rank(config, rank=rank, world=division.tp * division.pp) as layout:
+        (stage,) = meta_stages(spec, layout)
         yield stage
-    finally:
-        layouts.shutdown()
 
 
 class Thin:

@@ -16,7 +16,6 @@ from expert_steps import (
     forget_copies_of_experts,
     load_and_save,
     logits_by_row,
-    one_update,
     permute_experts,
     samples,
     save,
@@ -24,10 +23,10 @@ from expert_steps import (
 from policy_steps import configuration, train
 from ranks import RankError, RankPool
 from safetensors.torch import load_file
-from test_policy_update import VOCAB, plainly
 from tiny_models import _as_released, tiny_llama, tiny_qwen3_moe
 from torch import Tensor
 from transformers import AutoModelForCausalLM
+from update_steps import VOCAB, one_update, plainly
 
 from clipo_megatron.config.schema import KLConfig, KLKind, LayoutConfig, RunConfig
 from clipo_megatron.weights.reader import SINGLE

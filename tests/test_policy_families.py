@@ -17,7 +17,7 @@ import torch.distributed as dist
 from policy_steps import configuration, train
 from ranks import RankPool
 from safetensors.torch import load_file, save_file
-from tiny_models import tiny_llama, tiny_mistral, tiny_phi3, tiny_qwen2, tiny_qwen3
+from tiny_models import LLAMA3, tiny_llama, tiny_mistral, tiny_phi3, tiny_qwen2, tiny_qwen3
 from torch import Tensor
 
 from clipo_megatron.algorithms.base import Signal
@@ -29,14 +29,6 @@ from clipo_megatron.weights.reader import SINGLE
 
 VOCAB = 263  # odd: padded under tensor parallelism
 LINEAR = {"rope_type": "linear", "factor": 4.0, "rope_theta": 500.0}
-LLAMA3 = {
-    "rope_type": "llama3",
-    "factor": 4.0,
-    "low_freq_factor": 1.5,
-    "high_freq_factor": 5.0,
-    "original_max_position_embeddings": 8,
-    "rope_theta": 500.0,
-}
 
 
 def rescaled(parameters: dict[str, Any], generation: int, folder: Path, **options: Any) -> Path:
@@ -113,7 +105,7 @@ def stage_logits(folder: Path, layout_config: LayoutConfig) -> dict[str, Any]:
 def whole_pipeline(actor: Any, layout: layouts.Layout, micro: Any) -> Tensor | None:
     """Hidden states [T, H] after the last stage; None before it."""
     stage = actor.stage
-    if not layout.is_first_stage:
+    if layout.pp_rank > 0:
         width = actor.spec.hidden_size
         received = torch.empty(micro.tokens.numel() // (layout.tp if layout.sequence_parallel else 1), 1, width)
         dist.recv(received, group=layout.pp_group, group_src=layout.pp_rank - 1)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from ranks import RankPool
-from tiny_models import tiny_llama, tiny_qwen2
+from tiny_models import LLAMA3, tiny_llama, tiny_qwen2
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -181,14 +181,7 @@ def random_samples(seed: int) -> list[Sample]:
 def llama3_rope(folder: Path, **options: object) -> Path:
     tiny_llama(folder, **options)  # type: ignore[arg-type]
     config = json.loads((folder / "config.json").read_text())
-    config["rope_parameters"] = {
-        "rope_type": "llama3",
-        "factor": 4.0,
-        "low_freq_factor": 1.5,
-        "high_freq_factor": 5.0,
-        "original_max_position_embeddings": 8,
-        "rope_theta": 500.0,
-    }
+    config["rope_parameters"] = LLAMA3
     (folder / "config.json").write_text(json.dumps(config))
     return folder
 

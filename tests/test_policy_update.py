@@ -12,8 +12,7 @@ from megatron.core import parallel_state
 from policy_steps import configuration, scored_groups, train
 from ranks import RankPool
 from tiny_models import tiny_llama, tiny_mistral, tiny_phi3, tiny_qwen2, tiny_qwen3
-from torch import Tensor
-from transformers import AutoModelForCausalLM
+from update_steps import VOCAB, one_update, plainly
 
 from clipo_megatron.algorithms.algorithm import build_algorithm
 from clipo_megatron.config.schema import Aggregation, DType, KLConfig, KLKind, LayoutConfig, RunConfig
@@ -22,76 +21,6 @@ from clipo_megatron.policy import layout as layouts
 from clipo_megatron.policy.actor import PolicyActor
 from clipo_megatron.policy.batching import Batcher
 from clipo_megatron.policy.exchange import build_table
-from clipo_megatron.weights.export import export
-
-VOCAB = 263
-# Old and reference log-probs, as if two other policies had been scored.
-OLD_SHIFT, REFERENCE_SHIFT = 0.3, 0.5
-
-
-def shift(name: str, tokens: Tensor, scale: float) -> Tensor:
-    """A made-up distance of each token's log-prob, known to both sides of the comparison."""
-    return scale * torch.sin(tokens.float() * {"old": 1.0, "reference": 2.0}[name])
-
-
-def one_update(config: RunConfig, layout_config: LayoutConfig) -> dict[str, Any]:
-    """Gradients by Hugging Face name, the loss and the norm of one update on one mini-batch; one rank."""
-    config.layout, config.algorithm.mini_batches = layout_config, 1
-    config.layout.max_tokens_per_microbatch = 100
-    config.optimizer.max_grad_norm = 0.0  # clipping would scale the gradients where they lie
-    layout = layouts.initialize(config.layout, seed=0)
-    algorithm = build_algorithm(config)
-    actor = PolicyActor(config, layout, needs=algorithm.needs, total_steps=10)
-    batcher = Batcher.of(config, layout)
-    table, samples = build_table(scored_groups(0, vocab=VOCAB), step=0)
-    batch = batcher.mini_batches_of(samples, table)[0]
-    actor.score(batch.micro_batches, table)
-    for micro in batch.micro_batches:
-        micro.reference_logprobs = micro.old_logprobs + shift("reference", micro.targets, REFERENCE_SHIFT)
-        micro.old_logprobs = micro.old_logprobs + shift("old", micro.targets, OLD_SHIFT)
-    advantage = algorithm.advantage(table, algorithm.shape_reward(table))
-    weight = algorithm.token_weight(table, batch.rows[algorithm.select(table)])
-    credited = batcher.credit(batch, advantage, weight, skip_zero_advantage=not algorithm.learns_without_advantage)
-    metrics = actor.update(credited, algorithm.loss)
-    gradients = {name: parameter.main_grad for name, parameter in actor.stage.named_parameters()}
-    return {
-        "gradients": {name: grad.clone() for name, grad in export(actor.export_plan, [gradients])},
-        "metrics": metrics,
-        "advantage": advantage,
-        "micro_batches": len(credited),
-    }
-
-
-def plainly(config: RunConfig, advantage: Tensor) -> tuple[float, dict[str, Tensor]]:
-    """The same loss as one writes it first: a forward a sequence, full logits, autograd."""
-    model = AutoModelForCausalLM.from_pretrained(config.model.path, dtype=torch.float32)
-    settings = config.algorithm
-    sequences, row = [], 0
-    for scored in scored_groups(0, vocab=VOCAB):
-        for rollout, verdict in zip(scored.group.rollouts, scored.verdicts, strict=True):
-            if verdict.correct is not None:
-                sequences.append((scored.group.prompt.tokens, rollout.tokens, float(advantage[row])))
-            row += 1
-    total_tokens = sum(response.numel() for _, response, _ in sequences)
-    loss = torch.zeros((), dtype=torch.float64)
-    for prompt, response, value in sequences:
-        logits = model(torch.cat([prompt, response])[None]).logits[0, prompt.numel() - 1 : -1].double()
-        table = (logits / config.rollout.temperature).log_softmax(-1)
-        logprobs = table.gather(1, response[:, None]).squeeze(1)
-        ratio = (logprobs - logprobs.detach() - shift("old", response, OLD_SHIFT)).exp()
-        clipped = ratio.clamp(1 - settings.clip_low, 1 + settings.clip_high)
-        per_token = -torch.minimum(ratio * value, clipped * value)
-        if settings.kl.coefficient:
-            x = logprobs.detach() + shift("reference", response, REFERENCE_SHIFT) - logprobs
-            per_token = per_token + settings.kl.coefficient * (x.exp() - 1 - x)
-        if settings.entropy_coefficient:
-            per_token = per_token + settings.entropy_coefficient * (table.exp() * table).sum(-1)
-        if settings.aggregation is Aggregation.sequence_mean:
-            loss = loss + per_token.mean() / len(sequences)
-        else:
-            loss = loss + per_token.sum() / total_tokens
-    loss.backward()
-    return float(loss), {name: parameter.grad for name, parameter in model.named_parameters()}
 
 
 @pytest.mark.parametrize("share", [False, True])
@@ -110,7 +39,7 @@ def test_gradients_are_those_of_a_plain_implementation(
         config.algorithm.aggregation = Aggregation.sequence_mean
         config.algorithm.clip_low, config.algorithm.clip_high = 0.1, 0.25
         config.rollout.temperature = 0.8
-    ours = ranks.run(one_update, 1, config, LayoutConfig(share_prompts=share))[0]
+    ours = ranks.run(one_update, 1, config, LayoutConfig(share_prompts=share, max_tokens_per_microbatch=100))[0]
     assert ours["micro_batches"] > 1
     loss, gradients = plainly(config, ours["advantage"])
     assert ours["metrics"]["policy/loss"] == pytest.approx(loss, abs=1e-5)

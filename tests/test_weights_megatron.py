@@ -17,7 +17,7 @@ from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from megatron.core.transformer.transformer_config import TransformerConfig
 from safetensors.torch import load_file, save_file
-from tiny_models import tiny_llama, tiny_qwen2
+from tiny_models import LLAMA3, tiny_llama, tiny_qwen2
 from torch import Tensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers import AutoModelForCausalLM
@@ -31,14 +31,6 @@ from clipo_megatron.weights.reader import SINGLE, HFReader
 from clipo_megatron.weights.spec import ModelSpec, inverse_frequencies, read_config
 
 VOCAB = 263
-LLAMA3 = {
-    "rope_type": "llama3",
-    "factor": 4.0,
-    "low_freq_factor": 1.5,
-    "high_freq_factor": 5.0,
-    "original_max_position_embeddings": 8,
-    "rope_theta": 500.0,
-}
 
 
 @contextmanager

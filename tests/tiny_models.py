@@ -51,6 +51,15 @@ _TURNS = (
 )
 
 
+# Llama 3's rope, with numbers that bend every frequency of a short text.
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 4.0,
+    "low_freq_factor": 1.5,
+    "high_freq_factor": 5.0,
+    "original_max_position_embeddings": 8,
+    "rope_theta": 500.0,
+}
 _MILLION = {"rope_type": "default", "rope_theta": 1_000_000.0}
 
 
