@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
-import socket
-import time
 from pathlib import Path
 from typing import TextIO
+
+from clipo_megatron.files import Held, lock
 
 METRICS, ROLLOUTS, CHECKPOINTS = "metrics.jsonl", "rollouts.jsonl", "checkpoints"
 EVALUATIONS, TENSORBOARD, SETTINGS = "eval", "tensorboard", "config.json"
@@ -31,31 +30,13 @@ def claim(output: Path) -> TextIO | None:
     """
     try:
         output.mkdir(parents=True, exist_ok=True)
-        lock = (output / ".lock").open("a+")
+        return lock(output / ".lock", wait_s=_LOCK_WAIT_S)
+    except Held as held:
+        raise OutputError(
+            f"{held.holder} is writing to train.output = {output}. Wait for it, end it, or choose another train.output."
+        ) from None
     except OSError as error:
         raise OutputError(f"train.output = {output} cannot be written to: {error}. Choose another one.") from error
-    deadline = time.monotonic() + _LOCK_WAIT_S
-    while True:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            break
-        except BlockingIOError:
-            if time.monotonic() < deadline:
-                time.sleep(0.1)
-                continue
-            lock.seek(0)
-            holder = lock.read().strip() or "another process"
-            lock.close()
-            raise OutputError(
-                f"{holder} is writing to train.output = {output}. Wait for it, end it, or choose another train.output."
-            ) from None
-        except OSError:
-            lock.close()
-            return None
-    lock.truncate(0)
-    lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-    lock.flush()
-    return lock
 
 
 def set_aside(output: Path) -> Path | None:

@@ -35,9 +35,11 @@ def reachable(node: str, ask: Callable[[str], str | None] = node_address) -> str
     Raises:
         ConfigError: neither; found out here, and not after the ranks have waited for each other.
     """
-    for name in (node, ask(node) if not _resolves(node) else node):
-        if name and _resolves(name):
-            return name
+    if _resolves(node):
+        return node
+    address = ask(node)
+    if address and _resolves(address):
+        return address
     raise ConfigError(
         f"the ranks are to meet on {node}, the first node of the Slurm step, and neither this machine nor Slurm's "
         "controller knows an address for it. Set MASTER_ADDR, or mend the name service of the nodes."

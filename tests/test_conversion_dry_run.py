@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from conversion_steps import import_model
 from rich.console import Console
 from tiny_models import tiny_llama, tiny_qwen3_moe
 
@@ -140,6 +141,12 @@ def test_a_division_that_does_not_work(tmp_path: Path, capsys: pytest.CaptureFix
     source = tiny_llama(tmp_path / "source")
     assert cli.main(["convert", "to-megatron", str(source), str(tmp_path / "out"), "--pp", "3", "--dry-run"]) == 2
     assert "4 layers cannot be divided into 3 equal parts" in capsys.readouterr().err
+
+
+def test_a_checkpoint_is_no_source(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    checkpoint = import_model(tiny_llama(tmp_path / "source"), tmp_path / "checkpoint")
+    assert cli.main(["convert", "to-megatron", str(checkpoint), str(tmp_path / "out"), "--dry-run"]) == 2
+    assert "is a checkpoint already" in capsys.readouterr().err
 
 
 def test_many_files_are_summed(tmp_path: Path) -> None:

@@ -117,6 +117,31 @@ def test_a_release_without_begin_and_end(ranks: RankPool, servers: Servers, wide
     assert proxy.happened == {"/begin_weight_update": 2, "/end_weight_update": 2}
 
 
+class StillBusy(FaultyProxy):
+    """Loads every bucket, and says of the last that requests were running: its cache was not emptied."""
+
+    async def _pass_on(self, request: web.Request, sent: bytes) -> web.StreamResponse:
+        self.happened["flushed by a call"] += request.path == "/flush_cache"
+        body = json.loads(sent) if request.path == "/update_weights_from_distributed" else {}
+        if not body.get("flush_cache"):
+            return await super()._pass_on(request, sent)
+        await super()._pass_on(request, json.dumps(body | {"flush_cache": False}).encode())
+        self.happened["not flushed"] += 1
+        message = "Weights were updated, but the cache was not flushed because requests are still running or queued."
+        return web.json_response({"success": False, "message": message}, status=400)
+
+
+@pytest.mark.timeout(300)
+def test_a_cache_that_the_last_bucket_could_not_empty_is_emptied(ranks: RankPool, servers: Servers, wide_model: Path):
+    proxy = StillBusy(servers.shared("sglang", wide_model, options=ROOM).url)
+    try:
+        (reports,) = ranks.run(push_often, 1, str(wide_model), [proxy.url], 1, 1, 2, {})
+    finally:
+        proxy.close()
+    assert [report.attempts for report in reports] == [1, 1], "the weights have arrived: nothing is sent again"
+    assert proxy.happened == {"not flushed": 2, "flushed by a call": 2}
+
+
 class SaysNo(FaultyProxy):
     """Refuses the second bucket of the first update, or answers rubbish to it, and is well again."""
 

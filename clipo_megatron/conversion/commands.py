@@ -135,9 +135,11 @@ def _to_megatron(options: argparse.Namespace) -> int:
     division = Division(**{name: getattr(options, name) for name in sizes})
     kind: type[ToMegatron] = ToMegatron
     if options.dry_run:
+        from clipo_megatron.config.model_folder import is_checkpoint
         from clipo_megatron.conversion.dry_run import FromConfig, has_weights
 
-        kind = ToMegatron if has_weights(options.source) else FromConfig
+        # A checkpoint is no source: ToMegatron says so.
+        kind = ToMegatron if has_weights(options.source) or is_checkpoint(options.source) else FromConfig
     return _run(options, kind(options.source, _target(options), division=division, dtype=_dtype(options.dtype)))
 
 

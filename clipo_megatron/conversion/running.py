@@ -7,10 +7,9 @@ import queue
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent import futures
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from typing import Any, TypeVar
 
 from clipo_megatron.conversion.plan import Check, Conversion, ConversionError, Record, Unit
@@ -306,16 +305,3 @@ class _Signals:
     def _note(self, signum: int, _frame: Any) -> None:
         self.came = signum
         signal.signal(signum, signal.SIG_DFL)
-
-
-@contextmanager
-def without_archive_checksums() -> Iterator[None]:
-    """Within, `torch.save` leaves the checksums of its archives out: the manifest has those of whole files."""
-    import torch
-
-    before = torch.serialization.get_crc32_options()
-    torch.serialization.set_crc32_options(False)
-    try:
-        yield
-    finally:
-        torch.serialization.set_crc32_options(before)

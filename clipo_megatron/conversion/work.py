@@ -9,18 +9,16 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import shutil
-import socket
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
 from clipo_megatron.conversion.plan import ConversionError, Record, Span, Tick
-from clipo_megatron.files import sync, sync_tree, write_durably
+from clipo_megatron.files import Held, lock, sync, sync_tree, write_durably
 
 _SPARE_BYTES = 64 * 1024**2  # beyond the weights: tokenizer, metadata, the journal
 _READ_BYTES = 1 << 22
@@ -127,28 +125,18 @@ class WorkFolder:
             )
 
     def _acquire(self) -> None:
+        path = self.folder / "lock"
         while True:
             self.folder.mkdir(exist_ok=True)
-            path = self.folder / "lock"
-            lock = path.open("a+")
             try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                lock.seek(0)
-                holder = lock.read().strip() or "another process"
-                lock.close()
+                self._lock = lock(path)
+            except Held as held:
                 raise ConversionError(
-                    f"{holder} is writing {self.target} already. Wait for it, end it, or choose another name"
+                    f"{held.holder} is writing {self.target} already. Wait for it, end it, or choose another name"
                 ) from None
-            except OSError:
-                pass  # a file system without locks
-            if path.exists() and os.path.samestat(os.fstat(lock.fileno()), path.stat()):
-                break
-            lock.close()  # whoever held it has finished, and removed the folder
-        lock.truncate(0)
-        lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-        lock.flush()
-        self._lock = lock
+            if self._lock is None or (path.exists() and os.path.samestat(os.fstat(self._lock.fileno()), path.stat())):
+                return
+            self.release()  # whoever held it has finished, and removed the folder
 
     def _facts(self) -> Any:
         try:

@@ -21,7 +21,7 @@ from clipo_megatron.flow import MicroBatch, RolloutTable
 from clipo_megatron.policy.contrastive import ContrastiveActor
 from clipo_megatron.policy.exchange import from_last_stage, share_from_last_stage
 from clipo_megatron.policy.layout import Layout
-from clipo_megatron.policy.model import TORCH_DTYPE, PolicyStage, transformer_config
+from clipo_megatron.policy.model import TORCH_DTYPE, build_stages, transformer_config
 from clipo_megatron.policy.optimizer import PolicyOptimizer, data_parallel
 from clipo_megatron.weights.coverage import check_tensors, match
 from clipo_megatron.weights.export import ExportPlan, export, plan_export
@@ -50,7 +50,7 @@ class PolicyActor:
         self.stages = layout.division.stages(self.spec.num_layers)
         self.transformer = transformer_config(self.spec, config.model, layout)
         with platform().cuda_tensor_names():
-            self.stage = PolicyStage(self.spec, self.transformer, layout)
+            (self.stage,) = build_stages(self.spec, self.transformer, layout)
             self.stage.to(device=platform().device, dtype=TORCH_DTYPE[config.model.dtype])
         self._load(config.model.path)
         self.model = data_parallel(self.stage, self.transformer, config.optimizer)

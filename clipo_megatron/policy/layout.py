@@ -89,11 +89,6 @@ class Layout:
         return self.tp * self.pp * self.dp
 
     @property
-    def is_first_stage(self) -> bool:
-        """Holds the embedding."""
-        return self.pp_rank == 0
-
-    @property
     def is_last_stage(self) -> bool:
         """Holds the final norm, the LM head and the contrastive head."""
         return self.pp_rank == self.pp - 1
@@ -102,11 +97,6 @@ class Layout:
     def is_head(self) -> bool:
         """Leads its model replica: the rank that asks servers for rollouts and receives what the replica trains."""
         return self.tp_rank == 0 and self.pp_rank == 0
-
-    @property
-    def replica_rank(self) -> int:
-        """Place within the replica, 0 for its head."""
-        return self.pp_rank * self.tp + self.tp_rank
 
     def head_of(self, dp_rank: int) -> int:
         """Global rank of the head of a replica."""

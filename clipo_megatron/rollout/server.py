@@ -139,11 +139,18 @@ class Server(Protocol):
         ...
 
     async def receive_bucket(self, group: str, bucket: BucketNames, *, last: bool, deadline_s: float) -> None:
-        """Take one flat bucket that the group's rank 0 broadcasts as bytes; returns when it is loaded."""
+        """Take one flat bucket that the group's rank 0 broadcasts as bytes; returns when it is loaded.
+
+        `last`: no other bucket of this update follows, so the server may let go of what it has computed with the
+        weights before. A server that cannot do so yet is not at fault: `end_update` sees to it.
+        """
         ...
 
     async def receive_handles(self, handles: Sequence[bytes], *, last: bool, deadline_s: float) -> None:
-        """Take tensors from the memory of another process on its GPUs; one payload a rank of the server."""
+        """Take tensors from the memory of another process on its GPUs; one payload a rank of the server.
+
+        `last` is as in `receive_bucket`.
+        """
         ...
 
     async def end_update(self, version: int, *, deadline_s: float) -> None:
