@@ -79,8 +79,9 @@ Memory on each GPU, part by part, and the time of a step, phase by phase, before
 Needs the model's config.json, no weights and no GPU. Parameters are counted as the ranks will build them. Times follow
 from the GPUs' data sheets and assumed shares of their rates: good for comparing layouts, no promise.
 
-With --gpus, the layouts of so many GPUs that fit, cheapest step first; else the configured one. The exit code is 1 if
-none fits.
+With --gpus, the layouts of so many GPUs that fit, cheapest step first; else the configured one. --dry-run builds every
+rank of that with Megatron, without memory, and compares its parameters with the plan. The exit code is 1 if none fits,
+or a rank is not as planned.
 """
 _PLAN_EXAMPLES = """\
 examples:
@@ -89,6 +90,7 @@ examples:
   clipo plan run.yaml --gpus 64,128 --hardware h200     layouts to choose from
   clipo plan run.yaml --gpus 64 rollout.colocated=true --json
   clipo plan run.yaml --assume train_flops=0.3 --assume mean_response=0.8
+  clipo plan run.yaml --dry-run --rank 0,63             build two ranks, as a check of the plan
 """
 
 
@@ -161,6 +163,8 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--hardware", default="h100", help="a100 (80 GB), h100, h200, b200 or mi300x; default h100")
     plan.add_argument("--assume", action="append", default=[], metavar="name=number", help="change an assumption")
     plan.add_argument("--json", action="store_true", help="print JSON")
+    plan.add_argument("--dry-run", action="store_true", help="build the layout's ranks without memory, and compare")
+    plan.add_argument("--rank", metavar="N,N", help="with --dry-run: build these ranks alone")
     plan.set_defaults(run=_plan)
 
     add_arguments(commands.add_parser("convert"))
@@ -256,8 +260,16 @@ def _plan(options: argparse.Namespace) -> int:
     from clipo_megatron.planning.command import Options, numbers, plan
 
     config = load(options.config, options.overrides)
-    chosen = Options(numbers(options.gpus or ""), options.hardware, tuple(options.assume), options.json)
-    return plan(config, chosen)
+    chosen = Options(
+        numbers("--gpus", options.gpus or ""),
+        options.hardware,
+        tuple(options.assume),
+        options.json,
+        options.dry_run or options.rank is not None,
+        numbers("--rank", options.rank or "", least=0),
+    )
+    quiet_libraries()
+    return plan(config, options.config, chosen)
 
 
 # ---------------------------------------------------------------- settings, doctor

@@ -10,6 +10,8 @@ NOISE: tuple[tuple[str, str], ...] = (
     # Optional kernels are absent: `clipo doctor` says so, and what runs instead.
     ("Transformer Engine and Apex are not installed", r"megatron\.core\."),
     ("Apex is not installed", r"megatron\.core\."),
+    # An expert is divided over fewer ranks than the rest.
+    ("`sequence_parallel` is set to `True`, but tensor model parallel size is 1", r"megatron\.core\.tensor_parallel\."),
     # Megatron's own use of what it or torch has deprecated.
     ("full scope is deprecated", r"megatron\.core\.transformer\."),
     (r"`torch\.distributed\.\w+` is deprecated", r"torch\.distributed\."),

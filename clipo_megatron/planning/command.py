@@ -13,12 +13,12 @@ from rich.table import Table
 
 from clipo_megatron.config.checks import requested_ranks
 from clipo_megatron.config.schema import RunConfig
+from clipo_megatron.planning.architecture import BESIDE, find_architecture
 from clipo_megatron.planning.errors import PlanError
 from clipo_megatron.planning.hardware import HARDWARE, Assumptions, Hardware
 from clipo_megatron.planning.layouts import Plan, candidates, judge, server_gpus_of
 from clipo_megatron.planning.parameters import active_count, whole_count
-from clipo_megatron.weights.families import model_spec
-from clipo_megatron.weights.spec import ModelSpec, read_config
+from clipo_megatron.weights.spec import ModelSpec
 
 SHOWN = 5  # layouts a number of GPUs
 
@@ -31,40 +31,53 @@ class Options:
     hardware: str = "h100"
     assume: tuple[str, ...] = ()  # name=value
     as_json: bool = False
+    build: bool = False  # ranks of the configured layout, without memory
+    ranks: tuple[int, ...] = ()  # to build; (): all
 
 
-def plan(config: RunConfig, options: Options, console: Console | None = None) -> int:
-    """Print the plan.
+def plan(config: RunConfig, config_file: str | Path, options: Options, console: Console | None = None) -> int:
+    """Print the plan of a configuration, which was read from `config_file`.
 
     Returns:
-        The exit code: 0 if the configured layout fits, or one was found for each number of GPUs; else 1.
+        The exit code: 0 if the configured layout fits, or one was found for each number of GPUs; else 1. With
+        `options.build` it is 1 as well where a rank holds other parameters than planned.
 
     Raises:
         PlanError, WeightsError: something that cannot be planned, named.
     """
-    spec = model_spec(read_config(config.model.path))
+    if options.build and (options.gpus or options.as_json):
+        raise PlanError("--dry-run builds the configured layout and prints a table: leave out --gpus and --json")
+    console = console or Console()
+    spec, source = find_architecture(config.model.path, config_file)
     hardware, assume = _hardware(options.hardware), _assumptions(options.assume)
     searched = {gpus: candidates(config, spec, gpus, hardware, assume) for gpus in options.gpus}
     own = None if searched else _configured(config, spec, hardware, assume)
     if options.as_json:
         print(json.dumps(_as_json(spec, own, searched, assume), indent=1))
     else:
-        _print(console or Console(), config, spec, own, searched, hardware, assume)
-    return 0 if (own.fits if own else all(searched.values())) else 1
+        if source.parent.name == BESIDE:
+            console.print(f"{config.model.path} is not here; planned from {source}", style="dim", highlight=False)
+        _print(console, config, spec, own, searched, hardware, assume)
+    sound = own.fits if own else all(searched.values())
+    if options.build:
+        from clipo_megatron.planning.dry_run import report  # with Megatron, which takes seconds to import
+
+        sound &= report(config, spec, options.ranks or None, console)
+    return 0 if sound else 1
 
 
-def numbers(text: str) -> tuple[int, ...]:
-    """Numbers of GPUs, such as "8,16".
+def numbers(option: str, text: str, *, least: int = 1) -> tuple[int, ...]:
+    """Whole numbers of a command line's option, such as "8,16".
 
     Raises:
-        PlanError: something else.
+        PlanError: something else, or a number below `least`.
     """
     try:
         found = tuple(int(each) for each in text.split(",") if each.strip())
     except ValueError:
-        found = (0,)
-    if any(each < 1 for each in found):
-        raise PlanError(f"--gpus {text}: it takes whole numbers, such as 8 or 64,128")
+        found = (least - 1,)
+    if any(each < least for each in found):
+        raise PlanError(f"{option} {text}: it takes whole numbers, such as 8 or 64,128, from {least} on")
     return found
 
 

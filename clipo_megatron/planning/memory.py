@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from clipo_megatron.config.schema import DType, RunConfig
+from clipo_megatron.config.schema import DType, HeadKind, RunConfig
 from clipo_megatron.planning.hardware import Assumptions, Hardware
 from clipo_megatron.planning.parameters import (
     Count,
@@ -82,7 +82,7 @@ def _of_stage(
     state = 3 * FP32 if bf16 else 2 * FP32  # fp32 parameters are their own masters
     tokens = config.layout.max_tokens_per_microbatch
     in_flight = min(division.pp - stage, micro_batches(config, dp, assume))
-    head = spec.hidden_size * config.clipo.dim * 4 * FP32 if config.clipo.enabled and last else 0.0
+    head = 4 * FP32 * head_count(config, spec) if last else 0  # weights, gradients and both moments
     return TrainerMemory(
         weights=width * count.total,
         gradients=FP32 * count.total,
@@ -93,6 +93,14 @@ def _of_stage(
         head=head,
         reserve=assume.reserve_bytes,
     )
+
+
+def head_count(config: RunConfig, spec: ModelSpec) -> int:
+    """Parameters of the contrastive head, which ranks of the last stage hold; 0 without one."""
+    if not config.clipo.enabled:
+        return 0
+    inner = spec.hidden_size if config.clipo.head is HeadKind.mlp else 0
+    return spec.hidden_size * (inner + config.clipo.dim)
 
 
 def _activations(

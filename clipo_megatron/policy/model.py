@@ -140,15 +140,17 @@ def _layer_spec(spec: ModelSpec, sparse: bool) -> ModuleSpec:
     return layer
 
 
-def _padded_vocab(size: int, tp: int) -> int:
-    """The vocabulary in equal shards; on GPUs in shards of whole 64-row tiles."""
-    multiple = tp * (VOCAB_MULTIPLE_ON_GPUS if platform().has_gpu else 1)
-    return -(-size // multiple) * multiple
+def _padded_vocab(size: int, tp: int, multiple: int | None) -> int:
+    """The vocabulary in equal shards of multiples of so many rows; None: on GPUs of whole 64-row tiles, else of 1."""
+    shards = tp * (multiple or (VOCAB_MULTIPLE_ON_GPUS if platform().has_gpu else 1))
+    return -(-size // shards) * shards
 
 
-def build_stages(spec: ModelSpec, config: TransformerConfig, layout: Layout) -> list[PolicyStage]:
+def build_stages(
+    spec: ModelSpec, config: TransformerConfig, layout: Layout, *, vocab_multiple: int | None = None
+) -> list[PolicyStage]:
     """This rank's model chunks: one, or as many as there are virtual stages."""
-    return [PolicyStage(spec, config, layout, chunk) for chunk in range(layout.division.vpp)]
+    return [PolicyStage(spec, config, layout, chunk, vocab_multiple) for chunk in range(layout.division.vpp)]
 
 
 class PolicyStage(GPTModel):
@@ -159,14 +161,22 @@ class PolicyStage(GPTModel):
         config: Megatron's, from `transformer_config`.
         layout: this rank's place.
         chunk: which of the rank's model chunks, 0 without virtual stages.
+        vocab_multiple: rows a rank to which the vocabulary is padded; None: what this machine's devices want.
     """
 
-    def __init__(self, spec: ModelSpec, config: TransformerConfig, layout: Layout, chunk: int = 0):
+    def __init__(
+        self,
+        spec: ModelSpec,
+        config: TransformerConfig,
+        layout: Layout,
+        chunk: int = 0,
+        vocab_multiple: int | None = None,
+    ):
         self.place = layout.division.stages(spec.num_layers)[layout.pp_rank + chunk * layout.pp]
         super().__init__(
             config=config,
             transformer_layer_spec=_block_spec(spec, self.place),
-            vocab_size=_padded_vocab(spec.vocab_size, layout.tp),
+            vocab_size=_padded_vocab(spec.vocab_size, layout.tp, vocab_multiple),
             max_sequence_length=spec.max_positions,
             pre_process=self.place.first,
             post_process=self.place.last,

@@ -90,7 +90,11 @@ def read_config(folder: str | Path) -> dict[str, Any]:
     Raises:
         CheckpointError: there is none, or it is not a JSON object.
     """
-    path = Path(folder) / "config.json"
+    return read_config_file(Path(folder) / "config.json")
+
+
+def read_config_file(path: Path) -> dict[str, Any]:
+    """The same from a config.json under whatever name; raises the same."""
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
