@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from clipo_megatron import __version__
 from clipo_megatron.conversion.commands import add_arguments
 from clipo_megatron.quiet import quiet_libraries
+from clipo_megatron.submission import command as submission
 
 if TYPE_CHECKING:
     from clipo_megatron.config.schema import RunConfig
@@ -24,6 +25,8 @@ Contrastive policy optimisation (CLIPO) for reinforcement learning with verifiab
 
 commands:
   train      train a model as a configuration file says
+  submit     the same as a Slurm job that survives its walltime, preemption and lost ranks
+  eval       accuracy of a run's newest checkpoint on its held-out problems
   serve      run the servers that generate for it, SGLang or vLLM
   convert    move weights between Hugging Face and Megatron, in any layout, and verify them
   plan       what a configuration needs and takes on given GPUs, and which layouts fit
@@ -38,6 +41,7 @@ examples:
   torchrun --nproc-per-node 8 -m clipo_megatron.cli train run.yaml
   srun --ntasks-per-node 8 clipo train run.yaml
   clipo serve run.yaml                          the servers of a run with rollout.engine=sglang; keeps them running
+  clipo submit run.yaml --nodes 4 --gpus-per-node 8    a job of Slurm that comes back by itself
   clipo settings clipo                          the settings of one section
 
 `clipo COMMAND --help` says more. CLIPO_TRACEBACK=1 shows where an error comes from.
@@ -56,6 +60,10 @@ examples:
   clipo train run.yaml model.system_prompt= reward.by_source='{my/set: math}' --check
 
 `clipo settings` lists every key.
+"""
+_EVAL = """\
+Accuracy on data.eval of the newest checkpoint in train.output, or of the model where there is none. The result is
+written to train.output/eval, problem by problem. Ranks are started as for `clipo train`.
 """
 _SERVE = """\
 Run the servers that generate for the training that CONFIG describes, until Ctrl-C.
@@ -148,7 +156,14 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("config", metavar="CONFIG", help="YAML file")
     train.add_argument("overrides", metavar="key=value", nargs="*", help="settings that win over the file")
     train.add_argument("--check", action="store_true", help="check everything that can be checked, and train nothing")
-    train.set_defaults(run=_train)
+    train.set_defaults(run=_train, work="train")
+
+    submission.add_arguments(commands.add_parser("submit"))
+
+    evaluate = commands.add_parser("eval", description=_EVAL, formatter_class=plain)
+    evaluate.add_argument("config", metavar="CONFIG", help="YAML file, the one that training got")
+    evaluate.add_argument("overrides", metavar="key=value", nargs="*", help="settings that win over the file")
+    evaluate.set_defaults(run=_train, work="eval", check=False)
 
     serve = commands.add_parser("serve", description=_SERVE, epilog=_SERVE_EXAMPLES, formatter_class=plain)
     serve.add_argument("config", metavar="CONFIG", help="YAML file, the one that training gets")
@@ -196,6 +211,11 @@ def _train(options: argparse.Namespace) -> int:
     launch.adopt(place or launch.Launch(rank=0, world=1, local_rank=0))
     options.training = True
     quiet_libraries()
+    if options.work == "eval":
+        from clipo_megatron.run import evaluate_newest
+
+        evaluate_newest(config)
+        return 0
     from clipo_megatron.trainer import run
 
     run(config)
@@ -205,7 +225,7 @@ def _train(options: argparse.Namespace) -> int:
 def _train_here(options: argparse.Namespace, config: RunConfig, ranks: int) -> int:
     from clipo_megatron import launch
 
-    arguments = [sys.executable, "-m", "clipo_megatron.cli", "train", options.config, *options.overrides]
+    arguments = [sys.executable, "-m", "clipo_megatron.cli", options.work, options.config, *options.overrides]
     commands = launch.local_commands(arguments, ranks, logs=Path(config.train.output) / "logs")
     # A step may take as long as its rollouts and one collective do.
     patience = config.rollout.deadline_s + config.layout.distributed_timeout_s

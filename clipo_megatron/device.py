@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import socket
 import sys
 import threading
 import time
@@ -21,6 +20,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+
+from clipo_megatron.ports import listen
 
 # Names the GPUs that a process may use, by the numbers that the driver gives them.
 VISIBLE_DEVICES = "CUDA_VISIBLE_DEVICES"
@@ -120,8 +121,7 @@ class Platform:
 
 def open_store(host: str, *, world: int, timeout_s: float) -> dist.TCPStore:
     """A key-value store of this process for `world` clients, at a free port of `host` and of no other address."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with socket.create_server((host, 0), family=family, backlog=1024) as listener:
+    with listen(host) as listener:
         return dist.TCPStore(
             host, listener.getsockname()[1], world, is_master=True, timeout=timedelta(seconds=timeout_s),
             wait_for_workers=False, master_listen_fd=listener.detach(),

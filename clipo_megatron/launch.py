@@ -9,9 +9,7 @@ from __future__ import annotations
 import ctypes
 import os
 import queue
-import random
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -22,10 +20,8 @@ from pathlib import Path
 
 from clipo_megatron import slurm
 from clipo_megatron.config.errors import ConfigError
+from clipo_megatron.ports import LOOPBACK, PORTS, free_port
 
-# Below Linux's ephemeral ports (32768 and up), so that no outgoing connection takes the port first.
-PORTS = range(20_000, 32_000)
-LOOPBACK = "127.0.0.1"
 TAIL_LINES = 20
 
 
@@ -83,7 +79,8 @@ def from_environment(environment: Mapping[str, str] = os.environ) -> Launch | No
 def adopt(launch: Launch, environment: MutableMapping[str, str] = os.environ) -> None:
     """Write what `torch.distributed` reads, where it is absent: RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT.
 
-    Under srun the first host of the step and a port derived from the job and step ids; alone, this machine.
+    Under srun the first host of the step and a port derived from the job and step ids, which the ranks of `clipo
+    submit`'s jobs do without (see rendezvous.py); alone, this machine.
 
     Raises:
         ConfigError: several ranks, and nothing says where they meet, or it is a host without an address.
@@ -98,7 +95,8 @@ def adopt(launch: Launch, environment: MutableMapping[str, str] = os.environ) ->
     elif "SLURM_PROCID" in environment and nodes:
         if "MASTER_ADDR" not in environment:
             environment["MASTER_ADDR"] = slurm.reachable(slurm.first_host(nodes))
-        environment.setdefault("MASTER_PORT", str(PORTS[slurm.step_number(environment) % len(PORTS)]))
+        if "CLIPO_JOB" not in environment:
+            environment.setdefault("MASTER_PORT", str(PORTS[slurm.step_number(environment) % len(PORTS)]))
     elif "MASTER_ADDR" not in environment or "MASTER_PORT" not in environment:
         raise ConfigError(
             f"rank {launch.rank} of {launch.world} does not know where the ranks meet: MASTER_ADDR and MASTER_PORT are "
@@ -109,18 +107,6 @@ def adopt(launch: Launch, environment: MutableMapping[str, str] = os.environ) ->
 
         for name, value in LOCAL_RENDEZVOUS_ENV.items():
             environment.setdefault(name, value)
-
-
-def free_port() -> int:
-    """A port of this machine that nothing listens on, below the ephemeral range."""
-    for port in random.SystemRandom().sample(PORTS, k=200):
-        with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
-            try:
-                probe.bind((LOOPBACK, port))
-            except OSError:
-                continue
-            return port
-    raise RankError(f"none of 200 ports between {PORTS.start} and {PORTS.stop} is free on {LOOPBACK}. Free some.", 1)
 
 
 def cores() -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch.distributed as dist
 from clipo_megatron.algorithms.algorithm import Algorithm, build_algorithm
 from clipo_megatron.checkpoint import Checkpoints, Owner
 from clipo_megatron.collector import Collector
+from clipo_megatron.config.errors import ConfigError
 from clipo_megatron.config.model_folder import hf_folder
 from clipo_megatron.config.schema import RunConfig
 from clipo_megatron.data.prompts import load_tokenizer
@@ -26,6 +28,7 @@ from clipo_megatron.policy import layout as layouts
 from clipo_megatron.policy.actor import PolicyActor
 from clipo_megatron.policy.state import load_policy, save_policy
 from clipo_megatron.problems import load_problems
+from clipo_megatron.rendezvous import meet
 from clipo_megatron.reporting import Reporter
 from clipo_megatron.rewards.pool import GraderPool
 from clipo_megatron.rollout.engine import SamplingParams
@@ -46,6 +49,7 @@ class Run:
                 int(os.environ["RANK"]),
                 int(os.environ["WORLD_SIZE"]),
                 timeout_s=config.layout.distributed_timeout_s,
+                store=meet(),
             )
         self.layout = layouts.initialize(config.layout, seed=config.train.seed)
         self.is_main = self.layout.rank == 0
@@ -254,6 +258,21 @@ class Run:
     def _seed(seed: int) -> None:
         random.seed(seed)
         torch.manual_seed(seed)
+
+
+def evaluate_newest(config: RunConfig) -> None:
+    """Evaluate the newest checkpoint of a run, or its model where there is none; every rank calls it.
+
+    Raises:
+        ConfigError: there is nothing to evaluate on.
+    """
+    if not config.data.eval:
+        raise ConfigError("data.eval is empty, so there is nothing to evaluate on. Add a source of problems.")
+    run = Run(replace(config, checkpoint=replace(config.checkpoint, resume=True)))
+    try:
+        run.evaluate(run.restore())
+    finally:
+        run.close()
 
 
 def is_due(every: int, step: int) -> bool:

@@ -24,7 +24,7 @@ from clipo_megatron.config.schema import (
     RunConfig,
     ServeConfig,
 )
-from clipo_megatron.launch import free_port
+from clipo_megatron.ports import free_port
 from clipo_megatron.serving.commands import Place, server_command, url
 from clipo_megatron.serving.environment import RECIPES
 from clipo_megatron.serving.probes import Probe

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from clipo_megatron.launch import free_port
+from clipo_megatron.ports import free_port
 
 pytestmark = pytest.mark.timeout(120)
 

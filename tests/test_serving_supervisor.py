@@ -14,7 +14,7 @@ import pytest
 from small_runs import wait_until
 
 from clipo_megatron.config.schema import EngineKind
-from clipo_megatron.launch import free_port
+from clipo_megatron.ports import free_port
 from clipo_megatron.rollout.registry import Entry, Registry, Status
 from clipo_megatron.serving.commands import ServerCommand
 from clipo_megatron.serving.errors import ServingError

@@ -16,16 +16,16 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 
 # A room imports rooms of earlier levels only; rooms of one level do not know each other.
 LEVELS = (
-    {"flow", "config", "quiet", "files"},
+    {"flow", "config", "quiet", "files", "ports"},
     {"device"},
     {"data", "rewards", "rollout", "algorithms", "weights"},
     {"policy", "sync", "evaluation", "checkpoint", "report", "output"},
-    {"problems", "collector", "reporting", "engines", "stopping", "conversion", "planning"},
+    {"problems", "collector", "reporting", "engines", "stopping", "rendezvous", "conversion", "planning"},
     {"run"},
     {"trainer"},
     {"slurm"},
     {"launch"},
-    {"serving"},
+    {"serving", "submission"},
     {"doctor"},
     {"cli"},
 )

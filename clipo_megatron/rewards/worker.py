@@ -31,7 +31,9 @@ def main() -> None:
     """Serve until the input ends."""
     memory_bytes, parent = int(sys.argv[1]), int(sys.argv[2])
     _die_with(parent)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which then closes the pool
+    # Ctrl-C, and what Slurm sends to all processes of a job, is for the parent, which then closes the pool.
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
     for limit, value in (
         (resource.RLIMIT_AS, memory_bytes),
         (resource.RLIMIT_FSIZE, _FILE_BYTES),

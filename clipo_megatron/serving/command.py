@@ -9,7 +9,7 @@ from pathlib import Path
 
 from clipo_megatron.config.errors import ConfigError
 from clipo_megatron.config.schema import EngineKind, RunConfig
-from clipo_megatron.launch import free_port
+from clipo_megatron.ports import free_port
 from clipo_megatron.rollout.registry import FOLDER, Entry, Registry, Status
 from clipo_megatron.serving import environment
 from clipo_megatron.serving.commands import Place, api_key, server_command, url

@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from clipo_megatron.launch import free_port
+from clipo_megatron.ports import free_port
 from clipo_megatron.rollout.registry import Entry, Registry, Status
 from clipo_megatron.serving.commands import ServerCommand
 from clipo_megatron.serving.errors import ServingError
@@ -156,6 +156,7 @@ class Supervisor:
         handlers = {
             number: signal.signal(number, lambda number, _frame: self._signals.put(number))
             for number in (signal.SIGINT, signal.SIGTERM)
+            if number == signal.SIGINT or signal.getsignal(number) is not signal.SIG_IGN  # as a job's script starts it
         }
         try:
             with tempfile.TemporaryDirectory(prefix="clipo-serve-") as scratch:
@@ -356,8 +357,8 @@ def only_one(folder: Path) -> Iterator[None]:
 
 
 def host_name() -> str:
-    """Of this machine, fit for a file's name."""
-    short = socket.gethostname().partition(".")[0]
+    """Of this machine, fit for a file's name; Slurm's where it runs us, since several nodes may be one machine."""
+    short = (os.environ.get("SLURMD_NODENAME") or socket.gethostname()).partition(".")[0]
     return "".join(char if char.isalnum() or char in "-_" else "-" for char in short) or "host"
 
 

@@ -1,0 +1,218 @@
+# What the scripts of a job share; `clipo submit` copies it into each. Needs bash 4.4 and Slurm's commands.
+
+say() { printf '%(%F %T)T  %s\n' -1 "$*"; }
+
+# ---- signals ---------------------------------------------------------------------------------------------------------
+# USR1 comes STOP_BEFORE seconds before the walltime, or from a person: the ranks end their step and save, and the job
+# queues itself again. TERM comes when Slurm takes the nodes away: the ranks do the same, if they are given the time.
+
+ranks= servers= asked= signals=0
+
+on_usr1() {
+    signals=$((signals + 1))
+    [[ -n $asked ]] && return
+    asked=USR1
+    say "USR1: the ranks end their step and save; they have $((STOP_BEFORE - STOP_BEFORE / 5)) s for it"
+    [[ -n $ranks ]] && kill -USR1 "$ranks" 2>/dev/null
+    (sleep $((STOP_BEFORE - STOP_BEFORE / 5)) && kill -ALRM $$) 2>/dev/null &
+}
+
+on_term() {
+    signals=$((signals + 1))
+    asked=TERM
+    say "TERM: Slurm ends this attempt"
+}
+
+on_alarm() {
+    signals=$((signals + 1))
+    say "the step does not end in time and is abandoned; the next attempt goes on from the newest checkpoint"
+    requeue
+}
+
+outlast() { # PID: its exit code, however many signals interrupt the wait
+    local code before known=
+    while :; do
+        before=$signals
+        wait "$1"
+        code=$?
+        [[ $code == 127 && -n $known ]] && return "$known"
+        [[ $signals == "$before" ]] && return "$code"
+        known=$code
+    done
+}
+
+# ---- the nodes -------------------------------------------------------------------------------------------------------
+
+address_of() { # NODE: where Slurm itself reaches it
+    local said
+    said=$(scontrol --oneliner show node "$1" | grep -o 'NodeAddr=[^ ]*')
+    echo "${said#NodeAddr=}"
+}
+
+begin() {
+    trap on_usr1 USR1
+    trap on_term TERM
+    trap on_alarm ALRM
+    export CLIPO_JOB=$JOB PYTHONUNBUFFERED=1 PYTHONFAULTHANDLER=1 OMP_NUM_THREADS=$CPUS_PER_RANK
+    mkdir -p "$JOB/logs" "$JOB/nodes" || exit 1
+    nodes=${SLURM_JOB_NODELIST_HET_GROUP_0:-$SLURM_JOB_NODELIST}
+    server_nodes=${SLURM_JOB_NODELIST_HET_GROUP_1:-$nodes}
+    local node all
+    all=$(scontrol show hostnames "$nodes" && [[ $server_nodes == "$nodes" ]] || scontrol show hostnames "$server_nodes")
+    CLIPO_ADDRESSES=
+    for node in $all; do CLIPO_ADDRESSES+="$node=$(address_of "$node") "; done
+    MASTER_ADDR=${CLIPO_ADDRESSES%% *}
+    MASTER_ADDR=${MASTER_ADDR#*=}
+    export CLIPO_ADDRESSES MASTER_ADDR
+    attempt=${SLURM_RESTART_COUNT:-0}
+    say "job $SLURM_JOB_ID, requeued $attempt times of $REQUEUES at most, on" $all
+    env | sort | sed -E 's/^([A-Za-z0-9_]*(KEY|TOKEN|SECRET|PASSW)[A-Za-z0-9_]*)=.*/\1=(kept out)/I' \
+        > "$JOB/environment.$attempt.txt"
+    check_nodes "$all"
+    note started
+}
+
+check_nodes() { # NODES: each sees the files of the job and writes where the others read, or the job ends now
+    local token=$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}.$RANDOM place missing node tries
+    place=$JOB/nodes/$token
+    mkdir "$place" && echo "$token" > "$place/token" || exit 1
+    local look='place=$1 token=$2; shift 2
+        [[ $(cat "$place/token" 2>/dev/null) == "$token" ]] || {
+            echo "$SLURMD_NODENAME does not see $place, where the job writes: it is not shared with this node" >&2; exit 1; }
+        for path; do [[ -e $path ]] || { echo "$SLURMD_NODENAME has no $path" >&2; exit 1; }; done
+        touch "$place/$SLURMD_NODENAME"'
+    local group
+    for group in "${GROUPS_OF_NODES[@]}"; do
+        timeout "$NODES_DEADLINE" srun $group --ntasks-per-node=1 --cpus-per-task=1 --overlap --chdir=/ \
+            --kill-on-bad-exit=0 bash -c "$look" look "$place" "$token" "${MUST_SEE[@]}" </dev/null
+    done
+    for tries in 1 2 3 4 5 6 7 8 9 10; do # a network file system may show new names late
+        missing=
+        for node in $1; do [[ -e $place/$node ]] || missing+=" $node"; done
+        [[ -z $missing || -n $asked ]] && break
+        sleep 1
+    done
+    rm -rf "$place"
+    [[ -z $missing || -n $asked ]] && return
+    say "these nodes cannot work for this job:$missing. Put train.output, the model, the data and Python on a file system" \
+        "that all nodes share (what is missing stands above), or leave the nodes out: --sbatch=--exclude=NODES"
+    exit 2
+}
+
+# ---- servers and ranks -----------------------------------------------------------------------------------------------
+
+start_servers() { # one `clipo serve` a node; they register in train.output/servers, where the ranks find them
+    [[ $ENGINE == local ]] && return
+    rm -f "$OUTPUT"/servers/*.json
+    # Signals are for the ranks alone: servers have to last until those have ended their step.
+    local serve='trap "" USR1 TERM
+        for each in $CLIPO_ADDRESSES; do [[ ${each%%=*} == "$SLURMD_NODENAME" ]] && host=${each#*=}; done
+        exec "$@" "serve.host=$host"'
+    srun ${GROUPS_OF_NODES[-1]} --job-name=servers --ntasks-per-node=1 --cpus-per-task="$SERVER_CPUS" --overlap \
+        --kill-on-bad-exit=1 --output="$JOB/logs/servers.%N.log" --open-mode=append "${CONTAINER[@]}" \
+        bash -c "$serve" serve "${CLIPO[@]}" serve "$JOB/config.yaml" </dev/null &
+    servers=$!
+}
+
+end_servers() {
+    [[ -z $servers ]] && return
+    local step
+    for step in $(squeue --noheader --steps --jobs "$SLURM_JOB_ID" --format '%i %j' | awk '$2 == "servers" {print $1}'); do
+        scancel --signal=INT "$step"
+    done
+    (sleep 60 && kill -KILL "$servers") 2>/dev/null &
+    local killer=$!
+    outlast "$servers"
+    kill "$killer" 2>/dev/null
+    servers=
+}
+
+run_ranks() { # COMMAND: runs it on all ranks; the code is the worst rank's
+    local extra=() code
+    [[ $ENGINE == local ]] || extra=("rollout.sync.host=$MASTER_ADDR")
+    # A rank that is gone ends the others: at once by themselves, or after RANKS_DEADLINE seconds.
+    srun ${GROUPS_OF_NODES[0]} --job-name=ranks --ntasks="$RANKS" --ntasks-per-node="$RANKS_PER_NODE" \
+        --cpus-per-task="$CPUS_PER_RANK" --overlap --kill-on-bad-exit=0 --wait="$RANKS_DEADLINE" \
+        --output="$JOB/logs/rank%t.log" --open-mode=append "${CONTAINER[@]}" \
+        "${CLIPO[@]}" "$1" "$JOB/config.yaml" "${extra[@]}" </dev/null &
+    ranks=$!
+    [[ $asked == USR1 ]] && kill -USR1 "$ranks"
+    if [[ -n $servers ]]; then
+        # Whichever ends first; without servers the ranks would wait for them.
+        while kill -0 "$ranks" 2>/dev/null && kill -0 "$servers" 2>/dev/null; do wait -n "$ranks" "$servers"; done
+        if kill -0 "$ranks" 2>/dev/null; then
+            say "the servers have ended; see $JOB/logs/servers.*.log"
+            kill -TERM "$ranks"
+            (sleep "$RANKS_DEADLINE" && kill -KILL "$ranks") 2>/dev/null &
+            outlast "$ranks"
+            ranks=
+            return 1
+        fi
+    fi
+    outlast "$ranks"
+    code=$?
+    ranks=
+    return $code
+}
+
+# ---- attempts --------------------------------------------------------------------------------------------------------
+
+newest() { ls "$OUTPUT/checkpoints" 2>/dev/null | grep '^step_' | sort | tail -n 1; }
+
+note() { # OUTCOME: of this attempt, for whoever reads JOB/attempts
+    printf '%(%FT%T)T job=%s requeues=%s nodes=%s outcome=%s newest=%s\n' -1 "$SLURM_JOB_ID" \
+        "${SLURM_RESTART_COUNT:-0}" "$nodes" "$1" "$(newest)" >> "$JOB/attempts"
+}
+
+requeue() { # the job queues again, and goes on from the newest checkpoint
+    if ((${SLURM_RESTART_COUNT:-0} >= REQUEUES)); then
+        say "the job has been requeued $SLURM_RESTART_COUNT times, as often as it may; submit it again to go on"
+        exit 1
+    fi
+    [[ $(squeue --noheader --jobs "$SLURM_JOB_ID" --format %T 2>/dev/null | head -n 1) == RUNNING ]] || {
+        say "Slurm has decided already what becomes of this job"
+        exit 1
+    }
+    note requeued
+    say "requeueing"
+    scontrol requeue "$SLURM_JOB_ID" || {
+        say "this job cannot be requeued here; submit it again to go on from $(newest)"
+        exit 1
+    }
+    sleep 600 & # until Slurm ends this script
+    outlast $!
+    exit 1
+}
+
+attempts_of() { # COMMAND: runs it until it is done, has to be requeued, or fails too often
+    local code before failures
+    while :; do
+        before=$(newest)
+        start_servers
+        run_ranks "$1"
+        code=$?
+        if [[ -n $asked || $code == 138 || $code == 143 ]]; then # 128 + USR1, 128 + TERM
+            say "the ranks have ended with code $code; the newest checkpoint is $(newest)"
+            ((code == 0)) || requeue
+        fi
+        end_servers
+        case $code in
+        0) note done; say "done"; exit 0 ;;
+        130) note stopped; say "stopped for good, as SIGINT asks; the state is saved"; exit 130 ;;
+        esac
+        note "code-$code"
+        failures=$(($(cat "$JOB/failures" 2>/dev/null || echo 0) + 1))
+        [[ $(newest) == "$before" ]] || failures=1
+        echo "$failures" > "$JOB/failures"
+        if ((code == 2)) && [[ $(newest) == "$before" ]]; then
+            say "a rank says in $JOB/logs what has to be corrected:"
+            tail -n 3 "$JOB/logs/rank0.log"
+            exit 2
+        elif ((failures > RESTARTS)); then
+            say "code $code: failure $failures in a row without a new checkpoint; giving up. See $JOB/logs/rank*.log"
+            exit "$code"
+        fi
+        say "code $code: restart $failures of $RESTARTS, from ${before:-the beginning}; see $JOB/logs/rank*.log"
+        sleep 2
+    done
+}
