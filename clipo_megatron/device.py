@@ -56,6 +56,13 @@ class Platform:
             **({} if store is not None else {"init_method": "env://"}),
         )  # fmt: skip
 
+    def host_group(self, *, timeout_s: float) -> dist.ProcessGroup:
+        """A group of all ranks that talks through host memory, apart from every other; collective.
+
+        For a thread: its collectives need not be in the order of other threads'.
+        """
+        return dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
+
     def share_group(self, name: str, *, world: int, host: str, timeout_s: float) -> SharedGroup:
         """Open a process group beside the default one, as its rank 0; the others find it at host and the result's port.
 

@@ -106,6 +106,10 @@ class Reporter:
         """Whether the policy after `step` steps was evaluated."""
         return any(each.step == step for each in self.evaluations)
 
+    def accuracies(self) -> dict[int, float]:
+        """Held-out accuracy by step, of all evaluations so far."""
+        return {each.step: each.accuracy for each in self.evaluations}
+
     def close(self, step: int) -> None:
         """Close the logs, and say what was done and where everything is."""
         for sink in self._sinks:

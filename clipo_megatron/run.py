@@ -14,6 +14,7 @@ import torch.distributed as dist
 
 from clipo_megatron.algorithms.algorithm import Algorithm, build_algorithm
 from clipo_megatron.checkpoint import Checkpoints, Owner
+from clipo_megatron.checkpoint.retention import Retention
 from clipo_megatron.collector import Collector
 from clipo_megatron.config.errors import ConfigError
 from clipo_megatron.config.model_folder import hf_folder
@@ -26,7 +27,8 @@ from clipo_megatron.evaluation import evaluate, evaluation_params
 from clipo_megatron.output import CHECKPOINTS, claim, set_aside
 from clipo_megatron.policy import layout as layouts
 from clipo_megatron.policy.actor import PolicyActor
-from clipo_megatron.policy.state import load_policy, save_policy
+from clipo_megatron.policy.snapshot import HostBuffer, PolicySnapshot
+from clipo_megatron.policy.state import load_policy, take_policy
 from clipo_megatron.problems import load_problems
 from clipo_megatron.rendezvous import meet
 from clipo_megatron.reporting import Reporter
@@ -143,12 +145,14 @@ class Run:
             self.save(step)
         if finished and not self._evaluated(step):
             self.evaluate(step)
+        self.checkpoints.wait(last=True)
         self.reporter.close(step)
         if not finished:
             raise Stopped(step, self.config.train.steps, self.stop.signum)
 
     def close(self) -> None:
         """Free engines, graders and groups. Idempotent."""
+        self.checkpoints.close()
         self.graders.close()
         self.sync.close()
         if self.engine is not None:
@@ -182,8 +186,14 @@ class Run:
         report = self.sync.push(version)
         return report.metrics if report else {}
 
+    def keep(self, step: int) -> None:
+        """After a step: hear of the checkpoint that is being written, and save if that is due; collective."""
+        self.checkpoints.news()
+        if is_due(self.config.checkpoint.every, step):
+            self.save(step)
+
     def save(self, step: int) -> None:
-        """Write a checkpoint; collective. Colocated servers step aside for it, and get their weights again."""
+        """Take a checkpoint; collective. Colocated servers step aside for it, and get their weights again."""
         self.sync.make_room()
         self.checkpoints.save(step)
         if self.config.rollout.colocated:
@@ -223,13 +233,20 @@ class Run:
             owners.append(
                 Owner("contrastive", actor.contrastive.state_dict, actor.contrastive.load_state_dict, writes=leads)
             )
-        clipo = self.config.clipo
+        clipo, settings = self.config.clipo, self.config.checkpoint
+        buffer, taken = HostBuffer(), []
+
+        def take(copy: bool) -> PolicySnapshot:
+            check = not taken
+            taken[:] = [True]
+            return take_policy(actor.stage, actor.optimizer, buffer if copy else None, check=check)
+
         return Checkpoints(
             self.output / CHECKPOINTS,
             owners,
-            save_policy=lambda folder: save_policy(folder, actor.stage, actor.optimizer),
+            take_policy=take,
             load_policy=lambda folder: load_policy(folder, actor.stage, actor.optimizer),
-            keep=self.config.checkpoint.keep,
+            retention=Retention(settings.keep, settings.keep_every, settings.keep_best),
             facts={
                 "model": {
                     "family": actor.spec.family,
@@ -243,6 +260,10 @@ class Run:
             },
             say=self.reporter.say,
             beside=files_beside(self.config.model.path) if self.is_main else None,
+            accuracy=self.reporter.accuracies,
+            asynchronous=settings.asynchronous,
+            deadline_s=settings.deadline_s,
+            failures=settings.failures,
         )
 
     def _rng_state(self) -> dict[str, Any]:
@@ -267,7 +288,9 @@ def evaluate_newest(config: RunConfig) -> None:
         ConfigError: there is nothing to evaluate on.
     """
     if not config.data.eval:
-        raise ConfigError("data.eval is empty, so there is nothing to evaluate on. Add a source of problems.")
+        raise ConfigError(
+            "data.eval is empty, so there is nothing to evaluate on. Add a source, such as a file's path."
+        )
     run = Run(replace(config, checkpoint=replace(config.checkpoint, resume=True)))
     try:
         run.evaluate(run.restore())

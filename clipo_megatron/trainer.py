@@ -30,8 +30,7 @@ class Trainer:
             report = self.train_step()
             run.reporter.step(report)
             self.step += 1
-            if is_due(run.config.checkpoint.every, self.step):
-                run.save(self.step)
+            run.keep(self.step)
             if is_due(run.config.eval.every, self.step):
                 run.evaluate(self.step)
         run.after_training(self.step)

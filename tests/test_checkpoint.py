@@ -1,8 +1,11 @@
 """Checkpoints by themselves: complete or not there, damage noticed, old ones pruned, foreign ones refused in words."""
 
+import errno
 import json
 import os
 import shutil
+import subprocess
+import threading
 import time
 from pathlib import Path
 
@@ -10,6 +13,7 @@ import pytest
 import torch
 
 from clipo_megatron.checkpoint import CheckpointError, Checkpoints, Owner
+from clipo_megatron.checkpoint.retention import Retention
 
 pytestmark = pytest.mark.timeout(200)
 
@@ -27,25 +31,40 @@ class Counter:
         }
 
 
-def build(folder, *, keep=2, facts=None, said=None):
+class Weights:
+    """A "policy" in one file a rank, described by a file of rank 0's."""
+
+    def __init__(self, content, *, broken=None, gate=None):
+        self.content, self.broken, self.gate = content, broken, gate
+
+    def write(self, files):
+        if self.gate is not None:
+            assert self.gate.wait(60)
+        if self.broken is not None:
+            raise self.broken
+        files.write(f"weights.{torch.distributed.get_rank()}.bin", self.content)
+        return len(self.content)
+
+    def finish(self, files, written):
+        files.write("metadata.json", json.dumps(written))
+
+
+def build(folder, *, keep=2, every=0, best=0, facts=None, said=None, **options):
     """Checkpoints of two owners, one of them of every rank, and of a "policy" in one file a rank."""
     rank = torch.distributed.get_rank()
     head, sampler = Counter(), Counter()
-
-    def save_policy(place):
-        (place / f"weights.{rank}.bin").write_bytes(bytes([rank, len(head.state.get("nested", {}))]) * 4096)
-
     checkpoints = Checkpoints(
         Path(folder) / "checkpoints",
         [
             Owner("head", lambda: head.state, lambda state: setattr(head, "state", state), writes=rank == 0),
             Owner("sampler", lambda: sampler.state, lambda state: setattr(sampler, "state", state), per_rank=True),
         ],
-        save_policy=save_policy,
+        take_policy=lambda copy: Weights(bytes([rank, len(head.state.get("nested", {}))]) * 4096),
         load_policy=lambda place: None,
-        keep=keep,
+        retention=Retention(keep, every, best),
         facts={"model": {"hidden": 64, "layers": 4}, "layout": {"pp": 1}} if facts is None else facts,
         say=(said if said is not None else []).append,
+        **options,
     )
     return checkpoints, head, sampler
 
@@ -56,6 +75,7 @@ def saved(folder, steps, **options):
         head.fill(step)
         sampler.fill(step + torch.distributed.get_rank())
         checkpoints.save(step)
+    checkpoints.wait(last=True)
     return checkpoints
 
 
@@ -72,8 +92,9 @@ def equal(one, other):
 # Cases run on ranks; each returns what the test looks at.
 
 
-def round_trip(folder):
-    saved(folder, [3, 5])
+def round_trip(folder, asynchronous):
+    before = saved(folder, [3, 5], asynchronous=asynchronous)
+    held = before.has(5), before.has(3)
     checkpoints, head, sampler = build(folder)
     latest = checkpoints.latest()
     step = checkpoints.load(latest)
@@ -81,11 +102,11 @@ def round_trip(folder):
     expected.fill(5)
     same = equal(head.state, expected.state)
     expected.fill(5 + torch.distributed.get_rank())
-    return step, latest.name, same, equal(sampler.state, expected.state), checkpoints.has(5), checkpoints.has(4)
+    return step, latest.name, same, equal(sampler.state, expected.state), checkpoints.has(5), checkpoints.has(4), held
 
 
-def prune(folder, keep, steps):
-    checkpoints = saved(folder, steps, keep=keep)
+def prune(folder, steps, options, accuracy):
+    checkpoints = saved(folder, steps, accuracy=lambda: accuracy, **options)
     return [path.name for path in checkpoints.complete()]
 
 
@@ -152,10 +173,10 @@ def save_something_odd(folder):
     return failure(checkpoints.save, 1), [path.name for path in checkpoints.complete()]
 
 
-@pytest.mark.parametrize("world", [1, 2])
-def test_state_comes_back_to_the_bit_on_every_rank(ranks, tmp_path, world):
-    results = ranks.run(round_trip, world, tmp_path)
-    assert results == [(5, "step_000005", True, True, True, False)] * world
+@pytest.mark.parametrize(("world", "asynchronous"), [(1, False), (2, False), (1, True), (2, True)])
+def test_state_comes_back_to_the_bit_on_every_rank(ranks, tmp_path, world, asynchronous):
+    results = ranks.run(round_trip, world, tmp_path, asynchronous)
+    assert results == [(5, "step_000005", True, True, True, False, (True, False))] * world
     files = sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file())
     assert not [name for name in files if "partial" in name]
     manifest = json.loads((tmp_path / "checkpoints" / "step_000005" / "manifest.json").read_text())
@@ -169,17 +190,23 @@ def test_an_owner_that_gathers_and_may_be_missing(ranks, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("keep", "steps", "left"),
+    ("options", "steps", "left"),
     [
-        (1, [1, 2, 3], ["step_000003"]),
-        (2, [9, 10, 11], ["step_000010", "step_000011"]),
-        (2, [999_999, 1_000_000, 1_000_001], ["step_1000000", "step_1000001"]),  # by number, not by name
-        (0, [1, 2, 3], ["step_000001", "step_000002", "step_000003"]),
+        ({"keep": 1}, [1, 2, 3], [3]),
+        ({"keep": 2}, [9, 10, 11], [10, 11]),
+        ({"keep": 2}, [999_999, 1_000_000, 1_000_001], [1_000_000, 1_000_001]),  # by number, not by name
+        ({"keep": 0}, [1, 2, 3], [1, 2, 3]),
+        ({"keep": 1, "every": 4}, [2, 4, 6, 8, 10], [4, 8, 10]),
+        ({"keep": 1, "best": 1}, [1, 2, 3, 4], [3, 4]),  # 2 and 3 are equally good
+        ({"keep": 1, "best": 2}, [1, 2, 3, 4], [2, 3, 4]),
+        ({"keep": 1, "best": 9, "asynchronous": True}, [1, 2, 3, 4], [1, 2, 3, 4]),
+        ({"keep": 2, "every": 5, "best": 1}, [1, 5, 10, 11, 12, 13], [1, 5, 10, 12, 13]),
     ],
 )
-def test_pruning(ranks, tmp_path, keep, steps, left):
-    assert ranks.run(prune, 1, tmp_path, keep, steps) == [left]
-    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == left
+def test_pruning(ranks, tmp_path, options, steps, left):
+    names = [f"step_{step:06d}" for step in left]
+    assert ranks.run(prune, 1, tmp_path, steps, options, {1: 0.2, 2: 0.5, 3: 0.5, 11: 0.1}) == [names]
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == names
 
 
 def test_what_a_killed_writer_left_is_ignored_and_removed(ranks, tmp_path):
@@ -276,6 +303,155 @@ def test_state_that_is_neither_tensor_nor_plain_is_refused(ranks, tmp_path):
     assert kind == "CheckpointError"
     assert ".inner.set is a set" in message
     assert complete == []
+
+
+# ---------------------------------------------------------------- asynchronous
+
+
+def overlapping(folder):
+    """The state changes while it is written, and another save comes before that is done."""
+    rank, said = torch.distributed.get_rank(), []
+    checkpoints, head, sampler = build(folder, said=said, asynchronous=True)
+    gates = {step: threading.Event() for step in (1, 2)}
+    head.fill(1)
+    checkpoints.take_policy = lambda copy: Weights(bytes([rank, copy]), gate=gates[1])
+    sampler.fill(1)
+    checkpoints.save(1)
+    head.state["tensor"].fill_(77.0)
+    head.state["nested"]["t"].append("later")
+    checkpoints.news()
+    before = [path.name for path in checkpoints.complete()]
+    # the other rank may go on earlier, but no rank sees the second before all have the first
+    threading.Timer(0.3 * rank, gates[1].set).start()
+    checkpoints.take_policy = lambda copy: Weights(bytes([rank, copy]), gate=gates[2])
+    checkpoints.save(2)
+    between = [path.name for path in checkpoints.complete()]
+    gates[2].set()
+    while checkpoints._writing is not None:
+        checkpoints.news()
+    again, restored, _ = build(folder)
+    again.load(Path(folder) / "checkpoints" / "step_000001")
+    expected = Counter()
+    expected.fill(1)
+    return before, between, [path.name for path in checkpoints.complete()], equal(restored.state, expected.state), said
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_a_checkpoint_holds_the_moment_it_was_taken_at(ranks, tmp_path, world):
+    first, both = ["step_000001"], ["step_000001", "step_000002"]
+    assert ranks.run(overlapping, world, tmp_path) == [([], first, both, True, [])] * world
+
+
+def failing(folder, failures, asynchronous):
+    """Saves that fail on the last rank, but for the first and the fourth."""
+    rank, world, said, outcomes = torch.distributed.get_rank(), torch.distributed.get_world_size(), [], []
+    checkpoints, head, sampler = build(folder, said=said, failures=failures, asynchronous=asynchronous)
+    for step in range(1, 8):
+        head.fill(step), sampler.fill(step)
+        broken = OSError(errno.ENOSPC, "No space left on device", "weights") if rank == world - 1 else None
+        checkpoints.take_policy = lambda copy, broken=broken, step=step: Weights(
+            b"x" * 100, broken=None if step in (1, 4) else broken
+        )
+        outcomes.append(failure(checkpoints.save, step))
+        outcomes[-1] = outcomes[-1] or failure(checkpoints.wait)
+        if outcomes[-1]:
+            break
+    torch.distributed.barrier()  # rank 0 removes what is half written
+    names = sorted(path.name for path in (Path(folder) / "checkpoints").iterdir())
+    return outcomes, said, names, checkpoints.has(step)
+
+
+@pytest.mark.parametrize(("world", "asynchronous"), [(1, True), (2, True), (2, False)])
+def test_errors_of_writing_surface_on_all_ranks_and_cost_nothing_that_is_safe(ranks, tmp_path, world, asynchronous):
+    for outcomes, said, names, has in ranks.run(failing, world, tmp_path, 3, asynchronous):
+        assert outcomes[:-1] == [None] * 6  # 1 good, 2 and 3 fail, 4 good, 5 and 6 fail, and 7 is one too many
+        kind, message = outcomes[-1]
+        assert kind == "CheckpointError" and not has
+        who = "" if world == 1 else "rank 1: "
+        place = tmp_path / "checkpoints"
+        assert message.startswith(f"{place / 'step_000007'} cannot be written: {who}[Errno 28] No space left on device")
+        assert f"The newest checkpoint is {place / 'step_000004'}." in message and "3 saves in a row" in message
+        assert len(said) == 4 and all(line.startswith("warning: ") for line in said)
+        assert "step_000002 cannot be written" in said[0] and "ends if 3 saves in a row fail" in said[0]
+        assert f"The newest checkpoint is {place / 'step_000001'}." in said[1]
+        assert names == ["step_000001", "step_000004"]  # and nothing half written takes up room
+
+
+def hanging(folder):
+    gate = threading.Event()
+    checkpoints, _, _ = build(folder, asynchronous=True, deadline_s=0.5)
+    checkpoints.take_policy = lambda copy: Weights(b"x", gate=gate)
+    checkpoints.save(1)
+    start = time.monotonic()
+    said = failure(checkpoints.wait)
+    gate.set()
+    return said, time.monotonic() - start
+
+
+def test_a_file_system_that_hangs_is_not_waited_for(ranks, tmp_path):
+    ((kind, message), spent) = ranks.run(hanging, 1, tmp_path)[0]
+    assert kind == "CheckpointError" and spent < 5
+    assert "was not written within" in message and "There is no checkpoint yet" in message
+
+
+# ---------------------------------------------------------------- disks
+
+
+@pytest.fixture
+def disk(tmp_path):
+    """A file system of 3 MB."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", place], capture_output=True, text=True)
+    if done.returncode:
+        pytest.skip(f"no small file system can be mounted here: {done.stderr.strip()}")
+    yield place
+    subprocess.run(["umount", "--lazy", place], check=True, timeout=30)
+
+
+def two_saves(folder, between, failures=1):
+    """Save, let something happen to the disk, save again; then what is there, and what the next run finds."""
+    said = []
+    checkpoints, head, sampler = build(folder, said=said, asynchronous=True, failures=failures)
+    for step in (1, 2):
+        head.fill(step), sampler.fill(step)
+        checkpoints.save(step)
+        outcome = failure(checkpoints.wait)
+        if step == 1 and torch.distributed.get_rank() == 0:
+            between(folder)
+        torch.distributed.barrier()
+    return outcome, newest(folder)[0], said
+
+
+def fill(disk):
+    with open(disk / "others", "wb") as file, pytest.raises(OSError):
+        while True:
+            file.write(bytes(1 << 16))
+            file.flush()
+
+
+def make_read_only(disk):
+    subprocess.run(["mount", "-o", "remount,ro", disk], check=True, timeout=30)
+
+
+@pytest.mark.parametrize(("happens", "reason"), [(fill, "No space left"), (make_read_only, "Read-only file system")])
+def test_a_disk_that_takes_nothing_more_keeps_what_is_safe(ranks, disk, happens, reason):
+    for (kind, message), found, _ in ranks.run(two_saves, 2, disk, happens):
+        assert kind == "CheckpointError" and reason in message and "step_000002 cannot be written" in message
+        assert found == "step_000001"
+
+
+def test_a_disk_that_recovers_is_written_to_again(ranks, disk):
+    def names():
+        return sorted(path.name for path in (disk / "checkpoints").iterdir())
+
+    for outcome, found, said in ranks.run(two_saves, 2, disk, fill, 3):
+        assert outcome is None and found == "step_000001"
+        assert len(said) == 1 and "Training goes on" in said[0]
+    assert names() == ["step_000001"]
+    (disk / "others").unlink()
+    ranks.run(saved_quietly, 2, disk, [3])
+    assert names() == ["step_000001", "step_000003"]
 
 
 def checksum_speed(folder):

@@ -17,6 +17,7 @@ from ranks import RankError, RankPool
 from small_runs import write_model
 
 from clipo_megatron.checkpoint import Checkpoints, Owner
+from clipo_megatron.checkpoint.retention import Retention
 from clipo_megatron.collector import is_whole, teaches
 from clipo_megatron.config.schema import RolloutConfig, Unfinished
 from clipo_megatron.data.sampler import PromptSampler
@@ -237,8 +238,8 @@ def _checkpoints(bench: Bench, folder: Path) -> Checkpoints:
         Owner("sampler", bench.sampler.state_dict, bench.sampler.load_state_dict, writes=main),
         Owner("rollouts", collector.state_dict, collector.load_state_dict, writes=main, gathers=True, optional=True),
     ]
-    nothing = {"save_policy": lambda folder: None, "load_policy": lambda folder: None}
-    return Checkpoints(folder, owners, **nothing, keep=0, facts={})
+    nothing = {"take_policy": lambda copy: None, "load_policy": lambda folder: None}
+    return Checkpoints(folder, owners, **nothing, retention=Retention(), facts={})
 
 
 @pytest.mark.parametrize("name", ["resume", "keep running", "withdrawn"])

@@ -10,12 +10,13 @@ from policy_steps import configuration
 from tiny_models import tiny_llama, tiny_qwen2
 
 from clipo_megatron.checkpoint import Checkpoints
+from clipo_megatron.checkpoint.retention import Retention
 from clipo_megatron.config.checks import check
 from clipo_megatron.config.errors import ConfigError
 from clipo_megatron.config.schema import DType, EngineKind, LayoutConfig
 from clipo_megatron.policy import layout as layouts
 from clipo_megatron.policy.actor import PolicyActor
-from clipo_megatron.policy.state import save_policy
+from clipo_megatron.policy.state import take_policy
 from clipo_megatron.weights.source import files_beside
 
 pytestmark = pytest.mark.timeout(200)
@@ -43,9 +44,9 @@ def checkpointed(model: str, folder: str, sizes: dict[str, int]) -> str:
     checkpoints = Checkpoints(
         Path(folder),
         [],
-        save_policy=lambda place: save_policy(place, actor.stage, actor.optimizer),
+        take_policy=lambda copy: take_policy(actor.stage, actor.optimizer),
         load_policy=lambda place: None,
-        keep=0,
+        retention=Retention(),
         facts={},
         beside=files_beside(model) if torch.distributed.get_rank() == 0 else None,
     )

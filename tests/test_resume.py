@@ -41,6 +41,8 @@ def kill_after_checkpoint(config, output, *overrides):
         run.wait_for(lambda: steps_logged(output) >= EVERY, f"step {EVERY}")
         known = run.pids()
         run.wait_for(lambda: steps_logged(output) > EVERY, f"step {EVERY + 1}")
+        written = output / "checkpoints" / f"step_{EVERY:06d}"
+        run.wait_for(written.exists, f"the checkpoint of step {EVERY}")
         time.sleep(delay)
         run.kill(known)
         if not (output / "checkpoints" / f"step_{STEPS:06d}").exists():

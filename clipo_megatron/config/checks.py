@@ -268,6 +268,7 @@ def _numbers(config: RunConfig) -> Iterator[Problem]:
             "clipo.dim",
             "train.steps",
             "checkpoint.keep",
+            "checkpoint.failures",
             "eval.samples",
             "eval.max_new_tokens",
         ),
@@ -290,6 +291,8 @@ def _numbers(config: RunConfig) -> Iterator[Problem]:
             "optimizer.weight_decay",
             "train.seed",
             "checkpoint.every",
+            "checkpoint.keep_every",
+            "checkpoint.keep_best",
             "eval.every",
             "eval.temperature",
             "report.save_rollouts",
@@ -310,6 +313,7 @@ def _numbers(config: RunConfig) -> Iterator[Problem]:
         "serve.start_deadline_s",
         "serve.unresponsive_s",
         "reward.deadline_s",
+        "checkpoint.deadline_s",
         "clipo.temperature",
         "clipo.learning_rate",
         "optimizer.learning_rate",
@@ -357,6 +361,10 @@ def _choices(config: RunConfig) -> Iterator[Problem]:
     if clipo.enabled and 0 < config.train.steps <= clipo.warmup_steps:
         reason = f"the run has train.steps = {config.train.steps}, so the head would never give a bonus"
         yield Problem("clipo.warmup_steps", reason, "Lower it", clipo.warmup_steps)
+    if config.checkpoint.keep_best and not (config.data.eval and config.eval.every):
+        reason = "checkpoints are compared by held-out accuracy, and none is measured during training"
+        remedy = "Give data.eval problems and set eval.every, or set it to 0"
+        yield Problem("checkpoint.keep_best", reason, remedy, config.checkpoint.keep_best)
     if not reward.correct_reward > reward.wrong_reward:
         reason = f"a right answer must earn more than a wrong one (reward.wrong_reward = {reward.wrong_reward})"
         yield Problem("reward.correct_reward", reason, "Raise it", reward.correct_reward)

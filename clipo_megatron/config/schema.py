@@ -312,7 +312,12 @@ class TrainConfig:
 @dataclass
 class CheckpointConfig:
     every: int = 50  # steps; 0: only at the end
-    keep: int = 2  # newest complete ones
+    keep: int = 2  # newest complete ones that stay
+    keep_every: int = 0  # steps; those of its multiples stay for good; 0: none do for that
+    keep_best: int = 0  # so many with the best held-out accuracy stay too, of those that were evaluated
+    asynchronous: bool = True  # copied to host memory, and written while training goes on; false: training waits
+    deadline_s: float = 1800.0  # to write one
+    failures: int = 3  # saves in a row that fail before the run ends; until then they are warnings
     resume: bool = True  # from the newest complete checkpoint in train.output
 
 

@@ -20,12 +20,8 @@ import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.optimizer import make_sharded_optimizer_tensor
-from megatron.core.dist_checkpointing.strategies import (  # noqa: F401
-    async_utils,
-    filesystem_async,
-    fully_parallel,
-    state_dict_saver,
-)
+from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
+from megatron.core.dist_checkpointing.strategies import fully_parallel  # noqa: F401
 from megatron.core.dist_checkpointing.strategies import torch as torch_dist  # noqa: F401
 from megatron.core.dist_checkpointing.utils import extract_sharded_tensors_and_factories
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
@@ -33,14 +29,25 @@ from torch import Tensor
 from torch.distributed.checkpoint import FileSystemReader
 
 from clipo_megatron.device import platform
+from clipo_megatron.files import FolderWriter
 from clipo_megatron.policy.optimizer import PolicyOptimizer
+from clipo_megatron.policy.snapshot import HostBuffer, Place, PolicySnapshot
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 MASTER = "master"  # the fp32 parameter that the optimizer updates
 
 
-def save_policy(folder: Path, stage: torch.nn.Module, optimizer: PolicyOptimizer) -> None:
-    """Write parameters, optimizer and learning-rate schedule; collective, `folder` exists and is empty."""
+def take_policy(
+    stage: torch.nn.Module, optimizer: PolicyOptimizer, buffer: HostBuffer | None = None, *, check: bool = True
+) -> PolicySnapshot:
+    """Parameters, optimizer and learning-rate schedule as they are now; collective.
+
+    Args:
+        stage: of this rank.
+        optimizer: of this rank.
+        buffer: to copy them into; None: the snapshot has to be written before the next update.
+        check: whether the ranks compare what they hold: every element of every tensor once. Once a run is enough.
+    """
     with _megatron_here():
         model = _sharded(stage)
         state = {
@@ -49,11 +56,22 @@ def save_policy(folder: Path, stage: torch.nn.Module, optimizer: PolicyOptimizer
             "schedule": optimizer.schedule.state_dict(),
             "updates": _updates(optimizer),
         }
-        dist_checkpointing.save(state, str(folder))
+        sharded, common = save_preprocess(state, check)
+    return PolicySnapshot(sharded, common, buffer)
+
+
+def save_policy(folder: Path, stage: torch.nn.Module, optimizer: PolicyOptimizer) -> None:
+    """Write all of it at once into a folder; collective."""
+    snapshot, files = take_policy(stage, optimizer), FolderWriter(folder)
+    written: list[list[Place]] = [[]] * dist.get_world_size()
+    dist.all_gather_object(written, snapshot.write(files))
+    if dist.get_rank() == 0:
+        snapshot.finish(files, written)
+    dist.barrier()
 
 
 def load_policy(folder: Path, stage: torch.nn.Module, optimizer: PolicyOptimizer) -> None:
-    """Restore what `save_policy` wrote, in this run's layout; collective.
+    """Restore what was taken with `take_policy`, in this run's layout; collective.
 
     Raises:
         Whatever Megatron raises for a checkpoint of another architecture, which names the key or shape.
@@ -126,11 +144,14 @@ def _in_model_shape(model: dict[str, Any], optimizer: PolicyOptimizer, fill: Any
 
 def _gathered(parameter: torch.nn.Parameter, shard: _Shard) -> dict[str, Tensor]:
     """Each kind of state whole, put together from the data-parallel ranks' shards."""
+    if dist.get_world_size(shard.group) == 1:  # it is whole already
+        return {key: own.view(parameter.shape) for key, own in _state_of(shard).items()}
     whole = torch.zeros(1 + len(MOMENTS), parameter.numel(), dtype=torch.float32, device=parameter.device)
     for row, own in zip(whole, _state_of(shard).values(), strict=False):
         row[shard.start : shard.stop] = own.view(-1)
-    if dist.get_world_size(shard.group) > 1:
-        dist.all_reduce(whole, group=shard.group)
+    dist.all_reduce(whole, group=shard.group)
+    # The first rank of the group writes; nobody keeps it on the device, where there is no room for all parameters'.
+    whole = whole.to("cpu" if dist.get_rank(shard.group) == 0 else "meta")
     return {key: row.view(parameter.shape) for key, row in zip((MASTER, *MOMENTS), whole, strict=True)}
 
 
@@ -161,7 +182,7 @@ def _updates(optimizer: PolicyOptimizer) -> int:
 
 @contextmanager
 def _megatron_here() -> Iterator[None]:
-    """Megatron's writers, imported above for that, run on this platform within."""
+    """Megatron's checkpoints, imported above for that, work on this platform within."""
     platform().adapt("megatron.core")
     with platform().cuda_tensor_names():
         yield

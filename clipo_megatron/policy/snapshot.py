@@ -1,0 +1,189 @@
+"""The policy's state as it was at one moment, written as torch_dist by whoever has the time.
+
+Megatron says which rank keeps which part of which tensor. The parts are copied to host memory, all into one buffer that
+is kept for the next time, or written from where they are. The format is the one that Megatron reads:
+
+    .metadata          which part of which tensor lies where in which file
+    __<rank>_0.distcp  what `torch.save` makes of each part, one after the other
+    common.pt          what is the same on all ranks
+    metadata.json      the name of the format
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import pickle
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, is_main_replica
+from torch import Tensor
+from torch.distributed.checkpoint.filesystem import CURRENT_DCP_VERSION, _StorageInfo
+from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    StorageMeta,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+
+from clipo_megatron.device import platform
+from clipo_megatron.files import FolderWriter
+
+_FORMAT = {
+    "sharded_backend": "torch_dist",
+    "sharded_backend_version": 1,
+    "common_backend": "torch",
+    "common_backend_version": 1,
+}
+_ALIGNMENT = 64  # bytes, of the parts in the buffer
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A part of a tensor of the checkpoint."""
+
+    key: str
+    data: Tensor  # of the size of the part, with leading axes of size 1 where the tensor is stacked
+    offset: tuple[int, ...]
+    shape: tuple[int, ...]  # of the whole tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a part, or an object if it has no offset, was written."""
+
+    key: str
+    file: str
+    start: int
+    length: int
+    offset: tuple[int, ...] | None = None
+    sizes: tuple[int, ...] = ()
+    shape: tuple[int, ...] = ()
+    dtype: torch.dtype | None = None
+
+
+class HostBuffer:
+    """Host memory that copies are made to; grows when it has to, and never shrinks."""
+
+    def __init__(self) -> None:
+        self._bytes = torch.empty(0, dtype=torch.uint8)
+
+    def copies(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """A copy of each tensor, with a storage of its own size. Copies made before are overwritten."""
+        starts, size = [], 0
+        for tensor in tensors:
+            starts.append(size)
+            size += -(-tensor.nbytes // _ALIGNMENT) * _ALIGNMENT
+        if self._bytes.numel() < size:
+            self._bytes = torch.empty(0, dtype=torch.uint8)  # first let go of the old one
+            self._bytes = torch.empty(size, dtype=torch.uint8, pin_memory=platform().has_gpu)
+        array, made = self._bytes.numpy(), []
+        for tensor, start in zip(tensors, starts, strict=True):
+            place = slice(start, start + tensor.nbytes)
+            self._bytes[place].view(tensor.dtype).view(tensor.shape).copy_(tensor, non_blocking=True)
+            # torch.save writes all of a storage: that of a slice of the array is no larger than the slice.
+            made.append(torch.from_numpy(array[place]).view(tensor.dtype).view(tensor.shape))
+        platform().synchronize()
+        return made
+
+
+class PolicySnapshot:
+    """This rank's parts of the policy's state. Nothing here is collective.
+
+    Args:
+        sharded: Megatron's state dict of sharded tensors and objects, factories applied.
+        common: what is the same on all ranks.
+        buffer: to copy tensors into; None: they are written from where they are, before anything changes them.
+    """
+
+    def __init__(self, sharded: dict[str, Any], common: dict[str, Any], buffer: HostBuffer | None) -> None:
+        mine = [each for each in nested_values(sharded) if is_main_replica(each.replica_id)]
+        parts = [_part(each) for each in mine if isinstance(each, ShardedTensor)]
+        if buffer is not None:
+            copies = buffer.copies([part.data for part in parts])
+            parts = [Part(part.key, copy, part.offset, part.shape) for part, copy in zip(parts, copies, strict=True)]
+        self._parts = parts
+        # Small states of layers, which are stored as lists.
+        self._objects = {each.unique_key: _saved([each.data]) for each in mine if isinstance(each, ShardedObject)}
+        self._common = _saved(common)
+        self._rank = dist.get_rank()
+
+    @property
+    def nbytes(self) -> int:
+        """Of this rank's tensors."""
+        return sum(part.data.nbytes for part in self._parts)
+
+    def write(self, files: FolderWriter) -> list[Place]:
+        """Write this rank's file; returns where everything is."""
+        if not self._parts and not self._objects:
+            return []
+        name = f"__{self._rank}_0.distcp"
+        with files.open(name) as file:
+            return list(self._write(file, name))
+
+    def finish(self, files: FolderWriter, written: Sequence[list[Place]]) -> None:
+        """Write the files that describe the others; on one rank."""
+        metadata = _metadata([place for places in written for place in places])
+        files.write(".metadata", pickle.dumps(metadata))
+        files.write("common.pt", self._common)
+        files.write("metadata.json", json.dumps(_FORMAT))
+
+    def _write(self, file: Any, name: str) -> Iterator[Place]:
+        # The manifest has the checksums of whole files; those within archives are taken by a thread that holds all
+        # others up.
+        torch.serialization.set_crc32_options(False)
+        for part in self._parts:
+            data, start = _alone(part.data), file.nbytes
+            torch.save(data, file)
+            yield Place(
+                part.key, name, start, file.nbytes - start, part.offset, tuple(data.shape), part.shape, data.dtype
+            )
+        for key, data in self._objects.items():
+            start = file.nbytes
+            file.write(data)
+            yield Place(key, name, start, len(data))
+
+
+def _part(tensor: ShardedTensor) -> Part:
+    sizes = (1,) * tensor.prepend_axis_num + tuple(tensor.local_shape)
+    data = tensor.data.detach().view(sizes)
+    return Part(tensor.key, data, tuple(tensor.global_offset), tuple(tensor.global_shape))
+
+
+def _alone(tensor: Tensor) -> Tensor:
+    """On the host, contiguous, and with a storage that holds nothing else."""
+    tensor = tensor.cpu().contiguous()
+    return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
+
+
+def _saved(value: object) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(value, buffer)
+    return buffer.getvalue()
+
+
+def _metadata(places: Sequence[Place]) -> Metadata:
+    chunks: dict[str, list[ChunkStorageMetadata]] = {}
+    kept: dict[str, TensorStorageMetadata | BytesStorageMetadata] = {}
+    stored: dict[MetadataIndex, _StorageInfo] = {}
+    for place in places:
+        stored[MetadataIndex(place.key, place.offset)] = _StorageInfo(place.file, place.start, place.length)
+        if place.offset is None:
+            kept[place.key] = BytesStorageMetadata()
+            continue
+        held = chunks.setdefault(place.key, [])
+        held.append(ChunkStorageMetadata(torch.Size(place.offset), torch.Size(place.sizes)))
+        kept[place.key] = TensorStorageMetadata(TensorProperties(dtype=place.dtype), torch.Size(place.shape), held)
+    for key, held in chunks.items():
+        if (count := sum(prod(chunk.sizes) for chunk in held)) != prod(kept[key].size):
+            raise ValueError(f"{count} of {prod(kept[key].size)} elements of {key} were written")
+    return Metadata(kept, storage_data=stored, storage_meta=StorageMeta(), version=CURRENT_DCP_VERSION)
