@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -201,8 +202,6 @@ def test_layouts_fit_and_the_settings_ask_for_them(name, gpus):
 
 def as_configured(config: RunConfig, spec: ModelSpec, plan: Plan) -> Plan:
     """The layout that a plan's settings give."""
-    from dataclasses import replace
-
     values = dict(each.split("=") for each in plan.overrides)
     names = {"tp", "pp", "dp", "ep", "etp", "first_stage_layers", "last_stage_layers"}
     numbers = {name: int(values[f"layout.{name}"]) for name in names if f"layout.{name}" in values}

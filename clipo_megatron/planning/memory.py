@@ -137,11 +137,9 @@ def _activations(
     return values * in_flight * sum(map(whole, layers))
 
 
-def server_memory(
-    spec: ModelSpec, tp: int, hardware: Hardware, assume: Assumptions, *, width: int = BF16
-) -> ServerMemory:
-    """Of a server on `tp` GPUs."""
-    weights = width * whole_count(spec).total / tp
+def server_memory(spec: ModelSpec, tp: int, hardware: Hardware, assume: Assumptions) -> ServerMemory:
+    """Of a server on `tp` GPUs, in bf16."""
+    weights = BF16 * whole_count(spec).total / tp
     kv_heads = max(1.0, spec.num_kv_heads / tp)  # with more GPUs than KV heads they are held more than once
     per_token = 2 * spec.num_layers * kv_heads * spec.head_dim * BF16
     left = hardware.memory_bytes * assume.server_memory - weights - assume.reserve_bytes
