@@ -93,6 +93,54 @@ def crc32(path: Path) -> int:
     return code
 
 
+def write_at(descriptor: int, data: memoryview, offset: int, code: int = 0) -> int:
+    """Write bytes to their place in an open file; returns the CRC-32 of them behind those that `code` is of."""
+    for start in range(0, len(data), _WRITE_BYTES):
+        piece, place = data[start : start + _WRITE_BYTES], offset + start
+        code = zlib.crc32(piece, code)
+        while piece:
+            count = os.pwrite(descriptor, piece, place)
+            piece, place = piece[count:], place + count
+    return code
+
+
+def joined_crc32(first: int, second: int, nbytes: int) -> int:
+    """The CRC-32 of two runs of bytes, one after the other, by their own; `nbytes` of the second.
+
+    Bytes that follow multiply a remainder by x^8 each, modulo CRC-32's polynomial, in which bit 31 is x^0.
+    """
+    power, bits = 0, nbytes << 3
+    while bits:
+        if bits & 1:
+            first = _times(_POWERS[power % 32], first)
+        bits >>= 1
+        power += 1
+    return first ^ second
+
+
+def _times(a: int, b: int) -> int:
+    """Product of two polynomials modulo CRC-32's."""
+    product = 0
+    while a:
+        if a & 0x80000000:
+            product ^= b
+        a = (a << 1) & 0xFFFFFFFF
+        b = (b >> 1) ^ (_POLYNOMIAL if b & 1 else 0)
+    return product
+
+
+def _powers() -> list[int]:
+    """x^(2^n) for n = 0 .. 31; from there on they repeat."""
+    found = [0x40000000]
+    while len(found) < 32:
+        found.append(_times(found[-1], found[-1]))
+    return found
+
+
+_POLYNOMIAL = 0xEDB88320
+_POWERS = _powers()
+
+
 class FolderWriter:
     """Writes files of a folder, each forced to disk, and keeps size and CRC-32 of every one.
 
@@ -133,16 +181,21 @@ class StreamedFile(io.RawIOBase):
 
     def write(self, data: object) -> int:
         """Append all of it."""
-        view = memoryview(data).cast("B")
-        done = 0
-        while done < len(view):  # a piece at a time: its checksum is taken while it is in the cache
-            piece = view[done : done + _WRITE_BYTES]
-            self.crc32 = zlib.crc32(piece, self.crc32)
+        before = self.nbytes
+        self.append(data)
+        return self.nbytes - before
+
+    def append(self, data: object) -> int:
+        """Append all of it, and return the CRC-32 of it alone. Other threads run meanwhile."""
+        view, code = memoryview(data).cast("B"), 0
+        for start in range(0, len(view), _WRITE_BYTES):  # its checksum is taken while it is in the cache
+            piece = view[start : start + _WRITE_BYTES]
+            code = zlib.crc32(piece, code)
             while piece:
-                count = self._file.write(piece)
-                piece, done = piece[count:], done + count
+                piece = piece[self._file.write(piece) :]
+        self.crc32 = joined_crc32(self.crc32, code, len(view))
         self.nbytes += len(view)
-        return len(view)
+        return code
 
     def sync(self) -> None:
         """Force what was written to disk."""

@@ -30,7 +30,7 @@ from clipo_megatron.conversion.plan import (
     Tick,
     Unit,
 )
-from clipo_megatron.files import write_durably
+from clipo_megatron.files import write_at, write_durably
 from clipo_megatron.weights.coverage import EMBEDDING, OUTPUT, check_tensors
 from clipo_megatron.weights.errors import CheckpointError, CoverageError
 from clipo_megatron.weights.families import model_spec
@@ -111,7 +111,7 @@ class ToHF(Conversion):
             descriptor = os.open(content / name, os.O_RDWR | os.O_CREAT, 0o644)
             try:
                 os.ftruncate(descriptor, header.size)
-                _write_at(descriptor, memoryview(header.bytes), 0)
+                write_at(descriptor, memoryview(header.bytes), 0)
                 os.fsync(descriptor)
             finally:
                 os.close(descriptor)
@@ -126,8 +126,7 @@ class ToHF(Conversion):
         try:
             for name in task.names:
                 for piece in self._pieces(name, header):
-                    code = zlib.crc32(piece, code)
-                    _write_at(descriptor, piece, end)
+                    code = write_at(descriptor, piece, end, code)
                     end += len(piece)
                     tick(len(piece))
         finally:
@@ -290,9 +289,3 @@ class ToHF(Conversion):
             return data
         config |= dict.fromkeys(present or _DTYPE_FIELDS[:1], name)
         return (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()
-
-
-def _write_at(descriptor: int, data: memoryview, offset: int) -> None:
-    done = 0
-    while done < len(data):
-        done += os.pwrite(descriptor, data[done:], offset + done)

@@ -42,7 +42,8 @@ from clipo_megatron.conversion.plan import (
     Tick,
     Unit,
 )
-from clipo_megatron.files import crc32, write_durably
+from clipo_megatron.files import StreamedFile, crc32, write_durably
+from clipo_megatron.weights.archive import write_tensor
 from clipo_megatron.weights.coverage import check_tensors
 from clipo_megatron.weights.division import Division
 from clipo_megatron.weights.families import entries, model_spec
@@ -146,7 +147,7 @@ class ToMegatron(Conversion):
                 for at, part, offset in self._parts(entry, task.ranks):
                     file = files[at]
                     start = file.nbytes
-                    torch.save(part, file)
+                    write_tensor(part, file)
                     dtype = str(part.dtype).removeprefix("torch.")
                     items.append(
                         [entry.key, dtype, offset, list(part.shape), file.path.name, start, file.nbytes - start]
@@ -332,35 +333,19 @@ def _laid_out(
     for piece in entry.kind.pieces(tuple(target.shape), entry.shapes, rank=cut.rank, size=cut.size):
         part = target[piece.start : piece.stop]
         offset = [piece.offset[0] + first_row, *piece.offset[1:]]
-        if part.untyped_storage().nbytes() != part.nbytes:
-            part = part.clone()  # torch.save writes all of a tensor's memory
         yield (at, part[None], [entry.expert, *offset]) if entry.experts else (at, part, offset)
 
 
-class _Stream(io.RawIOBase):
-    """A file that is written from its beginning, with its size and CRC-32."""
+class _Stream(StreamedFile):
+    """A file whose growth is told."""
 
     def __init__(self, path: Path, tick: Tick) -> None:
-        self.path, self.nbytes, self.crc32 = path, 0, 0
-        self._file = path.open("wb", buffering=0)
+        super().__init__(path)
         self._tick = tick
 
-    def writable(self) -> bool:
-        """Always."""
-        return True
-
-    def write(self, data: object) -> int:
-        """Append."""
-        view = memoryview(data).cast("B")
-        done = 0
-        while done < len(view):
-            done += self._file.write(view[done:])
-        self.crc32 = zlib.crc32(view, self.crc32)
-        self.nbytes += len(view)
-        self._tick(len(view))
-        return len(view)
-
-    def close(self) -> None:
-        """Idempotent."""
-        self._file.close()
-        super().close()
+    def append(self, data: object) -> int:
+        """Append all of it, and return the CRC-32 of it alone."""
+        before = self.nbytes
+        code = super().append(data)
+        self._tick(self.nbytes - before)
+        return code

@@ -1,4 +1,5 @@
-"""What `torch.save` makes of one tensor, looked into without loading it; and checkpoints' metadata, unpickled safely.
+"""What `torch.save` makes of one tensor, written in one pass, and looked into without loading it; and checkpoints'
+metadata, unpickled safely.
 
 A saved tensor is an uncompressed zip archive: data.pkl says dtype, shape and strides, data/0 are the elements.
 """
@@ -8,6 +9,7 @@ from __future__ import annotations
 import io
 import os
 import pickle
+import struct
 import zipfile
 from collections import OrderedDict
 from dataclasses import dataclass
@@ -15,8 +17,11 @@ from math import prod
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from clipo_megatron.files import StreamedFile
 from clipo_megatron.weights.kinds import Shape
+from clipo_megatron.weights.safetensors import as_bytes
 
 _LOCAL_HEADER = 30  # bytes before the name of a member of a zip archive
 _STORAGES: dict[str, torch.dtype | None] = {  # by the name under which torch.save knows a dtype
@@ -30,6 +35,10 @@ _STORAGES: dict[str, torch.dtype | None] = {  # by the name under which torch.sa
     "BoolStorage": torch.bool,
     "UntypedStorage": None,  # newer dtypes: told beside it
 }
+_STORAGE_NAMES = {dtype: name for name, dtype in _STORAGES.items() if dtype is not None}
+_ALIGNMENT = 64  # of elements, from the archive's beginning
+_FOLLOWED, _UTF8 = 0x0008, 0x0800  # zip's flags: a member's checksum and size come behind it; of names
+_LARGEST = 0xFFFF0000  # bytes of an archive without 64-bit fields
 # What a checkpoint's metadata is made of. Pickles can run anything else, so nothing else is let in.
 _METADATA_MODULES = (
     "torch.distributed.checkpoint.metadata",
@@ -52,6 +61,81 @@ class Elements:
     dtype: torch.dtype
     shape: Shape
     start: int  # of the first element, in the file
+
+
+def write_tensor(tensor: Tensor, file: StreamedFile) -> None:
+    """Append what `torch.load` and `find_elements` read as the tensor; contiguous, on the CPU.
+
+    `torch.save` writes the same, and holds up all threads of the process while it computes checksums that the file's
+    own repeats. Here each byte is passed over once.
+    """
+    if tensor.dtype not in _STORAGE_NAMES or tensor.nbytes >= _LARGEST:
+        torch.save(tensor.clone(), file)  # all of a tensor's memory would be written
+        return
+    archive = _Archive(file)
+    archive.add("data.pkl", _description(tensor))
+    archive.add("byteorder", b"little")
+    archive.add("data/0", as_bytes(tensor) if tensor.numel() else b"")
+    archive.add("version", b"3\n")
+    archive.end()
+
+
+class _Archive:
+    """A zip archive of uncompressed members, laid out as torch's."""
+
+    def __init__(self, file: StreamedFile) -> None:
+        self._file, self._start, self._directory, self._count = file, file.nbytes, b"", 0
+
+    def add(self, name: str, data: bytes | memoryview) -> None:
+        """A member; its data is aligned."""
+        path, begin = f"archive/{name}".encode(), self._file.nbytes - self._start
+        padding = -(begin + _LOCAL_HEADER + len(path) + 4) % _ALIGNMENT
+        extra = b"FB" + struct.pack("<H", padding) + b"Z" * padding
+        header = struct.pack("<5H3I2H", 0, _FOLLOWED | _UTF8, 0, 0, 0, 0, 0, 0, len(path), len(extra))
+        self._file.append(b"PK\x03\x04" + header + path + extra)
+        sums = struct.pack("<3I", self._file.append(data), len(data), len(data))
+        self._file.append(b"PK\x07\x08" + sums)
+        entry = struct.pack("<6H", 0, 0, _FOLLOWED | _UTF8, 0, 0, 0) + sums
+        entry += struct.pack("<5H2I", len(path), 0, 0, 0, 0, 0, begin)
+        self._directory, self._count = self._directory + b"PK\x01\x02" + entry + path, self._count + 1
+
+    def end(self) -> None:
+        """Write the directory."""
+        begin = self._file.nbytes - self._start
+        sizes = struct.pack("<4H2IH", 0, 0, self._count, self._count, len(self._directory), begin, 0)
+        self._file.append(self._directory + b"PK\x05\x06" + sizes)
+
+
+def _description(tensor: Tensor) -> bytes:
+    buffer = io.BytesIO()
+    _TensorPickler(buffer, protocol=2).dump(_Description(tensor))
+    return buffer.getvalue()
+
+
+class _Description:
+    """Is pickled as a call that makes a tensor of a storage."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._tensor = tensor
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        tensor = self._tensor
+        storage = _Storage(_STORAGE_NAMES[tensor.dtype], tensor.numel())
+        shape, stride = tuple(tensor.shape), tuple(tensor.stride())
+        return torch._utils._rebuild_tensor_v2, (storage, 0, shape, stride, False, OrderedDict())
+
+
+@dataclass(frozen=True, slots=True)
+class _Storage:
+    kind: str
+    numel: int
+
+
+class _TensorPickler(pickle.Pickler):
+    """Writes the description of a tensor whose elements are in data/0."""
+
+    def persistent_id(self, obj: Any) -> tuple[Any, ...] | None:
+        return ("storage", getattr(torch, obj.kind), "0", "cpu", obj.numel) if isinstance(obj, _Storage) else None
 
 
 def find_elements(descriptor: int, start: int, length: int) -> Elements:
