@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -18,6 +18,8 @@ from clipo_megatron.planning.dry_run import build_ranks
 from clipo_megatron.planning.hardware import HARDWARE, Assumptions
 from clipo_megatron.planning.layouts import Plan, judge, server_gpus_of
 from clipo_megatron.planning.parameters import whole_count
+from clipo_megatron.submission.resources import Resources
+from clipo_megatron.submission.submit import submit
 from clipo_megatron.weights.spec import ModelSpec
 
 pytestmark = pytest.mark.timeout(120)
@@ -82,7 +84,15 @@ def test_the_recipe_is_sound(recipe, tmp_path, monkeypatch):
     for name in ("model.safetensors", "chat_template.jinja"):
         (model / name).touch()
     check(recipe.config, ranks=requested_ranks(recipe.config.layout))
-    assert recipe.config.rollout.servers == recipe.config.serve.servers, "servers that are started are waited for"
+    plan, node = recipe.plan, HARDWARE["h100"].gpus_per_node
+    nodes = Resources(nodes=plan.trainer_gpus // node, gpus_per_node=node)
+    if not plan.colocated:
+        nodes = replace(nodes, server_nodes=plan.server_gpus // node)
+    job = submit(recipe.file, [], nodes, dry_run=True)
+    assert (job.ranks, job.gpus) == (plan.trainer_gpus, plan.gpus)
+    assert re.match(r"fits: [\d.]+ GB of 80 GB", job.remarks[0]), "the job finds what the plan found"
+    assert f"{plan.time.total:.0f} s a step" in job.remarks[0]
+    assert recipe.config.rollout.servers == plan.server_gpus // plan.server_tp, "all servers are waited for"
 
 
 def row(name: str) -> list[str]:

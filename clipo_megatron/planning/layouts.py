@@ -65,7 +65,10 @@ class Plan:
         """The settings that ask for it."""
         division = self.division
         chosen = {"layout.tp": division.tp, "layout.pp": division.pp, "layout.dp": self.dp, "serve.tp": self.server_tp}
-        chosen |= {} if self.colocated else {"serve.servers": self.server_gpus // self.server_tp}
+        if not self.colocated:
+            servers = self.server_gpus // self.server_tp
+            here = max(1, self.hardware.gpus_per_node // self.server_tp)  # each node runs its own `clipo serve`
+            chosen |= {"serve.servers": min(servers, here), "rollout.servers": servers}
         chosen |= {"layout.ep": division.ep} if division.ep > 1 else {}
         chosen |= {"layout.etp": division.etp} if division.etp is not None else {}
         chosen |= {"layout.first_stage_layers": division.first_layers} if division.first_layers else {}
@@ -213,7 +216,7 @@ def _powers(most: int) -> Iterable[int]:
 
 
 def server_gpus_of(config: RunConfig, trainer_gpus: int) -> int:
-    """GPUs that generate, as a configuration has them.
+    """GPUs that generate, as a configuration has them: `serve.servers` are those of one node, `rollout.servers` all.
 
     Raises:
         PlanError: it generates in the training processes.
@@ -223,4 +226,6 @@ def server_gpus_of(config: RunConfig, trainer_gpus: int) -> int:
             "rollout.engine = local generates in the training processes, which is for small models; plan with "
             "rollout.engine=sglang"
         )
-    return trainer_gpus if config.rollout.colocated else config.serve.servers * config.serve.tp
+    if config.rollout.colocated:
+        return trainer_gpus
+    return max(config.serve.servers, config.rollout.servers) * config.serve.tp
