@@ -19,7 +19,7 @@ from clipo_megatron.evaluation import (
 )
 from clipo_megatron.flow import StepReport
 from clipo_megatron.output import CHECKPOINTS, EVALUATIONS, METRICS, ROLLOUTS, SETTINGS, TENSORBOARD
-from clipo_megatron.report.alarms import alarms, stop_on
+from clipo_megatron.report.alarms import alarms, stop_on, stop_on_skips
 from clipo_megatron.report.console import Progress, duration
 from clipo_megatron.report.samples import SampleLog
 from clipo_megatron.report.sinks import JsonLines, Sink, TensorBoard, read_lines
@@ -77,12 +77,19 @@ class Reporter:
 
         Raises:
             AlarmError: a watched number is beyond its limit, and report.alarm_stops is true; on every rank.
+            NonFiniteError: too many updates in a row were skipped; on every rank.
+            ReportError: the metrics cannot be written.
         """
         for sink in self._sinks:
             sink.write(report)
         self.progress.step(report)
-        if report.metrics.get("policy/update_skipped"):
-            self.say(f"warning: step {report.step}: the gradient was not finite; the update was skipped")
+        for owner, skipped in (("policy", "policy/update_skipped"), ("contrastive head", "clipo/update_skipped")):
+            if count := report.metrics.get(skipped):
+                self.say(
+                    f"warning: step {report.step}: loss or gradient of the {owner} was not finite; {count:.0f} of its "
+                    "updates skipped"
+                )
+        stop_on_skips(report, self.config.optimizer.skips)
         if ungraded := report.metrics.get("reward/ungraded"):
             self.say(f"warning: step {report.step}: {ungraded:.1%} of the answers could not be graded")
         found = alarms(report, self.config.report)

@@ -97,7 +97,8 @@ def test_a_gradient_that_is_not_finite_is_skipped_on_every_rank(
     config.clipo.enabled = False
     for history in ranks.run(broken_then_sound, world, config, layout, poison):
         (first, before), (second, same), (third, after) = history
-        assert [each["policy/update_skipped"] for each in (first, second, third)] == [0.0, 1.0, 0.0]
+        assert [each["policy/update_skipped"] for each in (first, second, third)] == [0.0, 1.0, 1.0]  # of the step
+        assert [each["policy/skipped_in_a_row"] for each in (first, second, third)] == [0.0, 1.0, 0.0]
         assert not math.isfinite(second["policy/grad_norm"]) and math.isfinite(third["policy/grad_norm"])
         assert all(torch.equal(before[name], same[name]) for name in before)
         assert all(tensor.isfinite().all() and not torch.equal(before[name], tensor) for name, tensor in after.items())

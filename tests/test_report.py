@@ -12,7 +12,7 @@ from rich.console import Console
 from clipo_megatron.config.schema import ReportConfig
 from clipo_megatron.evaluation import Evaluation, comparison_table
 from clipo_megatron.flow import StepReport
-from clipo_megatron.report.alarms import AlarmError, alarms, stop_on
+from clipo_megatron.report.alarms import AlarmError, NonFiniteError, alarms, stop_on, stop_on_skips
 from clipo_megatron.report.console import COLUMNS, Progress, Stopwatch, duration
 from clipo_megatron.report.sinks import JsonLines, MissingPackageError, TensorBoard, keep_before, read_lines
 
@@ -85,6 +85,22 @@ def test_tensorboard_that_is_not_installed_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(builtins, "__import__", without_tensorboard)
     with pytest.raises(MissingPackageError, match=r"report.tensorboard is true.*pip install tensorboard"):
         TensorBoard(tmp_path, from_step=0)
+
+
+# ---------------------------------------------------------------- updates that are skipped
+
+
+def test_a_run_of_skipped_updates_ends_the_run():
+    def report(in_a_row):
+        metrics = {"policy/skipped_in_a_row": in_a_row, "policy/loss": math.nan, "policy/grad_norm": 2.5}
+        return StepReport(9, metrics)
+
+    stop_on_skips(StepReport(1, {}), 0)
+    stop_on_skips(report(5.0), 5)
+    with pytest.raises(NonFiniteError) as caught:
+        stop_on_skips(report(6.0), 5)
+    for part in ("step 9: the last 6 updates", "optimizer.skips = 5", "policy/loss is nan", "policy/grad_norm 2.5"):
+        assert part in str(caught.value)
 
 
 # ---------------------------------------------------------------- alarms

@@ -8,7 +8,7 @@ import warnings
 
 import pytest
 import torch.distributed as dist
-from small_runs import SmallRun, metrics, write_config, write_model
+from small_runs import SmallRun, checkpoint_state, metrics, write_config, write_model
 
 from clipo_megatron.config.load import load
 from clipo_megatron.data.prompts import load_tokenizer
@@ -173,6 +173,23 @@ def test_an_alarm_stops_the_run_before_the_checkpoint(small_config, tmp_path):
     assert len(metrics(output)) == 1 and not (output / "checkpoints").exists()
     warned = SmallRun(small_config, output, *limit[1:], "report.alarm_stops=false", "train.steps=3").wait().said
     assert warned.count("warning: step") == 3 and (output / "checkpoints" / "step_000003").is_dir()
+
+
+def test_losses_that_are_not_finite_change_nothing_and_end_the_run(small_config, tmp_path):
+    output = tmp_path / "run"
+    odd = ("reward.correct_reward=1.0e300", "algorithm.mini_batches=1")  # more than a float32 holds
+    quick = ("checkpoint.every=1", "data.eval=[]", "clipo.enabled=false", "algorithm.kl.coefficient=0")
+    run = SmallRun(small_config, output, *odd, *quick, "optimizer.skips=1").wait(2)
+    said = " ".join(run.said.split())
+    assert "warning: step 0: loss or gradient of the policy was not finite; 1 of its updates skipped" in said
+    assert "step 1: the last 2 updates were skipped because loss or gradient was not finite (optimizer.skips" in said
+    first, second = metrics(output)
+    assert [first["policy/skipped_in_a_row"], second["policy/skipped_in_a_row"]] == [1.0, 2.0]
+    assert first["policy/loss"] is None and second["policy/update_skipped"] == 1.0
+    assert [path.name for path in (output / "checkpoints").iterdir()] == ["step_000001"]  # and none of step 2
+    state = checkpoint_state(output, 1)
+    moments = [tensor for name, tensor in state.items() if name.startswith("policy.optimizer.exp_avg")]
+    assert moments and not any(moment.any() for moment in moments)
 
 
 # ---------------------------------------------------------------- silence

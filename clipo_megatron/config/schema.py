@@ -299,6 +299,7 @@ class OptimizerConfig:
     beta2: float = 0.999
     epsilon: float = 1.0e-8
     max_grad_norm: float = 1.0
+    skips: int = 5  # updates in a row that may be skipped because loss or gradient is not finite, before the run ends
     overlap_grad_reduce: bool = False
 
 
@@ -319,6 +320,15 @@ class CheckpointConfig:
     deadline_s: float = 1800.0  # to write one
     failures: int = 3  # saves in a row that fail before the run ends; until then they are warnings
     resume: bool = True  # from the newest complete checkpoint in train.output
+
+
+@dataclass
+class FaultsConfig:
+    """What becomes of ranks that die or stand still. Saves and updates that fail: `checkpoint`, `optimizer`."""
+
+    frozen_s: float = 60.0  # without a sign of life of a rank, after which it is named and all ranks end
+    stuck_s: float = 900.0  # in one phase of a step, after which every rank prints its stacks; it does not end for that
+    restarts: int = 2  # in a row without a new checkpoint: starts of this machine's ranks after one has died or frozen
 
 
 @dataclass
@@ -356,5 +366,6 @@ class RunConfig:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    faults: FaultsConfig = field(default_factory=FaultsConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     report: ReportConfig = field(default_factory=ReportConfig)

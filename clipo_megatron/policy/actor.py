@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
@@ -70,6 +71,7 @@ class PolicyActor:
         # Names, shapes and owners of the Hugging Face tensors this policy exports.
         self.export_plan: ExportPlan = plan_export(self.spec, layout.division, dtype=TORCH_DTYPE[config.model.dtype])
         self._forward_backward = get_forward_backward_func()
+        self._skipped = self._skipped_in_a_row = 0  # updates: of this step, and since the last that was applied
 
     def _load(self, folder: str) -> None:
         """Fill this stage from a Hugging Face folder or a checkpoint."""
@@ -213,7 +215,8 @@ class PolicyActor:
                 reported as "policy/first_update_kl".
 
         Returns:
-            Metrics, identical on every rank; "policy/update_skipped" is 1 where the gradient was not finite.
+            Metrics, identical on every rank. An update whose loss or gradient is not finite is skipped:
+            "policy/update_skipped" counts those of the step, "policy/skipped_in_a_row" the latest without one between.
         """
         self.model.zero_grad_buffer()
         self.optimizer.inner.zero_grad()
@@ -248,14 +251,17 @@ class PolicyActor:
             return total, count, metrics
 
         outputs = self._run(micro_batches, compute, forward_only=False)
-        norm, applied = self.optimizer.step()
         sums = self._sum_metrics(outputs)
+        norm, applied = self.optimizer.step(finite=math.isfinite(sums.get("policy/loss", 0.0)))
+        self._skipped = (0 if first else self._skipped) + (not applied)
+        self._skipped_in_a_row = 0 if applied else self._skipped_in_a_row + 1
         if first:
             sums["policy/first_update_kl"] = sums["policy/update_kl"]
         return {
             **sums,
             "policy/grad_norm": norm,
-            "policy/update_skipped": 0.0 if applied else 1.0,
+            "policy/update_skipped": float(self._skipped),
+            "policy/skipped_in_a_row": float(self._skipped_in_a_row),
             "policy/learning_rate": self.optimizer.learning_rate,
         }
 

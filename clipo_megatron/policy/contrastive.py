@@ -27,6 +27,7 @@ class ContrastiveActor:
 
     Attributes:
         embeddings: [B, d] float32, of the last batch.
+        skipped: whether the head's last update was left out, because a gradient was not finite.
     """
 
     def __init__(self, hidden_size: int, config: ClipoConfig, layout: Layout, *, seed: int):
@@ -37,6 +38,7 @@ class ContrastiveActor:
             hidden_size, config.dim, kind=config.head.value, debias=config.debias.value, seed=seed
         ).to(platform().device)
         self.embeddings = torch.empty(0)
+        self.skipped = False
         self.optimizer = torch.optim.AdamW(
             self.head.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay
         )
@@ -92,7 +94,7 @@ class ContrastiveActor:
     def metrics(self, table: RolloutTable, bonus: Tensor) -> dict[str, float]:
         """The numbers to watch about the last batch; `bonus` [B] float32 is what its losses paid."""
         graded = table.graded  # an ungraded rollout is neither right nor wrong
-        return statistics(
+        numbers = statistics(
             table.correct[graded],
             table.group[graded],
             table.signals["contrastive_loss"][graded],
@@ -101,6 +103,7 @@ class ContrastiveActor:
             floor=self.config.floor,
             embeddings=self.embeddings.cpu()[graded],
         )
+        return numbers | {"clipo/update_skipped": float(self.skipped)}
 
     def _train(self, own: Tensor, gathered: Tensor, rows: Tensor, loss: Tensor) -> None:
         if loss.requires_grad:
@@ -109,9 +112,13 @@ class ContrastiveActor:
         self._sum(grad)
         self.optimizer.zero_grad(set_to_none=True)
         own.backward(grad[rows])
-        for parameter in self.head.parameters():
-            self._sum(parameter.grad)
-        self.optimizer.step()
+        gradients = [parameter.grad for parameter in self.head.parameters()]
+        for gradient in gradients:
+            self._sum(gradient)
+        # The same on every rank that has the head: the gradients are sums over all of them.
+        self.skipped = not all(bool(gradient.isfinite().all()) for gradient in gradients)
+        if not self.skipped:
+            self.optimizer.step()
 
     def _global_mean(self, pooled: Tensor) -> Tensor:
         """Mean state over all ranks' rows, [H]."""

@@ -92,8 +92,8 @@ class PolicyOptimizer:
         """Of the next update."""
         return max((float(group["lr"]) for group in self.inner.param_groups), default=0.0)
 
-    def step(self) -> tuple[float, bool]:
-        """Apply the accumulated gradients.
+    def step(self, *, finite: bool = True) -> tuple[float, bool]:
+        """Apply the accumulated gradients, if they and the loss are `finite`.
 
         Returns:
             Global gradient norm before clipping, and whether the update was applied.
@@ -101,7 +101,7 @@ class PolicyOptimizer:
         with platform().cuda_tensor_names():
             self.inner.prepare_grads()
             norm = float(self.inner.get_grad_norm())
-            applied = math.isfinite(norm)
+            applied = finite and math.isfinite(norm)
             if applied:
                 self.inner.step()
         self.schedule.step(increment=1)

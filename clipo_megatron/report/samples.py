@@ -10,7 +10,7 @@ from typing import TextIO
 from torch import Tensor
 
 from clipo_megatron.flow import RolloutTable, ScoredGroup
-from clipo_megatron.report.sinks import keep_before
+from clipo_megatron.report.sinks import append, keep_before
 
 
 class SampleLog:
@@ -52,7 +52,7 @@ class SampleLog:
                     for rollout, verdict, row in zip(group.rollouts, each.verdicts, rows, strict=True)
                 ],
             }
-            self._file.write(json.dumps(line) + "\n")
+            append(self._file, json.dumps(line) + "\n")
 
     def close(self) -> None:
         """Flush. Idempotent."""

@@ -6,13 +6,32 @@ import json
 import math
 import os
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TextIO
 
 from clipo_megatron.flow import StepReport
 
 
 class MissingPackageError(RuntimeError):
     """A sink was asked for whose package is not installed."""
+
+
+class ReportError(RuntimeError):
+    """What a run tells cannot be written; the message says where and why."""
+
+
+def append(file: TextIO, line: str) -> None:
+    """Write a line to an open file.
+
+    Raises:
+        ReportError: the disk is full, say.
+    """
+    try:
+        file.write(line)
+    except OSError as error:
+        raise ReportError(
+            f"{file.name} cannot be written: {error}. Free space, or correct train.output; the same command goes on "
+            "from the newest checkpoint"
+        ) from error
 
 
 class Sink(Protocol):
@@ -41,7 +60,7 @@ class JsonLines:
     def write(self, report: StepReport) -> None:
         """One line."""
         facts = {name: value if math.isfinite(value) else None for name, value in report.metrics.items()}
-        self._file.write(json.dumps({"step": report.step, **facts}, allow_nan=False) + "\n")
+        append(self._file, json.dumps({"step": report.step, **facts}, allow_nan=False) + "\n")
 
     def close(self) -> None:
         """Flush. Idempotent."""
