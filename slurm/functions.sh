@@ -6,7 +6,12 @@ say() { printf '%(%F %T)T  %s\n' -1 "$*"; }
 # USR1 comes STOP_BEFORE seconds before the walltime, or from a person: the ranks end their step and save, and the job
 # queues itself again. TERM comes when Slurm takes the nodes away: the ranks do the same, if they are given the time.
 
-ranks= servers= asked= signals=0
+ranks= servers= asked= signals=0 helpers=()
+
+later() { # SECONDS SIGNAL PID: sends it then, unless this script has ended
+    (sleep "$1" & trap 'kill $!' TERM; wait $! && kill "$2" "$3") >/dev/null 2>&1 &
+    helpers+=($!)
+}
 
 on_usr1() {
     signals=$((signals + 1))
@@ -14,7 +19,7 @@ on_usr1() {
     asked=USR1
     say "USR1: the ranks end their step and save; they have $((STOP_BEFORE - STOP_BEFORE / 5)) s for it"
     [[ -n $ranks ]] && kill -USR1 "$ranks" 2>/dev/null
-    (sleep $((STOP_BEFORE - STOP_BEFORE / 5)) && kill -ALRM $$) 2>/dev/null &
+    later $((STOP_BEFORE - STOP_BEFORE / 5)) -ALRM $$
 }
 
 on_term() {
@@ -53,6 +58,7 @@ begin() {
     trap on_usr1 USR1
     trap on_term TERM
     trap on_alarm ALRM
+    trap '((${#helpers[@]})) && kill "${helpers[@]}" 2>/dev/null' EXIT
     export CLIPO_JOB=$JOB PYTHONUNBUFFERED=1 PYTHONFAULTHANDLER=1 OMP_NUM_THREADS=$CPUS_PER_RANK
     mkdir -p "$JOB/logs" "$JOB/nodes" || exit 1
     nodes=${SLURM_JOB_NODELIST_HET_GROUP_0:-$SLURM_JOB_NODELIST}
@@ -81,12 +87,12 @@ check_nodes() { # NODES: each sees the files of the job and writes where the oth
             echo "$SLURMD_NODENAME does not see $place, where the job writes: it is not shared with this node" >&2; exit 1; }
         for path; do [[ -e $path ]] || { echo "$SLURMD_NODENAME has no $path" >&2; exit 1; }; done
         touch "$place/$SLURMD_NODENAME"'
-    local group
+    local group patience=10 # a network file system may show new names late
     for group in "${GROUPS_OF_NODES[@]}"; do
         timeout "$NODES_DEADLINE" srun $group --ntasks-per-node=1 --cpus-per-task=1 --overlap --chdir=/ \
-            --kill-on-bad-exit=0 bash -c "$look" look "$place" "$token" "${MUST_SEE[@]}" </dev/null
+            --kill-on-bad-exit=0 bash -c "$look" look "$place" "$token" "${MUST_SEE[@]}" </dev/null || patience=1
     done
-    for tries in 1 2 3 4 5 6 7 8 9 10; do # a network file system may show new names late
+    for ((tries = 0; tries < patience; tries++)); do
         missing=
         for node in $1; do [[ -e $place/$node ]] || missing+=" $node"; done
         [[ -z $missing || -n $asked ]] && break
@@ -120,10 +126,9 @@ end_servers() {
     for step in $(squeue --noheader --steps --jobs "$SLURM_JOB_ID" --format '%i %j' | awk '$2 == "servers" {print $1}'); do
         scancel --signal=INT "$step"
     done
-    (sleep 60 && kill -KILL "$servers") 2>/dev/null &
-    local killer=$!
+    later 60 -KILL "$servers"
     outlast "$servers"
-    kill "$killer" 2>/dev/null
+    kill "${helpers[-1]}" 2>/dev/null
     servers=
 }
 
@@ -143,7 +148,7 @@ run_ranks() { # COMMAND: runs it on all ranks; the code is the worst rank's
         if kill -0 "$ranks" 2>/dev/null; then
             say "the servers have ended; see $JOB/logs/servers.*.log"
             kill -TERM "$ranks"
-            (sleep "$RANKS_DEADLINE" && kill -KILL "$ranks") 2>/dev/null &
+            later "$RANKS_DEADLINE" -KILL "$ranks"
             outlast "$ranks"
             ranks=
             return 1
@@ -179,8 +184,11 @@ requeue() { # the job queues again, and goes on from the newest checkpoint
         say "this job cannot be requeued here; submit it again to go on from $(newest)"
         exit 1
     }
-    sleep 600 & # until Slurm ends this script
-    outlast $!
+    local seconds
+    for ((seconds = 0; seconds < 600; seconds++)); do # Slurm ends this script
+        [[ $asked == TERM ]] && break
+        sleep 1
+    done
     exit 1
 }
 

@@ -1,0 +1,124 @@
+"""Small runs as jobs of a real cluster, and what can happen to them there."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from slurm_cluster import Cluster
+from small_runs import steps_logged
+
+PATIENCE_S = 240.0
+
+
+class SlurmRun:
+    """One `clipo submit`, from a folder that has nothing to do with the run."""
+
+    def __init__(self, cluster: Cluster, config: Path, output: Path, *arguments: str):
+        self.cluster, self.output = cluster, output
+        self.elsewhere = output.with_name(f"{output.name}.elsewhere")
+        self.elsewhere.mkdir()
+        self.said = clipo(cluster, self.elsewhere, "submit", str(config), f"train.output={output}", *arguments)
+        found = re.match(r"job (\d+): ", self.said)
+        assert found, self.said
+        self.job, self.folder = found[1], output / "jobs" / "001"
+
+    @property
+    def log(self) -> str:
+        """What the script said."""
+        file = self.folder / "job.log"
+        return file.read_text() if file.exists() else ""
+
+    @property
+    def story(self) -> str:
+        """Everything that may explain a failure."""
+        logs = "".join(f"\n--- {path.name}\n{path.read_text()[-3000:]}" for path in sorted(self.folder.glob("logs/*")))
+        return f"{self.log}{logs}"
+
+    def outcomes(self) -> list[str]:
+        """Of the attempts, as the job noted them."""
+        return re.findall(r"outcome=(\S+)", (self.folder / "attempts").read_text())
+
+    def wait_for(self, condition: Callable[[], bool], what: str, seconds: float = PATIENCE_S) -> None:
+        """Poll for something that happens while the job is there."""
+        deadline = time.monotonic() + seconds
+        while not condition():
+            state = self.cluster.state(self.job)
+            assert state in ("PENDING", "RUNNING", "COMPLETING"), f"{state} before {what}\n{self.story}"
+            assert time.monotonic() < deadline, f"waited {seconds:.0f} s for {what}\n{self.story}"
+            time.sleep(0.05)
+
+    def wait_for_step(self, steps: int) -> None:
+        """Until so many steps are logged."""
+        self.wait_for(lambda: steps_logged(self.output) >= steps, f"step {steps}")
+
+    def begin_again(self) -> None:
+        """Until the job has been requeued; Slurm would let it wait for two minutes more."""
+        self.wait_for(lambda: self.cluster.state(self.job) == "PENDING", "the job to be requeued")
+        self.cluster.run("scontrol", "update", f"JobId={self.job}", "StartTime=now")
+        self.wait_for(lambda: self.cluster.state(self.job) == "RUNNING", "the job to start again")
+
+    def end(self, state: str = "COMPLETED") -> None:
+        """Wait for its last end."""
+        assert self.cluster.wait(self.job, seconds=PATIENCE_S) == state, self.story
+
+    # --- what happens to it --------------------------------------------------------------------------------------
+
+    def requeue(self) -> None:
+        """As an administrator, or a job that is worth more, does it."""
+        self.cluster.run("scontrol", "requeue", self.job)
+        self.begin_again()
+
+    def near_the_walltime(self) -> None:
+        """What Slurm sends some time before."""
+        self.cluster.run("scancel", "--batch", "--signal=USR1", self.job)
+        self.begin_again()
+
+    def cancel_the_ranks(self) -> None:
+        """The step alone; the job keeps its nodes."""
+        steps = self.cluster.run(
+            "squeue", "--noheader", "--steps", "--jobs", self.job, "--format", "%i %j"
+        ).splitlines()
+        (step,) = [line.split()[0] for line in steps if line.split()[1] == "ranks"]
+        self.cluster.run("scancel", step)
+        self.wait_for(lambda: self.outcomes()[-1] != "started", "the end of the step")
+
+    def lose(self, node: str) -> None:
+        """Every process that runs for the job on a node, but for Slurm's and the script."""
+        done = len(self.outcomes())
+        for pid in self.pids(node):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        self.wait_for(lambda: len(self.outcomes()) > done, "the end of the attempt")
+
+    def pids(self, node: str) -> list[int]:
+        """Processes of the ranks on a node."""
+        found = []
+        for place in Path("/proc").iterdir():
+            with contextlib.suppress(OSError):
+                words = (place / "environ").read_bytes().split(b"\0") if place.name.isdigit() else []
+                mine = f"CLIPO_JOB={self.folder}".encode() in words and f"SLURMD_NODENAME={node}".encode() in words
+                if mine and any(word.startswith(b"SLURM_STEP_NUM_TASKS=") for word in words):
+                    found.append(int(place.name))
+        return found
+
+
+def clipo(cluster: Cluster, folder: Path, *arguments: str, code: int = 0) -> str:
+    """What a command says when it is run in a folder of the cluster."""
+    done = subprocess.run(
+        [sys.executable, "-m", "clipo_megatron.cli", *arguments],
+        cwd=folder,
+        env={**cluster.environment, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == code, done.stdout + done.stderr
+    return done.stdout + done.stderr
