@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from clipo_megatron import __version__
 from clipo_megatron.conversion.commands import add_arguments
 from clipo_megatron.quiet import quiet_libraries
+from clipo_megatron.scaling import command as scaling
 from clipo_megatron.submission import command as submission
 
 if TYPE_CHECKING:
@@ -26,6 +27,7 @@ Contrastive policy optimisation (CLIPO) for reinforcement learning with verifiab
 commands:
   train      train a model as a configuration file says
   submit     the same as a Slurm job that survives its walltime, preemption and lost ranks
+  scale      that job on several numbers of nodes, and what each GPU delivers there
   eval       accuracy of a run's newest checkpoint on its held-out problems
   serve      run the servers that generate for it, SGLang or vLLM
   convert    move weights between Hugging Face and Megatron, in any layout, and verify them
@@ -42,6 +44,7 @@ examples:
   srun --ntasks-per-node 8 clipo train run.yaml
   clipo serve run.yaml                          the servers of a run with rollout.engine=sglang; keeps them running
   clipo submit run.yaml --nodes 4 --gpus-per-node 8    a job of Slurm that comes back by itself
+  clipo scale run.yaml --nodes 1,2,4,8 --gpus-per-node 8    weak and strong scaling, measured
   clipo settings clipo                          the settings of one section
 
 `clipo COMMAND --help` says more. CLIPO_TRACEBACK=1 shows where an error comes from.
@@ -159,6 +162,7 @@ def _parser() -> argparse.ArgumentParser:
     train.set_defaults(run=_train, work="train")
 
     submission.add_arguments(commands.add_parser("submit"))
+    scaling.add_arguments(commands.add_parser("scale"))
 
     evaluate = commands.add_parser("eval", description=_EVAL, formatter_class=plain)
     evaluate.add_argument("config", metavar="CONFIG", help="YAML file, the one that training got")

@@ -26,7 +26,7 @@ LEVELS = (
     {"slurm"},
     {"launch"},
     {"serving", "submission"},
-    {"doctor"},
+    {"doctor", "scaling"},
     {"cli"},
 )
 LEVEL_OF = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}

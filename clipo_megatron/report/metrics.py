@@ -51,6 +51,7 @@ def speed_metrics(
     return {
         **watch.metrics,
         "time/step_s": total,
+        "speed/tokens_per_s_per_rank": trained / total / world,
         "speed/generate_tokens_per_s_per_rank": float(table.response_length.sum()) / max(generate, 1e-9) / world,
         "speed/train_tokens_per_s_per_rank": trained / max(learn, 1e-9) / world,
         "speed/padding_share": sum(micro.padding for micro in micro_batches) / max(tokens, 1),

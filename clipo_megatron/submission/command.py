@@ -32,13 +32,22 @@ good; scontrol requeue JOB requeues it at once; scancel JOB ends it. Then the sa
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Give a parser `clipo submit`'s arguments."""
-    default = Resources(nodes=1)
     parser.description, parser.epilog = _SUBMIT, _EXAMPLES
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("config", metavar="CONFIG", help="YAML file, the one that training gets")
     parser.add_argument("overrides", metavar="key=value", nargs="*", help="settings that win over the file")
     parser.add_argument("--nodes", metavar="N", type=int, required=True, help="nodes that train")
     parser.add_argument("--server-nodes", metavar="N", type=int, default=0, help="nodes that only generate")
+    add_resources(parser)
+    parser.add_argument("--job", choices=[kind.value for kind in Kind], default="train", help="default train")
+    parser.add_argument("--target", metavar="FOLDER", type=Path, help="of a conversion")
+    parser.add_argument("--dry-run", action="store_true", help="check, print the script, and submit nothing")
+    parser.set_defaults(run=run)
+
+
+def add_resources(parser: argparse.ArgumentParser) -> None:
+    """Give a parser the arguments of `resources_of`, and --hardware and --anyway."""
+    default = Resources(nodes=1)
     parser.add_argument("--gpus-per-node", metavar="N", type=int, default=0, help="default 0: a run on CPUs")
     parser.add_argument("--ranks-per-node", metavar="N", type=int, help="default: one a GPU, or one a node")
     parser.add_argument("--cpus-per-rank", metavar="N", type=int, default=1, help="default 1")
@@ -50,8 +59,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--python", default="", help="interpreter on the nodes; default: this one")
     parser.add_argument("--container", metavar="IMAGE", default="", help="image for pyxis, a file or docker://NAME")
     parser.add_argument("--mount", metavar="HOST:INSIDE", action="append", default=[], help="of the container")
-    parser.add_argument("--job", choices=[kind.value for kind in Kind], default="train", help="default train")
-    parser.add_argument("--target", metavar="FOLDER", type=Path, help="of a conversion")
     parser.add_argument(
         "--stop-before", metavar="SECONDS", type=int, default=default.stop_before_s,
         help=f"save so long before the walltime, longer than a step takes; default {default.stop_before_s}",
@@ -67,17 +74,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument("--hardware", default="h100", help="GPUs that the plan reckons with; default h100")
     parser.add_argument("--anyway", action="store_true", help="submit also what the plan says does not fit")
-    parser.add_argument("--dry-run", action="store_true", help="check, print the script, and submit nothing")
-    parser.set_defaults(run=run)
 
 
-def run(options: argparse.Namespace) -> int:
-    """Submit, and say where everything is."""
-    from clipo_megatron.submission.submit import submit
-
-    resources = Resources(
-        nodes=options.nodes,
-        server_nodes=options.server_nodes,
+def resources_of(options: argparse.Namespace, nodes: int, server_nodes: int) -> Resources:
+    """What a job on so many nodes asks for, as the command line says."""
+    return Resources(
+        nodes=nodes,
+        server_nodes=server_nodes,
         gpus_per_node=options.gpus_per_node,
         ranks_per_node=options.ranks_per_node,
         cpus_per_rank=options.cpus_per_rank,
@@ -94,10 +97,16 @@ def run(options: argparse.Namespace) -> int:
         restarts=options.restarts,
         ranks_deadline_s=options.ranks_deadline,
     )
+
+
+def run(options: argparse.Namespace) -> int:
+    """Submit, and say where everything is."""
+    from clipo_megatron.submission.submit import submit
+
     job = submit(
         options.config,
         options.overrides,
-        resources,
+        resources_of(options, options.nodes, options.server_nodes),
         kind=Kind(options.job),
         target=options.target,
         hardware=options.hardware,
