@@ -14,6 +14,9 @@ from served import Servers
 from small_runs import SmallRun, write_config, write_model
 from tiny_models import tiny_llama
 
+# Ranks and servers of tests share the cores: a second thread for tensors this small would mostly spin.
+torch.set_num_threads(1)
+
 
 @pytest.fixture(autouse=True)
 def seeded() -> None:

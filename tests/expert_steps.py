@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from clipo_megatron.policy import state
 from clipo_megatron.policy.actor import PolicyActor
 from clipo_megatron.policy.batching import Batcher
 from clipo_megatron.policy.exchange import build_table
+from clipo_megatron.policy.model import PolicyStage
 from clipo_megatron.policy.packing import pack
 from clipo_megatron.weights.export import export
 
@@ -63,6 +65,19 @@ def logits_by_row(
         int(row): logits[micro.rollout == index] for micro, logits in outputs for index, row in enumerate(micro.rows)
     }
     return {"rows": rows, "exported": exported}
+
+
+def stages_left(config: RunConfig, layout_config: LayoutConfig) -> int:
+    """How many models more there are in memory once an update is over and its actor gone."""
+    gc.collect()
+    before = _stages()
+    one_update(config, layout_config)
+    gc.collect()
+    return _stages() - before
+
+
+def _stages() -> int:
+    return sum(isinstance(each, PolicyStage) for each in gc.get_objects())
 
 
 def optimizer_state(actor: PolicyActor) -> dict[str, dict[str, Tensor]]:

@@ -19,6 +19,7 @@ from expert_steps import (
     permute_experts,
     samples,
     save,
+    stages_left,
 )
 from policy_steps import configuration, train
 from ranks import RankError, RankPool
@@ -134,6 +135,10 @@ def test_gradients_of_routers_and_experts_are_those_of_autograd(
     far = far_from_autograd(config, results)
     assert sum("mlp.gate." in name for name in far) in (2, 4) and sum(".experts." in name for name in far) >= 48
     assert {name: value for name, value in far.items() if not value <= TOLERANCE} == {}
+
+
+def test_nothing_of_a_model_stays_in_memory(ranks: RankPool, tmp_path: Path) -> None:
+    assert ranks.run(stages_left, 1, moe(tmp_path), LayoutConfig()) == [0]
 
 
 def test_the_gradients_notice_copies_of_experts_that_are_forgotten(ranks: RankPool, tmp_path: Path) -> None:

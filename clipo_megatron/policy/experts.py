@@ -66,6 +66,13 @@ class Dispatcher(MoEAlltoAllTokenDispatcher):
                 setattr(self, name, counts.numpy())
         return tokens_per_expert
 
+    def combine_postprocess(self, permuted_local_hidden_states: Tensor) -> Tensor:
+        output = super().combine_postprocess(permuted_local_hidden_states)
+        # They are part of the graph, which lives until the next forward otherwise, and with it, in a cycle that Python
+        # cannot see, the model: autograd's nodes hold the hooks of Megatron's data-parallel wrapper.
+        self.probs = None
+        return output
+
 
 def adapt_experts(model: torch.nn.Module, *, dispatchers: bool) -> None:
     """Have experts' gradients summed over the copies of experts, and all layers use the dispatcher above if asked to.
