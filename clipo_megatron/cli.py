@@ -228,12 +228,22 @@ def _train(options: argparse.Namespace) -> int:
 
 def _train_here(options: argparse.Namespace, config: RunConfig, ranks: int) -> int:
     from clipo_megatron import launch
+    from clipo_megatron.output import newest_checkpoint, was_set_aside
 
+    output = Path(config.train.output)
     arguments = [sys.executable, "-m", "clipo_megatron.cli", options.work, options.config, *options.overrides]
-    commands = launch.local_commands(arguments, ranks, logs=Path(config.train.output) / "logs")
+    earlier = was_set_aside(output)
     # A step may take as long as its rollouts and one collective do.
     patience = config.rollout.deadline_s + config.layout.distributed_timeout_s
-    return launch.supervise(commands, stop_deadline_s=patience)
+
+    def start(attempt: int) -> int:
+        # What was started over in an earlier attempt is gone on with in this one.
+        resume = ["checkpoint.resume=true"] if attempt and earlier != was_set_aside(output) else []
+        commands = launch.local_commands([*arguments, *resume], ranks, logs=output / "logs")
+        return launch.supervise(commands, stop_deadline_s=patience)
+
+    restarts = config.faults.restarts if options.work == "train" else 0
+    return launch.supervise_again(start, restarts=restarts, progress=lambda: newest_checkpoint(output))
 
 
 def _report_check(config: RunConfig, place: Launch | None) -> int:

@@ -63,6 +63,12 @@ class Platform:
         """
         return dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
 
+    def own_store(self, name: str) -> dist.Store | None:
+        """The ranks' key-value store on a connection of its own, for a thread; None where there is one rank."""
+        if dist.get_world_size() == 1:
+            return None
+        return dist.PrefixStore(name, dist.distributed_c10d._get_default_store().clone())
+
     def share_group(self, name: str, *, world: int, host: str, timeout_s: float) -> SharedGroup:
         """Open a process group beside the default one, as its rank 0; the others find it at host and the result's port.
 

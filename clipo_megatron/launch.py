@@ -20,6 +20,7 @@ from pathlib import Path
 
 from clipo_megatron import slurm
 from clipo_megatron.config.errors import ConfigError
+from clipo_megatron.heartbeat import FROZEN
 from clipo_megatron.ports import LOOPBACK, PORTS, free_port
 
 TAIL_LINES = 20
@@ -145,13 +146,17 @@ def local_commands(
     ]
 
 
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
 def supervise(
     commands: Sequence[RankCommand],
     *,
     grace_s: float = 10.0,
     settle_s: float = 1.0,
     stop_deadline_s: float = 3600.0,
-    say: Callable[[str], None] = lambda line: print(line, file=sys.stderr, flush=True),
+    say: Callable[[str], None] = _say,
 ) -> int:
     """Start one process a command and wait for all; no rank outlives the others' failure, nor this process.
 
@@ -167,6 +172,34 @@ def supervise(
         RankError: a rank failed: which one, its exit code or signal, and the last lines of its log.
     """
     return _Supervision(commands, grace_s, settle_s, stop_deadline_s, say).run()
+
+
+def supervise_again(
+    start: Callable[[int], int], *, restarts: int, progress: Callable[[], object], say: Callable[[str], None] = _say
+) -> int:
+    """Start ranks until they end well, are asked to end, or fail too often.
+
+    Args:
+        start: starts them and waits, as `supervise` does; gets the number of the attempt.
+        restarts: attempts after the first that may end without progress.
+        progress: something that is another thing when an attempt got further than those before.
+        say: takes what is to be told of each restart.
+
+    Raises:
+        RankError: the last attempt's.
+    """
+    attempt = failures = 0
+    reached = progress()
+    while True:
+        try:
+            return start(attempt)
+        except RankError as error:
+            before, reached = reached, progress()
+            failures = failures + 1 if reached == before else 1
+            if failures > restarts:
+                raise
+            attempt += 1
+            say(f"clipo: {error}\nStarting the ranks again (restart {attempt}, faults.restarts = {restarts}).")
 
 
 class _Supervision:
@@ -301,6 +334,8 @@ class _Supervision:
         how = f"was killed by {_signal_name(-code)}" if code < 0 else f"ended with exit code {code}"
         others = "; the others were stopped" if len(self.commands) > 1 else ""
         message = f"Rank {rank} of {len(self.commands)} {how}{others}."
+        if code == FROZEN:
+            message += " It missed another rank's sign of life, as its last words say."
         if code == -signal.SIGKILL:
             message += (
                 " The system may have run out of memory: lower layout.max_tokens_per_microbatch or rollout.batch_size."

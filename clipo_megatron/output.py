@@ -56,3 +56,17 @@ def set_aside(output: Path) -> Path | None:
     for path in found:
         os.replace(path, folder / path.name)
     return folder
+
+
+def was_set_aside(output: Path) -> tuple[str, ...]:
+    """What tells whether a run has started over: the folders of earlier ones, and whether there is anything at all."""
+    shelf = output / PREVIOUS
+    names = sorted(path.name for path in shelf.iterdir()) if shelf.is_dir() else []
+    return (*names, "empty" if not any((output / name).exists() for name in RESULTS) else "")
+
+
+def newest_checkpoint(output: Path) -> str:
+    """Name of the newest checkpoint's folder; empty where there is none."""
+    return max(
+        (path.name for path in (output / CHECKPOINTS).glob("step_*")), key=lambda name: (len(name), name), default=""
+    )

@@ -24,6 +24,7 @@ from clipo_megatron.data.sampler import PromptSampler
 from clipo_megatron.device import platform
 from clipo_megatron.engines import askers, build_engine, build_sync
 from clipo_megatron.evaluation import evaluate, evaluation_params
+from clipo_megatron.heartbeat import Heartbeat
 from clipo_megatron.output import CHECKPOINTS, claim, set_aside
 from clipo_megatron.policy import layout as layouts
 from clipo_megatron.policy.actor import PolicyActor
@@ -53,6 +54,14 @@ class Run:
                 timeout_s=config.layout.distributed_timeout_s,
                 store=meet(),
             )
+        self.heartbeat = Heartbeat(
+            dist.get_rank(),
+            dist.get_world_size(),
+            platform().own_store("heartbeat"),
+            frozen_s=config.faults.frozen_s,
+            stuck_s=config.faults.stuck_s,
+        )
+        self.heartbeat.start()
         self.layout = layouts.initialize(config.layout, seed=config.train.seed)
         self.is_main = self.layout.rank == 0
         self._lock = claim(self.output) if self.is_main else None
@@ -145,13 +154,17 @@ class Run:
             self.save(step)
         if finished and not self._evaluated(step):
             self.evaluate(step)
+        self.heartbeat.phase("checkpoint")
         self.checkpoints.wait(last=True)
+        self.heartbeat.leave()
+        dist.barrier()  # the first to go takes the others' store along
         self.reporter.close(step)
         if not finished:
             raise Stopped(step, self.config.train.steps, self.stop.signum)
 
     def close(self) -> None:
         """Free engines, graders and groups. Idempotent."""
+        self.heartbeat.leave()
         self.checkpoints.close()
         self.graders.close()
         self.sync.close()
@@ -164,6 +177,7 @@ class Run:
     def evaluate(self, step: int) -> None:
         """Accuracy on the held-out problems with the engine's weights; collective."""
         if self.eval_prompts:
+            self.heartbeat.phase("evaluate")
             params = evaluation_params(
                 self.config.eval, self.config.rollout, self.sampling.stop_ids, self.sampling.seed
             )
@@ -194,6 +208,7 @@ class Run:
 
     def save(self, step: int) -> None:
         """Take a checkpoint; collective. Colocated servers step aside for it, and get their weights again."""
+        self.heartbeat.phase("checkpoint")
         self.sync.make_room()
         self.checkpoints.save(step)
         if self.config.rollout.colocated:

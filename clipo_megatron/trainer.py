@@ -37,7 +37,8 @@ class Trainer:
 
     def train_step(self) -> StepReport:
         """One step of the algorithm; collective."""
-        run, watch = self.run, Stopwatch()
+        run = self.run
+        watch = Stopwatch(run.heartbeat.phase)
         actor, algorithm = run.actor, run.algorithm
 
         with watch("generate"):

@@ -20,7 +20,7 @@ LEVELS = (
     {"device"},
     {"data", "rewards", "rollout", "algorithms", "weights"},
     {"policy", "sync", "evaluation", "checkpoint", "report", "output"},
-    {"problems", "collector", "reporting", "engines", "stopping", "rendezvous", "conversion", "planning"},
+    {"problems", "collector", "reporting", "engines", "stopping", "heartbeat", "rendezvous", "conversion", "planning"},
     {"run"},
     {"trainer"},
     {"slurm"},

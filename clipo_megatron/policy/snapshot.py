@@ -4,7 +4,7 @@ Megatron says which rank keeps which part of which tensor. The parts are copied 
 is kept for the next time, or written from where they are. The format is the one that Megatron reads:
 
     .metadata          which part of which tensor lies where in which file
-    __<rank>_0.distcp  what `torch.save` makes of each part, one after the other
+    __<rank>_0.distcp  an archive of each part, one after the other
     common.pt          what is the same on all ranks
     metadata.json      the name of the format
 """
@@ -36,7 +36,8 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from clipo_megatron.device import platform
-from clipo_megatron.files import FolderWriter
+from clipo_megatron.files import FolderWriter, StreamedFile
+from clipo_megatron.weights.archive import write_tensor
 
 _FORMAT = {
     "sharded_backend": "torch_dist",
@@ -78,7 +79,7 @@ class HostBuffer:
         self._bytes = torch.empty(0, dtype=torch.uint8)
 
     def copies(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """A copy of each tensor, with a storage of its own size. Copies made before are overwritten."""
+        """A copy of each tensor. Copies made before are overwritten."""
         starts, size = [], 0
         for tensor in tensors:
             starts.append(size)
@@ -86,12 +87,10 @@ class HostBuffer:
         if self._bytes.numel() < size:
             self._bytes = torch.empty(0, dtype=torch.uint8)  # first let go of the old one
             self._bytes = torch.empty(size, dtype=torch.uint8, pin_memory=platform().has_gpu)
-        array, made = self._bytes.numpy(), []
+        made = []
         for tensor, start in zip(tensors, starts, strict=True):
-            place = slice(start, start + tensor.nbytes)
-            self._bytes[place].view(tensor.dtype).view(tensor.shape).copy_(tensor, non_blocking=True)
-            # torch.save writes all of a storage: that of a slice of the array is no larger than the slice.
-            made.append(torch.from_numpy(array[place]).view(tensor.dtype).view(tensor.shape))
+            place = self._bytes[start : start + tensor.nbytes]
+            made.append(place.view(tensor.dtype).view(tensor.shape).copy_(tensor, non_blocking=True))
         platform().synchronize()
         return made
 
@@ -137,13 +136,10 @@ class PolicySnapshot:
         files.write("common.pt", self._common)
         files.write("metadata.json", json.dumps(_FORMAT))
 
-    def _write(self, file: Any, name: str) -> Iterator[Place]:
-        # The manifest has the checksums of whole files; those within archives are taken by a thread that holds all
-        # others up.
-        torch.serialization.set_crc32_options(False)
+    def _write(self, file: StreamedFile, name: str) -> Iterator[Place]:
         for part in self._parts:
-            data, start = _alone(part.data), file.nbytes
-            torch.save(data, file)
+            data, start = part.data.cpu().contiguous(), file.nbytes
+            write_tensor(data, file)
             yield Place(
                 part.key, name, start, file.nbytes - start, part.offset, tuple(data.shape), part.shape, data.dtype
             )
@@ -157,12 +153,6 @@ def _part(tensor: ShardedTensor) -> Part:
     sizes = (1,) * tensor.prepend_axis_num + tuple(tensor.local_shape)
     data = tensor.data.detach().view(sizes)
     return Part(tensor.key, data, tuple(tensor.global_offset), tuple(tensor.global_shape))
-
-
-def _alone(tensor: Tensor) -> Tensor:
-    """On the host, contiguous, and with a storage that holds nothing else."""
-    tensor = tensor.cpu().contiguous()
-    return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
 
 
 def _saved(value: object) -> bytes:

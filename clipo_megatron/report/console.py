@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from rich import box
@@ -147,14 +147,16 @@ def duration(seconds: float) -> str:
 
 
 class Stopwatch:
-    """Seconds a phase, for one step: `with watch("generate"): ...` gives "time/generate_s"."""
+    """Seconds a phase, for one step: `with watch("generate"): ...` gives "time/generate_s"; `tell` hears of each."""
 
-    def __init__(self) -> None:
+    def __init__(self, tell: Callable[[str], None] = lambda phase: None) -> None:
         self.metrics: dict[str, float] = {}
+        self._tell = tell
         self._start = time.perf_counter()
 
     def __call__(self, phase: str) -> _Phase:
         """A context that adds its duration to the phase."""
+        self._tell(phase)
         return _Phase(self, phase)
 
     def total(self) -> float:
