@@ -165,7 +165,8 @@ class Run:
     def close(self) -> None:
         """Free engines, graders and groups. Idempotent."""
         self.heartbeat.leave()
-        self.checkpoints.close()
+        if not self.stop.insisted:
+            self.checkpoints.close()
         self.graders.close()
         self.sync.close()
         if self.engine is not None:

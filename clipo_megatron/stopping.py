@@ -34,6 +34,7 @@ class StopRequest:
 
     def __init__(self, *, announce: bool):
         self.signum = 0  # the signal that asked; 0: none
+        self.insisted = False  # whether a second one came: nothing is waited for any more
         self._announce = announce
 
     def watch(self) -> None:
@@ -51,6 +52,7 @@ class StopRequest:
 
     def _hear(self, signum: int, _frame: Any) -> None:
         if self.signum:
+            self.insisted = True
             raise KeyboardInterrupt
         self.signum = signum
         if self._announce:  # past the console: the signal may have come while it was printing

@@ -113,13 +113,20 @@ def test_killed_on_two_pipeline_stages(small_config, undisturbed_pp2, tmp_path):
     assert_same_run(output, undisturbed_pp2)
 
 
-@pytest.mark.parametrize("layout", [(PP2,), ("layout.dp=2",)], ids=["pp2", "dp2"])
-def test_resume_in_another_layout(small_config, undisturbed, tmp_path, layout):
+def test_resume_in_other_layouts(small_config, undisturbed, tmp_path):
+    """One rank, then TP2 x PP2, then DP2: each goes on from what the one before wrote."""
     output = tmp_path / "run"
+    checkpoints = output / "checkpoints"
     shutil.copytree(undisturbed, output)
-    shutil.rmtree(output / "checkpoints" / f"step_{STEPS:06d}")
-    run = SmallRun(small_config, output, *layout).wait()
-    assert f"{EVERY} steps done" in run.said
+    shutil.rmtree(checkpoints / f"step_{STEPS:06d}")
+    often = ("checkpoint.every=1", "checkpoint.keep=9")
+    run = SmallRun(small_config, output, "layout.tp=2", "layout.pp=2", *often).wait()
+    assert f"resumed from {checkpoints / f'step_{EVERY:06d}'}, {EVERY} steps done" in run.said
+    assert len(metrics(output)) == STEPS
+    for step in (EVERY + 2, EVERY + 3):
+        shutil.rmtree(checkpoints / f"step_{step:06d}")
+    run = SmallRun(small_config, output, "layout.dp=2").wait()
+    assert f"resumed from {checkpoints / f'step_{EVERY + 1:06d}'}, {EVERY + 1} steps done" in run.said
     for mine, other in zip(metrics(output), metrics(undisturbed), strict=True):
         # a gradient's norm is a long sum, and its rounding is carried on by the updates
         within = {"policy/loss": 1e-5, "clipo/loss": 1e-5, "reward/mean": 1e-5, "policy/grad_norm": 1e-4}
