@@ -18,6 +18,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from clipo_megatron.launch import dies_with_this_process
+
 NODES = ("n1", "n2", "n3", "n4")
 PROGRAMS = ("slurmctld", "slurmd", "munged", "sbatch", "srun", "scontrol")
 SEARCHED = os.pathsep.join((os.environ.get("PATH", ""), "/usr/sbin", "/sbin"))
@@ -143,6 +145,7 @@ class Cluster:
                     stdout=log,
                     stderr=log,
                     start_new_session=True,
+                    preexec_fn=dies_with_this_process(),
                 )
             )
 
@@ -201,6 +204,7 @@ def _processes_with(word: str) -> list[int]:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit())
     with Cluster(Path(sys.argv[1]).absolute()) as cluster:
         print(f"export SLURM_CONF={cluster.environment['SLURM_CONF']}", flush=True)
         with contextlib.suppress(KeyboardInterrupt):

@@ -44,7 +44,8 @@ class SlurmRun:
 
     def outcomes(self) -> list[str]:
         """Of the attempts, as the job noted them."""
-        return re.findall(r"outcome=(\S+)", (self.folder / "attempts").read_text())
+        file = self.folder / "attempts"
+        return re.findall(r"outcome=(\S+)", file.read_text()) if file.exists() else []
 
     def wait_for(self, condition: Callable[[], bool], what: str, seconds: float = PATIENCE_S) -> None:
         """Poll for something that happens while the job is there."""

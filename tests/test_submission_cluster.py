@@ -1,0 +1,83 @@
+"""Runs on a real Slurm cluster of four nodes on this machine: interrupted, and equal to the bit to one that was not."""
+
+from __future__ import annotations
+
+import os
+import random
+import time
+from pathlib import Path
+
+import pytest
+from slurm_cluster import Cluster, missing
+from slurm_runs import SlurmRun
+from small_runs import SmallRun, assert_same_run, metrics
+
+pytestmark = [pytest.mark.timeout(600), pytest.mark.skipif(bool(missing()), reason=missing())]
+STEPS = 12
+OPTIONS = (f"train.steps={STEPS}", "checkpoint.every=2", "eval.every=0", "report.console=false")
+# Runs that everything happens to, at moments drawn at random; a minute each, so none in a common run of the tests.
+ROUNDS = int(os.environ.get("CLIPO_CLUSTER_ROUNDS", "0"))
+
+
+@pytest.fixture(scope="module")
+def unshared(tmp_path_factory) -> Path:
+    """A folder that the last node has another one in the place of."""
+    return tmp_path_factory.mktemp("unshared")
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory, unshared):
+    with Cluster(tmp_path_factory.mktemp("slurm"), unshared=(unshared, ["n4"])) as started:
+        yield started
+
+
+@pytest.fixture(scope="module")
+def undisturbed_dp2(small_config) -> Path:
+    output = small_config.with_name("undisturbed_dp2")
+    SmallRun(small_config, output, "layout.dp=2", *OPTIONS).wait()
+    return output
+
+
+def test_asked_to_stop_then_cut_it_is_the_undisturbed_run(cluster, small_config, undisturbed_dp2, tmp_path):
+    run = SlurmRun(cluster, small_config, tmp_path / "run", "--nodes", "2", *OPTIONS)
+    run.wait_for_step(2)
+    run.near_the_walltime()
+    run.wait_for_step(6)
+    run.cancel_the_ranks()
+    run.end()
+    assert_same_run(run.output, undisturbed_dp2, STEPS)
+    assert run.outcomes() == ["started", "requeued", "started", "code-137", "done"], run.story
+    assert sorted(path.name for path in (run.folder / "logs").iterdir()) == ["rank0.log", "rank1.log"]
+    assert [line["step"] for line in metrics(run.output)] == list(range(STEPS))
+
+
+@pytest.mark.parametrize("round_", range(ROUNDS))
+def test_everything_happens_at_random_moments(cluster, small_config, undisturbed_dp2, tmp_path, round_):
+    """`scontrol requeue`, USR1, the step cancelled, the ranks of one node killed: in any order, at any moment."""
+    seed = random.SystemRandom().randrange(2**32)
+    draw = random.Random(seed)
+    run = SlurmRun(cluster, small_config, tmp_path / "run", "--nodes", "2", *OPTIONS)
+    events = [run.requeue, run.near_the_walltime, run.cancel_the_ranks, lambda: run.lose(draw.choice(("n1", "n2")))]
+    draw.shuffle(events)
+    moments = sorted(draw.sample(range(1, STEPS - 2), len(events)))
+    print(f"seed {seed}: at steps {moments}")
+    for moment, event in zip(moments, events, strict=True):
+        run.wait_for_step(moment)
+        time.sleep(draw.uniform(0.0, 0.5))
+        if cluster.state(run.job) != "RUNNING":
+            break  # it won the race
+        event()
+    run.end()
+    print(run.outcomes())
+    assert_same_run(run.output, undisturbed_dp2, STEPS)
+
+
+def test_a_node_without_the_shared_folder_is_named_in_seconds(cluster: Cluster, small_config: Path, unshared: Path):
+    start = time.monotonic()
+    run = SlurmRun(cluster, small_config, unshared / "run", "--nodes", "2", "--sbatch=--nodelist=n3,n4")
+    run.end("FAILED")
+    assert "n4 does not see" in run.log and "not shared with this node" in run.log
+    assert "these nodes cannot work for this job: n4. Put train.output" in run.log
+    assert not list((run.folder / "logs").iterdir())
+    assert time.monotonic() - start < 60
+    assert len(run.outcomes()) == 0
