@@ -191,6 +191,13 @@ def test_a_run_that_is_not_done_is_named(run_file, measured_ladder, capsys):
     assert "weak-2: not measured, 2 of 3 steps are done" in said and "80%" not in said and "60%" in said
 
 
+def test_other_settings_are_another_ladder(small_config, measured_ladder, run_file, tmp_path, capsys):
+    """The ladder that is there was of other prompts, ranks and settings."""
+    arguments = ["scale", str(small_config), f"train.output={tmp_path}", "--nodes", "1,2", "--dry-run"]
+    assert main(arguments) == 2
+    assert "belongs to another ladder" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -89,7 +89,7 @@ def _wanted(options: argparse.Namespace, config: RunConfig) -> list[Rung]:
     if options.nodes is None:
         raise ScalingError("give --nodes, such as --nodes 1,2,4,8, or --collect for a ladder that was submitted")
     kinds = (WEAK, STRONG) if options.kind == "both" else (options.kind,)
-    return ladder(
+    rungs = ladder(
         config,
         _numbers("--nodes", options.nodes),
         _numbers("--server-nodes", options.server_nodes),
@@ -97,6 +97,7 @@ def _wanted(options: argparse.Namespace, config: RunConfig) -> list[Rung]:
         kinds=kinds,
         steps=options.steps,
     )
+    return [replace(rung, overrides=(*options.overrides, *rung.overrides)) for rung in rungs]
 
 
 def _numbers(option: str, text: str) -> list[int]:
@@ -112,9 +113,8 @@ def _check(options: argparse.Namespace, rungs: Sequence[Rung]) -> None:
 
     for rung in rungs:
         resources = resources_of(options, rung.nodes, rung.server_nodes)
-        overrides = [*options.overrides, *rung.overrides]
         job = submit(
-            options.config, overrides, resources, hardware=options.hardware, anyway=options.anyway, dry_run=True
+            options.config, rung.overrides, resources, hardware=options.hardware, anyway=options.anyway, dry_run=True
         )
         where = f"{rung.nodes} nodes" + (f" and {rung.server_nodes} of servers" if rung.server_nodes else "")
         print(f"{rung.name:<10} {rung.ranks} ranks on {where}, {rung.prompts} prompts a step; {'; '.join(job.remarks)}")
@@ -132,8 +132,7 @@ def _submit(options: argparse.Namespace, rungs: list[Rung], folder: Path) -> lis
         earlier = [each.job for each in rungs[:index] if each.job]
         if options.one_by_one and earlier:
             resources = replace(resources, options=(*resources.options, f"--dependency=afterany:{':'.join(earlier)}"))
-        overrides = [*options.overrides, *rung.overrides]
-        job = submit(options.config, overrides, resources, hardware=options.hardware, anyway=options.anyway)
+        job = submit(options.config, rung.overrides, resources, hardware=options.hardware, anyway=options.anyway)
         rungs[index] = replace(rung, job=job.id)
         write(folder, rungs)  # each at once: whatever happens next, its number is known
         print(f"{rung.name:<10} job {job.id}, {job.folder / 'job.log'}")

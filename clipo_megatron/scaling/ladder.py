@@ -35,7 +35,7 @@ class Rung:
     steps: int
     prompts: int  # a step
     output: str
-    overrides: tuple[str, ...]  # on top of the configuration and its own
+    overrides: tuple[str, ...]  # of the configuration file, the user's first
     job: str | None = None  # Slurm's number, once submitted
 
     @property
@@ -173,7 +173,8 @@ def continued(rungs: Sequence[Rung], before: Sequence[Rung]) -> list[Rung]:
         if old and replace(old, job=None) != replace(rung, job=None):
             raise ScalingError(
                 f"{rung.output} belongs to another ladder, of {old.prompts} prompts and {old.steps} steps on "
-                f"{old.ranks} ranks. Remove {Path(rung.output).parent}, or choose another train.output."
+                f"{old.ranks} ranks, or of other overrides ({LADDER} there has them). Remove "
+                f"{Path(rung.output).parent}, or choose another train.output."
             )
     return [replace(rung, job=known[rung.name].job) if rung.name in known else rung for rung in rungs]
 
