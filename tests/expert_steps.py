@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from policy_steps import scored_groups
 from torch import Tensor
-from update_steps import VOCAB, actor_on, bare, one_update
+from update_steps import VOCAB, actor_on, bare, one_update, whole
 
 from clipo_megatron.algorithms.algorithm import build_algorithm
 from clipo_megatron.config.schema import LayoutConfig, RunConfig
@@ -82,11 +82,13 @@ def _stages() -> int:
 
 def optimizer_state(actor: PolicyActor) -> dict[str, dict[str, Tensor]]:
     """Master parameters and moments by Hugging Face name, and how many updates were counted."""
-    held = {bare(name): state._gathered(parameter, shard) for name, parameter, shard in state._shards(actor.optimizer)}
-    found = {}
+    shards, found = list(state._shards(actor.optimizer)), {}
     for kind in (state.MASTER, *state.MOMENTS):
-        whole = export(actor.export_plan, [{name: kinds[kind] for name, kinds in held.items()}], actor.layout.holder)
-        found[kind] = {name: tensor.clone() for name, tensor in whole}
+        held = {
+            bare(name): whole(parameter, shard, state._state_of(shard).get(kind)) for name, parameter, shard in shards
+        }
+        exported = export(actor.export_plan, [held], actor.layout.holder)
+        found[kind] = {name: tensor.clone() for name, tensor in exported}
     return {**found, "updates": {"count": torch.tensor(state._updates(actor.optimizer))}}
 
 

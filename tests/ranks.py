@@ -20,13 +20,11 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
-import psutil
-
 SIZE = 4
 START_TIMEOUT_S = 120.0
 # After one rank has failed, the others get this long to notice that their peer is gone.
 GRACE_S = 10.0
-MANY_THREADS = 60
+ALL_ANSWERED = b""  # word to the ranks
 
 
 class RankError(Exception):
@@ -70,6 +68,8 @@ class RankPool:
         for rank in range(world):
             self._workers[rank][1].send_bytes(pickle.dumps((case, function, rank, world, args, timeout_s)))
         answers = self._collect(range(world), timeout_s, f"{function.__module__}.{function.__qualname__}")
+        for _, connection in self._workers:
+            connection.send_bytes(ALL_ANSWERED)
         failed = {rank: text for rank, (ok, text) in answers.items() if not ok}
         if failed:
             report = "\n".join(f"--- rank {rank} of {world}:\n{text}" for rank, text in sorted(failed.items()))
@@ -146,7 +146,6 @@ def _serve(connection: Connection, port: int) -> None:
 
     os.environ |= LOCAL_RENDEZVOUS_ENV
     torch.set_num_threads(1)
-    me = psutil.Process()
     store = TCPStore("127.0.0.1", port, is_master=False)
     connection.send_bytes(pickle.dumps((True, None)))
     while True:
@@ -154,6 +153,12 @@ def _serve(connection: Connection, port: int) -> None:
             message = connection.recv_bytes()
         except EOFError:
             return
+        if message == ALL_ANSWERED:
+            # Groups in reference cycles have threads that wake a hundred times a second. Until now others may have been
+            # reading what this rank sent. What was imported meanwhile is not looked through again.
+            gc.collect()
+            gc.freeze()
+            continue
         try:
             case, function, rank, world, args, timeout_s = pickle.loads(message)
             torch.manual_seed(0)
@@ -163,9 +168,6 @@ def _serve(connection: Connection, port: int) -> None:
             answer = (False, traceback.format_exc())
         layout.shutdown()
         del args
-        if me.num_threads() > MANY_THREADS:
-            # Groups of cases before this one, in reference cycles: each has threads that wake a hundred times a second.
-            gc.collect()
         try:
             reply = pickle.dumps(answer)
         except Exception:

@@ -54,9 +54,9 @@ def one_update(config: RunConfig, layout_config: LayoutConfig) -> dict[str, Any]
     credited = batcher.credit(batch, advantage, weight, skip_zero_advantage=not algorithm.learns_without_advantage)
     metrics = actor.update(credited, algorithm.loss)
     gradients = {bare(name): _reduced(parameter, shard) for name, parameter, shard in state._shards(actor.optimizer)}
-    whole = export(actor.export_plan, [gradients], actor.layout.holder)
+    exported = export(actor.export_plan, [gradients], actor.layout.holder)
     return {
-        "gradients": {name: grad.clone() for name, grad in whole},
+        "gradients": {name: grad.clone() for name, grad in exported},
         "metrics": metrics,
         "advantage": advantage,
         "micro_batches": len(credited),
@@ -70,10 +70,16 @@ def bare(name: str) -> str:
 
 def _reduced(parameter: torch.nn.Parameter, shard: Any) -> Tensor:
     """A gradient put together from what each rank that copies the parameter has summed."""
-    whole = torch.zeros(parameter.numel())
-    whole[shard.start : shard.stop] = parameter.main_grad.view(-1)[shard.start : shard.stop]
-    dist.all_reduce(whole, group=shard.group)
-    return whole.view(parameter.shape)
+    return whole(parameter, shard, parameter.main_grad.view(-1)[shard.start : shard.stop])
+
+
+def whole(parameter: torch.nn.Parameter, shard: Any, own: Tensor | None) -> Tensor:
+    """What the ranks that copy a parameter hold a shard of each, or nothing, on all of them."""
+    found = torch.zeros(parameter.numel())
+    if own is not None:
+        found[shard.start : shard.stop] = own.view(-1)
+    dist.all_reduce(found, group=shard.group)
+    return found.view(parameter.shape)
 
 
 def plainly(config: RunConfig, advantage: Tensor) -> tuple[float, dict[str, Tensor]]:
