@@ -96,7 +96,7 @@ def _find(file: Path, host: str, here: str, rank: int, world: int, deadline: flo
                 os.scandir(file.parent.parent).close()  # a network file system looks again
             time.sleep(_LOOK_S)
     try:
-        left = max(5.0, deadline - time.monotonic())
+        left = max(1.0, deadline - time.monotonic())
         return dist.TCPStore(host, port, world, is_master=False, timeout=timedelta(seconds=left))
     except (RuntimeError, dist.DistError) as error:
         raise RendezvousError(
@@ -116,7 +116,7 @@ def _await_all(store: dist.TCPStore, world: int, deadline: float, timeout_s: flo
 
 
 def _await_word(store: dist.TCPStore, here: str, rank: int, world: int, deadline: float, timeout_s: float) -> None:
-    left = max(5.0, deadline - time.monotonic()) + 10.0  # rank 0's deadline comes first
+    left = max(1.0, deadline - time.monotonic()) + 10.0  # rank 0's deadline comes first
     try:
         store.wait(["word"], timedelta(seconds=left))
         word = store.get("word").decode()

@@ -89,7 +89,8 @@ check_nodes() { # NODES: each sees the files of the job and writes where the oth
         touch "$place/$SLURMD_NODENAME"'
     local group patience=10 # a network file system may show new names late
     for group in "${GROUPS_OF_NODES[@]}"; do
-        timeout "$NODES_DEADLINE" srun $group --ntasks-per-node=1 --cpus-per-task=1 --overlap --chdir=/ \
+        # --ntasks too: that of the job's own environment would win over --ntasks-per-node
+        timeout "$NODES_DEADLINE" srun $group --ntasks="${group##*=}" --ntasks-per-node=1 --cpus-per-task=1 --overlap --chdir=/ \
             --kill-on-bad-exit=0 bash -c "$look" look "$place" "$token" "${MUST_SEE[@]}" </dev/null || patience=1
     done
     for ((tries = 0; tries < patience; tries++)); do
@@ -114,7 +115,8 @@ start_servers() { # one `clipo serve` a node; they register in train.output/serv
     local serve='trap "" USR1 TERM
         for each in $CLIPO_ADDRESSES; do [[ ${each%%=*} == "$SLURMD_NODENAME" ]] && host=${each#*=}; done
         exec "$@" "serve.host=$host"'
-    srun ${GROUPS_OF_NODES[-1]} --job-name=servers --ntasks-per-node=1 --cpus-per-task="$SERVER_CPUS" --overlap \
+    local group=${GROUPS_OF_NODES[-1]}
+    srun $group --job-name=servers --ntasks="${group##*=}" --ntasks-per-node=1 --cpus-per-task="$SERVER_CPUS" --overlap \
         --kill-on-bad-exit=1 --output="$JOB/logs/servers.%N.log" --open-mode=append "${CONTAINER[@]}" \
         bash -c "$serve" serve "${CLIPO[@]}" serve "$JOB/config.yaml" </dev/null &
     servers=$!

@@ -165,6 +165,16 @@ def test_collection_has_a_deadline_of_its_own(pool):
     assert pool.grade_many([RIGHT])[0].correct is True
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_to_every_process_of_a_job_ends_no_grader(pool, number):
+    pool.grade_many([RIGHT] * 4)
+    before = pool.worker_pids
+    for pid in before:
+        os.kill(pid, number)
+    assert all(verdict.correct for verdict in pool.grade_many([RIGHT] * 4))
+    assert pool.worker_pids == before
+
+
 def test_workers_inherit_no_sockets(pool):
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))

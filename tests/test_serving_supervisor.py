@@ -145,6 +145,16 @@ def test_sigterm_is_told_from_sigint(tmp_path):
     assert fakes.run(lambda: fakes.ready(), signals=(signal.SIGTERM,)) == 143
 
 
+def test_a_signal_that_was_ignored_before_is_left_alone(tmp_path):
+    """As in a job of Slurm, which sends SIGTERM to the ranks and to the servers that these still need."""
+    fakes = Fakes(tmp_path)
+    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    try:
+        assert fakes.run(lambda: fakes.ready(), signals=(signal.SIGTERM, signal.SIGINT)) == 130
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 @pytest.mark.parametrize("who", ["leader", "all"])
 def test_a_dead_server_is_started_again_under_its_url(tmp_path, who):
     fakes = Fakes(tmp_path)
