@@ -124,10 +124,10 @@ start_servers() { # one `clipo serve` a node; they register in train.output/serv
 
 end_servers() {
     [[ -z $servers ]] && return
-    local step
-    for step in $(squeue --noheader --steps --jobs "$SLURM_JOB_ID" --format '%i %j' | awk '$2 == "servers" {print $1}'); do
-        scancel --signal=INT "$step"
-    done
+    local job=${SLURM_JOB_ID_HET_GROUP_1:-$SLURM_JOB_ID} step name
+    while read -r step name; do
+        [[ $name == servers ]] && scancel --signal=INT "$step"
+    done < <(squeue --noheader --steps --jobs "$job" --format '%i %j')
     later 60 -KILL "$servers"
     outlast "$servers"
     kill "${helpers[-1]}" 2>/dev/null
