@@ -1,0 +1,19 @@
+"""The short form of `random_kills.py`: some kills of one run, which ends as if there had been none."""
+
+import os
+import random
+
+import pytest
+from random_kills import Kills
+from small_runs import EVERY, assert_same_run
+
+
+@pytest.mark.timeout(600)
+def test_random_kills_cost_nothing(small_config, undisturbed, tmp_path):
+    seed = int(os.environ.get("CLIPO_KILLS_SEED", random.SystemRandom().randrange(10**6)))
+    print(f"CLIPO_KILLS_SEED={seed}")
+    kills = Kills(small_config, tmp_path / "run", (f"checkpoint.every={EVERY}",), seed)
+    kills.until_done(3)
+    print(dict(kills.struck))
+    assert kills.struck.total()
+    assert_same_run(tmp_path / "run", undisturbed)
