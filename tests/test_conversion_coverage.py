@@ -17,11 +17,11 @@ from typing import Any
 
 import pytest
 import torch
-from lone_ranks import lone_rank, meta_stages
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from clipo_megatron.config.schema import LayoutConfig
+from clipo_megatron.policy.lone_rank import lone_rank, meta_stages
 from clipo_megatron.policy.model import PolicyStage
 from clipo_megatron.weights.coverage import match
 from clipo_megatron.weights.division import Division

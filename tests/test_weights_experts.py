@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from lone_ranks import lone_rank, meta_stages
 from tiny_models import tiny_qwen3_moe
 
 from clipo_megatron.config.schema import LayoutConfig
+from clipo_megatron.policy.lone_rank import lone_rank, meta_stages
 from clipo_megatron.weights.coverage import match
 from clipo_megatron.weights.errors import UnsupportedModel
 from clipo_megatron.weights.families import entries, model_spec
