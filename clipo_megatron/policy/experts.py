@@ -57,7 +57,7 @@ class Router(TopKRouter):
 
 
 class Dispatcher(MoEAlltoAllTokenDispatcher):
-    """Megatron's exchange of tokens, with counts as numbers also where they do not come from a GPU."""
+    """Megatron's exchange of tokens, with counts as numbers also where they do not come from a GPU, and no memory."""
 
     def _maybe_dtoh_and_synchronize(self, point: str, tokens_per_expert: Tensor | None = None) -> Tensor | None:
         tokens_per_expert = super()._maybe_dtoh_and_synchronize(point, tokens_per_expert)
@@ -67,6 +67,7 @@ class Dispatcher(MoEAlltoAllTokenDispatcher):
         return tokens_per_expert
 
     def combine_postprocess(self, permuted_local_hidden_states: Tensor) -> Tensor:
+        """Put tokens back in order, and forget the router's probabilities."""
         output = super().combine_postprocess(permuted_local_hidden_states)
         # They are part of the graph, which lives until the next forward otherwise, and with it, in a cycle that Python
         # cannot see, the model: autograd's nodes hold the hooks of Megatron's data-parallel wrapper.
