@@ -112,7 +112,12 @@ class PolicySnapshot:
             parts = [Part(part.key, copy, part.offset, part.shape) for part, copy in zip(parts, copies, strict=True)]
         self._parts = parts
         # Small states of layers, which are stored as lists.
-        self._objects = {each.unique_key: _saved([each.data]) for each in mine if isinstance(each, ShardedObject)}
+        nothing = _saved([None])  # what nearly all of them are
+        self._objects = {
+            each.unique_key: nothing if each.data is None else _saved([each.data])
+            for each in mine
+            if isinstance(each, ShardedObject)
+        }
         self._common = _saved(common)
         self._rank = dist.get_rank()
 
