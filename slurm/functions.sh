@@ -178,7 +178,7 @@ requeue() { # the job queues again, and goes on from the newest checkpoint
     fi
     [[ $(squeue --noheader --jobs "$SLURM_JOB_ID" --format %T 2>/dev/null | head -n 1) == RUNNING ]] || {
         say "Slurm has decided already what becomes of this job"
-        exit 1
+        await_the_end
     }
     note requeued
     say "requeueing"
@@ -186,11 +186,12 @@ requeue() { # the job queues again, and goes on from the newest checkpoint
         say "this job cannot be requeued here; submit it again to go on from $(newest)"
         exit 1
     }
+    await_the_end
+}
+
+await_the_end() { # Slurm kills this script, KillWait after its TERM; one that ended before could make the job a failed one
     local seconds
-    for ((seconds = 0; seconds < 600; seconds++)); do # Slurm ends this script
-        [[ $asked == TERM ]] && break
-        sleep 1
-    done
+    for ((seconds = 0; seconds < 600; seconds++)); do sleep 1; done
     exit 1
 }
 

@@ -84,16 +84,20 @@ class SlurmRun:
 
     def cancel_the_ranks(self) -> None:
         """The step alone; the job keeps its nodes."""
-        steps = self.cluster.run(
-            "squeue", "--noheader", "--steps", "--jobs", self.job, "--format", "%i %j"
-        ).splitlines()
-        (step,) = [line.split()[0] for line in steps if line.split()[1] == "ranks"]
-        self.cluster.run("scancel", step)
-        self.wait_for(lambda: self.outcomes()[-1] != "started", "the end of the step")
+        done = len(self.outcomes())
+        self.wait_for(lambda: bool(self.steps("ranks")), "the ranks to start")
+        self.cluster.run("scancel", *self.steps("ranks"))
+        self.wait_for(lambda: len(self.outcomes()) > done, "the end of the step")
+
+    def steps(self, name: str) -> list[str]:
+        """Numbers of the job's steps of that name."""
+        command = ("squeue", "--noheader", "--steps", "--jobs", self.job, "--format", "%i %j")
+        return [line.split()[0] for line in self.cluster.run(*command).splitlines() if line.split()[1:] == [name]]
 
     def lose(self, node: str) -> None:
         """Every process that runs for the job on a node, but for Slurm's and the script."""
         done = len(self.outcomes())
+        self.wait_for(lambda: bool(self.pids(node)), "the ranks to start")
         for pid in self.pids(node):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)

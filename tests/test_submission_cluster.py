@@ -27,7 +27,7 @@ def unshared(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory, unshared):
-    with Cluster(tmp_path_factory.mktemp("slurm"), unshared=(unshared, ["n4"])) as started:
+    with Cluster(tmp_path_factory.mktemp("slurm"), kill_wait_s=5, unshared=(unshared, ["n4"])) as started:
         yield started
 
 
