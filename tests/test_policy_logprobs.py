@@ -1,4 +1,4 @@
-"""Log-probs in chunks against log_softmax in float64, their gradients against autograd, and what they cost."""
+"""Log-probs in tiles against log_softmax in float64, their gradients against autograd, and what they cost."""
 
 from __future__ import annotations
 
@@ -43,16 +43,14 @@ def close(ours: Tensor, theirs: Tensor, tolerance: float = 2e-6, scale: Tensor |
     return ours.shape == theirs.shape and bool(error <= tolerance * (theirs if scale is None else scale).abs().max())
 
 
-@pytest.mark.parametrize("chunk", [None, 1, 7, N, N + 5])
+@pytest.mark.parametrize("tile", [None, (1, V), (7, 1), (N, 5), (5, V - 1), (N + 5, V + 5)])
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 @pytest.mark.parametrize("entropy", [False, True])
-def test_values_and_gradients(chunk: int | None, temperature: float, entropy: bool) -> None:
+def test_values_and_gradients(tile: tuple[int, int] | None, temperature: float, entropy: bool) -> None:
     hidden, weight, targets, up, up_entropy = inputs()
     expected = exact(hidden, weight, targets, up, up_entropy * entropy, temperature)
     hidden.requires_grad_(), weight.requires_grad_()
-    logprobs, entropies = token_logprobs(
-        hidden, weight, targets, temperature=temperature, entropy=entropy, chunk_tokens=chunk
-    )
+    logprobs, entropies = token_logprobs(hidden, weight, targets, temperature=temperature, entropy=entropy, tile=tile)
     assert logprobs.dtype == torch.float32 and close(logprobs, expected[0])
     total = logprobs @ up
     if entropy:
@@ -71,7 +69,7 @@ def test_the_weight_gradient_goes_into_the_buffer_on_top_of_what_is_there() -> N
     hidden.requires_grad_(), weight.requires_grad_()
     main_grad = torch.full((V, H), 3.0)
     for _ in range(2):
-        token_logprobs(hidden, weight, targets, main_grad=main_grad, chunk_tokens=5)[0].backward(up)
+        token_logprobs(hidden, weight, targets, main_grad=main_grad, tile=(5, 9))[0].backward(up)
     assert close(main_grad, 3.0 + 2 * expected[3])
     assert close(hidden.grad, 2 * expected[2])
     assert weight.grad_added_to_main_grad is True
@@ -83,7 +81,7 @@ def test_a_tied_weight_gets_both_gradients() -> None:
     both = weight.double().requires_grad_()
     (torch.tanh(both[ids]) @ both.t()).log_softmax(-1).gather(1, targets[:, None]).squeeze(1).backward(up.double())
     weight.requires_grad_()
-    token_logprobs(torch.tanh(weight[ids]), weight, targets, chunk_tokens=5)[0].backward(up)
+    token_logprobs(torch.tanh(weight[ids]), weight, targets, tile=(5, 9))[0].backward(up)
     assert close(weight.grad, both.grad)
 
 
@@ -95,7 +93,7 @@ def test_padded_rows_of_the_vocabulary_do_not_exist(use_main_grad: bool) -> None
     hidden.requires_grad_(), weight.requires_grad_()
     main_grad = torch.zeros(V + 6, H) if use_main_grad else None
     logprobs, entropies = token_logprobs(
-        hidden, weight, targets, vocab_size=V, main_grad=main_grad, entropy=True, chunk_tokens=4
+        hidden, weight, targets, vocab_size=V, main_grad=main_grad, entropy=True, tile=(4, 8)
     )
     assert close(logprobs, expected[0]) and close(entropies, expected[1], scale=expected[0])
     (logprobs @ up + entropies @ up_entropy).backward()
@@ -131,7 +129,7 @@ def test_bf16(entropy: bool) -> None:
     expected = exact(hidden, weight, targets, up, up_entropy * entropy)
     hidden.requires_grad_(), weight.requires_grad_()
     main_grad = torch.zeros(V, H)
-    logprobs, entropies = token_logprobs(hidden, weight, targets, entropy=entropy, main_grad=main_grad, chunk_tokens=7)
+    logprobs, entropies = token_logprobs(hidden, weight, targets, entropy=entropy, main_grad=main_grad, tile=(7, 4))
     assert logprobs.dtype == torch.float32
     (logprobs @ up + (entropies @ up_entropy if entropy else 0.0)).backward()
     assert hidden.grad.dtype == torch.bfloat16
@@ -161,7 +159,7 @@ def on_a_shard(rows: int, vocab: int, entropy: bool, use_main_grad: bool) -> tup
         tp_group=dist.group.WORLD,
         main_grad=main_grad,
         entropy=entropy,
-        chunk_tokens=7,
+        tile=(7, 4),
     )
     (logprobs @ up + (entropies @ up_entropy if entropy else 0.0)).backward()
     grad = main_grad if use_main_grad else shard.grad
@@ -197,15 +195,15 @@ def bench() -> object:
 
 
 def test_both_ways_of_the_benchmark_compute_the_same() -> None:
-    chunked, full = (bench().passes(way, 9, 16, 50)() for way in ("chunked", "full"))
-    assert all(close(ours, theirs.double()) for ours, theirs in zip(chunked, full, strict=True))
+    tiled, full = (bench().passes(way, 9, 16, 50)() for way in ("tiled", "full"))
+    assert all(close(ours, theirs.double()) for ours, theirs in zip(tiled, full, strict=True))
 
 
 @pytest.mark.timeout(200)
 def test_an_eighth_of_the_memory_in_at_most_1_4_times_the_time() -> None:
     """At half the tokens of the figure that the benchmark gives by default, with the same vocabulary."""
     figures = bench().compare(1024, 896, 151936, repeats=3, deadline_s=180)
-    ours, full = figures["chunked"], figures["full"]
+    ours, full = figures["tiled"], figures["full"]
     # Logits and log_softmax alone are 1.2 GB: less would mean that nothing was measured.
     assert full["bytes"] > 1.2e9 and 64e6 < ours["bytes"] <= full["bytes"] / 8, figures
     assert ours["seconds"] <= 1.4 * full["seconds"], figures

@@ -1,4 +1,4 @@
-"""Time and memory of the log-probs of chosen tokens, forward and backward: in chunks (ours) against full logits.
+"""Time and memory of the log-probs of chosen tokens, forward and backward: in tiles (ours) against full logits.
 
 Each way is measured in a process of its own, both in one run, on the same inputs in fp32. Memory is the growth of the
 process's peak resident memory over one forward and backward; what both ways need, the states, the weight and its fp32
@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 MIB = 2**20
-WAYS = ("chunked", "full")
+WAYS = ("tiled", "full")
 
 
 def resident(kind: str) -> int:
@@ -50,7 +50,7 @@ def passes(way: str, tokens: int, hidden: int, vocab: int) -> Callable[[], tuple
     def once() -> tuple[Any, Any, Any]:
         buffer.zero_()
         states.grad.zero_()
-        if way == "chunked":
+        if way == "tiled":
             logprobs, _ = token_logprobs(states, weight, targets, main_grad=buffer)
         else:
             weight.grad = buffer
@@ -58,7 +58,7 @@ def passes(way: str, tokens: int, hidden: int, vocab: int) -> Callable[[], tuple
             logprobs = logits.log_softmax(-1).gather(1, targets[:, None]).squeeze(1)
             del logits
         logprobs.backward(upstream)
-        if way == "chunked":
+        if way == "tiled":
             weight.grad = None  # a stand-in that nothing reads, as in Megatron
         return logprobs.detach(), states.grad, buffer
 
@@ -149,7 +149,7 @@ def main() -> None:
     print(f"log-probs at T = {args.tokens}, H = {args.hidden}, V = {args.vocab}, fp32, {args.threads} threads")
     for way, figure in figures.items():
         print(f"{way:>8} {figure['seconds']:7.2f} s {figure['bytes'] / MIB:7.0f} MiB")
-    ours, full = figures["chunked"], figures["full"]
+    ours, full = figures["tiled"], figures["full"]
     print(f"   ratio {ours['seconds'] / full['seconds']:7.2f}   {ours['bytes'] / full['bytes']:7.3f}")
 
 

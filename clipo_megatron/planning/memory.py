@@ -17,7 +17,7 @@ from clipo_megatron.weights.division import Division
 from clipo_megatron.weights.kinds import VOCAB_MULTIPLE_ON_GPUS
 from clipo_megatron.weights.spec import ModelSpec
 
-LOGITS_CHUNK_BYTES = 64 * 2**20  # of fp32 logits that exist at once, see policy.logprobs
+LOGITS_TILE_BYTES = 64 * 2**20  # of fp32 logits that exist at once, see policy.logprobs
 LOGITS_COPIES = 3  # logits, their exponentials, and the gradient
 BF16, FP32 = 2, 4
 
@@ -89,7 +89,7 @@ def _of_stage(
         optimizer=state * (count.dense / dp + count.expert / expert_dp),
         reference=width * count.total if config.algorithm.kl.coefficient > 0 else 0.0,
         activations=_activations(config, spec, division, stage, tokens * width, in_flight),
-        logits=LOGITS_COPIES * LOGITS_CHUNK_BYTES + 2 * tokens * spec.hidden_size * FP32 if last else 0.0,
+        logits=LOGITS_COPIES * LOGITS_TILE_BYTES + 2 * tokens * spec.hidden_size * FP32 if last else 0.0,
         head=head,
         reserve=assume.reserve_bytes,
     )

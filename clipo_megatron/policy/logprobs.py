@@ -1,18 +1,23 @@
-"""Log-probabilities of chosen tokens from hidden states and a vocabulary shard, in chunks of tokens.
+"""Log-probabilities of chosen tokens from hidden states and a vocabulary shard, in tiles of tokens x vocabulary rows.
 
-The logits of a chunk live for a moment in the forward and once more in the backward; [N, V] never exists. With
-vocabulary parallelism each rank keeps (log-sum-exp, target logit, entropy moment) of its shard, three numbers a token,
-and one all-gather a micro-batch merges them.
+The logits of a tile live for a moment in the forward and once more in the backward; [N, V] never exists. A tile is as
+square as it can be: then states, weights and the weight's gradient are read least often for its size. The forward
+carries each token's largest logit and the sum of exponentials below it from tile to tile. With vocabulary parallelism
+each rank keeps (log-sum-exp, target logit, entropy moment) of its shard, three numbers a token, and one all-gather a
+micro-batch merges them.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterator
+from math import isqrt
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 # Bytes of fp32 logits that may exist at once.
-CHUNK_BYTES = 64 * 2**20
+TILE_BYTES = 64 * 2**20
 
 
 def token_logprobs(
@@ -26,7 +31,7 @@ def token_logprobs(
     tp_group: dist.ProcessGroup | None = None,
     main_grad: Tensor | None = None,
     entropy: bool = False,
-    chunk_tokens: int | None = None,
+    tile: tuple[int, int] | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """log softmax(hidden @ weight.T / temperature) at the targets.
 
@@ -40,7 +45,7 @@ def token_logprobs(
         tp_group: ranks that share the vocabulary; None for one.
         main_grad: [V_shard, H] float32 buffer that takes the weight's gradient directly, in place of autograd.
         entropy: also return the entropy of each distribution (nats).
-        chunk_tokens: tokens a chunk; default: as many as CHUNK_BYTES of logits hold.
+        tile: (tokens, vocabulary rows) whose logits exist at once; default: TILE_BYTES of them.
 
     Returns:
         logprobs [N] float32, and the entropies [N] float32 or None. The gradient with respect to `hidden` is this
@@ -52,38 +57,37 @@ def token_logprobs(
             main_grad = main_grad[:real]
     else:
         real = weight.shape[0]
-    if chunk_tokens is None:
-        chunk_tokens = max(1, CHUNK_BYTES // (4 * max(real, 1)))
+    if tile is None:
+        tile = _tile(targets.numel(), real)
     logprobs, entropies = _TokenLogprobs.apply(
-        hidden, weight, targets, vocab_start, real, temperature, tp_group, main_grad, entropy, chunk_tokens
+        hidden, weight, targets, vocab_start, real, temperature, tp_group, main_grad, entropy, tile
     )
     return logprobs, entropies if entropy else None
 
 
+def _tile(tokens: int, rows: int) -> tuple[int, int]:
+    """As square as tokens and vocabulary rows allow, and TILE_BYTES large."""
+    numel = TILE_BYTES // 4
+    tall = max(1, min(tokens, max(isqrt(numel), numel // max(rows, 1))))
+    return tall, max(1, min(rows, numel // tall))
+
+
+def _slices(length: int, size: int) -> Iterator[slice]:
+    return (slice(start, min(start + size, length)) for start in range(0, length, size))
+
+
 class _TokenLogprobs(torch.autograd.Function):
-    """Forward keeps log-sum-exp only; backward recomputes each chunk's softmax from it."""
+    """Forward keeps log-sum-exp only; backward recomputes each tile's softmax from it."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, targets, start, real, temperature, group, main_grad, want_entropy, chunk):
+    def forward(ctx, hidden, weight, targets, start, real, temperature, group, main_grad, want_entropy, tile):
         count = targets.numel()
-        shard = weight[:real]
         stats = torch.zeros(3 if want_entropy else 2, count, dtype=torch.float32, device=hidden.device)
         stats[0] = -torch.inf  # of a shard that is padding alone
         local = targets - start
-        owned = (local >= 0) & (local < real)
-        local = torch.where(owned, local, 0)
-        workspace = _Workspace(min(chunk, count), hidden, shard, temperature)
-        for begin in range(0, count if real else 0, chunk):
-            part = slice(begin, begin + chunk)
-            logits = workspace.logits(hidden[part])
-            stats[1, part] = logits.gather(1, local[part, None]).squeeze(1).masked_fill_(~owned[part], 0.0)
-            peak = logits.amax(-1, keepdim=True)
-            odds = logits.sub_(peak).exp() if want_entropy else logits.sub_(peak).exp_()
-            total = odds.sum(-1)
-            stats[0, part] = total.log() + peak.squeeze(1)
-            if want_entropy:
-                # sum_j p_j * logit_j under the shard's own softmax; merged below
-                stats[2, part] = odds.mul_(logits).sum(-1) / total + peak.squeeze(1)
+        workspace = _Workspace(tile, hidden, weight, temperature)
+        for part in _slices(count if real else 0, tile[0]):
+            stats[:, part] = _statistics(workspace, hidden[part], weight[:real], local[part], want_entropy)
         if group is not None and dist.get_world_size(group) > 1:
             gathered = torch.empty(dist.get_world_size(group), *stats.shape, dtype=stats.dtype, device=stats.device)
             dist.all_gather_into_tensor(gathered.view(-1), stats.view(-1), group=group)
@@ -94,40 +98,37 @@ class _TokenLogprobs(torch.autograd.Function):
         else:
             lse, target_logit = stats[0].clone(), stats[1]
             entropy = lse - stats[2] if want_entropy else lse.new_empty(0)
-        ctx.save_for_backward(hidden, weight, local, owned, lse, *([lse - entropy] if want_entropy else []))
-        ctx.real, ctx.temperature, ctx.main_grad, ctx.chunk = real, temperature, main_grad, chunk
+        ctx.save_for_backward(hidden, weight, local, lse, *([lse - entropy] if want_entropy else []))
+        ctx.real, ctx.temperature, ctx.main_grad, ctx.tile = real, temperature, main_grad, tile
         return target_logit - lse, entropy
 
     @staticmethod
     def backward(ctx, grad_logprobs, grad_entropy):
-        hidden, weight, local, owned, lse, *moment = ctx.saved_tensors
-        shard = weight[: ctx.real]
-        grad_hidden = torch.empty_like(hidden) if ctx.real else torch.zeros_like(hidden)
+        hidden, weight, local, lse, *moment = ctx.saved_tensors
         grad_weight = ctx.main_grad
         if grad_weight is None and ctx.needs_input_grad[1]:
             grad_full = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
             grad_weight = grad_full[: ctx.real]
-        workspace = _Workspace(min(ctx.chunk, local.numel()), hidden, shard, ctx.temperature)
-        for begin in range(0, local.numel() if ctx.real else 0, ctx.chunk):
-            part = slice(begin, begin + ctx.chunk)
-            logits = workspace.logits(hidden[part])
-            centred = logits - moment[0][part, None] if moment else None
-            grad = logits.sub_(lse[part, None]).exp_()
-            if centred is not None:
-                # d entropy / d logit_j = -p_j (logit_j - sum_k p_k logit_k)
-                grad.mul_(centred.mul_(-grad_entropy[part, None]).sub_(grad_logprobs[part, None]))
-            else:
-                grad.mul_(-grad_logprobs[part, None])
-            grad.scatter_add_(1, local[part, None], (grad_logprobs[part] * owned[part])[:, None])
-            if ctx.temperature != 1.0:
-                grad.div_(ctx.temperature)
-            narrow = workspace.narrowed(grad)
-            torch.mm(narrow, shard, out=grad_hidden[part])
-            if grad_weight is not None:
-                if narrow.dtype == grad_weight.dtype:
-                    grad_weight.addmm_(narrow.t(), hidden[part])
+        grad_hidden = torch.zeros(hidden.shape, dtype=torch.float32, device=hidden.device)
+        workspace = _Workspace(ctx.tile, hidden, weight, ctx.temperature)
+        for part in _slices(local.numel() if ctx.real else 0, ctx.tile[0]):
+            for rows in _slices(ctx.real, ctx.tile[1]):
+                logits = workspace.logits(hidden[part], weight[rows])
+                centred = logits - moment[0][part, None] if moment else None
+                grad = logits.sub_(lse[part, None]).exp_()
+                if centred is not None:
+                    # d entropy / d logit_j = -p_j (logit_j - sum_k p_k logit_k)
+                    grad.mul_(centred.mul_(-grad_entropy[part, None]).sub_(grad_logprobs[part, None]))
                 else:
-                    grad_weight.add_(narrow.t() @ hidden[part])
+                    grad.mul_(-grad_logprobs[part, None])
+                column, within = _columns(local[part], rows)
+                grad.scatter_add_(1, column[:, None], (grad_logprobs[part] * within)[:, None])
+                if ctx.temperature != 1.0:
+                    grad.div_(ctx.temperature)
+                narrow = workspace.narrowed(grad)
+                _add_product(grad_hidden[part], narrow, weight[rows])
+                if grad_weight is not None:
+                    _add_product(grad_weight[rows], narrow.t(), hidden[part])
         if ctx.main_grad is not None:
             # Megatron's hook wants to see some gradient; this one is never read (see grad_added_to_main_grad).
             weight.grad_added_to_main_grad = True
@@ -136,27 +137,63 @@ class _TokenLogprobs(torch.autograd.Function):
             grad_out = grad_full.to(weight.dtype)
         else:
             grad_out = None
-        return (grad_hidden, grad_out) + (None,) * 8
+        return (grad_hidden.to(hidden.dtype), grad_out) + (None,) * 8
+
+
+def _statistics(workspace: _Workspace, hidden: Tensor, shard: Tensor, local: Tensor, want_entropy: bool) -> Tensor:
+    """[2 or 3, n]: log-sum-exp, logit of the target or 0, and mean logit, of n tokens over a shard's rows."""
+    peak = hidden.new_full((local.numel(),), -torch.inf, dtype=torch.float32)
+    total, target, moment = torch.zeros_like(peak), torch.zeros_like(peak), torch.zeros_like(peak)
+    for rows in _slices(shard.shape[0], workspace.tile[1]):
+        logits = workspace.logits(hidden, shard[rows])
+        column, within = _columns(local, rows)
+        target += logits.gather(1, column[:, None]).squeeze(1) * within
+        highest = torch.maximum(peak, logits.amax(-1))
+        fall = (peak - highest).nan_to_num_(neginf=0.0) if rows.start == 0 else peak - highest
+        scale, below = fall.exp(), logits.sub_(highest[:, None])
+        odds = below.exp() if want_entropy else below.exp_()
+        if want_entropy:
+            # sum_j odds_j * (logit_j - highest): relative to the peak, so that nothing large cancels
+            moment = scale * (moment + total * fall) + odds.mul(below).sum(-1)
+        total, peak = scale * total + odds.sum(-1), highest
+    return torch.stack([total.log() + peak, target, *([moment / total + peak] if want_entropy else [])])
+
+
+def _columns(local: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
+    """Where the targets are among some rows of the shard, and whether they are there; 0 where they are not."""
+    column = local - rows.start
+    within = (column >= 0) & (column < rows.stop - rows.start)
+    return torch.where(within, column, 0), within
+
+
+def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """total += left @ right, in the dtype of `total`."""
+    if left.dtype == total.dtype:
+        total.addmm_(left, right)
+    else:
+        total.add_(left @ right)
 
 
 class _Workspace:
-    """Buffers for the logits of one chunk, used again by the next: fresh ones of this size cost page faults."""
+    """Buffers for the logits of one tile, used again by the next: fresh ones of this size cost page faults."""
 
-    def __init__(self, tokens: int, hidden: Tensor, shard: Tensor, temperature: float):
-        self.shard, self.temperature = shard, temperature
-        self.raw = hidden.new_empty(tokens, shard.shape[0])
+    def __init__(self, tile: tuple[int, int], hidden: Tensor, weight: Tensor, temperature: float):
+        self.tile = min(tile[0], len(hidden)), min(tile[1], len(weight))
+        self.temperature = temperature
+        self.raw = hidden.new_empty(self.tile[0] * self.tile[1])
         self.wide = (
             self.raw if hidden.dtype is torch.float32 else self.raw.new_empty(self.raw.shape, dtype=torch.float32)
         )
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """[n, V_shard] float32, valid until the next call; the caller may overwrite it."""
-        raw, logits = self.raw[: len(hidden)], self.wide[: len(hidden)]
-        torch.mm(hidden, self.shard.t(), out=raw)
+    def logits(self, hidden: Tensor, rows: Tensor) -> Tensor:
+        """[n, rows] float32, valid until the next call; the caller may overwrite it."""
+        shape = len(hidden), len(rows)
+        raw, logits = (each[: shape[0] * shape[1]].view(shape) for each in (self.raw, self.wide))
+        torch.mm(hidden, rows.t(), out=raw)
         if self.raw is not self.wide:
             logits.copy_(raw)
         return logits if self.temperature == 1.0 else logits.div_(self.temperature)
 
     def narrowed(self, logits: Tensor) -> Tensor:
         """What `logits` returned, in the states' dtype again."""
-        return logits if self.raw is self.wide else self.raw[: len(logits)].copy_(logits)
+        return logits if self.raw is self.wide else self.raw[: logits.numel()].view(logits.shape).copy_(logits)
