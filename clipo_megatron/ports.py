@@ -15,12 +15,11 @@ class PortError(RuntimeError):
     """No port could be had."""
 
 
-def listen(host: str, *, backlog: int = 1024) -> socket.socket:
+def listen(host: str) -> socket.socket:
     """A socket that listens at a free port; nobody else can take it between the choice and the use.
 
     Args:
         host: the address to listen at, IPv4 or IPv6; "" for all of this machine.
-        backlog: connections that may wait to be accepted.
 
     Raises:
         PortError: none of many ports is free, or the address is not one of this machine.
@@ -29,7 +28,7 @@ def listen(host: str, *, backlog: int = 1024) -> socket.socket:
     reason = ""
     for port in random.SystemRandom().sample(PORTS, k=_TRIES):
         try:
-            return socket.create_server((host, port), family=family, backlog=backlog)
+            return socket.create_server((host, port), family=family, backlog=1024)
         except OSError as error:
             reason = str(error)
     raise PortError(

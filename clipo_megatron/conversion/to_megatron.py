@@ -8,9 +8,7 @@ OUT/manifest.json
 
 from __future__ import annotations
 
-import io
 import json
-import pickle
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -20,16 +18,6 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint.filesystem import CURRENT_DCP_VERSION, _StorageInfo
-from torch.distributed.checkpoint.metadata import (
-    BytesStorageMetadata,
-    ChunkStorageMetadata,
-    Metadata,
-    MetadataIndex,
-    StorageMeta,
-    TensorProperties,
-    TensorStorageMetadata,
-)
 
 from clipo_megatron.config.model_folder import HF_FILES, POLICY, is_checkpoint
 from clipo_megatron.conversion.plan import (
@@ -53,15 +41,8 @@ from clipo_megatron.weights.mapping import Coordinates, Entry, Stage
 from clipo_megatron.weights.reader import HFReader
 from clipo_megatron.weights.source import MANIFEST, files_beside
 from clipo_megatron.weights.spec import read_config
-from clipo_megatron.weights.torch_dist import METADATA
+from clipo_megatron.weights.torch_dist_writer import Place, description, saved
 
-# Megatron's own description of the format.
-_FORMAT = {
-    "sharded_backend": "torch_dist",
-    "sharded_backend_version": 1,
-    "common_backend": "torch",
-    "common_backend_version": 1,
-}
 # Megatron's layers ask for a state of theirs that has nothing in it without FP8: all find the same bytes.
 _EXTRA_STATE = "__extra_state.distcp"
 _WITHOUT_EXTRA_STATE = ("embedding.word_embeddings", "output_layer", ".mlp.router")
@@ -157,10 +138,13 @@ class ToMegatron(Conversion):
 
     def finish(self, content: Path, records: Sequence[Record]) -> None:
         """Write the metadata, the files beside the weights, and the manifest."""
-        extra = _saved([None])
-        write_durably(content / POLICY / METADATA, pickle.dumps(self._metadata(records, len(extra))))
-        write_durably(content / POLICY / "common.pt", _saved({}))
-        write_durably(content / POLICY / "metadata.json", json.dumps(_FORMAT))
+        extra = saved([None])
+        try:
+            files = description(self._places(records, len(extra)), saved({}))
+        except ValueError as error:
+            raise ConversionError(f"{error}: this is a defect of ours") from error
+        for name, data in files.items():
+            write_durably(content / POLICY / name, data)
         for name, data in self.beside.items():
             write_durably(content / HF_FILES / name, data)
         written = {span.file: {"bytes": span.nbytes, "crc32": span.crc32} for each in records for span in each.spans}
@@ -260,30 +244,16 @@ class ToMegatron(Conversion):
                 kind.shard(sources, target, rank=finer.rank, size=finer.size)
                 yield from _laid_out(entry, at, target, finer)
 
-    def _metadata(self, records: Sequence[Record], extra: int) -> Metadata:
+    def _places(self, records: Sequence[Record], extra: int) -> list[Place]:
         shapes = self._global_shapes()
-        chunks: dict[str, list[ChunkStorageMetadata]] = {}
-        dtypes: dict[str, torch.dtype] = {}
-        places: dict[MetadataIndex, _StorageInfo] = {}
+        found = []
         for record in records:
             for key, dtype, offset, sizes, file, start, length in record.items:
-                dtypes[key] = getattr(torch, dtype)
-                places[MetadataIndex(key, offset)] = _StorageInfo(file, start, length)
-                chunks.setdefault(key, []).append(ChunkStorageMetadata(torch.Size(offset), torch.Size(sizes)))
-        for key, shape in shapes.items():
-            held = sum(prod(chunk.sizes) for chunk in chunks.get(key, []))
-            if held != prod(shape):
-                raise ConversionError(
-                    f"{held} of {prod(shape)} elements of {key} were written: this is a defect of ours"
-                )
-        kept: dict[str, TensorStorageMetadata | BytesStorageMetadata] = {
-            key: TensorStorageMetadata(TensorProperties(dtype=dtypes[key]), torch.Size(shape), chunks[key])
-            for key, shape in shapes.items()
-        }
-        for key in self._extra_states():
-            kept[key] = BytesStorageMetadata()
-            places[MetadataIndex(key)] = _StorageInfo(_EXTRA_STATE, 0, extra)
-        return Metadata(kept, storage_data=places, storage_meta=StorageMeta(), version=CURRENT_DCP_VERSION)
+                kind = getattr(torch, dtype)
+                found.append(Place(key, file, start, length, tuple(offset), tuple(sizes), tuple(shapes[key]), kind))
+        if missing := shapes.keys() - {place.key for place in found}:
+            raise ConversionError(f"{', '.join(sorted(missing))} was not written: this is a defect of ours")
+        return [*found, *(Place(key, _EXTRA_STATE, 0, extra) for key in self._extra_states())]
 
     def _extra_states(self) -> Iterator[str]:
         """Keys of every layer's own state: an expert's behind its number."""
@@ -307,12 +277,6 @@ class ToMegatron(Conversion):
                 whole = entry.kind.whole_shape(entry.kind.local_shape(entry.shapes, size), size)
                 shapes[entry.key] = (entry.experts, *whole) if entry.experts else whole
         return shapes
-
-
-def _saved(value: object) -> bytes:
-    buffer = io.BytesIO()
-    torch.save(value, buffer)
-    return buffer.getvalue()
 
 
 @dataclass(frozen=True, slots=True)

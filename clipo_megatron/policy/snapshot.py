@@ -11,12 +11,8 @@ is kept for the next time, or written from where they are. The format is the one
 
 from __future__ import annotations
 
-import io
-import json
-import pickle
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from math import prod
 from typing import Any
 
 import torch
@@ -24,27 +20,12 @@ import torch.distributed as dist
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, is_main_replica
 from torch import Tensor
-from torch.distributed.checkpoint.filesystem import CURRENT_DCP_VERSION, _StorageInfo
-from torch.distributed.checkpoint.metadata import (
-    BytesStorageMetadata,
-    ChunkStorageMetadata,
-    Metadata,
-    MetadataIndex,
-    StorageMeta,
-    TensorProperties,
-    TensorStorageMetadata,
-)
 
 from clipo_megatron.device import platform
 from clipo_megatron.files import FolderWriter, StreamedFile
 from clipo_megatron.weights.archive import write_tensor
+from clipo_megatron.weights.torch_dist_writer import Place, description, saved
 
-_FORMAT = {
-    "sharded_backend": "torch_dist",
-    "sharded_backend_version": 1,
-    "common_backend": "torch",
-    "common_backend_version": 1,
-}
 _ALIGNMENT = 64  # bytes, of the parts in the buffer
 
 
@@ -56,20 +37,6 @@ class Part:
     data: Tensor  # of the size of the part, with leading axes of size 1 where the tensor is stacked
     offset: tuple[int, ...]
     shape: tuple[int, ...]  # of the whole tensor
-
-
-@dataclass(frozen=True, slots=True)
-class Place:
-    """Where a part, or an object if it has no offset, was written."""
-
-    key: str
-    file: str
-    start: int
-    length: int
-    offset: tuple[int, ...] | None = None
-    sizes: tuple[int, ...] = ()
-    shape: tuple[int, ...] = ()
-    dtype: torch.dtype | None = None
 
 
 class HostBuffer:
@@ -112,13 +79,13 @@ class PolicySnapshot:
             parts = [Part(part.key, copy, part.offset, part.shape) for part, copy in zip(parts, copies, strict=True)]
         self._parts = parts
         # Small states of layers, which are stored as lists.
-        nothing = _saved([None])  # what nearly all of them are
+        nothing = saved([None])  # what nearly all of them are
         self._objects = {
-            each.unique_key: nothing if each.data is None else _saved([each.data])
+            each.unique_key: nothing if each.data is None else saved([each.data])
             for each in mine
             if isinstance(each, ShardedObject)
         }
-        self._common = _saved(common)
+        self._common = saved(common)
         self._rank = dist.get_rank()
 
     @property
@@ -136,10 +103,9 @@ class PolicySnapshot:
 
     def finish(self, files: FolderWriter, written: Sequence[list[Place]]) -> None:
         """Write the files that describe the others; on one rank."""
-        metadata = _metadata([place for places in written for place in places])
-        files.write(".metadata", pickle.dumps(metadata))
-        files.write("common.pt", self._common)
-        files.write("metadata.json", json.dumps(_FORMAT))
+        places = [place for part in written for place in part]
+        for name, data in description(places, self._common).items():
+            files.write(name, data)
 
     def _write(self, file: StreamedFile, name: str) -> Iterator[Place]:
         for part in self._parts:
@@ -158,27 +124,3 @@ def _part(tensor: ShardedTensor) -> Part:
     sizes = (1,) * tensor.prepend_axis_num + tuple(tensor.local_shape)
     data = tensor.data.detach().view(sizes)
     return Part(tensor.key, data, tuple(tensor.global_offset), tuple(tensor.global_shape))
-
-
-def _saved(value: object) -> bytes:
-    buffer = io.BytesIO()
-    torch.save(value, buffer)
-    return buffer.getvalue()
-
-
-def _metadata(places: Sequence[Place]) -> Metadata:
-    chunks: dict[str, list[ChunkStorageMetadata]] = {}
-    kept: dict[str, TensorStorageMetadata | BytesStorageMetadata] = {}
-    stored: dict[MetadataIndex, _StorageInfo] = {}
-    for place in places:
-        stored[MetadataIndex(place.key, place.offset)] = _StorageInfo(place.file, place.start, place.length)
-        if place.offset is None:
-            kept[place.key] = BytesStorageMetadata()
-            continue
-        held = chunks.setdefault(place.key, [])
-        held.append(ChunkStorageMetadata(torch.Size(place.offset), torch.Size(place.sizes)))
-        kept[place.key] = TensorStorageMetadata(TensorProperties(dtype=place.dtype), torch.Size(place.shape), held)
-    for key, held in chunks.items():
-        if (count := sum(prod(chunk.sizes) for chunk in held)) != prod(kept[key].size):
-            raise ValueError(f"{count} of {prod(kept[key].size)} elements of {key} were written")
-    return Metadata(kept, storage_data=stored, storage_meta=StorageMeta(), version=CURRENT_DCP_VERSION)
