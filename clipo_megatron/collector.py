@@ -23,7 +23,7 @@ from clipo_megatron.data.sampler import PromptSampler
 from clipo_megatron.flow import Prompt, Rollout, RolloutGroup, ScoredGroup
 from clipo_megatron.rewards.pool import GraderPool
 from clipo_megatron.rollout.asking import ask, begun
-from clipo_megatron.rollout.engine import Engine, EngineError, Generation, Request, SamplingParams
+from clipo_megatron.rollout.engine import Abandoned, Engine, EngineError, Generation, Request, SamplingParams, never
 
 
 @dataclass(slots=True)
@@ -66,6 +66,7 @@ class Collector:
         askers: the ranks that ask for rollouts, in order.
         recover: collective; gives an engine that was lost and came back the current weights.
         progress: is told this rank's finished and wanted rollouts of a round.
+        give_up: whether this rank is to generate no longer, because the run is to end.
     """
 
     def __init__(
@@ -80,11 +81,12 @@ class Collector:
         askers: Sequence[int],
         recover: Callable[[], None],
         progress: Callable[[int, int], None] = lambda done, wanted: None,
+        give_up: Callable[[], bool] = never,
     ):
         self.config = config
         self.prompts, self.sampler = prompts, sampler
         self.engine, self.graders, self.sampling = engine, graders, sampling
-        self.askers, self.recover, self.progress = list(askers), recover, progress
+        self.askers, self.recover, self.progress, self.give_up = list(askers), recover, progress, give_up
         self._rank = dist.get_rank()
         self._began = 0.0  # when the step did
         self._ticket = 0  # of the next prompt drawn
@@ -108,7 +110,20 @@ class Collector:
 
         Raises:
             EngineError: rollout.deadline_s has passed, or an engine failed for good.
+            Abandoned: on every rank, because `give_up` said so on one; sampler and collector are where they were
+                before, but for graders that may still be at work.
         """
+        sampler, carried = self.sampler.state_dict(), [*self._carried, *self._running]
+        begun_as = (self._ticket, self._carried_by)
+        try:
+            return self._collect(step)
+        except Abandoned:
+            self.sampler.load_state_dict(sampler)
+            self._ticket, self._carried_by = begun_as
+            self._carried, self._running, self._left = sorted(carried, key=_ticket), [], None
+            raise
+
+    def _collect(self, step: int) -> tuple[list[ScoredGroup], dict[str, float]]:
         params = replace(self.sampling, step=step)
         self._began = time.monotonic()
         deadline = self._began + self.config.deadline_s
@@ -184,6 +199,7 @@ class Collector:
             deadline=deadline,
             running=[] if satisfied else self._running,
             unfinished=self.config.unfinished,
+            give_up=self.give_up,
         )
         dropped = 0
         if satisfied:

@@ -20,7 +20,7 @@ from clipo_megatron.data.sources import source_of
 from clipo_megatron.flow import Prompt, RolloutGroup
 from clipo_megatron.rewards.pool import GraderPool
 from clipo_megatron.rollout.asking import ask
-from clipo_megatron.rollout.engine import Engine, Request, SamplingParams
+from clipo_megatron.rollout.engine import Engine, Request, SamplingParams, never
 
 
 @dataclass(frozen=True)
@@ -56,6 +56,7 @@ def evaluate(
     step: int,
     deadline_s: float,
     recover: Callable[[], None] = lambda: None,
+    give_up: Callable[[], bool] = never,
 ) -> Evaluation:
     """Answer and grade `prompts`, whose ids differ; collective.
 
@@ -68,6 +69,10 @@ def evaluate(
         step: recorded in the result.
         deadline_s: for this rank's generation.
         recover: collective; gives an engine that was lost and came back the current weights.
+        give_up: whether this rank is to generate no longer.
+
+    Raises:
+        Abandoned: on every rank, because a rank gave up.
     """
 
     def take(group: RolloutGroup) -> bool:
@@ -75,7 +80,8 @@ def evaluate(
         return False
 
     requests = [Request(index, prompts[index]) for index in mine]
-    ask(engine, requests, params, take=take, recover=recover, deadline=time.monotonic() + deadline_s)
+    deadline = time.monotonic() + deadline_s
+    ask(engine, requests, params, take=take, recover=recover, deadline=deadline, give_up=give_up)
     rows = [
         (
             scored.group.prompt.id,

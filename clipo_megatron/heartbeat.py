@@ -18,11 +18,20 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 FROZEN = 70  # exit code of a rank that ends because another one gives no sign of life
 _EVERY_S = 5.0
-_END, _STACKS = "end", "stacks"
+_END, _STACKS, _STOP = "end", "stacks", "stop"
+
+
+class Stop(Protocol):
+    """A request to end."""
+
+    signum: int  # 0: none
+
+    def hear_of(self, signum: int) -> None:
+        """That a rank got a signal."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +59,7 @@ class Heartbeat:
         frozen_s: without a sign, after which a rank is given up; a few seconds more pass until all have ended.
         stuck_s: in one phase, after which stacks are printed; again after twice the time.
         end: leaves the process, with an exit code.
+        stop: that a rank was asked to end; others hear of it within seconds.
     """
 
     def __init__(
@@ -61,9 +71,10 @@ class Heartbeat:
         frozen_s: float,
         stuck_s: float,
         end: Callable[[int], object] = os._exit,
+        stop: Stop | None = None,
     ) -> None:
         self.rank, self.world, self.store = rank, world, store
-        self.frozen_s, self.stuck_s, self._end = frozen_s, stuck_s, end
+        self.frozen_s, self.stuck_s, self._end, self._stop = frozen_s, stuck_s, end, stop
         self.every_s = min(_EVERY_S, frozen_s / 4)
         self._place = f"process {os.getpid()} on {socket.gethostname()}"
         self._phase = _Phase("start", 0, time.monotonic())
@@ -101,6 +112,8 @@ class Heartbeat:
             try:
                 self.store.set(f"sign/{self.rank}", sign)
                 ended = self.store.get(_END).decode() if self.store.check([_END]) else ""
+                if self._stop is not None:
+                    self._pass_on(self._stop)
                 stacks = self.store.get(_STACKS).decode() if self.store.check([_STACKS]) else ""
                 # Rank 0 looks at all, and all look at rank 0.
                 keys = {rank: f"sign/{rank}" for rank in (range(self.world) if self.rank == 0 else (0,))}
@@ -120,6 +133,12 @@ class Heartbeat:
                 self.store.set(_END, frozen)
                 self._give_up(frozen)
             self._left.wait(self.every_s)
+
+    def _pass_on(self, stop: Stop) -> None:
+        if self.store.check([_STOP]):
+            stop.hear_of(int(self.store.get(_STOP)))
+        elif stop.signum:
+            self.store.set(_STOP, str(stop.signum))
 
     def _watch(self) -> None:
         """Look at clocks: at this rank's phase, and at the time since the store answered."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -34,8 +35,8 @@ from clipo_megatron.problems import load_problems
 from clipo_megatron.rendezvous import meet
 from clipo_megatron.reporting import Reporter
 from clipo_megatron.rewards.pool import GraderPool
-from clipo_megatron.rollout.engine import SamplingParams
-from clipo_megatron.stopping import Stopped, StopRequest
+from clipo_megatron.rollout.engine import Abandoned, SamplingParams
+from clipo_megatron.stopping import STOP_S, EvaluationStopped, Stopped, StopRequest
 from clipo_megatron.weights.source import files_beside
 
 
@@ -54,12 +55,15 @@ class Run:
                 timeout_s=config.layout.distributed_timeout_s,
                 store=meet(),
             )
+        patience_s = STOP_S if config.faults.stop_s is None else config.faults.stop_s
+        self.stop = StopRequest(announce=dist.get_rank() == 0 and config.report.console, patience_s=patience_s)
         self.heartbeat = Heartbeat(
             dist.get_rank(),
             dist.get_world_size(),
             platform().own_store("heartbeat"),
             frozen_s=config.faults.frozen_s,
             stuck_s=config.faults.stuck_s,
+            stop=self.stop,
         )
         self.heartbeat.start()
         self.layout = layouts.initialize(config.layout, seed=config.train.seed)
@@ -100,9 +104,9 @@ class Run:
             askers=self.askers,
             recover=self.recover,
             progress=self.reporter.progress.rollouts,
+            give_up=self.stop.gives_up,
         )
         self.checkpoints = self._checkpoints()
-        self.stop = StopRequest(announce=self.reporter.progress.enabled)
         self.stop.watch()
 
     # --- life ----------------------------------------------------------------------------------------------------
@@ -147,13 +151,15 @@ class Run:
         """Save, evaluate, and say where everything is.
 
         Raises:
-            Stopped: there are steps left.
+            Stopped: there are steps left, or an evaluation.
         """
         finished = step >= self.config.train.steps
-        if not self.checkpoints.has(step):
+        if not self.checkpoints.has(step) and (self.config.checkpoint.at_end or not finished):
             self.save(step)
         if finished and not self._evaluated(step):
-            self.evaluate(step)
+            with suppress(Abandoned):
+                self.evaluate(step)
+            finished = self._evaluated(step)
         self.heartbeat.phase("checkpoint")
         self.checkpoints.wait(last=True)
         self.heartbeat.leave()
@@ -176,7 +182,11 @@ class Run:
             self._lock.close()
 
     def evaluate(self, step: int) -> None:
-        """Accuracy on the held-out problems with the engine's weights; collective."""
+        """Accuracy on the held-out problems with the engine's weights; collective.
+
+        Raises:
+            Abandoned: on every rank: it was asked to end, and answers took too long.
+        """
         if self.eval_prompts:
             self.heartbeat.phase("evaluate")
             params = evaluation_params(
@@ -192,6 +202,7 @@ class Run:
                 step=step,
                 deadline_s=self.config.rollout.deadline_s,
                 recover=self.recover,
+                give_up=self.stop.gives_up,
             )
             self.reporter.evaluated(result)
 
@@ -302,6 +313,7 @@ def evaluate_newest(config: RunConfig) -> None:
 
     Raises:
         ConfigError: there is nothing to evaluate on.
+        EvaluationStopped: a signal asked to end.
     """
     if not config.data.eval:
         raise ConfigError(
@@ -310,6 +322,8 @@ def evaluate_newest(config: RunConfig) -> None:
     run = Run(replace(config, checkpoint=replace(config.checkpoint, resume=True)))
     try:
         run.evaluate(run.restore())
+    except Abandoned:
+        raise EvaluationStopped(run.stop.signum) from None
     finally:
         run.close()
 

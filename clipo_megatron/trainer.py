@@ -5,12 +5,15 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
+
 from clipo_megatron.config.schema import RunConfig
 from clipo_megatron.flow import StepReport
 from clipo_megatron.policy.batching import Batcher
 from clipo_megatron.policy.exchange import build_table
 from clipo_megatron.report.console import Stopwatch
 from clipo_megatron.report.metrics import speed_metrics, table_metrics
+from clipo_megatron.rollout.engine import Abandoned
 from clipo_megatron.run import Run, is_due
 
 
@@ -25,14 +28,15 @@ class Trainer:
     def train(self) -> None:
         """Steps until the last one, or until somebody asks to stop; either way the state is saved."""
         run = self.run
-        run.before_training(self.step)
-        while self.step < run.config.train.steps and not run.stop.agreed():
-            report = self.train_step()
-            run.reporter.step(report)
-            self.step += 1
-            run.keep(self.step)
-            if is_due(run.config.eval.every, self.step):
-                run.evaluate(self.step)
+        with suppress(Abandoned):  # rollouts that took too long once asked to stop: the next run does the step anew
+            run.before_training(self.step)
+            while self.step < run.config.train.steps and not run.stop.agreed():
+                report = self.train_step()
+                run.reporter.step(report)
+                self.step += 1
+                run.keep(self.step)
+                if is_due(run.config.eval.every, self.step):
+                    run.evaluate(self.step)
         run.after_training(self.step)
 
     def train_step(self) -> StepReport:

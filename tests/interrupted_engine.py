@@ -7,14 +7,14 @@ while the weights change, and be lost; at moments drawn from a seed. It counts w
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from clipo_megatron.flow import Rollout, RolloutGroup
-from clipo_megatron.rollout.engine import EngineLostError, Generation, Request, SamplingParams
+from clipo_megatron.rollout.engine import Abandoned, EngineLostError, Generation, Request, SamplingParams, never
 from clipo_megatron.rollout.local import LocalEngine
 
 
@@ -44,12 +44,19 @@ class InterruptedEngine:
     def close(self) -> None:
         self.engine.close()
 
-    def generate(self, requests: Sequence[Request], params: SamplingParams, *, deadline_s: float) -> Generation:
+    def generate(
+        self,
+        requests: Sequence[Request],
+        params: SamplingParams,
+        *,
+        deadline_s: float,
+        give_up: Callable[[], bool] = never,
+    ) -> Generation:
         open_ = {request.position: request for request in (*self.left.values(), *requests)}
         assert len(open_) == len(self.left) + len(requests)
         self.asked += [request.position for request in requests]
         self.left = {}
-        return _Interrupted(self, open_, params, deadline_s)
+        return _Interrupted(self, open_, params, deadline_s, give_up)
 
     def complete(self, request: Request, params: SamplingParams, deadline_s: float) -> RolloutGroup:
         """All rollouts of a request; those begun go on from their tokens, under the weights of now."""
@@ -103,13 +110,22 @@ class InterruptedEngine:
 
 
 class _Interrupted(Generation):
-    def __init__(self, engine: InterruptedEngine, open_: dict[int, Request], params: SamplingParams, deadline_s: float):
-        self.engine, self.open, self.params, self.deadline_s = engine, open_, params, deadline_s
+    def __init__(
+        self,
+        engine: InterruptedEngine,
+        open_: dict[int, Request],
+        params: SamplingParams,
+        deadline_s: float,
+        give_up: Callable[[], bool],
+    ):
+        self.engine, self.open, self.params, self.deadline_s, self.give_up = engine, open_, params, deadline_s, give_up
         super().__init__(self._answers())
 
     def _answers(self) -> Iterator[RolloutGroup]:
         engine = self.engine
         while self.open:
+            if self.give_up():
+                raise Abandoned
             if not engine.up or (engine.losses < engine.limit and engine.random.random() < engine.loss):
                 engine.losses += 1
                 engine.up = False

@@ -22,7 +22,7 @@ from clipo_megatron.collector import is_whole, teaches
 from clipo_megatron.config.schema import RolloutConfig, Unfinished
 from clipo_megatron.data.sampler import PromptSampler
 from clipo_megatron.flow import Rollout, RolloutGroup
-from clipo_megatron.rollout.engine import EngineError, Request, SamplingParams
+from clipo_megatron.rollout.engine import Abandoned, EngineError, Request, SamplingParams, never
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -169,8 +169,8 @@ def test_an_engine_that_stays_lost_ends_the_run_on_all_ranks(ranks: RankPool, mo
 class Parrot(InterruptedEngine):
     """Answers one request twice."""
 
-    def generate(self, requests: Any, params: SamplingParams, *, deadline_s: float) -> Any:
-        groups = list(super().generate(requests, params, deadline_s=deadline_s))
+    def generate(self, requests: Any, params: SamplingParams, *, deadline_s: float, give_up: Any) -> Any:
+        groups = list(super().generate(requests, params, deadline_s=deadline_s, give_up=give_up))
         return iter([groups[0], *groups[:-1]])
 
 
@@ -185,8 +185,8 @@ class Mumbler(InterruptedEngine):
 class Sleeper(InterruptedEngine):
     """Leaves a request out."""
 
-    def generate(self, requests: Any, params: SamplingParams, *, deadline_s: float) -> Any:
-        return iter(list(super().generate(requests, params, deadline_s=deadline_s))[:-1])
+    def generate(self, requests: Any, params: SamplingParams, *, deadline_s: float, give_up: Any) -> Any:
+        return iter(list(super().generate(requests, params, deadline_s=deadline_s, give_up=give_up))[:-1])
 
 
 def untrue(folder: Path, kind: type[InterruptedEngine]) -> None:
@@ -202,6 +202,48 @@ def untrue(folder: Path, kind: type[InterruptedEngine]) -> None:
 def test_an_engine_that_miscounts_is_refused(ranks: RankPool, model: Path, kind: type[InterruptedEngine], part: str):
     with pytest.raises(RankError, match=part):
         ranks.run(untrue, 1, model, kind)
+
+
+# ---------------------------------------------------------------- a step that is given up
+
+
+def gives_up(folder: Path, config: RolloutConfig, who: int | None) -> Any:
+    """On a rank: the third of three steps, which rank `who` gives up first after some groups, if anybody does."""
+    with Bench(folder, config, interrupted={"seed": 1}) as bench:
+        for step in range(2):
+            bench.collector.collect(step)
+            bench.push(step + 1)
+        if config.unfinished is Unfinished.keep_running:
+            bench.collector.withdraw()  # as before a checkpoint that is to hold what was generated
+        before = bench.sampler.state_dict(), bench.collector.state_dict()
+        if who is not None:
+            answered = len(bench.engine.answered)
+            bench.collector.give_up = lambda: dist.get_rank() == who and len(bench.engine.answered) > answered
+            with pytest.raises(Abandoned):
+                bench.collector.collect(2)
+            assert (dist.get_rank() == who) <= (len(bench.engine.answered) > answered), "groups are thrown away"
+            assert _comparable(before) == _comparable((bench.sampler.state_dict(), bench.collector.state_dict()))
+            bench.graders.collect()
+            bench.collector.give_up = never
+        scored, counts = bench.collector.collect(2)
+        # Which of too many groups finish first is drawn from the engine's seed, and differs.
+        return (facts(scored), counts["rollout/rounds"]) if config.over_sampling == 1.0 else None
+
+
+def _comparable(state: tuple[Any, Any]) -> Any:
+    sampler, rollouts = state
+    carried = [
+        (each["ticket"], each["id"], [(facts["sample"], facts["tokens"].tolist()) for facts in each["begun"]])
+        for each in rollouts["carried"]
+    ]
+    return sampler, carried
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+@pytest.mark.parametrize("name", ["plain", "refill", "refill, resume", "keep running"])
+def test_a_step_that_is_given_up_leaves_no_trace(ranks: RankPool, model: Path, world: int, name: str):
+    undisturbed = ranks.run(gives_up, world, model, SETTINGS[name], None)
+    assert ranks.run(gives_up, world, model, SETTINGS[name], world - 1) == undisturbed
 
 
 # ---------------------------------------------------------------- what is carried over
@@ -238,7 +280,7 @@ def _checkpoints(bench: Bench, folder: Path) -> Checkpoints:
         Owner("sampler", bench.sampler.state_dict, bench.sampler.load_state_dict, writes=main),
         Owner("rollouts", collector.state_dict, collector.load_state_dict, writes=main, gathers=True, optional=True),
     ]
-    nothing = {"take_policy": lambda copy: None, "load_policy": lambda folder: None}
+    nothing = {"take_policy": lambda: None, "load_policy": lambda folder: None}
     return Checkpoints(folder, owners, **nothing, retention=Retention(), facts={})
 
 

@@ -104,7 +104,7 @@ def evaluate_here(answers):
     from clipo_megatron.rewards.pool import GraderPool
 
     class Spoken:
-        def generate(self, prompts, params, *, deadline_s):
+        def generate(self, prompts, params, *, deadline_s, give_up):
             assert params.step == -1
             assert params.temperature == 0.0
             for position, prompt, _ in prompts:

@@ -6,6 +6,8 @@ import random
 import re
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -21,6 +23,9 @@ from small_runs import (
     steps_logged,
     wait_until,
 )
+
+from clipo_megatron.device import LOCAL_RENDEZVOUS_ENV
+from clipo_megatron.ports import free_port
 
 pytestmark = pytest.mark.timeout(400)
 PP2 = "layout.pp=2"
@@ -181,6 +186,44 @@ def test_interrupted_twice(small_config, tmp_path, ranks):
     run.wait(130)
     assert time.monotonic() - start < 30
     assert steps_logged(output) == 0
+
+
+def test_a_step_that_generates_for_too_long_is_given_up_and_done_again(small_config, undisturbed_pp2, tmp_path):
+    """Only rank 0 asks for rollouts here, and the signal goes to rank 1, which waits for it."""
+    output, mark = tmp_path / "run", tmp_path / "slow"
+    store = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2"}
+    slow = {"CLIPO_SLOW_STEP": str(EVERY + 1), "CLIPO_SLOW_MARK": str(mark), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(Path(__file__).with_name("slow_rank.py")), "train", str(small_config)]
+    command += [f"train.output={output}", PP2, "faults.stop_s=1", "faults.frozen_s=4"]
+    ranks = [
+        subprocess.Popen(
+            command,
+            env={**os.environ, **store, **slow, **LOCAL_RENDEZVOUS_ENV, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    try:
+        wait_until(mark.exists, "the slow step")
+        start = time.monotonic()
+        ranks[1].send_signal(signal.SIGUSR1)
+        said = [each.communicate(timeout=100)[1] for each in ranks]
+        assert time.monotonic() - start < 60, said  # of the five minutes that the step would have taken
+    finally:
+        for each in ranks:
+            each.kill()
+            each.wait(20)
+    assert [each.returncode for each in ranks] == [138, 138], said
+    assert f"stopped by SIGUSR1 after {EVERY + 1} of {STEPS} steps; the state is saved" in " ".join(said[0].split())
+    assert steps_logged(output) == EVERY + 1
+    assert (output / "checkpoints" / f"step_{EVERY + 1:06d}").is_dir()  # one that was not due
+    run = SmallRun(small_config, output, PP2).wait()
+    assert f"{EVERY + 1} steps done" in run.said
+    assert [line["step"] for line in metrics(output)] == list(range(STEPS))
+    assert_same_run(output, undisturbed_pp2)
 
 
 def test_ranks_die_with_their_supervisor(small_config, tmp_path):

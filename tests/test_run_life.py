@@ -16,7 +16,7 @@ from clipo_megatron.data.sources import DataError, overlap
 from clipo_megatron.output import OutputError, claim, set_aside
 from clipo_megatron.problems import load_problems
 from clipo_megatron.quiet import NOISE, quiet_libraries
-from clipo_megatron.stopping import SIGNALS, StopRequest
+from clipo_megatron.stopping import SIGNALS, TERM_S, StopRequest
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -62,7 +62,7 @@ def test_an_output_folder_that_cannot_be_made_is_named(tmp_path):
 def a_signal_while_the_ranks_agree() -> list[tuple[bool, int]]:
     """Rank 1 is asked to end after it has told the others that it was not."""
     handlers = {name: signal.getsignal(name) for name in SIGNALS}
-    stop, reduce, answers = StopRequest(announce=False), dist.all_reduce, []
+    stop, reduce, answers = StopRequest(announce=False, patience_s=60.0), dist.all_reduce, []
     stop.watch()
 
     def all_reduce(*args, **kwargs):
@@ -87,6 +87,23 @@ def test_a_signal_is_never_lost_and_all_ranks_hear_of_it_at_once(ranks):
         [(False, 0), asked, asked],
         [(False, signal.SIGUSR1), asked, asked],
     ]
+
+
+def test_who_sends_term_waits_less(monkeypatch):
+    now = 100.0
+    monkeypatch.setattr("clipo_megatron.stopping.time.monotonic", lambda: now)
+    for signum, patience in ((signal.SIGUSR1, 60.0), (signal.SIGINT, 60.0), (signal.SIGTERM, TERM_S)):
+        stop = StopRequest(announce=False, patience_s=60.0)
+        now = 1000.0
+        assert not stop.gives_up()
+        stop.hear_of(signum)
+        now = 1000.0 + patience - 0.1
+        assert not stop.gives_up()
+        stop._hear(signum, None)  # what another rank got as well is no second signal
+        now = 1000.0 + patience
+        assert stop.gives_up() and not stop.insisted
+        with pytest.raises(KeyboardInterrupt):
+            stop._hear(signum, None)
 
 
 # ---------------------------------------------------------------- problems

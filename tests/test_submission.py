@@ -262,7 +262,9 @@ def test_the_folder_of_a_job(config_file, tmp_path, slurm, monkeypatch, capsys):
     meant = load(config_file, overrides)
     assert (resolved.train.output, resolved.rollout.servers, resolved.clipo.weight) == (str(output), 3, 0.3)
     assert resolved == folders.settle(meant, Resources(nodes=2, server_nodes=3))
-    back = replace(resolved, train=meant.train, rollout=replace(resolved.rollout, servers=meant.rollout.servers))
+    assert resolved.faults.stop_s == 120  # of the 240 that are left when the ranks are asked to end
+    rollout = replace(resolved.rollout, servers=meant.rollout.servers)
+    back = replace(resolved, train=meant.train, rollout=rollout, faults=meant.faults)
     assert back == meant
     # a finished job is no hindrance to the next
     assert cli.main(["submit", str(config_file), *overrides, "--nodes", "2", "--server-nodes", "3"]) == 0

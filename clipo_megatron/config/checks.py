@@ -293,6 +293,7 @@ def _numbers(config: RunConfig) -> Iterator[Problem]:
             "train.seed",
             "checkpoint.every",
             "faults.restarts",
+            "faults.stop_s",
             "checkpoint.keep_every",
             "checkpoint.keep_best",
             "eval.every",

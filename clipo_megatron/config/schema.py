@@ -313,6 +313,7 @@ class TrainConfig:
 @dataclass
 class CheckpointConfig:
     every: int = 50  # steps; 0: only at the end
+    at_end: bool = True  # after the last step too; false: for runs that are only measured
     keep: int = 2  # newest complete ones that stay
     keep_every: int = 0  # steps; those of its multiples stay for good; 0: none do for that
     keep_best: int = 0  # so many with the best held-out accuracy stay too, of those that were evaluated
@@ -328,6 +329,7 @@ class FaultsConfig:
 
     frozen_s: float = 60.0  # without a sign of life of a rank, after which it is named and all ranks end
     stuck_s: float = 900.0  # in one phase of a step, after which every rank prints its stacks; it does not end for that
+    stop_s: Optional[float] = None  # after a signal, for rollouts; then the step is given up; None: 60, or see submit
     restarts: int = 2  # in a row without a new checkpoint: starts of this machine's ranks after one has died or frozen
 
 

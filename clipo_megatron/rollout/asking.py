@@ -12,12 +12,14 @@ import torch.distributed as dist
 from clipo_megatron.config.schema import Unfinished
 from clipo_megatron.flow import RolloutGroup
 from clipo_megatron.rollout.engine import (
+    Abandoned,
     Engine,
     EngineError,
     EngineLostError,
     Generation,
     Request,
     SamplingParams,
+    never,
 )
 
 RECOVERIES = 8  # of the engine within one call of `ask`; more mean that the servers do not stay up
@@ -42,6 +44,7 @@ def ask(
     deadline: float,
     running: Sequence[Request] = (),
     unfinished: Unfinished = Unfinished.drop,
+    give_up: Callable[[], bool] = never,
 ) -> Asked:
     """Hand groups to `take` as they finish, until all are there or `take` has enough; collective.
 
@@ -58,8 +61,10 @@ def ask(
         running: requests that an earlier generation was left with; the engine yields them by itself.
         unfinished: what becomes of requests when `take` has enough: closed, stopped, or left running. Stopped ones are
             returned with the tokens they have, as begun.
+        give_up: whether this rank is to generate no longer; where one is, all ranks give up.
 
     Raises:
+        Abandoned: on every rank, because a rank gave up; groups that `take` got count for nothing.
         EngineError: the deadline passed, the engine failed for good, or it answered what nobody had asked.
     """
     unanswered = {request.position: request for request in (*running, *requests)}
@@ -69,10 +74,11 @@ def ask(
     part: Generation | None = None
     while True:
         lost: EngineLostError | None = None
-        if unanswered and not enough:
+        given_up = bool(unanswered) and not enough and give_up()
+        if unanswered and not enough and not given_up:
             try:
                 left = max(0.0, deadline - time.monotonic())
-                generation = engine.generate(to_ask, params, deadline_s=left)
+                generation = engine.generate(to_ask, params, deadline_s=left, give_up=give_up)
                 for group in generation:
                     _settle(group, unanswered)
                     if enough := take(group):
@@ -80,12 +86,19 @@ def ask(
                         break
                 if unanswered and not enough:
                     raise EngineError(f"generation ended without an answer to {_names(unanswered)}")
+            except Abandoned:
+                given_up = True
             except EngineLostError as error:
                 lost = error
                 # What it knows of a request, such as the tokens it has, is newer than what was asked.
                 unanswered |= {each.position: each for each in error.unanswered if each.position in unanswered}
                 to_ask = list(unanswered.values())
-        anybody, overdue = _agree(lost is not None, time.monotonic() >= deadline)
+        given_up = given_up or (lost is not None and give_up())
+        anybody, overdue, abandoned = _agree(lost is not None, time.monotonic() >= deadline, given_up)
+        if abandoned:
+            if part is not None:
+                part.close()
+            raise Abandoned
         if not anybody:
             return Asked([unanswered[position] for position in sorted(unanswered)], part, recoveries)
         recoveries += 1

@@ -11,19 +11,28 @@ import random
 import time
 import uuid
 from collections import Counter, deque
-from collections.abc import Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from contextlib import suppress
 from typing import Any
 
 from clipo_megatron.config.schema import PoolConfig
 from clipo_megatron.flow import Rollout, RolloutGroup
-from clipo_megatron.rollout.engine import EngineError, EngineLostError, Generation, Request, SamplingParams
+from clipo_megatron.rollout.engine import (
+    Abandoned,
+    EngineError,
+    EngineLostError,
+    Generation,
+    Request,
+    SamplingParams,
+    never,
+)
 from clipo_megatron.rollout.http import EventLoop
 from clipo_megatron.rollout.members import Member, Members, NoServer
 from clipo_megatron.rollout.server import Fault, Server, ServerError, sample_id
 
 GRACE_S = 15.0  # without a usable server before generation is lost
 STOP_S = 30.0  # for servers to hand over what they have of unfinished requests
+_LOOK_UP_S = 0.5  # between two looks at whether generation is given up
 _ASK_AGAIN_S = 1.0  # before an abort is repeated: the request may have reached the server after it
 _LISTED = 8  # names spelled out in a message
 _REQUEST_AT_FAULT = {400, 401, 403, 413, 422}  # statuses that say nothing against the server
@@ -205,8 +214,10 @@ class Dispatcher:
 class PoolGeneration(Generation):
     """Groups of the jobs of one `generate`, and of those that the one before it left running."""
 
-    def __init__(self, loop: EventLoop, dispatcher: Dispatcher, *, deadline_s: float):
-        self._loop, self._dispatcher = loop, dispatcher
+    def __init__(
+        self, loop: EventLoop, dispatcher: Dispatcher, *, deadline_s: float, give_up: Callable[[], bool] = never
+    ):
+        self._loop, self._dispatcher, self._give_up = loop, dispatcher, give_up
         self._deadline_s, self._deadline = deadline_s, time.monotonic() + deadline_s
         self._results: queue.SimpleQueue = queue.SimpleQueue()
         self._pending: dict[Job, None] = {}  # not yet handed on, in order
@@ -234,9 +245,15 @@ class PoolGeneration(Generation):
 
     def __next__(self) -> RolloutGroup:
         while not self._ready and self._pending and self._error is None:
+            if self._give_up():
+                self.close()
+                raise Abandoned
+            left = self._deadline - time.monotonic()
             try:
-                job, result = self._results.get(timeout=max(0.0, self._deadline - time.monotonic()))
+                job, result = self._results.get(timeout=max(0.0, min(left, _LOOK_UP_S)))
             except queue.Empty:
+                if left > _LOOK_UP_S:
+                    continue
                 self._fail(None)
                 break
             if job not in self._pending:

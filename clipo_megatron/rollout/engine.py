@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import NamedTuple, Protocol
@@ -23,6 +23,18 @@ class EngineLostError(EngineError):
     def __init__(self, message: str, unanswered: Sequence[Request]):
         super().__init__(message)
         self.unanswered = tuple(unanswered)
+
+
+class Abandoned(RuntimeError):
+    """Generation was given up because the run is to end; nothing of it counts, and nothing of it runs any more."""
+
+    def __init__(self) -> None:
+        super().__init__("generation was given up, because the run is to end; the same command generates again")
+
+
+def never() -> bool:
+    """For generation that nobody gives up."""
+    return False
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,11 +131,22 @@ class Engine(Protocol):
         """Of the weights in use; -1 before the first load."""
         ...
 
-    def generate(self, requests: Sequence[Request], params: SamplingParams, *, deadline_s: float) -> Generation:
+    def generate(
+        self,
+        requests: Sequence[Request],
+        params: SamplingParams,
+        *,
+        deadline_s: float,
+        give_up: Callable[[], bool] = never,
+    ) -> Generation:
         """One group a request. Token ids and log-probs are the engine's own; no text is tokenised again.
+
+        Args:
+            give_up: looked at about every second while a group is waited for; True ends the generation.
 
         Raises:
             EngineError: when the deadline passes or generation fails; names the prompts without an answer.
+            Abandoned: `give_up` said so.
         """
         ...
 

@@ -19,7 +19,16 @@ from transformers.initialization import no_init_weights
 
 from clipo_megatron.flow import Prompt, Rollout, RolloutGroup
 from clipo_megatron.rollout.decoding import DecodeBatch, NonFiniteLogits, Prefilled, prefill
-from clipo_megatron.rollout.engine import EngineError, Generation, InFlight, Memory, Request, SamplingParams
+from clipo_megatron.rollout.engine import (
+    Abandoned,
+    EngineError,
+    Generation,
+    InFlight,
+    Memory,
+    Request,
+    SamplingParams,
+    never,
+)
 from clipo_megatron.rollout.sampling import rollout_uniforms
 
 # What some families do to the logits after the LM head; Llama and Qwen2 do none of it.
@@ -111,12 +120,20 @@ class LocalEngine:
             )
         self._version = version
 
-    def generate(self, requests: Sequence[Request], params: SamplingParams, *, deadline_s: float) -> Generation:
+    def generate(
+        self,
+        requests: Sequence[Request],
+        params: SamplingParams,
+        *,
+        deadline_s: float,
+        give_up: Callable[[], bool] = never,
+    ) -> Generation:
         """One group a request, as each finishes.
 
-        The deadline counts from this call, time between two yields included.
+        The deadline counts from this call, time between two yields included. Each token's forward looks at `give_up`.
 
         Raises:
+            Abandoned: `give_up` said so.
             EngineError: on bad parameters or prompts (at once); when the deadline passes or a forward fails, naming
                 the prompts without an answer.
         """
@@ -126,14 +143,21 @@ class LocalEngine:
             raise EngineError("The local engine goes on from no interrupted rollout; set rollout.unfinished=drop.")
         prompts = [(request.position, request.prompt) for request in requests]
         self._check_prompts(prompts, params)
-        return Generation(self._generate(prompts, params, time.monotonic() + deadline_s, deadline_s))
+        return Generation(self._generate(prompts, params, time.monotonic() + deadline_s, deadline_s, give_up))
 
     def _generate(
-        self, prompts: list[tuple[int, Prompt]], params: SamplingParams, deadline: float, deadline_s: float
+        self,
+        prompts: list[tuple[int, Prompt]],
+        params: SamplingParams,
+        deadline: float,
+        deadline_s: float,
+        give_up: Callable[[], bool],
     ) -> Iterator[RolloutGroup]:
         unanswered = dict(enumerate(prompts))
 
         def check() -> None:
+            if give_up():
+                raise Abandoned
             if time.monotonic() >= deadline:
                 raise EngineError(
                     f"Generation passed its deadline of {deadline_s:g} s; {_missing(unanswered.values())}. "
@@ -153,7 +177,7 @@ class LocalEngine:
                 f"The weights of version {self._version} give log-probs that are not finite; "
                 f"{_missing(unanswered.values())}. Look at the last updates' gradient norms."
             ) from error
-        except EngineError:
+        except (EngineError, Abandoned):
             raise
         except RuntimeError as error:
             raise EngineError(

@@ -16,7 +16,7 @@ from torch import Tensor
 from clipo_megatron.config.schema import EngineKind, PoolConfig, RunConfig
 from clipo_megatron.rollout.answers import Decode
 from clipo_megatron.rollout.dispatch import Dispatcher, PoolGeneration
-from clipo_megatron.rollout.engine import EngineError, Generation, InFlight, Memory, Request, SamplingParams
+from clipo_megatron.rollout.engine import EngineError, Generation, InFlight, Memory, Request, SamplingParams, never
 from clipo_megatron.rollout.http import EventLoop
 from clipo_megatron.rollout.loading import write_folder
 from clipo_megatron.rollout.members import PROBE_S, Member, Members
@@ -160,20 +160,28 @@ class ServerPool:
         """Of the weights that generate; -1 before the first."""
         return self._members.version
 
-    def generate(self, requests: Sequence[Request], params: SamplingParams, *, deadline_s: float) -> Generation:
+    def generate(
+        self,
+        requests: Sequence[Request],
+        params: SamplingParams,
+        *,
+        deadline_s: float,
+        give_up: Callable[[], bool] = never,
+    ) -> Generation:
         """One group a request, as each finishes, and those of requests that the generation before was left with.
 
         Raises:
             EngineLostError: no admitted server answers, and none came back for a while.
             EngineError: the deadline passed, a request failed on so many servers as may be asked, or a prompt is no
                 prompt of the model; names the prompts without an answer and what servers said.
+            Abandoned: `give_up` said so; the servers are told.
         """
         self._open()
         self._check(requests, params)
         before, self._generation = self._generation, None
         if before is not None and not before.left:
             before.close()
-        generation = PoolGeneration(self.loop, self._dispatcher, deadline_s=deadline_s)
+        generation = PoolGeneration(self.loop, self._dispatcher, deadline_s=deadline_s, give_up=give_up)
         generation.begin(requests, params, before)
         self._generation = generation
         return generation

@@ -115,6 +115,7 @@ def _rung(config: RunConfig, name: str, kinds: tuple[str, ...], resources: Resou
         "eval.at_start": False,
         "eval.every": 0,
         "checkpoint.every": 0,
+        "checkpoint.at_end": False,
         "clipo.warmup_steps": 0,
         "report.save_rollouts": 0,
     }

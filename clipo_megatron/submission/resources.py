@@ -58,6 +58,12 @@ class Resources:
         return self.nodes * self.ranks_a_node
 
     @property
+    def ranks_stop_s(self) -> int:
+        """Of the time before the walltime, what the ranks have to end their step and save."""
+        before = max(10, self.stop_before_s)
+        return before - before // 5
+
+    @property
     def gpus(self) -> int:
         """Of all nodes."""
         return (self.nodes + self.server_nodes) * self.gpus_per_node
