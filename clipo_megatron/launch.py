@@ -156,7 +156,6 @@ def supervise(
     grace_s: float = 10.0,
     settle_s: float = 1.0,
     stop_deadline_s: float = 3600.0,
-    say: Callable[[str], None] = _say,
 ) -> int:
     """Start one process a command and wait for all; no rank outlives the others' failure, nor this process.
 
@@ -171,7 +170,7 @@ def supervise(
     Raises:
         RankError: a rank failed: which one, its exit code or signal, and the last lines of its log.
     """
-    return _Supervision(commands, grace_s, settle_s, stop_deadline_s, say).run()
+    return _Supervision(commands, grace_s, settle_s, stop_deadline_s).run()
 
 
 def supervise_again(
@@ -203,17 +202,9 @@ def supervise_again(
 
 
 class _Supervision:
-    def __init__(
-        self,
-        commands: Sequence[RankCommand],
-        grace_s: float,
-        settle_s: float,
-        stop_deadline_s: float,
-        say: Callable[[str], None],
-    ):
+    def __init__(self, commands: Sequence[RankCommand], grace_s: float, settle_s: float, stop_deadline_s: float):
         self.commands = commands
         self.grace_s, self.settle_s, self.stop_deadline_s = grace_s, settle_s, stop_deadline_s
-        self.say = say
         self.processes: list[subprocess.Popen[bytes]] = []
         self.log_starts: list[int] = []
         self.ended: queue.SimpleQueue[int] = queue.SimpleQueue()
@@ -268,7 +259,7 @@ class _Supervision:
         while self.running:
             if deadline is not None and time.monotonic() > deadline:
                 if not self.failed:
-                    self.say(f"The ranks did not end within {self.stop_deadline_s:.0f} s of the signal; ending them.")
+                    _say(f"The ranks did not end within {self.stop_deadline_s:.0f} s of the signal; ending them.")
                 return
             try:
                 rank = self.ended.get(timeout=0.1)
@@ -280,12 +271,12 @@ class _Supervision:
                     self.failed.append(rank)
                     deadline = deadline if self.failed[1:] else time.monotonic() + self.settle_s
             if len(self.signals) > 1:
-                self.say("Killing all ranks.")
+                _say("Killing all ranks.")
                 self._signal(signal.SIGKILL)
                 return
             if len(self.signals) > handed_on and not self.failed:
                 handed_on = 1
-                self.say("Stopping: the ranks end their step. The same signal again kills them.")
+                _say("Stopping: the ranks end their step. The same signal again kills them.")
                 self._signal(self.signals[0])
                 deadline = time.monotonic() + self.stop_deadline_s
 

@@ -11,6 +11,7 @@ import pytest
 import yaml
 
 from clipo_megatron.config.checks import check, requested_ranks
+from clipo_megatron.config.errors import ConfigError
 from clipo_megatron.config.load import load
 from clipo_megatron.config.schema import RunConfig
 from clipo_megatron.planning.architecture import find_architecture
@@ -92,6 +93,13 @@ def test_the_recipe_is_sound(recipe, tmp_path, monkeypatch):
     assert (job.ranks, job.gpus) == (plan.trainer_gpus, plan.gpus)
     assert re.match(r"fits: [\d.]+ GB of 80 GB", job.remarks[0]), "the job finds what the plan found"
     assert f"{plan.time.total:.0f} s a step" in job.remarks[0]
+    for path in (model, *(Path(source.path).parent for source in recipe.config.data.train)):
+        shutil.rmtree(path, ignore_errors=True)
+    elsewhere = submit(recipe.file, [], nodes, dry_run=True)  # as on a laptop, with nothing but the recipe
+    assert elsewhere.remarks[0] == job.remarks[0] and elsewhere.script == job.script
+    assert f"not on this machine: model.path = {model.absolute()}" in elsewhere.remarks
+    with pytest.raises(ConfigError, match="there is no such folder"):
+        submit(recipe.file, [], nodes)
     assert recipe.config.rollout.servers == plan.server_gpus // plan.server_tp, "all servers are waited for"
 
 

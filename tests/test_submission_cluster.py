@@ -51,25 +51,27 @@ def test_asked_to_stop_then_cut_it_is_the_undisturbed_run(cluster, small_config,
     assert [line["step"] for line in metrics(run.output)] == list(range(STEPS))
 
 
-@pytest.mark.parametrize("round_", range(ROUNDS))
-def test_everything_happens_at_random_moments(cluster, small_config, undisturbed_dp2, tmp_path, round_):
-    """`scontrol requeue`, USR1, the step cancelled, the ranks of one node killed: in any order, at any moment."""
-    seed = random.SystemRandom().randrange(2**32)
-    draw = random.Random(seed)
-    run = SlurmRun(cluster, small_config, tmp_path / "run", "--nodes", "2", *OPTIONS)
-    events = [run.requeue, run.near_the_walltime, run.cancel_the_ranks, lambda: run.lose(draw.choice(("n1", "n2")))]
-    draw.shuffle(events)
-    moments = sorted(draw.sample(range(1, STEPS - 2), len(events)))
-    print(f"seed {seed}: at steps {moments}")
-    for moment, event in zip(moments, events, strict=True):
-        run.wait_for_step(moment)
-        time.sleep(draw.uniform(0.0, 0.5))
-        if cluster.state(run.job) != "RUNNING":
-            break  # it won the race
-        event()
-    run.end()
-    print(run.outcomes())
-    assert_same_run(run.output, undisturbed_dp2, STEPS)
+if ROUNDS:
+
+    @pytest.mark.parametrize("round_", range(ROUNDS))
+    def test_everything_happens_at_random_moments(cluster, small_config, undisturbed_dp2, tmp_path, round_):
+        """`scontrol requeue`, USR1, the step cancelled, the ranks of one node killed: in any order, at any moment."""
+        seed = random.SystemRandom().randrange(2**32)
+        draw = random.Random(seed)
+        run = SlurmRun(cluster, small_config, tmp_path / "run", "--nodes", "2", *OPTIONS)
+        events = [run.requeue, run.near_the_walltime, run.cancel_the_ranks, lambda: run.lose(draw.choice(("n1", "n2")))]
+        draw.shuffle(events)
+        moments = sorted(draw.sample(range(1, STEPS - 2), len(events)))
+        print(f"seed {seed}: at steps {moments}")
+        for moment, event in zip(moments, events, strict=True):
+            run.wait_for_step(moment)
+            time.sleep(draw.uniform(0.0, 0.5))
+            if cluster.state(run.job) != "RUNNING":
+                break  # it won the race
+            event()
+        run.end()
+        print(run.outcomes())
+        assert_same_run(run.output, undisturbed_dp2, STEPS)
 
 
 def test_a_node_without_the_shared_folder_is_named_in_seconds(cluster: Cluster, small_config: Path, unshared: Path):

@@ -33,10 +33,16 @@ SCHEDULES = ("constant", "linear", "cosine")
 DATA_SUFFIXES = (".parquet", ".jsonl")
 
 
-def check(config: RunConfig, *, ranks: int | None = None) -> None:
+def check(config: RunConfig, *, ranks: int | None = None, absent: bool = False) -> list[Problem]:
     """Hold the whole configuration against itself, the model folder, the data files and the number of ranks.
 
-    `ranks` is what a launcher started, None when there is none yet (then `requested_ranks` will be started).
+    Args:
+        config: the configuration.
+        ranks: what a launcher started, None when there is none yet (then `requested_ranks` will be started).
+        absent: whether model and data may be on other machines only.
+
+    Returns:
+        What is not on this machine.
 
     Raises:
         ConfigError: all problems found, numbered, each with value, reason and remedy.
@@ -49,8 +55,10 @@ def check(config: RunConfig, *, ranks: int | None = None) -> None:
         *_numbers(config),
         *rollout_problems(config),
     ]
-    if problems:
+    elsewhere = [each for each in problems if each.absent and absent]
+    if problems := [each for each in problems if each not in elsewhere]:
         raise ConfigError(problems)
+    return elsewhere
 
 
 def requested_ranks(layout: LayoutConfig) -> int:
@@ -114,7 +122,8 @@ def _model(config: RunConfig, ranks: int | None) -> Iterator[Problem]:
     key, value = "model.path", config.model.path
     if not folder.is_dir():
         reason = "there is no such folder" + ("" if folder.is_absolute() else f" below {Path.cwd()}")
-        yield Problem(key, reason, "Give the path of a Hugging Face model folder on this machine", value)
+        remedy = "Give the path of a Hugging Face model folder on this machine"
+        yield Problem(key, reason, remedy, value, absent=True)
         return
     converted = is_checkpoint(folder)
     if converted and not (hf_folder(folder) / "config.json").is_file():
@@ -207,7 +216,7 @@ def _source(source: SourceConfig, key: str) -> Iterator[Problem]:
             yield Problem(f"{key}.path", "this kind of file is not read", "Use *.parquet or *.jsonl", source.path)
         elif not path.is_file():
             reason = "there is no such file" + ("" if path.is_absolute() else f" below {Path.cwd()}")
-            yield Problem(f"{key}.path", reason, "Correct the path", source.path)
+            yield Problem(f"{key}.path", reason, "Correct the path", source.path, absent=True)
         if source.options:
             remedy = "Remove it, or name a generator"
             yield Problem(f"{key}.options", "only generators have options", remedy, show_value=False)

@@ -15,6 +15,7 @@ class Problem:
     remedy: str
     value: object = None
     show_value: bool = True
+    absent: bool = False  # a folder or file is not on this machine, where it may not have to be
 
     def __str__(self) -> str:
         subject = f"{self.key} = {spell(self.value)}" if self.show_value else self.key

@@ -3,21 +3,39 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 from clipo_megatron.config.checks import check as check_config
 from clipo_megatron.config.checks import data_parallel
 from clipo_megatron.config.schema import EngineKind, RunConfig
+from clipo_megatron.planning.architecture import find_architecture
 from clipo_megatron.planning.errors import PlanError
 from clipo_megatron.planning.hardware import HARDWARE, Assumptions
 from clipo_megatron.planning.layouts import judge
 from clipo_megatron.submission.errors import SubmissionError
 from clipo_megatron.submission.resources import Kind, Resources
-from clipo_megatron.weights.families import model_spec
-from clipo_megatron.weights.spec import read_config
 
 
-def check(config: RunConfig, resources: Resources, kind: Kind, *, hardware: str, anyway: bool) -> tuple[str, ...]:
+def check(
+    config: RunConfig,
+    resources: Resources,
+    kind: Kind,
+    *,
+    config_file: str | Path,
+    hardware: str,
+    anyway: bool,
+    absent: bool = False,
+) -> tuple[str, ...]:
     """What the check found that is worth a line.
+
+    Args:
+        config: as the nodes will read it.
+        resources: of the job.
+        kind: of the job.
+        config_file: that it comes from; beside it an architecture may stand in for a model that is elsewhere.
+        hardware: of the GPUs, by the planner's name.
+        anyway: let pass what does not fit.
+        absent: whether model and data may be on other machines only.
 
     Raises:
         ConfigError: the configuration is wrong, also for so many ranks.
@@ -26,9 +44,10 @@ def check(config: RunConfig, resources: Resources, kind: Kind, *, hardware: str,
     """
     if kind.converts:
         return ()
-    check_config(config, ranks=resources.ranks)
+    elsewhere = check_config(config, ranks=resources.ranks, absent=absent)
     _check_servers(config, resources)
-    return _check_memory(config, resources, hardware, anyway)
+    missing = tuple(f"not on this machine: {each.key} = {each.value}" for each in elsewhere)
+    return (*_check_memory(config, resources, config_file, hardware, anyway), *missing)
 
 
 def _check_servers(config: RunConfig, resources: Resources) -> None:
@@ -64,12 +83,14 @@ def _check_servers(config: RunConfig, resources: Resources) -> None:
         )
 
 
-def _check_memory(config: RunConfig, resources: Resources, hardware: str, anyway: bool) -> tuple[str, ...]:
+def _check_memory(
+    config: RunConfig, resources: Resources, config_file: str | Path, hardware: str, anyway: bool
+) -> tuple[str, ...]:
     if not resources.gpus_per_node:
         return ("no GPUs are asked for, so memory was not held against the plan",)
     if hardware not in HARDWARE:
         raise PlanError(f"hardware {hardware!r} is not in the table; it has {', '.join(HARDWARE)}")
-    spec = model_spec(read_config(config.model.path))
+    spec, _ = find_architecture(config.model.path, config_file)
     dp = data_parallel(config.layout, resources.ranks)
     if config.rollout.engine is EngineKind.local:
         # the plan knows servers only: that of one GPU stands for the model inside each rank

@@ -58,14 +58,14 @@ def submit(
         target: of a conversion, the folder to make.
         hardware: of the GPUs, by the planner's name.
         anyway: submit also what does not fit into the GPUs by the plan.
-        dry_run: render and check, write and submit nothing.
+        dry_run: render and check, write and submit nothing; model and data need not be on this machine.
 
     Raises:
         ConfigError, SubmissionError, PlanError: what is wrong, and what to change.
     """
     resources.check()
     config = folders.settle(load(config_file, overrides), resources)
-    remarks = check(config, resources, kind, hardware=hardware, anyway=anyway)
+    remarks = check(config, resources, kind, config_file=config_file, hardware=hardware, anyway=anyway, absent=dry_run)
     output = Path(config.train.output)
     folder = folders.next_folder(output)
     settings = _settings(config, folder, resources, kind, target)
