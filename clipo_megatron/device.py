@@ -85,6 +85,23 @@ class Platform:
         if self.has_gpu:
             torch.cuda.synchronize()
 
+    def now(self) -> Any:
+        """What this thread has queued so far, for `copying`."""
+        return torch.cuda.current_stream().record_event() if self.has_gpu else None
+
+    @contextlib.contextmanager
+    def copying(self, since: Any) -> Iterator[None]:
+        """Within, in any thread, copies to host memory hold what was queued until `since = now()`, and run beside what
+        was queued later; at the end they are done."""
+        if not self.has_gpu:
+            yield
+            return
+        stream = torch.cuda.Stream(self.device)
+        stream.wait_event(since)
+        with torch.cuda.stream(stream):
+            yield
+        stream.synchronize()
+
     def rng_state(self) -> dict[str, torch.Tensor]:
         """State of the default generators, for checkpoints."""
         state = {"cpu": torch.get_rng_state()}

@@ -29,8 +29,7 @@ from clipo_megatron.heartbeat import Heartbeat
 from clipo_megatron.output import CHECKPOINTS, claim, set_aside
 from clipo_megatron.policy import layout as layouts
 from clipo_megatron.policy.actor import PolicyActor
-from clipo_megatron.policy.snapshot import HostBuffer, PolicySnapshot
-from clipo_megatron.policy.state import load_policy, take_policy
+from clipo_megatron.policy.state import PolicyKeeper
 from clipo_megatron.problems import load_problems
 from clipo_megatron.rendezvous import meet
 from clipo_megatron.reporting import Reporter
@@ -261,26 +260,15 @@ class Run:
                 Owner("contrastive", actor.contrastive.state_dict, actor.contrastive.load_state_dict, writes=leads)
             )
         clipo, settings = self.config.clipo, self.config.checkpoint
-        buffer, taken = HostBuffer(), []
-
-        def take(copy: bool) -> PolicySnapshot:
-            check = not taken
-            taken[:] = [True]
-            return take_policy(actor.stage, actor.optimizer, buffer if copy else None, check=check)
-
-        return Checkpoints(
+        keeper = PolicyKeeper(actor.stage, actor.optimizer)
+        checkpoints = Checkpoints(
             self.output / CHECKPOINTS,
             owners,
-            take_policy=take,
-            load_policy=lambda folder: load_policy(folder, actor.stage, actor.optimizer),
+            take_policy=keeper.take,
+            load_policy=keeper.load,
             retention=Retention(settings.keep, settings.keep_every, settings.keep_best),
             facts={
-                "model": {
-                    "family": actor.spec.family,
-                    "hidden": actor.spec.hidden_size,
-                    "layers": actor.spec.num_layers,
-                    "vocabulary": actor.spec.vocab_size,
-                },
+                "model": actor.spec.architecture(),
                 "algorithm": list(self.algorithm.state_dict()),
                 "contrastive head": {"kind": clipo.head.value, "dim": clipo.dim} if clipo.enabled else None,
                 "layout": {"tp": layout.tp, "pp": layout.pp, "dp": layout.dp, "ep": layout.division.ep},
@@ -292,6 +280,8 @@ class Run:
             deadline_s=settings.deadline_s,
             failures=settings.failures,
         )
+        actor.optimizer.before_change = checkpoints.settle
+        return checkpoints
 
     def _rng_state(self) -> dict[str, Any]:
         version, numbers, gauss = random.getstate()

@@ -14,6 +14,9 @@ from torch import Tensor
 from update_steps import VOCAB, actor_on, bare, one_update, whole
 
 from clipo_megatron.algorithms.algorithm import build_algorithm
+from clipo_megatron.checkpoint import Checkpoints
+from clipo_megatron.checkpoint.retention import Retention
+from clipo_megatron.config.model_folder import POLICY
 from clipo_megatron.config.schema import LayoutConfig, RunConfig
 from clipo_megatron.flow import Sample
 from clipo_megatron.policy import state
@@ -109,12 +112,11 @@ def save(config: RunConfig, layout_config: LayoutConfig, folder: str, stacked: b
     """Train, save, and say what the optimizer held; `stacked` as checkpoints were before."""
     actor = actor_on(config, layout_config)
     train_a_little(actor, config)
-    _make(folder)
     ours = state._sharded
     try:
         if stacked:
             state._sharded = lambda stage, **_: ours(stage, stacked=True)
-        state.save_policy(Path(folder), actor.stage, actor.optimizer)
+        _save(actor, folder)
     finally:
         state._sharded = ours
     return {**optimizer_state(actor), "exported": {name: tensor.clone() for name, tensor in actor.export()}}
@@ -123,16 +125,19 @@ def save(config: RunConfig, layout_config: LayoutConfig, folder: str, stacked: b
 def load_and_save(config: RunConfig, layout_config: LayoutConfig, folder: str, target: str = "") -> dict[str, Any]:
     """What an actor holds after loading; it is saved again where a target is named."""
     actor = actor_on(config, layout_config)
-    state.load_policy(Path(folder), actor.stage, actor.optimizer)
+    state.PolicyKeeper(actor.stage, actor.optimizer).load(Path(folder))
     if target:
-        _make(target)
-        state.save_policy(Path(target), actor.stage, actor.optimizer)
+        _save(actor, target)
     return {**optimizer_state(actor), "exported": {name: tensor.clone() for name, tensor in actor.export()}}
 
 
-def _make(folder: str) -> None:
+def _save(actor: PolicyActor, folder: str) -> None:
+    """The policy's part of a checkpoint, as a run writes it, but by that name."""
+    keeper, place = state.PolicyKeeper(actor.stage, actor.optimizer), Path(f"{folder}.checkpoints")
+    whole = Checkpoints(place, [], take_policy=keeper.take, load_policy=keeper.load, retention=Retention(), facts={})
+    written = whole.save(1) / POLICY
     if dist.get_rank() == 0:
-        Path(folder).mkdir()
+        written.rename(folder)
     dist.barrier()
 
 

@@ -37,6 +37,9 @@ class Weights:
     def __init__(self, content, *, broken=None, gate=None):
         self.content, self.broken, self.gate = content, broken, gate
 
+    def copy(self):
+        pass
+
     def write(self, files):
         if self.gate is not None:
             assert self.gate.wait(60)
@@ -47,6 +50,7 @@ class Weights:
 
     def finish(self, files, written):
         files.write("metadata.json", json.dumps(written))
+        files.write(".metadata", b"a pickle")
 
 
 def build(folder, *, keep=2, every=0, best=0, facts=None, said=None, **options):
@@ -59,7 +63,7 @@ def build(folder, *, keep=2, every=0, best=0, facts=None, said=None, **options):
             Owner("head", lambda: head.state, lambda state: setattr(head, "state", state), writes=rank == 0),
             Owner("sampler", lambda: sampler.state, lambda state: setattr(sampler, "state", state), per_rank=True),
         ],
-        take_policy=lambda copy: Weights(bytes([rank, len(head.state.get("nested", {}))]) * 4096),
+        take_policy=lambda: Weights(bytes([rank, len(head.state.get("nested", {}))]) * 4096),
         load_policy=lambda place: None,
         retention=Retention(keep, every, best),
         facts={"model": {"hidden": 64, "layers": 4}, "layout": {"pp": 1}} if facts is None else facts,
@@ -269,10 +273,25 @@ def test_nothing_but_damage_is_no_reason_to_start_over(ranks, tmp_path):
     assert "checkpoint.resume=false" in message
 
 
+def load_flipped(folder):
+    checkpoints = saved(folder, [3])
+    flip(checkpoints.folder / "step_000003" / "policy" / ".metadata")
+    checkpoints.load_policy = lambda place: pytest.fail("it was read")
+    return failure(checkpoints.load, checkpoints.folder / "step_000003")
+
+
+def test_no_changed_pickle_is_read(ranks, tmp_path):
+    ((kind, message),) = ranks.run(load_flipped, 1, tmp_path)
+    assert kind == "CheckpointError"
+    assert "step_000003 is damaged: the bytes of policy/.metadata are not those that were written" in message
+
+
 @pytest.mark.parametrize(
     ("facts", "words"),
     [
-        ({"model": {"hidden": 128, "layers": 4}}, ["model = hidden 64, layers 4", "hidden 128, layers 4"]),
+        ({"model": {"hidden": 128, "layers": 4}}, ["model = hidden 64, and", "has hidden 128: "]),
+        ({"model": {"hidden": 128, "heads": 4}}, ["model = hidden 64, and", "has hidden 128: "]),
+        ({"model": {"hidden": 64, "layers": 2}}, ["model = layers 4, and", "has layers 2: "]),
         ({"contrastive head": {"dim": 8}}, ["contrastive head = nothing", "dim 8"]),
     ],
 )
@@ -281,6 +300,20 @@ def test_a_foreign_checkpoint_is_refused_in_words(ranks, tmp_path, facts, words)
     ((kind, message),) = ranks.run(refused_facts, 1, tmp_path, facts)
     assert kind == "CheckpointError"
     assert all(word in message for word in [*words, "step_000003", "checkpoint.resume=false", "train.output"])
+
+
+def restore_and_hear(folder, facts):
+    said = []
+    checkpoints, _, _ = build(folder, facts=facts, said=said)
+    return checkpoints.load(checkpoints.latest()), said
+
+
+def test_what_an_older_checkpoint_does_not_record_is_said(ranks, tmp_path):
+    ranks.run(saved_quietly, 1, tmp_path, [3])
+    facts = {"model": {"hidden": 64, "layers": 4, "rope theta": 1e4, "heads": 4}}
+    ((step, (line,)),) = ranks.run(restore_and_hear, 1, tmp_path, facts)
+    assert step == 3
+    assert "step_000003 is from a version that did not record heads, rope theta of its model" in line
 
 
 def test_another_layout_and_number_of_ranks(ranks, tmp_path):
@@ -314,7 +347,7 @@ def overlapping(folder):
     checkpoints, head, sampler = build(folder, said=said, asynchronous=True)
     gates = {step: threading.Event() for step in (1, 2)}
     head.fill(1)
-    checkpoints.take_policy = lambda copy: Weights(bytes([rank, copy]), gate=gates[1])
+    checkpoints.take_policy = lambda: Weights(bytes([rank, 1]), gate=gates[1])
     sampler.fill(1)
     checkpoints.save(1)
     head.state["tensor"].fill_(77.0)
@@ -323,7 +356,7 @@ def overlapping(folder):
     before = [path.name for path in checkpoints.complete()]
     # the other rank may go on earlier, but no rank sees the second before all have the first
     threading.Timer(0.3 * rank, gates[1].set).start()
-    checkpoints.take_policy = lambda copy: Weights(bytes([rank, copy]), gate=gates[2])
+    checkpoints.take_policy = lambda: Weights(bytes([rank, 1]), gate=gates[2])
     checkpoints.save(2)
     between = [path.name for path in checkpoints.complete()]
     gates[2].set()
@@ -349,7 +382,7 @@ def failing(folder, failures, asynchronous):
     for step in range(1, 8):
         head.fill(step), sampler.fill(step)
         broken = OSError(errno.ENOSPC, "No space left on device", "weights") if rank == world - 1 else None
-        checkpoints.take_policy = lambda copy, broken=broken, step=step: Weights(
+        checkpoints.take_policy = lambda broken=broken, step=step: Weights(
             b"x" * 100, broken=None if step in (1, 4) else broken
         )
         outcomes.append(failure(checkpoints.save, step))
@@ -380,7 +413,7 @@ def test_errors_of_writing_surface_on_all_ranks_and_cost_nothing_that_is_safe(ra
 def hanging(folder):
     gate = threading.Event()
     checkpoints, _, _ = build(folder, asynchronous=True, deadline_s=0.5)
-    checkpoints.take_policy = lambda copy: Weights(b"x", gate=gate)
+    checkpoints.take_policy = lambda: Weights(b"x", gate=gate)
     checkpoints.save(1)
     start = time.monotonic()
     said = failure(checkpoints.wait)

@@ -26,7 +26,8 @@ from clipo_megatron.weights.coverage import check_tensors
 from clipo_megatron.weights.errors import WeightsError
 from clipo_megatron.weights.families import model_spec
 from clipo_megatron.weights.kinds import QKV, Column, Fused, GateUp, Kind, Replicated, Row, Vocab
-from clipo_megatron.weights.source import manifest_defects, open_weights
+from clipo_megatron.weights.manifest import manifest_defects
+from clipo_megatron.weights.source import open_weights
 from clipo_megatron.weights.spec import read_config
 
 pytestmark = pytest.mark.timeout(120)

@@ -21,7 +21,7 @@ from clipo_megatron.conversion.to_hf import ToHF
 from clipo_megatron.conversion.to_megatron import ToMegatron
 from clipo_megatron.weights.division import Division
 from clipo_megatron.weights.errors import WeightsError
-from clipo_megatron.weights.source import manifest_defects
+from clipo_megatron.weights.manifest import manifest_defects
 
 pytestmark = pytest.mark.timeout(240)
 

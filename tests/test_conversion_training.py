@@ -16,7 +16,7 @@ from clipo_megatron.config.errors import ConfigError
 from clipo_megatron.config.schema import DType, EngineKind, LayoutConfig
 from clipo_megatron.policy import layout as layouts
 from clipo_megatron.policy.actor import PolicyActor
-from clipo_megatron.policy.state import take_policy
+from clipo_megatron.policy.state import PolicyKeeper
 from clipo_megatron.weights.source import files_beside
 
 pytestmark = pytest.mark.timeout(200)
@@ -44,8 +44,8 @@ def checkpointed(model: str, folder: str, sizes: dict[str, int]) -> str:
     checkpoints = Checkpoints(
         Path(folder),
         [],
-        take_policy=lambda copy: take_policy(actor.stage, actor.optimizer),
-        load_policy=lambda place: None,
+        take_policy=(keeper := PolicyKeeper(actor.stage, actor.optimizer)).take,
+        load_policy=keeper.load,
         retention=Retention(),
         facts={},
         beside=files_beside(model) if torch.distributed.get_rank() == 0 else None,

@@ -1,77 +1,139 @@
-"""The policy's state as it was taken: whatever training does while it is written, in any data-parallel division."""
+"""The policy's state as it was taken: whatever training does while it is copied and written, in any division."""
 
+import threading
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
+from expert_steps import train_a_little
 from policy_steps import configuration
 from tiny_models import tiny_llama
+from update_steps import VOCAB, actor_on
 
+from clipo_megatron.checkpoint import Checkpoints
+from clipo_megatron.checkpoint.retention import Retention
 from clipo_megatron.config.schema import DType, LayoutConfig, RunConfig
-from clipo_megatron.files import FolderWriter, crc32
-from clipo_megatron.policy import layout as layouts
 from clipo_megatron.policy.actor import PolicyActor
 from clipo_megatron.policy.snapshot import HostBuffer
-from clipo_megatron.policy.state import load_policy, take_policy
+from clipo_megatron.policy.state import PolicyKeeper
 
+pytestmark = pytest.mark.timeout(200)
 SHAPES = [pytest.param(1, LayoutConfig(), id="one rank"), pytest.param(4, LayoutConfig(tp=2, dp=2), id="TP2 x DP2")]
 
 
 def held(actor: PolicyActor) -> list[torch.Tensor]:
-    """All that this rank holds of parameters and masters."""
-    masters = [each for group in actor.optimizer.inner.optimizer.param_groups for each in group["params"]]
-    return [tensor.detach() for tensor in (*actor.stage.parameters(), *masters)]
+    """All that this rank holds of parameters, masters and moments."""
+    inner = actor.optimizer.inner.optimizer
+    masters = [each for group in inner.param_groups for each in group["params"]]
+    moments = [inner.state[each][name] for each in masters for name in ("exp_avg", "exp_avg_sq")]
+    return [tensor.detach() for tensor in (*actor.stage.parameters(), *masters, *moments)]
 
 
-def written_late(config: RunConfig, layout: LayoutConfig, folder: str, copied: bool) -> tuple[bool, bool, Any]:
-    """Take a snapshot twice, change everything after the second, write that one, and load it.
+def update(actor: PolicyActor, config: RunConfig, settle) -> None:
+    train_a_little(actor, config, steps=1)
+
+
+def compute_with_the_reference(actor: PolicyActor, config: RunConfig, settle) -> None:
+    with actor._reference_weights():
+        settle()
+
+
+def free_memory(actor: PolicyActor, config: RunConfig, settle) -> None:
+    actor.release_memory()  # moves nothing on a CPU
+    for tensor in held(actor):
+        tensor.neg_()
+
+
+def unfree_memory(actor: PolicyActor, config: RunConfig, settle) -> None:
+    actor.restore_memory()
+    for tensor in held(actor):
+        tensor.neg_()
+
+
+def saved_before(change, waits: bool, config: RunConfig, layout: LayoutConfig, folder: Path) -> tuple[bool, bool]:
+    """Save for the second time, change the state while the copy has not begun, and load what was saved.
+
+    The copy begins when somebody waits for it, or when the state is changed.
 
     Returns:
-        Whether what was loaded is as when it was taken, and as it was afterwards; and what the files are.
+        Whether there is something to notice, and whether what was loaded is as it was when it was saved.
     """
-    config.model.dtype, config.layout = DType.bf16, layout
-    actor = PolicyActor(config, layouts.initialize(layout, seed=0), needs=frozenset(), total_steps=1)
-    buffer = HostBuffer() if copied else None
+    config.model.dtype, config.algorithm.kl.coefficient = DType.bf16, 0.01
+    actor, begin, copies = actor_on(config, layout), threading.Event(), HostBuffer.copies
+
+    def late(buffer, tensors):
+        assert begin.wait(60)
+        return copies(buffer, tensors)
+
+    keeper = PolicyKeeper(actor.stage, actor.optimizer)
+    checkpoints = Checkpoints(
+        folder, [], take_policy=keeper.take, load_policy=keeper.load, retention=Retention(1), facts={}
+    )
+    checkpoints.save(1)
+    train_a_little(actor, config, steps=1)
+    checkpoints.asynchronous, HostBuffer.copies = True, late
+
+    def settle() -> None:
+        begin.set()
+        checkpoints.settle()
+
+    actor.optimizer.before_change = settle if waits else lambda: None
+    try:
+        with torch.no_grad():
+            taken = [tensor.clone() for tensor in held(actor)]
+            checkpoints.save(2)
+        change(actor, config, settle)
+        settle()
+    finally:
+        HostBuffer.copies, actor.optimizer.before_change = copies, lambda: None
+        begin.set()
+        checkpoints.wait(last=True)
     with torch.no_grad():
-        take_policy(actor.stage, actor.optimizer, buffer)
-        for number, tensor in enumerate(held(actor)):
-            tensor.fill_(number + 1)
-        taken = [tensor.clone() for tensor in held(actor)]
-        snapshot, files = take_policy(actor.stage, actor.optimizer, buffer, check=False), FolderWriter(Path(folder))
-        for tensor in held(actor):
-            tensor.neg_()
-        after = [tensor.clone() for tensor in held(actor)]
-        places = [[]] * dist.get_world_size()
-        dist.all_gather_object(places, snapshot.write(files))
-        if dist.get_rank() == 0:
-            snapshot.finish(files, places)
-        dist.barrier()
         for tensor in held(actor):
             tensor.zero_()
-    load_policy(Path(folder), actor.stage, actor.optimizer)
-    entries = {
-        name: {"bytes": (path := Path(folder) / name).stat().st_size, "crc32": crc32(path)} for name in files.written
-    }
-    return (
-        all(map(torch.equal, held(actor), taken)),
-        all(map(torch.equal, held(actor)[: len(list(actor.stage.parameters()))], after)),
-        entries == files.written and bool(entries),
+        checkpoints.load(checkpoints.latest())
+    return any(map(torch.any, taken)), all(map(torch.equal, held(actor), taken))
+
+
+ONE_RANK = (1, LayoutConfig())
+
+
+@pytest.mark.parametrize(
+    ("change", "world", "layout"),
+    [
+        pytest.param(update, *ONE_RANK, id="update"),
+        pytest.param(update, 4, LayoutConfig(tp=2, dp=2), id="update on TP2 x DP2"),
+        pytest.param(compute_with_the_reference, *ONE_RANK, id="reference"),
+        pytest.param(free_memory, *ONE_RANK, id="memory freed"),
+        pytest.param(unfree_memory, *ONE_RANK, id="memory back"),
+    ],
+)
+def test_what_changes_the_state_waits_until_it_is_copied(ranks, tmp_path, change, world, layout):
+    config = configuration(tiny_llama(tmp_path / "model", vocab=VOCAB))
+    assert ranks.run(saved_before, world, change, True, config, layout, tmp_path / "kept") == [(True, True)] * world
+    if change in (update, compute_with_the_reference):
+        early = ranks.run(saved_before, world, change, False, config, layout, tmp_path / "lost")
+        assert early == [(True, False)] * world
+
+
+def written_at_once(config: RunConfig, layout: LayoutConfig, folder: Path) -> tuple[bool, bool]:
+    actor = actor_on(config, layout)
+    keeper = PolicyKeeper(actor.stage, actor.optimizer)
+    checkpoints = Checkpoints(
+        folder, [], take_policy=keeper.take, load_policy=keeper.load, retention=Retention(1), facts={}
     )
+    for step in (1, 2):
+        train_a_little(actor, config, steps=1)
+        checkpoints.save(step)
+    with torch.no_grad():
+        taken = [tensor.clone() for tensor in held(actor)]
+        for tensor in held(actor):
+            tensor.zero_()
+        checkpoints.load(folder / "step_000002")
+    return checkpoints.latest().name == "step_000002", all(map(torch.equal, held(actor), taken))
 
 
 @pytest.mark.parametrize(("world", "layout"), SHAPES)
-def test_a_copy_is_of_the_moment_and_comes_back(ranks, tmp_path, world, layout):
-    config = configuration(tiny_llama(tmp_path / "model"))
-    (tmp_path / "copy").mkdir()
-    results = ranks.run(written_late, world, config, layout, str(tmp_path / "copy"), True)
-    assert {(taken, after) for taken, after, _ in results} == {(True, False)}
-    assert results[0][2]
-
-
-def test_without_a_copy_it_is_of_the_writing(ranks, tmp_path):
-    config = configuration(tiny_llama(tmp_path / "model"))
-    (tmp_path / "direct").mkdir()
-    ((taken, after, entries),) = ranks.run(written_late, 1, config, LayoutConfig(), str(tmp_path / "direct"), False)
-    assert (taken, after, entries) == (False, True, True)
+def test_what_is_written_at_once_comes_back(ranks, tmp_path, world, layout):
+    config = configuration(tiny_llama(tmp_path / "model", vocab=VOCAB))
+    assert ranks.run(written_at_once, world, config, layout, tmp_path / "kept") == [(True, True)] * world

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,7 @@ from clipo_megatron.weights.errors import CheckpointError, UnsupportedModel
 from clipo_megatron.weights.families import entries, model_spec
 from clipo_megatron.weights.mapping import Stage, even_stages
 from clipo_megatron.weights.rope import LinearRope, Llama3Rope
-from clipo_megatron.weights.spec import inverse_frequencies, read_config
+from clipo_megatron.weights.spec import Experts, inverse_frequencies, read_config
 
 LLAMA3 = {
     "rope_type": "llama3",
@@ -271,3 +273,25 @@ def test_config_that_cannot_be_read(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps([1]))
     with pytest.raises(CheckpointError, match="list"):
         read_config(tmp_path)
+
+
+def test_every_fact_of_a_model_is_told_in_its_checkpoints() -> None:
+    experts = Experts(8, 2, 16, renormalised=True, dense_layers=frozenset({1}))
+    spec = dataclasses.replace(model_spec(llama(rope_scaling=LLAMA3)), experts=experts)
+    told = spec.architecture()
+    assert json.loads(json.dumps(told)) == told
+
+    def changes(value: Any) -> list[Any]:
+        if dataclasses.is_dataclass(value):
+            each = [(field.name, other) for field in fields(value) for other in changes(getattr(value, field.name))]
+            return [None, *(dataclasses.replace(value, **{name: other}) for name, other in each)]
+        if isinstance(value, bool):
+            return [not value]
+        if isinstance(value, str):
+            return [f"{value}x"]
+        return [{2}] if isinstance(value, frozenset) else [(value or 6) + 2]
+
+    for field in fields(spec):
+        for other in changes(getattr(spec, field.name)):
+            same = dataclasses.replace(spec, **{field.name: other}).architecture() == told
+            assert same == (field.name == "max_positions"), (field.name, other)

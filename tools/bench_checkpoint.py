@@ -2,9 +2,11 @@
 
     python tools/bench_checkpoint.py MODEL_DIR FOLDER [--rounds 5 --dtype bf16]
 
-Each round saves once each way, with steps between. Asynchronous: the time until `save` returns, and by how much the
-steps that follow are slower, until the checkpoint is complete, than those without one (a median). Synchronous: the time
-until `save` returns. The same threads, files, checksums and disk for both. Under torchrun it runs on several ranks.
+Each round saves once each way, with steps between. Asynchronous: the time until `save` returns, and what the next
+update waits for the copy; a step here scores and updates, and generates nothing, so that the update comes early. Beside
+that, by how much the steps that follow are slower, until the checkpoint is complete, than those without one (a median).
+Synchronous: the time until `save` returns. The same threads, files, checksums and disk for both. Under torchrun it runs
+on several ranks.
 """
 
 from __future__ import annotations
@@ -27,8 +29,7 @@ from clipo_megatron.device import platform
 from clipo_megatron.launch import Launch, adopt, from_environment
 from clipo_megatron.policy import layout as layouts
 from clipo_megatron.policy.actor import PolicyActor
-from clipo_megatron.policy.snapshot import HostBuffer
-from clipo_megatron.policy.state import take_policy
+from clipo_megatron.policy.state import PolicyKeeper
 
 
 def timed(action: Callable[[], object]) -> float:
@@ -61,15 +62,17 @@ def main() -> None:
     layout = layouts.initialize(config.layout, seed=0)
     actor = PolicyActor(config, layout, needs=frozenset(), total_steps=1000)
     step = megatron_step(config, actor, *synthetic(options, actor.spec.vocab_size), share=True)
-    buffer = HostBuffer()
+    keeper = PolicyKeeper(actor.stage, actor.optimizer)
     checkpoints = Checkpoints(
         options.folder,
         [],
-        take_policy=lambda copy: take_policy(actor.stage, actor.optimizer, buffer if copy else None, check=False),
-        load_policy=lambda folder: None,
+        take_policy=keeper.take,
+        load_policy=keeper.load,
         retention=Retention(keep=1),
         facts={},
     )
+    waits: list[float] = []
+    actor.optimizer.before_change = lambda: waits.append(timed(checkpoints.settle))
     number, rows, plain = 0, [], []
     step()
     for each in range(options.rounds + 1):  # the first is not counted: memory is taken, files are new
@@ -82,25 +85,28 @@ def main() -> None:
         checkpoints.asynchronous = True
         held = timed(partial(checkpoints.save, number))
         slower, start = 0.0, time.perf_counter()
+        waits.clear()
         while checkpoints._writing is not None:
             slower += timed(step) - usual
             checkpoints.news()
-        under_way = time.perf_counter() - start
+        waited, under_way = sum(waits), time.perf_counter() - start
+        slower -= waited
         if each:
-            rows.append((at_once, held, slower, under_way, usual))
+            rows.append((at_once, held, waited, slower, under_way, usual))
         if layout.rank == 0:
             label = f"round {each}" if each else "warm-up"
             print(
-                f"{label:8}  at once {at_once:7.3f} s   asynchronous: held up {held:6.3f} s, steps slower by "
-                f"{slower:6.3f} s in {under_way:6.2f} s of writing   step {usual:.3f} s",
+                f"{label:8}  at once {at_once:7.3f} s   asynchronous: save {held:6.3f} s, waited {waited:6.3f} s, "
+                f"steps slower by {slower:6.3f} s in {under_way:6.2f} s of writing   step {usual:.3f} s",
                 flush=True,
             )
     if layout.rank == 0:
-        at_once, held, slower, *_ = (statistics.median(column) for column in zip(*rows, strict=True))
+        at_once, held, waited, slower, *_ = (statistics.median(column) for column in zip(*rows, strict=True))
         size = sum(file.stat().st_size for file in options.folder.rglob("*") if file.is_file())
         print(
-            f"{size / 1e9:.2f} GB on {layout.world} ranks; medians: at once {at_once:.3f} s, asynchronous {held:.3f} s "
-            f"= {held / at_once:.1%} of it; with the slower steps {(held + slower) / at_once:.1%}"
+            f"{size / 1e9:.2f} GB on {layout.world} ranks; medians: at once {at_once:.3f} s; asynchronous {held:.3f} s "
+            f"of saving and {waited:.3f} s of waiting = {(held + waited) / at_once:.1%} of it; with the slower steps "
+            f"{(held + waited + slower) / at_once:.1%}"
         )
         shutil.rmtree(options.folder)
     layouts.shutdown()

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from clipo_megatron.checkpoint import states
 from clipo_megatron.checkpoint.retention import (
     MANIFEST,
+    PICKLED,
     Retention,
     changed,
     complete,
@@ -28,7 +29,10 @@ from clipo_megatron.device import platform
 
 
 class Checkpoints:
-    """The checkpoints of one run. All methods but `complete` are collective.
+    """The checkpoints of one run. All methods but `complete` and `settle` are collective.
+
+    An asynchronous save copies the policy's state in its thread. Training may read it meanwhile, and calls `settle`
+    before it changes it.
 
     A save that fails leaves older checkpoints as they are. It is a warning as long as fewer than `failures` in a row
     have failed: a file system that hiccups should not end a run of weeks.
@@ -36,14 +40,14 @@ class Checkpoints:
     Args:
         folder: of all checkpoints; made when the first is saved.
         owners: whose state is kept.
-        take_policy: copies the policy's state if asked to, else gives what is to be written at once.
+        take_policy: the policy's state of now.
         load_policy: reads its files.
         retention: which checkpoints stay.
         facts: what a checkpoint and the run that resumes from it must agree on; "layout" may differ.
         say: takes one line of news; on rank 0.
         beside: files of a checkpoint's hf/, by name; on rank 0. With them it can be exported without the source.
         accuracy: held-out accuracy by step, as far as it is known; for `retention.best`.
-        asynchronous: whether `save` returns as soon as the state is copied.
+        asynchronous: whether `save` leaves copying and writing to a thread.
         deadline_s: for the writing of one checkpoint.
         failures: saves in a row whose failure is an error.
     """
@@ -53,7 +57,7 @@ class Checkpoints:
         folder: Path,
         owners: Sequence[Owner],
         *,
-        take_policy: Callable[[bool], PolicyState | None],
+        take_policy: Callable[[], PolicyState | None],
         load_policy: Callable[[Path], None],
         retention: Retention,
         facts: Mapping[str, Any],
@@ -92,14 +96,26 @@ class Checkpoints:
             state = owner.state_dict() if writes or owner.gathers else {}
             if writes:
                 owners.append(states.take(owner.file(_rank()), state))
-        content = Content(step, self.facts, owners, self.take_policy(self.asynchronous), self.beside, self.accuracy())
-        self._writing = Writing(self.folder, content, self.retention, self._group)
+        content = Content(step, self.facts, owners, self.take_policy(), self.beside, self.accuracy())
+        self._writing = Writing(self.folder, content, self.retention, self._group, copies=self.asynchronous)
         self._step = step
         if self.asynchronous:
             self._writing.thread.start()
             return self._writing.final
         self._writing.run()
         return self._conclude(self._writing)
+
+    def settle(self) -> None:
+        """Wait until this rank's state of the last save is copied; before anything changes it, at any time.
+
+        Raises:
+            CheckpointError: it takes too long.
+        """
+        if self._writing is not None and not self._writing.taken.wait(self.deadline_s):
+            raise CheckpointError(
+                f"the state for {self._writing.final} was not copied within {self.deadline_s:g} s "
+                f"(checkpoint.deadline_s). {self._remains()}"
+            )
 
     def news(self) -> None:
         """Hear what became of a checkpoint that is being written, if that is decided.
@@ -181,16 +197,14 @@ class Checkpoints:
             How many steps were done.
 
         Raises:
-            CheckpointError: the checkpoint is of another model or algorithm, or an owner's state is missing.
+            CheckpointError: the checkpoint is of another model or algorithm, or an owner's state is missing, or bytes
+                have changed that would be run.
         """
         manifest = json.loads((path / MANIFEST).read_text())
-        for name, mine in self.facts.items():
-            if name != "layout" and (other := manifest.get(name)) != mine:
-                raise CheckpointError(
-                    f"{path} was written with {name} = {_spell(other)}, and this run has {_spell(mine)}: "
-                    "it cannot go on from there. Restore that setting, choose another train.output, or start over "
-                    "with checkpoint.resume=false"
-                )
+        self._compare(path, manifest)
+        if reason := _first(changed(path, names=PICKLED)):
+            raise CheckpointError(f"{path} is damaged: {reason}. Remove that folder to use an older one")
+        self.settle()
         self.load_policy(path / POLICY)
         for owner in self.owners:
             if not owner.reads:
@@ -204,6 +218,28 @@ class Checkpoints:
         dist.all_reduce(torch.zeros(1))
         self._step, self._safe = int(manifest["step"]), path
         return self._step
+
+    def _compare(self, path: Path, manifest: Mapping[str, Any]) -> None:
+        """A checkpoint's facts with this run's. Of details, those that both know count: older ones have fewer."""
+        for name, mine in json.loads(json.dumps(dict(self.facts))).items():
+            other = manifest.get(name)
+            if name == "layout" or other == mine:
+                continue
+            if isinstance(mine, dict) and isinstance(other, dict):
+                if unknown := sorted(mine.keys() - other.keys()):
+                    self.say(
+                        f"warning: {path} is from a version that did not record {', '.join(unknown)} of its {name}: "
+                        "nobody can tell whether they are this run's"
+                    )
+                differing = [key for key in mine if key in other and mine[key] != other[key]]
+                if not differing:
+                    continue
+                mine, other = ({key: each[key] for key in differing} for each in (mine, other))
+            raise CheckpointError(
+                f"{path} was written with {name} = {_spell(other)}, and this run has {_spell(mine)}: "
+                "it cannot go on from there. Restore that setting, choose another train.output, or start over "
+                "with checkpoint.resume=false"
+            )
 
     def _conclude(self, writing: Writing, *, last: bool = False) -> Path:
         """Take note of a write that has ended."""

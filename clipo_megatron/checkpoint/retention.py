@@ -6,13 +6,14 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from clipo_megatron.files import crc32
 
 MANIFEST = "manifest.json"
+PICKLED = (".metadata", "common.pt")  # what is read whole, and runs as it is read
 
 
 @dataclass(frozen=True)
@@ -73,11 +74,19 @@ def defect(path: Path) -> str:
         return f"{MANIFEST} cannot be read ({error})"
 
 
-def changed(path: Path, *, share: int, shares: int) -> str:
-    """The first file of one share of them whose bytes are not those that were written; empty if all are."""
+def changed(path: Path, *, share: int = 0, shares: int = 1, names: Collection[str] | None = None) -> str:
+    """The first file of one share of them whose bytes are not those that were written; empty if all are.
+
+    Args:
+        path: of the checkpoint.
+        share: of so many `shares`.
+        names: look at those of these names only, in whatever folder.
+    """
     try:
         written = json.loads((path / MANIFEST).read_text())["files"]
         for name in sorted(written)[share::shares]:
+            if names is not None and Path(name).name not in names:
+                continue
             if crc32(path / name) != written[name]["crc32"]:
                 return f"the bytes of {name} are not those that were written"
     except OSError as error:  # a disk that cannot read what it once wrote

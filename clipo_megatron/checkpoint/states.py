@@ -43,6 +43,9 @@ class Owner:
 class PolicyState(Protocol):
     """A rank's part of the policy's state as it was taken. Any thread may write it; nothing here is collective."""
 
+    def copy(self) -> None:
+        """Copy what training may change, which waits for that. Not called for what is written at once."""
+
     def write(self, files: FolderWriter) -> Any:
         """Write this rank's files; returns what `finish` wants to know of them, to be pickled."""
 

@@ -1,7 +1,8 @@
 """One checkpoint on its way to disk: what was taken is written, checksummed, forced to disk and renamed.
 
-Ranks write their own files and meet three times: when the folder is there, when all have written, and when rank 0 has
-renamed. They meet in a group of their own, so that a thread can do it while training communicates.
+Ranks write their own files and meet four times: when the state is copied, when the folder is there, when all have
+written, and when rank 0 has renamed. They meet in a group of their own, so that a thread can do it while training
+communicates.
 """
 
 from __future__ import annotations
@@ -51,15 +52,26 @@ class Writing:
         content: this rank's.
         retention: what stays of the others.
         group: that the ranks meet in, and nobody else; None if there is one rank only.
+        copies: whether training goes on meanwhile, so that the policy's state is copied before it is written.
 
     Attributes:
+        taken: set when training may change the state.
         error: why there is no checkpoint; empty if there is. The same on every rank.
         cause: the exception behind it, on the rank where it was raised.
         notes: what did not go well and costs nothing that is safe; on rank 0.
     """
 
-    def __init__(self, folder: Path, content: Content, retention: Retention, group: dist.ProcessGroup | None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        content: Content,
+        retention: Retention,
+        group: dist.ProcessGroup | None,
+        *,
+        copies: bool = False,
+    ) -> None:
         self.folder, self.content, self.retention, self.group = folder, content, retention, group
+        self.copies, self.taken = copies, threading.Event()
         self.final = folder / name_of(content.step)
         self.partial = folder / f".{self.final.name}.partial"
         self.error = ""
@@ -70,6 +82,7 @@ class Writing:
     def run(self) -> None:
         """All of it; raises nothing."""
         try:
+            self._together(self._copy)
             self._together(self._prepare, only_rank_0=True)
             parts = self._together(self._write)
             self._together(lambda: self._commit(parts), only_rank_0=True)
@@ -82,6 +95,13 @@ class Writing:
         self.content.owners, self.content.policy = (), None  # the memory of the copy
 
     # --- the parts ---------------------------------------------------------------------------------------------------
+
+    def _copy(self) -> None:
+        try:
+            if self.copies and self.content.policy:
+                self.content.policy.copy()
+        finally:
+            self.taken.set()
 
     def _prepare(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)

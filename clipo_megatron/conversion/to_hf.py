@@ -34,9 +34,10 @@ from clipo_megatron.files import write_at, write_durably
 from clipo_megatron.weights.coverage import EMBEDDING, OUTPUT, check_tensors
 from clipo_megatron.weights.errors import CheckpointError, CoverageError
 from clipo_megatron.weights.families import model_spec
+from clipo_megatron.weights.manifest import manifest
 from clipo_megatron.weights.reader import INDEX, SINGLE
 from clipo_megatron.weights.safetensors import Header, as_bytes, build, parse
-from clipo_megatron.weights.source import LAYOUT, files_beside, manifest
+from clipo_megatron.weights.source import LAYOUT, files_beside
 from clipo_megatron.weights.spec import read_config
 from clipo_megatron.weights.torch_dist import METADATA
 from clipo_megatron.weights.torch_dist_reader import TorchDistReader

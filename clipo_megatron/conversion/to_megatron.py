@@ -37,9 +37,10 @@ from clipo_megatron.weights.division import Division
 from clipo_megatron.weights.families import entries, model_spec
 from clipo_megatron.weights.kinds import Row, Shape, Source, Vocab
 from clipo_megatron.weights.load import check_shapes
+from clipo_megatron.weights.manifest import MANIFEST
 from clipo_megatron.weights.mapping import Coordinates, Entry, Stage
 from clipo_megatron.weights.reader import HFReader
-from clipo_megatron.weights.source import MANIFEST, files_beside
+from clipo_megatron.weights.source import files_beside
 from clipo_megatron.weights.spec import read_config
 from clipo_megatron.weights.torch_dist_writer import Place, description, saved
 

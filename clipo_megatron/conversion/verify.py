@@ -26,9 +26,10 @@ from clipo_megatron.conversion.logits import LogitsDifference, difference, logit
 from clipo_megatron.conversion.verdict import show
 from clipo_megatron.weights.errors import CheckpointError, UnsupportedModel, WeightsError
 from clipo_megatron.weights.families import model_spec
+from clipo_megatron.weights.manifest import manifest_defects
 from clipo_megatron.weights.reader import INDEX, SINGLE
 from clipo_megatron.weights.safetensors import SafetensorsFile
-from clipo_megatron.weights.source import LAYOUT, Reader, manifest_defects, open_weights
+from clipo_megatron.weights.source import LAYOUT, Reader, open_weights
 from clipo_megatron.weights.spec import ModelSpec, read_config
 from clipo_megatron.weights.torch_dist_reader import TorchDistReader
 

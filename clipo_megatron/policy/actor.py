@@ -307,6 +307,7 @@ class PolicyActor:
 
         The weights stay, so they can be exported. For servers that take turns with this rank on its GPU.
         """
+        self.optimizer.before_change()
         self.model.offload_grad_buffers()
         if self.config.model.dtype is DType.bf16:  # in fp32 the masters are the weights themselves
             self.optimizer.inner.offload_to_cpu()
@@ -315,6 +316,7 @@ class PolicyActor:
 
     def restore_memory(self) -> None:
         """Inverse of `release_memory`, before `score` or `update`. Gradients come back as zeros."""
+        self.optimizer.before_change()
         self.model.restore_grad_buffers()
         if self.config.model.dtype is DType.bf16:
             with platform().cuda_tensor_names():
@@ -325,6 +327,7 @@ class PolicyActor:
     @contextlib.contextmanager
     def _reference_weights(self) -> Iterator[None]:
         """Within, the stage computes with the reference policy's weights."""
+        self.optimizer.before_change()
         self._swap_reference()
         try:
             yield

@@ -8,6 +8,7 @@ off: `calculate_per_token_loss` turns off the first two, and `sum_gradients` kee
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -49,9 +50,14 @@ class PolicyOptimizer:
     """Distributed AdamW with fp32 masters, gradient clipping and a learning-rate schedule.
 
     A gradient that is not finite skips the update; the caller records it.
+
+    Attributes:
+        before_change: called before anything changes or moves the weights or the optimizer's state. Whoever reads them
+            in another thread, as a checkpoint does, has it wait.
     """
 
     def __init__(self, model: torch.nn.Module, config: OptimizerConfig, *, dtype: DType, total_steps: int):
+        self.before_change: Callable[[], None] = lambda: None
         with platform().cuda_tensor_names():
             self.inner: MegatronOptimizer = get_megatron_optimizer(
                 MegatronOptimizerConfig(
@@ -103,6 +109,7 @@ class PolicyOptimizer:
             norm = float(self.inner.get_grad_norm())
             applied = finite and math.isfinite(norm)
             if applied:
+                self.before_change()
                 self.inner.step()
         self.schedule.step(increment=1)
         return norm, applied

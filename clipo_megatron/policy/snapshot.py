@@ -1,7 +1,8 @@
 """The policy's state as it was at one moment, written as torch_dist by whoever has the time.
 
-Megatron says which rank keeps which part of which tensor. The parts are copied to host memory, all into one buffer that
-is kept for the next time, or written from where they are. The format is the one that Megatron reads:
+Megatron says which rank keeps which part of which tensor; that stays, so it is asked once (`Plan`). The parts are
+copied to host memory, all into one buffer that is kept for the next time, or written from where they are. The format is
+the one that Megatron reads:
 
     .metadata          which part of which tensor lies where in which file
     __<rank>_0.distcp  an archive of each part, one after the other
@@ -12,13 +13,18 @@ is kept for the next time, or written from where they are. The format is the one
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from megatron.core.dist_checkpointing.dict_utils import nested_values
-from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, is_main_replica
+from megatron.core.dist_checkpointing.mapping import (
+    ShardedObject,
+    ShardedTensor,
+    ShardedTensorFactory,
+    is_main_replica,
+)
 from torch import Tensor
 
 from clipo_megatron.device import platform
@@ -37,6 +43,65 @@ class Part:
     data: Tensor  # of the size of the part, with leading axes of size 1 where the tensor is stacked
     offset: tuple[int, ...]
     shape: tuple[int, ...]  # of the whole tensor
+    fresh: bool = False  # whether the tensor is the snapshot's alone
+
+
+@dataclass(frozen=True, slots=True)
+class _Planned:
+    """Where a part's elements lie in the tensor that they are a part of here."""
+
+    key: str
+    offset: tuple[int, ...]
+    shape: tuple[int, ...]
+    source: int
+    start: int  # elements behind the source's first
+    sizes: tuple[int, ...]
+    strides: tuple[int, ...]
+
+
+class Plan:
+    """Which parts of which of this rank's tensors it writes, whatever they hold at that time.
+
+    Args:
+        wholes: one entry of Megatron's state dict for each tensor, not yet split by its factory if it has one.
+        sharded: the same, split, and Megatron's objects.
+        common: what is the same on all ranks.
+    """
+
+    def __init__(
+        self, wholes: Sequence[ShardedTensor | ShardedTensorFactory], sharded: dict[str, Any], common: dict[str, Any]
+    ) -> None:
+        self.common = common
+        self._parts: list[_Planned] = []
+        keys = set()
+        for source, whole in enumerate(wholes):
+            built = whole.build() if isinstance(whole, ShardedTensorFactory) else whole
+            for tensor in nested_values({"": built}):
+                keys.add(tensor.key)
+                if _is_mine(tensor):
+                    self._parts.append(_planned(tensor, whole.data, source))
+        if lost := keys ^ {each.key for each in nested_values(sharded) if isinstance(each, ShardedTensor)}:
+            raise ValueError(f"{min(lost)} is in one of two forms of Megatron's state dict only")
+        mine = [each for each in nested_values(sharded) if isinstance(each, ShardedObject) and _is_mine(each)]
+        # Small states of layers, which are stored as lists; nearly all of them are nothing.
+        nothing = saved([None])
+        self.objects = {each.unique_key: nothing if each.data is None else saved([each.data]) for each in mine}
+        self.lasts = all(each.data is None for each in mine)
+
+    def parts(self, sources: Sequence[Tensor], fresh: Sequence[bool]) -> list[Part]:
+        """The parts of the tensors that the plan was made for, in its order, as they are now."""
+        return [
+            Part(
+                each.key,
+                (whole := sources[each.source]).as_strided(
+                    each.sizes, each.strides, whole.storage_offset() + each.start
+                ),
+                each.offset,
+                each.shape,
+                fresh[each.source],
+            )
+            for each in self._parts
+        ]
 
 
 class HostBuffer:
@@ -46,7 +111,7 @@ class HostBuffer:
         self._bytes = torch.empty(0, dtype=torch.uint8)
 
     def copies(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """A copy of each tensor. Copies made before are overwritten."""
+        """A copy of each tensor, under way on a GPU. Copies made before are overwritten."""
         starts, size = [], 0
         for tensor in tensors:
             starts.append(size)
@@ -58,7 +123,6 @@ class HostBuffer:
         for tensor, start in zip(tensors, starts, strict=True):
             place = self._bytes[start : start + tensor.nbytes]
             made.append(place.view(tensor.dtype).view(tensor.shape).copy_(tensor, non_blocking=True))
-        platform().synchronize()
         return made
 
 
@@ -66,27 +130,24 @@ class PolicySnapshot:
     """This rank's parts of the policy's state. Nothing here is collective.
 
     Args:
-        sharded: Megatron's state dict of sharded tensors and objects, factories applied.
+        parts: where they are now.
+        objects: what else is written, by key.
         common: what is the same on all ranks.
-        buffer: to copy tensors into; None: they are written from where they are, before anything changes them.
+        buffer: that `copy` copies into.
     """
 
-    def __init__(self, sharded: dict[str, Any], common: dict[str, Any], buffer: HostBuffer | None) -> None:
-        mine = [each for each in nested_values(sharded) if is_main_replica(each.replica_id)]
-        parts = [_part(each) for each in mine if isinstance(each, ShardedTensor)]
-        if buffer is not None:
-            copies = buffer.copies([part.data for part in parts])
-            parts = [Part(part.key, copy, part.offset, part.shape) for part, copy in zip(parts, copies, strict=True)]
-        self._parts = parts
-        # Small states of layers, which are stored as lists.
-        nothing = saved([None])  # what nearly all of them are
-        self._objects = {
-            each.unique_key: nothing if each.data is None else saved([each.data])
-            for each in mine
-            if isinstance(each, ShardedObject)
-        }
-        self._common = saved(common)
-        self._rank = dist.get_rank()
+    def __init__(
+        self, parts: list[Part], objects: dict[str, bytes], common: dict[str, Any], buffer: HostBuffer
+    ) -> None:
+        self._parts, self._objects, self._common, self._buffer = parts, objects, saved(common), buffer
+        self._since, self._rank = platform().now(), dist.get_rank()
+
+    def copy(self) -> None:
+        """Copy to host memory, in any thread; what was copied for the snapshot before is overwritten."""
+        shared = [part for part in self._parts if not part.fresh]
+        with platform().copying(self._since):
+            copies = iter(self._buffer.copies([part.data for part in shared]))
+        self._parts = [part if part.fresh else replace(part, data=next(copies), fresh=True) for part in self._parts]
 
     @property
     def nbytes(self) -> int:
@@ -120,7 +181,21 @@ class PolicySnapshot:
             yield Place(key, name, start, len(data))
 
 
-def _part(tensor: ShardedTensor) -> Part:
-    sizes = (1,) * tensor.prepend_axis_num + tuple(tensor.local_shape)
-    data = tensor.data.detach().view(sizes)
-    return Part(tensor.key, data, tuple(tensor.global_offset), tuple(tensor.global_shape))
+def _planned(tensor: ShardedTensor, whole: Tensor, source: int) -> _Planned:
+    data = tensor.data.view((1,) * tensor.prepend_axis_num + tuple(tensor.local_shape))
+    if data.untyped_storage()._cdata != whole.untyped_storage()._cdata or not whole.is_contiguous():
+        raise ValueError(f"{tensor.key} is no view of a contiguous tensor")
+    return _Planned(
+        tensor.key,
+        tuple(tensor.global_offset),
+        tuple(tensor.global_shape),
+        source,
+        data.storage_offset() - whole.storage_offset(),
+        tuple(data.shape),
+        tuple(data.stride()),
+    )
+
+
+def _is_mine(each: ShardedTensor | ShardedObject) -> bool:
+    """Whether this rank is the one that writes it."""
+    return is_main_replica(each.replica_id)

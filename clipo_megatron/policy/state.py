@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 from megatron.core.dist_checkpointing.optimizer import make_sharded_optimizer_tensor
 from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
 from megatron.core.dist_checkpointing.strategies import fully_parallel  # noqa: F401
@@ -29,62 +30,76 @@ from torch import Tensor
 from torch.distributed.checkpoint import FileSystemReader
 
 from clipo_megatron.device import platform
-from clipo_megatron.files import FolderWriter
 from clipo_megatron.policy.optimizer import PolicyOptimizer
-from clipo_megatron.policy.snapshot import HostBuffer, Place, PolicySnapshot
+from clipo_megatron.policy.snapshot import HostBuffer, Plan, PolicySnapshot
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 MASTER = "master"  # the fp32 parameter that the optimizer updates
 
 
-def take_policy(
-    stage: torch.nn.Module, optimizer: PolicyOptimizer, buffer: HostBuffer | None = None, *, check: bool = True
-) -> PolicySnapshot:
-    """Parameters, optimizer and learning-rate schedule as they are now; collective.
+class PolicyKeeper:
+    """Takes the policy's state, parameters, optimizer and learning-rate schedule, and restores it.
 
     Args:
         stage: of this rank.
         optimizer: of this rank.
-        buffer: to copy them into; None: the snapshot has to be written before the next update.
-        check: whether the ranks compare what they hold: every element of every tensor once. Once a run is enough.
     """
-    with _megatron_here():
-        model = _sharded(stage)
-        state = {
-            "model": model,
-            "optimizer": _in_model_shape(model, optimizer, _gathered),
-            "schedule": optimizer.schedule.state_dict(),
-            "updates": _updates(optimizer),
-        }
-        sharded, common = save_preprocess(state, check)
-    return PolicySnapshot(sharded, common, buffer)
 
+    def __init__(self, stage: torch.nn.Module, optimizer: PolicyOptimizer) -> None:
+        self.stage, self.optimizer = stage, optimizer
+        self._buffer = HostBuffer()
+        self._wholes: list[ShardedTensor | ShardedTensorFactory] = []  # the parameters' entries
+        self._plan: Plan | None = None
+        self._checked = False
 
-def save_policy(folder: Path, stage: torch.nn.Module, optimizer: PolicyOptimizer) -> None:
-    """Write all of it at once into a folder; collective."""
-    snapshot, files = take_policy(stage, optimizer), FolderWriter(folder)
-    written: list[list[Place]] = [[]] * dist.get_world_size()
-    dist.all_gather_object(written, snapshot.write(files))
-    if dist.get_rank() == 0:
-        snapshot.finish(files, written)
-    dist.barrier()
+    def take(self) -> PolicySnapshot:
+        """The state of now; collective. It has to be copied or written before the next update.
 
+        The first time, the ranks compare what they hold: every element of every tensor once.
+        """
+        with _megatron_here():
+            if self._plan is None or not self._plan.lasts:
+                self._plan = self._make_plan()
+            plan = self._plan
+            # What is no parameter may change in any forward.
+            fresh = [not isinstance(each.data, torch.nn.Parameter) for each in self._wholes]
+            sources = [
+                each.data.detach().clone() if alone else each.data.detach()
+                for each, alone in zip(self._wholes, fresh, strict=True)
+            ]
+            for _, parameter, shard in _shards(self.optimizer):
+                states = list(_gathered(parameter, shard).values())
+                sources += states
+                fresh += [dist.get_world_size(shard.group) > 1] * len(states)
+        return PolicySnapshot(plan.parts(sources, fresh), plan.objects, plan.common | self._common(), self._buffer)
 
-def load_policy(folder: Path, stage: torch.nn.Module, optimizer: PolicyOptimizer) -> None:
-    """Restore what was taken with `take_policy`, in this run's layout; collective.
+    def load(self, folder: Path) -> None:
+        """Restore what was taken, in this run's layout; collective.
 
-    Raises:
-        Whatever Megatron raises for a checkpoint of another architecture, which names the key or shape.
-    """
-    with _megatron_here():
-        model = _sharded(stage, stacked=_is_stacked(folder))
-        template = {"model": model, "optimizer": _in_model_shape(model, optimizer, _blank)}
-        state = dist_checkpointing.load(template, str(folder))
-        stage.load_state_dict(state["model"])
-    optimizer.schedule.load_state_dict(state["schedule"])
-    for name, _, shard in _shards(optimizer):
-        for key, own in _state_of(shard, updates=state["updates"]).items():
-            own.copy_(state["optimizer"][name][key].view(-1)[shard.start : shard.stop].view_as(own))
+        Raises:
+            Whatever Megatron raises for a checkpoint of another architecture, which names the key or shape.
+        """
+        with _megatron_here():
+            model = _sharded(self.stage, stacked=_is_stacked(folder))
+            template = {"model": model, "optimizer": _in_model_shape(model, self.optimizer, _blank)}
+            state = dist_checkpointing.load(template, str(folder))
+            self.stage.load_state_dict(state["model"])
+        self.optimizer.schedule.load_state_dict(state["schedule"])
+        for name, _, shard in _shards(self.optimizer):
+            for key, own in _state_of(shard, updates=state["updates"]).items():
+                own.copy_(state["optimizer"][name][key].view(-1)[shard.start : shard.stop].view_as(own))
+
+    def _make_plan(self) -> Plan:
+        model = _sharded(self.stage)
+        states = _in_model_shape(model, self.optimizer, _nowhere)
+        self._wholes = list(nested_values(extract_sharded_tensors_and_factories(model)[0]))
+        wholes = [*self._wholes, *(each for kinds in states.values() for each in kinds.values())]
+        sharded, common = save_preprocess({"model": model, "optimizer": states, **self._common()}, not self._checked)
+        self._checked = True
+        return Plan(wholes, sharded, common)
+
+    def _common(self) -> dict[str, Any]:
+        return {"schedule": self.optimizer.schedule.state_dict(), "updates": _updates(self.optimizer)}
 
 
 def _sharded(stage: torch.nn.Module, *, stacked: bool = False) -> dict[str, Any]:
@@ -114,19 +129,23 @@ class _Shard:
 
 
 def _state_of(shard: _Shard, *, updates: int | None = None) -> dict[str, Tensor]:
-    """Master parameter and moments of a shard; allocated if need be, and counted on from `updates` if given."""
+    """Master parameter and moments of a shard; zeros before its first update, which Adam has to find without a state.
+
+    With `updates` the state is allocated, and counted on from there.
+    """
     if shard.main is None:
         return {}
     state = shard.inner.optimizer.state[shard.main]
-    for key in MOMENTS:
-        state.setdefault(key, torch.zeros_like(shard.main.data))
     if updates is not None:
+        for key in MOMENTS:
+            state.setdefault(key, torch.zeros_like(shard.main.data))
         # torch's Adam counts in a tensor of each parameter, TE's and apex's in the group
         state["step"] = torch.tensor(float(updates))
         for group in shard.inner.optimizer.param_groups:
             if "step" in group:
                 group["step"] = updates
-    return {MASTER: shard.main.data, **{key: state[key] for key in MOMENTS}}
+    moments = {key: state[key] if key in state else torch.zeros_like(shard.main.data) for key in MOMENTS}
+    return {MASTER: shard.main.data, **moments}
 
 
 def _in_model_shape(model: dict[str, Any], optimizer: PolicyOptimizer, fill: Any) -> dict[str, dict[str, Any]]:
@@ -157,6 +176,11 @@ def _gathered(parameter: torch.nn.Parameter, shard: _Shard) -> dict[str, Tensor]
 
 def _blank(parameter: torch.nn.Parameter, _shard: _Shard) -> dict[str, Tensor]:
     return {key: torch.empty_like(parameter, dtype=torch.float32).detach() for key in (MASTER, *MOMENTS)}
+
+
+def _nowhere(parameter: torch.nn.Parameter, _shard: _Shard) -> dict[str, Tensor]:
+    """Shapes alone."""
+    return {key: torch.empty(parameter.shape, dtype=torch.float32, device="meta") for key in (MASTER, *MOMENTS)}
 
 
 def _shards(optimizer: PolicyOptimizer) -> Iterator[tuple[str, torch.nn.Parameter, _Shard]]:

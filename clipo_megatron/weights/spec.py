@@ -53,6 +53,35 @@ class ModelSpec:
         """Whether a layer has experts."""
         return self.experts is not None and layer not in self.experts.dense_layers
 
+    def architecture(self) -> dict[str, Any]:
+        """All that decides the shapes of the weights or what they mean, by name, as plain JSON values.
+
+        What a checkpoint says of its model; the length of the context is none of it.
+        """
+        experts = self.experts
+        return {
+            "family": self.family,
+            "hidden": self.hidden_size,
+            "layers": self.num_layers,
+            "vocabulary": self.vocab_size,
+            "ffn": self.ffn_hidden_size,
+            "heads": self.num_heads,
+            "key-value heads": self.num_kv_heads,
+            "head size": self.head_dim,
+            "tied embeddings": self.tied_embeddings,
+            "qkv bias": self.qkv_bias,
+            "qk norm": self.qk_norm,
+            "norm epsilon": self.rms_norm_eps,
+            "rope theta": self.rope_theta,
+            "rope scaling": repr(self.rope_scaling) if self.rope_scaling else None,
+            "sliding window": self.sliding_window,
+            "experts": experts.count if experts else 0,
+            "experts per token": experts.per_token if experts else 0,
+            "expert ffn": experts.ffn_hidden_size if experts else 0,
+            "renormalised": experts.renormalised if experts else False,
+            "dense layers": sorted(experts.dense_layers) if experts else [],
+        }
+
     @property
     def query_size(self) -> int:
         """Rows of q_proj."""

@@ -23,6 +23,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from clipo_megatron.weights.archive import MetadataUnpickler, find_elements
 from clipo_megatron.weights.errors import CheckpointError
 from clipo_megatron.weights.kinds import Run, Shape
+from clipo_megatron.weights.manifest import read_checked
 from clipo_megatron.weights.safetensors import read_exactly
 
 METADATA = ".metadata"
@@ -141,8 +142,7 @@ class TorchDist:
     def _catalogue(self) -> dict[str, Kept]:
         path = self.folder / METADATA
         try:
-            with path.open("rb") as file:
-                metadata = MetadataUnpickler(file).load()
+            metadata = MetadataUnpickler(io.BytesIO(read_checked(path))).load()
             boxes: dict[str, list[Box]] = {}
             for index, info in metadata.storage_data.items():
                 if index.offset is not None and not getattr(info, "transform_descriptors", None):
@@ -160,6 +160,8 @@ class TorchDist:
                 tensors[key] = Kept(kept.properties.dtype, tuple(kept.size), ordered)
         except FileNotFoundError:
             raise CheckpointError(f"{self.folder} has no {METADATA}: it is no torch_dist checkpoint") from None
+        except CheckpointError:
+            raise
         except Exception as error:  # a changed byte of a pickle can end in any of them, MemoryError too
             raise CheckpointError(f"{path} is damaged or truncated: {error!r}") from error
         return tensors
