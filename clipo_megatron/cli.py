@@ -5,12 +5,13 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from clipo_megatron import __version__
 from clipo_megatron.conversion.commands import add_arguments
+from clipo_megatron.evaluation import command as evaluation
 from clipo_megatron.quiet import quiet_libraries
 from clipo_megatron.scaling import command as scaling
 from clipo_megatron.submission import command as submission
@@ -28,7 +29,8 @@ commands:
   train      train a model as a configuration file says
   submit     the same as a Slurm job that survives its walltime, preemption and lost ranks
   scale      that job on several numbers of nodes, and what each GPU delivers there
-  eval       accuracy of a run's newest checkpoint on its held-out problems
+  eval       how many held-out problems a checkpoint solves: pass@1, pass@k, maj@k, set by set
+  compare    two such results, problem by problem: which is better, and could that be luck
   serve      run the servers that generate for it, SGLang or vLLM
   convert    move weights between Hugging Face and Megatron, in any layout, and verify them
   plan       what a configuration needs and takes on given GPUs, and which layouts fit
@@ -45,6 +47,7 @@ examples:
   clipo serve run.yaml                          the servers of a run with rollout.engine=sglang; keeps them running
   clipo submit run.yaml --nodes 4 --gpus-per-node 8    a job of Slurm that comes back by itself
   clipo scale run.yaml --nodes 1,2,4,8 --gpus-per-node 8    weak and strong scaling, measured
+  clipo eval runs/mine/checkpoints/step_000100 eval.samples=16 eval.temperature=0.6
   clipo settings clipo                          the settings of one section
 
 `clipo COMMAND --help` says more. CLIPO_TRACEBACK=1 shows where an error comes from.
@@ -63,10 +66,6 @@ examples:
   clipo train run.yaml model.system_prompt= reward.by_source='{my/set: math}' --check
 
 `clipo settings` lists every key.
-"""
-_EVAL = """\
-Accuracy on data.eval of the newest checkpoint in train.output, or of the model where there is none. The result is
-written to train.output/eval, problem by problem. Ranks are started as for `clipo train`.
 """
 _SERVE = """\
 Run the servers that generate for the training that CONFIG describes, until Ctrl-C.
@@ -159,15 +158,14 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("config", metavar="CONFIG", help="YAML file")
     train.add_argument("overrides", metavar="key=value", nargs="*", help="settings that win over the file")
     train.add_argument("--check", action="store_true", help="check everything that can be checked, and train nothing")
-    train.set_defaults(run=_train, work="train")
+    train.set_defaults(run=_train)
 
     submission.add_arguments(commands.add_parser("submit"))
     scaling.add_arguments(commands.add_parser("scale"))
 
-    evaluate = commands.add_parser("eval", description=_EVAL, formatter_class=plain)
-    evaluate.add_argument("config", metavar="CONFIG", help="YAML file, the one that training got")
-    evaluate.add_argument("overrides", metavar="key=value", nargs="*", help="settings that win over the file")
-    evaluate.set_defaults(run=_train, work="eval", check=False)
+    evaluation.add_eval_arguments(evaluate := commands.add_parser("eval"))
+    evaluate.set_defaults(run=_evaluate)
+    evaluation.add_compare_arguments(commands.add_parser("compare"))
 
     serve = commands.add_parser("serve", description=_SERVE, epilog=_SERVE_EXAMPLES, formatter_class=plain)
     serve.add_argument("config", metavar="CONFIG", help="YAML file, the one that training gets")
@@ -202,7 +200,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _train(options: argparse.Namespace) -> int:
     from clipo_megatron import launch
-    from clipo_megatron.config.checks import check, requested_ranks
+    from clipo_megatron.config.checks import check
     from clipo_megatron.config.load import load
 
     place = launch.from_environment()
@@ -210,28 +208,44 @@ def _train(options: argparse.Namespace) -> int:
     check(config, ranks=place.world if place else None)
     if options.check:
         return _report_check(config, place)
+
+    def work() -> None:
+        from clipo_megatron.trainer import run
+
+        run(config)
+
+    words = ["train", options.config, *options.overrides]
+    return _on_ranks(options, config, place, work, words, restarts=config.faults.restarts)
+
+
+def _on_ranks(
+    options: argparse.Namespace,
+    config: RunConfig,
+    place: Launch | None,
+    work: Callable[[], None],
+    words: Sequence[str],
+    *,
+    restarts: int,
+) -> int:
+    """Do the work as one of the ranks, or start ranks on this machine with `words`, the command line of each."""
+    from clipo_megatron import launch
+    from clipo_megatron.config.checks import requested_ranks
+
     if place is None and (ranks := requested_ranks(config.layout)) > 1:
-        return _train_here(options, config, ranks)
+        return _start_here(words, config, ranks, restarts=restarts)
     launch.adopt(place or launch.Launch(rank=0, world=1, local_rank=0))
     options.training = True
     quiet_libraries()
-    if options.work == "eval":
-        from clipo_megatron.run import evaluate_newest
-
-        evaluate_newest(config)
-        return 0
-    from clipo_megatron.trainer import run
-
-    run(config)
+    work()
     return 0
 
 
-def _train_here(options: argparse.Namespace, config: RunConfig, ranks: int) -> int:
+def _start_here(words: Sequence[str], config: RunConfig, ranks: int, *, restarts: int) -> int:
     from clipo_megatron import launch
     from clipo_megatron.output import newest_checkpoint, was_set_aside
 
     output = Path(config.train.output)
-    arguments = [sys.executable, "-m", "clipo_megatron.cli", options.work, options.config, *options.overrides]
+    arguments = [sys.executable, "-m", "clipo_megatron.cli", *words]
     earlier = was_set_aside(output)
     # A step may take as long as its rollouts and one collective do.
     patience = config.rollout.deadline_s + config.layout.distributed_timeout_s
@@ -242,7 +256,6 @@ def _train_here(options: argparse.Namespace, config: RunConfig, ranks: int) -> i
         commands = launch.local_commands([*arguments, *resume], ranks, logs=output / "logs")
         return launch.supervise(commands, stop_deadline_s=patience)
 
-    restarts = config.faults.restarts if options.work == "train" else 0
     return launch.supervise_again(start, restarts=restarts, progress=lambda: newest_checkpoint(output))
 
 
@@ -273,6 +286,26 @@ def _report_check(config: RunConfig, place: Launch | None) -> int:
     print(f"  held out  {len(held_out)} problems{shared}")
     print(f"  output    {config.train.output}")
     return 0
+
+
+# ---------------------------------------------------------------- eval
+
+
+def _evaluate(options: argparse.Namespace) -> int:
+    from clipo_megatron import launch
+    from clipo_megatron.config.checks import check
+
+    place = launch.from_environment()
+    target = evaluation.find_target(options)
+    check(target.config, ranks=place.world if place else None)
+
+    def work() -> None:
+        from clipo_megatron.run import evaluate_run
+
+        file = Path(options.output) if options.output else None
+        evaluate_run(target.config, checkpoint=target.checkpoint, file=file)
+
+    return _on_ranks(options, target.config, place, work, ["eval", *evaluation.words_of(options)], restarts=0)
 
 
 # ---------------------------------------------------------------- serve

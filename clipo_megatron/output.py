@@ -10,7 +10,8 @@ from clipo_megatron.files import Held, lock
 
 METRICS, ROLLOUTS, CHECKPOINTS = "metrics.jsonl", "rollouts.jsonl", "checkpoints"
 EVALUATIONS, TENSORBOARD, SETTINGS = "eval", "tensorboard", "config.json"
-RESULTS = (METRICS, ROLLOUTS, CHECKPOINTS, EVALUATIONS, TENSORBOARD, SETTINGS)
+MEASURED = "results"  # of `clipo eval`; those of training itself are in EVALUATIONS
+RESULTS = (METRICS, ROLLOUTS, CHECKPOINTS, EVALUATIONS, MEASURED, TENSORBOARD, SETTINGS)
 PREVIOUS = "previous"  # <output>/previous/<n>/ holds the results of runs that were started over
 _LOCK_WAIT_S = 5.0  # a killed run lets go when its last process is gone
 

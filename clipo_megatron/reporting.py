@@ -10,13 +10,8 @@ from pathlib import Path
 import torch.distributed as dist
 
 from clipo_megatron.config.schema import RunConfig
-from clipo_megatron.evaluation import (
-    Evaluation,
-    comparison_table,
-    read_evaluations,
-    remove_evaluations,
-    write_evaluation,
-)
+from clipo_megatron.evaluation.results import Evaluation, read_evaluations, remove_evaluations, write_evaluation
+from clipo_megatron.evaluation.tables import progress_table, spoken
 from clipo_megatron.flow import StepReport
 from clipo_megatron.output import CHECKPOINTS, EVALUATIONS, METRICS, ROLLOUTS, SETTINGS, TENSORBOARD
 from clipo_megatron.report.alarms import alarms, stop_on, stop_on_skips
@@ -101,11 +96,7 @@ class Reporter:
     def evaluated(self, result: Evaluation) -> None:
         """Keep and tell an evaluation."""
         self.evaluations.append(result)
-        self.say(
-            f"held-out accuracy after {result.step} steps: {result.accuracy:.1%} of {len(result.correct)} problems"
-            f" ({result.truncated:.0%} cut at the length limit"
-            + (f", {result.ungraded:.1%} could not be graded and count as not solved)" if result.ungraded else ")")
-        )
+        self.say(spoken(result))
         if self.is_main:
             write_evaluation(self.output / EVALUATIONS, result)
 
@@ -128,7 +119,7 @@ class Reporter:
             first, last = self.evaluations[0], self.evaluations[-1]
             self.progress.table(
                 f"Held-out problems after {first.step} and {last.step} steps, paired (p: exact McNemar test)",
-                *comparison_table(first, last),
+                *progress_table(first, last),
             )
         self.progress.paths(
             {

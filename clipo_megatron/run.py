@@ -14,19 +14,20 @@ import torch
 import torch.distributed as dist
 
 from clipo_megatron.algorithms.algorithm import Algorithm, build_algorithm
-from clipo_megatron.checkpoint import Checkpoints, Owner
-from clipo_megatron.checkpoint.retention import Retention
+from clipo_megatron.checkpoint import CheckpointError, Checkpoints, Owner
+from clipo_megatron.checkpoint.retention import Retention, defect, name_of
 from clipo_megatron.collector import Collector
-from clipo_megatron.config.errors import ConfigError
 from clipo_megatron.config.model_folder import hf_folder
-from clipo_megatron.config.schema import RunConfig
+from clipo_megatron.config.schema import EngineKind, RunConfig
 from clipo_megatron.data.prompts import load_tokenizer
 from clipo_megatron.data.sampler import PromptSampler
 from clipo_megatron.device import platform
 from clipo_megatron.engines import askers, build_engine, build_sync
-from clipo_megatron.evaluation import evaluate, evaluation_params
+from clipo_megatron.evaluation.asking import evaluate, evaluation_params
+from clipo_megatron.evaluation.results import Evaluation, write_result
+from clipo_megatron.evaluation.tables import lines_of, result_table
 from clipo_megatron.heartbeat import Heartbeat
-from clipo_megatron.output import CHECKPOINTS, claim, set_aside
+from clipo_megatron.output import CHECKPOINTS, MEASURED, claim, set_aside
 from clipo_megatron.policy import layout as layouts
 from clipo_megatron.policy.actor import PolicyActor
 from clipo_megatron.policy.state import PolicyKeeper
@@ -40,9 +41,14 @@ from clipo_megatron.weights.source import files_beside
 
 
 class Run:
-    """One rank's view of a run. Constructing it is collective: ranks meet, the policy is built and loaded."""
+    """One rank's view of a run. Constructing it is collective: ranks meet, the policy is built and loaded.
 
-    def __init__(self, config: RunConfig):
+    Args:
+        config: checked.
+        claims: whether it holds the output folder for itself; one that only reads there need not.
+    """
+
+    def __init__(self, config: RunConfig, *, claims: bool = True):
         self.config = config
         self.device = platform().device
         self.output = Path(config.train.output)
@@ -67,7 +73,7 @@ class Run:
         self.heartbeat.start()
         self.layout = layouts.initialize(config.layout, seed=config.train.seed)
         self.is_main = self.layout.rank == 0
-        self._lock = claim(self.output) if self.is_main else None
+        self._lock = claim(self.output) if self.is_main and claims else None
         self.reporter = Reporter(config, is_main=self.is_main)
 
         model_files = hf_folder(config.model.path)
@@ -181,29 +187,33 @@ class Run:
             self._lock.close()
 
     def evaluate(self, step: int) -> None:
-        """Accuracy on the held-out problems with the engine's weights; collective.
+        """Keep and tell how the policy does on the held-out problems, if there are any; collective.
 
         Raises:
             Abandoned: on every rank: it was asked to end, and answers took too long.
         """
         if self.eval_prompts:
-            self.heartbeat.phase("evaluate")
-            params = evaluation_params(
-                self.config.eval, self.config.rollout, self.sampling.stop_ids, self.sampling.seed
-            )
-            self.collector.withdraw()  # else the engine would answer its requests too
-            result = evaluate(
-                self.engine,
-                self.graders,
-                self.eval_prompts,
-                self._share(len(self.eval_prompts)),
-                params,
-                step=step,
-                deadline_s=self.config.rollout.deadline_s,
-                recover=self.recover,
-                give_up=self.stop.gives_up,
-            )
-            self.reporter.evaluated(result)
+            self.reporter.evaluated(self.measure(step))
+
+    def measure(self, step: int) -> Evaluation:
+        """The held-out problems with the engine's weights; collective. Raises as `evaluate`."""
+        self.heartbeat.phase("evaluate")
+        config = self.config
+        params = evaluation_params(config.eval, config.rollout, self.sampling.stop_ids, self.sampling.seed)
+        self.collector.withdraw()  # else the engine would answer its requests too
+        result = evaluate(
+            self.engine,
+            self.graders,
+            self.eval_prompts,
+            self._share(len(self.eval_prompts)),
+            params,
+            step=step,
+            ks=config.eval.ks,
+            deadline_s=config.rollout.deadline_s,
+            recover=self.recover,
+            give_up=self.stop.gives_up,
+        )
+        return replace(result, model=config.model.path)
 
     def push(self, version: int) -> dict[str, float]:
         """Give the engine the policy's weights, as `version`; collective. Returns what that was like, as metrics."""
@@ -298,20 +308,32 @@ class Run:
         torch.manual_seed(seed)
 
 
-def evaluate_newest(config: RunConfig) -> None:
-    """Evaluate the newest checkpoint of a run, or its model where there is none; every rank calls it.
+def evaluate_run(config: RunConfig, *, checkpoint: Path | None = None, file: Path | None = None) -> None:
+    """Evaluate a checkpoint of a run, print the figures and write the result; every rank calls it.
+
+    A named checkpoint can be evaluated by the local engine while the run goes on; servers are the run's own.
+
+    Args:
+        config: of the run, with data.eval.
+        checkpoint: None: the newest one, or the model where there is none.
+        file: where the result goes; None: train.output/results/step_<n>.json.
 
     Raises:
-        ConfigError: there is nothing to evaluate on.
+        CheckpointError: the checkpoint is damaged, or none of this run.
         EvaluationStopped: a signal asked to end.
     """
-    if not config.data.eval:
-        raise ConfigError(
-            "data.eval is empty, so there is nothing to evaluate on. Add a source, such as a file's path."
-        )
-    run = Run(replace(config, checkpoint=replace(config.checkpoint, resume=True)))
+    if checkpoint and (reason := defect(checkpoint)):
+        raise CheckpointError(f"{checkpoint} is damaged: {reason}. Choose another checkpoint.")
+    run = Run(config, claims=checkpoint is None or config.rollout.engine is not EngineKind.local)
     try:
-        run.evaluate(run.restore())
+        chosen = checkpoint or run.checkpoints.latest()
+        step = run.checkpoints.load(chosen) if chosen else 0
+        run.push(step)
+        result = replace(run.measure(step), checkpoint=str(chosen or ""))
+        if run.is_main:
+            file = file or run.output / MEASURED / f"{name_of(step)}.json"
+            write_result(file, result)
+            print(f"{chosen or config.model.path}, {step} steps", *lines_of(result_table(result)), file, sep="\n")
     except Abandoned:
         raise EvaluationStopped(run.stop.signum) from None
     finally:

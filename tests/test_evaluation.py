@@ -1,48 +1,95 @@
-"""Held-out accuracy: what counts as solved, and whether a gain is more than luck."""
+"""Held-out problems: what counts as solved, what is kept, and whether a gain is more than luck."""
 
-import itertools
 import json
+from dataclasses import replace
 
 import pytest
 from small_runs import write_model
 
-from clipo_megatron.evaluation import (
+from clipo_megatron.evaluation.asking import evaluate, evaluation_params
+from clipo_megatron.evaluation.comparing import compare, comparisons, refuse_other_problems
+from clipo_megatron.evaluation.errors import EvaluationError
+from clipo_megatron.evaluation.estimators import majority_at_k, mean_and_error, pass_at_k
+from clipo_megatron.evaluation.results import (
     Evaluation,
-    compare,
-    comparison_table,
-    evaluate,
-    evaluation_params,
-    mcnemar_p_value,
+    EvaluationSettings,
+    ProblemResult,
+    digest_of,
+    ks_of,
     read_evaluations,
+    read_result,
     remove_evaluations,
     write_evaluation,
+    write_result,
 )
+from clipo_megatron.evaluation.tables import comparison_table, lines_of, progress_table, result_table, spoken
 
 
-def evaluation(correct, step=0):
-    return Evaluation(step=step, correct=correct, truncated=0.0, ungraded=0.0, length=1.0)
+def evaluation(correct, step=0, samples=4):
+    """Of problems with these shares of correct samples."""
+    problems = {name: ProblemResult(samples, round(share * samples), digest="same") for name, share in correct.items()}
+    return Evaluation(step, problems, EvaluationSettings(samples=samples, ks=(1, samples)))
 
 
-def p_by_enumeration(gained, lost):
-    """Share of all ways to toss a coin for each changed problem that are at least as lopsided as what was seen."""
-    seen = abs(gained - lost)
-    tosses = list(itertools.product((1, -1), repeat=gained + lost))
-    return sum(abs(sum(toss)) >= seen for toss in tosses) / len(tosses)
+# ---------------------------------------------------------------- figures
 
 
-@pytest.mark.parametrize("changed", range(13))
-def test_mcnemar_against_all_coin_tosses(changed):
-    for gained in range(changed + 1):
-        p = mcnemar_p_value(gained, changed - gained)
-        assert p == pytest.approx(p_by_enumeration(gained, changed - gained), rel=1e-12)
-        assert p == mcnemar_p_value(changed - gained, gained)
+MIXED = {
+    "a/0": ProblemResult(4, 3, ungraded=0, truncated=1, tokens=40, votes=(1,)),
+    "a/1": ProblemResult(4, 1, ungraded=1, truncated=0, tokens=20, votes=(2,)),
+    "x/b/0": ProblemResult(4, 0, ungraded=2, truncated=4, tokens=400, votes=(1, 1)),
+}
 
 
-def test_mcnemar_far_out():
-    assert mcnemar_p_value(0, 0) == 1.0
-    assert mcnemar_p_value(40, 0) == pytest.approx(2.0**-39)
-    assert 0.0 <= mcnemar_p_value(5000, 100) < 1e-300
-    assert mcnemar_p_value(20_000, 20_000) == 1.0
+def test_figures_of_sets_are_those_of_their_problems():
+    result = Evaluation(7, MIXED, EvaluationSettings(samples=4, temperature=0.6, ks=(1, 2, 4)))
+    assert result.sources == ["a", "x/b"]
+    assert result.correct == {"a/0": 0.75, "a/1": 0.25, "x/b/0": 0.0}
+    assert result.by_source() == {"a": 0.5, "x/b": 0.0}
+    whole, first = result.figures(), result.figures("a")
+    assert (whole.problems, whole.samples, whole.length) == (3, 4, 460 / 12)
+    assert (whole.truncated, whole.ungraded) == (5 / 12, 3 / 12)
+    assert (whole.accuracy, whole.error) == mean_and_error([0.75, 0.25, 0.0])
+    assert (first.length, first.truncated, first.ungraded) == (60 / 8, 1 / 8, 1 / 8)
+    for k in (1, 2, 4):
+        assert first.pass_at[k] == pytest.approx((pass_at_k(4, 3, k) + pass_at_k(4, 1, k)) / 2)
+        expected = (majority_at_k(4, 3, (1,), k) + majority_at_k(4, 1, (2,), k)) / 2
+        assert first.majority_at[k] == pytest.approx(expected)
+    assert first.majority_at[4] == 0.5  # three agree on the right answer of one, two on a wrong one of the other
+    assert result.mean_of_sets == (0.25, None)  # a set of one problem has no error
+    assert Evaluation(0, {}).accuracy == 0.0
+    assert result.of(["x/b"]).by_source() == {"x/b": 0.0}
+
+
+def test_every_set_weighs_the_same_in_the_mean_of_sets():
+    result = evaluation({**{f"a/{n}": float(n % 2) for n in range(100)}, "b/0": 1.0, "b/1": 1.0})
+    mean, error = result.mean_of_sets
+    assert mean == 0.75 and result.accuracy == pytest.approx(52 / 102)
+    assert error == pytest.approx(result.figures("a").error / 2)
+
+
+def test_the_table_has_a_row_a_set():
+    result = Evaluation(7, MIXED, EvaluationSettings(samples=4, temperature=0.6, ks=(1, 2, 4)))
+    headings, rows = result_table(result)
+    assert headings[:4] == ["set", "problems", "pass@1", "±"] and "maj@4" in headings and "pass@1" in headings
+    assert [row[0] for row in rows] == ["a", "x/b", "all problems", "mean of sets"]
+    first = dict(zip(headings, rows[0], strict=True))
+    assert (first["pass@1"], first["±"], first["pass@2"], first["maj@4"]) == ("50.0%", "25.0", "75.0%", "50.0%")
+    assert (first["tokens"], first["cut"], first["ungraded"]) == ("8", "12.5%", "12.5%")
+    lines = lines_of((headings, rows))
+    assert len(lines) == 5 and max(map(len, lines)) <= 100
+    said = spoken(result)
+    assert (
+        "after 7 steps: 33.3% ± 22.0 of 3 problems (a 50.0%, x/b 0.0%) (42% cut" in said and "25.0% could not" in said
+    )
+
+
+def test_ks():
+    assert ks_of([], 16) == (1, 2, 4, 8, 16)
+    assert ks_of([8, 1, 8], 16) == (1, 8)
+
+
+# ---------------------------------------------------------------- comparisons
 
 
 def test_comparison_is_paired():
@@ -53,19 +100,39 @@ def test_comparison_is_paired():
     assert (paired.problems, paired.gained, paired.lost) == (5, 3, 1)
     assert paired.before == pytest.approx(1.75 / 5)
     assert paired.after == pytest.approx(3.25 / 5)
-    assert paired.p_value == p_by_enumeration(3, 1)
+    assert paired.low < paired.difference < paired.high
+    assert paired.p_value is None  # McNemar's test is about one outcome a problem
     only = compare(before, after, source="b")
     assert (only.problems, only.gained, only.lost) == (2, 1, 0)
+    assert (only.low, only.high) == (0.25, 0.25)  # both problems gained the same
     assert compare(before, evaluation({})).problems == 0
 
 
-def test_table_has_a_row_a_source():
-    before = evaluation({"x/a/0": 0.0, "x/a/1": 0.0, "b/0": 1.0})
-    after = evaluation({"x/a/0": 1.0, "x/a/1": 0.0, "b/0": 1.0})
-    headings, rows = comparison_table(before, after)
-    assert [row[0] for row in rows] == ["b", "x/a", "all"]
+def test_greedy_answers_get_the_exact_test():
+    names = [f"a/{n}" for n in range(20)]
+    before = evaluation({name: float(n < 8) for n, name in enumerate(names)}, samples=1)
+    after = evaluation({name: float(n not in (3, 12)) for n, name in enumerate(names)}, samples=1)
+    paired = compare(before, after)
+    assert (paired.gained, paired.lost) == (11, 1)
+    assert paired.p_value == pytest.approx(2 * 13 / 2**12)
+
+
+def test_the_pairing_makes_the_interval_narrow():
+    """Hard and easy problems differ far more than the two models do."""
+    before = evaluation({f"a/{n}": (n % 11) / 16 for n in range(500)}, samples=16)
+    after = evaluation({f"a/{n}": (n % 11 + (n % 2)) / 16 for n in range(500)}, samples=16)
+    paired = compare(before, after)
+    assert paired.difference == pytest.approx(0.03125)
+    assert paired.high - paired.low < 0.006 < 2 * 1.96 * before.figures().error
+
+
+def test_comparison_table_has_a_row_a_set():
+    before = evaluation({"x/a/0": 0.0, "x/a/1": 0.0, "b/0": 1.0, "b/1": 1.0}, samples=1)
+    after = evaluation({"x/a/0": 1.0, "x/a/1": 0.0, "b/0": 1.0, "b/1": 1.0}, samples=1)
+    headings, rows = progress_table(before, after)
+    assert [row[0] for row in rows] == ["b", "x/a", "all problems"]
     assert dict(zip(headings, rows[1], strict=True)) == {
-        "source": "x/a",
+        "set": "x/a",
         "problems": "2",
         "before": "0.0%",
         "after": "50.0%",
@@ -74,8 +141,31 @@ def test_table_has_a_row_a_source():
         "lost": "0",
         "p": "1",
     }
-    assert len(comparison_table(evaluation({"b/0": 0.0}), evaluation({"b/0": 0.0}))[1]) == 1
-    assert before.by_source() == {"x/a": 0.0, "b": 1.0}
+    assert len(progress_table(evaluation({"b/0": 0.0}), evaluation({"b/0": 0.0}))[1]) == 1
+    headings, rows = comparison_table(found := comparisons(before, after))
+    assert [row[0] for row in rows] == ["b", "x/a", "all problems", "mean of sets"]
+    assert dict(zip(headings, rows[1], strict=True))["95%"] == "+0.0 .. +100.0"
+    *_, everything, mean = found
+    assert everything.difference == mean.difference == 0.25
+    assert everything.low == mean.low == 0.0 and everything.high == 0.75 and mean.high == 0.5
+
+
+def test_sets_with_other_problems_are_refused():
+    mine = evaluation({"a/0": 1.0, "a/1": 0.0, "b/0": 1.0})
+    refuse_other_problems(mine, evaluation({"a/0": 0.0, "a/1": 0.0, "c/0": 1.0}), ("A", "B"))
+    with pytest.raises(EvaluationError, match=r"a has 2 problems in A and 3 in B; 1 of them .*such as a/2.*--set"):
+        refuse_other_problems(mine, evaluation({"a/0": 1.0, "a/1": 1.0, "a/2": 1.0}), ("A", "B"))
+    with pytest.raises(EvaluationError, match=r"A has the sets a, b and B has c: there is nothing to pair"):
+        refuse_other_problems(mine, evaluation({"c/0": 1.0}), ("A", "B"))
+    other = Evaluation(0, {name: replace(each, digest="other") for name, each in mine.of(["b"]).problems.items()})
+    with pytest.raises(EvaluationError, match=r"1 of 1 problems of the set b have another question.*such as b/0"):
+        refuse_other_problems(mine, other, ("A", "B"))
+    turn = {"role": "user", "content": "1 + 1?"}
+    assert digest_of([turn], "2") == digest_of([dict(turn)], "2") != digest_of([turn], "3")
+    assert digest_of([turn], "2") != digest_of([{**turn, "content": "1 + 2?"}], "2")
+
+
+# ---------------------------------------------------------------- files
 
 
 def test_results_are_kept_whole_and_later_ones_dropped(tmp_path):
@@ -83,16 +173,45 @@ def test_results_are_kept_whole_and_later_ones_dropped(tmp_path):
     for result in results:
         write_evaluation(tmp_path, result)
     facts = json.loads((tmp_path / "step_000010.json").read_text())
-    assert facts["accuracy"] == 0.75
+    assert facts["accuracy"] == facts["all"]["pass@1"] == 0.75
     assert facts["by_source"] == {"a": 0.75}
-    (tmp_path / "step_000020.tmp").write_text('{"step":')  # the writer was killed
+    assert facts["sets"]["a"]["pass@k"] == {"1": 0.75, "4": 1.0}
+    (tmp_path / "step_000020.json.tmp").write_text('{"step":')  # the writer was killed
+    (tmp_path / "step_000030.json").write_text('{"step": 30, "correct": {}}')  # an older version's
     assert read_evaluations(tmp_path) == results
     remove_evaluations(tmp_path, after=1_000_000)
     assert read_evaluations(tmp_path) == results
     remove_evaluations(tmp_path, after=10)
     assert read_evaluations(tmp_path) == results[:2]
-    assert not (tmp_path / "step_999999.json").exists()
+    assert not (tmp_path / "step_999999.json").exists() and not (tmp_path / "step_000030.json").exists()
     assert read_evaluations(tmp_path / "none") == []
+
+
+def test_a_result_is_read_as_it_was_written(tmp_path):
+    settings = EvaluationSettings(4, 0.6, 0.95, 20, 512, 3, (1, 4))
+    result = Evaluation(7, MIXED, settings, model="models/m", checkpoint="runs/x/checkpoints/step_000007")
+    write_result(tmp_path / "deep" / "result.json", result)
+    assert read_result(tmp_path / "deep" / "result.json") == result
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "is no JSON"),
+        ("[]", "no result of schema 1 but of None"),
+        ('{"schema": 9}', "schema 1 but of 9"),
+        ('{"schema": 1, "settings": {"ks": [1]}}', "is not whole"),
+    ],
+)
+def test_a_file_that_is_no_result_is_named(tmp_path, text, message):
+    (tmp_path / "x.json").write_text(text)
+    with pytest.raises(EvaluationError, match=message):
+        read_result(tmp_path / "x.json")
+    with pytest.raises(EvaluationError, match="cannot be read"):
+        read_result(tmp_path / "y.json")
+
+
+# ---------------------------------------------------------------- asking
 
 
 def evaluate_here(answers):
@@ -180,3 +299,15 @@ def test_an_ungraded_answer_is_not_solved(ranks):
     assert first.accuracy == 0.5
     assert first.truncated == 3 / 8
     assert first.length == 2.0
+    assert [each.votes for each in first.problems.values()] == [(), (1,), (1,), (2,)]
+    assert first.problems["s/2"].ungraded == 1 and first.problems["s/3"].tokens == 4
+    assert len({each.digest for each in first.problems.values()}) == 1  # the same question, asked four times
+
+
+def test_how_evaluation_samples():
+    from clipo_megatron.config.schema import EvalConfig, RolloutConfig
+
+    settings = EvalConfig(samples=16, temperature=0.6, top_p=0.95, top_k=20)
+    params = evaluation_params(settings, RolloutConfig(max_new_tokens=77), (1,), seed=3)
+    assert (params.samples, params.temperature, params.top_p, params.top_k) == (16, 0.6, 0.95, 20)
+    assert (params.max_new_tokens, params.seed, params.step, params.exact_logprobs) == (77, 3, -1, False)

@@ -10,7 +10,8 @@ import pytest
 from rich.console import Console
 
 from clipo_megatron.config.schema import ReportConfig
-from clipo_megatron.evaluation import Evaluation, comparison_table
+from clipo_megatron.evaluation.results import Evaluation, ProblemResult
+from clipo_megatron.evaluation.tables import progress_table
 from clipo_megatron.flow import StepReport
 from clipo_megatron.report.alarms import AlarmError, NonFiniteError, alarms, stop_on, stop_on_skips
 from clipo_megatron.report.console import COLUMNS, Progress, Stopwatch, duration
@@ -208,16 +209,16 @@ def test_nothing_is_said_by_other_ranks():
 @pytest.mark.parametrize("width", [80, 120])
 def test_the_closing_table_is_not_broken_into_pieces(width, terminal):
     def evaluation(accuracy):
-        problems = {f"{source}/{n}": accuracy for source in ("quickstart-held-out", "b [bold]") for n in range(1000)}
-        return Evaluation(0, problems, 0.0, 0.0, 1.0)
+        names = [f"{source}/{n}" for source in ("quickstart-held-out", "b [bold]") for n in range(1000)]
+        return Evaluation(0, {name: ProblemResult(1, int(accuracy)) for name in names})
 
     progress, lines = screen(width, terminal=terminal)
-    headings, rows = comparison_table(evaluation(0.0), evaluation(1.0))
+    headings, rows = progress_table(evaluation(0.0), evaluation(1.0))
     progress.table("Held-out problems", headings, rows)
     text = [re.sub(r"\x1b\[[\d;]*m", "", line) for line in lines()]
     assert terminal or text == lines()
     assert all(len(line) <= width for line in text)
-    (heading,) = [line for line in text if "problems" in line and "source" in line]
+    (heading,) = [line for line in text if "problems" in line and "gained" in line]
     assert all(name in heading for name in headings)
     body = [line for line in text if line.strip().startswith(("quick", "b [", "all"))]
     assert [line.split()[-7:] for line in body] == [row[1:] for row in rows]

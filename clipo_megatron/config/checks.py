@@ -13,6 +13,7 @@ from math import gcd
 from pathlib import Path
 from typing import Any
 
+from clipo_megatron.config.checks_evaluation import evaluation_problems
 from clipo_megatron.config.checks_layout import division_problems
 from clipo_megatron.config.checks_rollout import rollout_problems
 from clipo_megatron.config.errors import ConfigError, Problem
@@ -54,6 +55,7 @@ def check(config: RunConfig, *, ranks: int | None = None, absent: bool = False) 
         *_batch(config, ranks),
         *_numbers(config),
         *rollout_problems(config),
+        *evaluation_problems(config),
     ]
     elsewhere = [each for each in problems if each.absent and absent]
     if problems := [each for each in problems if each not in elsewhere]:
@@ -307,6 +309,7 @@ def _numbers(config: RunConfig) -> Iterator[Problem]:
             "checkpoint.keep_best",
             "eval.every",
             "eval.temperature",
+            "eval.top_k",
             "report.save_rollouts",
         ),
     }

@@ -339,6 +339,9 @@ class EvalConfig:
     at_start: bool = True
     samples: int = 1
     temperature: float = 0.0  # 0: greedy
+    top_p: float = 1.0
+    top_k: int = 0  # 0: off
+    ks: list[int] = field(default_factory=list)  # of pass@k and maj@k; []: 1, 2, 4 .. eval.samples
     max_new_tokens: Optional[int] = None  # None: rollout.max_new_tokens
 
 

@@ -55,10 +55,15 @@ def grade(response: str, ground_truth: str, *, data_source: str = "", extra: Any
 
     A ground truth without a number is equal to nothing. `data_source` and `extra` are not used.
     """
+    answer = final_number(response)
+    return float(answer is not None and answer == last_number(f"={gold_answer(ground_truth)}"))
+
+
+def final_number(response: str) -> Fraction | None:
+    """The number that a response ends with (see the module's docstring); None when it gives none."""
     text = after_thinking(response)
     boxed = last_boxed(text)
-    answer = last_number(text) if boxed is None else last_number(f"={boxed}")
-    return float(answer is not None and answer == last_number(f"={gold_answer(ground_truth)}"))
+    return last_number(text) if boxed is None else last_number(f"={boxed}")
 
 
 def last_number(text: str) -> Fraction | None:

@@ -93,6 +93,11 @@ class GraderPool:
         for thread in self._threads:
             thread.start()
 
+    def mode_of(self, data_source: str) -> str:
+        """The mode in which answers of a data source are judged; never `auto`."""
+        mode = self._modes.get(data_source, self._default_mode)
+        return mode_for(data_source) if mode == "auto" else mode
+
     def submit(self, group: RolloutGroup) -> None:
         """Start to grade the rollouts of `group`; does not wait. `collect` returns the verdicts."""
         prompt = group.prompt
@@ -206,7 +211,7 @@ class GraderPool:
     def _grade(self, task: _Task, process: GraderProcess | None, number: int) -> GraderProcess | None:
         """Settle `task`; returns the process if it can go on."""
         answer, begun = task.answer, time.monotonic()
-        mode = self._mode(answer.data_source)
+        mode = self.mode_of(answer.data_source)
         request = {
             "mode": mode,
             "response": answer.response,
@@ -276,10 +281,6 @@ class GraderPool:
             if self._closing:
                 process.interrupt()
         return process
-
-    def _mode(self, data_source: str) -> str:
-        mode = self._modes.get(data_source, self._default_mode)
-        return mode_for(data_source) if mode == "auto" else mode
 
     def _discard(self, process: GraderProcess | None, number: int) -> None:
         with self._lock:

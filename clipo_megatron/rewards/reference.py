@@ -41,7 +41,7 @@ def agree(answer: str, gold: str, *, data_source: str) -> bool:
     """Whether the final answer `answer` equals `gold` under the rules for `data_source`."""
     if is_choice_source(data_source):
         return answer.partition(".")[0].strip() == gold.strip()
-    return _benchmark_form(answer) == _benchmark_form(gold) or _equal_by_value(answer, gold)
+    return benchmark_form(answer) == benchmark_form(gold) or _equal_by_value(answer, gold)
 
 
 # Rule 2: one spelling for each answer, by string replacement.
@@ -51,7 +51,8 @@ class _Unreadable(ValueError):
     """The string rules give up on this answer; it is compared as it stands."""
 
 
-def _benchmark_form(answer: str) -> str:
+def benchmark_form(answer: str) -> str:
+    """An answer in the one spelling that rule 2 compares."""
     answer = answer.strip()
     wrapped = _WRAPPED_TEXT.search(answer)
     if wrapped:

@@ -49,6 +49,7 @@ class SamplingParams:
     stop_ids: tuple[int, ...] = ()
     seed: int = 0  # of the run; the engine derives one seed per (seed, step, prompt id, sample)
     step: int = 0
+    exact_logprobs: bool = True  # those of the policy, before truncation; evaluation does not read them
 
     def check(self) -> None:
         """Raise EngineError for a value that no engine can follow."""

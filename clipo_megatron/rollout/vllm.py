@@ -94,7 +94,7 @@ class VLLMServer(HttpServer):
         """Refuse parameters under which the engine's log-probs would not be the policy's."""
         if not self._model:
             await self.state(deadline_s=deadline_s)
-        if params.temperature == 0:
+        if params.temperature == 0 or not params.exact_logprobs:
             return
         truncated = params.top_p < 1 or params.top_k > 0
         processed = self._logprobs_mode == "processed_logprobs"

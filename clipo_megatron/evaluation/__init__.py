@@ -1,0 +1,1 @@
+"""Held-out problems: asked, graded, counted, written down, and compared problem by problem."""

@@ -1,0 +1,142 @@
+"""What an evaluation says, from counts alone: pass@k, maj@k, standard errors, paired tests. Pure, without torch.
+
+The unit is the problem. Samples of one problem are not independent evidence, so every error and interval takes whole
+problems: the mean over problems of each problem's own figure, and how far those figures scatter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from fractions import Fraction
+from functools import lru_cache
+from math import comb, sqrt
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # numpy takes a tenth of a second to import, and every `clipo` command comes by here
+    import numpy as np
+
+RESAMPLES = 10_000
+
+
+def pass_at_k(samples: int, correct: int, k: int) -> float:
+    """Chance that at least one of k of the samples, drawn without replacement, is correct.
+
+    The unbiased estimator of Chen et al., arXiv 2107.03374: 1 - C(n - c, k) / C(n, k), for k <= n.
+
+    Raises:
+        ValueError: k is not between 1 and the number of samples.
+    """
+    _check(samples, k)
+    return 1.0 - comb(samples - correct, k) / comb(samples, k)
+
+
+@lru_cache(maxsize=4096)  # few counts are different, and many problems have the same
+def majority_at_k(samples: int, correct: int, others: tuple[int, ...], k: int) -> float:
+    """Chance that a vote among k of the samples, drawn without replacement, elects the correct answer.
+
+    Exact, over all C(n, k) draws. Of answers with equally many votes each is elected with equal chance; whoever gave
+    no answer does not vote, and a vote without voters elects nothing.
+
+    Args:
+        samples: n, of one problem.
+        correct: how many of them are correct: they agree on the correct answer.
+        others: how many agree on each of the wrong answers. What is left of n gave no answer.
+        k: voters, 1 to n.
+
+    Raises:
+        ValueError: k is out of range, or the counts add up to more than n.
+    """
+    _check(samples, k)
+    silent = samples - correct - sum(others)
+    if silent < 0 or correct < 0 or any(each < 1 for each in others):
+        raise ValueError(f"{correct} correct and {others} other answers are not counts of {samples} samples")
+    won = Fraction(0)
+    for votes in range(1, min(correct, k) + 1):
+        # Groups smaller than that can neither win nor tie: their members count like the silent ones.
+        free = silent + sum(each for each in others if each < votes)
+        ways = _ways([each for each in others if each >= votes], votes, k - votes)
+        for ties, by_voters in enumerate(ways):
+            draws = sum(count * comb(free, k - votes - voters) for voters, count in enumerate(by_voters))
+            won += Fraction(comb(correct, votes) * draws, ties + 1)
+    return float(won / comb(samples, k))
+
+
+def _ways(groups: Sequence[int], votes: int, room: int) -> list[list[int]]:
+    """[ties][voters]: ways to draw so many voters from the groups, at most `votes` a group, `ties` with as many."""
+    most = room // votes
+    table = [[0] * (room + 1) for _ in range(most + 1)]
+    table[0][0] = 1
+    for size in groups:
+        grown = [[0] * (room + 1) for _ in range(most + 1)]
+        for ties, by_voters in enumerate(table):
+            for voters, count in enumerate(by_voters):
+                if not count:
+                    continue
+                for more in range(min(votes - 1, room - voters) + 1):
+                    grown[ties][voters + more] += count * comb(size, more)
+                if voters + votes <= room:
+                    grown[ties + 1][voters + votes] += count * comb(size, votes)
+        table = grown
+    return table
+
+
+def _check(samples: int, k: int) -> None:
+    if not 1 <= k <= samples:
+        raise ValueError(f"k = {k} of {samples} samples: k must be between 1 and the number of samples")
+
+
+def usual_ks(samples: int) -> tuple[int, ...]:
+    """1, 2, 4 and so on up to the number of samples, which is the last."""
+    powers = [2**power for power in range(samples.bit_length()) if 2**power < samples]
+    return (*powers, samples)
+
+
+def mean_and_error(figures: Sequence[float]) -> tuple[float, float | None]:
+    """The mean over problems, and its standard error: s / sqrt(N), with s^2 = sum (x - mean)^2 / (N - 1).
+
+    There is no error for fewer than two problems; the mean of none is 0.
+    """
+    count = len(figures)
+    mean = sum(figures) / max(count, 1)
+    if count < 2:
+        return mean, None
+    return mean, sqrt(sum((each - mean) ** 2 for each in figures) / (count - 1) / count)
+
+
+def bootstrap_means(differences: Sequence[float], *, resamples: int = RESAMPLES, seed: int = 0) -> np.ndarray:
+    """Means of as many problems as there are, drawn with replacement, [resamples]. Efron, 1979.
+
+    Problems with the same difference are interchangeable, so how often each difference is drawn is multinomial: the
+    same distribution as drawing one by one, in a fraction of the time.
+
+    Args:
+        differences: one a problem, at least one problem.
+        resamples: how many means.
+        seed: of the draws.
+    """
+    import numpy as np
+
+    values, counts = np.unique(np.asarray(differences, dtype=np.float64), return_counts=True)
+    total = int(counts.sum())
+    draws = np.random.Generator(np.random.Philox(key=seed)).multinomial(total, counts / total, size=resamples)
+    return draws @ values / total
+
+
+def interval_of(means: np.ndarray, *, confidence: float = 0.95) -> tuple[float, float]:
+    """The percentile interval of resampled means."""
+    import numpy as np
+
+    low, high = np.quantile(means, [(1 - confidence) / 2, (1 + confidence) / 2])
+    return float(low), float(high)
+
+
+def mcnemar_p_value(gained: int, lost: int) -> float:
+    """Exact two-sided McNemar test: 2 * P(Binomial(gained + lost, 1/2) <= min), at most 1. McNemar, 1947."""
+    trials = gained + lost
+    if trials == 0:
+        return 1.0
+    tail = ways = 1  # of k = 0 heads; whole numbers, so that nothing is lost far out
+    for k in range(min(gained, lost)):
+        ways = ways * (trials - k) // (k + 1)
+        tail += ways
+    return min(1.0, 2 * tail / 2**trials)

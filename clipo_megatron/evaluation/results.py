@@ -1,0 +1,288 @@
+"""An evaluation as counts of each problem, its figures set by set, and the file it is kept in. Imports no torch.
+
+The file is JSON, schema 1:
+
+    schema       1
+    step         training steps that the weights have seen
+    model        model.path of the run; `checkpoint`: the folder that was evaluated, "" for the policy in training
+    settings     samples, temperature, top_p, top_k, max_new_tokens, seed, ks
+    accuracy     pass@1 over all problems; `by_source` the same by set; truncated, ungraded, length over all responses
+    all          figures over all problems: problems, samples, pass@1, pass@1 error, pass@k and maj@k by k, length,
+                 truncated, ungraded
+    sets         the same by set; `mean of sets`: pass@1 and its error where every set weighs the same
+    problems     by id, "<set>/<row>": samples, correct, ungraded, truncated, tokens, votes, digest
+
+The figures are there for people and scripts; they are computed anew from `problems` when the file is read.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any
+
+from clipo_megatron.data.sources import source_of
+from clipo_megatron.evaluation.errors import EvaluationError
+from clipo_megatron.evaluation.estimators import majority_at_k, mean_and_error, pass_at_k, usual_ks
+from clipo_megatron.files import write_durably
+
+SCHEMA = 1
+
+
+@dataclass(frozen=True)
+class EvaluationSettings:
+    """How the responses were drawn. `ks`: for pass@k and maj@k, each at most `samples`."""
+
+    samples: int = 1
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    max_new_tokens: int = 1024
+    seed: int = 0
+    ks: tuple[int, ...] = (1,)
+
+    @property
+    def greedy(self) -> bool:
+        """Whether there was one answer a problem, without chance."""
+        return self.samples == 1 and self.temperature == 0
+
+
+@dataclass(frozen=True)
+class ProblemResult:
+    """The counts of one problem. Responses that are neither correct nor in `votes` gave no answer."""
+
+    samples: int
+    correct: int
+    ungraded: int = 0  # without a verdict; not correct
+    truncated: int = 0  # cut at the length limit
+    tokens: int = 0  # of all responses
+    votes: tuple[int, ...] = ()  # responses that agree on a wrong answer, for each of those, most first
+    digest: str = ""  # of question and ground truth: tells whether two files speak of the same problem
+
+    @property
+    def share(self) -> float:
+        """Of its samples that are correct."""
+        return self.correct / max(self.samples, 1)
+
+
+@dataclass(frozen=True)
+class Figures:
+    """What is said of a set of problems."""
+
+    problems: int
+    samples: int  # of each
+    accuracy: float  # pass@1: the mean over problems
+    error: float | None  # its standard error, problems being the unit
+    pass_at: Mapping[int, float]
+    majority_at: Mapping[int, float]
+    length: float  # mean response tokens
+    truncated: float  # share of responses cut at the length limit
+    ungraded: float  # share of responses without a verdict, counted as not solved
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Results of one evaluation, identical on every rank."""
+
+    step: int
+    problems: Mapping[str, ProblemResult]
+    settings: EvaluationSettings = field(default_factory=EvaluationSettings)
+    model: str = ""
+    checkpoint: str = ""
+
+    @cached_property
+    def correct(self) -> dict[str, float]:
+        """Problem id -> share of its samples that are correct; ungraded ones are not."""
+        return {name: each.share for name, each in self.problems.items()}
+
+    @cached_property
+    def sources(self) -> list[str]:
+        """Names of the sets, in order."""
+        return sorted({source_of(name) for name in self.problems})
+
+    @property
+    def accuracy(self) -> float:
+        """Mean over problems; 0 without any."""
+        return self.figures().accuracy
+
+    @property
+    def truncated(self) -> float:
+        """Share of responses cut at the length limit."""
+        return self.figures().truncated
+
+    @property
+    def ungraded(self) -> float:
+        """Share of responses without a verdict, counted as not solved."""
+        return self.figures().ungraded
+
+    @property
+    def length(self) -> float:
+        """Mean response tokens."""
+        return self.figures().length
+
+    def by_source(self) -> dict[str, float]:
+        """Accuracy of each set."""
+        return {source: self.figures(source).accuracy for source in self.sources}
+
+    @property
+    def mean_of_sets(self) -> tuple[float, float | None]:
+        """Mean of the sets' accuracies, and its standard error; no error where a set has none."""
+        found = [self.figures(source) for source in self.sources]
+        count = max(len(found), 1)
+        errors = [each.error for each in found]
+        error = None if None in errors or not errors else math.hypot(*errors) / count
+        return sum(each.accuracy for each in found) / count, error
+
+    def of(self, sources: Sequence[str]) -> Evaluation:
+        """The same with these sets alone."""
+        kept = {name: each for name, each in self.problems.items() if source_of(name) in sources}
+        return Evaluation(self.step, kept, self.settings, self.model, self.checkpoint)
+
+    def figures(self, source: str | None = None) -> Figures:
+        """Of one set, or of all problems together."""
+        return self._figures[source]
+
+    @cached_property
+    def _figures(self) -> dict[str | None, Figures]:
+        by_source: dict[str | None, list[ProblemResult]] = {None: list(self.problems.values())}
+        for name, each in self.problems.items():
+            by_source.setdefault(source_of(name), []).append(each)
+        return {source: figures_of(found, self.settings.ks) for source, found in by_source.items()}
+
+
+def figures_of(problems: Sequence[ProblemResult], ks: Sequence[int]) -> Figures:
+    """What is said of these problems; a k that a problem has no samples for is left out."""
+    least = min((each.samples for each in problems), default=0)
+    ks = [k for k in ks if k <= least]
+    accuracy, error = mean_and_error([each.share for each in problems])
+    passed = {k: [pass_at_k(each.samples, each.correct, k) for each in problems] for k in ks}
+    elected = {k: [majority_at_k(each.samples, each.correct, each.votes, k) for each in problems] for k in ks}
+    responses = max(sum(each.samples for each in problems), 1)
+    return Figures(
+        problems=len(problems),
+        samples=least,
+        accuracy=accuracy,
+        error=error,
+        pass_at={k: math.fsum(found) / len(found) for k, found in passed.items()},
+        majority_at={k: math.fsum(found) / len(found) for k, found in elected.items()},
+        length=sum(each.tokens for each in problems) / responses,
+        truncated=sum(each.truncated for each in problems) / responses,
+        ungraded=sum(each.ungraded for each in problems) / responses,
+    )
+
+
+def digest_of(messages: Sequence[Mapping[str, str]], ground_truth: str) -> str:
+    """Sixteen hexadecimal digits that differ where turns or ground truth differ."""
+    text = json.dumps([[[turn["role"], turn["content"]] for turn in messages], ground_truth])
+    return blake2b(text.encode(), digest_size=8).hexdigest()
+
+
+def ks_of(wanted: Sequence[int], samples: int) -> tuple[int, ...]:
+    """The k's of a configuration, `eval.ks`, or the usual ones."""
+    return tuple(sorted(set(wanted))) if wanted else usual_ks(samples)
+
+
+# ---------------------------------------------------------------- files
+
+
+def as_json(result: Evaluation) -> dict[str, Any]:
+    """What the file holds; see the module."""
+    return {
+        "schema": SCHEMA,
+        "step": result.step,
+        "model": result.model,
+        "checkpoint": result.checkpoint,
+        "settings": {**asdict(result.settings), "ks": list(result.settings.ks)},
+        "accuracy": result.accuracy,
+        "by_source": result.by_source(),
+        "truncated": result.truncated,
+        "ungraded": result.ungraded,
+        "length": result.length,
+        "all": _spelled(result.figures()),
+        "sets": {source: _spelled(result.figures(source)) for source in result.sources},
+        "mean of sets": dict(zip(("pass@1", "pass@1 error"), result.mean_of_sets, strict=True)),
+        "problems": {name: {**asdict(each), "votes": list(each.votes)} for name, each in result.problems.items()},
+    }
+
+
+def _spelled(figures: Figures) -> dict[str, Any]:
+    return {
+        "problems": figures.problems,
+        "samples": figures.samples,
+        "pass@1": figures.accuracy,
+        "pass@1 error": figures.error,
+        "pass@k": {str(k): value for k, value in figures.pass_at.items()},
+        "maj@k": {str(k): value for k, value in figures.majority_at.items()},
+        "length": figures.length,
+        "truncated": figures.truncated,
+        "ungraded": figures.ungraded,
+    }
+
+
+def write_result(file: Path, result: Evaluation) -> None:
+    """Keep a result, whole or not at all.
+
+    Raises:
+        EvaluationError: the file cannot be written.
+    """
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_durably(file, json.dumps(as_json(result), indent=1))
+    except OSError as error:
+        raise EvaluationError(f"{file} cannot be written: {error}. Choose another file with --output.") from error
+
+
+def read_result(file: Path) -> Evaluation:
+    """Inverse of `write_result`.
+
+    Raises:
+        EvaluationError: there is no such file, or it holds no result of this schema.
+    """
+    try:
+        facts = json.loads(file.read_text())
+    except OSError as error:
+        raise EvaluationError(f"{file} cannot be read: {error.strerror}. Give a result of `clipo eval`.") from error
+    except ValueError as error:
+        raise EvaluationError(f"{file} is no JSON: {error}. Give a result of `clipo eval`.") from None
+    if not isinstance(facts, dict) or facts.get("schema") != SCHEMA:
+        held = facts.get("schema") if isinstance(facts, dict) else None
+        raise EvaluationError(
+            f"{file} holds no result of schema {SCHEMA} but of {held!r}. Evaluate again with this version."
+        )
+    try:
+        settings = EvaluationSettings(**{**facts["settings"], "ks": tuple(facts["settings"]["ks"])})
+        problems = {
+            name: ProblemResult(**{**each, "votes": tuple(each["votes"])}) for name, each in facts["problems"].items()
+        }
+        return Evaluation(facts["step"], problems, settings, facts["model"], facts["checkpoint"])
+    except (KeyError, TypeError, AttributeError) as error:
+        raise EvaluationError(f"{file} is not whole ({error}). Evaluate again.") from None
+
+
+def write_evaluation(folder: Path, result: Evaluation) -> None:
+    """Keep a result of training as step_<n>.json."""
+    write_result(folder / f"step_{result.step:06d}.json", result)
+
+
+def read_evaluations(folder: Path) -> list[Evaluation]:
+    """All results of a run's training, by step; those of another schema are passed over."""
+    found = []
+    for file in folder.glob("step_*.json"):
+        try:
+            found.append(read_result(file))
+        except EvaluationError:
+            continue
+    return sorted(found, key=lambda each: each.step)
+
+
+def remove_evaluations(folder: Path, *, after: int) -> None:
+    """Remove the results of steps that a resumed run does anew."""
+    for file in folder.glob("step_*.json"):
+        step = file.stem.removeprefix("step_")
+        if step.isdigit() and int(step) > after:
+            file.unlink()

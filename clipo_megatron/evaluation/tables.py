@@ -1,0 +1,97 @@
+"""Evaluations and comparisons as tables for a terminal: headings and rows of text. Imports no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from clipo_megatron.evaluation.comparing import Comparison, comparisons
+from clipo_megatron.evaluation.results import Evaluation, Figures
+
+Table = tuple[list[str], list[list[str]]]
+_MOST_KS = 3  # of pass@k and of maj@k; the file has all of them
+
+
+def spoken(result: Evaluation) -> str:
+    """One line: the accuracy with its standard error, that of each set where there are several, and what was lost."""
+    whole = result.figures()
+    error = "" if whole.error is None else f" ± {_points(whole.error)}"
+    line = f"held-out accuracy after {result.step} steps: {whole.accuracy:.1%}{error} of {whole.problems} problems"
+    if len(result.sources) > 1:
+        line += f" ({', '.join(f'{source} {value:.1%}' for source, value in result.by_source().items())})"
+    line += f" ({whole.truncated:.0%} cut at the length limit"
+    return line + (f", {whole.ungraded:.1%} could not be graded and count as not solved)" if whole.ungraded else ")")
+
+
+def result_table(result: Evaluation) -> Table:
+    """A row a set; where there are several, one over all problems and one for the mean of sets."""
+    ks = [k for k in result.settings.ks if k > 1][-_MOST_KS:]
+    headings = ["set", "problems", "pass@1", "±"]
+    headings += [f"{kind}@{k}" for kind in ("pass", "maj") for k in ks]
+    headings += ["tokens", "cut", "ungraded"]
+    rows = [_row(source, result.figures(source), ks) for source in result.sources]
+    if len(rows) > 1:
+        rows.append(_row("all problems", result.figures(), ks))
+        mean, error = result.mean_of_sets
+        rows.append(["mean of sets", "", f"{mean:.1%}", _points(error), *[""] * (len(headings) - 4)])
+    return headings, rows
+
+
+def _row(name: str, figures: Figures, ks: Sequence[int]) -> list[str]:
+    of_k = [f"{values[k]:.1%}" if k in values else "-" for values in (figures.pass_at, figures.majority_at) for k in ks]
+    return [
+        name,
+        str(figures.problems),
+        f"{figures.accuracy:.1%}",
+        _points(figures.error),
+        *of_k,
+        f"{figures.length:.0f}",
+        f"{figures.truncated:.1%}",
+        f"{figures.ungraded:.1%}",
+    ]
+
+
+def _points(error: float | None) -> str:
+    return "-" if error is None else f"{100 * error:.1f}"
+
+
+def progress_table(before: Evaluation, after: Evaluation) -> Table:
+    """What training changed: a row a set, and one over all where there are several. Narrow enough for 80 columns.
+
+    `gained` counts the problems that are solved only after, `lost` those solved only before.
+    """
+    headings = ["set", "problems", "before", "after", "points", "gained", "lost", "p"]
+    rows = [[*row[:5], *row[6:]] for row in comparison_table(comparisons(before, after))[1]]
+    return headings, rows[:-1] if len(rows) > 1 else rows
+
+
+def comparison_table(found: Sequence[Comparison]) -> Table:
+    """A row each, as they come; points are hundredths of an accuracy."""
+    headings = ["set", "problems", "A", "B", "B - A", "95%", "only B", "only A", "p"]
+    rows = [
+        [
+            each.source,
+            str(each.problems),
+            f"{each.before:.1%}",
+            f"{each.after:.1%}",
+            f"{100 * each.difference:+.1f}",
+            f"{100 * each.low:+.1f} .. {100 * each.high:+.1f}",
+            str(each.gained),
+            str(each.lost),
+            "-" if each.p_value is None else f"{each.p_value:.2g}",
+        ]
+        for each in found
+    ]
+    return headings, rows
+
+
+def lines_of(table: Table) -> list[str]:
+    """A table as lines of text: the first column to the left, the others to the right."""
+    headings, rows = table
+    widths = [max(map(len, column)) for column in zip(headings, *rows, strict=True)]
+    return [
+        "  ".join(
+            cell.ljust(width) if index == 0 else cell.rjust(width)
+            for index, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in (headings, *rows)
+    ]

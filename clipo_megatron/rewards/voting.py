@@ -1,0 +1,46 @@
+r"""Which responses give the same answer, for majority votes: a key, equal where cheap rules of the grader say so.
+
+    "... so \boxed{\frac12}"   and   "\boxed{1/2}"        reference, math: the benchmark's string rules make them equal
+    "\boxed{(C)}"              and   "\boxed{c}"          choice
+    "That is $1,350."          and   "\boxed{1350.0}"     number
+
+No algebra is done: (x+1)^2 and x^2+2x+1 stay two answers. Only wrong answers need this; right ones agree by verdict.
+"""
+
+from __future__ import annotations
+
+import re
+from fractions import Fraction
+
+from clipo_megatron.rewards import choice, number, reasoning_gym, reference
+from clipo_megatron.rewards.answer import after_thinking, is_choice_source, last_boxed
+from clipo_megatron.rewards.modes import mode_for
+
+_LONGEST = 500  # characters; a longer answer agrees with its exact repetitions only
+_PLAIN_NUMBER = re.compile(r"-?[0-9]{1,40}(\.[0-9]{1,40})?")
+
+
+def answer_key(response: str, *, data_source: str, mode: str) -> str | None:
+    """The answer of a response, as text that is equal for equal answers; None where it gives no answer.
+
+    Args:
+        response: the model's text.
+        data_source: of the problem.
+        mode: the grader's.
+    """
+    if mode == "auto":
+        mode = mode_for(data_source)
+    if mode == "number":
+        value = number.final_number(response)
+        return None if value is None else str(value)
+    if mode == "reasoning_gym":
+        answer = reasoning_gym.final_text(response)
+        return answer.removesuffix(".").rstrip() or None
+    answer = (last_boxed(after_thinking(response)) or "").strip()
+    if not answer or len(answer) > _LONGEST:
+        return answer or None
+    if mode == "choice" or is_choice_source(data_source):
+        return choice.chosen_label(answer) or answer.casefold()
+    form = reference.benchmark_form(answer).replace(",\\!", ",")
+    plain = re.sub(r"(?<=[0-9]),(?=[0-9]{3}(?![0-9]))", "", form)
+    return str(Fraction(plain)) if _PLAIN_NUMBER.fullmatch(plain) else form
