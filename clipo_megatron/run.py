@@ -178,6 +178,7 @@ class Run:
         self.heartbeat.leave()
         if not self.stop.insisted:
             self.checkpoints.close()
+        self.stop.leave()
         self.graders.close()
         self.sync.close()
         if self.engine is not None:

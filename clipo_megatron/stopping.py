@@ -59,6 +59,11 @@ class StopRequest:
         for name in SIGNALS:
             signal.signal(name, self._hear)
 
+    def leave(self) -> None:
+        """The process ends: Slurm's warning needs no answer, and an interpreter that shuts down would die of it."""
+        if signal.getsignal(signal.SIGUSR1) == self._hear:
+            signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+
     def agreed(self) -> bool:
         """Whether any rank had been asked when it came here; collective, the same on all of them."""
         flag = torch.tensor([self.signum])

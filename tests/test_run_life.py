@@ -106,6 +106,18 @@ def test_who_sends_term_waits_less(monkeypatch):
             stop._hear(signum, None)
 
 
+def test_an_interpreter_that_ends_does_not_die_of_a_warning(tmp_path):
+    ends = (
+        "import os, signal; from clipo_megatron.stopping import StopRequest\n"
+        "class Late:\n"
+        "    def __del__(self, kill=os.kill, me=os.getpid(), usr1=signal.SIGUSR1): kill(me, usr1)\n"
+        "stop, os.late = StopRequest(announce=False, patience_s=1.0), Late()\n"
+        "stop.watch()\nstop.leave()"
+    )
+    done = subprocess.run([sys.executable, "-c", ends], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 # ---------------------------------------------------------------- problems
 
 
