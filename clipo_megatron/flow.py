@@ -1,6 +1,7 @@
 """The types that flow through a training step, in the order in which a step produces them.
 
-    Prompt -> RolloutGroup -> ScoredGroup -> RolloutTable + Samples -> MiniBatch (MicroBatches) -> StepReport
+    Prompt -> RolloutGroup -> ScoredGroup -> RolloutTable + Samples -> MiniBatch (MicroBatches) -> Experience
+           -> StepReport
 
 Shapes use the same letters everywhere:
 
@@ -106,7 +107,8 @@ class RolloutTable:
     version: Tensor  # [B] int64, of the weights that produced the rollout's first token, its oldest
     step: int = 0
     newest: Tensor | None = None  # [B] int64, of the weights that produced the rollout's last token; None: as `version`
-    signals: dict[str, Tensor] = field(default_factory=dict)  # [B] each: what stages asked for (see algorithms.base)
+    signals: dict[str, Tensor] = field(default_factory=dict)  # [B, ...] each: what stages asked for (algorithms.base)
+    words: dict[str, list[str]] = field(default_factory=dict)  # B texts each: what stages observed
 
     @property
     def size(self) -> int:
@@ -174,6 +176,7 @@ class MicroBatch:
     rollout_logprobs: Tensor  # [N] float32, the engine's
     old_logprobs: Tensor | None = None  # [N] float32, filled in by the scoring forward (last stage only)
     reference_logprobs: Tensor | None = None  # [N] float32
+    signals: dict[str, Tensor] = field(default_factory=dict)  # [N] each: what stages asked for (algorithms.base)
     advantages: Tensor | None = None  # [N] float32
     weights: Tensor | None = None  # [N] float32, share of each token in the loss; global counts are already in it
     padding: int = 0  # tokens added to reach the tensor-parallel multiple
@@ -185,6 +188,20 @@ class MiniBatch:
 
     rows: Tensor
     micro_batches: list[MicroBatch]
+
+
+@dataclass(slots=True)
+class Experience:
+    """What the policy is updated on: a step's rollouts, and what each is worth. The columns are the same on every rank.
+
+    Advantages of single tokens, where an algorithm has them, are the micro-batches' signals["advantage"].
+    """
+
+    table: RolloutTable
+    mini_batches: list[MiniBatch]
+    reward: Tensor  # [B] float32, shaped
+    advantage: Tensor  # [B] float32
+    keep: Tensor  # [B] bool, rows that train
 
 
 @dataclass(slots=True)

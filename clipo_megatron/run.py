@@ -13,12 +13,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from clipo_megatron.algorithms.algorithm import Algorithm, build_algorithm
+from clipo_megatron.algorithms.algorithm import Algorithm
+from clipo_megatron.algorithms.build import build_algorithm
 from clipo_megatron.checkpoint import CheckpointError, Checkpoints, Owner
 from clipo_megatron.checkpoint.retention import Retention, defect, name_of
 from clipo_megatron.collector import Collector
 from clipo_megatron.config.model_folder import hf_folder
 from clipo_megatron.config.schema import EngineKind, RunConfig
+from clipo_megatron.context import context_of
 from clipo_megatron.data.prompts import load_tokenizer
 from clipo_megatron.data.sampler import PromptSampler
 from clipo_megatron.device import platform
@@ -94,7 +96,7 @@ class Run:
         self.askers = askers(config, self.layout)
         self.engine = build_engine(config, self.layout, tokenizer, self.reporter.say)
         self.graders = GraderPool(config.reward)
-        self.algorithm: Algorithm = build_algorithm(config)
+        self.algorithm: Algorithm = build_algorithm(config, context_of(config, tokenizer, self.train_prompts))
         updates = config.train.steps * config.algorithm.epochs * config.algorithm.mini_batches
         self.actor = PolicyActor(config, self.layout, needs=self.algorithm.needs, total_steps=updates)
         self.sync = build_sync(config, self.actor, self.engine)

@@ -9,8 +9,8 @@ from contextlib import suppress
 
 from clipo_megatron.config.schema import RunConfig
 from clipo_megatron.flow import StepReport
-from clipo_megatron.policy.batching import Batcher
 from clipo_megatron.policy.exchange import build_table
+from clipo_megatron.policy.token_credit import credit_tokens
 from clipo_megatron.report.console import Stopwatch
 from clipo_megatron.report.metrics import speed_metrics, table_metrics
 from clipo_megatron.rollout.engine import Abandoned
@@ -22,7 +22,6 @@ class Trainer:
 
     def __init__(self, run: Run):
         self.run = run
-        self.batcher = Batcher.of(run.config, run.layout)
         self.step = run.restore()
 
     def train(self) -> None:
@@ -49,29 +48,26 @@ class Trainer:
             scored, metrics = run.collector.collect(self.step)
             run.sync.make_room()  # colocated servers hand their memory over
         with watch("exchange"):
-            table, samples = build_table(scored, step=self.step)
-            mini_batches = self.batcher.mini_batches_of(samples, table)
+            table, samples = build_table(scored, step=self.step, observe=algorithm.observe)
+            mini_batches = actor.batcher.mini_batches_of(samples, table)
             micro_batches = [micro for batch in mini_batches for micro in batch.micro_batches]
         with watch("score"):
-            metrics |= actor.score(micro_batches, table)
-
-        keep = algorithm.select(table)
-        reward = algorithm.shape_reward(table)
-        advantage = algorithm.advantage(table, reward)
+            metrics |= actor.score(micro_batches, table, algorithm)
+            experience = algorithm.assess(table, mini_batches)  # rewards, advantages, which rollouts train
+            credit_tokens(experience, algorithm, run.layout)
         with watch("update"):
-            for epoch in range(run.config.algorithm.epochs if algorithm.policy_learns else 0):
-                for batch in mini_batches:
-                    weight = algorithm.token_weight(table, batch.rows[keep[batch.rows]])
-                    credited = self.batcher.credit(
-                        batch, advantage, weight, skip_zero_advantage=not algorithm.learns_without_advantage
-                    )
-                    metrics |= actor.update(credited, algorithm.loss, first=epoch == 0 and batch is mini_batches[0])
+            fresh = True  # the weights are those that were scored
+            for each in algorithm.replay(experience):
+                for batch in each.mini_batches * run.config.algorithm.epochs:
+                    credited = actor.batcher.credit(batch, each, algorithm)
+                    metrics |= actor.update(credited, each, algorithm, first=fresh)
+                    fresh = False
             algorithm.after_update(table)
         with watch("sync"):
             metrics |= run.push(self.step + 1)
 
-        run.reporter.samples.write(scored, table, reward, advantage)
-        metrics |= table_metrics(table, reward, advantage)
+        run.reporter.samples.write(scored, table, experience.reward, experience.advantage)
+        metrics |= table_metrics(table, experience.reward, experience.advantage)
         metrics |= actor.contrastive_metrics(table, algorithm.last_bonus)
         metrics |= speed_metrics(watch, table, micro_batches, world=run.layout.world)
         return StepReport(self.step, metrics)

@@ -13,7 +13,7 @@ from policy_steps import scored_groups
 from torch import Tensor
 from update_steps import VOCAB, actor_on, bare, one_update, whole
 
-from clipo_megatron.algorithms.algorithm import build_algorithm
+from clipo_megatron.algorithms.build import build_algorithm
 from clipo_megatron.checkpoint import Checkpoints
 from clipo_megatron.checkpoint.retention import Retention
 from clipo_megatron.config.model_folder import POLICY
@@ -21,7 +21,6 @@ from clipo_megatron.config.schema import LayoutConfig, RunConfig
 from clipo_megatron.flow import Sample
 from clipo_megatron.policy import state
 from clipo_megatron.policy.actor import PolicyActor
-from clipo_megatron.policy.batching import Batcher
 from clipo_megatron.policy.exchange import build_table
 from clipo_megatron.policy.model import PolicyStage
 from clipo_megatron.policy.packing import pack
@@ -96,16 +95,15 @@ def optimizer_state(actor: PolicyActor) -> dict[str, dict[str, Tensor]]:
 
 
 def train_a_little(actor: PolicyActor, config: RunConfig, steps: int = 2) -> None:
-    algorithm, batcher = build_algorithm(config), Batcher.of(config, actor.layout)
+    algorithm, batcher = build_algorithm(config), actor.batcher
     for step in range(steps):
         mine = scored_groups(step, vocab=VOCAB)[actor.layout.rank :: actor.layout.world]
         table, held = build_table(mine, step=step)
         batches = batcher.mini_batches_of(held, table)
-        actor.score([micro for batch in batches for micro in batch.micro_batches], table)
-        advantage = algorithm.advantage(table, algorithm.shape_reward(table))
+        actor.score([micro for batch in batches for micro in batch.micro_batches], table, algorithm)
+        experience = algorithm.assess(table, batches)
         for batch in batches:
-            weight = algorithm.token_weight(table, batch.rows[algorithm.select(table)[batch.rows]])
-            actor.update(batcher.credit(batch, advantage, weight, skip_zero_advantage=True), algorithm.loss)
+            actor.update(batcher.credit(batch, experience, algorithm), experience, algorithm)
 
 
 def save(config: RunConfig, layout_config: LayoutConfig, folder: str, stacked: bool = False) -> dict[str, Any]:

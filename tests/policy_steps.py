@@ -12,13 +12,15 @@ from typing import Any
 
 import torch
 
-from clipo_megatron.algorithms.algorithm import build_algorithm
+from clipo_megatron.algorithms.base import Context
+from clipo_megatron.algorithms.build import build_algorithm
 from clipo_megatron.config.schema import DType, LayoutConfig, RunConfig
 from clipo_megatron.flow import Prompt, Rollout, RolloutGroup, ScoredGroup, Verdict
 from clipo_megatron.policy import layout as layouts
 from clipo_megatron.policy.actor import PolicyActor
-from clipo_megatron.policy.batching import Batcher
 from clipo_megatron.policy.exchange import build_table
+from clipo_megatron.policy.token_credit import credit_tokens
+from clipo_megatron.rewards.voting import answer_key
 
 STEPS = 3
 
@@ -52,19 +54,39 @@ def scored_groups(step: int, *, vocab: int, groups: int = 6, samples: int = 4) -
 
     result = []
     for position in range(groups):
-        prompt = Prompt(f"made up/{step}-{position}", (), tokens(1 if position == 3 else number(2, 20)), "none", "")
+        length = 1 if position == 3 else number(2, 20)
+        prompt = Prompt(f"made up/{step}-{position}", (), tokens(length), "arithmetic", "3", {"solution": "2 + 1 = 3"})
         rollouts, verdicts = [], []
         for sample in range(samples):
             length = 1 if (position + sample) % 7 == 0 else number(2, 16)
             ids, logprobs = tokens(length), -torch.rand(length, generator=generator)
             versions = torch.full((length,), step)
-            rollouts.append(Rollout(ids, logprobs, "", "stop", versions, sample))
+            text = f"{'```python' if sample % 3 else 'so'} the answer is {int(ids.sum()) % 4}"
+            rollouts.append(Rollout(ids, logprobs, text, "stop", versions, sample))
             correct: bool | None = {0: True, 1: False, 2: sample == 1}.get(position, number(0, 2) == 1)
             if position % 3 == 2 and sample == position % samples:
                 correct = None
             verdicts.append(Verdict(correct, 1.0 if correct else 0.0))
         result.append(ScoredGroup(RolloutGroup(position, prompt, rollouts), verdicts))
     return result
+
+
+def made_up_context(config: RunConfig, *, vocab: int = 263) -> Context:
+    """What stages may use, for the prompts of `scored_groups`; text becomes tokens by its bytes."""
+
+    def tokenize(text: str) -> torch.Tensor:
+        return torch.tensor([byte % vocab for byte in text.encode()], dtype=torch.int64)
+
+    groups = [each.group for step in range(STEPS) for each in scored_groups(step, vocab=vocab)]
+    return Context(
+        config,
+        prompts={group.prompt.id: group.prompt for group in groups},
+        encode=lambda messages: tokenize("\n".join(turn["content"] for turn in messages)),
+        tokenize=tokenize,
+        answer=lambda prompt, rollout: answer_key(rollout.text, data_source="arithmetic", mode="number") or "",
+        mask_id=0,
+        end_id=1,
+    )
 
 
 def train(config: RunConfig, layout_config: LayoutConfig, *, taking_turns: bool = False) -> dict[str, Any]:
@@ -77,9 +99,9 @@ def train(config: RunConfig, layout_config: LayoutConfig, *, taking_turns: bool 
     """
     config.layout = layout_config
     layout = layouts.initialize(config.layout, seed=config.train.seed)
-    algorithm = build_algorithm(config)
+    algorithm = build_algorithm(config, made_up_context(config))
     actor = PolicyActor(config, layout, needs=algorithm.needs, total_steps=100)
-    batcher = Batcher.of(config, layout)
+    batcher = actor.batcher
     weights_before = _exported(actor)
     facts: dict[str, Any] = {"updates": [], "scores": [], "signals": [], "reward": [], "advantage": []}
     pooled: dict[int, torch.Tensor] = {}
@@ -91,25 +113,22 @@ def train(config: RunConfig, layout_config: LayoutConfig, *, taking_turns: bool 
             facts["held"] = sum(buffer.grad_data.untyped_storage().size() for buffer in actor.model.buffers)
             actor.restore_memory()
         scored = scored_groups(step, vocab=actor.spec.vocab_size)[layout.rank :: layout.world]
-        table, samples = build_table(scored, step=step)
+        table, samples = build_table(scored, step=step, observe=algorithm.observe)
         mini_batches = batcher.mini_batches_of(samples, table)
         micro_batches = [micro for batch in mini_batches for micro in batch.micro_batches]
-        facts["scores"].append(actor.score(micro_batches, table))
-        keep = algorithm.select(table)
-        reward = algorithm.shape_reward(table)
-        advantage = algorithm.advantage(table, reward)
-        for epoch in range(config.algorithm.epochs):
-            for batch in mini_batches:
-                weight = algorithm.token_weight(table, batch.rows[keep[batch.rows]])
-                credited = batcher.credit(
-                    batch, advantage, weight, skip_zero_advantage=not algorithm.learns_without_advantage
-                )
-                first = epoch == 0 and batch is mini_batches[0]
-                facts["updates"].append(actor.update(credited, algorithm.loss, first=first))
+        facts["scores"].append(actor.score(micro_batches, table, algorithm))
+        experience = algorithm.assess(table, mini_batches)
+        credit_tokens(experience, algorithm, layout)
+        fresh = True
+        for each in algorithm.replay(experience):
+            for batch in each.mini_batches * config.algorithm.epochs:
+                credited = batcher.credit(batch, each, algorithm)
+                facts["updates"].append(actor.update(credited, each, algorithm, first=fresh))
+                fresh = False
         algorithm.after_update(table)
         facts["signals"].append(dict(table.signals))
-        facts["reward"].append(reward)
-        facts["advantage"].append(advantage)
+        facts["reward"].append(experience.reward)
+        facts["advantage"].append(experience.advantage)
     facts["weights_before"], facts["weights"] = weights_before, _exported(actor)
     facts["packed"] = sum(micro.tokens.numel() for micro in micro_batches)
     if layout.is_last_stage:

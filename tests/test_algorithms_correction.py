@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from clipo_megatron.algorithms.algorithm import build_algorithm
 from clipo_megatron.algorithms.base import TokenBatch
+from clipo_megatron.algorithms.build import build_algorithm
 from clipo_megatron.algorithms.correction import (
     OffPolicyCorrection,
     correction_metrics,

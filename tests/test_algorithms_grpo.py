@@ -9,11 +9,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from clipo_megatron.algorithms.algorithm import Algorithm, build_algorithm
+from clipo_megatron.algorithms.algorithm import Algorithm
 from clipo_megatron.algorithms.base import Signal, Stage, TokenBatch
+from clipo_megatron.algorithms.build import build_algorithm
 from clipo_megatron.algorithms.grpo import GRPO, DrGRPO
 from clipo_megatron.algorithms.kl import EntropyBonus, KLLoss, KLReward, kl_estimate
-from clipo_megatron.config.schema import Aggregation, AlgorithmName, KLKind, KLPlace, RunConfig
+from clipo_megatron.config.schema import Aggregation, KLKind, KLPlace, RunConfig
 from clipo_megatron.flow import RolloutTable
 
 
@@ -227,10 +228,10 @@ def test_what_a_configuration_is_made_of() -> None:
     plain = built(clipo__enabled=False)
     assert [type(stage) for stage in plain.stages] == [GRPO] and plain.needs == frozenset()
     assert plain.stages[0].aggregation is Aggregation.token_mean and not plain.learns_without_advantage
-    unbiased = built(clipo__enabled=False, algorithm__name=AlgorithmName.dr_grpo, rollout__max_new_tokens=77)
+    unbiased = built(clipo__enabled=False, algorithm__name="dr_grpo", rollout__max_new_tokens=77)
     assert isinstance(unbiased.stages[0], DrGRPO)
     assert (unbiased.stages[0].aggregation, unbiased.stages[0].constant_length) == (Aggregation.constant, 77)
-    chosen = built(algorithm__name=AlgorithmName.dr_grpo, algorithm__aggregation=Aggregation.token_mean)
+    chosen = built(algorithm__name="dr_grpo", algorithm__aggregation=Aggregation.token_mean)
     assert chosen.stages[0].aggregation is Aggregation.token_mean
     full = built(algorithm__kl__coefficient=0.1, algorithm__entropy_coefficient=0.1)
     assert full.needs == {Signal.reference_logprobs, Signal.entropy, Signal.contrastive}
@@ -249,19 +250,19 @@ def test_losses_of_stages_add_up() -> None:
 
 def test_ungraded_rollouts_are_not_selected_and_stages_can_leave_out_more() -> None:
     class OddRows(Stage):
-        def select(self, table: RolloutTable) -> Tensor:
+        def select(self, table: RolloutTable, advantage: Tensor) -> Tensor:
             return torch.arange(table.size) % 2 == 1
 
     table = table_of([[1.0, None, 0.0, 1.0]])
     grpo = GRPO(0.2, 0.2, Aggregation.token_mean, 1)
-    assert Algorithm([grpo]).select(table).tolist() == [True, False, True, True]
-    assert Algorithm([grpo, OddRows()]).select(table).tolist() == [False, False, False, True]
+    assert Algorithm([grpo]).select(table, table.reward).tolist() == [True, False, True, True]
+    assert Algorithm([grpo, OddRows()]).select(table, table.reward).tolist() == [False, False, False, True]
 
 
 def test_two_advantages_or_none_are_refused() -> None:
     table = table_of([[1.0, 0.0]])
     grpo = GRPO(0.2, 0.2, Aggregation.token_mean, 1)
-    for stages, count in (([grpo, grpo], 2), ([], 0)):
+    for stages, count in (([grpo, grpo], 2), ([Stage()], 0)):
         with pytest.raises(ValueError, match=f"exactly one stage must give `advantage`, {count} do"):
             Algorithm(stages).advantage(table, table.reward)
 

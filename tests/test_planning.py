@@ -13,7 +13,7 @@ from policy_steps import configuration, scored_groups
 from ranks import RankPool
 from tiny_models import tiny_llama, tiny_qwen2
 
-from clipo_megatron.algorithms.algorithm import build_algorithm
+from clipo_megatron.algorithms.build import build_algorithm
 from clipo_megatron.cli import main
 from clipo_megatron.config.schema import DType, LayoutConfig, RunConfig
 from clipo_megatron.planning.hardware import HARDWARE, Assumptions

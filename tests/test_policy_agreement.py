@@ -12,12 +12,11 @@ from policy_steps import configuration, scored_groups
 from ranks import RankPool
 from tiny_models import tiny_llama
 
-from clipo_megatron.algorithms.algorithm import build_algorithm
+from clipo_megatron.algorithms.build import build_algorithm
 from clipo_megatron.config.schema import CorrectionConfig, CorrectionKind, CorrectionLevel, LayoutConfig
 from clipo_megatron.flow import RolloutTable
 from clipo_megatron.policy import layout as layouts
 from clipo_megatron.policy.actor import PolicyActor
-from clipo_megatron.policy.batching import Batcher
 from clipo_megatron.policy.exchange import build_table
 from clipo_megatron.report.metrics import table_metrics
 
@@ -44,9 +43,9 @@ def score(folder: Path, layout_config: LayoutConfig, stale: bool | None) -> dict
             if stale is None:
                 rollout.versions[:] = STEP - 1
     table, samples = build_table(groups, step=STEP)
-    batches = Batcher.of(config, layout).mini_batches_of(samples, table)
+    batches = actor.batcher.mini_batches_of(samples, table)
     micros = [micro for batch in batches for micro in batch.micro_batches]
-    metrics = actor.score(micros, table)
+    metrics = actor.score(micros, table, algorithm)
     gaps = {}
     if layout.is_last_stage:
         for micro in micros:

@@ -20,7 +20,6 @@ from torch import Tensor
 
 from clipo_megatron.config.schema import (
     Aggregation,
-    AlgorithmName,
     ContrastiveLossName,
     CorrectionConfig,
     CorrectionKind,
@@ -58,7 +57,7 @@ def qwen2_with_kl_and_entropy(folder: Path) -> tuple[RunConfig, bool]:
 def tied_llama_debiased(folder: Path) -> tuple[RunConfig, bool]:
     """Dr.GRPO over two epochs, KL in the reward, a debiased two-layer head whose negatives come from the batch."""
     config = configuration(tiny_llama(folder, tied=True, vocab=VOCAB))
-    config.algorithm.name = AlgorithmName.dr_grpo
+    config.algorithm.name = "dr_grpo"
     config.algorithm.constant_length = 15
     config.algorithm.epochs = 2
     config.algorithm.kl = KLConfig(coefficient=0.01, kind=KLKind.k1, place=KLPlace.reward)

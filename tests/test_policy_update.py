@@ -14,12 +14,11 @@ from ranks import RankPool
 from tiny_models import tiny_llama, tiny_mistral, tiny_phi3, tiny_qwen2, tiny_qwen3
 from update_steps import VOCAB, one_update, plainly
 
-from clipo_megatron.algorithms.algorithm import build_algorithm
+from clipo_megatron.algorithms.build import build_algorithm
 from clipo_megatron.config.schema import Aggregation, DType, KLConfig, KLKind, LayoutConfig, RunConfig
 from clipo_megatron.flow import ScoredGroup, Verdict
 from clipo_megatron.policy import layout as layouts
 from clipo_megatron.policy.actor import PolicyActor
-from clipo_megatron.policy.batching import Batcher
 from clipo_megatron.policy.exchange import build_table
 
 
@@ -63,19 +62,18 @@ def broken_then_sound(config: RunConfig, layout_config: LayoutConfig, poison: fl
     layout = layouts.initialize(config.layout, seed=0)
     algorithm = build_algorithm(config)
     actor = PolicyActor(config, layout, needs=algorithm.needs, total_steps=10)
-    batcher = Batcher.of(config, layout)
+    batcher = actor.batcher
     groups = scored_groups(0, vocab=VOCAB)[layout.rank :: layout.world]
     table, samples = build_table(groups, step=0)
     batch = batcher.mini_batches_of(samples, table)[0]
-    actor.score(batch.micro_batches, table)
-    advantage = algorithm.advantage(table, algorithm.shape_reward(table))
-    weight = algorithm.token_weight(table, batch.rows[algorithm.select(table)])
+    actor.score(batch.micro_batches, table, algorithm)
+    experience = algorithm.assess(table, [batch])
     history = []
     for number in range(3):
-        credited = batcher.credit(batch, advantage, weight, skip_zero_advantage=True)
+        credited = batcher.credit(batch, experience, algorithm)
         if number == 1 and layout.dp_rank == 0:
-            next(micro for micro in credited if micro.targets.numel()).advantages[0] = poison
-        metrics = actor.update(credited, algorithm.loss)
+            next(micro for micro in credited.micro_batches if micro.targets.numel()).advantages[0] = poison
+        metrics = actor.update(credited, experience, algorithm)
         weights = {name: tensor.clone() for name, tensor in actor.export()}
         history.append((metrics, weights))
     return history
@@ -110,7 +108,7 @@ def nothing_to_learn(config: RunConfig, layout_config: LayoutConfig, correct: bo
     layout = layouts.initialize(config.layout, seed=0)
     algorithm = build_algorithm(config)
     actor = PolicyActor(config, layout, needs=algorithm.needs, total_steps=10)
-    batcher = Batcher.of(config, layout)
+    batcher = actor.batcher
     verdict = Verdict(correct, 1.0 if correct else 0.0)
     groups = [
         ScoredGroup(each.group, [verdict] * len(each.group.rollouts))
@@ -118,12 +116,10 @@ def nothing_to_learn(config: RunConfig, layout_config: LayoutConfig, correct: bo
     ]
     table, samples = build_table(groups, step=0)
     mini_batches = batcher.mini_batches_of(samples, table)
-    metrics = actor.score([micro for batch in mini_batches for micro in batch.micro_batches], table)
-    keep = algorithm.select(table)
-    advantage = algorithm.advantage(table, algorithm.shape_reward(table))
+    metrics = actor.score([micro for batch in mini_batches for micro in batch.micro_batches], table, algorithm)
+    experience = algorithm.assess(table, mini_batches)
     for batch in mini_batches:
-        weight = algorithm.token_weight(table, batch.rows[keep[batch.rows]])
-        metrics |= actor.update(batcher.credit(batch, advantage, weight, skip_zero_advantage=True), algorithm.loss)
+        metrics |= actor.update(batcher.credit(batch, experience, algorithm), experience, algorithm)
     return metrics, {name: bool(tensor.isfinite().all()) for name, tensor in actor.export()}
 
 

@@ -6,17 +6,17 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from policy_steps import scored_groups
+from policy_steps import made_up_context, scored_groups
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from clipo_megatron.algorithms.algorithm import build_algorithm
+from clipo_megatron.algorithms.build import build_algorithm
 from clipo_megatron.config.schema import Aggregation, LayoutConfig, RunConfig
 from clipo_megatron.policy import layout as layouts
 from clipo_megatron.policy import state
 from clipo_megatron.policy.actor import PolicyActor
-from clipo_megatron.policy.batching import Batcher
 from clipo_megatron.policy.exchange import build_table
+from clipo_megatron.policy.token_credit import credit_tokens
 from clipo_megatron.weights.export import export
 
 VOCAB = 263
@@ -35,31 +35,34 @@ def actor_on(config: RunConfig, layout_config: LayoutConfig) -> PolicyActor:
     return PolicyActor(config, layout, needs=build_algorithm(config).needs, total_steps=100)
 
 
-def one_update(config: RunConfig, layout_config: LayoutConfig) -> dict[str, Any]:
-    """Gradients by Hugging Face name, the loss and the norm of one update on one mini-batch."""
+def one_update(config: RunConfig, layout_config: LayoutConfig, shifted: bool = True) -> dict[str, Any]:
+    """Gradients by Hugging Face name, the loss and the norm of one update on one mini-batch.
+
+    With `shifted` old and reference log-probs are those of other policies.
+    """
     config.algorithm.mini_batches = 1
     config.optimizer.max_grad_norm = 0.0  # clipping would scale the gradients where they lie
     actor = actor_on(config, layout_config)
-    algorithm, batcher = build_algorithm(config), Batcher.of(config, actor.layout)
+    algorithm, batcher = build_algorithm(config, made_up_context(config)), actor.batcher
     mine = scored_groups(0, vocab=VOCAB)[actor.layout.rank :: actor.layout.world]
-    table, held = build_table(mine, step=0)
+    table, held = build_table(mine, step=0, observe=algorithm.observe)
     batch = batcher.mini_batches_of(held, table)[0]
-    actor.score(batch.micro_batches, table)
-    if actor.layout.is_last_stage:
+    actor.score(batch.micro_batches, table, algorithm)
+    if actor.layout.is_last_stage and shifted:
         for micro in batch.micro_batches:
             micro.reference_logprobs = micro.old_logprobs + shift("reference", micro.targets, REFERENCE_SHIFT)
             micro.old_logprobs = micro.old_logprobs + shift("old", micro.targets, OLD_SHIFT)
-    advantage = algorithm.advantage(table, algorithm.shape_reward(table))
-    weight = algorithm.token_weight(table, batch.rows[algorithm.select(table)])
-    credited = batcher.credit(batch, advantage, weight, skip_zero_advantage=not algorithm.learns_without_advantage)
-    metrics = actor.update(credited, algorithm.loss)
+    experience = algorithm.assess(table, [batch])
+    credit_tokens(experience, algorithm, actor.layout)
+    credited = batcher.credit(batch, experience, algorithm)
+    metrics = actor.update(credited, experience, algorithm)
     gradients = {bare(name): _reduced(parameter, shard) for name, parameter, shard in state._shards(actor.optimizer)}
     exported = export(actor.export_plan, [gradients], actor.layout.holder)
     return {
         "gradients": {name: grad.clone() for name, grad in exported},
         "metrics": metrics,
-        "advantage": advantage,
-        "micro_batches": len(credited),
+        "advantage": experience.advantage,
+        "micro_batches": len(credited.micro_batches),
     }
 
 
@@ -86,6 +89,7 @@ def plainly(config: RunConfig, advantage: Tensor) -> tuple[float, dict[str, Tens
     """The same loss as one writes it first: a forward a sequence, full logits, autograd."""
     model = AutoModelForCausalLM.from_pretrained(config.model.path, dtype=torch.float32)
     settings = config.algorithm
+    clip_low, clip_high = settings.clip_low or 0.2, settings.clip_high or 0.2
     sequences, row = [], 0
     for scored in scored_groups(0, vocab=VOCAB):
         for rollout, verdict in zip(scored.group.rollouts, scored.verdicts, strict=True):
@@ -99,7 +103,7 @@ def plainly(config: RunConfig, advantage: Tensor) -> tuple[float, dict[str, Tens
         table = (logits / config.rollout.temperature).log_softmax(-1)
         logprobs = table.gather(1, response[:, None]).squeeze(1)
         ratio = (logprobs - logprobs.detach() - shift("old", response, OLD_SHIFT)).exp()
-        clipped = ratio.clamp(1 - settings.clip_low, 1 + settings.clip_high)
+        clipped = ratio.clamp(1 - clip_low, 1 + clip_high)
         per_token = -torch.minimum(ratio * value, clipped * value)
         if settings.kl.coefficient:
             x = logprobs.detach() + shift("reference", response, REFERENCE_SHIFT) - logprobs

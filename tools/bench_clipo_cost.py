@@ -26,8 +26,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from clipo_megatron.algorithms.algorithm import Algorithm, build_algorithm
+from clipo_megatron.algorithms.algorithm import Algorithm
 from clipo_megatron.algorithms.base import Signal
+from clipo_megatron.algorithms.build import build_algorithm
 from clipo_megatron.algorithms.clipo.stage import Clipo
 from clipo_megatron.algorithms.clipo.statistics import statistics as contrastive_statistics
 from clipo_megatron.config.schema import DType, HeadKind, RunConfig
@@ -35,7 +36,6 @@ from clipo_megatron.device import platform
 from clipo_megatron.flow import RolloutTable, Sample
 from clipo_megatron.policy import layout as layouts
 from clipo_megatron.policy.actor import PolicyActor
-from clipo_megatron.policy.batching import Batcher
 
 
 class Clock:
@@ -89,7 +89,6 @@ def rollouts(options: argparse.Namespace, vocabulary: int) -> tuple[RolloutTable
 def learn(
     actor: PolicyActor,
     algorithm: Algorithm,
-    batcher: Batcher,
     table: RolloutTable,
     samples: list[Sample],
     report: Callable[[PolicyActor, Algorithm, RolloutTable], None],
@@ -97,14 +96,11 @@ def learn(
     """Exchange, score and update, as the trainer's page does."""
     table = dataclasses.replace(table, signals={})
     actor.needs = algorithm.needs
-    mini_batches = batcher.mini_batches_of(samples, table)
-    actor.score([micro for batch in mini_batches for micro in batch.micro_batches], table)
-    keep = algorithm.select(table)
-    reward = algorithm.shape_reward(table)
-    advantage = algorithm.advantage(table, reward)
+    mini_batches = actor.batcher.mini_batches_of(samples, table)
+    actor.score([micro for batch in mini_batches for micro in batch.micro_batches], table, algorithm)
+    experience = algorithm.assess(table, mini_batches)
     for batch in mini_batches:
-        weight = algorithm.token_weight(table, batch.rows[keep[batch.rows]])
-        actor.update(batcher.credit(batch, advantage, weight, skip_zero_advantage=True), algorithm.loss)
+        actor.update(actor.batcher.credit(batch, experience, algorithm), experience, algorithm)
     algorithm.after_update(table)
     if Signal.contrastive in algorithm.needs:
         report(actor, algorithm, table)
@@ -136,7 +132,6 @@ def measure(options: argparse.Namespace) -> tuple[dict[str, list[float]], list[d
 
     layout = layouts.initialize(config.layout, seed=0)
     actor = PolicyActor(config, layout, needs=with_clipo.needs, total_steps=1000)
-    batcher = Batcher.of(config, layout)
     table, samples = rollouts(options, actor.spec.vocab_size)
 
     clock = Clock()
@@ -153,7 +148,7 @@ def measure(options: argparse.Namespace) -> tuple[dict[str, list[float]], list[d
             clock.seconds.clear()
             platform().synchronize()
             start = time.perf_counter()
-            learn(actor, algorithm, batcher, table, samples, report)
+            learn(actor, algorithm, table, samples, report)
             platform().synchronize()
             if number:  # the first round warms up
                 seconds[name].append(time.perf_counter() - start)

@@ -20,10 +20,10 @@ from collections.abc import Callable
 
 import torch
 
-from clipo_megatron.algorithms.algorithm import build_algorithm
+from clipo_megatron.algorithms.build import build_algorithm
 from clipo_megatron.config.schema import DType, RunConfig
 from clipo_megatron.device import platform
-from clipo_megatron.flow import MiniBatch, RolloutTable, Sample
+from clipo_megatron.flow import RolloutTable, Sample
 from clipo_megatron.launch import Launch, adopt
 from clipo_megatron.policy import layout as layouts
 from clipo_megatron.policy.actor import PolicyActor
@@ -65,18 +65,14 @@ def megatron_step(
 ) -> Callable[[], int]:
     """A function that scores and updates, and returns the tokens it computed."""
     config.layout.share_prompts = share
-    batcher = Batcher.of(config, actor.layout)
+    batcher = actor.batcher = Batcher.of(config, actor.layout)
     algorithm = build_algorithm(config)
 
     def step() -> int:
         [batch] = batcher.mini_batches_of(samples, table)
-        actor.score(batch.micro_batches, table)
-        advantage = algorithm.advantage(table, table.reward)
-        weight = algorithm.token_weight(table, batch.rows)
-        credited = batcher.credit(
-            MiniBatch(batch.rows, batch.micro_batches), advantage, weight, skip_zero_advantage=True
-        )
-        actor.update(credited, algorithm.loss)
+        actor.score(batch.micro_batches, table, algorithm)
+        experience = algorithm.assess(table, [batch])
+        actor.update(batcher.credit(batch, experience, algorithm), experience, algorithm)
         return sum(micro.tokens.numel() for micro in batch.micro_batches)
 
     return step

@@ -15,10 +15,11 @@ from typing import Any
 
 from clipo_megatron.config.checks_evaluation import evaluation_problems
 from clipo_megatron.config.checks_layout import division_problems
+from clipo_megatron.config.checks_methods import method_problems
 from clipo_megatron.config.checks_rollout import rollout_problems
 from clipo_megatron.config.errors import ConfigError, Problem
 from clipo_megatron.config.model_folder import hf_folder, is_checkpoint
-from clipo_megatron.config.schema import Aggregation, AlgorithmName, EngineKind, LayoutConfig, RunConfig, SourceConfig
+from clipo_megatron.config.schema import EngineKind, LayoutConfig, RunConfig, SourceConfig
 
 ARCHITECTURES = (
     "LlamaForCausalLM",
@@ -56,6 +57,7 @@ def check(config: RunConfig, *, ranks: int | None = None, absent: bool = False) 
         *_numbers(config),
         *rollout_problems(config),
         *evaluation_problems(config),
+        *method_problems(config),
     ]
     elsewhere = [each for each in problems if each.absent and absent]
     if problems := [each for each in problems if each not in elsewhere]:
@@ -345,9 +347,6 @@ def _numbers(config: RunConfig) -> Iterator[Problem]:
     if not 0 < config.rollout.top_p <= 1:
         reason = "it is a share of the probability mass"
         yield Problem("rollout.top_p", reason, "Set it above 0 and at most to 1 (off)", config.rollout.top_p)
-    if config.algorithm.clip_low >= 1:
-        reason = "the probability ratio is held above 1 - clip_low, which must stay positive"
-        yield Problem("algorithm.clip_low", reason, "Set it below 1; 0.2 is usual", config.algorithm.clip_low)
     for key in ("optimizer.beta1", "optimizer.beta2"):
         if not 0 <= _value(config, key) < 1:
             yield Problem(
@@ -358,20 +357,13 @@ def _numbers(config: RunConfig) -> Iterator[Problem]:
 
 def _choices(config: RunConfig) -> Iterator[Problem]:
     """Settings that make sense only together with others."""
-    optimizer, algorithm, clipo, reward = config.optimizer, config.algorithm, config.clipo, config.reward
+    optimizer, clipo, reward = config.optimizer, config.clipo, config.reward
     if optimizer.schedule not in SCHEDULES:
         reason = "there is no such schedule"
         yield Problem("optimizer.schedule", reason, f"Choose one of {', '.join(SCHEDULES)}", optimizer.schedule)
     if optimizer.min_learning_rate > optimizer.learning_rate:
         reason = f"it lies above optimizer.learning_rate = {optimizer.learning_rate}"
         yield Problem("optimizer.min_learning_rate", reason, "Lower it", optimizer.min_learning_rate)
-    constant = algorithm.aggregation == Aggregation.constant or (
-        algorithm.aggregation is None and algorithm.name == AlgorithmName.dr_grpo
-    )
-    if algorithm.constant_length is not None and not constant:
-        reason = "only the aggregation `constant` reads it"
-        remedy = "Set it to null, or algorithm.aggregation to constant"
-        yield Problem("algorithm.constant_length", reason, remedy, algorithm.constant_length)
     if clipo.enabled and clipo.floor > 0:
         reason = "the bonus would never be below it, so every valid rollout would get a reward for nothing"
         yield Problem("clipo.floor", reason, "Set it to 0 or less; the paper uses -0.5", clipo.floor)

@@ -196,6 +196,26 @@ def _inspect(section: type, content: dict[Any, Any], prefix: str) -> Iterator[Pr
             yield from _inspect_leaf(section, name, annotation, value, key)
 
 
+def option_problems(section: type | None, given: dict[str, Any], prefix: str, *, owner: str) -> Iterator[Problem]:
+    """What is wrong with options that were `given` for a dataclass of options (None: there are none); `owner` is what
+    they are options of."""
+    known = reference.hints(section) if section else {}
+    for name, value in given.items():
+        if name in known:
+            yield from _inspect_leaf(section, name, known[name], value, f"{prefix}{name}")
+        else:
+            close = difflib.get_close_matches(str(name), known, n=1, cutoff=0.6)
+            remedy = f"Did you mean {close[0]}?" if close else f"It has {', '.join(known) or 'no options'}"
+            yield Problem(f"{prefix}{name}", f"{owner} has no such option", remedy, value)
+
+
+def typed_options(section: type | None, given: dict[str, Any]) -> dict[str, Any]:
+    """All options of a dataclass: its defaults, and what was given, in the field's types."""
+    if section is None:
+        return {}
+    return vars(OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(section), given)))
+
+
 def _inspect_list(inner: type, value: Any, key: str) -> Iterator[Problem]:
     if not isinstance(value, list):
         yield Problem(key, "a list was expected", f"Write `{key}: [{{...}}]`, one entry each", value)

@@ -46,11 +46,6 @@ class CorrectionLevel(str, Enum):
     geometric = "geometric"  # geometric mean over a rollout's tokens
 
 
-class AlgorithmName(str, Enum):
-    grpo = "grpo"  # arXiv 2402.03300
-    dr_grpo = "dr_grpo"  # arXiv 2503.20783
-
-
 class KLKind(str, Enum):
     k1 = "k1"
     k2 = "k2"
@@ -251,11 +246,21 @@ class CorrectionConfig:
 
 
 @dataclass
+class PluginConfig:
+    """A stage added to the baseline: one of `clipo methods`, or a class of your own."""
+
+    name: str = "???"  # or file.py:Class, package.module:Class
+    options: dict[str, Any] = field(default_factory=dict)  # the method's own
+
+
+@dataclass
 class AlgorithmConfig:
-    name: AlgorithmName = AlgorithmName.grpo
-    clip_low: float = 0.2
-    clip_high: float = 0.2
-    aggregation: Optional[Aggregation] = None  # None: token_mean for grpo, constant for dr_grpo
+    name: str = "grpo"  # a baseline of `clipo methods`, or a class of your own: file.py:Class, package.module:Class
+    options: dict[str, Any] = field(default_factory=dict)  # the baseline's own
+    plugins: list[PluginConfig] = field(default_factory=list)  # stages added to it, in order
+    clip_low: Optional[float] = None  # None: the baseline's; 0.2 for most
+    clip_high: Optional[float] = None  # None: the baseline's; 0.2 for most
+    aggregation: Optional[Aggregation] = None  # None: the baseline's; token_mean for most
     constant_length: Optional[int] = None  # for `constant`; None: rollout.max_new_tokens
     entropy_coefficient: float = 0.0
     mini_batches: int = 1  # optimizer steps a pass over the batch

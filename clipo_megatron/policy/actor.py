@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -12,13 +13,15 @@ import torch
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
+from clipo_megatron.algorithms.algorithm import Algorithm
 from clipo_megatron.algorithms.base import Signal, TokenBatch
-from clipo_megatron.algorithms.correction import LARGEST_EXPONENT, SUMS, correction_metrics, correction_sums
 from clipo_megatron.algorithms.kl import kl_estimate
 from clipo_megatron.config.model_folder import hf_folder
-from clipo_megatron.config.schema import CorrectionKind, DType, RunConfig
+from clipo_megatron.config.schema import DType, RunConfig
 from clipo_megatron.device import platform
-from clipo_megatron.flow import MicroBatch, RolloutTable
+from clipo_megatron.flow import Experience, MicroBatch, MiniBatch, RolloutTable
+from clipo_megatron.policy.agreement import agreement
+from clipo_megatron.policy.batching import Batcher
 from clipo_megatron.policy.contrastive import ContrastiveActor
 from clipo_megatron.policy.exchange import from_last_stage, share_from_last_stage
 from clipo_megatron.policy.layout import Layout
@@ -31,8 +34,6 @@ from clipo_megatron.weights.load import load_into
 from clipo_megatron.weights.source import open_weights
 from clipo_megatron.weights.spec import ModelSpec, read_config
 
-LossFunction = Callable[[TokenBatch], Tensor]
-
 
 class PolicyActor:
     """One rank's part of the policy. Every method is collective: all ranks call it, in the same order.
@@ -42,10 +43,11 @@ class PolicyActor:
         WeightsError: the folder cannot be used, or not in this layout.
     """
 
-    def __init__(self, config: RunConfig, layout: Layout, *, needs: frozenset[Signal], total_steps: int):
+    def __init__(self, config: RunConfig, layout: Layout, *, needs: frozenset[str], total_steps: int):
         self.config = config
         self.layout = layout
         self.needs = needs
+        self.batcher = Batcher.of(config, layout)
         self.spec = model_spec(read_config(hf_folder(config.model.path)))
         _check_experts(self.spec, layout)
         self.stages = layout.division.stages(self.spec.num_layers)
@@ -71,6 +73,10 @@ class PolicyActor:
         # Names, shapes and owners of the Hugging Face tensors this policy exports.
         self.export_plan: ExportPlan = plan_export(self.spec, layout.division, dtype=TORCH_DTYPE[config.model.dtype])
         self._forward_backward = get_forward_backward_func()
+        # Mean response states [b, H] float32 of this rank's rollouts that were scored last, and their rows [b]: on the
+        # last stage, where the algorithm needs them or somebody wants those of the step.
+        self.pooled: tuple[Tensor, Tensor] | None = None
+        self.wants_states: Callable[[int], bool] = lambda step: False
         self._skipped = self._skipped_in_a_row = 0  # updates: of this step, and since the last that was applied
 
     def _load(self, folder: str) -> None:
@@ -89,44 +95,83 @@ class PolicyActor:
 
     # --- scoring -------------------------------------------------------------------------------------------------
 
-    def score(self, micro_batches: Sequence[MicroBatch], table: RolloutTable) -> dict[str, float]:
-        """One forward without gradient over the step's rollouts.
+    def score(self, micro_batches: Sequence[MicroBatch], table: RolloutTable, algorithm: Algorithm) -> dict[str, float]:
+        """Forwards without gradient over the step's rollouts: one, and one more for the reference policy and for each
+        variant of the prompts, if the algorithm needs them.
 
-        Fills, on the last stage, `old_logprobs` (and `reference_logprobs`) of every micro-batch, and on every rank the
-        table's signals that the algorithm needs: "contrastive_loss", "contrastive_valid", "kl".
+        Fills, on the last stage, `old_logprobs` (and `reference_logprobs`, `signals`) of every micro-batch, and on
+        every rank the table's signals that the algorithm needs.
 
         Args:
             micro_batches: all of the step, in order; each rank of a replica passes the same.
             table: the step's facts, updated in place.
+            algorithm: that of the step.
 
         Returns:
             Metrics of the forward, identical on every rank.
         """
-        pooled, rows, entropy = [], [], torch.zeros(2)
-        want_pooled = Signal.pooled_states in self.needs or Signal.contrastive in self.needs
-        want_entropy = Signal.entropy in self.needs
+        pooled, entropy = [], torch.zeros(2)
+        contrastive = Signal.contrastive in self.needs
+        want_pooled = contrastive or Signal.pooled_states in self.needs or self.wants_states(table.step)
+        want_entropy = Signal.entropy in self.needs or Signal.scored_entropy in self.needs
         outputs = self._forward(micro_batches, want_pooled=want_pooled, want_entropy=want_entropy)
         for micro, output in zip(micro_batches, outputs, strict=False):
             micro.old_logprobs = output["logprobs"]
             if want_pooled:
                 pooled.append(output["pooled"])
-                rows.append(micro.rows)
             if want_entropy:
+                micro.signals["entropy"] = output["entropy"]
                 entropy += torch.tensor([output["entropy"].sum().item(), output["entropy"].numel()])
-        if Signal.contrastive in self.needs:
-            self._contrast(pooled, rows, table)
+        rows = [micro.rows for micro in micro_batches]
+        self.pooled = (torch.cat(pooled), torch.cat(rows)) if pooled else None
+        if contrastive:
+            self._contrast(table)
+        if Signal.pooled_states in self.needs:
+            table.signals["pooled_states"] = self._rows_of(pooled, rows, table).float()
+        if Signal.logprob_sums in self.needs:
+            logprobs = [output["logprobs"] for output in outputs]
+            table.signals["logprob_sum"] = self._sum_by_rollout(micro_batches, logprobs, table)
         if Signal.reference_logprobs in self.needs:
             self._score_reference(micro_batches, table)
-        metrics = self._agreement(micro_batches, table)
+        for name, prompts in algorithm.variants(table).items():
+            if prompts:
+                self._score_variant(name, prompts, micro_batches)
+        metrics = agreement(micro_batches, table, self.config.algorithm.correction, self.layout)
         if want_entropy:
             total, count = share_from_last_stage(entropy, self.layout, sum_over_dp=True).tolist()
             metrics["policy/entropy"] = total / max(count, 1.0)
         return metrics
 
-    def _contrast(self, pooled: list[Tensor], rows: list[Tensor], table: RolloutTable) -> None:
+    def _rows_of(self, parts: Sequence[Tensor], rows: Sequence[Tensor], table: RolloutTable) -> Tensor:
+        """What last stages know of the rows [n] of each part [n, ...], added up: [B, ...] float64, on every rank."""
+        trailing = from_last_stage(tuple(parts[0].shape[1:]) if parts else (), self.layout)
+        total = torch.zeros(table.size, *trailing, dtype=torch.float64, device=platform().device)
+        for part, own in zip(parts, rows, strict=False):
+            total.index_add_(0, own, part.double())
+        return share_from_last_stage(total, self.layout, sum_over_dp=True)
+
+    def _sum_by_rollout(
+        self, micro_batches: Sequence[MicroBatch], values: Sequence[Tensor], table: RolloutTable
+    ) -> Tensor:
+        """Sum over each rollout of its tokens' values, [N] or [N, C] a micro-batch; [B] or [B, C] float64."""
+        return self._rows_of(values, [micro.rows[micro.rollout] for micro in micro_batches], table)
+
+    def _score_variant(self, name: str, prompts: Mapping[int, Tensor], micro_batches: Sequence[MicroBatch]) -> None:
+        """The same responses behind other prompts, by group; their log-probs become the signal `name`."""
+        others = [
+            self.batcher.pack(
+                [replace(sample, prompt=prompts.get(sample.group, sample.prompt)) for sample in micro.samples]
+            )
+            for micro in micro_batches
+        ]
+        outputs = self._forward(others, want_pooled=False, want_entropy=False)
+        for micro, output in zip(micro_batches, outputs, strict=False):
+            micro.signals[name] = output["logprobs"]
+
+    def _contrast(self, table: RolloutTable) -> None:
         result = torch.zeros(2, table.size)
         if self.contrastive is not None:
-            loss, valid = self.contrastive.step(torch.cat(pooled), torch.cat(rows), table)
+            loss, valid = self.contrastive.step(*self.pooled, table)
             result = torch.stack([loss, valid.float()])
         result = share_from_last_stage(result, self.layout, sum_over_dp=False)
         table.signals["contrastive_loss"] = result[0]
@@ -141,46 +186,16 @@ class PolicyActor:
         return from_last_stage(metrics, self.layout)
 
     def _score_reference(self, micro_batches: Sequence[MicroBatch], table: RolloutTable) -> None:
-        kind = self.config.algorithm.kl.kind
-        sums = torch.zeros(table.size, device=platform().device)
         with self._reference_weights():
             outputs = self._forward(micro_batches, want_pooled=False, want_entropy=False)
-        for micro, output in zip(micro_batches, outputs, strict=False):
-            micro.reference_logprobs = output["logprobs"]
-            per_token = kl_estimate(kind, micro.old_logprobs, micro.reference_logprobs)
-            sums.index_add_(0, micro.rows[micro.rollout], per_token)
-        table.signals["kl"] = share_from_last_stage(sums, self.layout, sum_over_dp=True)
-
-    def _agreement(self, micro_batches: Sequence[MicroBatch], table: RolloutTable) -> dict[str, float]:
-        """How far the engine's log-probs are from the trainer's, and what a correction makes of it.
-
-        policy/mult_prob_error       mean of exp(|log pi_train - log pi_rollout|) over the tokens of fresh rollouts:
-                                     same weights on both sides, so what is beyond 1 is precision, or an error
-        policy/rollout_kl            mean of log pi_rollout - log pi_train over the same tokens
-        off_policy/mult_prob_error   as above, over all tokens: those of older weights too
-        off_policy/rollout_kl        k3 estimate of KL(rollout || train) over all tokens
-        """
-        correction = self.config.algorithm.correction
-        sums = torch.zeros(5 + len(SUMS), dtype=torch.float64)
-        if self.layout.is_last_stage:
-            for micro in micro_batches:
-                gap = (micro.old_logprobs - micro.rollout_logprobs).double()
-                error = gap.abs().clamp(max=LARGEST_EXPONENT).exp()
-                fresh = table.fresh.to(gap.device)[micro.rows][micro.rollout]
-                k3 = gap.clamp(max=LARGEST_EXPONENT).exp() - 1 - gap
-                parts = [error[fresh].sum(), -gap[fresh].sum(), fresh.sum().double(), error.sum(), k3.sum()]
-                sums[:5] += torch.stack(parts).cpu()
-                sums[5:] += correction_sums(gap, micro.rollout, correction).cpu()
-        sums = share_from_last_stage(sums, self.layout, sum_over_dp=True)
-        fresh_error, fresh_kl, fresh_count, error, kl = sums[:5].tolist()
-        count = max(float(sums[-1]), 1.0)
-        metrics = {"off_policy/mult_prob_error": error / count, "off_policy/rollout_kl": kl / count}
-        if fresh_count:
-            metrics["policy/mult_prob_error"] = fresh_error / fresh_count
-            metrics["policy/rollout_kl"] = fresh_kl / fresh_count
-        if correction.kind is not CorrectionKind.none:
-            metrics |= correction_metrics(sums[5:])
-        return metrics
+        logprobs = [output["logprobs"] for output in outputs]
+        kind, estimates = self.config.algorithm.kl.kind, []
+        for micro, reference in zip(micro_batches, logprobs, strict=False):
+            micro.reference_logprobs = reference
+            estimates.append(kl_estimate(kind, micro.old_logprobs, reference))
+        table.signals["kl"] = self._sum_by_rollout(micro_batches, estimates, table).float()
+        if Signal.logprob_sums in self.needs:
+            table.signals["reference_sum"] = self._sum_by_rollout(micro_batches, logprobs, table)
 
     def _forward(
         self, micro_batches: Sequence[MicroBatch], *, want_pooled: bool, want_entropy: bool
@@ -188,9 +203,7 @@ class PolicyActor:
         """Outputs of the last stage a micro-batch; an empty list elsewhere."""
 
         def collect(micro: MicroBatch, hidden: Tensor, non_loss_data: bool = True) -> dict[str, Tensor]:
-            logprobs, entropy = self.stage.logprobs(
-                hidden, micro, temperature=self.config.rollout.temperature or 1.0, entropy=want_entropy
-            )
+            logprobs, entropy = self._logprobs(micro, hidden, entropy=want_entropy)
             output = {"logprobs": logprobs}
             if want_entropy:
                 output["entropy"] = entropy
@@ -204,13 +217,14 @@ class PolicyActor:
     # --- learning ------------------------------------------------------------------------------------------------
 
     def update(
-        self, micro_batches: Sequence[MicroBatch], loss: LossFunction, *, first: bool = False
+        self, batch: MiniBatch, experience: Experience, algorithm: Algorithm, *, first: bool = False
     ) -> dict[str, float]:
         """One optimizer step on one mini-batch.
 
         Args:
-            micro_batches: with advantages, weights and old log-probs on the last stage.
-            loss: per-token loss [N] of a TokenBatch; the step's loss is its sum under the weights, over all ranks.
+            batch: as the batcher credits it: with advantages, weights and old log-probs on the last stage.
+            experience: that it is a part of.
+            algorithm: its `objective`, summed over all ranks, is the loss.
             first: whether the weights are still those that were scored; then KL(old || new) must be 0, and is
                 reported as "policy/first_update_kl".
 
@@ -218,30 +232,23 @@ class PolicyActor:
             Metrics, identical on every rank. An update whose loss or gradient is not finite is skipped:
             "policy/update_skipped" counts those of the step, "policy/skipped_in_a_row" the latest without one between.
         """
+        group_loss, score_gradient = 0.0, None
+        if algorithm.has_group_loss:
+            scores = self._scores(batch.micro_batches, experience.table, algorithm, scored=first)
+            group_loss, score_gradient = algorithm.group_loss(scores, experience, batch.rows)
+            score_gradient = score_gradient.to(platform().device)
         self.model.zero_grad_buffer()
         self.optimizer.inner.zero_grad()
 
         def compute(micro: MicroBatch, hidden: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-            logprobs, entropy = self.stage.logprobs(
-                hidden,
-                micro,
-                temperature=self.config.rollout.temperature or 1.0,
-                entropy=Signal.entropy in self.needs,
-            )
-            tokens = TokenBatch(
-                logprobs=logprobs,
-                old_logprobs=micro.old_logprobs,
-                advantages=micro.advantages,
-                weights=micro.weights,
-                rollout=micro.rollout,
-                rollout_logprobs=micro.rollout_logprobs,
-                reference_logprobs=micro.reference_logprobs,
-                entropy=entropy,
-            )
-            total = (micro.weights * loss(tokens)).sum()
+            logprobs, entropy = self._logprobs(micro, hidden, entropy=Signal.entropy in self.needs)
+            tokens = tokens_of(micro, logprobs, entropy)
+            if score_gradient is not None:
+                tokens.score_gradient = score_gradient[tokens.rows]
+            total, value = algorithm.objective(tokens)
             ratio = (logprobs - micro.old_logprobs).detach()
             metrics = {
-                "policy/loss": total.detach(),
+                "policy/loss": value,
                 # k3, the low-variance estimate of KL(old || new)
                 "policy/update_kl": (micro.weights * (ratio.exp() - 1 - ratio)).sum(),
                 "policy/weight": micro.weights.sum(),
@@ -250,9 +257,10 @@ class PolicyActor:
             count = torch.tensor(logprobs.numel(), dtype=torch.int, device=logprobs.device)
             return total, count, metrics
 
-        outputs = self._run(micro_batches, compute, forward_only=False)
+        outputs = self._run(batch.micro_batches, compute, forward_only=False)
         sums = self._sum_metrics(outputs)
-        norm, applied = self.optimizer.step(finite=math.isfinite(sums.get("policy/loss", 0.0)))
+        sums["policy/loss"] = sums.get("policy/loss", 0.0) + group_loss
+        norm, applied = self.optimizer.step(finite=math.isfinite(sums["policy/loss"]))
         self._skipped = (0 if first else self._skipped) + (not applied)
         self._skipped_in_a_row = 0 if applied else self._skipped_in_a_row + 1
         if first:
@@ -264,6 +272,31 @@ class PolicyActor:
             "policy/skipped_in_a_row": float(self._skipped_in_a_row),
             "policy/learning_rate": self.optimizer.learning_rate,
         }
+
+    def _scores(
+        self, micro_batches: Sequence[MicroBatch], table: RolloutTable, algorithm: Algorithm, *, scored: bool
+    ) -> Tensor:
+        """Scores of every rollout under the weights of now, [B, C] float64, on every rank.
+
+        Costs a forward, unless these are still the weights that were `scored`.
+        """
+
+        def collect(micro: MicroBatch, hidden: Tensor, non_loss_data: bool = True) -> Tensor:
+            return algorithm.scores(tokens_of(micro, self._logprobs(micro, hidden)[0]))
+
+        with torch.no_grad():
+            if not scored:
+                parts = self._run(micro_batches, collect, forward_only=True)
+            elif self.layout.is_last_stage:
+                parts = [algorithm.scores(tokens_of(micro, micro.old_logprobs)) for micro in micro_batches]
+            else:
+                parts = []
+        return self._sum_by_rollout(micro_batches, parts, table)
+
+    def _logprobs(self, micro: MicroBatch, hidden: Tensor, *, entropy: bool = False) -> tuple[Tensor, Tensor | None]:
+        """Log-probs of a micro-batch's targets, and entropies, [N] float32 each, under the sampling temperature."""
+        temperature = self.config.rollout.temperature or 1.0
+        return self.stage.logprobs(hidden, micro, temperature=temperature, entropy=entropy)
 
     def _sum_metrics(self, outputs: list[dict[str, Tensor]]) -> dict[str, float]:
         """Add up over micro-batches and data-parallel ranks. Every micro-batch reports the same names."""
@@ -278,7 +311,7 @@ class PolicyActor:
 
     def _run(
         self, micro_batches: Sequence[MicroBatch], last_stage: Callable[..., Any], *, forward_only: bool
-    ) -> list[dict[str, Tensor]]:
+    ) -> list[Any]:
         """Drive Megatron's pipeline schedule; `last_stage(micro, hidden)` ends each forward."""
 
         def forward_step(batches: Iterator[MicroBatch], model: torch.nn.Module) -> tuple[Tensor, Callable[..., Any]]:
@@ -340,6 +373,23 @@ class PolicyActor:
             held = parameter.data.clone()
             parameter.data.copy_(other)
             other.copy_(held)
+
+
+def tokens_of(micro: MicroBatch, logprobs: Tensor, entropy: Tensor | None = None) -> TokenBatch:
+    """A micro-batch's targets as the stages of an algorithm see them."""
+    nothing = torch.zeros_like(logprobs)
+    return TokenBatch(
+        logprobs=logprobs,
+        old_logprobs=micro.old_logprobs,
+        advantages=nothing if micro.advantages is None else micro.advantages,
+        weights=nothing if micro.weights is None else micro.weights,
+        rollout=micro.rollout,
+        rollout_logprobs=micro.rollout_logprobs,
+        rows=micro.rows[micro.rollout],
+        reference_logprobs=micro.reference_logprobs,
+        entropy=entropy,
+        signals=micro.signals,
+    )
 
 
 def _check_experts(spec: ModelSpec, layout: Layout) -> None:

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from clipo_megatron.algorithms.algorithm import Algorithm
 from clipo_megatron.config.schema import RunConfig
 from clipo_megatron.device import platform
-from clipo_megatron.flow import MicroBatch, MiniBatch, RolloutTable, Sample
+from clipo_megatron.flow import Experience, MicroBatch, MiniBatch, RolloutTable, Sample
 from clipo_megatron.policy.exchange import deliver
 from clipo_megatron.policy.layout import Layout
 from clipo_megatron.policy.model import packs_shared_prompts
@@ -84,25 +85,24 @@ class Batcher:
             device=platform().device,
         )
 
-    def credit(
-        self, batch: MiniBatch, advantage: Tensor, weight: Tensor, *, skip_zero_advantage: bool
-    ) -> list[MicroBatch]:
-        """The mini-batch's micro-batches with every target's advantage and weight in the loss.
+    def credit(self, batch: MiniBatch, experience: Experience, algorithm: Algorithm) -> MiniBatch:
+        """The rows of a mini-batch that train, and micro-batches with every target's advantage and weight in the loss.
 
-        Args:
-            batch: with its scores.
-            advantage: [B] float32, of each rollout.
-            weight: [B] float32, of each of its response tokens; 0 for rollouts that do not train.
-            skip_zero_advantage: leave out rollouts with advantage 0, which have no gradient; they are counted in the
-                weights already.
+        Rollouts with advantage 0 are left out of the micro-batches where they have no gradient; they are counted in
+        the weights.
         """
-        active = (weight != 0) & (advantage != 0) if skip_zero_advantage else weight != 0
+        rows = batch.rows[experience.keep[batch.rows]]
+        weight = algorithm.token_weight(experience.table, rows)
+        active = weight != 0
+        if not algorithm.learns_without_advantage:
+            active &= experience.advantage != 0
         credited = [self._without(micro, active) for micro in batch.micro_batches]
         for micro in credited:
-            rows = micro.rows[micro.rollout].cpu()
-            micro.advantages = advantage[rows].to(micro.tokens.device)
-            micro.weights = weight[rows].to(micro.tokens.device)
-        return credited
+            own = micro.rows[micro.rollout].cpu()
+            device = micro.tokens.device
+            micro.weights = weight[own].to(device)
+            micro.advantages = micro.signals.get("advantage", experience.advantage[own].to(device))
+        return MiniBatch(rows, credited)
 
     def _without(self, micro: MicroBatch, active: Tensor) -> MicroBatch:
         """The micro-batch without rollouts that are not `active` ([B] bool), scores carried over."""
@@ -113,4 +113,5 @@ class Batcher:
         for name in ("old_logprobs", "reference_logprobs"):
             scores = getattr(micro, name)
             setattr(smaller, name, None if scores is None else scores[kept])
+        smaller.signals = {name: signal[kept] for name, signal in micro.signals.items()}
         return smaller

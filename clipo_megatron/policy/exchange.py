@@ -6,7 +6,7 @@ that generated a rollout to the head of the replica that trains it, and from the
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,16 +15,21 @@ import torch.distributed as dist
 from torch import Tensor
 
 from clipo_megatron.device import platform
-from clipo_megatron.flow import RolloutTable, Sample, ScoredGroup
+from clipo_megatron.flow import Prompt, Rollout, RolloutTable, Sample, ScoredGroup
 from clipo_megatron.policy.layout import Layout
 
+Observe = Callable[[Prompt, Rollout], dict[str, float | str]]
 
-def build_table(groups: Sequence[ScoredGroup], *, step: int) -> tuple[RolloutTable, list[Sample]]:
+
+def build_table(
+    groups: Sequence[ScoredGroup], *, step: int, observe: Observe = lambda prompt, rollout: {}
+) -> tuple[RolloutTable, list[Sample]]:
     """Gather the facts of every rank's rollouts.
 
     Args:
         groups: what this rank generated; may be empty.
         step: number of the step.
+        observe: further facts of one rollout, the same names for each; numbers become signals, texts words.
 
     Returns:
         The table, identical on every rank, and this rank's rollouts with their rows in it.
@@ -49,17 +54,21 @@ def build_table(groups: Sequence[ScoredGroup], *, step: int) -> tuple[RolloutTab
         for rollout, verdict in zip(scored.group.rollouts, scored.verdicts, strict=True)
     ]
     names = {scored.group.position: scored.group.prompt.id for scored in groups}
-    shared: list[tuple[np.ndarray, dict[int, str]]] = [None] * dist.get_world_size()  # type: ignore[list-item]
-    dist.all_gather_object(shared, (np.array(local, dtype=np.float64).reshape(-1, 10), names))
-    facts = np.concatenate([part for part, _ in shared])
+    observed = [observe(scored.group.prompt, rollout) for scored in groups for rollout in scored.group.rollouts]
+    shared: list[tuple[np.ndarray, dict[int, str], list[dict[str, float | str]]]] = [None] * dist.get_world_size()  # type: ignore[list-item]
+    dist.all_gather_object(shared, (np.array(local, dtype=np.float64).reshape(-1, 10), names, observed))
+    facts = np.concatenate([part for part, _, _ in shared])
     if not len(facts):
         raise RuntimeError("no rank generated a rollout in this step")
-    facts = facts[np.lexsort((facts[:, 1], facts[:, 0]))]
+    order = np.lexsort((facts[:, 1], facts[:, 0]))
+    facts = facts[order]
+    notes = [note for _, _, part in shared for note in part]
+    signals, words = _columns([notes[row] for row in order])
     keys = facts[:, :2].astype(np.int64)
     if len(np.unique(keys, axis=0)) != len(keys):
         raise RuntimeError("a rollout is held by two ranks")
     positions = np.unique(keys[:, 0])
-    prompt_ids = {position: name for _, part in shared for position, name in part.items()}
+    prompt_ids = {position: name for _, part, _ in shared for position, name in part.items()}
 
     def column(index: int, dtype: torch.dtype) -> Tensor:
         return torch.from_numpy(facts[:, index].copy()).to(dtype)
@@ -76,6 +85,8 @@ def build_table(groups: Sequence[ScoredGroup], *, step: int) -> tuple[RolloutTab
         version=column(8, torch.int64),
         step=step,
         newest=column(9, torch.int64),
+        signals=signals,
+        words=words,
     )
     row_of = {(int(position), int(sample)): row for row, (position, sample) in enumerate(keys)}
     samples = []
@@ -86,6 +97,19 @@ def build_table(groups: Sequence[ScoredGroup], *, step: int) -> tuple[RolloutTab
                 Sample(row, int(table.group[row]), scored.group.prompt.tokens, rollout.tokens, rollout.logprobs)
             )
     return table, samples
+
+
+def _columns(notes: Sequence[dict[str, float | str]]) -> tuple[dict[str, Tensor], dict[str, list[str]]]:
+    """What was observed of each row, as columns: numbers float64, and texts."""
+    signals: dict[str, Tensor] = {}
+    words: dict[str, list[str]] = {}
+    for name, first in notes[0].items():
+        values = [note[name] for note in notes]
+        if isinstance(first, str):
+            words[name] = values
+        else:
+            signals[name] = torch.tensor(values, dtype=torch.float64)
+    return signals, words
 
 
 def deliver(samples: Sequence[Sample], table: RolloutTable, owner: Tensor, layout: Layout) -> dict[int, Sample]:

@@ -1,0 +1,109 @@
+"""From a configuration to an algorithm: named methods, and stages of a user's own."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import sys
+from pathlib import Path
+from typing import Any
+
+from clipo_megatron.algorithms.algorithm import Algorithm
+from clipo_megatron.algorithms.base import Context, Stage
+from clipo_megatron.algorithms.clipo.stage import Clipo
+from clipo_megatron.algorithms.correction import OffPolicyCorrection
+from clipo_megatron.algorithms.kl import EntropyBonus, KLLoss, KLReward
+from clipo_megatron.config.errors import ConfigError
+from clipo_megatron.config.load import typed_options
+from clipo_megatron.config.methods import BASELINES, PLUGINS, baseline, is_import_path
+from clipo_megatron.config.schema import Aggregation, CorrectionKind, KLPlace, RunConfig
+
+
+def build_algorithm(config: RunConfig, context: Context | None = None) -> Algorithm:
+    """The algorithm that a configuration names: a baseline, its KL and entropy terms, plug-ins, and CLIPO's reward.
+
+    Args:
+        config: of the run.
+        context: what stages may use of the run; None leaves them without.
+
+    Raises:
+        ConfigError: a stage cannot be found or built, or needs what nothing provides.
+    """
+    settings = config.algorithm
+    stages: list[Stage] = [_baseline(config)]
+    if settings.correction.kind is not CorrectionKind.none:
+        stages.append(OffPolicyCorrection(settings.correction))
+    if settings.kl.coefficient:
+        kind = KLLoss if settings.kl.place is KLPlace.loss else KLReward
+        stages.append(kind(settings.kl.coefficient, settings.kl.kind))
+    if settings.entropy_coefficient:
+        stages.append(EntropyBonus(settings.entropy_coefficient))
+    for plugin in settings.plugins:
+        if is_import_path(plugin.name):
+            stages.append(_own(plugin.name, (), plugin.options))
+        else:
+            method = PLUGINS[plugin.name]
+            stages.append(_class_of(method.stage)(**typed_options(method.options, plugin.options)))
+    if config.clipo.enabled:
+        stages.append(Clipo(config.clipo))
+    algorithm = Algorithm(stages)
+    if context is not None:
+        algorithm.bind(context)
+    return algorithm
+
+
+def _baseline(config: RunConfig) -> Stage:
+    settings, method = config.algorithm, baseline(config.algorithm)
+    low, high = method.clip or (0.0, 0.0)
+    shared = (
+        low if settings.clip_low is None else settings.clip_low,
+        high if settings.clip_high is None else settings.clip_high,
+        settings.aggregation or method.aggregation or Aggregation.token_mean,
+        settings.constant_length or config.rollout.max_new_tokens,
+    )
+    if is_import_path(settings.name):
+        return _own(settings.name, shared, settings.options)
+    stage = _class_of(BASELINES[settings.name].stage)
+    return stage(*shared, **typed_options(method.options, settings.options))
+
+
+def _class_of(place: str) -> type[Stage]:
+    """One of ours, "module:Class"."""
+    module, _, name = place.partition(":")
+    return getattr(importlib.import_module(f"clipo_megatron.algorithms.{module}"), name)
+
+
+def _own(place: str, arguments: tuple[Any, ...], options: dict[str, Any]) -> Stage:
+    """A user's stage, from a file or an installed package."""
+    kind = import_stage(place)
+    try:
+        return kind(*arguments, **options)
+    except TypeError as error:
+        raise ConfigError(f"{place} cannot be built with options {options}: {error}. Correct its options.") from error
+
+
+def import_stage(place: str) -> type[Stage]:
+    """The class at "file.py:Class" or "package.module:Class".
+
+    Raises:
+        ConfigError: it cannot be imported, or is no stage.
+    """
+    source, _, name = place.rpartition(":")
+    try:
+        module = _module_of(Path(source)) if source.endswith(".py") else importlib.import_module(source)
+    except Exception as error:  # whatever a user's file raises while it is run
+        raise ConfigError(f"{source} cannot be imported: {type(error).__name__}: {error}. Correct it.") from error
+    kind = getattr(module, name, None)
+    if not (isinstance(kind, type) and issubclass(kind, Stage)):
+        reason = "is no subclass of clipo_megatron.algorithms.base.Stage" if kind is not None else "is not in it"
+        raise ConfigError(f"{place}: {name} {reason}. Name a class that is one.")
+    return kind
+
+
+def _module_of(file: Path) -> Any:
+    name = f"clipo_stage_{file.stem}"
+    spec = importlib.util.spec_from_file_location(name, file)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses look their module up there
+    spec.loader.exec_module(module)
+    return module

@@ -1,0 +1,112 @@
+"""Every method by name: where its stage stands, the paper, its options with their defaults. Imports no torch.
+
+`algorithm.name` chooses a baseline, which gives advantages and the policy's loss; `algorithm.plugins` add stages to it.
+Options are keyword arguments of the stage's class; a test holds the two together.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+from typing import Optional
+
+from clipo_megatron.config.schema import Aggregation, AlgorithmConfig
+
+
+@dataclass(frozen=True, slots=True)
+class Method:
+    """One named method.
+
+    Attributes:
+        stage: "module:Class" below clipo_megatron.algorithms.
+        source: paper or place it comes from.
+        summary: what it changes, in half a line.
+        options: dataclass of its options; None: it has none.
+        clip: default of algorithm.clip_low and clip_high; None: it clips nothing.
+        aggregation: default of algorithm.aggregation; None: its loss is over whole groups.
+        refill_rounds: default of rollout.refill_rounds.
+    """
+
+    stage: str
+    source: str
+    summary: str
+    options: type | None = None
+    clip: tuple[float, float] | None = (0.2, 0.2)
+    aggregation: Aggregation | None = Aggregation.token_mean
+    refill_rounds: int = 0
+
+
+class DiscoScore(str, Enum):
+    log_likelihood = "log_likelihood"  # mean log-prob of the response's tokens
+    likelihood_ratio = "likelihood_ratio"  # mean ratio to the policy that was scored
+
+
+class Penalty(str, Enum):
+    squared = "squared"
+    linear = "linear"
+
+
+@dataclass
+class DiscoOptions:
+    score: DiscoScore = DiscoScore.log_likelihood
+    tau: Optional[float] = None  # of the log-mean-exp over wrong rollouts; None: 10 for log_likelihood, 1 for the other
+    beta: float = 1.0e3  # of the penalty on KL(old || new)
+    delta: float = 1.0e-4  # KL without penalty, nats a token
+    penalty: Penalty = Penalty.linear  # of the KL beyond delta
+    weigh_by_reward: bool = True  # correct rollouts count by their shaped reward: 1 each without a bonus
+
+
+@dataclass
+class HapoOptions:
+    weight: float = 1.0  # of the length reward
+    floor: float = -0.7  # smallest length reward of a correct rollout
+
+
+@dataclass
+class PapoOptions:
+    weight: float = 0.01  # gamma, of KL(pi || pi_mask)
+    mask: float = 0.6  # share of the prompt's tokens that are masked
+    limit: float = 10.0  # of the log ratio of one token, either way
+    seed: int = 0  # of the choice of masked tokens
+
+
+BASELINES: dict[str, Method] = {
+    "grpo": Method("grpo:GRPO", "arXiv 2402.03300", "group mean and standard deviation"),
+    "dr_grpo": Method(
+        "grpo:DrGRPO",
+        "arXiv 2503.20783",
+        "group mean alone, token sum over a constant length",
+        aggregation=Aggregation.constant,
+    ),
+    "rloo": Method("baselines:RLOO", "arXiv 2402.14740", "mean reward of the group's other rollouts"),
+    "gspo": Method(
+        "sequence_ratios:GSPO",
+        "arXiv 2507.18071",
+        "one ratio a rollout, clipped as a whole",
+        clip=(3e-4, 4e-4),
+        aggregation=Aggregation.sequence_mean,
+    ),
+    "disco": Method(
+        "disco:DisCO",
+        "arXiv 2505.12366",
+        "correct rollouts against the hardest wrong ones",
+        DiscoOptions,
+        clip=None,
+        aggregation=None,
+    ),
+}
+
+PLUGINS: dict[str, Method] = {
+    "hapo": Method("hapo:HAPO", "arXiv 2505.11225", "reward for the shortest correct answers so far", HapoOptions),
+    "papo": Method("papo:PAPO", "arXiv 2507.06448", "away from what the policy says without the prompt", PapoOptions),
+}
+
+
+def is_import_path(name: str) -> bool:
+    """Whether a method's name is a user's own class: "file.py:Class" or "package.module:Class"."""
+    return ":" in name
+
+
+def baseline(algorithm: AlgorithmConfig) -> Method:
+    """The baseline's entry; that of GRPO's defaults for a user's own class."""
+    return BASELINES.get(algorithm.name, BASELINES["grpo"])
