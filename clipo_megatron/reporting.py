@@ -12,12 +12,13 @@ import torch.distributed as dist
 from clipo_megatron.config.schema import RunConfig
 from clipo_megatron.evaluation.results import Evaluation, read_evaluations, remove_evaluations, write_evaluation
 from clipo_megatron.evaluation.tables import progress_table, spoken
+from clipo_megatron.files import write_durably
 from clipo_megatron.flow import StepReport
 from clipo_megatron.output import CHECKPOINTS, EVALUATIONS, METRICS, ROLLOUTS, SETTINGS, TENSORBOARD
 from clipo_megatron.report.alarms import alarms, stop_on, stop_on_skips
 from clipo_megatron.report.console import Progress, duration
 from clipo_megatron.report.samples import SampleLog
-from clipo_megatron.report.sinks import JsonLines, Sink, TensorBoard, read_lines
+from clipo_megatron.report.sinks import JsonLines, Sink, TensorBoard, read_lines, writing
 
 
 class Reporter:
@@ -61,7 +62,8 @@ class Reporter:
         """Open the logs for the steps from `step` on."""
         if self.is_main:
             settings = json.dumps(dataclasses.asdict(self.config), indent=1, default=str)
-            (self.output / SETTINGS).write_text(settings)
+            with writing(self.output / SETTINGS):
+                write_durably(self.output / SETTINGS, settings)
             self._sinks = [JsonLines(self.output / METRICS, from_step=step)]
             if self.config.report.tensorboard:
                 self._sinks.append(TensorBoard(self.output / TENSORBOARD, from_step=step))
@@ -98,7 +100,8 @@ class Reporter:
         self.evaluations.append(result)
         self.say(spoken(result))
         if self.is_main:
-            write_evaluation(self.output / EVALUATIONS, result)
+            with writing(self.output / EVALUATIONS):
+                write_evaluation(self.output / EVALUATIONS, result)
 
     def knows_evaluation(self, step: int) -> bool:
         """Whether the policy after `step` steps was evaluated."""

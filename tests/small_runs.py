@@ -86,11 +86,14 @@ def write_config(folder: Path, model: Path) -> Path:
 
 
 class SmallRun:
-    """One `clipo train`, or another command, and everything it starts, known by a mark in their environment."""
+    """One `clipo train`, or another command, and everything it starts, known by a mark in their environment.
 
-    def __init__(self, config: Path, output: Path, *overrides: str, command: str = "train"):
+    What it prints goes to a file in `logs`, or beside the output.
+    """
+
+    def __init__(self, config: Path, output: Path, *overrides: str, command: str = "train", logs: Path | None = None):
         self.output, self.mark = output, uuid.uuid4().hex
-        self.log = output.with_name(f"{output.name}.{self.mark[:6]}.log")
+        self.log = (logs or output.parent) / f"{output.name}.{self.mark[:6]}.log"
         environment = {
             **{name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")},
             "CLIPO_TEST_RUN": self.mark,

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from full_disk import fill, small_disk
 
 from clipo_megatron.checkpoint import CheckpointError, Checkpoints, Owner
 from clipo_megatron.checkpoint.retention import Retention
@@ -432,14 +433,8 @@ def test_a_file_system_that_hangs_is_not_waited_for(ranks, tmp_path):
 
 @pytest.fixture
 def disk(tmp_path):
-    """A file system of 3 MB."""
-    place = tmp_path / "disk"
-    place.mkdir()
-    done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", place], capture_output=True, text=True)
-    if done.returncode:
-        pytest.skip(f"no small file system can be mounted here: {done.stderr.strip()}")
-    yield place
-    subprocess.run(["umount", "--lazy", place], check=True, timeout=30)
+    with small_disk(tmp_path / "disk", megabytes=3) as place:
+        yield place
 
 
 def two_saves(folder, between, failures=1):
@@ -454,13 +449,6 @@ def two_saves(folder, between, failures=1):
             between(folder)
         torch.distributed.barrier()
     return outcome, newest(folder)[0], said
-
-
-def fill(disk):
-    with open(disk / "others", "wb") as file, pytest.raises(OSError):
-        while True:
-            file.write(bytes(1 << 16))
-            file.flush()
 
 
 def make_read_only(disk):

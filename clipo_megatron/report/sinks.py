@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import math
-import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol, TextIO
 
+from clipo_megatron.files import write_durably
 from clipo_megatron.flow import StepReport
 
 
@@ -19,19 +21,26 @@ class ReportError(RuntimeError):
     """What a run tells cannot be written; the message says where and why."""
 
 
-def append(file: TextIO, line: str) -> None:
-    """Write a line to an open file.
+@contextmanager
+def writing(path: str | Path) -> Iterator[None]:
+    """Within, a file is written, or one beside it that takes its name.
 
     Raises:
         ReportError: the disk is full, say.
     """
     try:
-        file.write(line)
+        yield
     except OSError as error:
         raise ReportError(
-            f"{file.name} cannot be written: {error}. Free space, or correct train.output; the same command goes on "
-            "from the newest checkpoint"
+            f"{path} cannot be written: [Errno {error.errno}] {error.strerror}. Free space, or correct train.output; "
+            "the same command goes on from the newest checkpoint"
         ) from error
+
+
+def append(file: TextIO, line: str) -> None:
+    """Write a line to an open file; raises ReportError."""
+    with writing(file.name):
+        file.write(line)
 
 
 class Sink(Protocol):
@@ -55,7 +64,8 @@ class JsonLines:
     def __init__(self, path: Path, *, from_step: int):
         """Open for steps >= `from_step`; lines of these steps, left by an attempt that died, are dropped."""
         keep_before(path, from_step)
-        self._file = path.open("a", buffering=1)  # a line is with the system when `write` returns
+        with writing(path):
+            self._file = path.open("a", buffering=1)  # a line is with the system when `write` returns
 
     def write(self, report: StepReport) -> None:
         """One line."""
@@ -96,14 +106,14 @@ class TensorBoard:
 
 
 def keep_before(path: Path, step: int) -> None:
-    """Drop the lines of a JSON-lines file from `step` on, and one cut short by a crash; the others stay as they are."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w") as file:
-        file.writelines(f"{line}\n" for line, facts in _lines(path) if facts["step"] < step)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    """Drop the lines of a JSON-lines file from `step` on, and one cut short by a crash; the others stay as they are.
+
+    Raises:
+        ReportError: the disk is full, say; the file is then as it was.
+    """
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_durably(path, "".join(f"{line}\n" for line, facts in _lines(path) if facts["step"] < step))
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:

@@ -1,0 +1,50 @@
+"""A run whose disk is full: what is safe stays so, a sentence says what to do, and the same command goes on."""
+
+import os
+import signal
+from pathlib import Path
+
+import pytest
+from full_disk import fill, small_disk
+from small_runs import EVERY, SmallRun, assert_same_run, steps_logged
+
+
+def the_last_words(run: SmallRun) -> str:
+    assert "Traceback" not in run.said
+    (line,) = [line for line in run.said.splitlines() if line.startswith("clipo: ")]
+    return line
+
+
+@pytest.mark.timeout(300)
+def test_a_full_disk_costs_nothing_but_time(small_config, undisturbed, tmp_path):
+    with small_disk(tmp_path / "disk", megabytes=24) as disk:
+        output, config = disk / "run", Path(small_config)
+
+        def start() -> SmallRun:
+            overrides = ("report.save_rollouts=0", "checkpoint.asynchronous=false")
+            return SmallRun(config, output, *overrides, logs=tmp_path)
+
+        run = start()
+        run.wait_for(lambda: steps_logged(output) > EVERY, "a step after the checkpoint")
+        os.kill(run.process.pid, signal.SIGSTOP)
+        try:
+            fill(disk)
+        finally:
+            os.kill(run.process.pid, signal.SIGCONT)
+        run.wait(2)
+        assert the_last_words(run) == (
+            f"clipo: {output}/metrics.jsonl cannot be written: [Errno 28] No space left on device. Free space, or "
+            "correct train.output; the same command goes on from the newest checkpoint"
+        )
+        written = (output / "metrics.jsonl").read_bytes()
+        assert not written.endswith(b"\n")  # half a line
+        assert [path.name for path in (output / "checkpoints").iterdir()] == [f"step_{EVERY:06d}"]
+
+        again = start().wait(2)
+        assert "config.json cannot be written: [Errno 28] No space left on device. Free space" in the_last_words(again)
+        assert (output / "metrics.jsonl").read_bytes() == written
+
+        (disk / "others").unlink()
+        last = start().wait()
+        assert f"resumed from {output}/checkpoints/step_{EVERY:06d}, {EVERY} steps done" in last.said
+        assert_same_run(output, undisturbed)
