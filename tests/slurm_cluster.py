@@ -163,8 +163,14 @@ class Cluster:
 
     def state(self, job: str) -> str:
         """Of a job: PENDING, RUNNING, COMPLETED...; "" once the controller has forgotten it."""
-        said = self.run("scontrol", "--oneliner", "show", "job", job)
-        return next((word.partition("=")[2] for word in said.split() if word.startswith("JobState=")), "")
+        for _ in range(10):  # on a busy machine the controller misses a call now and then
+            said = self.run("scontrol", "--oneliner", "show", "job", job)
+            if found := [word.partition("=")[2] for word in said.split() if word.startswith("JobState=")]:
+                return found[0]
+            if "Invalid job id" in said:
+                return ""
+            time.sleep(0.5)
+        raise AssertionError(f"the controller does not tell of job {job}: {said}")
 
     def wait(self, job: str, *states: str, seconds: float = 300.0) -> str:
         """Until a job is in one of these states, or over."""

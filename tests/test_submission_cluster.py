@@ -12,6 +12,8 @@ from slurm_cluster import Cluster, missing
 from slurm_runs import SlurmRun
 from small_runs import SmallRun, assert_same_run, metrics
 
+from clipo_megatron.config.model_folder import is_checkpoint
+
 pytestmark = [pytest.mark.timeout(600), pytest.mark.skipif(bool(missing()), reason=missing())]
 STEPS = 12
 OPTIONS = (f"train.steps={STEPS}", "checkpoint.every=2", "eval.every=0", "report.console=false")
@@ -72,6 +74,20 @@ if ROUNDS:
         run.end()
         print(run.outcomes())
         assert_same_run(run.output, undisturbed_dp2, STEPS)
+
+
+def test_a_model_is_converted_and_evaluated(cluster, small_config, tmp_path):
+    target = tmp_path / "megatron"
+    convert = SlurmRun(
+        cluster, small_config, tmp_path / "a", "--nodes=2", "--job=to-megatron", f"--target={target}", "layout.pp=2"
+    )
+    evaluate = SlurmRun(cluster, small_config, tmp_path / "b", "--nodes=2", "--job=eval", "report.console=false")
+    for job in (convert, evaluate):
+        job.end()
+        assert job.outcomes() == ["started", "done"], job.story
+        assert sorted(path.name for path in (job.folder / "logs").iterdir()) == ["rank0.log", "rank1.log"]
+    assert is_checkpoint(target) and f"done: {target}" in convert.log
+    assert [path.name for path in (evaluate.output / "results").iterdir()] == ["step_000000.json"]
 
 
 def test_a_node_without_the_shared_folder_is_named_in_seconds(cluster: Cluster, small_config: Path, unshared: Path):
