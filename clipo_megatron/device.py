@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import resource
 import sys
 import threading
 import time
@@ -101,6 +102,12 @@ class Platform:
         with torch.cuda.stream(stream):
             yield
         stream.synchronize()
+
+    def peak_memory(self) -> int:
+        """Bytes: the most that tensors held on the GPU, or this process in main memory; since its start."""
+        if self.has_gpu:
+            return torch.cuda.max_memory_allocated()
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
     def rng_state(self) -> dict[str, torch.Tensor]:
         """State of the default generators, for checkpoints."""

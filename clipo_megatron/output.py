@@ -9,9 +9,21 @@ from typing import TextIO
 from clipo_megatron.files import Held, lock
 
 METRICS, ROLLOUTS, CHECKPOINTS = "metrics.jsonl", "rollouts.jsonl", "checkpoints"
-EVALUATIONS, TENSORBOARD, SETTINGS = "eval", "tensorboard", "config.json"
+EVALUATIONS, TENSORBOARD, WANDB, SETTINGS = "eval", "tensorboard", "wandb", "config.json"
 MEASURED = "results"  # of `clipo eval`; those of training itself are in EVALUATIONS
-RESULTS = (METRICS, ROLLOUTS, CHECKPOINTS, EVALUATIONS, MEASURED, TENSORBOARD, SETTINGS)
+STATES, TRACE = "states", "trace.jsonl"
+RESULTS = (
+    METRICS,
+    ROLLOUTS,
+    CHECKPOINTS,
+    EVALUATIONS,
+    MEASURED,
+    TENSORBOARD,
+    WANDB,
+    STATES,
+    TRACE,
+    SETTINGS,
+)
 PREVIOUS = "previous"  # <output>/previous/<n>/ holds the results of runs that were started over
 _LOCK_WAIT_S = 5.0  # a killed run lets go when its last process is gone
 

@@ -9,16 +9,16 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from clipo_megatron.config.schema import RunConfig
+from clipo_megatron.config.schema import RunConfig, WandbMode
 from clipo_megatron.evaluation.results import Evaluation, read_evaluations, remove_evaluations, write_evaluation
 from clipo_megatron.evaluation.tables import progress_table, spoken
 from clipo_megatron.files import write_durably
 from clipo_megatron.flow import StepReport
-from clipo_megatron.output import CHECKPOINTS, EVALUATIONS, METRICS, ROLLOUTS, SETTINGS, TENSORBOARD
+from clipo_megatron.output import CHECKPOINTS, EVALUATIONS, METRICS, ROLLOUTS, SETTINGS, TENSORBOARD, WANDB
 from clipo_megatron.report.alarms import alarms, stop_on, stop_on_skips
 from clipo_megatron.report.console import Progress, duration
-from clipo_megatron.report.samples import SampleLog
 from clipo_megatron.report.sinks import JsonLines, Sink, TensorBoard, read_lines, writing
+from clipo_megatron.report.wandb import Wandb
 
 
 class Reporter:
@@ -33,7 +33,6 @@ class Reporter:
         self.config, self.is_main = config, is_main
         self.output = Path(config.train.output)
         self.progress = Progress(config.train.steps, enabled=is_main and config.report.console)
-        self.samples = SampleLog(self.output / ROLLOUTS, groups=config.report.save_rollouts * is_main)
         self.evaluations: list[Evaluation] = []
         self._started = time.time()
         self._sinks: list[Sink] = []
@@ -67,7 +66,8 @@ class Reporter:
             self._sinks = [JsonLines(self.output / METRICS, from_step=step)]
             if self.config.report.tensorboard:
                 self._sinks.append(TensorBoard(self.output / TENSORBOARD, from_step=step))
-        self.samples.open(from_step=step)
+            if self.config.report.wandb.mode is not WandbMode.disabled:
+                self._sinks.append(Wandb(self.config, self.output / WANDB, from_step=step))
 
     def step(self, report: StepReport) -> None:
         """Hand a step's metrics to every sink, and warn of what is wrong with them.
@@ -115,7 +115,6 @@ class Reporter:
         """Close the logs, and say what was done and where everything is."""
         for sink in self._sinks:
             sink.close()
-        self.samples.close()
         spent = duration(time.time() - self._started)
         self.say(f"{step} of {self.config.train.steps} steps done, {spent} in this session")
         if len(self.evaluations) > 1:

@@ -34,6 +34,7 @@ from clipo_megatron.policy import layout as layouts
 from clipo_megatron.policy.actor import PolicyActor
 from clipo_megatron.policy.state import PolicyKeeper
 from clipo_megatron.problems import load_problems
+from clipo_megatron.recording import Recorder
 from clipo_megatron.rendezvous import meet
 from clipo_megatron.reporting import Reporter
 from clipo_megatron.rewards.pool import GraderPool
@@ -99,6 +100,7 @@ class Run:
         self.algorithm: Algorithm = build_algorithm(config, context_of(config, tokenizer, self.train_prompts))
         updates = config.train.steps * config.algorithm.epochs * config.algorithm.mini_batches
         self.actor = PolicyActor(config, self.layout, needs=self.algorithm.needs, total_steps=updates)
+        self.recorder = Recorder(config, self.layout, self.actor)
         self.sync = build_sync(config, self.actor, self.engine)
         self.version = -1  # of the weights that the engine has
         self.collector = Collector(
@@ -143,6 +145,7 @@ class Run:
         """Open the logs; evaluate the policy if that is due and was not done."""
         config = self.config
         self.reporter.open(step)
+        self.recorder.open(step)
         self.reporter.say(
             f"{config.name}: {Path(config.model.path).name}, {len(self.train_prompts)} problems, "
             f"{config.data.prompts_per_step} prompts x {config.rollout.samples_per_prompt} samples a step, "
@@ -170,6 +173,7 @@ class Run:
         self.heartbeat.phase("checkpoint")
         self.checkpoints.wait(last=True)
         self.heartbeat.leave()
+        self.recorder.close()
         dist.barrier()  # the first to go takes the others' store along
         self.reporter.close(step)
         if not finished:
@@ -181,6 +185,7 @@ class Run:
         if not self.stop.insisted:
             self.checkpoints.close()
         self.stop.leave()
+        self.recorder.close()
         self.graders.close()
         self.sync.close()
         if self.engine is not None:

@@ -66,7 +66,7 @@ class Trainer:
         with watch("sync"):
             metrics |= run.push(self.step + 1)
 
-        run.reporter.samples.write(scored, table, experience.reward, experience.advantage)
+        run.recorder.step(scored, table, experience.reward, experience.advantage, algorithm.last_bonus, watch)
         metrics |= table_metrics(table, experience.reward, experience.advantage)
         metrics |= actor.contrastive_metrics(table, algorithm.last_bonus)
         metrics |= speed_metrics(watch, table, micro_batches, world=run.layout.world)

@@ -26,6 +26,7 @@ LEVELS = (
         "collector",
         "reporting",
         "engines",
+        "recording",
         "stopping",
         "heartbeat",
         "rendezvous",

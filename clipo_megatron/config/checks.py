@@ -16,6 +16,7 @@ from typing import Any
 from clipo_megatron.config.checks_evaluation import evaluation_problems
 from clipo_megatron.config.checks_layout import division_problems
 from clipo_megatron.config.checks_methods import method_problems
+from clipo_megatron.config.checks_report import report_problems
 from clipo_megatron.config.checks_rollout import rollout_problems
 from clipo_megatron.config.errors import ConfigError, Problem
 from clipo_megatron.config.model_folder import hf_folder, is_checkpoint
@@ -58,6 +59,7 @@ def check(config: RunConfig, *, ranks: int | None = None, absent: bool = False) 
         *rollout_problems(config),
         *evaluation_problems(config),
         *method_problems(config),
+        *report_problems(config),
     ]
     elsewhere = [each for each in problems if each.absent and absent]
     if problems := [each for each in problems if each not in elsewhere]:
@@ -313,6 +315,9 @@ def _numbers(config: RunConfig) -> Iterator[Problem]:
             "eval.temperature",
             "eval.top_k",
             "report.save_rollouts",
+            "report.save_states",
+            "report.states_every",
+            "report.trace_every",
         ),
     }
     for least, names in at_least.items():

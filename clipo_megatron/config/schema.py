@@ -108,6 +108,12 @@ class GraderMode(str, Enum):
     reasoning_gym = "reasoning_gym"
 
 
+class WandbMode(str, Enum):
+    disabled = "disabled"
+    online = "online"
+    offline = "offline"  # written to train.output/wandb, for `wandb sync`
+
+
 @dataclass
 class ModelConfig:
     path: str = "???"  # Hugging Face folder: config.json, *.safetensors, tokenizer
@@ -351,10 +357,27 @@ class EvalConfig:
 
 
 @dataclass
+class WandbConfig:
+    """Weights & Biases; needs the package wandb."""
+
+    mode: WandbMode = WandbMode.disabled
+    project: str = "clipo-megatron"
+    run: Optional[str] = None  # what the run is called there; None: name
+    entity: Optional[str] = None  # user or team; None: that of the account
+    group: Optional[str] = None  # under which runs that differ in the seed stand together
+
+
+@dataclass
 class ReportConfig:
     console: bool = True
     tensorboard: bool = False
+    wandb: WandbConfig = field(default_factory=WandbConfig)
     save_rollouts: int = 1  # groups of each step written to rollouts.jsonl
+    save_states: int = (
+        256  # rollouts of a recorded step whose pooled states and embeddings are kept, for `clipo report`
+    )
+    states_every: int = 0  # steps between two recorded ones; the first and the last always are
+    trace_every: int = 10  # steps between two of which is kept when each rank did what; 0: none
     mult_prob_error_alarm: float = 1.05  # of mean(exp(|log-prob of trainer - of engine|)), fresh rollouts
     rollout_kl_alarm: float = 0.05  # of the engine-trainer KL, nats a token, fresh rollouts
     alarm_stops: bool = False  # an alarm ends the run before the step's checkpoint, rather than to warn

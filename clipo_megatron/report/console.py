@@ -147,17 +147,30 @@ def duration(seconds: float) -> str:
 
 
 class Stopwatch:
-    """Seconds a phase, for one step: `with watch("generate"): ...` gives "time/generate_s"; `tell` hears of each."""
+    """Seconds a phase, for one step: `with watch("generate"): ...` gives "time/generate_s"; `tell` hears of each.
+
+    Attributes:
+        metrics: seconds by phase.
+        spans: (phase, start, end) of each, in order; seconds since the epoch.
+    """
 
     def __init__(self, tell: Callable[[str], None] = lambda phase: None) -> None:
         self.metrics: dict[str, float] = {}
+        self.spans: list[tuple[str, float, float]] = []
         self._tell = tell
         self._start = time.perf_counter()
+        self._epoch = time.time() - self._start
 
     def __call__(self, phase: str) -> _Phase:
         """A context that adds its duration to the phase."""
         self._tell(phase)
         return _Phase(self, phase)
+
+    def add(self, phase: str, start: float, end: float) -> None:
+        """Count a stretch of time, by this process's performance counter, to a phase."""
+        name = f"time/{phase}_s"
+        self.metrics[name] = self.metrics.get(name, 0.0) + end - start
+        self.spans.append((phase, self._epoch + start, self._epoch + end))
 
     def total(self) -> float:
         """Seconds since the start."""
@@ -166,11 +179,10 @@ class Stopwatch:
 
 class _Phase:
     def __init__(self, watch: Stopwatch, phase: str):
-        self.watch, self.name = watch, f"time/{phase}_s"
+        self.watch, self.phase = watch, phase
 
     def __enter__(self) -> None:
         self.start = time.perf_counter()
 
     def __exit__(self, *_: object) -> None:
-        spent = time.perf_counter() - self.start
-        self.watch.metrics[self.name] = self.watch.metrics.get(self.name, 0.0) + spent
+        self.watch.add(self.phase, self.start, time.perf_counter())

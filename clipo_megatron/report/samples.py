@@ -14,7 +14,7 @@ from clipo_megatron.report.sinks import append, keep_before
 
 
 class SampleLog:
-    """Writes the first `groups` groups that this rank generated in a step; none with groups = 0."""
+    """Writes some groups that this rank generated in a step, `groups` of them where nothing else is said."""
 
     def __init__(self, path: Path, *, groups: int):
         self.path, self.groups = path, groups
@@ -22,16 +22,30 @@ class SampleLog:
 
     def open(self, *, from_step: int) -> None:
         """Keep what was logged before `from_step`, drop the rest."""
-        if not self.groups:
-            return
         keep_before(self.path, from_step)
         self._file = self.path.open("a", buffering=1)
 
-    def write(self, scored: Sequence[ScoredGroup], table: RolloutTable, reward: Tensor, advantage: Tensor) -> None:
-        """One line a group: the question, each response with its verdict, reward and advantage."""
+    def write(
+        self,
+        scored: Sequence[ScoredGroup],
+        table: RolloutTable,
+        reward: Tensor,
+        advantage: Tensor,
+        bonus: Tensor | None = None,
+        *,
+        groups: int | None = None,
+    ) -> None:
+        """One line a group: the question, each response with its verdict, reward, advantage and contrastive bonus.
+
+        With `groups` more than usual, those that have right and wrong rollouts come first.
+        """
         if self._file is None:
             return
-        for each in list(scored)[: self.groups]:
+        wanted, listed = self.groups, list(scored)
+        if groups is not None and groups > wanted:
+            wanted = groups
+            listed.sort(key=lambda each: len({verdict.correct for verdict in each.verdicts} - {None}) < 2)
+        for each in listed[:wanted]:
             group = each.group
             rows = (table.group == group.position).nonzero().squeeze(1).tolist()
             line = {
@@ -46,6 +60,7 @@ class SampleLog:
                         "why_ungraded": verdict.reason,
                         "reward": float(reward[row]),
                         "advantage": float(advantage[row]),
+                        "bonus": None if bonus is None else float(bonus[row]),
                         "finish": rollout.finish,
                         "version": rollout.version,
                     }

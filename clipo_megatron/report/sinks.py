@@ -7,10 +7,12 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol, TextIO
+from typing import TYPE_CHECKING, Any, Protocol, TextIO
 
 from clipo_megatron.files import write_durably
-from clipo_megatron.flow import StepReport
+
+if TYPE_CHECKING:
+    from clipo_megatron.flow import StepReport
 
 
 class MissingPackageError(RuntimeError):

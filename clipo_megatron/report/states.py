@@ -1,0 +1,118 @@
+"""Pooled states and embeddings of some rollouts of a step, as files: states/step_<n>.safetensors. Imports no torch."""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+import sys
+import threading
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import SafetensorError
+from safetensors.numpy import load, save
+
+PATTERN = "step_*.safetensors"
+
+
+@dataclass(frozen=True)
+class States:
+    """What is known of n rollouts of one step, whole groups of them, in the order of the step's table."""
+
+    step: int
+    prompt_ids: list[str]  # one a group
+    group: NDArray[np.int64]  # [n], index into prompt_ids
+    correct: NDArray[np.bool_]  # [n]
+    graded: NDArray[np.bool_]  # [n]
+    pooled: NDArray[np.float32]  # [n, H], mean hidden state over the response
+    embeddings: NDArray[np.float32] | None = None  # [n, d], of the contrastive head before the step; None without one
+    bonus: NDArray[np.float32] | None = None  # [n], added to the reward
+
+
+def chosen(groups: NDArray[np.int64], most: int) -> NDArray[np.int64]:
+    """Rows of the first whole groups, `most` rows at most, but one group at least.
+
+    Args:
+        groups: [B], the group of each row, ascending.
+        most: rows.
+    """
+    ends = np.flatnonzero(np.append(groups[1:] != groups[:-1], True)) + 1
+    fitting = ends[ends <= most]
+    return np.arange(fitting[-1] if len(fitting) else ends[0])
+
+
+def file_of(folder: Path, step: int) -> Path:
+    """Where the states of a step are."""
+    return folder / f"step_{step:06d}.safetensors"
+
+
+def write_states(folder: Path, states: States) -> None:
+    """Whole or not at all."""
+    folder.mkdir(parents=True, exist_ok=True)
+    columns = {
+        name: np.ascontiguousarray(value)
+        for name in ("group", "correct", "graded", "pooled", "embeddings", "bonus")
+        if (value := getattr(states, name)) is not None
+    }
+    metadata = {"step": str(states.step), "prompt_ids": json.dumps(states.prompt_ids)}
+    file = file_of(folder, states.step)
+    partial = file.with_name(f"{file.name}.tmp")
+    partial.write_bytes(save(columns, metadata))
+    os.replace(partial, file)
+
+
+def read_states(file: Path) -> States:
+    """Inverse of `write_states`.
+
+    Raises:
+        ValueError: it is no such file; names it.
+    """
+    try:
+        data = file.read_bytes()
+        columns = load(data)
+        metadata = json.loads(data[8 : 8 + struct.unpack("<Q", data[:8])[0]])["__metadata__"]
+        return States(step=int(metadata["step"]), prompt_ids=json.loads(metadata["prompt_ids"]), **columns)
+    except (OSError, SafetensorError, struct.error, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{file} does not hold the states of a step: {error}") from error
+
+
+def steps_with_states(folder: Path) -> list[int]:
+    """Steps of a run whose states are there."""
+    names = (path.stem.partition("_")[2] for path in folder.glob(PATTERN))
+    return sorted(int(name) for name in names if name.isdigit())
+
+
+def forget_states(folder: Path, *, from_step: int) -> None:
+    """Remove those of the steps that a resumed run does anew."""
+    for step in steps_with_states(folder):
+        if step >= from_step:
+            file_of(folder, step).unlink()
+
+
+class StateWriter:
+    """Writes states from a thread, one step at a time. What cannot be written is a warning: the run needs it not."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self._thread: threading.Thread | None = None
+
+    def write(self, states: States) -> None:
+        """Hand a step's states over; waits for those of the one before."""
+        self.close()
+        self._thread = threading.Thread(target=self._write, args=(states,), name="states", daemon=True)
+        self._thread.start()
+
+    def _write(self, states: States) -> None:
+        try:
+            write_states(self.folder, states)
+        except OSError as error:
+            print(f"clipo: warning: {self.folder} cannot be written: {error}", file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        """Wait until everything is written. Idempotent."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
