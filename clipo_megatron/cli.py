@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from clipo_megatron import __version__
 from clipo_megatron.conversion.commands import add_arguments
 from clipo_megatron.evaluation import command as evaluation
+from clipo_megatron.page import command as page
 from clipo_megatron.quiet import quiet_libraries
 from clipo_megatron.scaling import command as scaling
 from clipo_megatron.submission import command as submission
@@ -31,6 +32,7 @@ commands:
   scale      that job on several numbers of nodes, and what each GPU delivers there
   eval       how many held-out problems a checkpoint solves: pass@1, pass@k, maj@k, set by set
   compare    two such results, problem by problem: which is better, and could that be luck
+  report     runs as one HTML page: curves, accuracies, representation, texts, time
   serve      run the servers that generate for it, SGLang or vLLM
   convert    move weights between Hugging Face and Megatron, in any layout, and verify them
   plan       what a configuration needs and takes on given GPUs, and which layouts fit
@@ -48,6 +50,7 @@ examples:
   clipo submit run.yaml --nodes 4 --gpus-per-node 8    a job of Slurm that comes back by itself
   clipo scale run.yaml --nodes 1,2,4,8 --gpus-per-node 8    weak and strong scaling, measured
   clipo eval runs/mine/checkpoints/step_000100 eval.samples=16 eval.temperature=0.6
+  clipo report runs/grpo runs/clipo             both as one HTML page
   clipo settings clipo                          the settings of one section
 
 `clipo COMMAND --help` says more. CLIPO_TRACEBACK=1 shows where an error comes from.
@@ -185,6 +188,7 @@ def _parser() -> argparse.ArgumentParser:
     plan.set_defaults(run=_plan)
 
     add_arguments(commands.add_parser("convert"))
+    page.add_arguments(commands.add_parser("report"))
 
     settings = commands.add_parser("settings", description="Every setting, with its type, default and meaning.")
     settings.add_argument("section", metavar="SECTION", nargs="?", help="such as rollout, or algorithm.kl")

@@ -41,7 +41,19 @@ def test_overview(capsys):
         cli.main(["--help"])
     shown = capsys.readouterr().out
     assert caught.value.code == 0
-    commands = ("train", "submit", "scale", "eval", "compare", "serve", "convert", "plan", "settings", "doctor")
+    commands = (
+        "train",
+        "submit",
+        "scale",
+        "eval",
+        "compare",
+        "report",
+        "serve",
+        "convert",
+        "plan",
+        "settings",
+        "doctor",
+    )
     for word in (*commands, "examples:", "torchrun", "srun", "CLIPO_TRACEBACK"):
         assert word in shown
 

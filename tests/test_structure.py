@@ -27,6 +27,7 @@ LEVELS = (
         "reporting",
         "engines",
         "recording",
+        "page",
         "stopping",
         "heartbeat",
         "rendezvous",

@@ -1,0 +1,120 @@
+"""Axes: round ticks, and numbers as people write them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from html import escape
+
+_PREFIXES = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
+
+
+@dataclass(frozen=True)
+class Scale:
+    """Values from `low` to `high` on pixels from `start` to `end`."""
+
+    low: float
+    high: float
+    start: float
+    end: float
+
+    def __call__(self, value: float) -> float:
+        """The pixel of a value."""
+        return self.start + (value - self.low) / (self.high - self.low) * (self.end - self.start)
+
+
+def ticks(low: float, high: float, about: int = 5) -> list[float]:
+    """Round numbers within [low, high], about so many."""
+    step = _round_step((high - low) / max(about, 1))
+    first = math.ceil(low / step - 1e-9)
+    count = math.floor(high / step + 1e-9) - first
+    return [(first + number) * step for number in range(count + 1)]
+
+
+def reach(values: Sequence[float], *, zero: bool = False, share: bool = False) -> tuple[float, float]:
+    """Limits of an axis that shows all values, with round ends; never empty.
+
+    Args:
+        values: finite; may be empty.
+        zero: 0 must be in sight.
+        share: nothing lies below 0 or above 1.
+    """
+    shown = [*values, *([0.0] if zero or not values else [])]
+    low, high = min(shown), max(shown)
+    if high - low <= 1e-5 * max(abs(low), abs(high)):  # else the ticks would read alike
+        room = abs(high) * 0.1 or (0.1 if share else 1.0)
+        low, high = low - (0 if zero and low == 0 else room), high + room
+    for _ in range(2):  # wider limits may take a wider step, and both ends shall be ticks
+        step = _round_step((high - low) / 5)
+        low, high = math.floor(low / step + 1e-6) * step, math.ceil(high / step - 1e-6) * step
+    return (max(low, 0.0), min(high, 1.0)) if share else (low, high)
+
+
+def _round_step(step: float) -> float:
+    size = 10.0 ** math.floor(math.log10(max(step, 1e-300)))
+    return next(factor * size for factor in (1, 2, 2.5, 5, 10) if factor * size >= step * (1 - 1e-9))
+
+
+def number(value: float | None, digits: int = 4) -> str:
+    """Four digits that mean something: 0.1235, 12.3k, 1.2e-7; a dash for nothing."""
+    if value is None or not math.isfinite(value):
+        return "–"
+    size = abs(value)
+    if size >= 1e4:
+        for unit, prefix in _PREFIXES:
+            if size >= unit:
+                return f"{value / unit:.3g}{prefix}".replace("-", "−")
+    text = f"{value:.{digits}g}" if size >= 1e-4 or size == 0 else f"{value:.2e}"
+    if "e" in text:
+        mantissa, exponent = text.split("e")
+        text = f"{mantissa.rstrip('0').rstrip('.') if '.' in mantissa else mantissa}e{int(exponent)}"
+    return text.replace("-", "−")
+
+
+def percent(value: float, digits: int = 1) -> str:
+    """A share, as 12.5%."""
+    return f"{100 * value:.{digits}f}%".replace("-", "−")
+
+
+def tick_text(value: float, spacing: float, *, share: bool = False) -> str:
+    """A tick's label: as many decimals as tell it from its neighbours."""
+    if share:
+        return percent(value, max(0, -math.floor(math.log10(spacing * 100) + 1e-9)))
+    if value and (abs(value) >= 1e4 or (spacing < 1e-4 and abs(value) < 100 * spacing)):
+        return number(value, 3)
+    return f"{value:.{max(0, min(8, 1 - math.floor(math.log10(spacing) + 1e-9) - _is_one(spacing)))}f}".replace(
+        "-", "−"
+    )
+
+
+def _is_one(spacing: float) -> int:
+    """1 where a step is a power of ten times 1, 2 or 5, whose multiples need no further digit."""
+    mantissa = spacing / 10.0 ** math.floor(math.log10(spacing) + 1e-9)
+    return 0 if abs(mantissa - 2.5) < 1e-6 else 1
+
+
+def seconds(value: float) -> str:
+    """A duration as a person says it: 48 s, 3 min 10 s, 2 h 05 min."""
+    whole = round(value)
+    if value < 10:
+        return f"{value:.1f} s"
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+
+
+def byte_count(value: float) -> str:
+    """Memory, in binary units."""
+    for unit, name in ((2**40, "TiB"), (2**30, "GiB"), (2**20, "MiB")):
+        if value >= unit:
+            return f"{value / unit:.3g} {name}"
+    return f"{value / 1024:.3g} KiB"
+
+
+def safe(text: object) -> str:
+    """Text for HTML and for attributes in double quotes; what cannot be shown is spelt out."""
+    shown = "".join(each if each.isprintable() or each in "\n\t" else f"\\x{ord(each):02x}" for each in str(text))
+    return escape(shown, quote=True)

@@ -1,0 +1,91 @@
+"""t-SNE, exact: a map of points in which neighbours stay neighbours. van der Maaten and Hinton, 2008.
+
+Exact and in numpy: a page shows some hundred points, for which all pairs take a second or two, and nothing has to be
+installed for that. The result depends on the points alone.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+Points = NDArray[np.float64]
+_TINY = 1e-12
+
+
+def tsne(points: Points, *, perplexity: float = 20.0, iterations: int = 500) -> Points:
+    """A map of `points` [n, D]: [n, 2], centred, of the size 1 at most in each direction.
+
+    D is brought down to 50 by principal components. The perplexity is lowered where there are few points. Starts at
+    the first two principal components, so nothing is random.
+    """
+    count = len(points)
+    centred = principal(np.asarray(points, np.float64), 50)
+    if count < 4 or not np.ptp(centred):
+        return _scaled(np.pad(centred, ((0, 0), (0, 2)))[:, :2])
+    joint = affinities(squared_distances(centred), min(perplexity, (count - 1) / 3))
+    start = np.pad(centred, ((0, 0), (0, 2)))[:, :2]
+    place = 1e-2 * start / max(start[:, 0].std(), _TINY)
+    velocity, gains = np.zeros_like(place), np.ones_like(place)
+    early, rate = iterations // 4, max(count / 12.0, 20.0)
+    for step in range(iterations):
+        slope = gradient(place, joint * (12.0 if step < early else 1.0))
+        agree = np.sign(slope) == np.sign(velocity)
+        gains = np.clip(np.where(agree, gains * 0.8, gains + 0.2), 0.01, None)
+        velocity = (0.5 if step < early else 0.8) * velocity - rate * gains * slope
+        place = place + velocity
+        place -= place.mean(0)
+    return _scaled(place)
+
+
+def principal(points: Points, dimensions: int) -> Points:
+    """Coordinates [n, at most `dimensions`] along the directions of largest variance; signs are fixed."""
+    centred = points - points.mean(0)
+    if centred.shape[1] <= 2:
+        return centred
+    left, sizes, _ = np.linalg.svd(centred, full_matrices=False)
+    found = (left * sizes)[:, :dimensions]
+    signs = np.sign(found[np.abs(found).argmax(0), np.arange(found.shape[1])])
+    return found * np.where(signs == 0, 1, signs)
+
+
+def squared_distances(points: Points) -> Points:
+    """[n, n] of [n, D]."""
+    square = (points**2).sum(1)
+    return np.maximum(square[:, None] + square[None] - 2 * points @ points.T, 0.0)
+
+
+def affinities(distances: Points, perplexity: float) -> Points:
+    """Joint probabilities [n, n] of pairs: each row's Gaussian is as wide as its perplexity asks for.
+
+    Args:
+        distances: [n, n], squared.
+        perplexity: 2 to the entropy in bits of every row, below n.
+    """
+    count = len(distances)
+    apart = ~np.eye(count, dtype=bool)
+    near = np.where(apart, distances, np.inf)
+    near = near - near.min(1, keepdims=True)  # leaves a row's probabilities as they are
+    low, high = np.zeros((count, 1)), np.full((count, 1), np.inf)
+    precision = 1.0 / np.maximum(np.where(apart, near, 0.0).sum(1, keepdims=True) / count, _TINY)
+    for _ in range(60):
+        weights = np.exp(-near * precision)
+        share = weights / weights.sum(1, keepdims=True)
+        entropy = -(share * np.log(share + _TINY)).sum(1, keepdims=True)
+        too_wide = entropy > np.log(perplexity)
+        low, high = np.where(too_wide, precision, low), np.where(too_wide, high, precision)
+        precision = np.where(np.isinf(high), precision * 2, (low + np.where(np.isinf(high), 0, high)) / 2)
+    return (share + share.T) / (2 * count)
+
+
+def gradient(place: Points, joint: Points) -> Points:
+    """Of the divergence KL(joint || map) by the places [n, 2]; the map's pairs weigh as Student's t does."""
+    weights = 1.0 / (1.0 + squared_distances(place))
+    np.fill_diagonal(weights, 0.0)
+    force = (joint - weights / weights.sum()) * weights
+    return 4.0 * (force.sum(1)[:, None] * place - force @ place)
+
+
+def _scaled(place: Points) -> Points:
+    place = place - (place.max(0) + place.min(0)) / 2
+    return place / max(np.abs(place).max(), _TINY)
