@@ -152,7 +152,7 @@ class Algorithm:
         if loss.requires_grad:
             loss.backward()
         gradient = torch.zeros_like(scores) if scores.grad is None else scores.grad
-        return float(loss), gradient.float()
+        return float(loss.detach()), gradient.float()
 
     def loss(self, tokens: TokenBatch) -> Tensor:
         """Per-token loss, [N] float32, without the part of a group loss."""
