@@ -116,6 +116,30 @@ def test_rejects(answer, gold):
     assert score(answer, gold) == 0.0
 
 
+WRONG_REJECTIONS = [
+    ("\\frac{2}{4}", "1/2", "math"),
+    ("6/2", "3", "math"),
+    ("2^{10}", "1024", "math"),
+    ("\\{1,2\\}", "2,1", "math"),
+    ("{1,2}", "2,1", "math"),
+    ("\\text{C}", "C", "conrl/truthfulqa"),
+    ("(C)", "C", "conrl/truthfulqa"),
+    ("c", "C", "conrl/truthfulqa"),
+]
+
+
+@pytest.mark.parametrize(("answer", "gold", "source"), WRONG_REJECTIONS)
+def test_what_the_reference_wrongly_rejects_is_right_in_the_mode_math(answer, gold, source):
+    response = f"So \\boxed{{{answer}}}."
+    assert grade(response, gold, data_source=source, mode="reference") == 0.0
+    assert grade(response, gold, data_source=source, mode="math") == 1.0
+
+
+def test_what_math_verify_alone_rejects_is_right_in_both_modes():
+    for mode in ("reference", "math"):
+        assert grade("\\boxed{32.5\\%}", "32.5", data_source="math", mode=mode) == 1.0
+
+
 @pytest.mark.parametrize(
     ("answer", "expected"),
     [("C", 1.0), (" C ", 1.0), ("C. some text", 1.0), ("c", 0.0), ("(C)", 0.0), ("\\text{C}", 0.0), ("$C$", 0.0)],

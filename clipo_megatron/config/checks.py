@@ -33,6 +33,7 @@ ARCHITECTURES = (
 # Architectures all of whose layers have `sliding_window`, and what they have where config.json does not say.
 WINDOWS = {"MistralForCausalLM": 4096, "Phi3ForCausalLM": None}
 SCHEDULES = ("constant", "linear", "cosine")
+PERTURBABLE = ("gsm_symbolic", "simple_equations")  # generators whose problems have changed forms
 DATA_SUFFIXES = (".parquet", ".jsonl")
 
 
@@ -89,7 +90,8 @@ def _fewest_replicas(layout: LayoutConfig) -> int:
 
 def source_name(source: SourceConfig) -> str:
     """What reports call a source: its name, its file's stem, or its generator."""
-    return source.name or (Path(source.path).stem if source.path else source.generator) or ""
+    changed = f"_{source.perturb.value}" if source.perturb else ""
+    return source.name or (Path(source.path).stem if source.path else f"{source.generator or ''}{changed}")
 
 
 def _layout(config: RunConfig, ranks: int | None) -> Iterator[Problem]:
@@ -229,6 +231,9 @@ def _source(source: SourceConfig, key: str) -> Iterator[Problem]:
     elif source.size is None:
         reason = "a generator makes as many problems as asked for, and no number is given"
         yield Problem(f"{key}.size", reason, "Set it, for example to 1000", show_value=False)
+    if source.perturb and source.generator not in PERTURBABLE:
+        remedy = f"Set it to null, or the generator to {' or '.join(PERTURBABLE)}"
+        yield Problem(f"{key}.perturb", "problems of this source have no changed forms", remedy, source.perturb)
     for option in ("size", "seed"):
         if option in source.options:
             reason = f"the source has its own setting, {key}.{option}"

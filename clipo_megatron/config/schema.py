@@ -114,6 +114,12 @@ class WandbMode(str, Enum):
     offline = "offline"  # written to train.output/wandb, for `wandb sync`
 
 
+class Perturbation(str, Enum):
+    numbers = "numbers"  # drawn anew, and the answer with them
+    names = "names"  # drawn anew; the answer stays
+    clause = "clause"  # one sentence more that has no bearing on the answer
+
+
 @dataclass
 class ModelConfig:
     path: str = "???"  # Hugging Face folder: config.json, *.safetensors, tokenizer
@@ -148,6 +154,7 @@ class SourceConfig:
     options: dict[str, Any] = field(default_factory=dict)  # the generator's own options
     size: Optional[int] = None  # rows to take (files) or to generate
     seed: int = 0  # the generator's seed
+    perturb: Optional[Perturbation] = None  # change each problem; generators gsm_symbolic and simple_equations
     name: Optional[str] = None  # shown in reports; default: the file's stem or the generator's name
     suffix: str = ""  # appended to the user's question
 

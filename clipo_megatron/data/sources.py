@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from clipo_megatron.config.checks import source_name
-from clipo_megatron.config.schema import SourceConfig
+from clipo_megatron.config.schema import Perturbation, SourceConfig
+from clipo_megatron.data.perturbations import PerturbationError, perturb
 
 Problem = TypeVar("Problem")
 
@@ -227,10 +228,13 @@ def _generate(source: SourceConfig) -> Iterator[Row]:
         raise DataError(
             f"the generator {generator} refuses its options {source.options}: {error}. Correct them."
         ) from None
+    change = Perturbation(source.perturb) if source.perturb else None
     for number in range(source.size):
         try:
-            entry = problems[number]
+            entry = problems[number] if change is None else perturb(problems, number, change, source.seed)
             question, answer = entry["question"], entry["answer"]
+        except PerturbationError:
+            continue  # the others keep their numbers, and so stay pairs of the unchanged ones
         except Exception as error:  # third-party code, a hundred authors
             reason = f"{type(error).__name__}: {error}"
             raise DataError(
