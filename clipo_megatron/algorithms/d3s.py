@@ -53,7 +53,7 @@ class D3S(Scheduled):
         share = self._now(self.rollouts)
         for number in groups.unique():
             rows = (table.graded & (groups == number)).nonzero().squeeze(1)
-            chosen[rows[most_varied(advantage[rows], math.ceil(share * rows.numel()))]] = True
+            chosen[rows[most_varied(advantage[rows], count_of(share, rows.numel()))]] = True
         self._chosen = chosen
         return chosen
 
@@ -62,11 +62,16 @@ class D3S(Scheduled):
         chosen = self._chosen.to(tokens.rows.device)[tokens.rows]
         size = (advantage.abs() * tokens.signals["entropy"].clamp(min=0)).float()
         total = int(tokens.sum_over_ranks(chosen.sum()))
-        least = kth_largest(size[chosen], math.ceil(self._now(self.tokens) * total), tokens)
+        least = kth_largest(size[chosen], count_of(self._now(self.tokens), total), tokens)
         return torch.where(chosen & (size >= least), advantage, 0.0)
 
     def _now(self, share: float) -> float:
         return self.linear(share, 1.0, self.relax_steps or 0)
+
+
+def count_of(share: float, total: int) -> int:
+    """A share of `total`, rounded up; rounding of the share itself adds none."""
+    return math.ceil(share * total - 1e-9)
 
 
 def most_varied(values: Tensor, count: int) -> Tensor:
