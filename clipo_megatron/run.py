@@ -18,6 +18,7 @@ from clipo_megatron.algorithms.build import build_algorithm
 from clipo_megatron.checkpoint import CheckpointError, Checkpoints, Owner
 from clipo_megatron.checkpoint.retention import Retention, defect, name_of
 from clipo_megatron.collector import Collector
+from clipo_megatron.config.methods import refill_rounds
 from clipo_megatron.config.model_folder import hf_folder
 from clipo_megatron.config.schema import EngineKind, RunConfig
 from clipo_megatron.context import context_of
@@ -32,6 +33,7 @@ from clipo_megatron.heartbeat import Heartbeat
 from clipo_megatron.output import CHECKPOINTS, MEASURED, claim, set_aside
 from clipo_megatron.policy import layout as layouts
 from clipo_megatron.policy.actor import PolicyActor
+from clipo_megatron.policy.replay import ReplayKeeper
 from clipo_megatron.policy.state import PolicyKeeper
 from clipo_megatron.problems import load_problems
 from clipo_megatron.recording import Recorder
@@ -99,12 +101,14 @@ class Run:
         self.graders = GraderPool(config.reward)
         self.algorithm: Algorithm = build_algorithm(config, context_of(config, tokenizer, self.train_prompts))
         updates = config.train.steps * config.algorithm.epochs * config.algorithm.mini_batches
+        updates *= 1 + self.algorithm.replays
         self.actor = PolicyActor(config, self.layout, needs=self.algorithm.needs, total_steps=updates)
         self.recorder = Recorder(config, self.layout, self.actor)
         self.sync = build_sync(config, self.actor, self.engine)
         self.version = -1  # of the weights that the engine has
         self.collector = Collector(
             config.rollout,
+            refill_rounds=refill_rounds(config),
             prompts=self.train_prompts,
             sampler=self.sampler,
             engine=self.engine,
@@ -165,7 +169,7 @@ class Run:
         """
         finished = step >= self.config.train.steps
         if not self.checkpoints.has(step) and (self.config.checkpoint.at_end or not finished):
-            self.save(step)
+            self.save(step, goes_on=finished)
         if finished and not self._evaluated(step):
             with suppress(Abandoned):
                 self.evaluate(step)
@@ -235,12 +239,12 @@ class Run:
         if is_due(self.config.checkpoint.every, step):
             self.save(step)
 
-    def save(self, step: int) -> None:
-        """Take a checkpoint; collective. Colocated servers step aside for it, and get their weights again."""
+    def save(self, step: int, *, goes_on: bool = True) -> None:
+        """Take a checkpoint; collective. Colocated servers step aside, and get their weights again if it goes on."""
         self.heartbeat.phase("checkpoint")
         self.sync.make_room()
         self.checkpoints.save(step)
-        if self.config.rollout.colocated:
+        if self.config.rollout.colocated and goes_on:
             self.push(self.version)
 
     def recover(self) -> None:
@@ -276,6 +280,11 @@ class Run:
             leads = layout.tp_rank == 0 and layout.dp_rank == 0
             owners.append(
                 Owner("contrastive", actor.contrastive.state_dict, actor.contrastive.load_state_dict, writes=leads)
+            )
+        if self.algorithm.replays:
+            replays = ReplayKeeper(self.algorithm, actor.batcher)
+            owners.append(
+                Owner("replay", replays.state_dict, replays.load_state_dict, writes=self.is_main, gathers=True)
             )
         clipo, settings = self.config.clipo, self.config.checkpoint
         keeper = PolicyKeeper(actor.stage, actor.optimizer)
