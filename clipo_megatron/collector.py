@@ -57,7 +57,8 @@ class Collector:
     """A step's graded groups. `collect` and `state_dict` are collective; every rank has a collector.
 
     Args:
-        config: deadline, over-sampling, dynamic sampling, what becomes of unfinished rollouts.
+        config: deadline, over-sampling, what becomes of unfinished rollouts.
+        refill_rounds: dynamic sampling, the times a step that groups which teach nothing are replaced; 0: it is off.
         prompts: all training prompts, the same on every rank.
         sampler: gives their indices, the same on every rank; `prompts_per_step` of it is the size of a batch.
         engine: this rank's; None where it asks for nothing.
@@ -73,6 +74,7 @@ class Collector:
         self,
         config: RolloutConfig,
         *,
+        refill_rounds: int,
         prompts: Sequence[Prompt],
         sampler: PromptSampler,
         engine: Engine | None,
@@ -83,7 +85,7 @@ class Collector:
         progress: Callable[[int, int], None] = lambda done, wanted: None,
         give_up: Callable[[], bool] = never,
     ):
-        self.config = config
+        self.config, self.refill_rounds = config, refill_rounds
         self.prompts, self.sampler = prompts, sampler
         self.engine, self.graders, self.sampling = engine, graders, sampling
         self.askers, self.recover, self.progress, self.give_up = list(askers), recover, progress, give_up
@@ -130,7 +132,7 @@ class Collector:
         size = missing = self.sampler.prompts_per_step
         held: dict[int, ScoredGroup] = {}
         tally = _Tally()
-        while missing > 0 and tally.rounds <= self.config.refill_rounds and tally.has_time(self.config.deadline_s):
+        while missing > 0 and tally.rounds <= self.refill_rounds and tally.has_time(self.config.deadline_s):
             first = self._ticket
             fresh = self._draw(missing)
             if tally.rounds:
@@ -139,7 +141,7 @@ class Collector:
             held |= {each.group.position: each for each in scored}
             tally.rounds, tally.recoveries = tally.rounds + 1, tally.recoveries + recoveries
             self._meet(held, dropped, tally)
-            missing = size - sum(teaches for _, teaches in tally.groups.values()) if self.config.refill_rounds else 0
+            missing = size - sum(teaches for _, teaches in tally.groups.values()) if self.refill_rounds else 0
         positions, surplus = choose(tally.groups, size)
         mine = self._hand_over(held, positions, surplus, tally)
         finished = tally.groups.values()
@@ -184,7 +186,7 @@ class Collector:
         Returns:
             Its finished groups, how many prompts it gave up, and how often an engine was lost.
         """
-        intake = _Intake(self.graders, quota, self.config.refill_rounds > 0, params.samples, self.progress)
+        intake = _Intake(self.graders, quota, self.refill_rounds > 0, params.samples, self.progress)
         whole = [each for each in self._carried if is_whole(each, params.samples)]
         waiting = [each for each in self._carried if not is_whole(each, params.samples)] + fresh
         for each in whole:
@@ -213,7 +215,7 @@ class Collector:
 
     def _meet(self, held: dict[int, ScoredGroup], dropped: int, tally: _Tally) -> None:
         """Let every rank know where the step stands; collective."""
-        dynamic = self.config.refill_rounds > 0
+        dynamic = self.refill_rounds > 0
         mine = _Standing(
             [(ticket, teaches(scored) if dynamic else True) for ticket, scored in held.items()],
             len(self._carried) + len(self._running),

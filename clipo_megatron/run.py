@@ -18,6 +18,7 @@ from clipo_megatron.algorithms.build import build_algorithm
 from clipo_megatron.checkpoint import CheckpointError, Checkpoints, Owner
 from clipo_megatron.checkpoint.retention import Retention, defect, name_of
 from clipo_megatron.collector import Collector
+from clipo_megatron.config.methods import refill_rounds
 from clipo_megatron.config.model_folder import hf_folder
 from clipo_megatron.config.schema import EngineKind, RunConfig
 from clipo_megatron.context import context_of
@@ -105,6 +106,7 @@ class Run:
         self.version = -1  # of the weights that the engine has
         self.collector = Collector(
             config.rollout,
+            refill_rounds=refill_rounds(config),
             prompts=self.train_prompts,
             sampler=self.sampler,
             engine=self.engine,

@@ -67,6 +67,7 @@ class Bench:
         self.recoveries = 0
         self.collector = Collector(
             config,
+            refill_rounds=config.refill_rounds or 0,
             prompts=prompts(problems),
             sampler=self.sampler,
             engine=self.engine,

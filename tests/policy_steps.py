@@ -55,7 +55,8 @@ def scored_groups(step: int, *, vocab: int, groups: int = 6, samples: int = 4) -
     result = []
     for position in range(groups):
         length = 1 if position == 3 else number(2, 20)
-        prompt = Prompt(f"made up/{step}-{position}", (), tokens(length), "arithmetic", "3", {"solution": "2 + 1 = 3"})
+        extra = {"solution": "2 + 1 = 3", "rubrics": ["python", "answer is 3"]}
+        prompt = Prompt(f"made up/{step}-{position}", (), tokens(length), "arithmetic", "3", extra)
         rollouts, verdicts = [], []
         for sample in range(samples):
             length = 1 if (position + sample) % 7 == 0 else number(2, 16)

@@ -94,7 +94,7 @@ def problems(**algorithm: Any) -> list[str]:
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"name": "gsp"}, "algorithm.name = gsp: there is no such method. Did you mean gspo?"),
+        ({"name": "gsp"}, "algorithm.name = gsp: `clipo methods` shows no such method. Did you mean gspo?"),
         ({"name": "hapo"}, "algorithm.name = hapo: hapo belongs into algorithm.plugins"),
         ({"plugins": [PluginConfig("grpo")]}, "grpo belongs into algorithm.name"),
         ({"name": "disco", "options": {"tao": 1}}, "disco has no such option. Did you mean tau?"),

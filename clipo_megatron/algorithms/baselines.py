@@ -5,8 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from clipo_megatron.algorithms.grpo import group_statistics
+from clipo_megatron.algorithms.grpo import STD_EPSILON, group_statistics
 from clipo_megatron.algorithms.surrogate import ClippedPolicyLoss
+from clipo_megatron.config.baseline_options import WhitenOver
+from clipo_megatron.config.schema import Aggregation
 from clipo_megatron.flow import RolloutTable
 
 
@@ -22,3 +24,54 @@ class RLOO(ClippedPolicyLoss):
         # r_i - (n mean - r_i) / (n - 1)
         advantage = (reward - mean) * count / (count - 1).clamp(min=1)
         return torch.where(table.graded & (count > 1), advantage, 0.0)
+
+
+class ReinforcePP(ClippedPolicyLoss):
+    """arXiv 2501.03262, REINFORCE++: A = (r - mean) / (std + 1e-6) over the step's whole batch, unbiased std.
+
+    Mean and deviation are over the batch's tokens, each with its rollout's return, as in released code, or over its
+    rollouts (option `over`). The paper's KL penalty inside the reward is algorithm.kl with `place: reward`: the whole
+    response's KL is taken off the return of every token of it, where the paper sums from each token on.
+
+    Assumes rewards of one scale over all prompts; a group may have a single rollout. CLIPO's bonus acts through the
+    reward, and its constant part does not vanish here.
+    """
+
+    def __init__(
+        self,
+        clip_low: float,
+        clip_high: float,
+        aggregation: Aggregation,
+        constant_length: int,
+        *,
+        over: WhitenOver = WhitenOver.tokens,
+    ):
+        super().__init__(clip_low, clip_high, aggregation, constant_length)
+        self.over = over
+
+    def advantage(self, table: RolloutTable, reward: Tensor) -> Tensor:
+        """[B] float32; 0 where ungraded."""
+        return whitened(reward, table, self.over)
+
+
+class ReinforcePPBaseline(ReinforcePP):
+    """arXiv 2501.03262, REINFORCE++-baseline: the group's mean is taken off first, then A is whitened over the batch.
+
+    Assumes at least two graded rollouts a group; a group of one has A = 0 before whitening. CLIPO's bonus acts through
+    the reward.
+    """
+
+    def advantage(self, table: RolloutTable, reward: Tensor) -> Tensor:
+        """[B] float32; 0 where ungraded."""
+        mean, _, _ = group_statistics(reward, table)
+        return whitened(reward - mean, table, self.over)
+
+
+def whitened(values: Tensor, table: RolloutTable, over: WhitenOver) -> Tensor:
+    """(values - mean) / (std + 1e-6) of the graded rollouts, [B] float32, 0 where ungraded; unbiased std."""
+    counts = table.response_length if over is WhitenOver.tokens else torch.ones_like(table.response_length)
+    counts = counts.double() * table.graded
+    total = counts.sum().clamp(min=1)
+    centred = values.double() - (counts * values).sum() / total
+    std = ((counts * centred.square()).sum() / (total - 1).clamp(min=1)).sqrt()
+    return torch.where(table.graded, centred / (std + STD_EPSILON), 0.0).float()

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import importlib
-import importlib.util
-import sys
-from pathlib import Path
 from typing import Any
 
 from clipo_megatron.algorithms.algorithm import Algorithm
-from clipo_megatron.algorithms.base import Context, Stage
+from clipo_megatron.algorithms.answers import Answers
+from clipo_megatron.algorithms.base import Context, Signal, Stage
 from clipo_megatron.algorithms.clipo.stage import Clipo
 from clipo_megatron.algorithms.correction import OffPolicyCorrection
+from clipo_megatron.algorithms.imports import imported
 from clipo_megatron.algorithms.kl import EntropyBonus, KLLoss, KLReward
 from clipo_megatron.config.errors import ConfigError
 from clipo_megatron.config.load import typed_options
@@ -46,6 +45,8 @@ def build_algorithm(config: RunConfig, context: Context | None = None) -> Algori
             stages.append(_class_of(method.stage)(**typed_options(method.options, plugin.options)))
     if config.clipo.enabled:
         stages.append(Clipo(config.clipo))
+    if any(Signal.answers in stage.needs for stage in stages):
+        stages.append(Answers())
     algorithm = Algorithm(stages)
     if context is not None:
         algorithm.bind(context)
@@ -88,22 +89,7 @@ def import_stage(place: str) -> type[Stage]:
     Raises:
         ConfigError: it cannot be imported, or is no stage.
     """
-    source, _, name = place.rpartition(":")
-    try:
-        module = _module_of(Path(source)) if source.endswith(".py") else importlib.import_module(source)
-    except Exception as error:  # whatever a user's file raises while it is run
-        raise ConfigError(f"{source} cannot be imported: {type(error).__name__}: {error}. Correct it.") from error
-    kind = getattr(module, name, None)
+    kind = imported(place)
     if not (isinstance(kind, type) and issubclass(kind, Stage)):
-        reason = "is no subclass of clipo_megatron.algorithms.base.Stage" if kind is not None else "is not in it"
-        raise ConfigError(f"{place}: {name} {reason}. Name a class that is one.")
+        raise ConfigError(f"{place} is no subclass of clipo_megatron.algorithms.base.Stage. Name a class that is one.")
     return kind
-
-
-def _module_of(file: Path) -> Any:
-    name = f"clipo_stage_{file.stem}"
-    spec = importlib.util.spec_from_file_location(name, file)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # dataclasses look their module up there
-    spec.loader.exec_module(module)
-    return module

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from clipo_megatron.algorithms.base import TokenBatch
@@ -18,3 +19,23 @@ class GSPO(GRPO):
     def log_ratio(self, tokens: TokenBatch) -> Tensor:
         """[N] float32, the rollout's mean on each of its tokens."""
         return tokens.mean(tokens.logprobs - tokens.old_logprobs)
+
+
+class GMPO(GRPO):
+    """arXiv 2507.20673: -A times the geometric mean over a rollout's tokens of their clipped ratios; rollouts weigh the
+    same, and the advantage is GRPO's.
+
+    log rho is clipped on the side that the advantage opens: at most high where A > 0, at least -low where A < 0, with
+    low = high = 0.4. On the other side it is free, as the minimum in PPO's surrogate leaves it.
+
+    Assumes one advantage a rollout; where tokens have their own, each takes the mean of ratios clipped by their signs.
+    CLIPO's bonus acts through the reward.
+    """
+
+    def loss(self, tokens: TokenBatch) -> Tensor:
+        """[N] float32, the rollout's value on each of its tokens."""
+        log_ratio, positive = tokens.logprobs - tokens.old_logprobs, tokens.advantages > 0
+        limited = torch.where(positive, log_ratio.clamp(max=self.clip_high), log_ratio.clamp(min=-self.clip_low))
+        tokens.metrics["policy/clip_fraction"] = (tokens.weights * (limited != log_ratio)).sum().detach()
+        loss = -tokens.mean(limited).exp() * tokens.advantages
+        return loss if tokens.importance is None else tokens.importance * loss

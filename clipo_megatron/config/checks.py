@@ -19,6 +19,7 @@ from clipo_megatron.config.checks_methods import method_problems
 from clipo_megatron.config.checks_report import report_problems
 from clipo_megatron.config.checks_rollout import rollout_problems
 from clipo_megatron.config.errors import ConfigError, Problem
+from clipo_megatron.config.methods import baseline
 from clipo_megatron.config.model_folder import hf_folder, is_checkpoint
 from clipo_megatron.config.schema import EngineKind, LayoutConfig, RunConfig, SourceConfig
 
@@ -258,7 +259,7 @@ def _batch(config: RunConfig, ranks: int | None) -> Iterator[Problem]:
     if 1 <= prompts < replicas:
         reason = f"there are {replicas} model replicas, and each needs at least one prompt"
         yield Problem(key, reason, f"Set it to {replicas} or more, or use fewer ranks", prompts)
-    if samples == 1:
+    if samples == 1 and (config.clipo.enabled or not baseline(config.algorithm).single):
         asking = (
             "CLIPO compares the rollouts of a prompt" if config.clipo.enabled else "the baseline is the group's mean"
         )

@@ -35,7 +35,7 @@ def method_problems(config: RunConfig) -> Iterator[Problem]:
         reason = "only the aggregation `constant` reads it"
         remedy = "Set it to null, or algorithm.aggregation to constant"
         yield Problem("algorithm.constant_length", reason, remedy, algorithm.constant_length)
-    if algorithm.clip_low is not None and method.clip and algorithm.clip_low >= 1:
+    if algorithm.clip_low is not None and method.clip and method.below_one and algorithm.clip_low >= 1:
         reason = "the probability ratio is held above 1 - clip_low, which must stay positive"
         yield Problem("algorithm.clip_low", reason, "Set it below 1; 0.2 is usual", algorithm.clip_low)
 
@@ -57,6 +57,6 @@ def _named(key: str, name: str, options: dict[str, Any], known: Mapping[str, Met
             return
         close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
         remedy = f"Did you mean {close[0]}?" if close else f"Choose one of {', '.join(known)}, or file.py:Class"
-        yield Problem(f"{key}.name", "there is no such method", remedy, name)
+        yield Problem(f"{key}.name", "`clipo methods` shows no such method", remedy, name)
         return
     yield from option_problems(known[name].options, options, f"{key}.options.", owner=name)

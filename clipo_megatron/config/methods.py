@@ -10,7 +10,16 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Optional
 
-from clipo_megatron.config.schema import Aggregation, AlgorithmConfig
+from clipo_megatron.config.baseline_options import DapoOptions, RiskpoOptions, WhitenOptions
+from clipo_megatron.config.credit_options import CepoOptions, ConspoOptions, CopgOptions, D3sOptions
+from clipo_megatron.config.reward_options import (
+    AdoraOptions,
+    CgrpoOptions,
+    GcpoOptions,
+    GraceOptions,
+    UnlikelinessOptions,
+)
+from clipo_megatron.config.schema import Aggregation, AlgorithmConfig, RunConfig
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +34,8 @@ class Method:
         clip: default of algorithm.clip_low and clip_high; None: it clips nothing.
         aggregation: default of algorithm.aggregation; None: its loss is over whole groups.
         refill_rounds: default of rollout.refill_rounds.
+        single: whether a prompt's only rollout teaches something; without CLIPO, which compares several.
+        below_one: whether clip_low is taken off a ratio of 1, and so must be less.
     """
 
     stage: str
@@ -34,6 +45,8 @@ class Method:
     clip: tuple[float, float] | None = (0.2, 0.2)
     aggregation: Aggregation | None = Aggregation.token_mean
     refill_rounds: int = 0
+    single: bool = False
+    below_one: bool = True
 
 
 class DiscoScore(str, Enum):
@@ -86,6 +99,49 @@ BASELINES: dict[str, Method] = {
         clip=(3e-4, 4e-4),
         aggregation=Aggregation.sequence_mean,
     ),
+    "dapo": Method(
+        "dapo:DAPO",
+        "arXiv 2503.14476",
+        "clip-higher, dynamic sampling, penalty on overlong responses",
+        DapoOptions,
+        clip=(0.2, 0.28),
+        refill_rounds=9,
+    ),
+    "gmpo": Method(
+        "sequence_ratios:GMPO",
+        "arXiv 2507.20673",
+        "geometric mean of a rollout's ratios, log clipped on one side",
+        clip=(0.4, 0.4),
+        aggregation=Aggregation.sequence_mean,
+        below_one=False,
+    ),
+    "reinforce_pp": Method(
+        "baselines:ReinforcePP",
+        "arXiv 2501.03262",
+        "rewards whitened over the batch",
+        WhitenOptions,
+        single=True,
+    ),
+    "reinforce_pp_baseline": Method(
+        "baselines:ReinforcePPBaseline",
+        "arXiv 2501.03262",
+        "group mean taken off, then whitened over the batch",
+        WhitenOptions,
+    ),
+    "cispo": Method(
+        "cispo:CISPO",
+        "arXiv 2506.13585",
+        "clipped ratios as weights, so that no token loses its gradient",
+        clip=(1.0, 5.0),
+        below_one=False,
+    ),
+    "riskpo": Method(
+        "riskpo:RiskPO",
+        "arXiv 2510.00911",
+        "lower tail and middle range of the scores of bundles of prompts",
+        RiskpoOptions,
+        single=True,
+    ),
     "disco": Method(
         "disco:DisCO",
         "arXiv 2505.12366",
@@ -94,10 +150,43 @@ BASELINES: dict[str, Method] = {
         clip=None,
         aggregation=None,
     ),
+    "copg": Method(
+        "copg:CoPG",
+        "arXiv 2406.19185",
+        "pairs of rollouts: reward differences against log-ratio differences",
+        CopgOptions,
+        clip=None,
+        aggregation=None,
+    ),
+    "conspo": Method(
+        "conspo:ConSPO",
+        "arXiv 2605.12969",
+        "each correct rollout against the wrong ones of its group",
+        ConspoOptions,
+        clip=None,
+        aggregation=None,
+    ),
 }
 
 PLUGINS: dict[str, Method] = {
+    "cepo": Method(
+        "cepo:CEPO", "arXiv 2605.19436", "tokens that a hint at the right answer makes likelier", CepoOptions
+    ),
+    "d3s": Method("d3s:D3S", "arXiv 2509.22115", "rollouts of largest variance, tokens of largest |A| H", D3sOptions),
     "hapo": Method("hapo:HAPO", "arXiv 2505.11225", "reward for the shortest correct answers so far", HapoOptions),
+    "adora": Method(
+        "adora:ADORA", "arXiv 2602.10019", "less advantage where correct rollouts are not the longer ones", AdoraOptions
+    ),
+    "empo": Method("answers:EMPO", "arXiv 2504.05812", "reward for the answer that most of the group give, no gold"),
+    "unlikeliness": Method(
+        "unlikeliness:Unlikeliness",
+        "arXiv 2506.02355",
+        "more reward for unlikely correct rollouts",
+        UnlikelinessOptions,
+    ),
+    "gcpo": Method("gcpo:GCPO", "arXiv 2506.07160", "reward for using a tool where it helps the group", GcpoOptions),
+    "c_grpo": Method("c_grpo:CGRPO", "arXiv 2601.06021", "correct rollouts by their rubric scores", CgrpoOptions),
+    "grace": Method("grace:GRACE", "arXiv 2510.04506", "cosines to the group's right and wrong rollouts", GraceOptions),
     "papo": Method("papo:PAPO", "arXiv 2507.06448", "away from what the policy says without the prompt", PapoOptions),
 }
 
@@ -110,3 +199,9 @@ def is_import_path(name: str) -> bool:
 def baseline(algorithm: AlgorithmConfig) -> Method:
     """The baseline's entry; that of GRPO's defaults for a user's own class."""
     return BASELINES.get(algorithm.name, BASELINES["grpo"])
+
+
+def refill_rounds(config: RunConfig) -> int:
+    """How often a step replaces groups that teach nothing: rollout.refill_rounds, or the baseline's default."""
+    chosen = config.rollout.refill_rounds
+    return baseline(config.algorithm).refill_rounds if chosen is None else chosen

@@ -205,7 +205,7 @@ class RolloutConfig:
     colocated: bool = False  # servers and trainer share GPUs and take turns
     over_sampling: float = 1.0  # prompts asked for / prompts needed, on each rank that asks; the first to finish count
     unfinished: Unfinished = Unfinished.drop  # what becomes of the others
-    refill_rounds: int = 0  # dynamic sampling: times a step that groups all right or all wrong are replaced by others
+    refill_rounds: Optional[int] = None  # times a step that groups all right or all wrong are replaced; None: method's
     samples_per_prompt: int = 8  # G
     max_new_tokens: int = 1024
     temperature: float = 1.0
