@@ -37,6 +37,7 @@ commands:
   convert    move weights between Hugging Face and Megatron, in any layout, and verify them
   plan       what a configuration needs and takes on given GPUs, and which layouts fit
   settings   every setting of a configuration: its type, default and meaning
+  methods    every baseline and plug-in: what it changes, its paper, its options
   doctor     what this machine has, and what a run would use of it
 """
 _EXAMPLES = """\
@@ -194,6 +195,10 @@ def _parser() -> argparse.ArgumentParser:
     settings.add_argument("section", metavar="SECTION", nargs="?", help="such as rollout, or algorithm.kl")
     settings.set_defaults(run=_settings)
 
+    methods = commands.add_parser("methods", description="Every baseline and plug-in, with its paper and options.")
+    methods.add_argument("names", metavar="METHOD", nargs="*", help="only these, such as dapo hapo")
+    methods.set_defaults(run=_methods)
+
     doctor = commands.add_parser("doctor", description="What this machine has, and what a run would use of it.")
     doctor.set_defaults(run=_doctor)
     return parser
@@ -343,7 +348,7 @@ def _plan(options: argparse.Namespace) -> int:
     return plan(config, options.config, chosen)
 
 
-# ---------------------------------------------------------------- settings, doctor
+# ---------------------------------------------------------------- settings, methods, doctor
 
 
 def _settings(options: argparse.Namespace) -> int:
@@ -371,6 +376,13 @@ def _settings(options: argparse.Namespace) -> int:
         print(f"{setting.key:<{width}}  {setting.type}; {default}")
         if setting.comment:
             print(f"{'':<{width}}  # {setting.comment}")
+    return 0
+
+
+def _methods(options: argparse.Namespace) -> int:
+    from clipo_megatron.config.method_listing import listing
+
+    print("\n".join(listing(options.names)))
     return 0
 
 

@@ -52,6 +52,7 @@ def test_overview(capsys):
         "convert",
         "plan",
         "settings",
+        "methods",
         "doctor",
     )
     for word in (*commands, "examples:", "torchrun", "srun", "CLIPO_TRACEBACK"):

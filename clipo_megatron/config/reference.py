@@ -110,7 +110,7 @@ def describe(annotation: Any) -> str:
 
 
 def _walk(section: type, prefix: str) -> Iterator[Setting]:
-    comments = _comments()[section.__name__]
+    described = comments(schema)[section.__name__]
     for item in fields(section):
         annotation, key = hints(section)[item.name], f"{prefix}{item.name}"
         if is_dataclass(annotation):
@@ -119,13 +119,13 @@ def _walk(section: type, prefix: str) -> Iterator[Setting]:
             yield from _walk(inner, f"{key}[].")
         else:
             default = item.default_factory() if item.default is MISSING else item.default
-            yield Setting(key, annotation, default, comments.get(item.name, ""))
+            yield Setting(key, annotation, default, described.get(item.name, ""))
 
 
 @cache
-def _comments() -> dict[str, dict[str, str]]:
-    """Trailing comment of every annotated field, by class and field name."""
-    source = inspect.getsource(schema)
+def comments(module: types.ModuleType) -> dict[str, dict[str, str]]:
+    """Trailing comment of every annotated field of a module's classes, by class and field name."""
+    source = inspect.getsource(module)
     by_line = {
         token.start[0]: token.string.lstrip("# ").rstrip()
         for token in tokenize.generate_tokens(io.StringIO(source).readline)

@@ -1,0 +1,65 @@
+"""What `clipo methods` shows: every method with its source and options, read out of the tables themselves."""
+
+from __future__ import annotations
+
+import difflib
+import sys
+import textwrap
+from collections.abc import Iterator, Sequence
+from dataclasses import fields
+
+from clipo_megatron.config import reference
+from clipo_megatron.config.errors import ConfigError, spell
+from clipo_megatron.config.methods import BASELINES, PLUGINS, Method
+
+WIDTH = 120
+
+
+def listing(names: Sequence[str] = ()) -> Iterator[str]:
+    """Lines of the methods called `names`; without names, of all.
+
+    Raises:
+        ConfigError: there is no method of one of these names.
+    """
+    known = {**BASELINES, **PLUGINS}
+    for name in names:
+        if name not in known:
+            close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+            hint = f"Did you mean {close[0]}?" if close else "`clipo methods` lists them all."
+            raise ConfigError(f"there is no method {name!r}. {hint}")
+    for title, table in (
+        ("baselines: algorithm.name is one of", BASELINES),
+        ("plug-ins: algorithm.plugins lists any of", PLUGINS),
+    ):
+        chosen = [name for name in table if not names or name in names]
+        if chosen:
+            yield title
+            yield ""
+            for name in chosen:
+                yield from _method(name, table[name], baseline=table is BASELINES)
+                yield ""
+    if not names:
+        yield "clipo.enabled puts the contrastive head and its reward on top of any of them: `clipo settings clipo`."
+
+
+def _method(name: str, method: Method, *, baseline: bool) -> Iterator[str]:
+    yield f"  {name:<22} {method.summary} ({method.source})"
+    if baseline:
+        yield f"{'':<25}{_shared(method)}"
+    if method.options is None:
+        return
+    comments, types = reference.comments(sys.modules[method.options.__module__]), reference.hints(method.options)
+    for option in fields(method.options):
+        kind = reference.describe(types[option.name])
+        yield f"    {option.name:<20} {kind}; default {spell(option.default)}"
+        comment = comments[method.options.__name__].get(option.name, "")
+        yield from textwrap.wrap(comment, WIDTH, initial_indent=" " * 25 + "# ", subsequent_indent=" " * 25 + "# ")
+
+
+def _shared(method: Method) -> str:
+    """Its defaults of settings that all baselines have."""
+    clips = "no clip" if method.clip is None else f"clip_low {method.clip[0]:g}, clip_high {method.clip[1]:g}"
+    parts = [clips, f"aggregation {method.aggregation.value if method.aggregation else 'over groups'}"]
+    if method.refill_rounds:
+        parts.append(f"rollout.refill_rounds {method.refill_rounds}")
+    return ", ".join(parts)
