@@ -13,6 +13,7 @@ import pytest
 from clipo_megatron.evaluation.estimators import (
     bootstrap_means,
     interval_of,
+    majority_at,
     majority_at_k,
     mcnemar_p_value,
     mean_and_error,
@@ -74,7 +75,7 @@ def test_majority_against_every_subset(samples):
             for k in range(1, samples + 1):
                 draws = list(itertools.combinations(answers, k))
                 expected = sum(map(elected, draws), Fraction(0)) / len(draws)
-                assert majority_at_k(samples, correct, others, k) == pytest.approx(float(expected), abs=1e-14)
+                assert majority_at_k(samples, correct, others, k) == pytest.approx(float(expected), abs=1e-13)
                 cases += 1
     assert cases >= samples
 
@@ -85,6 +86,20 @@ def test_majority_of_all_is_the_vote_itself():
     assert majority_at_k(15, 5, (5, 5), 15) == pytest.approx(1 / 3)
     assert majority_at_k(16, 1, (), 16) == 1.0  # the others gave no answer
     assert majority_at_k(16, 0, (), 16) == 0.0
+
+
+def test_all_ks_at_once_are_each_of_them():
+    case = (40, 12, (9, 9, 4, 2, 1))
+    found = majority_at(*case, usual_ks(40))
+    assert found == {k: pytest.approx(majority_at_k(*case, k), rel=1e-12) for k in usual_ks(40)}
+
+
+def test_majority_of_very_many_samples():
+    assert majority_at_k(1000, 400, (600,), 1000) == 0.0
+    assert majority_at_k(1000, 500, (500,), 1000) == pytest.approx(0.5, rel=1e-9)
+    assert majority_at_k(1000, 500, (500,), 501) == pytest.approx(0.5, rel=1e-9)  # by symmetry, and no tie is possible
+    with pytest.raises(ValueError, match="not counts of 1001"):
+        majority_at_k(1001, 1, (), 1)
 
 
 def test_majority_of_one_is_pass_at_one():

@@ -7,10 +7,11 @@ problems: the mean over problems of each problem's own figure, and how far those
 from __future__ import annotations
 
 from collections.abc import Sequence
-from fractions import Fraction
 from functools import lru_cache
 from math import comb, sqrt
 from typing import TYPE_CHECKING
+
+from clipo_megatron.config.checks_evaluation import MOST_SAMPLES
 
 if TYPE_CHECKING:  # numpy takes a tenth of a second to import, and every `clipo` command comes by here
     import numpy as np
@@ -31,51 +32,61 @@ def pass_at_k(samples: int, correct: int, k: int) -> float:
 
 
 @lru_cache(maxsize=4096)  # few counts are different, and many problems have the same
-def majority_at_k(samples: int, correct: int, others: tuple[int, ...], k: int) -> float:
-    """Chance that a vote among k of the samples, drawn without replacement, elects the correct answer.
+def majority_at(samples: int, correct: int, others: tuple[int, ...], ks: tuple[int, ...]) -> dict[int, float]:
+    """Chance that a vote among k of the samples, drawn without replacement, elects the correct answer; by k.
 
-    Exact, over all C(n, k) draws. Of answers with equally many votes each is elected with equal chance; whoever gave
-    no answer does not vote, and a vote without voters elects nothing.
+    Over all C(n, k) draws, counted rather than drawn. Of answers with equally many votes each is elected with equal
+    chance; whoever gave no answer does not vote, and a vote without voters elects nothing. All terms are positive, so
+    float64 keeps thirteen digits.
 
     Args:
-        samples: n, of one problem.
+        samples: n, of one problem, at most `MOST_SAMPLES`.
         correct: how many of them are correct: they agree on the correct answer.
         others: how many agree on each of the wrong answers. What is left of n gave no answer.
-        k: voters, 1 to n.
+        ks: numbers of voters, each 1 to n.
 
     Raises:
-        ValueError: k is out of range, or the counts add up to more than n.
+        ValueError: a k is out of range, or the counts add up to more than n.
     """
-    _check(samples, k)
+    import numpy as np
+
+    for k in ks:
+        _check(samples, k)
     silent = samples - correct - sum(others)
-    if silent < 0 or correct < 0 or any(each < 1 for each in others):
+    if silent < 0 or correct < 0 or any(each < 1 for each in others) or samples > MOST_SAMPLES:
         raise ValueError(f"{correct} correct and {others} other answers are not counts of {samples} samples")
-    won = Fraction(0)
-    for votes in range(1, min(correct, k) + 1):
+    won = dict.fromkeys(ks, 0.0)
+    for votes in range(1, min(correct, max(ks, default=0)) + 1):
         # Groups smaller than that can neither win nor tie: their members count like the silent ones.
         free = silent + sum(each for each in others if each < votes)
-        ways = _ways([each for each in others if each >= votes], votes, k - votes)
-        for ties, by_voters in enumerate(ways):
-            draws = sum(count * comb(free, k - votes - voters) for voters, count in enumerate(by_voters))
-            won += Fraction(comb(correct, votes) * draws, ties + 1)
-    return float(won / comb(samples, k))
+        room = max(ks) - votes
+        ways = _ways([each for each in others if each >= votes], votes, room)
+        shared = (ways / np.arange(1, len(ways) + 1)[:, None]).sum(0)  # [voters], every tie split evenly
+        rest = np.array([float(comb(free, left)) for left in range(room + 1)])
+        for k in ks:
+            if k >= votes:
+                draws = shared[: k - votes + 1] @ rest[: k - votes + 1][::-1]
+                won[k] += float(comb(correct, votes)) * float(draws) / comb(samples, k)
+    return won
 
 
-def _ways(groups: Sequence[int], votes: int, room: int) -> list[list[int]]:
-    """[ties][voters]: ways to draw so many voters from the groups, at most `votes` a group, `ties` with as many."""
-    most = room // votes
-    table = [[0] * (room + 1) for _ in range(most + 1)]
-    table[0][0] = 1
+def majority_at_k(samples: int, correct: int, others: tuple[int, ...], k: int) -> float:
+    """`majority_at` of a single k."""
+    return majority_at(samples, correct, others, (k,))[k]
+
+
+def _ways(groups: Sequence[int], votes: int, room: int) -> np.ndarray:
+    """[ties, voters]: ways to draw so many voters from the groups, at most `votes` a group, `ties` with as many."""
+    import numpy as np
+
+    table = np.zeros((room // votes + 1, room + 1))
+    table[0, 0] = 1.0
     for size in groups:
-        grown = [[0] * (room + 1) for _ in range(most + 1)]
-        for ties, by_voters in enumerate(table):
-            for voters, count in enumerate(by_voters):
-                if not count:
-                    continue
-                for more in range(min(votes - 1, room - voters) + 1):
-                    grown[ties][voters + more] += count * comb(size, more)
-                if voters + votes <= room:
-                    grown[ties + 1][voters + votes] += count * comb(size, votes)
+        grown = table.copy()
+        for more in range(1, min(votes - 1, room) + 1):
+            grown[:, more:] += table[:, :-more] * float(comb(size, more))
+        if votes <= room:
+            grown[1:, votes:] += table[:-1, : room + 1 - votes] * float(comb(size, votes))
         table = grown
     return table
 

@@ -28,7 +28,7 @@ from typing import Any
 
 from clipo_megatron.data.sources import source_of
 from clipo_megatron.evaluation.errors import EvaluationError
-from clipo_megatron.evaluation.estimators import majority_at_k, mean_and_error, pass_at_k, usual_ks
+from clipo_megatron.evaluation.estimators import majority_at, mean_and_error, pass_at_k, usual_ks
 from clipo_megatron.files import write_durably
 
 SCHEMA = 1
@@ -161,7 +161,7 @@ def figures_of(problems: Sequence[ProblemResult], ks: Sequence[int]) -> Figures:
     ks = [k for k in ks if k <= least]
     accuracy, error = mean_and_error([each.share for each in problems])
     passed = {k: [pass_at_k(each.samples, each.correct, k) for each in problems] for k in ks}
-    elected = {k: [majority_at_k(each.samples, each.correct, each.votes, k) for each in problems] for k in ks}
+    votes = [majority_at(each.samples, each.correct, each.votes, tuple(ks)) for each in problems]
     responses = max(sum(each.samples for each in problems), 1)
     return Figures(
         problems=len(problems),
@@ -169,7 +169,7 @@ def figures_of(problems: Sequence[ProblemResult], ks: Sequence[int]) -> Figures:
         accuracy=accuracy,
         error=error,
         pass_at={k: math.fsum(found) / len(found) for k, found in passed.items()},
-        majority_at={k: math.fsum(found) / len(found) for k, found in elected.items()},
+        majority_at={k: math.fsum(each[k] for each in votes) / len(votes) for k in ks},
         length=sum(each.tokens for each in problems) / responses,
         truncated=sum(each.truncated for each in problems) / responses,
         ungraded=sum(each.ungraded for each in problems) / responses,
