@@ -15,6 +15,8 @@ import pytest
 
 from clipo_megatron import cli
 from clipo_megatron.config.schema import RunConfig
+from clipo_megatron.evaluation.comparing import compare, comparisons
+from clipo_megatron.evaluation.results import Evaluation, ProblemResult, read_evaluations, write_evaluation
 from clipo_megatron.page.chart import MOST_POINTS, Series, smoothed, thinned
 from clipo_megatron.page.command import write_page
 from clipo_megatron.page.grouping import differences, group_runs
@@ -30,8 +32,10 @@ needs_browser = pytest.mark.skipif(browser.find() is None, reason="no Chromium h
 NASTY = "</script><script>throw Error('escaped?')</script> <img src=x onerror=alert(1)> \x1b[31m & \"quoted\" €"
 
 
-def write_run(folder: Path, *, steps: int = 12, seed: int = 0, clipo: bool = True, **facts) -> Path:
-    """A made-up run with everything in its folder but evaluations."""
+def write_run(
+    folder: Path, *, steps: int = 12, seed: int = 0, clipo: bool = True, evaluated: bool = False, **facts
+) -> Path:
+    """A made-up run with everything in its folder."""
     from dataclasses import asdict
 
     folder.mkdir(parents=True)
@@ -67,6 +71,10 @@ def write_run(folder: Path, *, steps: int = 12, seed: int = 0, clipo: bool = Tru
         names = [f"set/{n}" for n in range(6)]
         extra = {"embeddings": z, "bonus": bonus} if clipo else {}
         write_states(folder / "states", States(step, names, group, correct, np.ones(24, bool), pooled, **extra))
+    for step in (0, 12) if evaluated else ():
+        answers = {f"{name}/{n}": random.random() < 0.3 + step / 30 for name in ("easy", "hard") for n in range(20)}
+        problems = {name: ProblemResult(1, int(right), digest=name) for name, right in answers.items()}
+        write_evaluation(folder / "eval", Evaluation(step, problems))
     spans = [["generate", 100.0, 101.5], ["update", 101.5, 104.25]]
     ranks = [{"spans": spans, "peak_memory": (3 + rank) * 2**30} for rank in range(2)]
     (folder / "trace.jsonl").write_text(json.dumps({"step": 0, "ranks": ranks}) + "\n")
@@ -77,7 +85,7 @@ def write_run(folder: Path, *, steps: int = 12, seed: int = 0, clipo: bool = Tru
 def compared(tmp_path_factory):
     """Two seeds with CLIPO and two without, and the page of them."""
     folder = tmp_path_factory.mktemp("compared")
-    runs = [write_run(folder / f"{c}{s}", seed=s, clipo=c) for c in (True, False) for s in (0, 1)]
+    runs = [write_run(folder / f"{c}{s}", seed=s, clipo=c, evaluated=True) for c in (True, False) for s in (0, 1)]
     page, trace = write_page(runs, folder / "page.html")
     return runs, page, trace
 
@@ -126,10 +134,33 @@ def test_a_real_run(undisturbed, tmp_path):
         "Representation",
         "Near and far rollouts",
         "One step, rank by rank: small",
-        "Embeddings of the head, step 6",
+        "Embeddings, step 6",
     ):
         assert title in text
     assert "What is missing" not in text
+
+
+def test_groups_are_compared_problem_by_problem(compared, tmp_path):
+    """One seed a side: the figures of `clipo compare`. Two: the interval is over problems, of the mean over seeds."""
+    folders = [compared[0][2], compared[0][0]]  # without CLIPO, with it
+    page, _ = write_page(folders, tmp_path / "page.html")
+    text = html.unescape(page.read_text())
+    before, after = (read_evaluations(folder / "eval")[-1] for folder in folders)
+    rows = comparisons(before, after)
+    assert [row.source for row in rows] == ["easy", "hard", "all problems", "mean of sets"]
+    for row in rows:
+        points = (
+            f"<b>{100 * row.difference:+.1f}</b> <span class='aside'>{100 * row.low:+.1f} to {100 * row.high:+.1f}<"
+        )
+        assert points.replace("-", "−") in text and f"{percent(row.before)} → {percent(row.after)}" in text
+    assert f">{number(compare(before, after, source='easy').p_value, 2)}</td>" in text
+
+    means = [np.mean([read_evaluations(f / "eval")[-1].accuracy for f in compared[0][i : i + 2]]) for i in (0, 2)]
+    assert f"{100 * (means[1] - means[0]):+.1f}</b>".replace("-", "−") in html.unescape(compared[1].read_text())
+    other = write_run(tmp_path / "other")
+    write_evaluation(other / "eval", Evaluation(12, {"new/1": ProblemResult(1, 1)}))
+    page, _ = write_page([folders[0], other], tmp_path / "page.html")
+    assert "there is nothing to pair" in page.read_text()
 
 
 def test_seeds_are_one_group_and_settings_set_groups_apart(compared, tmp_path):
@@ -323,6 +354,7 @@ def test_the_page_asks_nobody_for_anything(compared):
 def test_what_rollouts_say_is_text(compared):
     text = compared[1].read_text()
     assert safe(NASTY) in text and "<img src=x" not in text and "throw Error" not in text.replace(safe(NASTY), "")
+    assert safe("a\N{NO-BREAK SPACE}b\u202ec\ud800") == "a\N{NO-BREAK SPACE}b\\u202ec\\ud800"
     assert safe("\x1b[31m") == "\\x1b[31m" and safe('<a b="c">') == "&lt;a b=&quot;c&quot;&gt;"
 
 

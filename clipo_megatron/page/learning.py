@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
+from clipo_megatron.evaluation.comparing import comparisons, refuse_other_problems
+from clipo_megatron.evaluation.errors import EvaluationError
+from clipo_megatron.evaluation.results import Evaluation, ProblemResult
 from clipo_megatron.page.chart import LEFT, RIGHT, SLOTS, WIDTH, Series, line_chart, svg
 from clipo_megatron.page.grouping import RunGroup
 from clipo_megatron.page.metric_names import LEARNING, PLACED, other
 from clipo_megatron.page.overview import last_accuracies
-from clipo_megatron.page.parts import Section, cards, figure, metric_figure
+from clipo_megatron.page.parts import Section, cards, figure, metric_figure, swatch, table
 from clipo_megatron.page.reading import Accuracy
-from clipo_megatron.page.scales import Scale, percent, reach, safe, tick_text, ticks
+from clipo_megatron.page.scales import Scale, number, percent, reach, safe, tick_text, ticks
 
 _ROW = 24
 
@@ -21,6 +25,7 @@ def held_out(groups: Sequence[RunGroup]) -> Section:
     body = cards(
         [_over_steps(groups, source) for source in sources] + ([_at_the_end(groups, sources)] if sources else [])
     )
+    body += _paired(groups)
     lead = "Problems that are never trained on, answered by the policy as it stood after so many steps."
     return Section("accuracy", "Held-out accuracy", lead, body)
 
@@ -90,8 +95,8 @@ def _at_the_end(groups: Sequence[RunGroup], sources: Sequence[str]) -> str:
         parts.append(f'<path class="grid" d="M{across(value):.1f} 8V{bottom}"/>')
         text = tick_text(value, marks[1] - marks[0], share=True)
         parts.append(f'<text class="tick" x="{across(value):.1f}" y="{bottom + 18}" text-anchor="middle">{text}</text>')
-    for number, (label, group, found) in enumerate(rows):
-        y = 14 + _ROW * 1.5 * (number + 0.5)
+    for place, (label, group, found) in enumerate(rows):
+        y = 14 + _ROW * 1.5 * (place + 0.5)
         if group is None:
             parts.append(f'<text class="name" x="{LEFT - 50}" y="{y + 8:.1f}">{safe(label)}</text>')
             continue
@@ -104,6 +109,58 @@ def _at_the_end(groups: Sequence[RunGroup], sources: Sequence[str]) -> str:
         "may overlap though the paired difference is clear: compare runs problem by problem."
     )
     return figure("At the end", svg("".join(parts), WIDTH, round(height), label="accuracy at the end"), caption)
+
+
+def _paired(groups: Sequence[RunGroup]) -> str:
+    """What every group gained over the first one, problem by problem; empty where nothing can be paired."""
+    with_results = [group for group in groups if any(run.evaluations for run in group.runs)]
+    if len(with_results) < 2:
+        return ""
+    first, *others = with_results
+    rows, refused = [], []
+    for group in others:
+        before, after = _together(first), _together(group)
+        try:
+            refuse_other_problems(before, after, (first.label, group.label))
+        except EvaluationError as error:
+            refused.append(str(error))
+            continue
+        for found in comparisons(before, after):
+            points = f"{100 * found.difference:+.1f}".replace("-", "−")
+            interval = f"{100 * found.low:+.1f} to {100 * found.high:+.1f}".replace("-", "−")
+            p_value = "–" if found.p_value is None else number(found.p_value, 2)
+            rows.append(
+                [
+                    f"{swatch(group)} over {swatch(first)}",
+                    safe(found.source),
+                    f"{percent(found.before)} → {percent(found.after)}",
+                    f"<b>{points}</b> <span class='aside'>{interval}</span>",
+                    f"{found.gained} / {found.lost}",
+                    p_value,
+                ]
+            )
+    headings = ["pair", "set", "solved", "points, 95% interval", "gained / lost", "p"]
+    caption = (
+        "Each group against the first, over the problems that both answered after their last evaluation; the seeds of "
+        "a group are further answers to a problem. The interval is the bootstrap's over problems: it says what other "
+        "problems would do, not other seeds. p: exact McNemar test, where each problem has one answer a side."
+    )
+    told = "".join(f"<li>{safe(sentence)}</li>" for sentence in refused)
+    shown = table(headings, rows, numbers=(2, 3, 4, 5)) if rows else ""
+    notes = f'<ul class="notes">{told}</ul>' if told else ""
+    return f'<div class="card below"><h3>Paired differences</h3>{shown}{notes}<p class="caption">{caption}</p></div>'
+
+
+def _together(group: RunGroup) -> Evaluation:
+    """The last evaluations of a group's runs as one, in which a problem has the answers of all seeds."""
+    last = [run.evaluations[-1] for run in group.runs if run.evaluations]
+    problems: dict[str, ProblemResult] = {}
+    for each in last:
+        for name, result in each.problems.items():
+            held = problems.get(name, replace(result, samples=0, correct=0))
+            samples, correct = held.samples + result.samples, held.correct + result.correct
+            problems[name] = ProblemResult(samples, correct, digest=result.digest)
+    return Evaluation(last[0].step, problems)
 
 
 def _row(label: str, group: RunGroup, found: Sequence[Accuracy], across: Scale, y: float) -> str:

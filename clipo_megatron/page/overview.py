@@ -126,7 +126,7 @@ def _runs(groups: Sequence[RunGroup]) -> str:
                     safe(seconds(spent)) if run.lines else "–",
                 ]
             )
-    return table(headings, rows, numbers=(4, *range(5, 5 + len(sources)), 5 + len(sources)))
+    return table(headings, rows, numbers=range(4, 6 + len(sources)), whole=(3,))
 
 
 def _accuracy(found: Accuracy | None) -> str:

@@ -34,9 +34,12 @@ def cards(parts: Sequence[str], *, narrow: bool = False) -> str:
     return f'<div class="cards{" narrow" if narrow else ""}">{"".join(kept)}</div>' if kept else ""
 
 
-def table(headings: Sequence[str], rows: Sequence[Sequence[str]], *, numbers: Sequence[int] = ()) -> str:
-    """A table of HTML cells; the columns in `numbers` are aligned to the right."""
-    kinds = ["number" if column in numbers else "name" if column == 0 else "long" for column in range(len(headings))]
+def table(
+    headings: Sequence[str], rows: Sequence[Sequence[str]], *, numbers: Sequence[int] = (), whole: Sequence[int] = ()
+) -> str:
+    """A table of HTML cells; the columns in `numbers` are aligned to the right, those in `whole` are never broken."""
+    special = {0: "name", **dict.fromkeys(whole, "whole"), **dict.fromkeys(numbers, "number")}
+    kinds = [special.get(column, "long") for column in range(len(headings))]
     head = "".join(f'<th class="{kind}">{safe(text)}</th>' for kind, text in zip(kinds, headings, strict=True))
     lines = [
         "<tr>" + "".join(f'<td class="{kind}">{cell}</td>' for kind, cell in zip(kinds, row, strict=True)) + "</tr>"

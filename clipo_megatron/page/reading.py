@@ -10,7 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from clipo_megatron.evaluation.results import read_evaluations
+from clipo_megatron.evaluation.results import Evaluation, read_evaluations
 from clipo_megatron.output import EVALUATIONS, METRICS, ROLLOUTS, SETTINGS, STATES, TRACE
 from clipo_megatron.report.sinks import read_lines
 from clipo_megatron.report.states import States, file_of, read_states, steps_with_states
@@ -67,7 +67,8 @@ class RunRecord:
     name: str
     settings: dict[str, Any]  # nested, as config.json has them; {} where there are none
     lines: list[dict[str, Any]]  # metrics.jsonl, by step, each step once
-    accuracies: list[Accuracy]
+    accuracies: list[Accuracy]  # of the evaluations, by step and source
+    evaluations: list[Evaluation]
     groups: list[dict[str, Any]]  # rollouts.jsonl: groups with texts
     traces: list[dict[str, Any]]
     state_steps: list[int]
@@ -132,6 +133,7 @@ def read_run(folder: Path) -> RunRecord:
         settings=settings,
         lines=[lines[step] for step in sorted(lines)],
         accuracies=[],
+        evaluations=read_evaluations(folder / EVALUATIONS),
         groups=[group for group in groups if isinstance(group.get("rollouts"), list)],
         traces=[trace for trace in traces if isinstance(trace.get("ranks"), list)],
         state_steps=steps_with_states(folder / STATES),
@@ -162,7 +164,7 @@ def _settings(file: Path) -> tuple[dict[str, Any], str]:
 
 
 def _read_accuracies(run: RunRecord) -> None:
-    found = read_evaluations(run.folder / EVALUATIONS)
+    found = run.evaluations
     if unread := len(list((run.folder / EVALUATIONS).glob("step_*.json"))) - len(found):
         run.missing.append(f"{run.name}: {unread} of its evaluations cannot be read, or are of an older version.")
     for each in found:

@@ -52,7 +52,7 @@ def _maps_of(group: RunGroup) -> str:
     steps = [run.state_steps[0], run.state_steps[-1]] if len(run.state_steps) > 1 else run.state_steps
     found = [states for step in steps if (states := run.states(step)) is not None]
     drawn = []
-    for title, column in (("Pooled states", "pooled"), ("Embeddings of the head", "embeddings")):
+    for title, column in (("Pooled states", "pooled"), ("Embeddings", "embeddings")):
         for states in found:
             if (points := getattr(states, column)) is not None:
                 drawn.append(_map(f"{title}, step {states.step + 1}", states, points))

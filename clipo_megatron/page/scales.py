@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
+from unicodedata import category
 
 _PREFIXES = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 
@@ -115,6 +116,11 @@ def byte_count(value: float) -> str:
 
 
 def safe(text: object) -> str:
-    """Text for HTML and for attributes in double quotes; what cannot be shown is spelt out."""
-    shown = "".join(each if each.isprintable() or each in "\n\t" else f"\\x{ord(each):02x}" for each in str(text))
-    return escape(shown, quote=True)
+    """Text for HTML and for attributes in double quotes. Characters that control what is shown are spelt out."""
+    return escape("".join(map(_visible, str(text))), quote=True)
+
+
+def _visible(character: str) -> str:
+    if character in "\n\t" or character.isprintable() or category(character) == "Zs":  # spaces of all kinds
+        return character
+    return f"\\x{ord(character):02x}" if ord(character) < 256 else f"\\u{ord(character):04x}"
