@@ -19,7 +19,7 @@ the positions whose hidden states *represent* the response are 3 and 4 (P .. P+R
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -142,6 +142,16 @@ class Sample:
         return self.prompt.numel() + self.response.numel()
 
 
+@dataclass(frozen=True, slots=True)
+class Demonstration:
+    """A response to a group's prompt to learn as it stands, whatever its rollouts were."""
+
+    group: int
+    prompt: Tensor  # [P] int64
+    response: Tensor  # [R] int64
+    weight: float  # of each token's -log pi in the loss
+
+
 class Segment(NamedTuple):
     """A run of tokens in a packed row: each attends to the context's tokens and to its own segment up to itself."""
 
@@ -180,6 +190,15 @@ class MicroBatch:
     advantages: Tensor | None = None  # [N] float32
     weights: Tensor | None = None  # [N] float32, share of each token in the loss; global counts are already in it
     padding: int = 0  # tokens added to reach the tensor-parallel multiple
+    demonstrated: bool = False  # its targets are demonstrations: none was sampled or scored
+
+    def to(self, device: torch.device) -> MicroBatch:
+        """The same there; itself if it is there."""
+        if self.tokens.device == device:
+            return self
+        columns = {each.name: getattr(self, each.name) for each in fields(self)}
+        moved = {name: value.to(device) for name, value in columns.items() if isinstance(value, Tensor)}
+        return replace(self, **moved, signals={name: signal.to(device) for name, signal in self.signals.items()})
 
 
 @dataclass(slots=True)
@@ -202,6 +221,14 @@ class Experience:
     reward: Tensor  # [B] float32, shaped
     advantage: Tensor  # [B] float32
     keep: Tensor  # [B] bool, rows that train
+    replayed: bool = False  # it is a former step's
+
+    def to(self, device: torch.device) -> Experience:
+        """The same with its micro-batches there."""
+        moved = [
+            MiniBatch(batch.rows, [each.to(device) for each in batch.micro_batches]) for batch in self.mini_batches
+        ]
+        return replace(self, mini_batches=moved)
 
 
 @dataclass(slots=True)

@@ -33,6 +33,7 @@ from clipo_megatron.heartbeat import Heartbeat
 from clipo_megatron.output import CHECKPOINTS, MEASURED, claim, set_aside
 from clipo_megatron.policy import layout as layouts
 from clipo_megatron.policy.actor import PolicyActor
+from clipo_megatron.policy.replay import ReplayKeeper
 from clipo_megatron.policy.state import PolicyKeeper
 from clipo_megatron.problems import load_problems
 from clipo_megatron.recording import Recorder
@@ -100,6 +101,7 @@ class Run:
         self.graders = GraderPool(config.reward)
         self.algorithm: Algorithm = build_algorithm(config, context_of(config, tokenizer, self.train_prompts))
         updates = config.train.steps * config.algorithm.epochs * config.algorithm.mini_batches
+        updates *= 1 + self.algorithm.replays
         self.actor = PolicyActor(config, self.layout, needs=self.algorithm.needs, total_steps=updates)
         self.recorder = Recorder(config, self.layout, self.actor)
         self.sync = build_sync(config, self.actor, self.engine)
@@ -278,6 +280,11 @@ class Run:
             leads = layout.tp_rank == 0 and layout.dp_rank == 0
             owners.append(
                 Owner("contrastive", actor.contrastive.state_dict, actor.contrastive.load_state_dict, writes=leads)
+            )
+        if self.algorithm.replays:
+            replays = ReplayKeeper(self.algorithm, actor.batcher)
+            owners.append(
+                Owner("replay", replays.state_dict, replays.load_state_dict, writes=self.is_main, gathers=True)
             )
         clipo, settings = self.config.clipo, self.config.checkpoint
         keeper = PolicyKeeper(actor.stage, actor.optimizer)

@@ -77,6 +77,10 @@ def by_autograd(config: RunConfig) -> dict[str, Tensor]:
         scores = torch.zeros(table.size, per_token.shape[1], dtype=torch.float64).index_add(0, rollout, per_token)
         (stage,) = (each for each in algorithm.stages if each.scores(batch) is not None)
         loss = loss + stage.group_loss(scores[rows], experience, rows)
+    for shown in algorithm.demonstrate(table, rows):
+        logits = model(torch.cat([shown.prompt, shown.response])[None]).logits[0, shown.prompt.numel() - 1 : -1]
+        shares = (logits / (config.rollout.temperature or 1.0)).log_softmax(-1)
+        loss = loss - shown.weight * shares.gather(1, shown.response[:, None]).sum()
     loss.backward()
     return {name: parameter.grad for name, parameter in model.named_parameters()}
 

@@ -12,13 +12,18 @@ from typing import Any
 
 import torch
 
+from clipo_megatron.algorithms.algorithm import Algorithm
 from clipo_megatron.algorithms.base import Context
 from clipo_megatron.algorithms.build import build_algorithm
+from clipo_megatron.checkpoint import Checkpoints, Owner
+from clipo_megatron.checkpoint.retention import Retention
 from clipo_megatron.config.schema import DType, LayoutConfig, RunConfig
 from clipo_megatron.flow import Prompt, Rollout, RolloutGroup, ScoredGroup, Verdict
 from clipo_megatron.policy import layout as layouts
 from clipo_megatron.policy.actor import PolicyActor
 from clipo_megatron.policy.exchange import build_table
+from clipo_megatron.policy.replay import ReplayKeeper
+from clipo_megatron.policy.state import PolicyKeeper
 from clipo_megatron.policy.token_credit import credit_tokens
 from clipo_megatron.rewards.voting import answer_key
 
@@ -90,8 +95,17 @@ def made_up_context(config: RunConfig, *, vocab: int = 263) -> Context:
     )
 
 
-def train(config: RunConfig, layout_config: LayoutConfig, *, taking_turns: bool = False) -> dict[str, Any]:
-    """STEPS steps on this rank; collective. With `taking_turns` the actor's memory is released before each step.
+def train(
+    config: RunConfig,
+    layout_config: LayoutConfig,
+    *,
+    taking_turns: bool = False,
+    steps: range = range(STEPS),
+    folder: Path | None = None,
+) -> dict[str, Any]:
+    """Steps on this rank; collective. With `taking_turns` the actor's memory is released before each step.
+
+    With a `folder` of checkpoints, steps that do not begin with the first go on from there, and the last one is kept.
 
     Returns:
         Facts of the steps (identical on every rank): metrics of each update, table signals, rewards, advantages, final
@@ -108,7 +122,10 @@ def train(config: RunConfig, layout_config: LayoutConfig, *, taking_turns: bool 
     pooled: dict[int, torch.Tensor] = {}
     if actor.contrastive is not None:
         _listen(actor.contrastive, pooled)
-    for step in range(STEPS):
+    checkpoints = _checkpoints(folder, actor, algorithm, layout) if folder else None
+    if steps.start:
+        checkpoints.load(checkpoints.latest())
+    for step in steps:
         if taking_turns:
             actor.release_memory()
             facts["held"] = sum(buffer.grad_data.untyped_storage().size() for buffer in actor.model.buffers)
@@ -130,6 +147,8 @@ def train(config: RunConfig, layout_config: LayoutConfig, *, taking_turns: bool 
         facts["signals"].append(dict(table.signals))
         facts["reward"].append(experience.reward)
         facts["advantage"].append(experience.advantage)
+    if checkpoints:
+        checkpoints.save(steps.stop)
     facts["weights_before"], facts["weights"] = weights_before, _exported(actor)
     facts["packed"] = sum(micro.tokens.numel() for micro in micro_batches)
     if layout.is_last_stage:
@@ -140,6 +159,11 @@ def train(config: RunConfig, layout_config: LayoutConfig, *, taking_turns: bool 
     return facts
 
 
+def train_part(config: RunConfig, layout_config: LayoutConfig, steps: range, folder: Path) -> dict[str, Any]:
+    """Some steps of a run whose checkpoints lie in `folder`."""
+    return train(config, layout_config, steps=steps, folder=folder)
+
+
 def merged(results: Sequence[dict[str, Any]], name: str) -> dict[int, torch.Tensor]:
     """What the data-parallel ranks know of `name`, by row of the table; tensor-parallel ranks must agree to the bit."""
     rows: dict[int, torch.Tensor] = {}
@@ -148,6 +172,22 @@ def merged(results: Sequence[dict[str, Any]], name: str) -> dict[int, torch.Tens
             assert row not in rows or torch.equal(rows[row], value), f"two ranks disagree on {name} of row {row}"
             rows[row] = value
     return dict(sorted(rows.items()))
+
+
+def _checkpoints(folder: Path, actor: PolicyActor, algorithm: Algorithm, layout: layouts.Layout) -> Checkpoints:
+    """Those of a run, for the state that these steps have."""
+    keeper, replays = PolicyKeeper(actor.stage, actor.optimizer), ReplayKeeper(algorithm, actor.batcher)
+    main, head = layout.rank == 0, actor.contrastive
+    owners = [
+        Owner("algorithm", algorithm.state_dict, algorithm.load_state_dict, writes=main),
+        Owner("replay", replays.state_dict, replays.load_state_dict, writes=main, gathers=True),
+    ]
+    if head is not None:
+        leads = layout.tp_rank == 0 and layout.dp_rank == 0
+        owners.append(Owner("contrastive", head.state_dict, head.load_state_dict, writes=leads))
+    return Checkpoints(
+        folder, owners, take_policy=keeper.take, load_policy=keeper.load, retention=Retention(), facts={}
+    )
 
 
 def _exported(actor: PolicyActor) -> dict[str, torch.Tensor]:

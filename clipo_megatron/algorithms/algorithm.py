@@ -11,7 +11,7 @@ from torch import Tensor
 from clipo_megatron.algorithms.base import Context, ScoredTokens, Signal, Stage, TokenBatch
 from clipo_megatron.algorithms.clipo.stage import Clipo
 from clipo_megatron.config.errors import ConfigError
-from clipo_megatron.flow import Experience, MiniBatch, Prompt, Rollout, RolloutTable
+from clipo_megatron.flow import Demonstration, Experience, MiniBatch, Prompt, Rollout, RolloutTable
 
 
 class Algorithm:
@@ -50,6 +50,11 @@ class Algorithm:
     def credits_tokens(self) -> bool:
         """Whether tokens have advantages of their own."""
         return any(stage.credits_tokens for stage in self.stages)
+
+    @property
+    def replays(self) -> int:
+        """How often an experience can be trained again in later steps."""
+        return sum(stage.replays for stage in self.stages)
 
     @property
     def policy_learns(self) -> bool:
@@ -133,6 +138,10 @@ class Algorithm:
     def token_weight(self, table: RolloutTable, rows: Tensor) -> Tensor:
         """Weight of each response token of the mini-batch `rows`, [B] float32."""
         return self._the_only("token_weight", [stage.token_weight(table, rows) for stage in self.stages])
+
+    def demonstrate(self, table: RolloutTable, rows: Tensor) -> list[Demonstration]:
+        """Responses to learn beside those of the mini-batch `rows`."""
+        return [each for stage in self.stages for each in stage.demonstrate(table, rows)]
 
     @property
     def has_group_loss(self) -> bool:

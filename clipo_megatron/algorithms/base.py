@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from clipo_megatron.config.schema import RunConfig
-from clipo_megatron.flow import Experience, Prompt, Rollout, RolloutTable
+from clipo_megatron.flow import Demonstration, Experience, Prompt, Rollout, RolloutTable
 
 
 class Signal(str, Enum):
@@ -121,6 +121,8 @@ class Stage:
     provides: frozenset[str] = frozenset()  # names that `observe` or `variants` gives
     learns_without_advantage = False  # whether there is a gradient where the advantage is 0
     credits_tokens = False  # whether `token_advantage` does something
+    replays = 0  # further times that `replay` gives an experience, at most; then `previous` is kept in checkpoints
+    previous: Experience | None = None  # what `replay` will give again, its micro-batches in host memory
     holds_policy = False  # whether the policy waits in the next step, while this stage's own part learns
 
     def bind(self, context: Context) -> None:
@@ -171,6 +173,10 @@ class Stage:
         """Weight of each response token of every rollout, [B] float32, zero outside `rows` ([M] int64, one
         mini-batch); exactly one stage gives them. Summed over all tokens of `rows` they are the loss's denominator."""
         return None
+
+    def demonstrate(self, table: RolloutTable, rows: Tensor) -> Sequence[Demonstration]:
+        """Responses to learn beside those of the mini-batch `rows`; their loss is their weighted -log pi."""
+        return []
 
     def scores(self, tokens: TokenBatch) -> Tensor | None:
         """What each token adds to the scores of its rollout, [N, C] float32, with gradient; at most one stage.

@@ -49,3 +49,21 @@ class D3sOptions:
     tokens: float = 0.5  # share of their tokens that keeps its advantage in the first step
     scope: D3sScope = D3sScope.batch
     relax_steps: Optional[int] = None  # over which both shares rise to 1; None: the run's
+
+
+@dataclass
+class PipoOptions:
+    """Of PIPO."""
+
+    window: int = 8  # K, batches before this one whose mean rewards it is compared with
+    negative: float = 0.1  # factor of a step's outcome that is worse than theirs
+    limit: float = 5.0  # deviations that an outcome counts for at most, either way
+
+
+@dataclass
+class HptOptions:
+    """Of HPT."""
+
+    gate: int = 0  # correct rollouts of a group up to which it learns from its prompt's demonstration
+    sft_weight: float = 1.0  # of a demonstration, beside 1 of a prompt's rollouts
+    demonstration: Optional[str] = None  # key of extra_info; None: "solution", else a ground truth that is worked out

@@ -11,7 +11,14 @@ from enum import Enum
 from typing import Optional
 
 from clipo_megatron.config.baseline_options import DapoOptions, RiskpoOptions, WhitenOptions
-from clipo_megatron.config.credit_options import CepoOptions, ConspoOptions, CopgOptions, D3sOptions
+from clipo_megatron.config.credit_options import (
+    CepoOptions,
+    ConspoOptions,
+    CopgOptions,
+    D3sOptions,
+    HptOptions,
+    PipoOptions,
+)
 from clipo_megatron.config.reward_options import (
     AdoraOptions,
     CgrpoOptions,
@@ -150,6 +157,9 @@ BASELINES: dict[str, Method] = {
         clip=None,
         aggregation=None,
     ),
+    "hpt": Method(
+        "hpt:HPT", "arXiv 2509.04419", "a demonstration in place of the rollouts where none is right", HptOptions
+    ),
     "copg": Method(
         "copg:CoPG",
         "arXiv 2406.19185",
@@ -187,6 +197,7 @@ PLUGINS: dict[str, Method] = {
     "gcpo": Method("gcpo:GCPO", "arXiv 2506.07160", "reward for using a tool where it helps the group", GcpoOptions),
     "c_grpo": Method("c_grpo:CGRPO", "arXiv 2601.06021", "correct rollouts by their rubric scores", CgrpoOptions),
     "grace": Method("grace:GRACE", "arXiv 2510.04506", "cosines to the group's right and wrong rollouts", GraceOptions),
+    "pipo": Method("pipo:PIPO", "arXiv 2604.00860", "the previous batch again, by how its update did", PipoOptions),
     "papo": Method("papo:PAPO", "arXiv 2507.06448", "away from what the policy says without the prompt", PapoOptions),
 }
 

@@ -242,6 +242,11 @@ class PolicyActor:
 
         def compute(micro: MicroBatch, hidden: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
             logprobs, entropy = self._logprobs(micro, hidden, entropy=Signal.entropy in self.needs)
+            count = torch.tensor(logprobs.numel(), dtype=torch.int, device=logprobs.device)
+            if micro.demonstrated:
+                total = -(micro.weights * logprobs).sum()
+                value = total.detach()
+                return total, count, {"policy/loss": value, "policy/demonstration_loss": value}
             tokens = tokens_of(micro, logprobs, entropy)
             if score_gradient is not None:
                 tokens.score_gradient = score_gradient[tokens.rows]
@@ -254,7 +259,6 @@ class PolicyActor:
                 "policy/weight": micro.weights.sum(),
                 **tokens.metrics,
             }
-            count = torch.tensor(logprobs.numel(), dtype=torch.int, device=logprobs.device)
             return total, count, metrics
 
         outputs = self._run(batch.micro_batches, compute, forward_only=False)
@@ -299,15 +303,17 @@ class PolicyActor:
         return self.stage.logprobs(hidden, micro, temperature=temperature, entropy=entropy)
 
     def _sum_metrics(self, outputs: list[dict[str, Tensor]]) -> dict[str, float]:
-        """Add up over micro-batches and data-parallel ranks. Every micro-batch reports the same names."""
-        names: list[str] = from_last_stage(sorted(outputs[0]) if outputs else [], self.layout)
+        """Add up over micro-batches and data-parallel ranks, which report the same names."""
+        names: list[str] = from_last_stage(sorted(set().union(*outputs)), self.layout)
+        nothing = torch.zeros(())
         sums = torch.zeros(len(names), dtype=torch.float64)
         for output in outputs:
-            sums += torch.stack([output[name].double().cpu() for name in names])
+            sums += torch.stack([output.get(name, nothing).double().cpu() for name in names])
         values = share_from_last_stage(sums, self.layout, sum_over_dp=True).tolist()
         metrics = dict(zip(names, values, strict=True))
         weight = metrics.pop("policy/weight", 0.0)
-        return {name: value / weight if weight and name != "policy/loss" else value for name, value in metrics.items()}
+        losses = ("policy/loss", "policy/demonstration_loss")
+        return {name: value / weight if weight and name not in losses else value for name, value in metrics.items()}
 
     def _run(
         self, micro_batches: Sequence[MicroBatch], last_stage: Callable[..., Any], *, forward_only: bool

@@ -1,0 +1,104 @@
+"""Policy improvement: the previous step's update once more, by how its outcome compares with those before."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from clipo_megatron.algorithms.base import Context, Stage, TokenBatch
+from clipo_megatron.config.errors import ConfigError
+from clipo_megatron.config.methods import baseline
+from clipo_megatron.flow import Experience, MicroBatch, MiniBatch
+
+HOST = torch.device("cpu")
+
+
+class PIPO(Stage):
+    """arXiv 2604.00860: trains on the previous batch again, its advantages times phi: xi, or `negative` xi below 0.
+
+    xi = (mu_t - mean) / sigma: the mean reward of this batch against those of the `window` batches before it, sigma
+    their unbiased deviation, xi held within +-limit, which is ours: few and equal means have a sigma near 0. Fewer than
+    two batches, or phi = 0, repeat nothing. The repetition comes after the update on this batch, with the ratios to the
+    policy that scored it then; KL and entropy terms act there too. mu is of the shaped reward, where CLIPO's bonus
+    acts. Assumes a baseline that gives advantages. The previous batch is held in host memory.
+    """
+
+    replays = 1
+
+    def __init__(self, *, window: int = 8, negative: float = 0.1, limit: float = 5.0):
+        self.window, self.negative, self.limit = window, negative, limit
+        self.means: list[float] = []  # of the steps before, at most `window`
+        self.phi = 0.0  # of this step
+        self.previous: Experience | None = None
+
+    def bind(self, context: Context) -> None:
+        """Look at the baseline.
+
+        Raises:
+            ConfigError: it gives no advantages to weigh again.
+        """
+        settings = context.config.algorithm
+        if baseline(settings).aggregation is None:
+            raise ConfigError(
+                f"pipo weighs advantages again, and {settings.name} has none: its loss is over whole groups. "
+                "Choose another algorithm.name, or leave pipo out."
+            )
+
+    def replay(self, experience: Experience) -> Sequence[Experience]:
+        """This step's, then that before."""
+        graded = experience.table.graded
+        plan, previous = [experience], self.previous
+        self.phi = 0.0
+        if graded.any():
+            mean = float(experience.reward[graded].double().mean())
+            self.phi = self._phi(mean)
+            self.means = [*self.means, mean][-self.window :]
+        if previous is not None and self.phi:
+            plan.append(_weighed(previous, self.phi))
+        self.previous = _held(experience)
+        return plan
+
+    def loss(self, tokens: TokenBatch) -> None:
+        """Nothing; phi is reported."""
+        tokens.metrics["pipo/phi"] = (tokens.weights * self.phi).sum()
+
+    def _phi(self, mean: float) -> float:
+        if len(self.means) < 2:
+            return 0.0
+        gap, sigma = mean - statistics.fmean(self.means), statistics.stdev(self.means)
+        if gap == 0:
+            return 0.0
+        xi = gap / sigma if abs(gap) < self.limit * sigma else math.copysign(self.limit, gap)
+        return xi if xi >= 0 else self.negative * xi
+
+    def state_dict(self) -> dict[str, Any]:
+        """The window; the previous batch is kept by `policy.replay`."""
+        return {"means": list(self.means)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Inverse of `state_dict`."""
+        self.means = list(state["means"])
+
+
+def _held(experience: Experience) -> Experience:
+    """In host memory, without what only scoring needed of the table."""
+    table = experience.table
+    small = {name: signal for name, signal in table.signals.items() if signal.dim() == 1}
+    return replace(experience.to(HOST), table=replace(table, signals=small))
+
+
+def _weighed(experience: Experience, phi: float) -> Experience:
+    def weighed(micro: MicroBatch) -> MicroBatch:
+        if "advantage" not in micro.signals:
+            return micro
+        return replace(micro, signals={**micro.signals, "advantage": phi * micro.signals["advantage"]})
+
+    batches = [
+        MiniBatch(batch.rows, [weighed(each) for each in batch.micro_batches]) for batch in experience.mini_batches
+    ]
+    return replace(experience, mini_batches=batches, advantage=phi * experience.advantage, replayed=True)
