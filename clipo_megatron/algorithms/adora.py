@@ -24,7 +24,7 @@ class ADORA(Stage):
         """[B] float32."""
         groups = len(table.prompt_ids)
         wrong = table.graded & ~table.correct
-        longest = torch.zeros(groups, dtype=torch.int64).index_reduce(
+        longest = torch.zeros(groups, dtype=torch.int64).scatter_reduce(
             0, table.group[table.correct], table.response_length[table.correct], "amax"
         )
         total = torch.zeros(groups, dtype=torch.int64).index_add(0, table.group[wrong], table.response_length[wrong])

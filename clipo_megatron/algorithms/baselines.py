@@ -23,7 +23,7 @@ class RLOO(ClippedPolicyLoss):
         mean, _, count = group_statistics(reward, table)
         # r_i - (n mean - r_i) / (n - 1)
         advantage = (reward - mean) * count / (count - 1).clamp(min=1)
-        return torch.where(table.graded & (count > 1), advantage, 0.0)
+        return torch.where(table.graded & (count > 1), advantage, 0.0).float()
 
 
 class ReinforcePP(ClippedPolicyLoss):

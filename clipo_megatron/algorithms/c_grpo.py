@@ -66,7 +66,7 @@ class CGRPO(Stage):
     def shape_reward(self, table: RolloutTable, reward: Tensor) -> Tensor:
         """[B] float32."""
         score = table.signals["rubric"]
-        best = torch.zeros(len(table.prompt_ids), dtype=torch.float64).index_reduce(
+        best = torch.zeros(len(table.prompt_ids), dtype=torch.float64).scatter_reduce(
             0, table.group[table.graded], score[table.graded], "amax"
         )[table.group]
         relative = torch.where(best > 0, score / best, 0.0)

@@ -74,7 +74,7 @@ class RiskPO(ClippedPolicyLoss):
             value = value / _scale(_deviation(scores, keys[:, 0]))
         advantage = torch.zeros(table.size, dtype=torch.float64).index_copy(0, rows, value[place])
         if self.credit is BundleCredit.prompt_std:
-            advantage = advantage / _scale(group_statistics(reward, table)[1].double())
+            advantage = advantage / _scale(group_statistics(reward, table)[1])
         return advantage.float()
 
     def _value(self, scores: Tensor) -> Tensor:
