@@ -171,6 +171,8 @@ def test_log_probs_are_those_before_truncation(make, engine, model, truncation):
     if make.kind == "vllm":  # it gives others, and the client does not take them for what they are not
         with pytest.raises(EngineError, match="processed_logprobs"):
             run(engine, ask(9), params)
+        (group,) = run(engine, ask(9), dataclasses.replace(params, exact_logprobs=False))  # evaluation reads none
+        assert len(group.rollouts) == 6
         return
     for group in run(engine, ask(9, 4), params):
         for rollout in group.rollouts:
