@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome", "headless_shell")
-DEADLINE_S = 60
+DEADLINE_S = 100
 _QUIET = (
     "--headless",
     "--no-sandbox",

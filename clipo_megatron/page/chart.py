@@ -14,7 +14,7 @@ from clipo_megatron.page.scales import Scale, number, percent, reach, safe, tick
 WIDTH, HEIGHT = 560, 264
 LEFT, RIGHT, TOP, BOTTOM = 58, 20, 12, 42
 SLOTS = 8
-MOST_POINTS = 500  # of a line; longer ones are means over stretches of steps
+MOST_POINTS = 300  # of a line; longer ones are means over stretches of steps
 SMOOTHING = 0.8  # weight of what was before, step by step
 
 

@@ -47,6 +47,8 @@ class RunGroup:
     def points(self, metric: str) -> list[Point]:
         """Mean, least and largest over the group's runs, by step."""
         values = [run.values(metric) for run in self.runs]
+        if len(values) == 1:
+            return [Point(step, value, value, value, 1) for step, value in values[0].items()]
         steps = sorted({step for each in values for step in each})
         found = [(step, [each[step] for each in values if step in each]) for step in steps]
         return [Point(step, sum(v) / len(v), min(v), max(v), len(v)) for step, v in found]

@@ -117,7 +117,8 @@ def byte_count(value: float) -> str:
 
 def safe(text: object) -> str:
     """Text for HTML and for attributes in double quotes. Characters that control what is shown are spelt out."""
-    return escape("".join(map(_visible, str(text))), quote=True)
+    shown = str(text)
+    return escape(shown if shown.isprintable() else "".join(map(_visible, shown)), quote=True)
 
 
 def _visible(character: str) -> str:
