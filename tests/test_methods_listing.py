@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import pytest
@@ -11,16 +11,26 @@ import pytest
 from clipo_megatron import cli
 from clipo_megatron.algorithms.base import Signal
 from clipo_megatron.algorithms.build import _class_of
+from clipo_megatron.config.checks_methods import method_problems
 from clipo_megatron.config.errors import spell
+from clipo_megatron.config.load import load, typed_options
 from clipo_megatron.config.method_listing import listing
 from clipo_megatron.config.methods import BASELINES, PLUGINS, refill_rounds
-from clipo_megatron.config.schema import RunConfig
+from clipo_megatron.config.option_limits import LIMITS
+from clipo_megatron.config.schema import PluginConfig, RunConfig
 
 pytestmark = pytest.mark.timeout(60)
 
 METHODS = {**BASELINES, **PLUGINS}
 PAGE = (Path(__file__).parents[1] / "docs" / "methods.md").read_text()
+# Texts that YAML wants in quotes.
+QUOTED = {"pattern", "hint"}
 ROWS = re.findall(r"^\| `(\w+)` \| (.+?) \| (.*?) ?\| (.+?) \| (.+?) \|$", PAGE, re.MULTILINE)
+
+
+@dataclass
+class NoOptions:
+    """Of a method that has none."""
 
 
 def test_the_command_tells_of_every_method_and_option(capsys):
@@ -63,6 +73,53 @@ def test_the_rows_are_true(row):
     assert source == METHODS[name].source
     signals = {signal.value for signal in Signal} & set(_class_of(METHODS[name].stage).needs)
     assert set(re.findall(r"`(\w+)`", needs)) == signals
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_file_that_writes_every_option_out_is_sound(name, tmp_path):
+    """Defaults, as `clipo methods` spells them; with CLIPO and without."""
+    options = {each.name: spell(each.default) for each in fields(METHODS[name].options or NoOptions)}
+    lines = "".join(f"\n      {option}: {value}" for option, value in options.items() if option not in QUOTED)
+    place = f"name: {name}\n  options:" if name in BASELINES else f"plugins:\n  - name: {name}\n    options:"
+    text = f"model: {{path: somewhere}}\nalgorithm:\n  {place}{lines or ' {}'}\n"
+    for clipo in ("false", "true"):
+        file = tmp_path / f"{clipo}.yaml"
+        file.write_text(f"{text}clipo: {{enabled: {clipo}}}\n")
+        parsed_as_written(file, name, options)
+
+
+def parsed_as_written(file, name, options):
+    config = load(file)
+    assert list(method_problems(config)) == []
+    given = config.algorithm.options if name in BASELINES else config.algorithm.plugins[0].options
+    assert set(given) == set(options) - QUOTED
+    typed = typed_options(METHODS[name].options, given)
+    assert typed == {each.name: each.default for each in fields(METHODS[name].options or NoOptions)}
+
+
+@pytest.mark.parametrize(
+    ("name", "option", "value", "words"),
+    [
+        ("dapo", "longest", 0, "algorithm.options.longest = 0: it must be at least 1"),
+        ("riskpo", "alpha", 1.5, "it must be from 0.001 to 0.999"),
+        ("riskpo", "alpha", 0.95, "it is the lower level, and beta is 0.9"),
+        ("unlikeliness", "beta", -0.1, "algorithm.plugins[0].options.beta = -0.1: it must be from 0 to 1"),
+        ("grace", "temperature", 0.0, "it must be at least 1e-06"),
+        ("hapo", "weight", float("inf"), "it must be at least 0"),
+    ],
+)
+def test_values_out_of_range_are_refused(name, option, value, words):
+    config = RunConfig()
+    if name in BASELINES:
+        config.algorithm.name, config.algorithm.options = name, {option: value}
+    else:
+        config.algorithm.plugins = [PluginConfig(name, {option: value})]
+    assert words in str(next(method_problems(config)))
+
+
+def test_limits_are_of_options_that_exist():
+    for name, limits in LIMITS.items():
+        assert set(limits) <= {option.name for option in fields(METHODS[name].options)}, name
 
 
 def test_rounds_of_dynamic_sampling_are_the_methods_unless_given():

@@ -117,11 +117,11 @@ def test_empo(case: str) -> None:
         table, reward = table_of(CASES[case], seed)
         answers = [["", "3", "4", "x"][int(10 * abs(value)) % 4] for value in random(table, seed=seed)]
         table.words["answer"] = answers
-        expected = [0.0] * table.size
+        expected = (reward.double() - table.reward).tolist()  # what other stages had added
         for rows in rows_of(table):
             for row in rows:
                 same = [other for other in rows if answers[other] == answers[row]]
-                expected[row] = len(same) / len(rows) if answers[row] else 0.0
+                expected[row] += len(same) / len(rows) if answers[row] else 0.0
         near(EMPO().shape_reward(table, reward), expected)
 
 
@@ -144,7 +144,8 @@ def test_unlikeliness(case: str) -> None:
         for rows in rows_of(table):
             ranked = sorted(rows, key=lambda row: float(sums[row]))  # the likeliest last
             for row in kinds(table, rows)[0]:
-                expected[row] *= 1 - 0.25 * (ranked.index(row) + 1) / len(rows)
+                r = float(table.reward[row])
+                expected[row] += r * (1 - 0.25 * (ranked.index(row) + 1) / len(rows)) - r
         near(Unlikeliness().shape_reward(table, reward), expected)
 
 
@@ -194,7 +195,8 @@ def test_c_grpo(case: str) -> None:
         for rows in rows_of(table):
             best = max([float(score[row]) for row in rows], default=0.0)
             for row in kinds(table, rows)[0]:
-                expected[row] *= 0.7 + 0.3 * (float(score[row]) / best if best else 0.0)
+                r = float(table.reward[row])
+                expected[row] += r * (0.7 + 0.3 * (float(score[row]) / best if best else 0.0)) - r
         near(CGRPO().shape_reward(table, reward), expected)
 
 

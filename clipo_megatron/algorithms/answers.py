@@ -27,20 +27,22 @@ class Answers(Stage):
 
 
 class EMPO(Stage):
-    """arXiv 2504.05812, entropy minimised policy optimisation: the reward becomes the share of the group's rollouts
-    that give the same final answer, cluster size / G. No gold answer is read.
+    """arXiv 2504.05812, entropy minimised policy optimisation: in place of the grader's reward the share of the group's
+    rollouts that give the same final answer, cluster size / G. No gold answer is read.
 
     Answers cluster by the grader's cheap rules of equality; the paper asks a model for free text. G counts graded
-    rollouts, and a rollout without an answer gets 0: it agrees with nobody. Assumes that the majority is right more
-    often than not. With CLIPO the verdicts choose its anchors, and its bonus is added to this reward.
+    rollouts, and a rollout without an answer gets 0: it agrees with nobody. What other stages add to the reward stays.
+    Assumes that the majority is right more often than not. With CLIPO the verdicts choose its anchors, and its bonus
+    is added.
     """
 
     needs = frozenset({Signal.answers})
 
     def shape_reward(self, table: RolloutTable, reward: Tensor) -> Tensor:
-        """[B] float32; 0 where ungraded."""
+        """[B] float32."""
         given = list(zip(table.group.tolist(), table.words["answer"], table.graded.tolist(), strict=True))
         clusters = Counter((group, answer) for group, answer, graded in given if graded and answer)
         sizes = torch.bincount(table.group[table.graded], minlength=len(table.prompt_ids))[table.group]
         alike = [clusters[group, answer] if graded else 0 for group, answer, graded in given]
-        return (torch.tensor(alike, dtype=torch.float64) / sizes.clamp(min=1)).float()
+        share = torch.tensor(alike, dtype=torch.float64) / sizes.clamp(min=1)
+        return (reward.double() - table.reward + share).float()

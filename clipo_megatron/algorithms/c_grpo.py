@@ -19,8 +19,8 @@ class CGRPO(Stage):
 
     R is the share of the row's rubrics (extra_info[rubrics], a list of texts) that are found in the response, where
     the paper has a model judge them; or what your function `score(prompt, rollout)` gives. The maximum is over all
-    graded rollouts of the group; where it is 0, R / max R is 0. Assumes scores that are not negative. CLIPO's bonus
-    comes on top.
+    graded rollouts of the group; where it is 0, R / max R is 0. It is the grader's reward that shrinks: what other
+    stages add to it, CLIPO's bonus too, keeps its scale. Assumes scores that are not negative.
     """
 
     provides = frozenset({"rubric"})
@@ -70,4 +70,4 @@ class CGRPO(Stage):
             0, table.group[table.graded], score[table.graded], "amax"
         )[table.group]
         relative = torch.where(best > 0, score / best, 0.0)
-        return torch.where(table.correct, reward * (1 - self.alpha + self.alpha * relative).float(), reward)
+        return torch.where(table.correct, reward - self.alpha * (1 - relative) * table.reward, reward).float()

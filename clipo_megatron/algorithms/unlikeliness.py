@@ -14,7 +14,8 @@ class Unlikeliness(Stage):
     log-prob of the whole response within the group, the likeliest ranked highest.
 
     G counts graded rollouts; equal log-probs share their mean rank. The paper's wrong rollouts have reward 0, so only
-    correct ones are touched. Assumes several samples a prompt. CLIPO's bonus is added afterwards, unscaled.
+    correct ones are touched. It is the grader's reward that shrinks: what other stages add to it, CLIPO's bonus too,
+    keeps its scale. Assumes several samples a prompt.
     """
 
     needs = frozenset({Signal.logprob_sums})
@@ -31,4 +32,4 @@ class Unlikeliness(Stage):
             below, equal = own[:, None] > own[None], own[:, None] == own[None]
             rank = below.sum(1) + (equal.sum(1) + 1) / 2
             share[rows] = rank.double() / max(rows.numel(), 1)
-        return torch.where(table.correct, reward * (1 - self.beta * share).float(), reward)
+        return torch.where(table.correct, reward - self.beta * share * table.reward, reward).float()

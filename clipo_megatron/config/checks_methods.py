@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from clipo_megatron.config.errors import Problem
-from clipo_megatron.config.load import option_problems
+from clipo_megatron.config.load import option_problems, typed_options
 from clipo_megatron.config.methods import BASELINES, PLUGINS, Method, baseline, is_import_path
+from clipo_megatron.config.option_limits import limit_problems
 from clipo_megatron.config.schema import Aggregation, RunConfig
 
 
@@ -59,4 +60,5 @@ def _named(key: str, name: str, options: dict[str, Any], known: Mapping[str, Met
         remedy = f"Did you mean {close[0]}?" if close else f"Choose one of {', '.join(known)}, or file.py:Class"
         yield Problem(f"{key}.name", "`clipo methods` shows no such method", remedy, name)
         return
-    yield from option_problems(known[name].options, options, f"{key}.options.", owner=name)
+    problems = list(option_problems(known[name].options, options, f"{key}.options.", owner=name))
+    yield from problems or limit_problems(name, typed_options(known[name].options, options), f"{key}.options.")
