@@ -19,7 +19,7 @@ from clipo_megatron.checkpoint import CheckpointError, Checkpoints, Owner
 from clipo_megatron.checkpoint.retention import Retention, defect, name_of
 from clipo_megatron.collector import Collector
 from clipo_megatron.config.methods import refill_rounds
-from clipo_megatron.config.model_folder import hf_folder
+from clipo_megatron.config.model_folder import CRITIC, hf_folder
 from clipo_megatron.config.schema import EngineKind, RunConfig
 from clipo_megatron.context import context_of
 from clipo_megatron.data.prompts import load_tokenizer
@@ -287,17 +287,20 @@ class Run:
                 Owner("replay", replays.state_dict, replays.load_state_dict, writes=self.is_main, gathers=True)
             )
         clipo, settings = self.config.clipo, self.config.checkpoint
-        keeper = PolicyKeeper(actor.stage, actor.optimizer)
+        keeper, critic = PolicyKeeper(actor.stage, actor.optimizer), actor.critic
+        values = PolicyKeeper(critic.stage, critic.optimizer) if critic else None
         checkpoints = Checkpoints(
             self.output / CHECKPOINTS,
             owners,
             take_policy=keeper.take,
             load_policy=keeper.load,
+            more={CRITIC: (values.take, values.load)} if values else None,
             retention=Retention(settings.keep, settings.keep_every, settings.keep_best),
             facts={
                 "model": actor.spec.architecture(),
                 "algorithm": list(self.algorithm.state_dict()),
                 "contrastive head": {"kind": clipo.head.value, "dim": clipo.dim} if clipo.enabled else None,
+                "critic": critic.spec.architecture() if critic else None,
                 "layout": {"tp": layout.tp, "pp": layout.pp, "dp": layout.dp, "ep": layout.division.ep},
             },
             say=self.reporter.say,
@@ -307,7 +310,8 @@ class Run:
             deadline_s=settings.deadline_s,
             failures=settings.failures,
         )
-        actor.optimizer.before_change = checkpoints.settle
+        for optimizer in (actor.optimizer, *([critic.optimizer] if critic else [])):
+            optimizer.before_change = checkpoints.settle
         return checkpoints
 
     def _rng_state(self) -> dict[str, Any]:

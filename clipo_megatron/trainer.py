@@ -56,6 +56,7 @@ class Trainer:
             experience = algorithm.assess(table, mini_batches)  # rewards, advantages, which rollouts train
             credit_tokens(experience, algorithm, run.layout)
         with watch("update"):
+            metrics |= actor.learn_values(experience, algorithm)  # a critic, if there is one
             fresh = True  # the weights are those that were scored
             for each in algorithm.replay(experience):
                 for batch in each.mini_batches * run.config.algorithm.epochs:

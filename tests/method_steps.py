@@ -15,6 +15,7 @@ from clipo_megatron.algorithms.base import ScoredTokens, TokenBatch
 from clipo_megatron.algorithms.build import build_algorithm
 from clipo_megatron.config.schema import LayoutConfig, RunConfig
 from clipo_megatron.policy.exchange import build_table
+from clipo_megatron.policy.value_model import fresh_head
 
 
 def by_autograd(config: RunConfig) -> dict[str, Tensor]:
@@ -48,6 +49,8 @@ def by_autograd(config: RunConfig) -> dict[str, Tensor]:
     table.signals |= {"logprob_sum": per_rollout, "reference_sum": per_rollout, "kl": torch.zeros(table.size)}
     if "pooled_states" in algorithm.needs:
         table.signals["pooled_states"] = pooled(model, samples)
+    if "values" in algorithm.needs:
+        signals |= values_by(model, samples, config)
     with torch.no_grad():
         for name, prompts in algorithm.variants(table).items():
             if prompts:
@@ -93,3 +96,16 @@ def pooled(model: Any, samples: Any) -> Tensor:
         with torch.no_grad():
             states.append(model.model(ids).last_hidden_state[0, sample.prompt.numel() :].mean(0))
     return torch.stack(states)
+
+
+def values_by(model: Any, samples: Any, config: RunConfig) -> dict[str, Tensor]:
+    """Signals of a critic that has the policy's weights and a fresh head: values before and with each token, [N]."""
+    head = fresh_head(model.config.hidden_size, config.train.seed)[0]
+    before, after = [], []
+    for sample in samples:
+        ids = torch.cat([sample.prompt, sample.response])[None]
+        with torch.no_grad():
+            values = model.model(ids).last_hidden_state[0] @ head
+        before.append(values[sample.prompt.numel() - 1 : -1])
+        after.append(values[sample.prompt.numel() :])
+    return {"value": torch.cat(before), "next_value": torch.cat(after)}

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from critic_weights import critic_weights
 
 from clipo_megatron.algorithms.algorithm import Algorithm
 from clipo_megatron.algorithms.base import Context
@@ -118,7 +119,8 @@ def train(
     actor = PolicyActor(config, layout, needs=algorithm.needs, total_steps=100)
     batcher = actor.batcher
     weights_before = _exported(actor)
-    facts: dict[str, Any] = {"updates": [], "scores": [], "signals": [], "reward": [], "advantage": []}
+    critic_before = critic_weights(actor) if actor.critic else None
+    facts: dict[str, Any] = {"updates": [], "values": [], "scores": [], "signals": [], "reward": [], "advantage": []}
     pooled: dict[int, torch.Tensor] = {}
     if actor.contrastive is not None:
         _listen(actor.contrastive, pooled)
@@ -129,6 +131,9 @@ def train(
         if taking_turns:
             actor.release_memory()
             facts["held"] = sum(buffer.grad_data.untyped_storage().size() for buffer in actor.model.buffers)
+            if actor.critic:
+                held = [each for buffer in actor.critic.model.buffers for each in (buffer.grad_data, buffer.param_data)]
+                facts["critic_held"] = sum(each.untyped_storage().size() for each in held)
             actor.restore_memory()
         scored = scored_groups(step, vocab=actor.spec.vocab_size)[layout.rank :: layout.world]
         table, samples = build_table(scored, step=step, observe=algorithm.observe)
@@ -137,6 +142,7 @@ def train(
         facts["scores"].append(actor.score(micro_batches, table, algorithm))
         experience = algorithm.assess(table, mini_batches)
         credit_tokens(experience, algorithm, layout)
+        facts["values"].append(actor.learn_values(experience, algorithm))
         fresh = True
         for each in algorithm.replay(experience):
             for batch in each.mini_batches * config.algorithm.epochs:
@@ -150,6 +156,8 @@ def train(
     if checkpoints:
         checkpoints.save(steps.stop)
     facts["weights_before"], facts["weights"] = weights_before, _exported(actor)
+    if actor.critic:
+        facts["critic_before"], facts["critic"] = critic_before, critic_weights(actor)
     facts["packed"] = sum(micro.tokens.numel() for micro in micro_batches)
     if layout.is_last_stage:
         facts["logprobs"] = _by_row(micro_batches, "old_logprobs")

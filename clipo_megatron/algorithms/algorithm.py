@@ -120,6 +120,8 @@ class Algorithm:
     def token_advantage(self, tokens: ScoredTokens, table: RolloutTable, advantage: Tensor) -> Tensor:
         """[N] float32: the rollouts' `advantage` [B], made one of each token by each stage in turn."""
         values = advantage.to(tokens.rows.device)[tokens.rows]
+        rewards = [given for stage in self.stages if (given := stage.token_reward(tokens, table)) is not None]
+        tokens.rewards = torch.stack(rewards).sum(0) if rewards else None
         for stage in self.stages:
             values = stage.token_advantage(tokens, table, values)
         return values

@@ -1,14 +1,14 @@
 """The stages of an algorithm, in the order in which a step runs them.
 
-    observe -> variants -> shape_reward -> advantage -> shape_advantage -> select -> token_advantage -> replay
-            -> token_weight -> scores, group_loss -> importance -> loss -> after_update
+    observe -> variants -> shape_reward -> advantage -> shape_advantage -> select -> token_reward
+            -> token_advantage -> replay -> token_weight -> scores, group_loss -> importance -> loss -> after_update
 
 An algorithm is a list of stages. Each stage implements the hooks it is about and leaves the others alone; a stage with
 state keeps it in `state_dict`. `needs` declares the signals a stage reads, and nothing is computed unasked.
 
 Hooks that take a `RolloutTable` see the whole step, identical on every rank, so what they give cannot depend on the
-layout. `token_advantage` sees the tokens of this rank's rollouts, `scores`, `importance` and `loss` those of one
-micro-batch; both hold whole rollouts only.
+layout. `token_reward` and `token_advantage` see the tokens of this rank's rollouts, `scores`, `importance` and `loss`
+those of one micro-batch; both hold whole rollouts only.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Signal(str, Enum):
     logprob_sums = "logprob_sums"  # table.signals["logprob_sum"], float64, of the policy that was scored
     reference_logprobs = "reference_logprobs"  # of the tokens; table.signals["kl"], and with sums ["reference_sum"]
     answers = "answers"  # table.words["answer"]: the final answer of each rollout as text, "" where it has none
-    values = "values"  # the tokens' signals["value"], of a critic
+    values = "values"  # the tokens' signals["value"] and ["next_value"], of a critic; see policy.critic
     demonstrations = "demonstrations"  # a worked solution in the rows of training prompts
 
 
@@ -82,6 +82,8 @@ class ScoredTokens:
     old_logprobs: Tensor  # float32
     signals: Mapping[str, Tensor]  # what the scoring forwards gave
     sum_over_ranks: Callable[[Tensor], Tensor]  # over data-parallel ranks; all of them call it equally often
+    reference_logprobs: Tensor | None = None  # float32
+    rewards: Tensor | None = None  # float32, of single tokens, beside the rollouts'; the sum over stages
     returns: Tensor | None = None  # float32, what a critic shall learn; set by the stage that needs one
 
 
@@ -159,6 +161,11 @@ class Stage:
 
     def select(self, table: RolloutTable, advantage: Tensor) -> Tensor | None:
         """Rows that train, [B] bool; None leaves all."""
+        return None
+
+    def token_reward(self, tokens: ScoredTokens, table: RolloutTable) -> Tensor | None:
+        """Rewards of single tokens [N] float32, on the last pipeline stage, for a baseline that reads them (PPO);
+        stages add up."""
         return None
 
     def token_advantage(self, tokens: ScoredTokens, table: RolloutTable, advantage: Tensor) -> Tensor:

@@ -12,10 +12,11 @@ from clipo_megatron.algorithms.clipo.stage import Clipo
 from clipo_megatron.algorithms.correction import OffPolicyCorrection
 from clipo_megatron.algorithms.imports import imported
 from clipo_megatron.algorithms.kl import EntropyBonus, KLLoss, KLReward
+from clipo_megatron.algorithms.ppo import CriticWarmup
 from clipo_megatron.config.errors import ConfigError
 from clipo_megatron.config.load import typed_options
 from clipo_megatron.config.methods import BASELINES, PLUGINS, baseline, is_import_path
-from clipo_megatron.config.schema import Aggregation, CorrectionKind, KLPlace, RunConfig
+from clipo_megatron.config.schema import Aggregation, CorrectionKind, KLConfig, KLPlace, RunConfig
 
 
 def build_algorithm(config: RunConfig, context: Context | None = None) -> Algorithm:
@@ -33,8 +34,7 @@ def build_algorithm(config: RunConfig, context: Context | None = None) -> Algori
     if settings.correction.kind is not CorrectionKind.none:
         stages.append(OffPolicyCorrection(settings.correction))
     if settings.kl.coefficient:
-        kind = KLLoss if settings.kl.place is KLPlace.loss else KLReward
-        stages.append(kind(settings.kl.coefficient, settings.kl.kind))
+        stages.append(_kl(settings.kl, per_token=getattr(stages[0], "reads_token_rewards", False)))
     if settings.entropy_coefficient:
         stages.append(EntropyBonus(settings.entropy_coefficient))
     for plugin in settings.plugins:
@@ -45,12 +45,20 @@ def build_algorithm(config: RunConfig, context: Context | None = None) -> Algori
             stages.append(_class_of(method.stage)(**typed_options(method.options, plugin.options)))
     if config.clipo.enabled:
         stages.append(Clipo(config.clipo))
+    if config.critic.warmup_steps and any(Signal.values in stage.needs for stage in stages):
+        stages.append(CriticWarmup(config.critic.warmup_steps))
     if any(Signal.answers in stage.needs for stage in stages):
         stages.append(Answers())
     algorithm = Algorithm(stages)
     if context is not None:
         algorithm.bind(context)
     return algorithm
+
+
+def _kl(config: KLConfig, *, per_token: bool) -> Stage:
+    if config.place is KLPlace.loss:
+        return KLLoss(config.coefficient, config.kind)
+    return KLReward(config.coefficient, config.kind, per_token=per_token)
 
 
 def _baseline(config: RunConfig) -> Stage:

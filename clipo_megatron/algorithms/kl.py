@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from clipo_megatron.algorithms.base import Signal, Stage, TokenBatch
+from clipo_megatron.algorithms.base import ScoredTokens, Signal, Stage, TokenBatch
 from clipo_megatron.config.schema import KLKind
 from clipo_megatron.flow import RolloutTable
 
@@ -43,16 +43,23 @@ class KLLoss(Stage):
 
 
 class KLReward(Stage):
-    """Subtracts coefficient * (sum over the response of KL(pi_old || pi_ref)) from each rollout's reward."""
+    """Subtracts coefficient * KL(pi_old || pi_ref) from the reward: the sum over the response from the rollout's, or
+    with `per_token` each token's from its own, for a baseline that reads rewards of single tokens."""
 
     needs = frozenset({Signal.reference_logprobs})
 
-    def __init__(self, coefficient: float, kind: KLKind):
-        self.coefficient, self.kind = coefficient, kind
+    def __init__(self, coefficient: float, kind: KLKind, *, per_token: bool = False):
+        self.coefficient, self.kind, self.per_token = coefficient, kind, per_token
 
     def shape_reward(self, table: RolloutTable, reward: Tensor) -> Tensor:
         """[B] float32."""
-        return reward - self.coefficient * table.signals["kl"]
+        return reward if self.per_token else reward - self.coefficient * table.signals["kl"]
+
+    def token_reward(self, tokens: ScoredTokens, table: RolloutTable) -> Tensor | None:
+        """[N] float32."""
+        if not self.per_token:
+            return None
+        return -self.coefficient * kl_estimate(self.kind, tokens.old_logprobs, tokens.reference_logprobs)
 
 
 class EntropyBonus(Stage):

@@ -17,7 +17,12 @@ class PolicyLoss(Stage):
         clip_low, clip_high: how far a ratio of probabilities may fall below and rise above 1; not every loss clips.
         aggregation: how the tokens of a mini-batch weigh.
         constant_length: tokens, for `constant`.
+
+    Attributes:
+        reads_token_rewards: whether its `token_advantage` takes the rewards of single tokens into account.
     """
+
+    reads_token_rewards = False
 
     def __init__(self, clip_low: float, clip_high: float, aggregation: Aggregation, constant_length: int):
         self.clip_low, self.clip_high = clip_low, clip_high

@@ -42,6 +42,7 @@ class Checkpoints:
         owners: whose state is kept.
         take_policy: the policy's state of now.
         load_policy: reads its files.
+        more: other models, by the folder that they have beside the policy's: what takes their state, what reads it.
         retention: which checkpoints stay.
         facts: what a checkpoint and the run that resumes from it must agree on; "layout" may differ.
         say: takes one line of news; on rank 0.
@@ -59,6 +60,7 @@ class Checkpoints:
         *,
         take_policy: Callable[[], PolicyState | None],
         load_policy: Callable[[Path], None],
+        more: Mapping[str, tuple[Callable[[], PolicyState], Callable[[Path], None]]] | None = None,
         retention: Retention,
         facts: Mapping[str, Any],
         say: Callable[[str], None] = lambda line: None,
@@ -69,7 +71,7 @@ class Checkpoints:
         failures: int = 1,
     ):
         self.folder, self.owners, self.retention, self.facts, self.say = folder, list(owners), retention, facts, say
-        self.take_policy, self.load_policy = take_policy, load_policy
+        self.take_policy, self.load_policy, self.more = take_policy, load_policy, dict(more or {})
         self.beside, self.accuracy = dict(beside or {}), accuracy
         self.asynchronous, self.deadline_s, self.failures = asynchronous, deadline_s, failures
         self._writing: Writing | None = None
@@ -96,7 +98,10 @@ class Checkpoints:
             state = owner.state_dict() if writes or owner.gathers else {}
             if writes:
                 owners.append(states.take(owner.file(_rank()), state))
-        content = Content(step, self.facts, owners, self.take_policy(), self.beside, self.accuracy())
+        policy = self.take_policy()
+        models = {POLICY: policy} if policy else {}
+        models |= {folder: take() for folder, (take, _) in self.more.items()}
+        content = Content(step, self.facts, owners, models, self.beside, self.accuracy())
         self._writing = Writing(self.folder, content, self.retention, self._group, copies=self.asynchronous)
         self._step = step
         if self.asynchronous:
@@ -206,6 +211,8 @@ class Checkpoints:
             raise CheckpointError(f"{path} is damaged: {reason}. Remove that folder to use an older one")
         self.settle()
         self.load_policy(path / POLICY)
+        for folder, (_, load) in self.more.items():
+            load(path / folder)
         for owner in self.owners:
             if not owner.reads:
                 continue

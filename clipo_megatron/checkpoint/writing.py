@@ -39,7 +39,7 @@ class Content:
     step: int
     facts: Mapping[str, Any]
     owners: Sequence[Taken]
-    policy: PolicyState | None
+    models: Mapping[str, PolicyState]  # by folder
     beside: Mapping[str, bytes]
     accuracy: Mapping[int, float] = field(default_factory=dict)
 
@@ -92,39 +92,45 @@ class Writing:
             self.error, self.cause = f"the ranks lost each other while they wrote it: {error}", error
         if self.error and self._rank == 0:
             shutil.rmtree(self.partial, ignore_errors=True)  # room for what else has to be written
-        self.content.owners, self.content.policy = (), None  # the memory of the copy
+        self.content.owners, self.content.models = (), {}  # the memory of the copy
 
     # --- the parts ---------------------------------------------------------------------------------------------------
 
     def _copy(self) -> None:
         try:
-            if self.copies and self.content.policy:
-                self.content.policy.copy()
+            if self.copies:
+                for state in self.content.models.values():
+                    state.copy()
         finally:
             self.taken.set()
 
     def _prepare(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         sweep(self.folder)
-        for name in (POLICY, *([HF_FILES] if self.content.beside else [])):
+        for name in {POLICY, *self.content.models, *([HF_FILES] if self.content.beside else [])}:
             (self.partial / name).mkdir(parents=True)
 
-    def _write(self) -> tuple[Any, dict[str, dict[str, int]]]:
+    def _write(self) -> tuple[dict[str, Any], dict[str, dict[str, int]]]:
         files = FolderWriter(self.partial)
         for name, data in self.content.beside.items():
             files.write(f"{HF_FILES}/{name}", data)
         for owner in self.content.owners:
             owner.write(files)
-        policy = FolderWriter(self.partial / POLICY)
-        facts = self.content.policy.write(policy) if self.content.policy else None
-        return facts, files.written | _below_policy(policy)
+        facts, written = {}, files.written
+        for folder, state in self.content.models.items():
+            model = FolderWriter(self.partial / folder)
+            facts[folder] = state.write(model)
+            written = written | _below(folder, model)
+        return facts, written
 
-    def _commit(self, parts: Sequence[tuple[Any, dict[str, dict[str, int]]]]) -> None:
+    def _commit(self, parts: Sequence[tuple[dict[str, Any], dict[str, dict[str, int]]]]) -> None:
         """On rank 0, when all is written but what tells of it."""
-        files, policy = FolderWriter(self.partial), FolderWriter(self.partial / POLICY)
-        if self.content.policy:
-            self.content.policy.finish(policy, [facts for facts, _ in parts])
-        listed = {name: entry for _, part in parts for name, entry in part.items()} | _below_policy(policy)
+        files = FolderWriter(self.partial)
+        listed = {name: entry for _, part in parts for name, entry in part.items()}
+        for folder, state in self.content.models.items():
+            model = FolderWriter(self.partial / folder)
+            state.finish(model, [facts[folder] for facts, _ in parts])
+            listed |= _below(folder, model)
         manifest = {"step": self.content.step, "world": len(parts), **self.content.facts}
         files.write(MANIFEST, json.dumps({**manifest, "files": dict(sorted(listed.items()))}, indent=1))
         sync_tree(self.partial)
@@ -173,8 +179,8 @@ class Writing:
         return [each for each, _ in told]
 
 
-def _below_policy(files: FolderWriter) -> dict[str, dict[str, int]]:
-    return {f"{POLICY}/{name}": entry for name, entry in files.written.items()}
+def _below(folder: str, files: FolderWriter) -> dict[str, dict[str, int]]:
+    return {f"{folder}/{name}": entry for name, entry in files.written.items()}
 
 
 class _Failed(Exception):

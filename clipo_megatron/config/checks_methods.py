@@ -11,7 +11,7 @@ from clipo_megatron.config.errors import Problem
 from clipo_megatron.config.load import option_problems, typed_options
 from clipo_megatron.config.methods import BASELINES, PLUGINS, Method, baseline, is_import_path
 from clipo_megatron.config.option_limits import limit_problems
-from clipo_megatron.config.schema import Aggregation, RunConfig
+from clipo_megatron.config.schema import Aggregation, CriticConfig, RunConfig
 
 
 def method_problems(config: RunConfig) -> Iterator[Problem]:
@@ -39,6 +39,23 @@ def method_problems(config: RunConfig) -> Iterator[Problem]:
     if algorithm.clip_low is not None and method.clip and method.below_one and algorithm.clip_low >= 1:
         reason = "the probability ratio is held above 1 - clip_low, which must stay positive"
         yield Problem("algorithm.clip_low", reason, "Set it below 1; 0.2 is usual", algorithm.clip_low)
+    yield from _critic(config)
+
+
+def _critic(config: RunConfig) -> Iterator[Problem]:
+    settings, algorithm = config.critic, config.algorithm
+    if settings.clip is not None and not settings.clip > 0:
+        yield Problem(
+            "critic.clip", "values could not move at all", "Set it above 0, or to null for no clipping", settings.clip
+        )
+    if settings.path is not None and not Path(settings.path).is_dir():
+        reason = "there is no such folder" + ("" if Path(settings.path).is_absolute() else f" below {Path.cwd()}")
+        remedy = "Give the path of a Hugging Face model folder, or null to start from the policy's weights"
+        yield Problem("critic.path", reason, remedy, settings.path, absent=True)
+    own = is_import_path(algorithm.name) or any(is_import_path(plugin.name) for plugin in algorithm.plugins)
+    if settings != CriticConfig() and not own and not baseline(algorithm).critic:
+        reason = f"{algorithm.name} has no critic, so the section would be ignored"
+        yield Problem("critic", reason, "Remove it, or set algorithm.name to ppo", show_value=False)
 
 
 def _named(key: str, name: str, options: dict[str, Any], known: Mapping[str, Method]) -> Iterator[Problem]:

@@ -19,6 +19,7 @@ from clipo_megatron.config.credit_options import (
     HptOptions,
     PipoOptions,
 )
+from clipo_megatron.config.critic_options import PpoOptions
 from clipo_megatron.config.reward_options import (
     AdoraOptions,
     CgrpoOptions,
@@ -41,6 +42,7 @@ class Method:
         clip: default of algorithm.clip_low and clip_high; None: it clips nothing.
         aggregation: default of algorithm.aggregation; None: its loss is over whole groups.
         refill_rounds: default of rollout.refill_rounds.
+        critic: whether it trains a value model beside the policy.
         single: whether a prompt's only rollout teaches something; without CLIPO, which compares several.
         below_one: whether clip_low is taken off a ratio of 1, and so must be less.
     """
@@ -52,6 +54,7 @@ class Method:
     clip: tuple[float, float] | None = (0.2, 0.2)
     aggregation: Aggregation | None = Aggregation.token_mean
     refill_rounds: int = 0
+    critic: bool = False
     single: bool = False
     below_one: bool = True
 
@@ -105,6 +108,14 @@ BASELINES: dict[str, Method] = {
         "one ratio a rollout, clipped as a whole",
         clip=(3e-4, 4e-4),
         aggregation=Aggregation.sequence_mean,
+    ),
+    "ppo": Method(
+        "ppo:PPO",
+        "arXiv 1707.06347",
+        "advantages of single tokens, from a critic's values",
+        PpoOptions,
+        single=True,
+        critic=True,
     ),
     "dapo": Method(
         "dapo:DAPO",

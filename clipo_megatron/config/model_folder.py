@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 POLICY = "policy"  # of a checkpoint: the weights, in Megatron's torch_dist
+CRITIC = "critic"  # of a checkpoint: those of a value model, if the run has one
 HF_FILES = "hf"  # of a checkpoint: config.json, tokenizer and whatever else stood beside the weights
 
 

@@ -283,6 +283,19 @@ class AlgorithmConfig:
 
 
 @dataclass
+class CriticConfig:
+    """The value model of algorithms that need one, in the policy's layout. What is not here is as for the policy."""
+
+    path: Optional[str] = (
+        None  # Hugging Face folder or checkpoint that it starts from, without LM head; None: model.path
+    )
+    learning_rate: float = 1.0e-5
+    clip: Optional[float] = 0.2  # how far a value may move from the scored one before its loss stops falling; None: any
+    epochs: Optional[int] = None  # passes over the batch; None: algorithm.epochs
+    warmup_steps: int = 0  # steps in which the critic learns and the policy waits
+
+
+@dataclass
 class ClipoConfig:
     """The contrastive head and its reward (arXiv 2603.10101)."""
 
@@ -402,6 +415,7 @@ class RunConfig:
     vllm: dict[str, Any] = field(default_factory=dict)  # any option of its server: gpu_memory_utilization: 0.8
     reward: RewardConfig = field(default_factory=RewardConfig)
     algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
+    critic: CriticConfig = field(default_factory=CriticConfig)
     clipo: ClipoConfig = field(default_factory=ClipoConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     train: TrainConfig = field(default_factory=TrainConfig)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from clipo_megatron.config.methods import baseline
 from clipo_megatron.config.schema import DType, HeadKind, RunConfig
 from clipo_megatron.planning.hardware import Assumptions, Hardware
 from clipo_megatron.planning.parameters import (
@@ -30,6 +31,7 @@ class TrainerMemory:
     gradients: float
     optimizer: float
     reference: float  # a second copy of the weights, for a KL to the start
+    critic: float  # weights, gradients and optimizer of a value model like the policy, for methods that train one
     activations: float
     logits: float
     head: float  # the contrastive one
@@ -83,16 +85,28 @@ def _of_stage(
     tokens = config.layout.max_tokens_per_microbatch
     in_flight = min(division.pp - stage, micro_batches(config, dp, assume))
     head = 4 * FP32 * head_count(config, spec) if last else 0  # weights, gradients and both moments
+    values = _without_lm_head(count, spec, division) if last else count
+    critic = (width + FP32) * values.total + state * (values.dense / dp + values.expert / expert_dp)
     return TrainerMemory(
         weights=width * count.total,
         gradients=FP32 * count.total,
         optimizer=state * (count.dense / dp + count.expert / expert_dp),
         reference=width * count.total if config.algorithm.kl.coefficient > 0 else 0.0,
+        critic=critic if baseline(config.algorithm).critic else 0.0,
         activations=_activations(config, spec, division, stage, tokens * width, in_flight),
         logits=LOGITS_COPIES * LOGITS_TILE_BYTES + 2 * tokens * spec.hidden_size * FP32 if last else 0.0,
         head=head,
         reserve=assume.reserve_bytes,
     )
+
+
+def _without_lm_head(count: Count, spec: ModelSpec, division: Division) -> Count:
+    """Of a last stage whose LM head is a value head, which is one number a state."""
+    if spec.tied_embeddings and division.pp == 1:  # the head is the embedding
+        return count
+    unit = division.tp * VOCAB_MULTIPLE_ON_GPUS
+    rows = -(-spec.vocab_size // unit) * VOCAB_MULTIPLE_ON_GPUS
+    return Count(count.dense - rows * spec.hidden_size, count.expert)
 
 
 def head_count(config: RunConfig, spec: ModelSpec) -> int:

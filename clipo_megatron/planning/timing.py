@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from clipo_megatron.config.methods import baseline
 from clipo_megatron.config.schema import RunConfig
 from clipo_megatron.planning.hardware import Assumptions, Hardware
 from clipo_megatron.planning.memory import BF16, FP32, flops_per_token, micro_batches, server_memory, step_tokens
@@ -51,12 +52,15 @@ def step_time(
     forward *= 1 + (division.pp - 1) / micro_batches(config, dp, assume)  # the pipeline's bubble
     passes = (4 if config.model.recompute else 3) * config.algorithm.epochs
     updates = config.algorithm.epochs * config.algorithm.mini_batches
+    critic_epochs = (config.critic.epochs or config.algorithm.epochs) if baseline(config.algorithm).critic else 0
+    learning = 1 + critic_epochs / config.algorithm.epochs  # a critic learns as the policy does
+    scored = 1 + (config.algorithm.kl.coefficient > 0) + (critic_epochs > 0)
     sync_bytes = BF16 * whole_count(spec).total
     network = hardware.network_bytes_per_s * assume.network
     return StepTime(
         generate=generation_seconds(config, spec, server_gpus, hardware, assume),
-        score=forward * (2 if config.algorithm.kl.coefficient > 0 else 1),
-        update=passes * forward + updates * _reduction_seconds(spec, division, dp, hardware, assume),
+        score=forward * scored,
+        update=learning * (passes * forward + updates * _reduction_seconds(spec, division, dp, hardware, assume)),
         sync=sync_bytes / division.pp / network,  # the stages send at the same time
         sync_bytes=float(sync_bytes),
         tokens=tokens,

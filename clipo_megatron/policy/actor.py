@@ -6,32 +6,30 @@ import contextlib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import torch
-from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from clipo_megatron.algorithms.algorithm import Algorithm
 from clipo_megatron.algorithms.base import Signal, TokenBatch
 from clipo_megatron.algorithms.kl import kl_estimate
 from clipo_megatron.config.model_folder import hf_folder
-from clipo_megatron.config.schema import DType, RunConfig
+from clipo_megatron.config.schema import RunConfig
 from clipo_megatron.device import platform
 from clipo_megatron.flow import Experience, MicroBatch, MiniBatch, RolloutTable
 from clipo_megatron.policy.agreement import agreement
 from clipo_megatron.policy.batching import Batcher
 from clipo_megatron.policy.contrastive import ContrastiveActor
+from clipo_megatron.policy.critic import CriticActor
 from clipo_megatron.policy.exchange import from_last_stage, share_from_last_stage
 from clipo_megatron.policy.layout import Layout
+from clipo_megatron.policy.loading import load_stage
 from clipo_megatron.policy.model import TORCH_DTYPE, build_stages, transformer_config
 from clipo_megatron.policy.optimizer import PolicyOptimizer, data_parallel
-from clipo_megatron.weights.coverage import check_tensors, match
+from clipo_megatron.policy.pipeline import run_pipeline, summed_metrics
 from clipo_megatron.weights.export import ExportPlan, export, plan_export
-from clipo_megatron.weights.families import entries, model_spec
-from clipo_megatron.weights.load import load_into
-from clipo_megatron.weights.source import open_weights
+from clipo_megatron.weights.families import model_spec
 from clipo_megatron.weights.spec import ModelSpec, read_config
 
 
@@ -55,7 +53,7 @@ class PolicyActor:
         with platform().cuda_tensor_names():
             (self.stage,) = build_stages(self.spec, self.transformer, layout)
             self.stage.to(device=platform().device, dtype=TORCH_DTYPE[config.model.dtype])
-        self._load(config.model.path)
+        load_stage(self.stage, config.model.path, layout)
         self.model = data_parallel(self.stage, self.transformer, config.optimizer)
         self.optimizer = PolicyOptimizer(
             self.model, config.optimizer, dtype=config.model.dtype, total_steps=total_steps
@@ -65,6 +63,8 @@ class PolicyActor:
             if Signal.contrastive in needs and layout.is_last_stage
             else None
         )
+        # The value model, where the algorithm needs one.
+        self.critic = CriticActor(config, layout, total_steps=total_steps) if Signal.values in needs else None
         self._reference: list[Tensor] | None = (
             [parameter.detach().clone() for parameter in self.stage.parameters()]
             if Signal.reference_logprobs in needs
@@ -72,32 +72,19 @@ class PolicyActor:
         )
         # Names, shapes and owners of the Hugging Face tensors this policy exports.
         self.export_plan: ExportPlan = plan_export(self.spec, layout.division, dtype=TORCH_DTYPE[config.model.dtype])
-        self._forward_backward = get_forward_backward_func()
         # Mean response states [b, H] float32 of this rank's rollouts that were scored last, and their rows [b]: on the
         # last stage, where the algorithm needs them or somebody wants those of the step.
         self.pooled: tuple[Tensor, Tensor] | None = None
         self.wants_states: Callable[[int], bool] = lambda step: False
         self._skipped = self._skipped_in_a_row = 0  # updates: of this step, and since the last that was applied
 
-    def _load(self, folder: str) -> None:
-        """Fill this stage from a Hugging Face folder or a checkpoint."""
-        at = self.layout.coordinates
-        mapping = entries(self.spec, self.stages[self.layout.pp_rank], at)
-        parameters = dict(self.stage.named_parameters())
-        with open_weights(folder, self.spec) as reader:
-            if self.layout.rank == 0:
-                check_tensors(reader, self.spec)
-            load_into(parameters.items(), mapping, reader, at)
-        # Megatron sets this while it initialises weights at random, which we leave out; without it the gradient norm
-        # would count the shards of one rank only.
-        for name, entry in match(parameters, mapping, at):
-            parameters[name].tensor_model_parallel = entry.kind.sharded  # type: ignore[attr-defined]
-
     # --- scoring -------------------------------------------------------------------------------------------------
 
     def score(self, micro_batches: Sequence[MicroBatch], table: RolloutTable, algorithm: Algorithm) -> dict[str, float]:
         """Forwards without gradient over the step's rollouts: one, and one more for the reference policy and for each
         variant of the prompts, if the algorithm needs them.
+
+        The critic's forward is one more.
 
         Fills, on the last stage, `old_logprobs` (and `reference_logprobs`, `signals`) of every micro-batch, and on
         every rank the table's signals that the algorithm needs.
@@ -133,6 +120,8 @@ class PolicyActor:
             table.signals["logprob_sum"] = self._sum_by_rollout(micro_batches, logprobs, table)
         if Signal.reference_logprobs in self.needs:
             self._score_reference(micro_batches, table)
+        if self.critic is not None:
+            self.critic.score(micro_batches)
         for name, prompts in algorithm.variants(table).items():
             if prompts:
                 self._score_variant(name, prompts, micro_batches)
@@ -262,7 +251,7 @@ class PolicyActor:
             return total, count, metrics
 
         outputs = self._run(batch.micro_batches, compute, forward_only=False)
-        sums = self._sum_metrics(outputs)
+        sums = summed_metrics(outputs, "policy", self.layout)
         sums["policy/loss"] = sums.get("policy/loss", 0.0) + group_loss
         norm, applied = self.optimizer.step(finite=math.isfinite(sums["policy/loss"]))
         self._skipped = (0 if first else self._skipped) + (not applied)
@@ -276,6 +265,19 @@ class PolicyActor:
             "policy/skipped_in_a_row": float(self._skipped_in_a_row),
             "policy/learning_rate": self.optimizer.learning_rate,
         }
+
+    def learn_values(self, experience: Experience, algorithm: Algorithm) -> dict[str, float]:
+        """The critic's update on a step's rollouts, whether or not the policy waits; {} without a critic.
+
+        Returns:
+            Metrics, identical on every rank: see `CriticActor.learn`.
+        """
+        if self.critic is None:
+            return {}
+        credited = [self.batcher.credit(batch, experience, algorithm) for batch in experience.mini_batches]
+        return self.critic.learn(
+            [[micro for micro in batch.micro_batches if not micro.demonstrated] for batch in credited]
+        )
 
     def _scores(
         self, micro_batches: Sequence[MicroBatch], table: RolloutTable, algorithm: Algorithm, *, scored: bool
@@ -302,38 +304,11 @@ class PolicyActor:
         temperature = self.config.rollout.temperature or 1.0
         return self.stage.logprobs(hidden, micro, temperature=temperature, entropy=entropy)
 
-    def _sum_metrics(self, outputs: list[dict[str, Tensor]]) -> dict[str, float]:
-        """Add up over micro-batches and data-parallel ranks, which report the same names."""
-        names: list[str] = from_last_stage(sorted(set().union(*outputs)), self.layout)
-        nothing = torch.zeros(())
-        sums = torch.zeros(len(names), dtype=torch.float64)
-        for output in outputs:
-            sums += torch.stack([output.get(name, nothing).double().cpu() for name in names])
-        values = share_from_last_stage(sums, self.layout, sum_over_dp=True).tolist()
-        metrics = dict(zip(names, values, strict=True))
-        weight = metrics.pop("policy/weight", 0.0)
-        losses = ("policy/loss", "policy/demonstration_loss")
-        return {name: value / weight if weight and name not in losses else value for name, value in metrics.items()}
-
     def _run(
         self, micro_batches: Sequence[MicroBatch], last_stage: Callable[..., Any], *, forward_only: bool
     ) -> list[Any]:
         """Drive Megatron's pipeline schedule; `last_stage(micro, hidden)` ends each forward."""
-
-        def forward_step(batches: Iterator[MicroBatch], model: torch.nn.Module) -> tuple[Tensor, Callable[..., Any]]:
-            micro = next(batches)
-            return model(micro), partial(last_stage, micro)
-
-        return self._forward_backward(
-            forward_step_func=forward_step,
-            data_iterator=iter(micro_batches),
-            model=[self.model],
-            num_microbatches=len(micro_batches),
-            seq_length=micro_batches[0].tokens.numel(),  # only a hint: lengths travel with the tensors
-            micro_batch_size=1,
-            forward_only=forward_only,
-            collect_non_loss_data=forward_only,
-        )
+        return run_pipeline(self.model, micro_batches, last_stage, forward_only=forward_only)
 
     # --- weights and state ---------------------------------------------------------------------------------------
 
@@ -342,24 +317,21 @@ class PolicyActor:
         return export(self.export_plan, [dict(self.stage.named_parameters())], self.layout.holder)
 
     def release_memory(self) -> None:
-        """Free what only training needs: gradients, and optimizer state and reference policy into host memory.
+        """Free what only training needs: gradients, and optimizer state, reference policy and critic into host memory.
 
         The weights stay, so they can be exported. For servers that take turns with this rank on its GPU.
         """
-        self.optimizer.before_change()
-        self.model.offload_grad_buffers()
-        if self.config.model.dtype is DType.bf16:  # in fp32 the masters are the weights themselves
-            self.optimizer.inner.offload_to_cpu()
+        self.optimizer.release_memory()
+        if self.critic is not None:
+            self.critic.release_memory()
         if self._reference is not None:
             self._reference = [tensor.cpu() for tensor in self._reference]
 
     def restore_memory(self) -> None:
         """Inverse of `release_memory`, before `score` or `update`. Gradients come back as zeros."""
-        self.optimizer.before_change()
-        self.model.restore_grad_buffers()
-        if self.config.model.dtype is DType.bf16:
-            with platform().cuda_tensor_names():
-                self.optimizer.inner.restore_from_cpu()
+        self.optimizer.restore_memory()
+        if self.critic is not None:
+            self.critic.restore_memory()
         if self._reference is not None:
             self._reference = [tensor.to(platform().device) for tensor in self._reference]
 

@@ -162,7 +162,14 @@ class PolicyStage(GPTModel):
         layout: this rank's place.
         chunk: which of the rank's model chunks, 0 without virtual stages.
         vocab_multiple: rows a rank to which the vocabulary is padded; None: what this machine's devices want.
+
+    Attributes:
+        has_lm_head: whether the last stage ends in one.
+        own_parameters: those that no language model has.
     """
+
+    has_lm_head = True
+    own_parameters: frozenset[str] = frozenset()
 
     def __init__(
         self,
@@ -179,9 +186,9 @@ class PolicyStage(GPTModel):
             vocab_size=_padded_vocab(spec.vocab_size, layout.tp, vocab_multiple),
             max_sequence_length=spec.max_positions,
             pre_process=self.place.first,
-            post_process=self.place.last,
+            post_process=self.place.last and self.has_lm_head,
             parallel_output=True,
-            share_embeddings_and_output_weights=spec.tied_embeddings,
+            share_embeddings_and_output_weights=spec.tied_embeddings and self.has_lm_head,
             position_embedding_type="rope",
             rotary_base=spec.rope_theta,
             vp_stage=chunk if config.virtual_pipeline_model_parallel_size else None,
@@ -205,8 +212,11 @@ class PolicyStage(GPTModel):
         hidden = self.decoder(
             hidden_states=embedded, attention_mask=None, rotary_pos_emb=rotary, packed_seq_params=plan
         )
-        if not self.post_process:
-            return hidden
+        return self._whole(hidden) if self.place.last else hidden
+
+    def _whole(self, hidden: Tensor) -> Tensor:
+        """The last stage's states [T, H] on every tensor-parallel rank; their gradients are added up over these ranks,
+        each of which has a shard of the vocabulary."""
         if self.config.sequence_parallel:
             return gather_from_sequence_parallel_region(hidden).squeeze(1)
         return copy_to_tensor_model_parallel_region(hidden).squeeze(1)

@@ -58,6 +58,7 @@ class PolicyOptimizer:
 
     def __init__(self, model: torch.nn.Module, config: OptimizerConfig, *, dtype: DType, total_steps: int):
         self.before_change: Callable[[], None] = lambda: None
+        self._model, self._dtype = model, dtype
         with platform().cuda_tensor_names():
             self.inner: MegatronOptimizer = get_megatron_optimizer(
                 MegatronOptimizerConfig(
@@ -113,3 +114,18 @@ class PolicyOptimizer:
                 self.inner.step()
         self.schedule.step(increment=1)
         return norm, applied
+
+    def release_memory(self) -> None:
+        """Free the gradients, and move the optimizer's state into host memory."""
+        self.before_change()
+        self._model.offload_grad_buffers()
+        if self._dtype is DType.bf16:  # in fp32 the masters are the weights themselves
+            self.inner.offload_to_cpu()
+
+    def restore_memory(self) -> None:
+        """Inverse of `release_memory`. Gradients come back as zeros."""
+        self.before_change()
+        self._model.restore_grad_buffers()
+        if self._dtype is DType.bf16:
+            with platform().cuda_tensor_names():
+                self.inner.restore_from_cpu()

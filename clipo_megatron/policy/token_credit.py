@@ -36,6 +36,7 @@ def credit_tokens(experience: Experience, algorithm: Algorithm, layout: Layout) 
         old_logprobs=torch.cat([micro.old_logprobs for micro in micro_batches]),
         signals={name: torch.cat([micro.signals[name] for micro in micro_batches]) for name in names},
         sum_over_ranks=sum_over_ranks,
+        reference_logprobs=_joined([micro.reference_logprobs for micro in micro_batches]),
     )
     advantage = algorithm.token_advantage(tokens, experience.table, experience.advantage)
     sizes = [micro.predict.numel() for micro in micro_batches]
@@ -43,3 +44,7 @@ def credit_tokens(experience: Experience, algorithm: Algorithm, layout: Layout) 
     for name, values in given.items():
         for micro, own in zip(micro_batches, values.split(sizes), strict=True):
             micro.signals[name] = own
+
+
+def _joined(parts: list[Tensor | None]) -> Tensor | None:
+    return None if parts[0] is None else torch.cat(parts)
