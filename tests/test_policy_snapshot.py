@@ -1,10 +1,12 @@
 """The policy's state as it was taken: whatever training does while it is copied and written, in any division."""
 
+import random
 import threading
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from expert_steps import train_a_little
 from policy_steps import configuration
 from tiny_models import tiny_llama
@@ -14,19 +16,24 @@ from clipo_megatron.checkpoint import Checkpoints
 from clipo_megatron.checkpoint.retention import Retention
 from clipo_megatron.config.schema import DType, LayoutConfig, RunConfig
 from clipo_megatron.policy.actor import PolicyActor
-from clipo_megatron.policy.snapshot import HostBuffer
+from clipo_megatron.policy.snapshot import HostBuffer, boxes
 from clipo_megatron.policy.state import PolicyKeeper
 
 pytestmark = pytest.mark.timeout(200)
 SHAPES = [pytest.param(1, LayoutConfig(), id="one rank"), pytest.param(4, LayoutConfig(tp=2, dp=2), id="TP2 x DP2")]
 
 
-def held(actor: PolicyActor) -> list[torch.Tensor]:
-    """All that this rank holds of parameters, masters and moments."""
+def shards(actor: PolicyActor) -> list[torch.Tensor]:
+    """All that this rank holds of masters and moments."""
     inner = actor.optimizer.inner.optimizer
     masters = [each for group in inner.param_groups for each in group["params"]]
     moments = [inner.state[each][name] for each in masters for name in ("exp_avg", "exp_avg_sq")]
-    return [tensor.detach() for tensor in (*actor.stage.parameters(), *masters, *moments)]
+    return [tensor.detach() for tensor in (*masters, *moments)]
+
+
+def held(actor: PolicyActor) -> list[torch.Tensor]:
+    """Beside those the parameters."""
+    return [*shards(actor), *(parameter.detach() for parameter in actor.stage.parameters())]
 
 
 def update(actor: PolicyActor, config: RunConfig, settle) -> None:
@@ -50,13 +57,14 @@ def unfree_memory(actor: PolicyActor, config: RunConfig, settle) -> None:
         tensor.neg_()
 
 
-def saved_before(change, waits: bool, config: RunConfig, layout: LayoutConfig, folder: Path) -> tuple[bool, bool]:
+def saved_before(change, waits: bool, config: RunConfig, layout: LayoutConfig, folder: Path) -> tuple[bool, bool, bool]:
     """Save for the second time, change the state while the copy has not begun, and load what was saved.
 
     The copy begins when somebody waits for it, or when the state is changed.
 
     Returns:
-        Whether there is something to notice, and whether what was loaded is as it was when it was saved.
+        Whether there is something to notice, and whether what was loaded, this rank's masters and moments and its
+        parameters, is as it was when it was saved.
     """
     config.model.dtype, config.algorithm.kl.coefficient = DType.bf16, 0.01
     actor, begin, copies = actor_on(config, layout), threading.Event(), HostBuffer.copies
@@ -92,7 +100,8 @@ def saved_before(change, waits: bool, config: RunConfig, layout: LayoutConfig, f
         for tensor in held(actor):
             tensor.zero_()
         checkpoints.load(checkpoints.latest())
-    return any(map(torch.any, taken)), all(map(torch.equal, held(actor), taken))
+    same, count = list(map(torch.equal, held(actor), taken)), len(shards(actor))
+    return any(map(torch.any, taken)), all(same[:count]), all(same[count:])
 
 
 ONE_RANK = (1, LayoutConfig())
@@ -110,10 +119,12 @@ ONE_RANK = (1, LayoutConfig())
 )
 def test_what_changes_the_state_waits_until_it_is_copied(ranks, tmp_path, change, world, layout):
     config = configuration(tiny_llama(tmp_path / "model", vocab=VOCAB))
-    assert ranks.run(saved_before, world, change, True, config, layout, tmp_path / "kept") == [(True, True)] * world
+    kept = ranks.run(saved_before, world, change, True, config, layout, tmp_path / "kept")
+    assert kept == [(True, True, True)] * world
     if change in (update, compute_with_the_reference):
         early = ranks.run(saved_before, world, change, False, config, layout, tmp_path / "lost")
-        assert early == [(True, False)] * world
+        # What a data-parallel rank alone holds is lost on each, not only where parameters are written.
+        assert early == [(True, change is not update, False)] * world
 
 
 def written_at_once(config: RunConfig, layout: LayoutConfig, folder: Path) -> tuple[bool, bool]:
@@ -137,3 +148,49 @@ def written_at_once(config: RunConfig, layout: LayoutConfig, folder: Path) -> tu
 def test_what_is_written_at_once_comes_back(ranks, tmp_path, world, layout):
     config = configuration(tiny_llama(tmp_path / "model", vocab=VOCAB))
     assert ranks.run(written_at_once, world, config, layout, tmp_path / "kept") == [(True, True)] * world
+
+
+def took_alone(config: RunConfig, layout: LayoutConfig) -> tuple[int, int]:
+    """Each rank takes the state while the others do something else; bytes of it, and of this rank's masters."""
+    actor = actor_on(config, layout)
+    keeper, sizes = PolicyKeeper(actor.stage, actor.optimizer), []
+    keeper.take()
+    for rank in range(dist.get_world_size()):
+        if dist.get_rank() == rank:
+            snapshot = keeper.take()
+            snapshot.copy()
+            sizes.append(snapshot.nbytes)
+        dist.barrier()
+    masters = actor.optimizer.inner.optimizer.param_groups
+    return sizes[0], sum(each.nbytes for group in masters for each in group["params"])
+
+
+def test_no_rank_waits_for_another_to_take_the_state(ranks, tmp_path):
+    """Otherwise training would stand still while data-parallel ranks gather what each of them has a shard of."""
+    config = configuration(tiny_llama(tmp_path / "model", vocab=VOCAB))
+    config.model.dtype = DType.bf16
+    found = ranks.run(took_alone, 4, config, LayoutConfig(), timeout_s=60.0)
+    whole = sum(masters for _, masters in found)
+    # Three of fp32 by shards, and the parameters in bf16 on the first.
+    assert [nbytes - 3 * masters for nbytes, masters in found] == [whole // 2, 0, 0, 0]
+
+
+def test_boxes_hold_the_elements_of_a_stretch_of_memory_in_order():
+    draw = random.Random(0)
+    for _ in range(3000):
+        outer = [draw.randint(1, 4) for _ in range(draw.randint(0, 4))]
+        part = whole = torch.arange(torch.Size(outer).numel()).view(outer)
+        for axis, size in enumerate(outer):
+            first = draw.randrange(size)
+            part = part.narrow(axis, first, draw.randint(0 if draw.random() < 0.05 else 1, size - first))
+        if draw.random() < 0.3:
+            part = part[None]
+        low, high = (draw.randint(-1, whole.numel() + 1) for _ in range(2))
+        found = list(boxes(part.storage_offset(), tuple(part.shape), part.stride(), low, high))
+        elements = []
+        for offset, sizes in found:
+            box = part[tuple(slice(at, at + size) for at, size in zip(offset, sizes, strict=True))]
+            assert box.shape == sizes and 0 not in sizes
+            elements += box.reshape(-1).tolist()
+        assert elements == [each for each in part.reshape(-1).tolist() if low <= each < high]
+        assert len(found) <= max(1, 2 * part.dim() - 1)

@@ -1,6 +1,7 @@
 """The policy's state as it was at one moment, written as torch_dist by whoever has the time.
 
-Megatron says which rank keeps which part of which tensor; that stays, so it is asked once (`Plan`). The parts are
+Megatron says which rank keeps which part of which tensor; that stays, so it is asked once (`Plan`). Where data-parallel
+ranks hold a stretch of elements each, as of an optimizer's state, every rank keeps its own, as boxes. The parts are
 copied to host memory, all into one buffer that is kept for the next time, or written from where they are. The format is
 the one that Megatron reads:
 
@@ -47,6 +48,16 @@ class Part:
 
 
 @dataclass(frozen=True, slots=True)
+class Whole:
+    """A tensor of Megatron's state dict and how much of it this rank has."""
+
+    entry: ShardedTensor | ShardedTensorFactory  # not yet split by its factory, if it has one
+    span: tuple[int, int] | None = (
+        None  # elements [start, stop), which no other data-parallel rank has; None: all of it
+    )
+
+
+@dataclass(frozen=True, slots=True)
 class _Planned:
     """Where a part's elements lie in the tensor that they are a part of here."""
 
@@ -63,23 +74,21 @@ class Plan:
     """Which parts of which of this rank's tensors it writes, whatever they hold at that time.
 
     Args:
-        wholes: one entry of Megatron's state dict for each tensor, not yet split by its factory if it has one.
-        sharded: the same, split, and Megatron's objects.
+        wholes: every tensor.
+        sharded: the same, split by factories, and Megatron's objects.
         common: what is the same on all ranks.
     """
 
-    def __init__(
-        self, wholes: Sequence[ShardedTensor | ShardedTensorFactory], sharded: dict[str, Any], common: dict[str, Any]
-    ) -> None:
+    def __init__(self, wholes: Sequence[Whole], sharded: dict[str, Any], common: dict[str, Any]) -> None:
         self.common = common
         self._parts: list[_Planned] = []
         keys = set()
         for source, whole in enumerate(wholes):
-            built = whole.build() if isinstance(whole, ShardedTensorFactory) else whole
-            for tensor in nested_values({"": built}):
+            entry = whole.entry
+            for tensor in nested_values({"": entry.build() if isinstance(entry, ShardedTensorFactory) else entry}):
                 keys.add(tensor.key)
-                if _is_mine(tensor):
-                    self._parts.append(_planned(tensor, whole.data, source))
+                if _is_mine(tensor, by_span=whole.span is not None):
+                    self._parts += _planned(tensor, entry.data, source, whole.span)
         if lost := keys ^ {each.key for each in nested_values(sharded) if isinstance(each, ShardedTensor)}:
             raise ValueError(f"{min(lost)} is in one of two forms of Megatron's state dict only")
         mine = [each for each in nested_values(sharded) if isinstance(each, ShardedObject) and _is_mine(each)]
@@ -89,7 +98,12 @@ class Plan:
         self.lasts = all(each.data is None for each in mine)
 
     def parts(self, sources: Sequence[Tensor], fresh: Sequence[bool]) -> list[Part]:
-        """The parts of the tensors that the plan was made for, in its order, as they are now."""
+        """The parts of the tensors that the plan was made for, as they are now.
+
+        Args:
+            sources: the tensors in the plan's order; of those with a span, the span alone, flat.
+            fresh: whether each is the snapshot's alone.
+        """
         return [
             Part(
                 each.key,
@@ -181,21 +195,57 @@ class PolicySnapshot:
             yield Place(key, name, start, len(data))
 
 
-def _planned(tensor: ShardedTensor, whole: Tensor, source: int) -> _Planned:
+def boxes(
+    start: int, sizes: tuple[int, ...], strides: tuple[int, ...], low: int, high: int
+) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
+    """What of a tensor lies at [low, high) of memory: offset and sizes of boxes, at most 2n - 1 of n axes, in order.
+
+    The tensor begins at `start`, and its strides fall, so that none of its rows begins within another.
+    """
+    if 0 in sizes or low >= high:
+        return
+    if not sizes:
+        if low <= start < high:
+            yield (), ()
+        return
+    (rows, *rest), (stride, *inner) = sizes, strides
+    reach = 1 + sum((size - 1) * step for size, step in zip(rest, inner, strict=True))  # of a row
+    stride = max(stride, reach)  # that of a single row says nothing
+
+    def some_of(row: int) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
+        if 0 <= row < rows:
+            for offset, box in boxes(start + row * stride, tuple(rest), tuple(inner), low, high):
+                yield (row, *offset), (1, *box)
+
+    # Rows first .. behind - 1 are there as a whole; of their neighbours, or of one row alone, there may be a part.
+    first, behind = max(0, -(-(low - start) // stride)), min(rows, (high - reach - start) // stride + 1)
+    yield from some_of(first - 1)
+    if first < behind:
+        yield (first, *(0,) * len(rest)), (behind - first, *rest)
+    if first <= behind:
+        yield from some_of(behind)
+
+
+def _planned(tensor: ShardedTensor, whole: Tensor, source: int, span: tuple[int, int] | None) -> Iterator[_Planned]:
     data = tensor.data.view((1,) * tensor.prepend_axis_num + tuple(tensor.local_shape))
     if data.untyped_storage()._cdata != whole.untyped_storage()._cdata or not whole.is_contiguous():
         raise ValueError(f"{tensor.key} is no view of a contiguous tensor")
-    return _Planned(
-        tensor.key,
-        tuple(tensor.global_offset),
-        tuple(tensor.global_shape),
-        source,
-        data.storage_offset() - whole.storage_offset(),
-        tuple(data.shape),
-        tuple(data.stride()),
-    )
+    start, strides = data.storage_offset() - whole.storage_offset(), tuple(data.stride())
+    everything = [((0,) * data.dim(), tuple(data.shape))]
+    low, high = span or (0, whole.numel())
+    for offset, sizes in boxes(start, tuple(data.shape), strides, low, high) if span else everything:
+        yield _Planned(
+            tensor.key,
+            tuple(at + more for at, more in zip(tensor.global_offset, offset, strict=True)),
+            tuple(tensor.global_shape),
+            source,
+            start + sum(at * step for at, step in zip(offset, strides, strict=True)) - low,
+            sizes,
+            strides,
+        )
 
 
-def _is_mine(each: ShardedTensor | ShardedObject) -> bool:
-    """Whether this rank is the one that writes it."""
-    return is_main_replica(each.replica_id)
+def _is_mine(each: ShardedTensor | ShardedObject, *, by_span: bool = False) -> bool:
+    """Whether this rank is the one that writes it; or one of those that write it together, each its span."""
+    # Copies are numbered by pipeline, tensor- and data-parallel rank, in this order.
+    return is_main_replica(each.replica_id[:-1] if by_span else each.replica_id)

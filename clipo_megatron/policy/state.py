@@ -3,9 +3,10 @@
 Each layer has keys of its own ("decoder.layers.7...."), experts are stacked on a first axis. Older checkpoints have
 the layers stacked too, under keys without a number; they are read as well.
 
-The optimizer's state is written in the shape of the parameters, put together from the data-parallel ranks' shards
-here. Megatron's own gathering (0.16.1, "fully_reshardable") places the moments wrongly where a gradient buffer has
-more than one bucket, as with tied embeddings and pipeline stages: it forgets the padding between buckets.
+The optimizer's state is written in the shape of the parameters, by each data-parallel rank what it has a shard of, so
+that nothing has to be gathered. Megatron's own gathering (0.16.1, "fully_reshardable") places the moments wrongly where
+a gradient buffer has more than one bucket, as with tied embeddings and pipeline stages: it forgets the padding between
+buckets.
 """
 
 from __future__ import annotations
@@ -16,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
@@ -31,10 +31,11 @@ from torch.distributed.checkpoint import FileSystemReader
 
 from clipo_megatron.device import platform
 from clipo_megatron.policy.optimizer import PolicyOptimizer
-from clipo_megatron.policy.snapshot import HostBuffer, Plan, PolicySnapshot
+from clipo_megatron.policy.snapshot import HostBuffer, Plan, PolicySnapshot, Whole
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 MASTER = "master"  # the fp32 parameter that the optimizer updates
+_NOTHING = torch.empty(0)
 
 
 class PolicyKeeper:
@@ -53,9 +54,9 @@ class PolicyKeeper:
         self._checked = False
 
     def take(self) -> PolicySnapshot:
-        """The state of now; collective. It has to be copied or written before the next update.
+        """The state of now. It has to be copied or written before the next update.
 
-        The first time, the ranks compare what they hold: every element of every tensor once.
+        The first time it is collective: the ranks compare what they hold, every element of every tensor once.
         """
         with _megatron_here():
             if self._plan is None or not self._plan.lasts:
@@ -67,10 +68,10 @@ class PolicyKeeper:
                 each.data.detach().clone() if alone else each.data.detach()
                 for each, alone in zip(self._wholes, fresh, strict=True)
             ]
-            for _, parameter, shard in _shards(self.optimizer):
-                states = list(_gathered(parameter, shard).values())
-                sources += states
-                fresh += [dist.get_world_size(shard.group) > 1] * len(states)
+            for _, _, shard in _shards(self.optimizer):
+                states = _state_of(shard)
+                sources += [states[key].view(-1) if states else _NOTHING for key in (MASTER, *MOMENTS)]
+            fresh += [False] * (len(sources) - len(fresh))
         return PolicySnapshot(plan.parts(sources, fresh), plan.objects, plan.common | self._common(), self._buffer)
 
     def load(self, folder: Path) -> None:
@@ -93,7 +94,11 @@ class PolicyKeeper:
         model = _sharded(self.stage)
         states = _in_model_shape(model, self.optimizer, _nowhere)
         self._wholes = list(nested_values(extract_sharded_tensors_and_factories(model)[0]))
-        wholes = [*self._wholes, *(each for kinds in states.values() for each in kinds.values())]
+        spans = {name: (shard.start, shard.stop) for name, _, shard in _shards(self.optimizer)}
+        wholes = [
+            *(Whole(each) for each in self._wholes),
+            *(Whole(each, spans[name]) for name, kinds in states.items() for each in kinds.values()),
+        ]
         sharded, common = save_preprocess({"model": model, "optimizer": states, **self._common()}, not self._checked)
         self._checked = True
         return Plan(wholes, sharded, common)
@@ -159,19 +164,6 @@ def _in_model_shape(model: dict[str, Any], optimizer: PolicyOptimizer, fill: Any
         }
         for name, parameter, shard in _shards(optimizer)
     }
-
-
-def _gathered(parameter: torch.nn.Parameter, shard: _Shard) -> dict[str, Tensor]:
-    """Each kind of state whole, put together from the data-parallel ranks' shards."""
-    if dist.get_world_size(shard.group) == 1:  # it is whole already
-        return {key: own.view(parameter.shape) for key, own in _state_of(shard).items()}
-    whole = torch.zeros(1 + len(MOMENTS), parameter.numel(), dtype=torch.float32, device=parameter.device)
-    for row, own in zip(whole, _state_of(shard).values(), strict=False):
-        row[shard.start : shard.stop] = own.view(-1)
-    dist.all_reduce(whole, group=shard.group)
-    # The first rank of the group writes; nobody keeps it on the device, where there is no room for all parameters'.
-    whole = whole.to("cpu" if dist.get_rank(shard.group) == 0 else "meta")
-    return {key: row.view(parameter.shape) for key, row in zip((MASTER, *MOMENTS), whole, strict=True)}
 
 
 def _blank(parameter: torch.nn.Parameter, _shard: _Shard) -> dict[str, Tensor]:
