@@ -23,7 +23,7 @@ LIMITS: dict[str, dict[str, tuple[float, float]]] = {
     "conspo": {"tau": (1e-6, inf), "margin_steps": (0, inf)},
     "cepo": {"mix": (0, 1), "mix_steps": (0, inf), "clip": (0, inf)},
     "d3s": {"rollouts": (0, 1), "tokens": (0, 1), "relax_steps": (0, inf)},
-    "pipo": {"window": (1, inf), "negative": (0, inf), "limit": (0, inf)},
+    "pipo": {"window": (2, inf), "negative": (0, inf), "limit": (0, inf)},
     "hpt": {"gate": (0, inf), "sft_weight": (0, inf)},
 }
 
