@@ -22,7 +22,7 @@ from clipo_megatron.algorithms.surrogate import PolicyLoss
 from clipo_megatron.config.checks_methods import method_problems
 from clipo_megatron.config.errors import ConfigError
 from clipo_megatron.config.methods import BASELINES, PLUGINS, Method
-from clipo_megatron.config.schema import LayoutConfig, PluginConfig, RunConfig
+from clipo_megatron.config.schema import KLPlace, LayoutConfig, PluginConfig, RunConfig
 
 METHODS = {**BASELINES, **PLUGINS}
 TOLERANCE = 1e-5
@@ -67,6 +67,16 @@ def test_every_method_takes_steps_on_any_layout(name: str, clipo: bool, ranks: R
     assert len(alone["updates"]) >= STEPS * config.algorithm.mini_batches
     assert all(math.isfinite(update["policy/loss"]) for update in alone["updates"])
     for rank in ranks.run(train, 4, config, LayoutConfig(tp=2, pp=2, max_tokens_per_microbatch=100)):
+        for key, theirs in alone["weights"].items():
+            assert float((rank["weights"][key] - theirs).abs().max() / theirs.abs().max()) < TOLERANCE, key
+
+
+def test_returns_of_tokens_are_whitened_over_all_ranks(ranks: RankPool, tmp_path: Path) -> None:
+    """REINFORCE++ with the KL in the reward: data-parallel ranks hold different tokens of one batch."""
+    config = with_method("reinforce_pp", tmp_path, clipo=True)
+    config.algorithm.kl.coefficient, config.algorithm.kl.place = 0.5, KLPlace.reward
+    (alone,) = ranks.run(train, 1, config, LayoutConfig(max_tokens_per_microbatch=100))
+    for rank in ranks.run(train, 4, config, LayoutConfig(tp=2, max_tokens_per_microbatch=100)):
         for key, theirs in alone["weights"].items():
             assert float((rank["weights"][key] - theirs).abs().max() / theirs.abs().max()) < TOLERANCE, key
 

@@ -9,10 +9,12 @@ from typing import Any
 import pytest
 import torch
 from method_tables import CASES, table_of, tokens_of
+from policy_steps import made_up_context
 from torch import Tensor
 
-from clipo_megatron.algorithms.base import TokenBatch
+from clipo_megatron.algorithms.base import ScoredTokens, TokenBatch
 from clipo_megatron.algorithms.baselines import RLOO, ReinforcePP, ReinforcePPBaseline
+from clipo_megatron.algorithms.build import build_algorithm
 from clipo_megatron.algorithms.cispo import CISPO
 from clipo_megatron.algorithms.dapo import DAPO
 from clipo_megatron.algorithms.grpo import GRPO, DrGRPO
@@ -21,7 +23,7 @@ from clipo_megatron.algorithms.sequence_ratios import GMPO, GSPO
 from clipo_megatron.algorithms.surrogate import PolicyLoss
 from clipo_megatron.config.baseline_options import BundleCredit, WhitenOver
 from clipo_megatron.config.methods import BASELINES
-from clipo_megatron.config.schema import Aggregation
+from clipo_megatron.config.schema import Aggregation, KLPlace, RunConfig
 from clipo_megatron.flow import RolloutTable
 
 pytestmark = pytest.mark.timeout(60)
@@ -109,6 +111,46 @@ def test_whitened_over_tokens_is_whitened_by_length() -> None:
     )
     by_rollout = built(ReinforcePP, "reinforce_pp", over=WhitenOver.rollouts).advantage(table, table.reward)
     assert by_rollout.tolist() == pytest.approx([0.5**0.5, -(0.5**0.5)], rel=1e-5)
+
+
+@pytest.mark.parametrize("case", ["random", "all right", "one right", "everything"])
+@pytest.mark.parametrize("over", list(WhitenOver))
+@pytest.mark.parametrize("name", ["reinforce_pp", "reinforce_pp_baseline"])
+def test_returns_of_tokens_with_the_kl_in_the_reward(name: str, over: WhitenOver, case: str) -> None:
+    """On two ranks that hold the same rollouts: the second one's sums are the first one's."""
+    config = RunConfig()
+    config.clipo.enabled = False
+    config.algorithm.name, config.algorithm.options = name, {"over": over.value}
+    config.algorithm.kl.coefficient, config.algorithm.kl.place = 0.3, KLPlace.reward
+    algorithm = build_algorithm(config, made_up_context(config))
+    assert algorithm.credits_tokens
+    table, reward = table_of(CASES[case], 1)
+    batch = tokens_of(table, 2)
+    tokens = ScoredTokens(
+        rows=batch.rows,
+        rollout=batch.rollout,
+        old_logprobs=batch.old_logprobs,
+        signals={},
+        sum_over_ranks=lambda values: 2 * values,
+        reference_logprobs=batch.reference_logprobs,
+    )
+    tokens.rewards = sum(each for stage in algorithm.stages if (each := stage.token_reward(tokens, table)) is not None)
+    ours = algorithm.token_advantage(tokens, table, algorithm.advantage(table, reward))
+    values, gap = reward.double().tolist(), batch.reference_logprobs - batch.old_logprobs
+    returns, weights = [0.0] * batch.rows.numel(), [0.0] * batch.rows.numel()
+    for rows in groups_of(table):
+        mean = statistics.fmean([values[row] for row in rows]) if rows and name == "reinforce_pp_baseline" else 0.0
+        for row in rows:
+            places = [place for place in range(len(returns)) if int(batch.rows[place]) == row]
+            for place in places:
+                x = [float(gap[each]) for each in places if each >= place]
+                returns[place] = values[row] - mean - 0.3 * math.fsum(math.exp(each) - 1 - each for each in x)
+                weights[place] = 1.0 if over is WhitenOver.tokens else 1 / len(places)
+    pairs = list(zip(returns, weights, strict=True))
+    count = 2 * math.fsum(weights)
+    mean = 2 * math.fsum(value * weight for value, weight in pairs) / count
+    std = math.sqrt(2 * math.fsum(weight * (value - mean) ** 2 for value, weight in pairs) / (count - 1))
+    close(ours, [(value - mean) / (std + 1e-6) if weight else 0.0 for value, weight in pairs])
 
 
 # --- DAPO --------------------------------------------------------------------------------------------------------

@@ -5,10 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from clipo_megatron.algorithms.base import Context, ScoredTokens
 from clipo_megatron.algorithms.grpo import STD_EPSILON, group_statistics
+from clipo_megatron.algorithms.ppo import discounted_sums, tokens_left
 from clipo_megatron.algorithms.surrogate import ClippedPolicyLoss
 from clipo_megatron.config.baseline_options import WhitenOver
-from clipo_megatron.config.schema import Aggregation
+from clipo_megatron.config.schema import Aggregation, KLPlace
 from clipo_megatron.flow import RolloutTable
 
 
@@ -30,12 +32,14 @@ class ReinforcePP(ClippedPolicyLoss):
     """arXiv 2501.03262, REINFORCE++: A = (r - mean) / (std + 1e-6) over the step's whole batch, unbiased std.
 
     Mean and deviation are over the batch's tokens, each with its rollout's return, as in released code, or over its
-    rollouts (option `over`). The paper's KL penalty inside the reward is algorithm.kl with `place: reward`: the whole
-    response's KL is taken off the return of every token of it, where the paper sums from each token on.
+    rollouts (option `over`). The paper's KL penalty inside the reward is algorithm.kl with `place: reward`: a token's
+    return is then r less the KL from that token on, and tokens have advantages of their own.
 
     Assumes rewards of one scale over all prompts; a group may have a single rollout. CLIPO's bonus acts through the
     reward, and its constant part does not vanish here.
     """
+
+    reads_token_rewards = True
 
     def __init__(
         self,
@@ -49,9 +53,37 @@ class ReinforcePP(ClippedPolicyLoss):
         super().__init__(clip_low, clip_high, aggregation, constant_length)
         self.over = over
 
+    def bind(self, context: Context) -> None:
+        """Tokens have returns of their own where the KL is in the reward."""
+        kl = context.config.algorithm.kl
+        self.credits_tokens = kl.coefficient != 0 and kl.place is KLPlace.reward
+
+    def outcome(self, table: RolloutTable, reward: Tensor) -> Tensor:
+        """[B], what is whitened."""
+        return reward
+
     def advantage(self, table: RolloutTable, reward: Tensor) -> Tensor:
-        """[B] float32; 0 where ungraded."""
-        return whitened(reward, table, self.over)
+        """[B] float32; 0 where ungraded. Not whitened yet where tokens have returns of their own."""
+        outcome = self.outcome(table, reward)
+        if self.credits_tokens:
+            return torch.where(table.graded, outcome, 0.0).float()
+        return whitened(outcome, table, self.over)
+
+    def token_advantage(self, tokens: ScoredTokens, table: RolloutTable, advantage: Tensor) -> Tensor:
+        """[N] float32; with rewards of tokens their returns, whitened over the tokens of all ranks."""
+        if not self.credits_tokens:
+            return advantage
+        returns = advantage.double()
+        if tokens.rewards is not None:
+            returns = returns + discounted_sums(tokens.rewards.double(), tokens_left(tokens.rollout), 1.0)
+        share = table.graded.double().to(returns.device)[tokens.rows]
+        if self.over is WhitenOver.rollouts:
+            share = share / torch.bincount(tokens.rollout)[tokens.rollout]
+        count, total = tokens.sum_over_ranks(torch.stack([share.sum(), (share * returns).sum()])).unbind()
+        centred = returns - total / count.clamp(min=1)
+        (squares,) = tokens.sum_over_ranks((share * centred.square()).sum()[None]).unbind()
+        std = (squares / (count - 1).clamp(min=1)).sqrt()
+        return torch.where(share > 0, centred / (std + STD_EPSILON), 0.0).float()
 
 
 class ReinforcePPBaseline(ReinforcePP):
@@ -61,10 +93,9 @@ class ReinforcePPBaseline(ReinforcePP):
     the reward.
     """
 
-    def advantage(self, table: RolloutTable, reward: Tensor) -> Tensor:
-        """[B] float32; 0 where ungraded."""
-        mean, _, _ = group_statistics(reward, table)
-        return whitened(reward - mean, table, self.over)
+    def outcome(self, table: RolloutTable, reward: Tensor) -> Tensor:
+        """[B], what is whitened."""
+        return reward - group_statistics(reward, table)[0]
 
 
 def whitened(values: Tensor, table: RolloutTable, over: WhitenOver) -> Tensor:
