@@ -1,6 +1,7 @@
 """Time the learning half of a GRPO step: score once, update once, on the same rollouts in three ways.
 
     python tools/bench_step.py MODEL_DIR [--prompts 16 --samples 8 --prompt-tokens 26 --response-tokens 10]
+    python tools/bench_step.py MODEL_DIR --group-loss conspo
 
     shared     this project: packed, each group's prompt computed once
     packed     this project: packed, prompts repeated
@@ -8,6 +9,10 @@
 
 One process; the ways alternate in rounds, medians are printed, with their ratio to the floor: 2 FLOPs a parameter and
 token forward, 6 forward and backward, at the matrix-multiplication rate measured in the same run.
+
+With --group-loss the update alone is timed: that of a clipped loss, that of a loss over groups on the weights that were
+scored, and that of one on later weights, which scores them first. Time is that of the processor, so that a machine with
+other work to do gives the same ratios.
 """
 
 from __future__ import annotations
@@ -78,6 +83,25 @@ def megatron_step(
     return step
 
 
+def updates_of(
+    name: str, actor: PolicyActor, table: RolloutTable, samples: list[Sample], *, scored: bool
+) -> Callable[[], int]:
+    """A function that updates by a method's loss, and returns the tokens it computed."""
+    config = RunConfig()
+    config.clipo.enabled, config.algorithm.name = False, name
+    algorithm, batcher = build_algorithm(config), actor.batcher
+    [batch] = batcher.mini_batches_of(samples, table)
+    actor.score(batch.micro_batches, table, algorithm)
+    experience = algorithm.assess(table, [batch])
+    credited = batcher.credit(batch, experience, algorithm)
+
+    def step() -> int:
+        actor.update(credited, experience, algorithm, first=scored)
+        return sum(micro.tokens.numel() for micro in credited.micro_batches)
+
+    return step
+
+
 def padded_step(model_dir: str, table: RolloutTable, samples: list[Sample], per_forward: int) -> Callable[[], int]:
     """The same step on a transformers model, right-padded, `per_forward` rollouts at a time."""
     from transformers import AutoModelForCausalLM
@@ -126,6 +150,29 @@ def matmul_flops_per_s() -> float:
     return best
 
 
+def compare_updates(
+    options: argparse.Namespace, actor: PolicyActor, table: RolloutTable, samples: list[Sample]
+) -> None:
+    """Print what a second pass costs."""
+    name = options.group_loss
+    ways = {
+        "grpo": updates_of("grpo", actor, table, samples, scored=True),
+        f"{name}, weights as scored": updates_of(name, actor, table, samples, scored=True),
+        f"{name}, later weights": updates_of(name, actor, table, samples, scored=False),
+    }
+    seconds: dict[str, list[float]] = {way: [] for way in ways}
+    for round_number in range(options.rounds + 1):
+        for way, step in ways.items():
+            start = time.process_time()
+            tokens = step()
+            if round_number:
+                seconds[way].append(time.process_time() - start)
+    print(f"{len(samples)} rollouts, {tokens} tokens, {torch.get_num_threads()} threads")
+    first = statistics.median(seconds["grpo"])
+    for way, values in seconds.items():
+        print(f"{way:32}{statistics.median(values):9.2f} s of processor time{statistics.median(values) / first:7.2f} x")
+
+
 def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -135,6 +182,7 @@ def main() -> None:
     parser.add_argument("--prompt-tokens", type=int, default=26)
     parser.add_argument("--response-tokens", type=int, default=10)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--group-loss", help="time updates by this loss over groups instead")
     options = parser.parse_args()
 
     config = RunConfig()
@@ -145,6 +193,10 @@ def main() -> None:
     layout = layouts.initialize(config.layout, seed=0)
     actor = PolicyActor(config, layout, needs=frozenset(), total_steps=1000)
     table, samples = synthetic(options, actor.spec.vocab_size)
+    if options.group_loss:
+        compare_updates(options, actor, table, samples)
+        layouts.shutdown()
+        return
     ways = {
         "shared": megatron_step(config, actor, table, samples, share=True),
         "packed": megatron_step(config, actor, table, samples, share=False),
