@@ -199,8 +199,9 @@ def checkpoint_state(output: Path, step: int) -> dict[str, Any]:
     from torch.distributed.checkpoint.state_dict_loader import _load_state_dict_from_keys
 
     folder = output / "checkpoints" / f"step_{step:06d}"
+    models = [name for name in ("policy", "critic") if (folder / name).is_dir()]
     with warnings.catch_warnings(action="ignore"):  # that there is no process group is meant so
-        state = _load_state_dict_from_keys(storage_reader=FileSystemReader(folder / "policy"))
+        states = {name: _load_state_dict_from_keys(storage_reader=FileSystemReader(folder / name)) for name in models}
     flat: dict[str, Any] = {}
 
     def collect(name: str, value: Any) -> None:
@@ -210,7 +211,8 @@ def checkpoint_state(output: Path, step: int) -> dict[str, Any]:
         elif isinstance(value, torch.Tensor):
             flat[name] = value
 
-    collect("policy", state)
+    for name, state in states.items():
+        collect(name, state)
     for file in sorted(folder.glob("*.safetensors")):
         flat |= {f"{file.name}/{name}": tensor for name, tensor in load_file(file).items()}
     for file in sorted(folder.glob("*.json")):

@@ -77,10 +77,66 @@ class PPO(ClippedPolicyLoss):
         gains = discounted_sums(delta, left, self.gamma * self.lam)
         critic_lam = self.lam if self.critic_lam is None else self.critic_lam
         own = gains if critic_lam == self.lam else discounted_sums(delta, left, self.gamma * critic_lam)
-        tokens.returns = (own + value).float()
+        tokens.returns = self.returns(own + value, value, open_end).float()
         if self.whiten:
             gains = whitened(gains, table.graded.to(gains.device)[tokens.rows], tokens)
         return gains.float()
+
+    def returns(self, returns: Tensor, value: Tensor, unfinished: Tensor) -> Tensor:
+        """What the critic learns of each token, [N] float64, from the returns, its values, and which rollouts go on."""
+        return returns
+
+
+class TPPO(PPO):
+    """arXiv 2506.15050, T-PPO: a response cut off by the window of generation trains on the tokens that it has.
+
+    Its generalised advantages continue from the critic's value of the last state, the one with the last token:
+    delta_T = gamma V_(T+1) - V_T in place of r_T - V_T. It has no reward at its end, so CLIPO's bonus, which correct
+    rollouts earn, and the grader's act on finished ones alone. A KL in the reward acts in windows too.
+
+    Assumes that a truncated rollout would have gone on. Where this differs from the paper: the window is
+    rollout.max_new_tokens, and a response cut off there is not carried into the next step, as the paper's are. What
+    rollout.unfinished = resume carries over are rollouts of over-sampled prompts, which train once, when they have
+    ended. Policy and critic learn in every step, from the same tokens.
+
+    Args:
+        critic_learns_windows: false: in windows the critic's return is the value that it gave, so that bootstrapped
+            returns do not teach it.
+        lam, critic_lam, gamma, whiten: as for PPO.
+    """
+
+    def __init__(
+        self,
+        clip_low: float,
+        clip_high: float,
+        aggregation: Aggregation,
+        constant_length: int,
+        *,
+        lam: float = 0.95,
+        critic_lam: float | None = None,
+        gamma: float = 1.0,
+        whiten: bool = True,
+        critic_learns_windows: bool = True,
+    ):
+        super().__init__(
+            clip_low,
+            clip_high,
+            aggregation,
+            constant_length,
+            lam=lam,
+            critic_lam=critic_lam,
+            gamma=gamma,
+            whiten=whiten,
+        )
+        self.critic_learns_windows = critic_learns_windows
+
+    def unfinished(self, table: RolloutTable) -> Tensor:
+        """[B] bool, the truncated ones."""
+        return table.truncated
+
+    def returns(self, returns: Tensor, value: Tensor, unfinished: Tensor) -> Tensor:
+        """[N] float64."""
+        return returns if self.critic_learns_windows else torch.where(unfinished, value, returns)
 
 
 class CriticWarmup(Stage):

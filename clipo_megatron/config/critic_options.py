@@ -12,3 +12,8 @@ class PpoOptions:
     critic_lam: Optional[float] = None  # lambda of the returns that the critic learns; None: as lam
     gamma: float = 1.0  # discount a token
     whiten: bool = True  # advantages to mean 0, variance 1 over the batch's tokens
+
+
+@dataclass
+class TppoOptions(PpoOptions):
+    critic_learns_windows: bool = True  # false: truncated rollouts teach the critic nothing

@@ -19,7 +19,7 @@ from clipo_megatron.config.credit_options import (
     HptOptions,
     PipoOptions,
 )
-from clipo_megatron.config.critic_options import PpoOptions
+from clipo_megatron.config.critic_options import PpoOptions, TppoOptions
 from clipo_megatron.config.reward_options import (
     AdoraOptions,
     CgrpoOptions,
@@ -114,6 +114,14 @@ BASELINES: dict[str, Method] = {
         "arXiv 1707.06347",
         "advantages of single tokens, from a critic's values",
         PpoOptions,
+        single=True,
+        critic=True,
+    ),
+    "t_ppo": Method(
+        "ppo:TPPO",
+        "arXiv 2506.15050",
+        "truncated rollouts as windows that continue at the critic's value",
+        TppoOptions,
         single=True,
         critic=True,
     ),

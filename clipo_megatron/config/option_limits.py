@@ -11,6 +11,8 @@ from clipo_megatron.config.errors import Problem
 LIMITS: dict[str, dict[str, tuple[float, float]]] = {
     "dapo": {"penalty": (0, inf), "longest": (1, inf), "cushion": (1, inf)},
     "riskpo": {"bundle": (1, inf), "alpha": (0.001, 0.999), "beta": (0.001, 0.999), "tail": (0, inf), "rate": (0, 1)},
+    "ppo": {"lam": (0, 1), "critic_lam": (0, 1), "gamma": (0, 1)},
+    "t_ppo": {"lam": (0, 1), "critic_lam": (0, 1), "gamma": (0, 1)},
     "disco": {"tau": (1e-6, inf), "beta": (0, inf), "delta": (0, inf)},
     "hapo": {"weight": (0, inf), "floor": (-1, 1)},
     "adora": {"weight": (0, inf), "emphasis": (0, inf)},

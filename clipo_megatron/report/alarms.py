@@ -61,15 +61,17 @@ def stop_on_skips(report: StepReport, skips: int) -> None:
     Raises:
         NonFiniteError: they were; says what to look at, and where the run can go on from.
     """
-    in_a_row = report.metrics.get("policy/skipped_in_a_row", 0.0)
-    if in_a_row > skips:
-        raise NonFiniteError(
-            f"step {report.step}: the last {in_a_row:.0f} updates were skipped because loss or gradient was not finite "
-            f"(optimizer.skips = {skips}; policy/loss is {report.metrics.get('policy/loss', math.nan):g}, "
-            f"policy/grad_norm {report.metrics.get('policy/grad_norm', math.nan):g}). Nothing skipped has changed the "
-            "weights. Look at the model's dtype, optimizer.learning_rate and the rollouts of these steps; the same "
-            "command goes on from the newest checkpoint"
-        )
+    for room, rate in (("policy", "optimizer.learning_rate"), ("critic", "critic.learning_rate")):
+        in_a_row = report.metrics.get(f"{room}/skipped_in_a_row", 0.0)
+        if in_a_row > skips:
+            raise NonFiniteError(
+                f"step {report.step}: the last {in_a_row:.0f} updates were skipped because loss or gradient was not "
+                f"finite (optimizer.skips = {skips}; {room}/loss is "
+                f"{report.metrics.get(f'{room}/loss', math.nan):g}, {room}/grad_norm "
+                f"{report.metrics.get(f'{room}/grad_norm', math.nan):g}). Nothing skipped has changed the weights. "
+                f"Look at the model's dtype, {rate} and the rollouts of these steps; the same command goes on from the "
+                "newest checkpoint"
+            )
 
 
 def stop_on(found: list[Alarm]) -> None:
