@@ -218,5 +218,5 @@ def test_a_kl_in_the_reward_is_counted_once() -> None:
     algorithm, table = build_algorithm(config), table_of(GROUPS["one right"], 0)
     table.signals["kl"] = torch.full((table.size,), 7.0)
     assert torch.equal(algorithm.shape_reward(table), table.reward)
-    config.algorithm.name = "reinforce_pp"
+    config.algorithm.name = "grpo"
     assert torch.equal(build_algorithm(config).shape_reward(table), table.reward - 3.5)
