@@ -29,5 +29,5 @@ class ADORA(Stage):
         )
         total = torch.zeros(groups, dtype=torch.int64).index_add(0, table.group[wrong], table.response_length[wrong])
         count = torch.bincount(table.group[wrong], minlength=groups)
-        longer = (count > 0) & (longest * count > total)  # in whole numbers: no rounding decides
+        longer = longest * count > total  # in whole numbers: no rounding decides; false for groups of one kind
         return advantage * torch.where(longer, self.emphasis, self.weight)[table.group]
