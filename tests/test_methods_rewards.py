@@ -139,6 +139,7 @@ def test_answers_are_read_where_a_stage_needs_them() -> None:
 def test_unlikeliness(case: str) -> None:
     for seed in SEEDS:
         table, reward = table_of(CASES[case], seed)
+        table.reward = torch.where(table.correct, 1.0, -0.5)  # a wrong answer keeps what it costs
         sums = table.signals["logprob_sum"] = random(table, seed=seed)
         expected = reward.double().tolist()
         for rows in rows_of(table):
@@ -190,6 +191,7 @@ def test_gcpo_sees_tools_by_a_pattern() -> None:
 def test_c_grpo(case: str) -> None:
     for seed in SEEDS:
         table, reward = table_of(CASES[case], seed)
+        table.reward = torch.where(table.correct, 1.0, -0.5)  # a wrong answer keeps what it costs
         score = table.signals["rubric"] = (random(table, seed=seed) * 2).round().abs() / 4
         expected = reward.double().tolist()
         for rows in rows_of(table):
