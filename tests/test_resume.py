@@ -250,7 +250,9 @@ def test_starting_over_mixes_nothing(small_config, undisturbed, tmp_path):
     assert [path.name for path in (output / "checkpoints").iterdir()] == ["step_000002"]
     assert [line["step"] for line in metrics(output)] == [0, 1]
     assert [path.name for path in (output / "eval").iterdir()] == ["step_000002.json"]
-    assert [json.loads(line)["step"] for line in (output / "rollouts.jsonl").read_text().splitlines()] == [0, 1]
+    logged = [json.loads(line) for line in (output / "rollouts.jsonl").read_text().splitlines()]
+    assert {line["step"] for line in logged} == {0, 1}
+    assert len({(line["step"], line["prompt_id"]) for line in logged}) == len(logged)
 
 
 def test_a_frozen_rank_is_named_and_the_ranks_start_again(small_config, undisturbed_pp2, tmp_path):
