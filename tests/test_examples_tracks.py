@@ -1,6 +1,5 @@
 """The examples: every configuration is sound, and public sets become the rows that the paper's own files have."""
 
-import importlib.util
 import json
 import subprocess
 import sys
@@ -8,6 +7,7 @@ from pathlib import Path
 
 import pyarrow.parquet
 import pytest
+from example_scripts import EXAMPLES, module
 
 from clipo_megatron.config.schema import SourceConfig
 from clipo_megatron.data.sources import read
@@ -16,22 +16,8 @@ from clipo_megatron.rewards import grade
 pytestmark = pytest.mark.timeout(120)
 
 ROOT = Path(__file__).parents[1]
-EXAMPLES = ROOT / "examples"
 SHARED = ROOT.parent / "shared" / "data"
 CONFIGURATIONS = sorted(path.relative_to(ROOT) for path in EXAMPLES.rglob("*.yaml"))
-
-
-def module(path):
-    """A script of the examples."""
-    sys.path.insert(0, str(path.parent))
-    try:
-        spec = importlib.util.spec_from_file_location(f"example_{path.parent.name}_{path.stem}", path)
-        loaded = importlib.util.module_from_spec(spec)
-        sys.modules[spec.name] = loaded
-        spec.loader.exec_module(loaded)
-        return loaded
-    finally:
-        sys.path.remove(str(path.parent))
 
 
 SETS = {
