@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import random
 import re
@@ -58,8 +59,11 @@ def test_the_table_pairs_runs_of_one_seed(tmp_path: Path) -> None:
                     for index in range(10)
                 }
                 write_evaluation(tmp_path / arm / f"seed{seed}" / "eval", Evaluation(step, problems))
+            paid = [("first a", True, 0.2), ("clearly b", True, 0.1 * seed), ("first c", False, 0.0)]
+            group = {"rollouts": [dict(zip(("text", "correct", "bonus"), each, strict=True)) for each in paid]}
+            (tmp_path / arm / f"seed{seed}" / "rollouts.jsonl").write_text("\n".join([json.dumps(group)] * 2))
     assert compare.is_done(tmp_path / "grpo" / "seed0", 40) and not compare.is_done(tmp_path / "grpo" / "seed0", 50)
     lines = compare.table(tmp_path, ["grpo", "infonce"], [0, 1]).splitlines()
-    assert lines[2].startswith("| before training | 30.0% |  | 30.0% |")
-    assert lines[3] == "| grpo | 55.0% |  | 55.0% |  |"
-    assert lines[4] == "| infonce | 75.0% | +20.0 ± 0.0 | 75.0% | +20.0 ± 0.0 |"
+    assert lines[2].startswith("| before training | 30.0% |  | 30.0% |  | |")
+    assert lines[3] == "| grpo | 55.0% |  | 55.0% |  | +0.1000 (± 0.0000) |"
+    assert lines[4] == "| infonce | 75.0% | +20.0 ± 0.0 | 75.0% | +20.0 ± 0.0 | +0.1000 (± 0.0000) |"

@@ -10,6 +10,7 @@ not repeated, so Ctrl-C costs the runs in progress only. The table goes to runs/
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import os
 import statistics
@@ -20,7 +21,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 from student import teach
-from task import problems, write_rows
+from task import is_sound, problems, write_rows
 
 from clipo_megatron.config.load import load
 from clipo_megatron.evaluation.results import read_evaluations
@@ -105,14 +106,30 @@ def interval(differences: list[float]) -> tuple[float, float]:
     return statistics.fmean(differences), T_975[min(len(differences) - 2, len(T_975) - 1)] * error
 
 
+def preference(home: Path, arm: str, seeds: list[int]) -> tuple[float, float] | None:
+    """How much more a bonus of sound than of unfaithful correct responses to one prompt: mean and standard error.
+
+    Over the groups that runs write down and that have paid both kinds; None where fewer than two have.
+    """
+    gaps = []
+    for seed in seeds:
+        for line in (home / arm / f"seed{seed}" / "rollouts.jsonl").read_text().splitlines():
+            paid = [each for each in json.loads(line)["rollouts"] if each["correct"] and each.get("bonus")]
+            sound = [each["bonus"] for each in paid if is_sound(each["text"])]
+            other = [each["bonus"] for each in paid if not is_sound(each["text"])]
+            if sound and other:
+                gaps.append(statistics.fmean(sound) - statistics.fmean(other))
+    return (statistics.fmean(gaps), statistics.stdev(gaps) / math.sqrt(len(gaps))) if len(gaps) > 1 else None
+
+
 def table(home: Path, arms: list[str], seeds: list[int]) -> str:
     """Accuracies after training, and how far each arm is from the baseline with the same seed, in points."""
     heads = [f"{name}: accuracy | {name}: against {BASELINE}" for name in SETS]
-    lines = [f"| arm | {' | '.join(heads)} |", "|---|" + "---:|---:|" * len(SETS)]
+    lines = [f"| arm | {' | '.join(heads)} | bonus, sound - unfaithful |", "|---|" + "---:|---:|" * len(SETS) + "---:|"]
     before = [
         f"{statistics.fmean(accuracy(home / arms[0] / f'seed{s}', name)[0] for s in seeds):.1%} | " for name in SETS
     ]
-    lines.append(f"| before training | {' | '.join(before)} |")
+    lines.append(f"| before training | {' | '.join(before)} | |")
     for arm in arms:
         cells = []
         for name in SETS:
@@ -124,6 +141,8 @@ def table(home: Path, arms: list[str], seeds: list[int]) -> str:
                 mean, half = interval([100 * (after[seed] - base[seed]) for seed in seeds])
                 against = f"{mean:+.1f} ± {half:.1f}"
             cells.append(f"{cell} | {against}")
+        found = preference(home, arm, seeds)
+        cells.append(f"{found[0]:+.4f} (± {found[1]:.4f})" if found else "")
         lines.append(f"| {arm} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -160,7 +179,9 @@ def main() -> int:
             raise
     words = table(home, options.arms, seeds)
     (home / "table.md").write_text(words + "\n")
-    print(f"\n{words}\n\n95% intervals of the paired differences over {len(seeds)} seeds, in points")
+    print(
+        f"\n{words}\n\n±: 95% intervals of the paired differences over {len(seeds)} seeds, in points; (±): standard error"
+    )
     return 0
 
 

@@ -63,6 +63,11 @@ def response(problem: Problem, draw: random.Random, *, unfaithful: float, slip: 
     return f"{'first' if faithful else 'clearly'} {written}"
 
 
+def is_sound(text: str) -> bool:
+    """Whether a response works the sum out, rightly or not."""
+    return text.startswith("first")
+
+
 def write_rows(file: Path, found: list[Problem]) -> None:
     """Problems as rows that `clipo train` reads."""
     file.parent.mkdir(parents=True, exist_ok=True)
