@@ -179,9 +179,8 @@ def main() -> int:
             raise
     words = table(home, options.arms, seeds)
     (home / "table.md").write_text(words + "\n")
-    print(
-        f"\n{words}\n\n±: 95% intervals of the paired differences over {len(seeds)} seeds, in points; (±): standard error"
-    )
+    print(f"\n{words}\n")
+    print(f"±: 95% interval of the paired differences over {len(seeds)} seeds, in points; (±): standard error")
     return 0
 
 
