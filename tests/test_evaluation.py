@@ -9,7 +9,7 @@ from small_runs import write_model
 from clipo_megatron.evaluation.asking import evaluate, evaluation_params
 from clipo_megatron.evaluation.comparing import compare, comparisons, refuse_other_problems
 from clipo_megatron.evaluation.errors import EvaluationError
-from clipo_megatron.evaluation.estimators import majority_at_k, mean_and_error, pass_at_k
+from clipo_megatron.evaluation.estimators import majority_at, mean_and_error, pass_at_k
 from clipo_megatron.evaluation.results import (
     Evaluation,
     EvaluationSettings,
@@ -53,7 +53,7 @@ def test_figures_of_sets_are_those_of_their_problems():
     assert (first.length, first.truncated, first.ungraded) == (60 / 8, 1 / 8, 1 / 8)
     for k in (1, 2, 4):
         assert first.pass_at[k] == pytest.approx((pass_at_k(4, 3, k) + pass_at_k(4, 1, k)) / 2)
-        expected = (majority_at_k(4, 3, (1,), k) + majority_at_k(4, 1, (2,), k)) / 2
+        expected = (majority_at(4, 3, (1,), (k,))[k] + majority_at(4, 1, (2,), (k,))[k]) / 2
         assert first.majority_at[k] == pytest.approx(expected)
     assert first.majority_at[4] == 0.5  # three agree on the right answer of one, two on a wrong one of the other
     assert result.mean_of_sets == (0.25, None)  # a set of one problem has no error

@@ -14,7 +14,6 @@ from clipo_megatron.evaluation.estimators import (
     bootstrap_means,
     interval_of,
     majority_at,
-    majority_at_k,
     mcnemar_p_value,
     mean_and_error,
     pass_at_k,
@@ -75,43 +74,45 @@ def test_majority_against_every_subset(samples):
             for k in range(1, samples + 1):
                 draws = list(itertools.combinations(answers, k))
                 expected = sum(map(elected, draws), Fraction(0)) / len(draws)
-                assert majority_at_k(samples, correct, others, k) == pytest.approx(float(expected), abs=1e-13)
+                assert majority_at(samples, correct, others, (k,))[k] == pytest.approx(float(expected), abs=1e-13)
                 cases += 1
     assert cases >= samples
 
 
 def test_majority_of_all_is_the_vote_itself():
-    assert majority_at_k(16, 6, (5, 5), 16) == 1.0
-    assert majority_at_k(16, 5, (6, 5), 16) == 0.0
-    assert majority_at_k(15, 5, (5, 5), 15) == pytest.approx(1 / 3)
-    assert majority_at_k(16, 1, (), 16) == 1.0  # the others gave no answer
-    assert majority_at_k(16, 0, (), 16) == 0.0
+    assert majority_at(16, 6, (5, 5), (16,))[16] == 1.0
+    assert majority_at(16, 5, (6, 5), (16,))[16] == 0.0
+    assert majority_at(15, 5, (5, 5), (15,))[15] == pytest.approx(1 / 3)
+    assert majority_at(16, 1, (), (16,))[16] == 1.0  # the others gave no answer
+    assert majority_at(16, 0, (), (16,))[16] == 0.0
 
 
 def test_all_ks_at_once_are_each_of_them():
     case = (40, 12, (9, 9, 4, 2, 1))
     found = majority_at(*case, usual_ks(40))
-    assert found == {k: pytest.approx(majority_at_k(*case, k), rel=1e-12) for k in usual_ks(40)}
+    assert found == {k: pytest.approx(majority_at(*case, (k,))[k], rel=1e-12) for k in usual_ks(40)}
 
 
 def test_majority_of_very_many_samples():
-    assert majority_at_k(1000, 400, (600,), 1000) == 0.0
-    assert majority_at_k(1000, 500, (500,), 1000) == pytest.approx(0.5, rel=1e-9)
-    assert majority_at_k(1000, 500, (500,), 501) == pytest.approx(0.5, rel=1e-9)  # by symmetry, and no tie is possible
+    assert majority_at(1000, 400, (600,), (1000,))[1000] == 0.0
+    assert majority_at(1000, 500, (500,), (1000,))[1000] == pytest.approx(0.5, rel=1e-9)
+    assert majority_at(1000, 500, (500,), (501,))[501] == pytest.approx(
+        0.5, rel=1e-9
+    )  # by symmetry, and no tie is possible
     with pytest.raises(ValueError, match="not counts of 1001"):
-        majority_at_k(1001, 1, (), 1)
+        majority_at(1001, 1, (), (1,))[1]
 
 
 def test_majority_of_one_is_pass_at_one():
     for correct, others in ((3, (2, 1)), (0, (6,)), (6, ()), (2, ())):
-        assert majority_at_k(6, correct, others, 1) == pytest.approx(correct / 6)
+        assert majority_at(6, correct, others, (1,))[1] == pytest.approx(correct / 6)
 
 
 def test_majority_by_drawing_where_counting_is_too_long():
     samples, correct, others, k = 64, 20, (18, 9, 5, 2, 1, 1, 1), 16
     answers, generator = answers_of(samples, correct, others), random.Random(1)
     found = [float(elected(generator.sample(answers, k))) for _ in range(20_000)]
-    expected = majority_at_k(samples, correct, others, k)
+    expected = majority_at(samples, correct, others, (k,))[k]
     assert abs(sum(found) / len(found) - expected) < 4 * math.sqrt(expected * (1 - expected) / len(found))
 
 
@@ -120,9 +121,9 @@ def test_impossible_counts_are_refused():
         with pytest.raises(ValueError, match=f"k = {k} of 4"):
             pass_at_k(4, 1, k)
         with pytest.raises(ValueError, match=f"k = {k} of 4"):
-            majority_at_k(4, 1, (), k)
+            majority_at(4, 1, (), (k,))[k]
     with pytest.raises(ValueError, match="not counts of 4"):
-        majority_at_k(4, 3, (2,), 1)
+        majority_at(4, 3, (2,), (1,))[1]
 
 
 def test_the_error_is_that_of_a_mean_of_problems():

@@ -17,7 +17,7 @@ from update_steps import one_update
 
 from clipo_megatron.algorithms.algorithm import Algorithm
 from clipo_megatron.algorithms.base import Stage
-from clipo_megatron.algorithms.build import _class_of
+from clipo_megatron.algorithms.build import class_of
 from clipo_megatron.algorithms.surrogate import PolicyLoss
 from clipo_megatron.config.checks_methods import method_problems
 from clipo_megatron.config.errors import ConfigError
@@ -43,7 +43,7 @@ def with_method(name: str, folder: Path, *, clipo: bool) -> RunConfig:
 @pytest.mark.parametrize("name", METHODS)
 def test_options_are_the_arguments_of_the_class(name: str) -> None:
     method: Method = METHODS[name]
-    stage = _class_of(method.stage)
+    stage = class_of(method.stage)
     assert issubclass(stage, PolicyLoss if name in BASELINES else Stage)
     options = {} if method.options is None else {each.name: each.default for each in fields(method.options)}
     given = {

@@ -10,7 +10,7 @@ import pytest
 
 from clipo_megatron import cli
 from clipo_megatron.algorithms.base import Signal
-from clipo_megatron.algorithms.build import _class_of
+from clipo_megatron.algorithms.build import class_of
 from clipo_megatron.config.checks_methods import method_problems
 from clipo_megatron.config.errors import spell
 from clipo_megatron.config.load import load, typed_options
@@ -71,7 +71,7 @@ def test_the_page_has_a_row_for_every_method(table):
 def test_the_rows_are_true(row):
     name, _, needs, source, _ = row
     assert source == METHODS[name].source
-    signals = {signal.value for signal in Signal} & set(_class_of(METHODS[name].stage).needs)
+    signals = {signal.value for signal in Signal} & set(class_of(METHODS[name].stage).needs)
     assert set(re.findall(r"`(\w+)`", needs)) == signals
 
 

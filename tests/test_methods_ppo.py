@@ -13,10 +13,11 @@ from clipo_megatron.algorithms.base import ScoredTokens
 from clipo_megatron.algorithms.build import build_algorithm
 from clipo_megatron.algorithms.kl import KLReward
 from clipo_megatron.algorithms.ppo import PPO, TPPO, CriticWarmup, discounted_sums, tokens_left
+from clipo_megatron.algorithms.surrogate import Surrogate
 from clipo_megatron.config.schema import Aggregation, KLConfig, KLKind, KLPlace, RunConfig
 from clipo_megatron.flow import RolloutTable
 
-SHARED = (0.2, 0.2, Aggregation.token_mean, 16)
+SHARED = Surrogate(0.2, 0.2, Aggregation.token_mean, 16)
 GROUPS = {
     "random": [[True, False, True], [False, False, True]],
     "all right": [[True, True, True]],
@@ -119,9 +120,9 @@ def test_advantages_and_returns(method: str, options: dict[str, Any], groups: st
         tokens = tokens_of(table, seed)
         learnt = "not learnt" not in method
         if method.startswith("t_ppo"):
-            stage: PPO = TPPO(*SHARED, **options, critic_learns_windows=learnt)
+            stage: PPO = TPPO(SHARED, **options, critic_learns_windows=learnt)
         else:
-            stage = PPO(*SHARED, **options)
+            stage = PPO(SHARED, **options)
         kl = 0.1 if "KL" in method else 0.0
         stages = [stage, KLReward(kl, KLKind.k1, per_token=True)] if kl else [stage]
         algorithm = Algorithm(stages)
@@ -158,7 +159,7 @@ def test_whitening_is_over_all_ranks() -> None:
     """Two ranks' tokens apart, with what the other one has added up, are those of one rank."""
     table = table_of(GROUPS["random"], 0)
     whole = tokens_of(table, 0)
-    stage = PPO(*SHARED)
+    stage = PPO(SHARED)
     expected = stage.token_advantage(whole, table, table.reward[whole.rows])
     heard: list[list[torch.Tensor]] = []
     for half in (whole.rows < 3, whole.rows >= 3):

@@ -8,9 +8,9 @@ from torch import Tensor
 from clipo_megatron.algorithms.base import Context, ScoredTokens
 from clipo_megatron.algorithms.grpo import STD_EPSILON, group_statistics
 from clipo_megatron.algorithms.ppo import discounted_sums, tokens_left
-from clipo_megatron.algorithms.surrogate import ClippedPolicyLoss
+from clipo_megatron.algorithms.surrogate import ClippedPolicyLoss, Surrogate
 from clipo_megatron.config.baseline_options import WhitenOver
-from clipo_megatron.config.schema import Aggregation, KLPlace
+from clipo_megatron.config.schema import KLPlace
 from clipo_megatron.flow import RolloutTable
 
 
@@ -43,14 +43,11 @@ class ReinforcePP(ClippedPolicyLoss):
 
     def __init__(
         self,
-        clip_low: float,
-        clip_high: float,
-        aggregation: Aggregation,
-        constant_length: int,
+        shared: Surrogate,
         *,
         over: WhitenOver = WhitenOver.tokens,
     ):
-        super().__init__(clip_low, clip_high, aggregation, constant_length)
+        super().__init__(shared)
         self.over = over
 
     def bind(self, context: Context) -> None:

@@ -13,6 +13,7 @@ from clipo_megatron.algorithms.correction import OffPolicyCorrection
 from clipo_megatron.algorithms.imports import imported
 from clipo_megatron.algorithms.kl import EntropyBonus, KLLoss, KLReward
 from clipo_megatron.algorithms.ppo import CriticWarmup
+from clipo_megatron.algorithms.surrogate import Surrogate
 from clipo_megatron.config.errors import ConfigError
 from clipo_megatron.config.load import typed_options
 from clipo_megatron.config.methods import BASELINES, PLUGINS, baseline, is_import_path
@@ -39,10 +40,10 @@ def build_algorithm(config: RunConfig, context: Context | None = None) -> Algori
         stages.append(EntropyBonus(settings.entropy_coefficient))
     for plugin in settings.plugins:
         if is_import_path(plugin.name):
-            stages.append(_own(plugin.name, (), plugin.options))
+            stages.append(_own(plugin.name, plugin.options))
         else:
             method = PLUGINS[plugin.name]
-            stages.append(_class_of(method.stage)(**typed_options(method.options, plugin.options)))
+            stages.append(class_of(method.stage)(**typed_options(method.options, plugin.options)))
     if config.clipo.enabled:
         stages.append(Clipo(config.clipo))
     if config.critic.warmup_steps and any(Signal.values in stage.needs for stage in stages):
@@ -64,29 +65,29 @@ def _kl(config: KLConfig, *, per_token: bool) -> Stage:
 def _baseline(config: RunConfig) -> Stage:
     settings, method = config.algorithm, baseline(config.algorithm)
     low, high = method.clip or (0.0, 0.0)
-    shared = (
+    shared = Surrogate(
         low if settings.clip_low is None else settings.clip_low,
         high if settings.clip_high is None else settings.clip_high,
         settings.aggregation or method.aggregation or Aggregation.token_mean,
         settings.constant_length or config.rollout.max_new_tokens,
     )
     if is_import_path(settings.name):
-        return _own(settings.name, shared, settings.options)
-    stage = _class_of(BASELINES[settings.name].stage)
-    return stage(*shared, **typed_options(method.options, settings.options))
+        return _own(settings.name, settings.options, shared)
+    stage = class_of(BASELINES[settings.name].stage)
+    return stage(shared, **typed_options(method.options, settings.options))
 
 
-def _class_of(place: str) -> type[Stage]:
+def class_of(place: str) -> type[Stage]:
     """One of ours, "module:Class"."""
     module, _, name = place.partition(":")
     return getattr(importlib.import_module(f"clipo_megatron.algorithms.{module}"), name)
 
 
-def _own(place: str, arguments: tuple[Any, ...], options: dict[str, Any]) -> Stage:
+def _own(place: str, options: dict[str, Any], *shared: Surrogate) -> Stage:
     """A user's stage, from a file or an installed package."""
     kind = import_stage(place)
     try:
-        return kind(*arguments, **options)
+        return kind(*shared, **options)
     except TypeError as error:
         raise ConfigError(f"{place} cannot be built with options {options}: {error}. Correct its options.") from error
 

@@ -8,8 +8,7 @@ from torch.nn.functional import softplus
 
 from clipo_megatron.algorithms.base import TokenBatch
 from clipo_megatron.algorithms.schedule import Scheduled
-from clipo_megatron.algorithms.surrogate import GroupLoss
-from clipo_megatron.config.schema import Aggregation
+from clipo_megatron.algorithms.surrogate import GroupLoss, Surrogate
 from clipo_megatron.flow import Experience
 
 
@@ -25,17 +24,14 @@ class ConSPO(GroupLoss, Scheduled):
 
     def __init__(
         self,
-        clip_low: float,
-        clip_high: float,
-        aggregation: Aggregation,
-        constant_length: int,
+        shared: Surrogate,
         *,
         tau: float = 10.0,
         margin: float = 0.01,
         margin_steps: int = 100,
         weigh_by_reward: bool = True,
     ):
-        GroupLoss.__init__(self, clip_low, clip_high, aggregation, constant_length)
+        GroupLoss.__init__(self, shared)
         Scheduled.__init__(self)
         self.tau, self.margin, self.margin_steps = tau, margin, margin_steps
         self.weigh_by_reward = weigh_by_reward

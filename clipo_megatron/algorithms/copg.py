@@ -6,8 +6,7 @@ import torch
 from torch import Tensor
 
 from clipo_megatron.algorithms.base import Signal, TokenBatch
-from clipo_megatron.algorithms.surrogate import GroupLoss
-from clipo_megatron.config.schema import Aggregation
+from clipo_megatron.algorithms.surrogate import GroupLoss, Surrogate
 from clipo_megatron.flow import Experience
 
 
@@ -24,14 +23,11 @@ class CoPG(GroupLoss):
 
     def __init__(
         self,
-        clip_low: float,
-        clip_high: float,
-        aggregation: Aggregation,
-        constant_length: int,
+        shared: Surrogate,
         *,
         beta: float = 0.1,
     ):
-        super().__init__(clip_low, clip_high, aggregation, constant_length)
+        super().__init__(shared)
         self.beta = beta
 
     def scores(self, tokens: TokenBatch) -> Tensor:

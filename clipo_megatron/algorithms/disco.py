@@ -6,9 +6,8 @@ import torch
 from torch import Tensor
 
 from clipo_megatron.algorithms.base import TokenBatch
-from clipo_megatron.algorithms.surrogate import GroupLoss
+from clipo_megatron.algorithms.surrogate import GroupLoss, Surrogate
 from clipo_megatron.config.methods import DiscoScore, Penalty
-from clipo_megatron.config.schema import Aggregation
 from clipo_megatron.flow import Experience
 
 TAU = {DiscoScore.log_likelihood: 10.0, DiscoScore.likelihood_ratio: 1.0}
@@ -26,10 +25,7 @@ class DisCO(GroupLoss):
 
     def __init__(
         self,
-        clip_low: float,
-        clip_high: float,
-        aggregation: Aggregation,
-        constant_length: int,
+        shared: Surrogate,
         *,
         score: DiscoScore = DiscoScore.log_likelihood,
         tau: float | None = None,
@@ -38,7 +34,7 @@ class DisCO(GroupLoss):
         penalty: Penalty = Penalty.linear,
         weigh_by_reward: bool = True,
     ):
-        super().__init__(clip_low, clip_high, aggregation, constant_length)
+        super().__init__(shared)
         self.score, self.tau = score, TAU[score] if tau is None else tau
         self.beta, self.delta, self.penalty, self.weigh_by_reward = beta, delta, penalty, weigh_by_reward
 

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from clipo_megatron.algorithms.base import Context, Signal
 from clipo_megatron.algorithms.grpo import DrGRPO
+from clipo_megatron.algorithms.surrogate import Surrogate
 from clipo_megatron.config.errors import ConfigError
-from clipo_megatron.config.schema import Aggregation
 from clipo_megatron.flow import Demonstration, Prompt, RolloutTable
 
 SOLUTION = "solution"
@@ -33,16 +33,13 @@ class HPT(DrGRPO):
 
     def __init__(
         self,
-        clip_low: float,
-        clip_high: float,
-        aggregation: Aggregation,
-        constant_length: int,
+        shared: Surrogate,
         *,
         gate: int = 0,
         sft_weight: float = 1.0,
         demonstration: str | None = None,
     ):
-        super().__init__(clip_low, clip_high, aggregation, constant_length)
+        super().__init__(shared)
         self.gate, self.sft_weight, self.demonstration = gate, sft_weight, demonstration
         self.context: Context | None = None
 

@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from clipo_megatron.algorithms.base import ScoredTokens, Signal, Stage
-from clipo_megatron.algorithms.surrogate import ClippedPolicyLoss
-from clipo_megatron.config.schema import Aggregation
+from clipo_megatron.algorithms.surrogate import ClippedPolicyLoss, Surrogate
 from clipo_megatron.flow import RolloutTable
 
 # Added to the variance of the batch's advantages where they are whitened.
@@ -43,17 +42,14 @@ class PPO(ClippedPolicyLoss):
 
     def __init__(
         self,
-        clip_low: float,
-        clip_high: float,
-        aggregation: Aggregation,
-        constant_length: int,
+        shared: Surrogate,
         *,
         lam: float = 0.95,
         critic_lam: float | None = None,
         gamma: float = 1.0,
         whiten: bool = True,
     ):
-        super().__init__(clip_low, clip_high, aggregation, constant_length)
+        super().__init__(shared)
         self.lam, self.critic_lam, self.gamma, self.whiten = lam, critic_lam, gamma, whiten
 
     def advantage(self, table: RolloutTable, reward: Tensor) -> Tensor:
@@ -107,10 +103,7 @@ class TPPO(PPO):
 
     def __init__(
         self,
-        clip_low: float,
-        clip_high: float,
-        aggregation: Aggregation,
-        constant_length: int,
+        shared: Surrogate,
         *,
         lam: float = 0.95,
         critic_lam: float | None = None,
@@ -119,10 +112,7 @@ class TPPO(PPO):
         critic_learns_windows: bool = True,
     ):
         super().__init__(
-            clip_low,
-            clip_high,
-            aggregation,
-            constant_length,
+            shared,
             lam=lam,
             critic_lam=critic_lam,
             gamma=gamma,

@@ -8,9 +8,8 @@ import torch
 from torch import Tensor
 
 from clipo_megatron.algorithms.grpo import STD_EPSILON, group_statistics
-from clipo_megatron.algorithms.surrogate import ClippedPolicyLoss
+from clipo_megatron.algorithms.surrogate import ClippedPolicyLoss, Surrogate
 from clipo_megatron.config.baseline_options import BundleCredit
-from clipo_megatron.config.schema import Aggregation
 from clipo_megatron.flow import RolloutTable
 
 EQUAL = 1e-3  # deviations below it do not scale: scores that are equal say nothing about their spread
@@ -38,10 +37,7 @@ class RiskPO(ClippedPolicyLoss):
 
     def __init__(
         self,
-        clip_low: float,
-        clip_high: float,
-        aggregation: Aggregation,
-        constant_length: int,
+        shared: Surrogate,
         *,
         bundle: int = 5,
         alpha: float = 0.2,
@@ -52,7 +48,7 @@ class RiskPO(ClippedPolicyLoss):
         by_std: bool = False,
         credit: BundleCredit = BundleCredit.uniform,
     ):
-        super().__init__(clip_low, clip_high, aggregation, constant_length)
+        super().__init__(shared)
         self.bundle, self.levels, self.tail, self.rate = bundle, (alpha, beta), tail, rate
         self.by_std, self.credit = by_std, credit
         self.quantiles: list[float] | None = None if start is None else [start, start]

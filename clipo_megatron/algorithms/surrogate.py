@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -10,23 +12,29 @@ from clipo_megatron.config.schema import Aggregation
 from clipo_megatron.flow import RolloutTable
 
 
-class PolicyLoss(Stage):
-    """A baseline: what gives advantages, and the weight of each token in the loss.
+@dataclass(frozen=True, slots=True)
+class Surrogate:
+    """The settings that all baselines share.
 
-    Args:
+    Attributes:
         clip_low, clip_high: how far a ratio of probabilities may fall below and rise above 1; not every loss clips.
         aggregation: how the tokens of a mini-batch weigh.
         constant_length: tokens, for `constant`.
-
-    Attributes:
-        reads_token_rewards: whether its `token_advantage` takes the rewards of single tokens into account.
     """
 
-    reads_token_rewards = False
+    clip_low: float
+    clip_high: float
+    aggregation: Aggregation
+    constant_length: int
 
-    def __init__(self, clip_low: float, clip_high: float, aggregation: Aggregation, constant_length: int):
-        self.clip_low, self.clip_high = clip_low, clip_high
-        self.aggregation, self.constant_length = aggregation, constant_length
+
+class PolicyLoss(Stage):
+    """A baseline: what gives advantages, and the weight of each token in the loss. Subclasses take their own options
+    after the shared settings, by name."""
+
+    def __init__(self, shared: Surrogate):
+        self.clip_low, self.clip_high = shared.clip_low, shared.clip_high
+        self.aggregation, self.constant_length = shared.aggregation, shared.constant_length
 
     def token_weight(self, table: RolloutTable, rows: Tensor) -> Tensor:
         """Weight of each response token over global counts, [B] float32.

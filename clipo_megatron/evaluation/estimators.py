@@ -70,11 +70,6 @@ def majority_at(samples: int, correct: int, others: tuple[int, ...], ks: tuple[i
     return won
 
 
-def majority_at_k(samples: int, correct: int, others: tuple[int, ...], k: int) -> float:
-    """`majority_at` of a single k."""
-    return majority_at(samples, correct, others, (k,))[k]
-
-
 def _ways(groups: Sequence[int], votes: int, room: int) -> np.ndarray:
     """[ties, voters]: ways to draw so many voters from the groups, at most `votes` a group, `ties` with as many."""
     import numpy as np
