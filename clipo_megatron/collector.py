@@ -4,6 +4,9 @@ A round asks for as many prompts as groups are missing, and over-sampling for so
 first that finish. With dynamic sampling, groups that are all right or all wrong do not count as long as there are
 rounds left. What is then still unfinished is dropped, or carried into the next round and the next step.
 
+Where rollouts grow in windows, one round is a step: what each rollout gained trains, and those that have not ended are
+carried into the next step, in which they take the places of so many rollouts.
+
 Every prompt drawn from the sampler gets a ticket, the same on all ranks: the order of drawing, and the `position` of
 its request. Of a step's groups, those chosen get the positions 0, 1, ... in order of their tickets.
 """
@@ -23,7 +26,9 @@ from clipo_megatron.data.sampler import PromptSampler
 from clipo_megatron.flow import Prompt, Rollout, RolloutGroup, ScoredGroup
 from clipo_megatron.rewards.pool import GraderPool
 from clipo_megatron.rollout.asking import ask, begun
+from clipo_megatron.rollout.dealing import choose, deal, deal_by_load, oversampled, share
 from clipo_megatron.rollout.engine import Abandoned, Engine, EngineError, Generation, Request, SamplingParams, never
+from clipo_megatron.rollout.windows import going_on, of_this_step, open_rollouts
 
 
 @dataclass(slots=True)
@@ -31,7 +36,7 @@ class _Standing:
     """What a rank tells the others after a round."""
 
     groups: list[tuple[int, bool]]  # ticket of each complete group of the step, and whether it teaches
-    carried: int  # prompts asked for and not finished
+    carried: int  # prompts asked for and not finished; with windows, rollouts that go on
     dropped: int  # prompts of this round that were given up
     spent_s: float  # since the step began
 
@@ -63,7 +68,7 @@ class Collector:
         sampler: gives their indices, the same on every rank; `prompts_per_step` of it is the size of a batch.
         engine: this rank's; None where it asks for nothing.
         graders: this rank's.
-        sampling: how to sample; the step is filled in.
+        sampling: how to sample; step and window are filled in.
         askers: the ranks that ask for rollouts, in order.
         recover: collective; gives an engine that was lost and came back the current weights.
         progress: is told this rank's finished and wanted rollouts of a round.
@@ -89,13 +94,14 @@ class Collector:
         self.prompts, self.sampler = prompts, sampler
         self.engine, self.graders, self.sampling = engine, graders, sampling
         self.askers, self.recover, self.progress, self.give_up = list(askers), recover, progress, give_up
+        self._windows = config.window_tokens is not None
         self._rank = dist.get_rank()
         self._began = 0.0  # when the step did
         self._ticket = 0  # of the next prompt drawn
         self._carried: list[Request] = []  # this rank's, to be asked for again; complete ones wait to be taken
         self._running: list[Request] = []  # this rank's, which the engine goes on with
         self._left: Generation | None = None  # the generation they were left by
-        self._carried_by = [0] * len(self.askers)  # how many each asker has of both kinds; the same on every rank
+        self._carried_by = [0] * len(self.askers)  # `_weight` of those of each asker; the same on every rank
 
     # --- a step --------------------------------------------------------------------------------------------------
 
@@ -106,7 +112,8 @@ class Collector:
         rollout/refilled_groups    prompts that were drawn to replace groups
         rollout/discarded_groups   finished groups that neither train nor are carried over
         rollout/dropped_prompts    prompts asked for, not finished and given up; their next chance is the next epoch
-        rollout/carried_prompts    prompts that the next step begins with
+        rollout/carried_prompts    prompts that the next step begins with; with windows, the places that their open
+                                   rollouts take in its batch
         rollout/mixed_groups       share of the finished groups with both right and wrong answers, before any choice
         rollout/recoveries         times that an engine was lost and asked again
 
@@ -126,7 +133,7 @@ class Collector:
             raise
 
     def _collect(self, step: int) -> tuple[list[ScoredGroup], dict[str, float]]:
-        params = replace(self.sampling, step=step)
+        params = replace(self.sampling, step=step, window_tokens=self.config.window_tokens)
         self._began = time.monotonic()
         deadline = self._began + self.config.deadline_s
         size = missing = self.sampler.prompts_per_step
@@ -137,11 +144,14 @@ class Collector:
             fresh = self._draw(missing)
             if tally.rounds:
                 tally.refilled += self._ticket - first
-            scored, dropped, recoveries = self._round(fresh, share(missing, self.askers, self._rank), params, deadline)
+            quota = len(self._carried) + len(fresh) if self._windows else share(missing, self.askers, self._rank)
+            scored, dropped, recoveries = self._round(fresh, quota, params, deadline)
             held |= {each.group.position: each for each in scored}
             tally.rounds, tally.recoveries = tally.rounds + 1, tally.recoveries + recoveries
             self._meet(held, dropped, tally)
             missing = size - sum(teaches for _, teaches in tally.groups.values()) if self.refill_rounds else 0
+        if self._windows:
+            size = len(tally.groups)
         positions, surplus = choose(tally.groups, size)
         mine = self._hand_over(held, positions, surplus, tally)
         finished = tally.groups.values()
@@ -150,7 +160,7 @@ class Collector:
             "rollout/refilled_groups": float(tally.refilled),
             "rollout/discarded_groups": float(len(finished) - size - len(surplus)),
             "rollout/dropped_prompts": float(tally.dropped),
-            "rollout/carried_prompts": float(sum(self._carried_by)),
+            "rollout/carried_prompts": float(self._places()),
             "rollout/mixed_groups": sum(teaches for _, teaches in finished) / len(finished),
             "rollout/recoveries": float(tally.recoveries),
             **self._engine_counts(),
@@ -164,12 +174,15 @@ class Collector:
         return {name: sum(each.get(name, 0.0) for each in everybody) for name in sorted(set().union(*everybody))}
 
     def _draw(self, missing: int) -> list[Request]:
-        """Draw what over-sampling asks for beyond what is carried already; this rank's part of it."""
-        room = [
-            oversampled(share(missing, self.askers, asker), self.config.over_sampling) - carried
-            for asker, carried in zip(self.askers, self._carried_by, strict=True)
-        ]
-        owners = deal(room)
+        """Draw what a batch, or over-sampling, asks for beyond what is carried already; this rank's part of it."""
+        if self._windows:
+            owners = deal_by_load(self._carried_by, missing - self._places(), self.sampling.samples)
+        else:
+            room = [
+                oversampled(share(missing, self.askers, asker), self.config.over_sampling) - carried
+                for asker, carried in zip(self.askers, self._carried_by, strict=True)
+            ]
+            owners = deal(room)
         tickets = range(self._ticket, self._ticket + len(owners))
         self._ticket += len(owners)
         return [
@@ -218,7 +231,9 @@ class Collector:
         dynamic = self.refill_rounds > 0
         mine = _Standing(
             [(ticket, teaches(scored) if dynamic else True) for ticket, scored in held.items()],
-            len(self._carried) + len(self._running),
+            self._weight(going_on(each.group for each in held.values()))
+            if self._windows
+            else self._weight([*self._carried, *self._running]),
             dropped,
             time.monotonic() - self._began,
         )
@@ -245,6 +260,9 @@ class Collector:
                 self._carried.append(Request(ticket, group.prompt, tuple(group.rollouts)))
         self._carried.sort(key=_ticket)
         chosen = [held[ticket] for ticket in sorted(held) if ticket in positions]
+        if self._windows:
+            self._carried = going_on(scored.group for scored in chosen)
+            chosen = [of_this_step(scored) for scored in chosen]
         for scored in chosen:
             scored.group.position = positions[scored.group.position]
         return chosen
@@ -261,16 +279,25 @@ class Collector:
     def _carries(self) -> bool:
         return self.config.unfinished is not Unfinished.drop
 
+    def _weight(self, requests: Sequence[Request]) -> int:
+        """Prompts of carried requests, or rollouts, where those go on in windows."""
+        return open_rollouts(requests, self.sampling.samples) if self._windows else len(requests)
+
+    def _places(self) -> int:
+        """Places of a batch that everything carried takes."""
+        carried = sum(self._carried_by)
+        return math.ceil(carried / self.sampling.samples) if self._windows else carried
+
     def state_dict(self) -> dict[str, Any]:
         """What all ranks carry over, in order of tickets, on rank 0; collective. Rollouts that the engine goes on with
         are in it as they were when it got them."""
-        mine = [
-            {"ticket": each.position, "id": each.prompt.id, "begun": [_facts(rollout) for rollout in each.begun]}
+        mine = {
+            each.position: {"id": each.prompt.id, "begun": [_facts(rollout) for rollout in each.begun]}
             for each in [*self._carried, *self._running]
-        ]
-        everybody: list[list[dict[str, Any]]] = [[] for _ in range(dist.get_world_size())]
+        }
+        everybody: list[dict[int, dict[str, Any]]] = [{} for _ in range(dist.get_world_size())]
         dist.gather_object(mine, everybody if self._rank == 0 else None)
-        return {"carried": sorted((each for part in everybody for each in part), key=lambda each: each["ticket"])}
+        return {"carried": [facts for _, facts in sorted(item for part in everybody for item in part.items())]}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Deal what was carried over out to the ranks that ask now.
@@ -281,7 +308,7 @@ class Collector:
             ValueError: a prompt is not among the training prompts.
         """
         by_id = {prompt.id: prompt for prompt in self.prompts} if state["carried"] else {}
-        self._carried_by = [0] * len(self.askers)
+        dealt: list[list[Request]] = [[] for _ in self.askers]
         self._carried, self._running, self._left = [], [], None
         self._ticket = len(state["carried"])
         for ticket, each in enumerate(state["carried"]):
@@ -290,16 +317,17 @@ class Collector:
                     f"the checkpoint holds rollouts of prompt {each['id']}, which is not among the training prompts: "
                     "restore data.train, or choose another train.output"
                 )
-            asker = ticket % len(self.askers)
-            self._carried_by[asker] += 1
-            if self.askers[asker] == self._rank:
-                rollouts = tuple(Rollout(**facts) for facts in each["begun"])
-                fits = self._carries and all(map(self._asked_for, rollouts))
-                self._carried.append(Request(ticket, by_id[each["id"]], rollouts if fits else ()))
+            rollouts = tuple(Rollout(**facts) for facts in each["begun"])
+            fits = (self._carries or self._windows) and all(map(self._asked_for, rollouts))
+            dealt[ticket % len(self.askers)].append(Request(ticket, by_id[each["id"]], rollouts if fits else ()))
+        self._carried_by = [self._weight(requests) for requests in dealt]
+        if self._rank in self.askers:
+            self._carried = dealt[self.askers.index(self._rank)]
 
     def _asked_for(self, rollout: Rollout) -> bool:
         """Whether a rollout of an earlier session could be one of this one's."""
-        return rollout.sample < self.sampling.samples and rollout.tokens.numel() <= self.sampling.max_new_tokens
+        fits = rollout.sample < self.sampling.samples and rollout.tokens.numel() <= self.sampling.max_new_tokens
+        return fits and (self._windows or not rollout.trained)
 
 
 class _Intake:
@@ -352,44 +380,6 @@ def teaches(scored: ScoredGroup) -> bool:
 def is_whole(request: Request, samples: int) -> bool:
     """Whether a request needs no engine any more."""
     return len(request.begun) == samples and all(rollout.finish != "abort" for rollout in request.begun)
-
-
-def deal(room: Sequence[int]) -> list[int]:
-    """Which asker gets each of the next prompts: in turn, as long as each has room.
-
-    Worked example: room [2, 1, 3] gives [0, 1, 2, 0, 2, 2].
-    """
-    turns = max([0, *room])
-    return [asker for turn in range(turns) for asker in range(len(room)) if turn < room[asker]]
-
-
-def choose(groups: dict[int, tuple[int, bool]], size: int) -> tuple[dict[int, int], list[int]]:
-    """Which of the step's groups train.
-
-    Args:
-        groups: ticket -> (rank, whether it teaches).
-        size: groups of a batch.
-
-    Returns:
-        Positions of the chosen tickets: those that teach first, the rest filled up with others, earlier tickets before
-        later ones. And the tickets of groups that teach and were not chosen.
-    """
-    ranked = sorted(groups, key=lambda ticket: (not groups[ticket][1], ticket))
-    chosen = sorted(ranked[:size])
-    return (
-        {ticket: position for position, ticket in enumerate(chosen)},
-        [ticket for ticket in ranked[size:] if groups[ticket][1]],
-    )
-
-
-def oversampled(quota: int, factor: float) -> int:
-    """Prompts to ask for when `quota` groups are needed: 10 by 1.1 are 11, though the product is a hair more."""
-    return math.ceil(quota * factor - 1e-9)
-
-
-def share(count: int, askers: Sequence[int], rank: int) -> int:
-    """How many of `count` prompts a rank asks for when they are dealt out in turn."""
-    return len(range(askers.index(rank), count, len(askers))) if rank in askers else 0
 
 
 def _ticket(request: Request) -> int:

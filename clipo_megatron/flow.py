@@ -25,7 +25,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-Finish = Literal["stop", "length", "abort"]
+Finish = Literal["stop", "length", "window", "abort"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,14 +47,20 @@ class Rollout:
     tokens: Tensor  # [R] int64, the stop token included when one was produced; R >= 1
     logprobs: Tensor  # [R] float32, under the temperature-scaled policy, before top-p / top-k truncation
     text: str  # decoded without special tokens
-    finish: Finish  # "abort": interrupted; a later request can go on from its tokens
+    finish: Finish  # "window": goes on in the next step; "abort": interrupted, a later request can go on
     versions: Tensor  # [R] int64, of the weights that produced each token; they never decrease
     sample: int  # 0 .. G-1 within its group
+    trained: int = 0  # of its tokens, the first ones: they trained in earlier steps, in their windows
 
     @property
     def version(self) -> int:
         """Of the oldest weights in it."""
         return int(self.versions[0])
+
+    @property
+    def spent(self) -> bool:
+        """Whether it ended in an earlier step, while others of its group go on."""
+        return self.trained == self.tokens.numel()
 
 
 @dataclass(slots=True)
@@ -101,12 +107,13 @@ class RolloutTable:
     correct: Tensor  # [B] bool, the verifier's verdict (False where ungraded)
     graded: Tensor  # [B] bool
     reward: Tensor  # [B] float32, the grader's reward (0 where ungraded)
-    prompt_length: Tensor  # [B] int64
-    response_length: Tensor  # [B] int64
+    prompt_length: Tensor  # [B] int64, with the tokens of earlier windows
+    response_length: Tensor  # [B] int64, of this step's window where rollouts grow in windows
     truncated: Tensor  # [B] bool, finish == "length"
     version: Tensor  # [B] int64, of the weights that produced the rollout's first token, its oldest
     step: int = 0
     newest: Tensor | None = None  # [B] int64, of the weights that produced the rollout's last token; None: as `version`
+    goes_on: Tensor | None = None  # [B] bool, finish == "window": no verdict yet, and no end; None: nowhere
     signals: dict[str, Tensor] = field(default_factory=dict)  # [B, ...] each: what stages asked for (algorithms.base)
     words: dict[str, list[str]] = field(default_factory=dict)  # B texts each: what stages observed
 
@@ -114,6 +121,11 @@ class RolloutTable:
     def size(self) -> int:
         """B."""
         return self.group.numel()
+
+    @property
+    def unfinished(self) -> Tensor:
+        """[B] bool: the next step goes on with it."""
+        return torch.zeros_like(self.graded) if self.goes_on is None else self.goes_on
 
     @property
     def fresh(self) -> Tensor:
@@ -132,7 +144,7 @@ class Sample:
 
     row: int
     group: int
-    prompt: Tensor  # [P] int64
+    prompt: Tensor  # [P] int64, and behind it the tokens of earlier windows
     response: Tensor  # [R] int64
     logprobs: Tensor  # [R] float32, the engine's
 

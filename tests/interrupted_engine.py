@@ -10,10 +10,9 @@ import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 
-import torch
 from torch import Tensor
 
-from clipo_megatron.flow import Rollout, RolloutGroup
+from clipo_megatron.flow import RolloutGroup
 from clipo_megatron.rollout.engine import Abandoned, EngineLostError, Generation, Request, SamplingParams, never
 from clipo_megatron.rollout.local import LocalEngine
 
@@ -60,32 +59,9 @@ class InterruptedEngine:
 
     def complete(self, request: Request, params: SamplingParams, deadline_s: float) -> RolloutGroup:
         """All rollouts of a request; those begun go on from their tokens, under the weights of now."""
-        known = {rollout.sample: rollout for rollout in request.begun}
-        rollouts: list[Rollout] = []
-        if len(known) < params.samples:
-            (group,) = self.engine.generate([request._replace(begun=())], params, deadline_s=deadline_s)
-            rollouts = [each for each in group.rollouts if each.sample not in known]
-        for begun in known.values():
-            rollouts.append(self._go_on(request, begun, params, deadline_s) if begun.finish == "abort" else begun)
-        return RolloutGroup(request.position, request.prompt, sorted(rollouts, key=lambda each: each.sample))
-
-    def _go_on(self, request: Request, begun: Rollout, params: SamplingParams, deadline_s: float) -> Rollout:
-        self.resumed += 1
-        left = params.max_new_tokens - begun.tokens.numel()
-        if not left:
-            return replace(begun, finish="length")
-        longer = replace(request.prompt, tokens=torch.cat([request.prompt.tokens, begun.tokens]))
-        more = replace(params, samples=1, max_new_tokens=left)
-        (group,) = self.engine.generate([Request(0, longer)], more, deadline_s=deadline_s)
-        (rest,) = group.rollouts
-        return Rollout(
-            tokens=torch.cat([begun.tokens, rest.tokens]),
-            logprobs=torch.cat([begun.logprobs, rest.logprobs]),
-            text=self.engine._tokenizer.decode(torch.cat([begun.tokens, rest.tokens]), skip_special_tokens=True),
-            finish=rest.finish,
-            versions=torch.cat([begun.versions, rest.versions]),
-            sample=begun.sample,
-        )
+        self.resumed += sum(each.finish == "abort" for each in request.begun)
+        (group,) = self.engine.generate([request], params, deadline_s=deadline_s)
+        return group
 
     def interrupt(self, request: Request, params: SamplingParams) -> Request:
         """The request as it is when it is interrupted at a random moment: some rollouts done, some begun, some not."""
@@ -96,16 +72,8 @@ class InterruptedEngine:
             if kept == rollout.tokens.numel():
                 begun.append(rollout)
             elif kept:
-                begun.append(
-                    Rollout(
-                        rollout.tokens[:kept],
-                        rollout.logprobs[:kept],
-                        "",
-                        "abort",
-                        rollout.versions[:kept],
-                        rollout.sample,
-                    )
-                )
+                parts = {name: getattr(rollout, name)[:kept] for name in ("tokens", "logprobs", "versions")}
+                begun.append(replace(rollout, **parts, text="", finish="abort"))
         return request._replace(begun=tuple(begun))
 
 

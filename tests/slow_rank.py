@@ -18,7 +18,7 @@ from clipo_megatron.rollout.local import LocalEngine
 STEP, MARK, TOKEN_S = int(os.environ["CLIPO_SLOW_STEP"]), Path(os.environ["CLIPO_SLOW_MARK"]), 60.0
 
 
-def _decode(self: LocalEngine, prompts: Any, prefilled: Any, samples: Any, params: Any, check: Callable) -> Iterator:
+def _decode(self: LocalEngine, wave: Any, params: Any, check: Callable) -> Iterator:
     def wait() -> None:
         check()
         if params.step == STEP and not MARK.with_suffix(".over").exists():
@@ -27,7 +27,7 @@ def _decode(self: LocalEngine, prompts: Any, prefilled: Any, samples: Any, param
                 time.sleep(0.05)
                 check()
 
-    return decode(self, prompts, prefilled, samples, params, wait)
+    return decode(self, wave, params, wait)
 
 
 decode = LocalEngine._decode

@@ -11,10 +11,11 @@ from collector_steps import COUNTS, Bench, facts, merged, prompts, run_steps
 from ranks import RankPool
 from small_runs import write_model
 
-from clipo_megatron.collector import _Tally, choose, deal, oversampled, share, teaches
+from clipo_megatron.collector import _Tally, teaches
 from clipo_megatron.config.schema import RolloutConfig
 from clipo_megatron.data.sampler import PromptSampler
 from clipo_megatron.flow import RolloutGroup, ScoredGroup, Verdict
+from clipo_megatron.rollout.dealing import choose, deal, oversampled, share
 from clipo_megatron.rollout.engine import Request
 
 pytestmark = pytest.mark.timeout(300)

@@ -233,7 +233,7 @@ def gives_up(folder: Path, config: RolloutConfig, who: int | None) -> Any:
 def _comparable(state: tuple[Any, Any]) -> Any:
     sampler, rollouts = state
     carried = [
-        (each["ticket"], each["id"], [(facts["sample"], facts["tokens"].tolist()) for facts in each["begun"]])
+        (each["id"], [(facts["sample"], facts["tokens"].tolist()) for facts in each["begun"]])
         for each in rollouts["carried"]
     ]
     return sampler, carried

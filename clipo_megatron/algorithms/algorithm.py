@@ -110,8 +110,8 @@ class Algorithm:
         return advantage
 
     def select(self, table: RolloutTable, advantage: Tensor) -> Tensor:
-        """Rows that train, [B] bool: graded, and wanted by every stage."""
-        keep = table.graded.clone()
+        """Rows that train, [B] bool: graded or going on, and wanted by every stage."""
+        keep = table.graded | table.unfinished
         for stage in self.stages:
             if (chosen := stage.select(table, advantage)) is not None:
                 keep &= chosen

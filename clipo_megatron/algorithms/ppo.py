@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from clipo_megatron.algorithms.base import ScoredTokens, Signal, Stage
+from clipo_megatron.algorithms.base import Context, ScoredTokens, Signal, Stage
 from clipo_megatron.algorithms.surrogate import ClippedPolicyLoss, Surrogate
 from clipo_megatron.flow import RolloutTable
 
@@ -33,7 +33,7 @@ class PPO(ClippedPolicyLoss):
         lam: of the advantages.
         critic_lam: of the returns that the critic learns, sum_k (gamma critic_lam)^k delta + V; None: as `lam`.
         gamma: discount a token.
-        whiten: bring the advantages to mean 0 and variance 1 over the batch's tokens of graded rollouts.
+        whiten: bring the advantages to mean 0 and variance 1 over the batch's tokens of rollouts that train.
     """
 
     needs = frozenset({Signal.values})
@@ -56,14 +56,14 @@ class PPO(ClippedPolicyLoss):
         """[B] float32, the rewards; 0 where ungraded."""
         return torch.where(table.graded, reward, 0.0)
 
-    def unfinished(self, table: RolloutTable) -> Tensor:
+    def open_ends(self, table: RolloutTable) -> Tensor:
         """[B] bool, rollouts that go on behind their last token: no reward there, but the value of their last state."""
         return torch.zeros_like(table.truncated)
 
     def token_advantage(self, tokens: ScoredTokens, table: RolloutTable, advantage: Tensor) -> Tensor:
         """[N] float32; sets the critic's returns."""
         left = tokens_left(tokens.rollout)
-        open_end = self.unfinished(table).to(tokens.rows.device)[tokens.rows]
+        open_end = self.open_ends(table).to(tokens.rows.device)[tokens.rows]
         value, after = tokens.signals["value"].double(), tokens.signals["next_value"].double()
         last = left == 0
         reward = torch.where(last & ~open_end, advantage.double(), 0.0)
@@ -75,29 +75,32 @@ class PPO(ClippedPolicyLoss):
         own = gains if critic_lam == self.lam else discounted_sums(delta, left, self.gamma * critic_lam)
         tokens.returns = self.returns(own + value, value, open_end).float()
         if self.whiten:
-            gains = whitened(gains, table.graded.to(gains.device)[tokens.rows], tokens)
+            counted = table.graded | table.unfinished
+            gains = whitened(gains, counted.to(gains.device)[tokens.rows], tokens)
         return gains.float()
 
-    def returns(self, returns: Tensor, value: Tensor, unfinished: Tensor) -> Tensor:
+    def returns(self, returns: Tensor, value: Tensor, open_end: Tensor) -> Tensor:
         """What the critic learns of each token, [N] float64, from the returns, its values, and which rollouts go on."""
         return returns
 
 
 class TPPO(PPO):
-    """arXiv 2506.15050, T-PPO: a response cut off by the window of generation trains on the tokens that it has.
+    """arXiv 2506.15050, T-PPO: a step adds rollout.window_tokens to a response at most, and trains on what it added.
 
-    Its generalised advantages continue from the critic's value of the last state, the one with the last token:
-    delta_T = gamma V_(T+1) - V_T in place of r_T - V_T. It has no reward at its end, so CLIPO's bonus, which correct
-    rollouts earn, and the grader's act on finished ones alone. A KL in the reward acts in windows too.
+    The next step goes on with responses that have not ended, under its own weights; their earlier tokens are then
+    context, which does not train again. The generalised advantages of a window continue from the critic's value of the
+    last state, the one with the last token: delta_T = gamma V_(T+1) - V_T in place of r_T - V_T. A window has no reward
+    at its end: the grader's reward, and CLIPO's bonus with it, act in the window in which the response ends. CLIPO
+    compares the rollouts of a group that end in the same step, by their hidden states in that window. A KL in the
+    reward acts in every window.
 
-    Assumes that a truncated rollout would have gone on. Where this differs from the paper: the window is
-    rollout.max_new_tokens, and a response cut off there is not carried into the next step, as the paper's are. What
-    rollout.unfinished = resume carries over are rollouts of over-sampled prompts, which train once, when they have
-    ended. Policy and critic learn in every step, from the same tokens.
+    Where rollout.window_tokens is not set, nothing is carried over, and responses cut off at rollout.max_new_tokens are
+    taken for windows. Where it is set, they have ended there, with the grader's verdict. Policy and critic learn in
+    every step, from the same tokens.
 
     Args:
-        critic_learns_windows: false: in windows the critic's return is the value that it gave, so that bootstrapped
-            returns do not teach it.
+        critic_learns_windows: false: in windows that go on the critic's return is the value that it gave, so that
+            bootstrapped returns do not teach it.
         lam, critic_lam, gamma, whiten: as for PPO.
     """
 
@@ -119,14 +122,19 @@ class TPPO(PPO):
             whiten=whiten,
         )
         self.critic_learns_windows = critic_learns_windows
+        self.windows = False
 
-    def unfinished(self, table: RolloutTable) -> Tensor:
-        """[B] bool, the truncated ones."""
-        return table.truncated
+    def bind(self, context: Context) -> None:
+        """Whether rollouts go on from step to step."""
+        self.windows = context.config.rollout.window_tokens is not None
 
-    def returns(self, returns: Tensor, value: Tensor, unfinished: Tensor) -> Tensor:
+    def open_ends(self, table: RolloutTable) -> Tensor:
+        """[B] bool, those that the next step goes on with; without windows the truncated ones."""
+        return table.unfinished if self.windows else table.truncated
+
+    def returns(self, returns: Tensor, value: Tensor, open_end: Tensor) -> Tensor:
         """[N] float64."""
-        return returns if self.critic_learns_windows else torch.where(unfinished, value, returns)
+        return returns if self.critic_learns_windows else torch.where(open_end, value, returns)
 
 
 class CriticWarmup(Stage):

@@ -18,6 +18,7 @@ from clipo_megatron.config.checks_layout import division_problems
 from clipo_megatron.config.checks_methods import method_problems
 from clipo_megatron.config.checks_report import report_problems
 from clipo_megatron.config.checks_rollout import rollout_problems
+from clipo_megatron.config.checks_windows import window_problems
 from clipo_megatron.config.errors import ConfigError, Problem
 from clipo_megatron.config.methods import baseline
 from clipo_megatron.config.model_folder import hf_folder, is_checkpoint
@@ -59,6 +60,7 @@ def check(config: RunConfig, *, ranks: int | None = None, absent: bool = False) 
         *_batch(config, ranks),
         *_numbers(config),
         *rollout_problems(config),
+        *window_problems(config, data_parallel(config.layout, ranks)),
         *evaluation_problems(config),
         *method_problems(config),
         *report_problems(config),
@@ -275,6 +277,7 @@ def _numbers(config: RunConfig) -> Iterator[Problem]:
             "data.max_prompt_tokens",
             "rollout.samples_per_prompt",
             "rollout.max_new_tokens",
+            "rollout.window_tokens",
             "rollout.batch_size",
             "rollout.servers",
             "rollout.pool.concurrency",

@@ -45,6 +45,7 @@ class Method:
         critic: whether it trains a value model beside the policy.
         single: whether a prompt's only rollout teaches something; without CLIPO, which compares several.
         below_one: whether clip_low is taken off a ratio of 1, and so must be less.
+        windows: whether it learns from rollouts that go on in the next step (rollout.window_tokens).
     """
 
     stage: str
@@ -57,6 +58,7 @@ class Method:
     critic: bool = False
     single: bool = False
     below_one: bool = True
+    windows: bool = False
 
 
 class DiscoScore(str, Enum):
@@ -124,6 +126,7 @@ BASELINES: dict[str, Method] = {
         TppoOptions,
         single=True,
         critic=True,
+        windows=True,
     ),
     "dapo": Method(
         "dapo:DAPO",

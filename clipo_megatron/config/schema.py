@@ -208,6 +208,7 @@ class RolloutConfig:
     refill_rounds: Optional[int] = None  # times a step that groups all right or all wrong are replaced; None: method's
     samples_per_prompt: int = 8  # G
     max_new_tokens: int = 1024
+    window_tokens: Optional[int] = None  # tokens a step adds to a rollout at most; the rest follows in later steps
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 0  # 0: off

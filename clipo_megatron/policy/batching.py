@@ -29,7 +29,8 @@ class Batcher:
 
     @classmethod
     def of(cls, config: RunConfig, layout: Layout) -> Batcher:
-        """As the configuration says; prompts are shared by default where the attention in use can.
+        """As the configuration says; prompts are shared by default where the attention in use can, and where rollouts
+        of a group go on from the same tokens.
 
         Raises:
             ValueError: sharing is asked for and the attention cannot.
@@ -44,7 +45,7 @@ class Batcher:
             layout,
             config.algorithm.mini_batches,
             config.layout.max_tokens_per_microbatch,
-            packs_shared_prompts() if wanted is None else wanted,
+            packs_shared_prompts() and config.rollout.window_tokens is None if wanted is None else wanted,
         )
 
     def mini_batches_of(self, samples: Sequence[Sample], table: RolloutTable) -> list[MiniBatch]:

@@ -26,6 +26,8 @@ def build_table(
 ) -> tuple[RolloutTable, list[Sample]]:
     """Gather the facts of every rank's rollouts.
 
+    What a rollout's earlier windows brought is part of its prompt: only the tokens of this step train.
+
     Args:
         groups: what this rank generated; may be empty.
         step: number of the step.
@@ -44,11 +46,12 @@ def build_table(
             verdict.correct is True,
             verdict.correct is not None,
             verdict.reward if verdict.correct is not None else 0.0,
-            scored.group.prompt.tokens.numel(),
-            rollout.tokens.numel(),
+            scored.group.prompt.tokens.numel() + rollout.trained,
+            rollout.tokens.numel() - rollout.trained,
             rollout.finish == "length",
-            rollout.version,
+            int(rollout.versions[rollout.trained]),
             int(rollout.versions[-1]),
+            rollout.finish == "window",
         )
         for scored in groups
         for rollout, verdict in zip(scored.group.rollouts, scored.verdicts, strict=True)
@@ -56,7 +59,7 @@ def build_table(
     names = {scored.group.position: scored.group.prompt.id for scored in groups}
     observed = [observe(scored.group.prompt, rollout) for scored in groups for rollout in scored.group.rollouts]
     shared: list[tuple[np.ndarray, dict[int, str], list[dict[str, float | str]]]] = [None] * dist.get_world_size()  # type: ignore[list-item]
-    dist.all_gather_object(shared, (np.array(local, dtype=np.float64).reshape(-1, 10), names, observed))
+    dist.all_gather_object(shared, (np.array(local, dtype=np.float64).reshape(-1, 11), names, observed))
     facts = np.concatenate([part for part, _, _ in shared])
     if not len(facts):
         raise RuntimeError("no rank generated a rollout in this step")
@@ -85,6 +88,7 @@ def build_table(
         version=column(8, torch.int64),
         step=step,
         newest=column(9, torch.int64),
+        goes_on=column(10, torch.bool),
         signals=signals,
         words=words,
     )
@@ -92,9 +96,10 @@ def build_table(
     samples = []
     for scored in groups:
         for rollout in scored.group.rollouts:
-            row = row_of[scored.group.position, rollout.sample]
+            row, before = row_of[scored.group.position, rollout.sample], rollout.trained
+            prompt = torch.cat([scored.group.prompt.tokens, rollout.tokens[:before]])
             samples.append(
-                Sample(row, int(table.group[row]), scored.group.prompt.tokens, rollout.tokens, rollout.logprobs)
+                Sample(row, int(table.group[row]), prompt, rollout.tokens[before:], rollout.logprobs[before:])
             )
     return table, samples
 

@@ -15,8 +15,9 @@ def table_metrics(table: RolloutTable, reward: Tensor, advantage: Tensor) -> dic
     """Rewards, verdicts and lengths over the global batch.
 
     reward/accuracy          share of graded rollouts that are correct
-    reward/ungraded          share of rollouts without a verdict
+    reward/ungraded          share of ended rollouts without a verdict
     reward/mixed_groups      share of groups with both right and wrong rollouts: those that teach
+    rollout/windows          share of rollouts that the next step goes on with
     rollout/version_lag      updates between the weights of a rollout's first token and those that score it, mean
     rollout/mixed_versions   share of rollouts whose tokens come from more than one set of weights
     rollout/stale            share of rollouts with a token from older weights than this step began with
@@ -28,11 +29,12 @@ def table_metrics(table: RolloutTable, reward: Tensor, advantage: Tensor) -> dic
     return {
         "reward/accuracy": float(table.correct.sum()) / count,
         "reward/mean": float(reward[graded].mean()) if graded.any() else 0.0,
-        "reward/ungraded": 1.0 - float(graded.float().mean()),
+        "reward/ungraded": 1.0 - int(graded.sum()) / max(int((~table.unfinished).sum()), 1),
         "reward/mixed_groups": float(((right > 0) & (wrong > 0)).float().mean()),
         "reward/advantage_abs": float(advantage.abs().mean()),
         "rollout/response_length": float(table.response_length.float().mean()),
         "rollout/truncated": float(table.truncated.float().mean()),
+        "rollout/windows": float(table.unfinished.float().mean()),
         "rollout/version_lag": float((table.step - table.version).float().mean()),
         "rollout/mixed_versions": float(table.mixed_versions.float().mean()),
         "rollout/stale": float((~table.fresh).float().mean()),

@@ -99,10 +99,15 @@ class GraderPool:
         return mode_for(data_source) if mode == "auto" else mode
 
     def submit(self, group: RolloutGroup) -> None:
-        """Start to grade the rollouts of `group`; does not wait. `collect` returns the verdicts."""
+        """Start to grade the rollouts of `group`; does not wait. `collect` returns the verdicts.
+
+        Rollouts that go on in the next step are not graded yet, and those that ended in an earlier one were.
+        """
         prompt = group.prompt
         verdicts = [
-            self.submit_answer(Answer(rollout.text, prompt.ground_truth, prompt.data_source, prompt.extra))
+            _no_verdict()
+            if rollout.finish == "window" or rollout.spent
+            else self.submit_answer(Answer(rollout.text, prompt.ground_truth, prompt.data_source, prompt.extra))
             for rollout in group.rollouts
         ]
         self._submitted.append((group, verdicts))
@@ -299,6 +304,12 @@ class GraderPool:
                 self._tasks.put(None)  # another thread's signal
                 return
             self._publish(task, self._ungraded("the grader pool was closed"))
+
+
+def _no_verdict() -> Future[Verdict]:
+    verdict: Future[Verdict] = Future()
+    verdict.set_result(Verdict(None, 0.0, "it does not end in this step"))
+    return verdict
 
 
 def _scored(groups: Iterable[tuple[RolloutGroup, list[Future[Verdict]]]]) -> list[ScoredGroup]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import numpy as np
@@ -99,12 +99,14 @@ def settled(rollout: Rollout, params: SamplingParams) -> Rollout | None:
     """A begun rollout that needs no more tokens, as it then stands; None if it has to go on."""
     if rollout.finish != "abort":
         return rollout
-    if rollout.tokens.numel() < params.max_new_tokens:
+    if rollout.tokens.numel() < params.limit(rollout.trained):
         return None
-    return Rollout(rollout.tokens, rollout.logprobs, rollout.text, "length", rollout.versions, rollout.sample)
+    return replace(rollout, finish=params.cut(rollout.tokens.numel()))
 
 
-def joined(begun: Rollout | None, piece: Piece, sample: int, decode: Decode | None) -> Rollout | None:
+def joined(
+    begun: Rollout | None, piece: Piece, sample: int, params: SamplingParams, decode: Decode | None
+) -> Rollout | None:
     """The rollout of a sample after one more piece; None if there is not one token.
 
     Its text is decoded from all its tokens. Engines decode as they go, and lose or add bytes that are no character;
@@ -123,7 +125,8 @@ def joined(begun: Rollout | None, piece: Piece, sample: int, decode: Decode | No
         logprobs = torch.cat((begun.logprobs, logprobs))
         versions = torch.cat((begun.versions, versions))
     text = piece.text if decode is None else decode(tokens.tolist())
-    return Rollout(tokens, logprobs, text, piece.finish, versions, sample)
+    finish = params.cut(tokens.numel()) if piece.finish == "length" else piece.finish
+    return Rollout(tokens, logprobs, text, finish, versions, sample, 0 if begun is None else begun.trained)
 
 
 def version_number(said: Any) -> int:

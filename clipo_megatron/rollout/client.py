@@ -78,12 +78,15 @@ class HttpServer(ABC):
         prompt = request.prompt.tokens.tolist()
 
         async def ask(samples: Sequence[int], begun: Rollout | None = None) -> list[Rollout]:
-            so_far = [] if begun is None else begun.tokens.tolist()
+            so_far, trained = ([], 0) if begun is None else (begun.tokens.tolist(), begun.trained)
             ids = [sample_id(name, sample) for sample in samples]
-            call = Call(prompt + so_far, ids, params, params.max_new_tokens - len(so_far), version, end)
+            call = Call(prompt + so_far, ids, params, params.limit(trained) - len(so_far), version, end)
             pieces = await self._pieces(call)
             try:
-                found = [joined(begun, piece, each, self._decode) for piece, each in zip(pieces, samples, strict=True)]
+                found = [
+                    joined(begun, piece, each, params, self._decode)
+                    for piece, each in zip(pieces, samples, strict=True)
+                ]
             except BadAnswer as reason:
                 raise self._http.fail(Fault.stale, f"it answered {reason}") from None
             return [rollout for rollout in found if rollout is not None]

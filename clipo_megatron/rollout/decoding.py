@@ -148,8 +148,8 @@ class Head:
 class DecodeBatch:
     """Rows that are decoded together: `repeats` neighbouring rows for each prompt of the wave.
 
-    `uniforms` is [rows, max_new_tokens] float64, None when greedy. `tokens` (int64) and `logprobs` (float32) have the
-    same shape and fill up from the left as `step` is called.
+    `limits` has the tokens of each row at most; `uniforms` is [rows, longest limit] float64, None when greedy. `tokens`
+    (int64) and `logprobs` (float32) have the same shape and fill up from the left as `step` is called.
     """
 
     def __init__(
@@ -158,14 +158,16 @@ class DecodeBatch:
         prompts: Prefilled,
         repeats: int,
         params: SamplingParams,
+        limits: Sequence[int],
         uniforms: np.ndarray | None,
     ):
-        self._model, self._params = model, params
+        self._model, self._params, self._most = model, params, max(limits)
         device = model.device
         count = prompts.lengths.numel() * repeats
         self.length = 0  # t
-        self.tokens = torch.zeros(count, params.max_new_tokens, dtype=torch.int64, device=device)
-        self.logprobs = torch.zeros(count, params.max_new_tokens, dtype=torch.float32, device=device)
+        self.tokens = torch.zeros(count, self._most, dtype=torch.int64, device=device)
+        self.logprobs = torch.zeros(count, self._most, dtype=torch.float32, device=device)
+        self._limits = torch.tensor(limits, device=device)
         self._uniforms = None if uniforms is None else torch.from_numpy(uniforms).to(device)
         self._stop = torch.tensor(params.stop_ids, dtype=torch.int64, device=device)
         self._live = torch.arange(count, device=device)  # batch place -> row
@@ -182,7 +184,7 @@ class DecodeBatch:
         self._prompt_length = prompts.lengths.repeat_interleave(repeats)
         self._logits = prompts.logits.repeat_interleave(repeats, dim=0)
         self._head = Head(self._model, self._logits.shape[0])
-        most = prompts.longest + self._params.max_new_tokens
+        most = prompts.longest + self._most
         self._cache = KVCache.assembled(
             prompts.parts,
             repeats=repeats,
@@ -217,7 +219,7 @@ class DecodeBatch:
         self.logprobs[live, self.length] = logprobs
         self.length += 1
         stopped = torch.isin(drawn, self._stop)
-        done = stopped if self.length < params.max_new_tokens else torch.ones_like(stopped)
+        done = stopped | (self._limits[live] <= self.length)
         if not bool(done.any()):
             return []
         finished = list(zip(live[done].tolist(), stopped[done].tolist(), strict=True))

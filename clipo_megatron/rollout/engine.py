@@ -9,7 +9,7 @@ from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
-from clipo_megatron.flow import Prompt, Rollout, RolloutGroup
+from clipo_megatron.flow import Finish, Prompt, Rollout, RolloutGroup
 
 
 class EngineError(RuntimeError):
@@ -43,6 +43,7 @@ class SamplingParams:
 
     samples: int = 1
     max_new_tokens: int = 1024
+    window_tokens: int | None = None  # by which a rollout grows at most before it finishes as "window"; None: any
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 0  # 0: off
@@ -51,11 +52,20 @@ class SamplingParams:
     step: int = 0
     exact_logprobs: bool = True  # those of the policy, before truncation; evaluation does not read them
 
+    def limit(self, trained: int = 0) -> int:
+        """Tokens at which a response ends or its window does, when `trained` of them are those of earlier windows."""
+        return min(self.max_new_tokens, trained + (self.window_tokens or self.max_new_tokens))
+
+    def cut(self, tokens: int) -> Finish:
+        """What the finish of a response is that was ended after so many tokens."""
+        return "length" if tokens >= self.max_new_tokens else "window"
+
     def check(self) -> None:
         """Raise EngineError for a value that no engine can follow."""
         rules = {
             "samples": (self.samples >= 1, "at least 1"),
             "max_new_tokens": (self.max_new_tokens >= 1, "at least 1"),
+            "window_tokens": (self.window_tokens is None or self.window_tokens >= 1, "at least 1"),
             "temperature": (self.temperature >= 0, "0 (greedy) or more"),
             "top_p": (0 < self.top_p <= 1, "above 0 and at most 1"),
             "top_k": (self.top_k >= 0, "0 (off) or more"),

@@ -8,8 +8,11 @@ finished rows leave the batch at once.
 from __future__ import annotations
 
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import chain
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -18,7 +21,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers.initialization import no_init_weights
 
 from clipo_megatron.flow import Prompt, Rollout, RolloutGroup
-from clipo_megatron.rollout.decoding import DecodeBatch, NonFiniteLogits, Prefilled, prefill
+from clipo_megatron.rollout.answers import missing_samples, settled
+from clipo_megatron.rollout.decoding import DecodeBatch, NonFiniteLogits, prefill
 from clipo_megatron.rollout.engine import (
     Abandoned,
     EngineError,
@@ -34,6 +38,17 @@ from clipo_megatron.rollout.sampling import rollout_uniforms
 # What some families do to the logits after the LM head; Llama and Qwen2 do none of it.
 _LOGIT_CHANGES = ("final_logit_softcapping", "logit_scale", "logits_scaling")
 _LISTED = 8  # names spelled out in a message before "and N more"
+
+
+class _Line(NamedTuple):
+    """Tokens that samples of one request go on from."""
+
+    place: int  # of the request
+    prompt: Prompt
+    tokens: Tensor  # the prompt's, and what an interrupted rollout has
+    samples: tuple[int, ...]
+    limit: int  # new tokens at most
+    begun: Rollout | None = None
 
 
 class LocalEngine:
@@ -139,21 +154,18 @@ class LocalEngine:
         """
         self.health()
         params.check()
-        if any(request.begun for request in requests):
-            raise EngineError("The local engine goes on from no interrupted rollout; set rollout.unfinished=drop.")
-        prompts = [(request.position, request.prompt) for request in requests]
-        self._check_prompts(prompts, params)
-        return Generation(self._generate(prompts, params, time.monotonic() + deadline_s, deadline_s, give_up))
+        self._check_prompts([request.prompt for request in requests], params)
+        return Generation(self._generate(requests, params, time.monotonic() + deadline_s, deadline_s, give_up))
 
     def _generate(
         self,
-        prompts: list[tuple[int, Prompt]],
+        requests: Sequence[Request],
         params: SamplingParams,
         deadline: float,
         deadline_s: float,
         give_up: Callable[[], bool],
     ) -> Iterator[RolloutGroup]:
-        unanswered = dict(enumerate(prompts))
+        unanswered = dict(enumerate(requests))
 
         def check() -> None:
             if give_up():
@@ -164,14 +176,19 @@ class LocalEngine:
                     "Raise rollout.deadline_s, or lower rollout.max_new_tokens or data.prompts_per_step."
                 )
 
-        order = sorted(unanswered, key=lambda index: prompts[index][1].tokens.numel(), reverse=True)
-        wave_size = max(1, self._batch_size // params.samples)
+        done: list[dict[int, Rollout]] = [{} for _ in requests]
+        lines = [line for place, request in enumerate(requests) for line in _lines(place, request, params)]
+        settled_ones = (
+            (place, rollout) for place, request in enumerate(requests) for rollout in _settled(request, params)
+        )
+        decoded = (found for wave in self._waves(lines) for found in self._decode(wave, params, check))
         try:
-            for start in range(0, len(order), wave_size):
-                wave = order[start : start + wave_size]
-                for place, rollouts in self._wave([prompts[index][1] for index in wave], params, check):
-                    position, prompt = unanswered.pop(wave[place])
-                    yield RolloutGroup(position, prompt, rollouts)
+            for place, rollout in chain(settled_ones, decoded):
+                done[place][rollout.sample] = rollout
+                if len(done[place]) == params.samples:
+                    request = unanswered.pop(place)
+                    rollouts = [done[place][sample] for sample in sorted(done[place])]
+                    yield RolloutGroup(request.position, request.prompt, rollouts)
         except NonFiniteLogits as error:
             raise EngineError(
                 f"The weights of version {self._version} give log-probs that are not finite; "
@@ -185,65 +202,65 @@ class LocalEngine:
                 f"If memory ran out, lower rollout.batch_size. The cause: {error}"
             ) from error
 
-    def _wave(
-        self, prompts: list[Prompt], params: SamplingParams, check: Callable[[], None]
-    ) -> Iterator[tuple[int, list[Rollout]]]:
-        """Yield (index into prompts, its rollouts) as each prompt's last sample finishes."""
-        prefilled = prefill(self._model, [prompt.tokens for prompt in prompts], check)
-        finished: list[list[Rollout]] = [[] for _ in prompts]
-        for start in range(0, params.samples, self._batch_size):
-            samples = range(start, min(params.samples, start + self._batch_size))
-            for place, rollout in self._decode(prompts, prefilled, samples, params, check):
-                finished[place].append(rollout)
-                if len(finished[place]) == params.samples:
-                    yield place, sorted(finished[place], key=lambda rollout: rollout.sample)
+    def _waves(self, lines: list[_Line]) -> Iterator[list[_Line]]:
+        """Lines of as many samples each, longest first, as many as the batch has room for; a line of more by itself."""
+        by_samples: dict[int, list[_Line]] = defaultdict(list)
+        for line in sorted(lines, key=lambda line: line.tokens.numel(), reverse=True):
+            by_samples[len(line.samples)].append(line)
+        for samples, alike in sorted(by_samples.items(), reverse=True):
+            size = max(1, self._batch_size // samples)
+            for start in range(0, len(alike), size):
+                yield alike[start : start + size]
 
     def _decode(
-        self,
-        prompts: list[Prompt],
-        prefilled: Prefilled,
-        samples: range,
-        params: SamplingParams,
-        check: Callable[[], None],
+        self, wave: list[_Line], params: SamplingParams, check: Callable[[], None]
     ) -> Iterator[tuple[int, Rollout]]:
-        """Yield (index into prompts, rollout) as each of the given samples of each prompt finishes."""
-        rows = [(place, sample) for place in range(len(prompts)) for sample in samples]
-        uniforms = None
-        if params.temperature > 0:
-            uniforms = np.stack(
-                [
-                    rollout_uniforms(
-                        params.max_new_tokens,
-                        seed=params.seed,
-                        step=params.step,
-                        prompt_id=prompts[place].id,
-                        sample=sample,
-                    )
-                    for place, sample in rows
-                ]
-            )
-        batch = DecodeBatch(self._model, prefilled, len(samples), params, uniforms)
-        while batch.live:
-            check()
-            for row, stopped in batch.step():
-                place, sample = rows[row]
-                # Clones, so that a short response does not keep the whole batch's tensors alive.
-                tokens = batch.tokens[row, : batch.length].clone().cpu()
-                yield (
-                    place,
-                    Rollout(
-                        tokens=tokens,
-                        logprobs=batch.logprobs[row, : batch.length].clone().cpu(),
-                        text=self._tokenizer.decode(tokens, skip_special_tokens=True),
-                        finish="stop" if stopped else "length",
-                        versions=torch.full((len(tokens),), self._version),
-                        sample=sample,
-                    ),
+        """Yield (place of the request, rollout) as each sample of the wave's lines finishes."""
+        prefilled = prefill(self._model, [line.tokens for line in wave], check)
+        for start in range(0, len(wave[0].samples), self._batch_size):
+            rows = [(line, sample) for line in wave for sample in line.samples[start : start + self._batch_size]]
+            limits = [line.limit for line, _ in rows]
+            uniforms = None
+            if params.temperature > 0:
+                uniforms = np.stack(
+                    [
+                        rollout_uniforms(
+                            max(limits), seed=params.seed, step=params.step, prompt_id=line.prompt.id, sample=sample
+                        )
+                        for line, sample in rows
+                    ]
                 )
+            batch = DecodeBatch(self._model, prefilled, len(rows) // len(wave), params, limits, uniforms)
+            while batch.live:
+                check()
+                for row, stopped in batch.step():
+                    line, sample = rows[row]
+                    # Clones, so that a short response does not keep the whole batch's tensors alive.
+                    tokens = batch.tokens[row, : batch.length].clone().cpu()
+                    logprobs = batch.logprobs[row, : batch.length].clone().cpu()
+                    yield line.place, self._rollout(line, sample, tokens, logprobs, params, stopped=stopped)
 
-    def _check_prompts(self, prompts: Sequence[tuple[int, Prompt]], params: SamplingParams) -> None:
+    def _rollout(
+        self, line: _Line, sample: int, tokens: Tensor, logprobs: Tensor, params: SamplingParams, *, stopped: bool
+    ) -> Rollout:
+        """What was drawn, behind what the rollout had."""
+        versions, begun = torch.full((len(tokens),), self._version), line.begun
+        if begun is not None:
+            tokens, logprobs = torch.cat((begun.tokens, tokens)), torch.cat((begun.logprobs, logprobs))
+            versions = torch.cat((begun.versions, versions))
+        return Rollout(
+            tokens=tokens,
+            logprobs=logprobs,
+            text=self._tokenizer.decode(tokens, skip_special_tokens=True),
+            finish="stop" if stopped else params.cut(tokens.numel()),
+            versions=versions,
+            sample=sample,
+            trained=0 if begun is None else begun.trained,
+        )
+
+    def _check_prompts(self, prompts: Sequence[Prompt], params: SamplingParams) -> None:
         config = self._model.config
-        for _, prompt in prompts:
+        for prompt in prompts:
             length = prompt.tokens.numel()
             if length == 0:
                 raise EngineError(f"Prompt {prompt.id} has no tokens; give it a message.")
@@ -322,7 +339,23 @@ def _named_parts(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
                 yield f"{place}.{number}.{part}.weight", tensor
 
 
-def _missing(prompts: Iterable[tuple[int, Prompt]]) -> str:
-    names = [prompt.id for _, prompt in prompts]
+def _settled(request: Request, params: SamplingParams) -> list[Rollout]:
+    """Of the rollouts that a request comes with, those that need no more tokens."""
+    return [done for rollout in request.begun if (done := settled(rollout, params)) is not None]
+
+
+def _lines(place: int, request: Request, params: SamplingParams) -> Iterator[_Line]:
+    """What is to be decoded for a request."""
+    prompt = request.prompt
+    if missing := missing_samples(request, params):
+        yield _Line(place, prompt, prompt.tokens, tuple(missing), params.limit())
+    for rollout in request.begun:
+        if settled(rollout, params) is None:
+            room = params.limit(rollout.trained) - rollout.tokens.numel()
+            yield _Line(place, prompt, torch.cat((prompt.tokens, rollout.tokens)), (rollout.sample,), room, rollout)
+
+
+def _missing(requests: Iterable[Request]) -> str:
+    names = [request.prompt.id for request in requests]
     more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
     return f"without an answer: {', '.join(names[:_LISTED])}{more}"
