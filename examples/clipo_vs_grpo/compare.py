@@ -24,6 +24,7 @@ from student import teach
 from task import is_sound, problems, write_rows
 
 from clipo_megatron.config.load import load
+from clipo_megatron.evaluation.estimators import interval
 from clipo_megatron.evaluation.results import read_evaluations
 
 HERE = Path(__file__).resolve().parent
@@ -43,8 +44,6 @@ ARMS: dict[str, list[str]] = {
 }
 BASELINE = "grpo"
 SETS = ("usual", "perturbed")
-# Quantiles of Student's t: 97.5%, by degrees of freedom.
-T_975 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23, 2.20, 2.18, 2.16, 2.14, 2.13, 2.12, 2.11, 2.10)
 
 
 def prepare(home: Path) -> None:
@@ -96,14 +95,6 @@ def accuracy(output: Path, name: str) -> tuple[float, float]:
     """Accuracy on a set before the first step and after the last."""
     found = read_evaluations(output / "eval")
     return found[0].by_source()[name], found[-1].by_source()[name]
-
-
-def interval(differences: list[float]) -> tuple[float, float]:
-    """Mean of paired differences and half its 95% interval over seeds (Student's t); infinite for a single one."""
-    if len(differences) < 2:
-        return differences[0], math.inf
-    error = statistics.stdev(differences) / math.sqrt(len(differences))
-    return statistics.fmean(differences), T_975[min(len(differences) - 2, len(T_975) - 1)] * error
 
 
 def preference(home: Path, arm: str, seeds: list[int]) -> tuple[float, float] | None:
