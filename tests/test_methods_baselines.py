@@ -20,7 +20,7 @@ from clipo_megatron.algorithms.dapo import DAPO
 from clipo_megatron.algorithms.grpo import GRPO, DrGRPO
 from clipo_megatron.algorithms.riskpo import RiskPO
 from clipo_megatron.algorithms.sequence_ratios import GMPO, GSPO
-from clipo_megatron.algorithms.surrogate import PolicyLoss, Surrogate
+from clipo_megatron.algorithms.surrogate import BaselineSettings, PolicyLoss
 from clipo_megatron.config.baseline_options import BundleCredit, WhitenOver
 from clipo_megatron.config.methods import BASELINES
 from clipo_megatron.config.schema import Aggregation, KLPlace, RunConfig
@@ -33,7 +33,7 @@ SEEDS = range(3)
 
 def built(kind: type[PolicyLoss], name: str, **options: Any) -> Any:
     """A baseline with its default clip."""
-    return kind(Surrogate(*BASELINES[name].clip, Aggregation.token_mean, 9), **options)
+    return kind(BaselineSettings(*BASELINES[name].clip, Aggregation.token_mean, 9), **options)
 
 
 def close(ours: Tensor, theirs: list[float]) -> None:

@@ -15,12 +15,12 @@ from clipo_megatron.algorithms.algorithm import Algorithm
 from clipo_megatron.algorithms.conspo import ConSPO
 from clipo_megatron.algorithms.copg import CoPG
 from clipo_megatron.algorithms.disco import DisCO
-from clipo_megatron.algorithms.surrogate import GroupLoss, Surrogate
+from clipo_megatron.algorithms.surrogate import BaselineSettings, GroupLoss
 from clipo_megatron.config.methods import DiscoScore, Penalty
 from clipo_megatron.config.schema import Aggregation
 from clipo_megatron.flow import RolloutTable
 
-SHARED = Surrogate(0.0, 0.0, Aggregation.token_mean, 16)
+SHARED = BaselineSettings(0.0, 0.0, Aggregation.token_mean, 16)
 
 
 def groups_of(table: RolloutTable) -> list[list[int]]:

@@ -13,11 +13,11 @@ from clipo_megatron.algorithms.base import ScoredTokens
 from clipo_megatron.algorithms.build import build_algorithm
 from clipo_megatron.algorithms.kl import KLReward
 from clipo_megatron.algorithms.ppo import PPO, TPPO, CriticWarmup, discounted_sums, tokens_left
-from clipo_megatron.algorithms.surrogate import Surrogate
+from clipo_megatron.algorithms.surrogate import BaselineSettings
 from clipo_megatron.config.schema import Aggregation, KLConfig, KLKind, KLPlace, RunConfig
 from clipo_megatron.flow import RolloutTable
 
-SHARED = Surrogate(0.2, 0.2, Aggregation.token_mean, 16)
+SHARED = BaselineSettings(0.2, 0.2, Aggregation.token_mean, 16)
 GROUPS = {
     "random": [[True, False, True], [False, False, True]],
     "all right": [[True, True, True]],

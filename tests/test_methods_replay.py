@@ -17,7 +17,7 @@ from tiny_models import tiny_llama
 
 from clipo_megatron.algorithms.hpt import HPT
 from clipo_megatron.algorithms.pipo import PIPO
-from clipo_megatron.algorithms.surrogate import Surrogate
+from clipo_megatron.algorithms.surrogate import BaselineSettings
 from clipo_megatron.config.errors import ConfigError
 from clipo_megatron.config.schema import Aggregation, LayoutConfig, PluginConfig, RunConfig
 from clipo_megatron.flow import Experience, Prompt, RolloutTable
@@ -117,7 +117,7 @@ def test_a_resumed_run_trains_on_the_batch_of_before(ranks: RankPool, tmp_path: 
 
 
 def hpt(**options: Any) -> HPT:
-    return HPT(Surrogate(0.2, 0.2, Aggregation.token_mean, 16), **options)
+    return HPT(BaselineSettings(0.2, 0.2, Aggregation.token_mean, 16), **options)
 
 
 def bound(stage: HPT, table: RolloutTable, extra: dict[str, Any] | None = None, truth: str = "3") -> HPT:

@@ -8,7 +8,7 @@ from torch import Tensor
 from clipo_megatron.algorithms.base import Context, ScoredTokens
 from clipo_megatron.algorithms.grpo import STD_EPSILON, group_statistics
 from clipo_megatron.algorithms.ppo import discounted_sums, tokens_left
-from clipo_megatron.algorithms.surrogate import ClippedPolicyLoss, Surrogate
+from clipo_megatron.algorithms.surrogate import BaselineSettings, ClippedPolicyLoss
 from clipo_megatron.config.baseline_options import WhitenOver
 from clipo_megatron.config.schema import KLPlace
 from clipo_megatron.flow import RolloutTable
@@ -43,11 +43,11 @@ class ReinforcePP(ClippedPolicyLoss):
 
     def __init__(
         self,
-        shared: Surrogate,
+        settings: BaselineSettings,
         *,
         over: WhitenOver = WhitenOver.tokens,
     ):
-        super().__init__(shared)
+        super().__init__(settings)
         self.over = over
 
     def bind(self, context: Context) -> None:

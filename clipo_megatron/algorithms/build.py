@@ -13,7 +13,7 @@ from clipo_megatron.algorithms.correction import OffPolicyCorrection
 from clipo_megatron.algorithms.imports import imported
 from clipo_megatron.algorithms.kl import EntropyBonus, KLLoss, KLReward
 from clipo_megatron.algorithms.ppo import CriticWarmup
-from clipo_megatron.algorithms.surrogate import Surrogate
+from clipo_megatron.algorithms.surrogate import BaselineSettings
 from clipo_megatron.config.errors import ConfigError
 from clipo_megatron.config.load import typed_options
 from clipo_megatron.config.methods import BASELINES, PLUGINS, baseline, is_import_path
@@ -63,18 +63,18 @@ def _kl(config: KLConfig, *, per_token: bool) -> Stage:
 
 
 def _baseline(config: RunConfig) -> Stage:
-    settings, method = config.algorithm, baseline(config.algorithm)
+    chosen, method = config.algorithm, baseline(config.algorithm)
     low, high = method.clip or (0.0, 0.0)
-    shared = Surrogate(
-        low if settings.clip_low is None else settings.clip_low,
-        high if settings.clip_high is None else settings.clip_high,
-        settings.aggregation or method.aggregation or Aggregation.token_mean,
-        settings.constant_length or config.rollout.max_new_tokens,
+    settings = BaselineSettings(
+        low if chosen.clip_low is None else chosen.clip_low,
+        high if chosen.clip_high is None else chosen.clip_high,
+        chosen.aggregation or method.aggregation or Aggregation.token_mean,
+        chosen.constant_length or config.rollout.max_new_tokens,
     )
-    if is_import_path(settings.name):
-        return _own(settings.name, settings.options, shared)
-    stage = class_of(BASELINES[settings.name].stage)
-    return stage(shared, **typed_options(method.options, settings.options))
+    if is_import_path(chosen.name):
+        return _own(chosen.name, chosen.options, settings)
+    stage = class_of(BASELINES[chosen.name].stage)
+    return stage(settings, **typed_options(method.options, chosen.options))
 
 
 def class_of(place: str) -> type[Stage]:
@@ -83,11 +83,11 @@ def class_of(place: str) -> type[Stage]:
     return getattr(importlib.import_module(f"clipo_megatron.algorithms.{module}"), name)
 
 
-def _own(place: str, options: dict[str, Any], *shared: Surrogate) -> Stage:
+def _own(place: str, options: dict[str, Any], *settings: BaselineSettings) -> Stage:
     """A user's stage, from a file or an installed package."""
     kind = import_stage(place)
     try:
-        return kind(*shared, **options)
+        return kind(*settings, **options)
     except TypeError as error:
         raise ConfigError(f"{place} cannot be built with options {options}: {error}. Correct its options.") from error
 

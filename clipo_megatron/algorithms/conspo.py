@@ -8,7 +8,7 @@ from torch.nn.functional import softplus
 
 from clipo_megatron.algorithms.base import TokenBatch
 from clipo_megatron.algorithms.schedule import Scheduled
-from clipo_megatron.algorithms.surrogate import GroupLoss, Surrogate
+from clipo_megatron.algorithms.surrogate import BaselineSettings, GroupLoss
 from clipo_megatron.flow import Experience
 
 
@@ -24,14 +24,14 @@ class ConSPO(GroupLoss, Scheduled):
 
     def __init__(
         self,
-        shared: Surrogate,
+        settings: BaselineSettings,
         *,
         tau: float = 10.0,
         margin: float = 0.01,
         margin_steps: int = 100,
         weigh_by_reward: bool = True,
     ):
-        GroupLoss.__init__(self, shared)
+        GroupLoss.__init__(self, settings)
         Scheduled.__init__(self)
         self.tau, self.margin, self.margin_steps = tau, margin, margin_steps
         self.weigh_by_reward = weigh_by_reward

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from clipo_megatron.algorithms.base import Signal, TokenBatch
-from clipo_megatron.algorithms.surrogate import GroupLoss, Surrogate
+from clipo_megatron.algorithms.surrogate import BaselineSettings, GroupLoss
 from clipo_megatron.flow import Experience
 
 
@@ -23,11 +23,11 @@ class CoPG(GroupLoss):
 
     def __init__(
         self,
-        shared: Surrogate,
+        settings: BaselineSettings,
         *,
         beta: float = 0.1,
     ):
-        super().__init__(shared)
+        super().__init__(settings)
         self.beta = beta
 
     def scores(self, tokens: TokenBatch) -> Tensor:

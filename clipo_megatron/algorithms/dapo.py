@@ -7,7 +7,7 @@ from torch import Tensor
 
 from clipo_megatron.algorithms.base import Context
 from clipo_megatron.algorithms.grpo import GRPO
-from clipo_megatron.algorithms.surrogate import Surrogate
+from clipo_megatron.algorithms.surrogate import BaselineSettings
 from clipo_megatron.flow import RolloutTable
 
 CUSHION = 5  # Lmax / Lc of the paper: 20480 / 4096
@@ -29,14 +29,14 @@ class DAPO(GRPO):
 
     def __init__(
         self,
-        shared: Surrogate,
+        settings: BaselineSettings,
         *,
         penalty: float = 1.0,
         longest: int | None = None,
         cushion: int | None = None,
         overlong_filter: bool = False,
     ):
-        super().__init__(shared)
+        super().__init__(settings)
         self.penalty, self.longest, self.cushion, self.overlong_filter = penalty, longest, cushion, overlong_filter
 
     def bind(self, context: Context) -> None:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from clipo_megatron.algorithms.base import TokenBatch
-from clipo_megatron.algorithms.surrogate import GroupLoss, Surrogate
+from clipo_megatron.algorithms.surrogate import BaselineSettings, GroupLoss
 from clipo_megatron.config.methods import DiscoScore, Penalty
 from clipo_megatron.flow import Experience
 
@@ -25,7 +25,7 @@ class DisCO(GroupLoss):
 
     def __init__(
         self,
-        shared: Surrogate,
+        settings: BaselineSettings,
         *,
         score: DiscoScore = DiscoScore.log_likelihood,
         tau: float | None = None,
@@ -34,7 +34,7 @@ class DisCO(GroupLoss):
         penalty: Penalty = Penalty.linear,
         weigh_by_reward: bool = True,
     ):
-        super().__init__(shared)
+        super().__init__(settings)
         self.score, self.tau = score, TAU[score] if tau is None else tau
         self.beta, self.delta, self.penalty, self.weigh_by_reward = beta, delta, penalty, weigh_by_reward
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from clipo_megatron.algorithms.base import Context, Signal
 from clipo_megatron.algorithms.grpo import DrGRPO
-from clipo_megatron.algorithms.surrogate import Surrogate
+from clipo_megatron.algorithms.surrogate import BaselineSettings
 from clipo_megatron.config.errors import ConfigError
 from clipo_megatron.flow import Demonstration, Prompt, RolloutTable
 
@@ -33,13 +33,13 @@ class HPT(DrGRPO):
 
     def __init__(
         self,
-        shared: Surrogate,
+        settings: BaselineSettings,
         *,
         gate: int = 0,
         sft_weight: float = 1.0,
         demonstration: str | None = None,
     ):
-        super().__init__(shared)
+        super().__init__(settings)
         self.gate, self.sft_weight, self.demonstration = gate, sft_weight, demonstration
         self.context: Context | None = None
 

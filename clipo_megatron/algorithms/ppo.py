@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from clipo_megatron.algorithms.base import Context, ScoredTokens, Signal, Stage
-from clipo_megatron.algorithms.surrogate import ClippedPolicyLoss, Surrogate
+from clipo_megatron.algorithms.surrogate import BaselineSettings, ClippedPolicyLoss
 from clipo_megatron.flow import RolloutTable
 
 # Added to the variance of the batch's advantages where they are whitened.
@@ -42,14 +42,14 @@ class PPO(ClippedPolicyLoss):
 
     def __init__(
         self,
-        shared: Surrogate,
+        settings: BaselineSettings,
         *,
         lam: float = 0.95,
         critic_lam: float | None = None,
         gamma: float = 1.0,
         whiten: bool = True,
     ):
-        super().__init__(shared)
+        super().__init__(settings)
         self.lam, self.critic_lam, self.gamma, self.whiten = lam, critic_lam, gamma, whiten
 
     def advantage(self, table: RolloutTable, reward: Tensor) -> Tensor:
@@ -106,7 +106,7 @@ class TPPO(PPO):
 
     def __init__(
         self,
-        shared: Surrogate,
+        settings: BaselineSettings,
         *,
         lam: float = 0.95,
         critic_lam: float | None = None,
@@ -115,7 +115,7 @@ class TPPO(PPO):
         critic_learns_windows: bool = True,
     ):
         super().__init__(
-            shared,
+            settings,
             lam=lam,
             critic_lam=critic_lam,
             gamma=gamma,

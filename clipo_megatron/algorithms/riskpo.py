@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from clipo_megatron.algorithms.grpo import STD_EPSILON, group_statistics
-from clipo_megatron.algorithms.surrogate import ClippedPolicyLoss, Surrogate
+from clipo_megatron.algorithms.surrogate import BaselineSettings, ClippedPolicyLoss
 from clipo_megatron.config.baseline_options import BundleCredit
 from clipo_megatron.flow import RolloutTable
 
@@ -37,7 +37,7 @@ class RiskPO(ClippedPolicyLoss):
 
     def __init__(
         self,
-        shared: Surrogate,
+        settings: BaselineSettings,
         *,
         bundle: int = 5,
         alpha: float = 0.2,
@@ -48,7 +48,7 @@ class RiskPO(ClippedPolicyLoss):
         by_std: bool = False,
         credit: BundleCredit = BundleCredit.uniform,
     ):
-        super().__init__(shared)
+        super().__init__(settings)
         self.bundle, self.levels, self.tail, self.rate = bundle, (alpha, beta), tail, rate
         self.by_std, self.credit = by_std, credit
         self.quantiles: list[float] | None = None if start is None else [start, start]

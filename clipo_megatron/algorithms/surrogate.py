@@ -13,7 +13,7 @@ from clipo_megatron.flow import RolloutTable
 
 
 @dataclass(frozen=True, slots=True)
-class Surrogate:
+class BaselineSettings:
     """The settings that all baselines share.
 
     Attributes:
@@ -32,9 +32,9 @@ class PolicyLoss(Stage):
     """A baseline: what gives advantages, and the weight of each token in the loss. Subclasses take their own options
     after the shared settings, by name."""
 
-    def __init__(self, shared: Surrogate):
-        self.clip_low, self.clip_high = shared.clip_low, shared.clip_high
-        self.aggregation, self.constant_length = shared.aggregation, shared.constant_length
+    def __init__(self, settings: BaselineSettings):
+        self.clip_low, self.clip_high = settings.clip_low, settings.clip_high
+        self.aggregation, self.constant_length = settings.aggregation, settings.constant_length
 
     def token_weight(self, table: RolloutTable, rows: Tensor) -> Tensor:
         """Weight of each response token over global counts, [B] float32.
