@@ -12,9 +12,9 @@ import torch.distributed as dist
 from clipo_megatron.config.model_folder import hf_folder
 from clipo_megatron.config.schema import EngineKind, RunConfig, Transport, Unfinished
 from clipo_megatron.device import platform
-from clipo_megatron.policy.actor import PolicyActor
 from clipo_megatron.policy.layout import Layout
 from clipo_megatron.policy.model import TORCH_DTYPE
+from clipo_megatron.policy.policy import Policy
 from clipo_megatron.rollout.engine import Engine, InFlight, Memory
 from clipo_megatron.rollout.local import LocalEngine
 from clipo_megatron.rollout.pool import ServerPool
@@ -67,10 +67,10 @@ def build_engine(config: RunConfig, layout: Layout, tokenizer: Any, say: Callabl
     return pool
 
 
-def build_sync(config: RunConfig, actor: PolicyActor, engine: Engine | None) -> WeightSync:
+def build_sync(config: RunConfig, policy: Policy, engine: Engine | None) -> WeightSync:
     """How this rank takes part in giving the policy's weights to the engine."""
     if config.rollout.engine is EngineKind.local:
-        return InProcessSync(actor, engine)
+        return InProcessSync(policy, engine)
     rollout = config.rollout
     default = Transport.broadcast if rollout.engine is EngineKind.sglang else Transport.disk
     transport = rollout.sync.transport or default
@@ -82,5 +82,5 @@ def build_sync(config: RunConfig, actor: PolicyActor, engine: Engine | None) -> 
         options["model"] = Path(config.model.path)
         options["folder"] = Path(rollout.sync.folder or Path(config.train.output) / "weights")
     kind = {Transport.broadcast: BroadcastSync, Transport.disk: DiskSync, Transport.ipc: IpcSync}[transport]
-    sync = kind(Shard.of(actor), engine, rollout.sync, **options)
-    return ColocatedSync(sync, actor, engine) if rollout.colocated else sync
+    sync = kind(Shard.of(policy), engine, rollout.sync, **options)
+    return ColocatedSync(sync, policy, engine) if rollout.colocated else sync

@@ -1,4 +1,4 @@
-"""The policy on its ranks: scores rollouts, learns from them, and gives its weights away."""
+"""The policy in training on its ranks: scores rollouts and learns from them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ from torch import Tensor
 from clipo_megatron.algorithms.algorithm import Algorithm
 from clipo_megatron.algorithms.base import Signal, TokenBatch
 from clipo_megatron.algorithms.kl import kl_estimate
-from clipo_megatron.config.model_folder import hf_folder
 from clipo_megatron.config.schema import RunConfig
 from clipo_megatron.device import platform
 from clipo_megatron.flow import Experience, MicroBatch, MiniBatch, RolloutTable
@@ -24,36 +23,25 @@ from clipo_megatron.policy.contrastive import ContrastiveActor
 from clipo_megatron.policy.critic import CriticActor
 from clipo_megatron.policy.exchange import from_last_stage, share_from_last_stage
 from clipo_megatron.policy.layout import Layout
-from clipo_megatron.policy.loading import load_stage
-from clipo_megatron.policy.model import TORCH_DTYPE, build_stages, transformer_config
 from clipo_megatron.policy.optimizer import PolicyOptimizer, data_parallel
 from clipo_megatron.policy.pipeline import run_pipeline, summed_metrics
-from clipo_megatron.weights.export import ExportPlan, export, plan_export
-from clipo_megatron.weights.families import model_spec
-from clipo_megatron.weights.spec import ModelSpec, read_config
+from clipo_megatron.policy.policy import Policy
 
 
-class PolicyActor:
-    """One rank's part of the policy. Every method is collective: all ranks call it, in the same order.
+class PolicyActor(Policy):
+    """The policy with all that training needs: optimizer, contrastive head, critic, reference policy.
 
-    Raises:
-        ValueError: the layout divides experts as this machine's communication cannot.
-        WeightsError: the folder cannot be used, or not in this layout.
+    Args:
+        config: of the run.
+        layout: of the ranks.
+        needs: of the algorithm.
+        total_steps: updates of the run, as the schedule of the learning rate counts them.
     """
 
     def __init__(self, config: RunConfig, layout: Layout, *, needs: frozenset[str], total_steps: int):
-        self.config = config
-        self.layout = layout
+        super().__init__(config, layout)
         self.needs = needs
         self.batcher = Batcher.of(config, layout)
-        self.spec = model_spec(read_config(hf_folder(config.model.path)))
-        _check_experts(self.spec, layout)
-        self.stages = layout.division.stages(self.spec.num_layers)
-        self.transformer = transformer_config(self.spec, config.model, layout)
-        with platform().cuda_tensor_names():
-            (self.stage,) = build_stages(self.spec, self.transformer, layout)
-            self.stage.to(device=platform().device, dtype=TORCH_DTYPE[config.model.dtype])
-        load_stage(self.stage, config.model.path, layout)
         self.model = data_parallel(self.stage, self.transformer, config.optimizer)
         self.optimizer = PolicyOptimizer(
             self.model, config.optimizer, dtype=config.model.dtype, total_steps=total_steps
@@ -70,8 +58,6 @@ class PolicyActor:
             if Signal.reference_logprobs in needs
             else None
         )
-        # Names, shapes and owners of the Hugging Face tensors this policy exports.
-        self.export_plan: ExportPlan = plan_export(self.spec, layout.division, dtype=TORCH_DTYPE[config.model.dtype])
         # Mean response states [b, H] float32 of this rank's rollouts that were scored last, and their rows [b]: on the
         # last stage, where the algorithm needs them or somebody wants those of the step.
         self.pooled: tuple[Tensor, Tensor] | None = None
@@ -310,11 +296,7 @@ class PolicyActor:
         """Drive Megatron's pipeline schedule; `last_stage(micro, hidden)` ends each forward."""
         return run_pipeline(self.model, micro_batches, last_stage, forward_only=forward_only)
 
-    # --- weights and state ---------------------------------------------------------------------------------------
-
-    def export(self) -> Iterator[tuple[str, Tensor]]:
-        """The policy's weights by Hugging Face name, whole, on every rank, bucket by bucket."""
-        return export(self.export_plan, [dict(self.stage.named_parameters())], self.layout.holder)
+    # --- memory and the reference --------------------------------------------------------------------------------
 
     def release_memory(self) -> None:
         """Free what only training needs: gradients, and optimizer state, reference policy and critic into host memory.
@@ -368,12 +350,3 @@ def tokens_of(micro: MicroBatch, logprobs: Tensor, entropy: Tensor | None = None
         entropy=entropy,
         signals=micro.signals,
     )
-
-
-def _check_experts(spec: ModelSpec, layout: Layout) -> None:
-    division = layout.division
-    if spec.experts is not None and division.ep > 1 and division.expert_tp > 1 and not platform().has_gpu:
-        raise ValueError(
-            f"experts over ep {division.ep} ranks cannot each be divided over etp {division.expert_tp} more on a CPU, "
-            "whose communication knows no gathering of unequal parts; set layout.etp=1"
-        )

@@ -66,7 +66,7 @@ class Colocation:
 
 
 class Trainee(Protocol):
-    """Whoever trains on the shared GPUs: a `PolicyActor`."""
+    """Whoever holds the policy on the shared GPUs: a `Policy`."""
 
     def release_memory(self) -> None:
         """Free what only training needs; the weights stay."""

@@ -28,7 +28,7 @@ class Shard:
 
     @classmethod
     def of(cls, actor: Any) -> Shard:
-        """From a `PolicyActor`."""
+        """From a `Policy`."""
         return cls(
             spec=actor.spec,
             division=actor.layout.division,
