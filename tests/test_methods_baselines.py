@@ -253,6 +253,39 @@ def test_losses_and_gradients_of_tokens(name: str, kind: type[PolicyLoss], scale
     close(stage.loss(weighed), [a * float(b) for a, b in zip(expected, weighed.importance, strict=True)])
 
 
+@pytest.mark.parametrize("scale", [0.01, 0.3, 4.0])
+@pytest.mark.parametrize(("name", "kind"), [("gspo", GSPO), ("gmpo", GMPO)])
+def test_credits_of_single_tokens_reach_their_tokens(name: str, kind: type[PolicyLoss], scale: float) -> None:
+    """Value and clip by the whole rollout, the gradient of each token by its own advantage and importance weight."""
+    table, _ = table_of(CASES["random"], 1)
+    tokens = tokens_of(table, 2)
+    generator = torch.Generator().manual_seed(4)
+    noise, advantages, weights = (torch.randn(tokens.rows.numel(), generator=generator).double() for _ in range(3))
+    tokens.logprobs = (tokens.old_logprobs + 0.5 * scale * noise).requires_grad_()
+    tokens.advantages = torch.where(weights > 1, 0.0, advantages)  # some tokens shall not learn
+    tokens.importance = weights.abs()
+    stage = built(kind, name)
+    losses = stage.loss(tokens)
+    losses.sum().backward()
+    values, slopes = [0.0] * noise.numel(), [0.0] * noise.numel()
+    logs = (tokens.logprobs.detach() - tokens.old_logprobs).tolist()
+    A, weight, low, high = tokens.advantages.tolist(), tokens.importance.tolist(), stage.clip_low, stage.clip_high
+    for row in range(table.size):
+        places = [place for place in range(len(logs)) if int(tokens.rollout[place]) == row]
+        held = {p: min(logs[p], high) if A[p] > 0 else max(logs[p], -low) for p in places}
+        inside = logs if name == "gspo" else held
+        s = math.exp(math.fsum(inside[place] for place in places) / len(places))
+        for p in places:
+            if name == "gspo":
+                free, bound = s * A[p], min(max(s, 1 - low), 1 + high) * A[p]
+                values[p], slopes[p] = -weight[p] * min(free, bound), -weight[p] * free * (free <= bound)
+            else:
+                values[p], slopes[p] = -weight[p] * s * A[p], -weight[p] * s * A[p] * (held[p] == logs[p])
+    close(losses.detach(), values)
+    close(tokens.logprobs.grad, slopes)
+    assert not tokens.logprobs.grad[tokens.advantages == 0].any()
+
+
 # --- RiskPO ------------------------------------------------------------------------------------------------------
 
 
