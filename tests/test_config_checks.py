@@ -9,10 +9,12 @@ from clipo_megatron.config.checks import check, data_parallel, requested_ranks, 
 from clipo_megatron.config.checks_rollout import is_loopback, transport_of
 from clipo_megatron.config.errors import ConfigError
 from clipo_megatron.config.schema import (
+    Anchors,
     CorrectionKind,
     DataConfig,
     EngineKind,
     LayoutConfig,
+    Level,
     ModelConfig,
     RunConfig,
     SourceConfig,
@@ -140,7 +142,20 @@ def test_intermediate_size(config, folder):
         ({"layout__tp": 2, "layout__dp": 2}, 8, "layout.dp", "Start 4 ranks"),
         ({"layout__dp": 32}, None, "data.prompts_per_step", "32 model replicas"),
         ({"data__prompts_per_step": 15, "algorithm__mini_batches": 4}, None, "data.prompts_per_step", "12 or 16"),
-        ({"rollout__samples_per_prompt": 1}, None, "rollout.samples_per_prompt", "group of one"),
+        (
+            {"layout__dp": 6, "data__prompts_per_step": 8, "algorithm__mini_batches": 4}
+            | {"rollout__samples_per_prompt": 2},
+            None,
+            "data.prompts_per_step",
+            "2 prompts with 2 rollouts each, and not all of the 6 model replicas would get one. Set it to 12 or more",
+        ),
+        ({"rollout__samples_per_prompt": 1}, None, "rollout.samples_per_prompt", "CLIPO with clipo.level = group"),
+        (
+            {"rollout__samples_per_prompt": 1, "clipo__level": Level.batch},
+            None,
+            "rollout.samples_per_prompt",
+            "the advantages of grpo are against the prompt's other rollouts",
+        ),
         ({"rollout__samples_per_prompt": 0}, None, "rollout.samples_per_prompt", "at least 1"),
         ({"rollout__max_new_tokens": 4000}, None, "rollout.max_new_tokens", "3584 or less"),
         ({"eval__max_new_tokens": 4000}, None, "eval.max_new_tokens", "3584 or less"),
@@ -148,6 +163,7 @@ def test_intermediate_size(config, folder):
         ({"clipo__temperature": 0.0}, None, "clipo.temperature", "above 0"),
         ({"clipo__weight": -0.1}, None, "clipo.weight", "at least 0"),
         ({"clipo__floor": 0.5}, None, "clipo.floor", "0 or less"),
+        ({"clipo__anchors": Anchors.wrong}, None, "clipo.anchors", "correct anchors alone"),
         ({"clipo__warmup_steps": 100}, None, "clipo.warmup_steps", "never give a bonus"),
         ({"algorithm__clip_low": 1.0}, None, "algorithm.clip_low", "below 1"),
         ({"algorithm__clip_high": -0.2}, None, "algorithm.clip_high", "at least 0"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,9 @@ from tiny_models import tiny_llama, tiny_qwen2
 from update_steps import VOCAB
 
 from clipo_megatron.config.checks_methods import method_problems
+from clipo_megatron.config.errors import ConfigError
 from clipo_megatron.config.schema import DType, KLConfig, KLPlace, LayoutConfig, RunConfig
-from clipo_megatron.policy.critic import value_loss
+from clipo_megatron.policy.critic import CriticActor, same_vocabulary, value_loss
 
 TOLERANCE = 1e-5
 
@@ -111,20 +113,35 @@ def test_value_loss_holds_values_back() -> None:
     assert values.grad.tolist() == pytest.approx([0.0, 0.5, -1.5, -0.9])
 
 
-@pytest.mark.parametrize(
-    ("settings", "words"),
-    [
-        ({"clip": 0.0}, "critic.clip = 0.0: values could not move at all"),
-        ({"path": "nowhere"}, "critic.path = nowhere: there is no such folder"),
-    ],
-)
-def test_what_is_refused(settings: dict[str, Any], words: str) -> None:
+def test_values_that_cannot_move_are_refused() -> None:
     config = RunConfig()
-    config.algorithm.name = "ppo"
-    for key, value in settings.items():
-        setattr(config.critic, key, value)
+    config.algorithm.name, config.critic.clip = "ppo", 0.0
     (problem,) = map(str, method_problems(config))
-    assert words in problem
+    assert "critic.clip = 0.0: values could not move at all" in problem
+
+
+def test_a_critic_of_other_tokens_is_refused(tmp_path: Path) -> None:
+    """Where embeddings have one size, by the tokenizers, as they are in the folders."""
+
+    def folder(name: str, vocabulary: object, added: object = (), size: int = 4) -> str:
+        path = tmp_path / name
+        path.mkdir()
+        (path / "config.json").write_text(json.dumps({"vocab_size": size}))
+        (path / "tokenizer.json").write_text(json.dumps({"model": {"vocab": vocabulary}, "added_tokens": added}))
+        return str(path)
+
+    policy = folder("policy", {"a": 0, "b": 1}, [{"id": 2, "content": "<end>"}])
+    same_vocabulary(folder("same", [["a", -1.0], ["b", -2.0]]), policy)
+    with pytest.raises(ConfigError, match=r"critic.path = .*other: its token 1 is 'c', and that of model.path is 'b'"):
+        same_vocabulary(folder("other", {"a": 0, "c": 1}), policy)
+    with pytest.raises(ConfigError, match=r"its token 2 is '<pad>', and that of model.path is '<end>'"):
+        same_vocabulary(folder("added", {"a": 0}, [{"id": 2, "content": "<pad>"}]), policy)
+    with pytest.raises(ConfigError, match=r"its vocab_size is 5, and that of model.path is 4"):
+        same_vocabulary(folder("larger", {"a": 0}, size=5), policy)
+    config = RunConfig()
+    config.model.path, config.critic.path = policy, str(tmp_path / "other")
+    with pytest.raises(ConfigError, match=r"its token 1 is 'c'"):
+        CriticActor(config, layout=None, total_steps=1)
 
 
 def test_a_section_that_nobody_reads_is_refused() -> None:

@@ -5,7 +5,6 @@ They read nothing heavier than the model's config.json, import no torch, and tak
 
 from __future__ import annotations
 
-import json
 import math
 from collections import Counter
 from collections.abc import Iterator
@@ -14,26 +13,15 @@ from pathlib import Path
 from typing import Any
 
 from clipo_megatron.config.checks_evaluation import evaluation_problems
-from clipo_megatron.config.checks_layout import division_problems
 from clipo_megatron.config.checks_methods import method_problems
+from clipo_megatron.config.checks_model import model_problems
 from clipo_megatron.config.checks_report import report_problems
 from clipo_megatron.config.checks_rollout import rollout_problems
 from clipo_megatron.config.checks_windows import window_problems
 from clipo_megatron.config.errors import ConfigError, Problem
-from clipo_megatron.config.methods import baseline
-from clipo_megatron.config.model_folder import hf_folder, is_checkpoint
-from clipo_megatron.config.schema import EngineKind, LayoutConfig, RunConfig, SourceConfig
+from clipo_megatron.config.methods import baseline, is_import_path
+from clipo_megatron.config.schema import Anchors, LayoutConfig, Level, RunConfig, SourceConfig
 
-ARCHITECTURES = (
-    "LlamaForCausalLM",
-    "MistralForCausalLM",
-    "Phi3ForCausalLM",
-    "Qwen2ForCausalLM",
-    "Qwen3ForCausalLM",
-    "Qwen3MoeForCausalLM",
-)
-# Architectures all of whose layers have `sliding_window`, and what they have where config.json does not say.
-WINDOWS = {"MistralForCausalLM": 4096, "Phi3ForCausalLM": None}
 SCHEDULES = ("constant", "linear", "cosine")
 PERTURBABLE = ("gsm_symbolic", "simple_equations")  # generators whose problems have changed forms
 DATA_SUFFIXES = (".parquet", ".jsonl")
@@ -55,12 +43,12 @@ def check(config: RunConfig, *, ranks: int | None = None, absent: bool = False) 
     """
     problems = [
         *_layout(config, ranks),
-        *_model(config, ranks),
+        *model_problems(config, data_parallel(config.layout, ranks)),
         *_data(config),
         *_batch(config, ranks),
         *_numbers(config),
         *rollout_problems(config),
-        *window_problems(config, data_parallel(config.layout, ranks)),
+        *window_problems(config),
         *evaluation_problems(config),
         *method_problems(config),
         *report_problems(config),
@@ -128,80 +116,6 @@ def _multiples(near: int, unit: int) -> str:
     return f"{below} or {above}" if below else str(above)
 
 
-def _model(config: RunConfig, ranks: int | None) -> Iterator[Problem]:
-    folder = Path(config.model.path)
-    key, value = "model.path", config.model.path
-    if not folder.is_dir():
-        reason = "there is no such folder" + ("" if folder.is_absolute() else f" below {Path.cwd()}")
-        remedy = "Give the path of a Hugging Face model folder on this machine"
-        yield Problem(key, reason, remedy, value, absent=True)
-        return
-    converted = is_checkpoint(folder)
-    if converted and not (hf_folder(folder) / "config.json").is_file():
-        reason = "it is a checkpoint without hf/config.json, from before those were kept"
-        yield Problem(key, reason, "Convert it (clipo convert to-hf CHECKPOINT OUT --hf MODEL) and give OUT", value)
-        return
-    if converted and config.rollout.engine is not EngineKind.local:
-        reason = f"it is a checkpoint, and {config.rollout.engine.value} serves Hugging Face folders"
-        yield Problem(key, reason, f"Run `clipo convert to-hf {folder} OUT` and set model.path to OUT", value)
-        return
-    weights, folder = folder, hf_folder(folder)
-    file = folder / "config.json"
-    try:
-        facts = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        reason = "the folder has no config.json"
-        yield Problem(key, reason, "Give a Hugging Face model folder (config.json, *.safetensors, tokenizer)", value)
-        return
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        yield Problem(key, f"{file.name} is no valid JSON ({error})", "Fetch the model folder again", value)
-        return
-    architectures = facts.get("architectures") or ["none"]
-    if architectures[0] not in ARCHITECTURES:
-        reason = f"its architecture is {architectures[0]}"
-        yield Problem(key, reason, f"Supported are {', '.join(ARCHITECTURES)}", value)
-        return
-    if not converted and not any(weights.glob("*.safetensors")):
-        yield Problem(key, "the folder has no *.safetensors", "Fetch the weights as safetensors", value)
-    if not _has_chat_template(folder):
-        reason = "its tokenizer has no chat template, so prompts cannot be rendered"
-        yield Problem(key, reason, "Use an instruct model, or add a chat_template.jinja to the folder", value)
-    yield from division_problems(config.layout, facts, data_parallel(config.layout, ranks))
-    yield from _window(config, facts)
-    longest, limit = config.data.max_prompt_tokens, facts.get("max_position_embeddings")
-    for setting, new_tokens in (
-        ("rollout.max_new_tokens", config.rollout.max_new_tokens),
-        ("eval.max_new_tokens", config.eval.max_new_tokens),
-    ):
-        if limit and new_tokens is not None and longest + new_tokens > limit:
-            reason = f"with data.max_prompt_tokens = {longest} a sequence can reach {longest + new_tokens} tokens"
-            room = limit - longest
-            remedy = f"Set it to {room} or less" if room > 0 else "Lower data.max_prompt_tokens first"
-            yield Problem(setting, f"{reason}, and the model takes {limit}", remedy, new_tokens)
-
-
-def _window(config: RunConfig, facts: dict[str, Any]) -> Iterator[Problem]:
-    """Whether the engine computes the model's sliding window, where sequences are long enough for it to matter."""
-    architecture = facts["architectures"][0]
-    window = facts.get("sliding_window", WINDOWS[architecture]) if architecture in WINDOWS else None
-    if window is None or config.rollout.engine is not EngineKind.sglang:
-        return
-    longest = config.data.max_prompt_tokens + max(config.rollout.max_new_tokens, config.eval.max_new_tokens or 0)
-    if longest > window:
-        reason = f"SGLang's {architecture} attends to the whole sequence, but the model's sliding_window is {window}"
-        remedy = f"Set rollout.engine to vllm, or keep sequences within {window} tokens (they can reach {longest})"
-        yield Problem("rollout.engine", reason, remedy, config.rollout.engine)
-
-
-def _has_chat_template(folder: Path) -> bool:
-    if (folder / "chat_template.jinja").is_file() or (folder / "chat_template.json").is_file():
-        return True
-    try:
-        return bool(json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8")).get("chat_template"))
-    except (FileNotFoundError, json.JSONDecodeError):
-        return False
-
-
 def _data(config: RunConfig) -> Iterator[Problem]:
     if not config.data.train:
         remedy = "Add a source, such as `data.train=[{path: train.parquet}]`"
@@ -261,12 +175,37 @@ def _batch(config: RunConfig, ranks: int | None) -> Iterator[Problem]:
     if 1 <= prompts < replicas:
         reason = f"there are {replicas} model replicas, and each needs at least one prompt"
         yield Problem(key, reason, f"Set it to {replicas} or more, or use fewer ranks", prompts)
-    if samples == 1 and (config.clipo.enabled or not baseline(config.algorithm).single):
-        asking = (
-            "CLIPO compares the rollouts of a prompt" if config.clipo.enabled else "the baseline is the group's mean"
-        )
+    elif mini >= 1 and samples >= 1 and mini <= prompts:
+        yield from _mini_batches(config, replicas)
+    if samples == 1 and (asking := _compares(config)):
         reason = f"{asking}, and a group of one has nothing to compare"
         yield Problem("rollout.samples_per_prompt", reason, "Set it to 2 or more; 8 or 16 are usual", samples)
+
+
+def _mini_batches(config: RunConfig, replicas: int) -> Iterator[Problem]:
+    """Whether every replica gets a rollout of every mini-batch."""
+    prompts, mini = config.data.prompts_per_step, config.algorithm.mini_batches
+    # With windows a prompt may have a single rollout that has not ended before.
+    windows, samples = config.rollout.window_tokens is not None, config.rollout.samples_per_prompt
+    each = 1 if windows else samples
+    if prompts // mini * each < replicas:
+        counted = f"{prompts // mini} prompts, each with as few as one rollout that goes on"
+        counted = counted if windows else f"{prompts // mini} prompts with {samples} rollouts each"
+        reason = f"a mini-batch has {counted}, and not all of the {replicas} model replicas would get one"
+        remedy = f"Set it to {mini * -(-replicas // each)} or more, or lower algorithm.mini_batches"
+        yield Problem("data.prompts_per_step", reason, remedy, prompts)
+
+
+def _compares(config: RunConfig) -> str | None:
+    """Who needs several rollouts of a prompt, as a clause; None: nobody, as far as can be said of one's own classes."""
+    clipo, algorithm = config.clipo, config.algorithm
+    if clipo.enabled and clipo.level is not Level.batch:
+        return f"CLIPO with clipo.level = {clipo.level.value} compares the rollouts of a prompt"
+    if is_import_path(algorithm.name) or baseline(algorithm).single:
+        return None
+    if baseline(algorithm).aggregation is None:
+        return f"the loss of {algorithm.name} compares the rollouts of a prompt"
+    return f"the advantages of {algorithm.name} are against the prompt's other rollouts"
 
 
 def _numbers(config: RunConfig) -> Iterator[Problem]:
@@ -387,6 +326,10 @@ def _choices(config: RunConfig) -> Iterator[Problem]:
     if clipo.enabled and 0 < config.train.steps <= clipo.warmup_steps:
         reason = f"the run has train.steps = {config.train.steps}, so the head would never give a bonus"
         yield Problem("clipo.warmup_steps", reason, "Lower it", clipo.warmup_steps)
+    if clipo.enabled and clipo.anchors is Anchors.wrong and clipo.weight:
+        reason = "a bonus goes to correct anchors alone, so none would ever be paid"
+        remedy = "Set it to correct or both, or clipo.weight to 0 to train the head without a bonus"
+        yield Problem("clipo.anchors", reason, remedy, clipo.anchors)
     if config.checkpoint.keep_best and not (config.data.eval and config.eval.every):
         reason = "checkpoints are compared by held-out accuracy, and none is measured during training"
         remedy = "Give data.eval problems and set eval.every, or set it to 0"

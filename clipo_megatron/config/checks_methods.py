@@ -48,10 +48,6 @@ def _critic(config: RunConfig) -> Iterator[Problem]:
         yield Problem(
             "critic.clip", "values could not move at all", "Set it above 0, or to null for no clipping", settings.clip
         )
-    if settings.path is not None and not Path(settings.path).is_dir():
-        reason = "there is no such folder" + ("" if Path(settings.path).is_absolute() else f" below {Path.cwd()}")
-        remedy = "Give the path of a Hugging Face model folder, or null to start from the policy's weights"
-        yield Problem("critic.path", reason, remedy, settings.path, absent=True)
     own = is_import_path(algorithm.name) or any(is_import_path(plugin.name) for plugin in algorithm.plugins)
     if settings != CriticConfig() and not own and not baseline(algorithm).critic:
         reason = f"{algorithm.name} has no critic, so the section would be ignored"

@@ -9,8 +9,8 @@ from clipo_megatron.config.methods import baseline, is_import_path, refill_round
 from clipo_megatron.config.schema import RunConfig
 
 
-def window_problems(config: RunConfig, replicas: int) -> Iterator[Problem]:
-    """What rollouts that grow from step to step go with; `replicas` of the policy, over data-parallel ranks."""
+def window_problems(config: RunConfig) -> Iterator[Problem]:
+    """What rollouts that grow from step to step go with; `checks` holds mini-batches against the replicas."""
     rollout, algorithm = config.rollout, config.algorithm
     key, window = "rollout.window_tokens", rollout.window_tokens
     if window is None:
@@ -34,8 +34,3 @@ def window_problems(config: RunConfig, replicas: int) -> Iterator[Problem]:
     if config.layout.share_prompts:
         reason = "rollouts of a group that grow in windows go on from different tokens"
         yield Problem("layout.share_prompts", reason, f"Leave it unset, or set {key} to null", True)
-    mini = algorithm.mini_batches
-    if replicas <= config.data.prompts_per_step < replicas * mini:
-        reason = f"a mini-batch may be so few rollouts that the {replicas} model replicas have none each"
-        remedy = f"Set it to {replicas * mini} or more, or algorithm.mini_batches lower"
-        yield Problem("data.prompts_per_step", reason, remedy, config.data.prompts_per_step)

@@ -21,7 +21,7 @@ class ConspoOptions:
     tau: float = 10.0  # scale of mean log-probs
     margin: float = 0.01  # nats a token by which correct rollouts shall lead
     margin_steps: int = 100  # over which the margin rises from 0; 0: it is there at once
-    weigh_by_reward: bool = True  # correct rollouts count by their shaped reward: 1 each without a bonus
+    weigh_by_reward: bool = True  # correct rollouts count as 1 and what was added to their reward, at least 0
 
 
 @dataclass

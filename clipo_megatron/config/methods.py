@@ -78,7 +78,7 @@ class DiscoOptions:
     beta: float = 1.0e3  # of the penalty on KL(old || new)
     delta: float = 1.0e-4  # KL without penalty, nats a token
     penalty: Penalty = Penalty.linear  # of the KL beyond delta
-    weigh_by_reward: bool = True  # correct rollouts count by their shaped reward: 1 each without a bonus
+    weigh_by_reward: bool = True  # correct rollouts count as 1 and what was added to their reward, at least 0
 
 
 @dataclass

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 
@@ -18,3 +19,16 @@ def is_checkpoint(path: str | os.PathLike[str]) -> bool:
 def hf_folder(path: str | os.PathLike[str]) -> Path:
     """Where a model's config.json and tokenizer are."""
     return Path(path) / HF_FILES if is_checkpoint(path) else Path(path)
+
+
+def tokens_of(path: str | os.PathLike[str]) -> dict[int, str] | None:
+    """Text of each token id, as a model's tokenizer.json has it; None where there is no such file that can be read."""
+    try:
+        content = json.loads((hf_folder(path) / "tokenizer.json").read_text(encoding="utf-8"))
+        words = content["model"]["vocab"]
+        pairs = words.items() if isinstance(words, dict) else ((word, index) for index, (word, _) in enumerate(words))
+        return {index: word for word, index in pairs} | {
+            each["id"]: each["content"] for each in content.get("added_tokens", ())
+        }
+    except (OSError, ValueError, KeyError, TypeError):
+        return None

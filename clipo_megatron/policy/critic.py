@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from clipo_megatron.config.model_folder import hf_folder
+from clipo_megatron.config.errors import ConfigError, Problem
+from clipo_megatron.config.model_folder import hf_folder, tokens_of
 from clipo_megatron.config.schema import RunConfig
 from clipo_megatron.device import platform
 from clipo_megatron.flow import MicroBatch
@@ -33,12 +34,15 @@ class CriticActor:
 
     Raises:
         WeightsError: the folder cannot be used, or not in this layout.
+        ConfigError: it is of another vocabulary than the policy.
     """
 
     def __init__(self, config: RunConfig, layout: Layout, *, total_steps: int):
         self.config, self.layout = config, layout
         settings = config.critic
         path = settings.path or config.model.path
+        if settings.path is not None:
+            same_vocabulary(settings.path, config.model.path)
         self.spec = model_spec(read_config(hf_folder(path)))
         transformer = transformer_config(self.spec, config.model, layout)
         with platform().cuda_tensor_names():
@@ -175,6 +179,28 @@ class CriticActor:
             weights.copy_(copy)
         self._away = []
         self.optimizer.restore_memory()
+
+
+def same_vocabulary(path: str, policy: str) -> None:
+    """Hold the tokens of the folder that a critic starts from against the policy's, whose ids it reads.
+
+    Tokenizers are compared where both folders have a tokenizer.json; a token that one alone has is no contradiction.
+
+    Raises:
+        ConfigError: the embeddings differ in size, or an id is another token.
+    """
+    sizes = [read_config(hf_folder(each)).get("vocab_size") for each in (path, policy)]
+    remedy = "Choose a model with the policy's vocabulary, or null to start from the policy's weights"
+    if sizes[0] != sizes[1]:
+        reason = f"its vocab_size is {sizes[0]}, and that of model.path is {sizes[1]}; it reads the policy's tokens"
+        raise ConfigError([Problem("critic.path", reason, remedy, path)])
+    own, others = tokens_of(path), tokens_of(policy)
+    if own is None or others is None:
+        return
+    differing = min((token for token in own.keys() & others.keys() if own[token] != others[token]), default=None)
+    if differing is not None:
+        reason = f"its token {differing} is {own[differing]!r}, and that of model.path is {others[differing]!r}"
+        raise ConfigError([Problem("critic.path", f"{reason}; it reads the policy's tokens", remedy, path)])
 
 
 def value_loss(values: Tensor, old: Tensor, returns: Tensor, clip: float | None) -> tuple[Tensor, Tensor]:
