@@ -30,6 +30,7 @@ class Series:
     high: Sequence[float] | None = None
     dashed: bool = False
     marks: bool = False  # a dot a point, with an interval where low and high are there
+    shift: float = 0.0  # pixels to the right, so that marks of several lines do not hide each other
 
 
 def line_chart(
@@ -63,12 +64,14 @@ def line_chart(
     first, last = min(min(s.xs) for s in series), max(max(s.xs) for s in series)
     if first == last:
         first, last = first - 0.5, last + 0.5
-    across = Scale(first, last, LEFT, width - RIGHT)
+    inside = max((abs(each.shift) for each in series), default=0.0)
+    inside += 8 if inside else 0
+    across = Scale(first, last, LEFT + inside, width - RIGHT - inside)
     up = Scale(low, high, height - BOTTOM, TOP)
-    parts = [frame(across, up, x=x, y=y, share=share, width=width, height=height)]
+    parts = [frame(across, up, x=x, y=y, share=share, width=width, height=height, inside=inside)]
     parts += [_drawn(each, across, up, smooth=smooth) for each in series]
     facts = {
-        "x": [first, last, LEFT, width - RIGHT],
+        "x": [first, last, across.start, across.end],
         "y": [low, high, height - BOTTOM, TOP],
         "xName": x,
         "share": share,
@@ -87,7 +90,7 @@ def line_chart(
 
 
 def _drawn(each: Series, across: Scale, up: Scale, *, smooth: bool) -> str:
-    points = [(across(x), up(y)) for x, y in zip(each.xs, each.ys, strict=True)]
+    points = [(across(x) + each.shift, up(y)) for x, y in zip(each.xs, each.ys, strict=True)]
     slot, parts = each.slot % SLOTS, []
     if each.low and each.high and not each.marks and any(a != b for a, b in zip(each.low, each.high, strict=True)):
         lower = [(across(x), up(value)) for x, value in zip(each.xs, each.low, strict=True)]
@@ -95,7 +98,7 @@ def _drawn(each: Series, across: Scale, up: Scale, *, smooth: bool) -> str:
         parts.append(f'<path class="band" d="{path(upper + lower[::-1])}Z"/>')
     if each.marks and each.low and each.high:
         parts += [
-            f'<path class="whisker" d="M{across(x):.1f} {up(a):.1f}V{up(b):.1f}"/>'
+            f'<path class="whisker" d="M{across(x) + each.shift:.1f} {up(a):.1f}V{up(b):.1f}"/>'
             for x, a, b in zip(each.xs, each.low, each.high, strict=True)
         ]
     dashed = " dashed" if each.dashed else ""
@@ -110,17 +113,27 @@ def _drawn(each: Series, across: Scale, up: Scale, *, smooth: bool) -> str:
 
 
 def frame(
-    across: Scale, up: Scale, *, x: str, y: str, share: bool, width: int, height: int, share_x: bool = False
+    across: Scale,
+    up: Scale,
+    *,
+    x: str,
+    y: str,
+    share: bool,
+    width: int,
+    height: int,
+    share_x: bool = False,
+    inside: float = 0.0,
 ) -> str:
-    """Grid, ticks and what the axes say."""
+    """Grid, ticks and what the axes say; the axes reach `inside` pixels beyond the horizontal scale."""
     parts = []
+    left, right = across.start - inside, across.end + inside
     marks = ticks(up.low, up.high)
     spacing = marks[1] - marks[0] if len(marks) > 1 else 1.0
     for value in marks:
         place = up(value)
-        parts.append(f'<path class="grid" d="M{across.start} {place:.1f}H{across.end}"/>')
+        parts.append(f'<path class="grid" d="M{left} {place:.1f}H{right}"/>')
         text = tick_text(value, spacing, share=share)
-        parts.append(f'<text class="tick" x="{across.start - 8}" y="{place + 4:.1f}" text-anchor="end">{text}</text>')
+        parts.append(f'<text class="tick" x="{left - 8}" y="{place + 4:.1f}" text-anchor="end">{text}</text>')
     marks = ticks(across.low, across.high, 8 if width > 700 else 6)
     if not share_x and x.startswith("step"):
         marks = [value for value in marks if value == round(value)]
@@ -131,7 +144,7 @@ def frame(
             f'<text class="tick" x="{across(value):.1f}" y="{up.start + 18:.1f}" text-anchor="middle">{text}</text>'
         )
         parts.append(f'<path class="axis" d="M{across(value):.1f} {up.start:.1f}v4"/>')
-    parts.append(f'<path class="axis" d="M{across.start} {up.start:.1f}H{across.end}"/>')
+    parts.append(f'<path class="axis" d="M{left} {up.start:.1f}H{right}"/>')
     middle = (across.start + across.end) / 2
     parts.append(f'<text class="name" x="{middle:.1f}" y="{height - 6}" text-anchor="middle">{safe(x)}</text>')
     centre = (up.start + up.end) / 2

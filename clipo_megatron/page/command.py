@@ -12,12 +12,14 @@ One HTML page about one or several runs: what differs, held-out accuracy with in
 representation, pairs of rollouts with their texts, and where the time goes. It needs nothing else and no network.
 
 RUN is the folder that a run writes to, its train.output; it may still be going. Runs that differ only in their seed are
-drawn as one line with a band. Traced steps are also written beside the page, for chrome://tracing or Perfetto.
+drawn as one line with a band, and are a group. Every group is held against the first one, or against the one of
+--against. Traced steps are also written beside the page, for chrome://tracing or Perfetto.
 """
 _EXAMPLES = """\
 examples:
   clipo report runs/quickstart
   clipo report runs/grpo-* runs/clipo-* -o compared.html
+  clipo report runs/*/seed* --against grpo
 """
 
 
@@ -29,6 +31,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "-o", "--out", type=Path, default=Path("report.html"), help="page to write; default report.html"
     )
+    parser.add_argument(
+        "--against",
+        metavar="NAME",
+        help="group that the others are held against, as the page calls it; default: the first",
+    )
     parser.set_defaults(run=_run)
 
 
@@ -39,31 +46,38 @@ def _run(options: argparse.Namespace) -> int:
         raise PageError(
             f"--out {options.out} is a folder. Give the file to write, such as {options.out / 'report.html'}"
         )
-    written = write_page(options.runs, options.out)
+    written = write_page(options.runs, options.out, against=options.against)
     for path in written:
         print(path)
     return 0
 
 
-def write_page(folders: list[Path], out: Path) -> list[Path]:
+def write_page(folders: list[Path], out: Path, *, against: str | None = None) -> list[Path]:
     """Read runs and write the page, and beside it the trace of those that have one.
+
+    Args:
+        folders: of the runs; one that is given twice is read once.
+        out: the page.
+        against: label of the group that comes first; None leaves the order.
 
     Returns:
         What was written.
 
     Raises:
-        PageError: a folder is no run's, or the page cannot be written; says which and why.
+        PageError: a folder is no run's, no group is called so, or the page cannot be written; says which and why.
     """
     from clipo_megatron.files import write_durably
+    from clipo_megatron.page import grouping
     from clipo_megatron.page.document import document
-    from clipo_megatron.page.grouping import group_runs
     from clipo_megatron.page.reading import PageError, read_run
     from clipo_megatron.page.timing import chrome_trace
 
-    runs = [read_run(folder) for folder in dict.fromkeys(folders)]
-    page = document(group_runs(runs), made=time.strftime("%Y-%m-%d %H:%M"))
+    groups = grouping.group_runs([read_run(folder) for folder in {each.resolve(): each for each in folders}.values()])
+    if against is not None:
+        groups = grouping.against(groups, against)
+    page = document(groups, made=time.strftime("%Y-%m-%d %H:%M"))
     written = {out: page}
-    if traced := [run for run in runs if run.traces]:
+    if traced := [run for group in groups for run in group.runs if run.traces]:
         written[out.with_suffix(".trace.json")] = json.dumps(chrome_trace(traced))
     try:
         out.parent.mkdir(parents=True, exist_ok=True)

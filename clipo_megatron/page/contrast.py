@@ -50,13 +50,13 @@ def _bonus_by_step(groups: Sequence[RunGroup]) -> str:
         for run in group.runs:
             bonus, accuracy = run.values("clipo/bonus_mean"), run.values("reward/accuracy")
             for step in sorted(bonus.keys() & accuracy.keys()):
-                tip = f"{run.name}, step {step + 1}: {percent(accuracy[step])} right, mean bonus {number(bonus[step])}"
+                tip = f"{run.label}, step {step + 1}: {percent(accuracy[step])} right, mean bonus {number(bonus[step])}"
                 points.append((accuracy[step], bonus[step], group.slot, tip))
     if not points:
         return ""
     caption = (
-        "A dot a step: the share of its rollouts that are right, and the mean bonus of those. Steps of the warm-up lie "
-        "at 0. A bonus that only mirrors accuracy tells nothing that the verifier does not."
+        "A dot a step: the share of its rollouts that are right, and the mean bonus of those with a valid anchor. "
+        "Steps of the warm-up lie at 0. A bonus that only mirrors accuracy tells nothing that the verifier does not."
     )
     drawing = scatter(points, x="right rollouts of the step", y="mean bonus", share_x=True)
     return figure("Bonus against correctness, by step", drawing, caption)
@@ -80,7 +80,7 @@ def _bonus_by_prompt(groups: Sequence[RunGroup]) -> str:
             place = beside[share] = beside.get(share, -1) + 1
             shift = 0.008 * ((place + 1) // 2) * (-1) ** place
             for value in np.sort(states.bonus[right]):
-                tip = f"{run.name}, {prompt}: {percent(share, 0)} of its rollouts right, bonus {number(float(value))}"
+                tip = f"{run.label}, {prompt}: {percent(share, 0)} of its rollouts right, bonus {number(float(value))}"
                 points.append((min(max(share + shift, 0.0), 1.0), float(value), group.slot, tip))
     if not points:
         return ""

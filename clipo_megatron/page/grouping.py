@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from os.path import commonpath
+from pathlib import Path
 from typing import Any
 
-from clipo_megatron.page.reading import RunRecord
+from clipo_megatron.page.reading import PageError, RunRecord
 
 # What may differ between seeds of one group: names, places, what is told, and how it goes on after a stop.
 NOT_COMPARED = ("name", "train.seed", "train.output", "report", "checkpoint", "faults", "serve", "rollout.endpoints")
@@ -59,7 +61,11 @@ class RunGroup:
 
 
 def group_runs(runs: Sequence[RunRecord]) -> list[RunGroup]:
-    """In the order in which they were given. A run whose settings are unknown stands alone."""
+    """In the order in which they were given. A run whose settings are unknown stands alone.
+
+    Labels of groups, and of runs, are different. A group is called as its runs are, and by its folder too where another
+    group is called so; a run by its name, or by its group and its seed, or its folder, where another has that name.
+    """
     together: dict[str, list[RunRecord]] = {}
     for number, run in enumerate(runs):
         compared = {key: value for key, value in flat(run.settings).items() if not _ignored(key)}
@@ -67,12 +73,30 @@ def group_runs(runs: Sequence[RunRecord]) -> list[RunGroup]:
         together.setdefault(key, []).append(run)
     members = [tuple(sorted(each, key=_seed)) for each in together.values()]
     labels = [_label(each) for each in members]
-    taken: dict[str, int] = {}
-    for number, label in enumerate(labels):
-        if labels.count(label) > 1:
-            taken[label] = taken.get(label, 0) + 1
-            labels[number] = f"{label} ({taken[label]})"
-    return [RunGroup(label, slot, each) for slot, (label, each) in enumerate(zip(labels, members, strict=True))]
+    for label in {each for each in labels if labels.count(each) > 1}:
+        alike = [number for number, each in enumerate(labels) if each == label]
+        places = _apart([Path(commonpath([run.folder.resolve() for run in members[number]])) for number in alike])
+        for count, number in enumerate(alike):
+            labels[number] = f"{label} ({places[count] if places else count + 1})"
+    names = [run.name for run in runs]
+    return [
+        RunGroup(label, slot, _labelled(label, each, names))
+        for slot, (label, each) in enumerate(zip(labels, members, strict=True))
+    ]
+
+
+def against(groups: Sequence[RunGroup], name: str) -> list[RunGroup]:
+    """The same with one group first, so that the others are held against it.
+
+    Raises:
+        PageError: no group is called so.
+    """
+    chosen = [group for group in groups if group.label == name]
+    if not chosen:
+        known = ", ".join(group.label for group in groups)
+        raise PageError(f"--against {name}: no group is called so. Give one of: {known}")
+    ordered = [*chosen, *(group for group in groups if group.label != name)]
+    return [replace(group, slot=slot) for slot, group in enumerate(ordered)]
 
 
 def differences(groups: Sequence[RunGroup]) -> list[tuple[str, list[Any]]]:
@@ -99,8 +123,29 @@ def _ignored(key: str) -> bool:
 
 
 def _seed(run: RunRecord) -> int:
-    seed = run.settings.get("train", {}).get("seed", 0) if isinstance(run.settings.get("train"), dict) else 0
-    return seed if isinstance(seed, int) else 0
+    return run.seed or 0
+
+
+def _labelled(label: str, runs: Sequence[RunRecord], names: Sequence[str]) -> tuple[RunRecord, ...]:
+    """A group's runs with labels; `names` are those of all runs on the page."""
+    if len(runs) == 1:
+        return (replace(runs[0], label=label),)
+    if all(names.count(run.name) == 1 for run in runs):
+        return tuple(replace(run, label=run.name) for run in runs)
+    seeds = [run.seed for run in runs]
+    if None not in seeds and len(set(seeds)) == len(seeds):
+        return tuple(replace(run, label=f"{label}, seed {run.seed}") for run in runs)
+    places = _apart([run.folder.resolve() for run in runs]) or [str(number + 1) for number in range(len(runs))]
+    return tuple(replace(run, label=f"{label}, {place}") for run, place in zip(runs, places, strict=True))
+
+
+def _apart(paths: Sequence[Path]) -> list[str] | None:
+    """The shortest ends of the paths that are different; None where paths are the same."""
+    for depth in range(1, max(len(path.parts) for path in paths) + 1):
+        ends = ["/".join(path.parts[-depth:]) for path in paths]
+        if len(set(ends)) == len(ends):
+            return ends
+    return None
 
 
 def _label(runs: Sequence[RunRecord]) -> str:

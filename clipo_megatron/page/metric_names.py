@@ -98,8 +98,9 @@ CONTRASTIVE = (
         "clipo/loss",
         "Contrastive loss",
         "nats",
-        "Mean over the anchors. Falling: right rollouts of a prompt lie together, apart from wrong ones. "
-        "ln(G − 1) is a head that tells nothing apart.",
+        "Mean over the anchors. Falling: right rollouts of a prompt lie together, apart from wrong ones. Of a prompt "
+        "with G rollouts a head that tells nothing apart has ln(G − 1) with infonce and supcon, and ln((G − 1) / "
+        "positives) with soft_nn, at clipo.level = group.",
         zero=True,
     ),
     Metric(
@@ -133,12 +134,42 @@ CONTRASTIVE = (
         zero=True,
     ),
 )
+# Among all other metrics.
+OTHERS = (
+    Metric(
+        "reward/ungraded",
+        "Rollouts without a verdict",
+        "ended rollouts",
+        "Share of the ended rollouts that could not be graded. They are in no mean and teach nothing.",
+        share=True,
+        zero=True,
+    ),
+    Metric(
+        "rollout/windows",
+        "Windows that go on",
+        "rollouts",
+        "Share of a step's rollouts that stopped at rollout.window_tokens, and that the next step goes on with.",
+        share=True,
+        zero=True,
+    ),
+    Metric(
+        "rollout/stale",
+        "Stale rollouts",
+        "rollouts",
+        "Share of the rollouts with a token from older weights than their step began with.",
+        share=True,
+        zero=True,
+    ),
+)
 POSITIVE, NEGATIVE = "clipo/positive_cosine", "clipo/negative_cosine"
 PADDING, TOKENS, STEP_TIME = "speed/padding_share", "speed/tokens_per_s_per_rank", "time/step_s"
 PLACED = {each.name for each in (*LEARNING, *CONTRASTIVE)} | {POSITIVE, NEGATIVE, PADDING, TOKENS, STEP_TIME}
 
 
 def other(name: str) -> Metric:
-    """A metric that the page knows nothing about, such as a plug-in's."""
+    """A metric without a place of its own; of a plug-in's nothing is known but its name."""
+    for each in OTHERS:
+        if each.name == name:
+            return each
     unit = {"time": "s", "speed": "tokens / s / rank"}.get(name.partition("/")[0], name.rpartition("/")[2])
     return Metric(name, name, unit.replace("_", " "), "")

@@ -8,6 +8,7 @@ from pathlib import PurePath
 from typing import Any
 
 from clipo_megatron.page.chart import SLOTS
+from clipo_megatron.page.endings import accuracies_at, ending, sentences
 from clipo_megatron.page.grouping import NOT_COMPARED, RunGroup, differences, flat
 from clipo_megatron.page.metric_names import STEP_TIME
 from clipo_megatron.page.parts import Section, swatch, table
@@ -17,8 +18,7 @@ from clipo_megatron.page.scales import number, percent, safe, seconds
 
 def overview(groups: Sequence[RunGroup]) -> Section:
     """The first screen."""
-    missing = list(dict.fromkeys(sentence for group in groups for run in group.runs for sentence in run.missing))
-    notes = "".join(f"<li>{safe(sentence)}</li>" for sentence in missing)
+    notes = "".join(f"<li>{safe(sentence)}</li>" for group in groups for sentence in _missing(group))
     body = (
         f'<div class="tiles">{"".join(_tile(group) for group in groups)}</div>'
         f'<div class="card"><h3>Runs</h3>{_runs(groups)}</div>'
@@ -37,7 +37,7 @@ def settings(groups: Sequence[RunGroup]) -> Section:
             for key, value in flat(group.first.settings).items()
         )
         if rows:
-            seeds = f", as {safe(group.first.name)} had them" if len(group.runs) > 1 else ""
+            seeds = f", as {safe(group.first.label)} had them" if len(group.runs) > 1 else ""
             parts.append(
                 f"<details><summary>{swatch(group)}{seeds}</summary><div class=settings>{rows}</div></details>"
             )
@@ -48,6 +48,21 @@ def settings(groups: Sequence[RunGroup]) -> Section:
 def last_accuracies(run: RunRecord) -> list[Accuracy]:
     """Of each source, the latest."""
     return list({each.source: each for each in sorted(run.accuracies, key=lambda a: a.step)}.values())
+
+
+def _missing(group: RunGroup) -> list[str]:
+    """What all runs of a group have not is said once."""
+    whose: dict[str, list[str]] = {}
+    for run in group.runs:
+        for sentence in run.missing:
+            whose.setdefault(sentence, []).append(run.label)
+    everyone = [group.label]
+    said = [
+        f"{name}: {sentence}"
+        for sentence, names in whose.items()
+        for name in (everyone if len(names) == len(group.runs) else names)
+    ]
+    return said + sentences(group)
 
 
 def spread(values: Sequence[float]) -> str:
@@ -61,19 +76,17 @@ def _lead(groups: Sequence[RunGroup]) -> str:
     if len(groups) < count:
         runs += f" in {len(groups)} group{'s' * (len(groups) > 1)}: runs that differ only in their seed are one group, "
         runs += "its mean a line and its least to largest run a band"
-    return safe(f"{runs}. Held-out accuracies are those after the last evaluation, with 95% intervals.")
+    return safe(
+        f"{runs}. Held-out accuracies are those after the last evaluation, with a 95% interval over problems, or with "
+        "the range of the seeds."
+    )
 
 
 def _tile(group: RunGroup) -> str:
-    found = {each.source: [] for run in group.runs for each in last_accuracies(run)}
-    for run in group.runs:
-        for each in last_accuracies(run):
-            found[each.source].append(each)
-    if found:
-        everything = [_overall(last_accuracies(run)) for run in group.runs if run.accuracies]
+    if (end := ending(group)) is not None:
+        everything = [_overall(accuracies_at(run, end.step)) for run in end.runs]
         value = percent(sum(mean for mean, _ in everything) / len(everything))
-        steps = sorted({each.step for run in group.runs for each in last_accuracies(run)})
-        note = f"of held-out problems after {' or '.join(map(str, steps))} steps; "
+        note = f"of held-out problems after {end.step} steps; "
         if len(everything) > 1:
             note += spread([mean for mean, _ in everything])
         else:
@@ -117,7 +130,7 @@ def _runs(groups: Sequence[RunGroup]) -> str:
             spent = sum(run.values(STEP_TIME).values())
             rows.append(
                 [
-                    swatch(group, run.name),
+                    swatch(group, run.label),
                     safe(PurePath(setting(run.settings, "model.path") or "–").name),
                     safe(_method(run)),
                     safe(_ranks(run)),

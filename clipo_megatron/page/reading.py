@@ -65,6 +65,7 @@ class RunRecord:
 
     folder: Path
     name: str
+    label: str  # what it is called on the page; its name until it stands among others, see grouping.py
     settings: dict[str, Any]  # nested, as config.json has them; {} where there are none
     lines: list[dict[str, Any]]  # metrics.jsonl, by step, each step once
     accuracies: list[Accuracy]  # of the evaluations, by step and source
@@ -72,7 +73,13 @@ class RunRecord:
     groups: list[dict[str, Any]]  # rollouts.jsonl: groups with texts
     traces: list[dict[str, Any]]
     state_steps: list[int]
-    missing: list[str] = field(default_factory=list)  # sentences
+    missing: list[str] = field(default_factory=list)  # what it has not, as sentences about it
+
+    @property
+    def seed(self) -> int | None:
+        """Of training; None where it is not known."""
+        found = setting(self.settings, "train.seed")
+        return found if isinstance(found, int) else None
 
     @property
     def wanted_steps(self) -> int | None:
@@ -102,7 +109,7 @@ class RunRecord:
         try:
             return read_states(file_of(self.folder / STATES, step))
         except ValueError as error:
-            self.missing.append(f"{self.name}: {error}.")
+            self.missing.append(f"{error}.")
             return None
 
     def texts(self, step: int) -> list[dict[str, Any]]:
@@ -127,9 +134,11 @@ def read_run(folder: Path) -> RunRecord:
         raise PageError(f"{folder} cannot be read: {error.strerror or error}. Give the folder of a run") from error
     if not has_file and not settings:
         raise PageError(f"{folder} has no {METRICS} and no {SETTINGS}, so it is no run's. Give its train.output")
+    name = str(settings.get("name") or folder.resolve().name)
     run = RunRecord(
         folder=folder,
-        name=str(settings.get("name") or folder.resolve().name),
+        name=name,
+        label=name,
         settings=settings,
         lines=[lines[step] for step in sorted(lines)],
         accuracies=[],
@@ -139,7 +148,7 @@ def read_run(folder: Path) -> RunRecord:
         state_steps=steps_with_states(folder / STATES),
     )
     if no_settings:
-        run.missing.append(f"{run.name}: {no_settings}.")
+        run.missing.append(f"{no_settings}.")
     _read_accuracies(run)
     _say_what_is_missing(run)
     return run
@@ -166,7 +175,7 @@ def _settings(file: Path) -> tuple[dict[str, Any], str]:
 def _read_accuracies(run: RunRecord) -> None:
     found = run.evaluations
     if unread := len(list((run.folder / EVALUATIONS).glob("step_*.json"))) - len(found):
-        run.missing.append(f"{run.name}: {unread} of its evaluations cannot be read, or are of an older version.")
+        run.missing.append(f"{unread} of its evaluations cannot be read, or are of an older version.")
     for each in found:
         shares: dict[str, list[float]] = {}
         for problem, share in each.correct.items():
@@ -179,23 +188,23 @@ def _say_what_is_missing(run: RunRecord) -> None:
     last = run.lines[-1]["step"] + 1 if run.lines else 0
     say = run.missing.append
     if not done:
-        say(f"{run.name}: no step is done yet, so it has no curves.")
+        say("no step is done yet, so it has no curves.")
     elif wanted and last < wanted:
-        say(f"{run.name}: {last} of {wanted} steps are done: it is still going, or was ended.")
+        say(f"{last} of {wanted} steps are done: it is still going, or was ended.")
     if done == 1:
-        say(f"{run.name}: one step is a point, not a curve.")
+        say("one step is a point, not a curve.")
     raw = run.folder / METRICS
     if raw.exists() and (text := raw.read_bytes()) and not text.endswith(b"\n"):
-        say(f"{run.name}: the last line of {METRICS} is cut short and was left out; it is being written, or was lost.")
+        say(f"the last line of {METRICS} is cut short and was left out; it is being written, or was lost.")
     if not run.accuracies:
-        say(f"{run.name}: nothing was evaluated (data.eval is empty, or no evaluation is due yet).")
+        say("nothing was evaluated (data.eval is empty, or no evaluation is due yet).")
     if done and not run.has_clipo:
-        say(f"{run.name}: it ran without CLIPO, so it has no contrastive loss, bonus, cosines or embeddings.")
+        say("it ran without CLIPO, so it has no contrastive loss, bonus, cosines or embeddings.")
     if done and not run.state_steps:
-        say(f"{run.name}: no states were kept (report.save_states = 0, or an older version), so none are mapped.")
+        say("no states were kept (report.save_states = 0, or an older version), so none are mapped.")
     elif len(run.state_steps) == 1 and done > 1:
-        say(f"{run.name}: states of one step only, so there is no before and after yet.")
+        say("states of one step only, so there is no before and after yet.")
     if done and not run.groups:
-        say(f"{run.name}: no texts were kept (report.save_rollouts = 0), so no pairs are shown.")
+        say("no texts were kept (report.save_rollouts = 0), so no pairs are shown.")
     if done and not run.traces:
-        say(f"{run.name}: no step was traced (report.trace_every = 0, or an older version), so there is no timeline.")
+        say("no step was traced (report.trace_every = 0, or an older version), so there is no timeline.")

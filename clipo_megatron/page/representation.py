@@ -58,16 +58,13 @@ def _maps_of(group: RunGroup) -> str:
                 drawn.append(_map(f"{title}, step {states.step + 1}", states, points))
     if not drawn:
         return ""
-    several = f", run {safe(run.name)}" if len(group.runs) > 1 else ""
     legend = (
         '<div class="legend"><span><svg class="mark mark-right" viewBox="0 0 12 12"><circle cx="6" cy="6" r="4.5" '
         'fill="currentColor"/></svg>right</span><span><svg class="mark mark-wrong" viewBox="0 0 12 12"><path '
         'd="M2 2L10 10M10 2L2 10" stroke="currentColor" stroke-width="2"/></svg>wrong</span></div>'
     )
-    return (
-        f'<figure class="card below"><h3>{swatch(group)}{several}</h3>{legend}<div class="maps">{"".join(drawn)}</div>'
-        "</figure>"
-    )
+    maps = f'<div class="maps">{"".join(drawn)}</div>'
+    return f'<figure class="card below"><h3>{swatch(group, run.label)}</h3>{legend}{maps}</figure>'
 
 
 def _map(title: str, states: States, points: NDArray[np.float32]) -> str:
@@ -169,8 +166,7 @@ def _pairs_of(group: RunGroup) -> str:
             blocks.append(f"<details{opened}><summary>{head}</summary>{''.join(shown)}</details>")
     if not blocks:
         return ""
-    several = f", run {safe(run.name)}" if len(group.runs) > 1 else ""
-    return f'<div class="card below"><h3>{swatch(group)}{several}</h3>{"".join(blocks)}</div>'
+    return f'<div class="card below"><h3>{swatch(group, run.label)}</h3>{"".join(blocks)}</div>'
 
 
 def _all_pairs(run: RunRecord, states: States) -> Iterator[_Pair]:

@@ -98,7 +98,7 @@ def _phases(group: RunGroup, most: float) -> str:
         f'<span title="{_MEANING[phase]}"><i class="phase{n}"></i>{phase} {percent(total[n] / whole, 0)}</span>'
         for n, phase in enumerate(PHASES)
     )
-    name = group.label if len(group.runs) == 1 else f"{group.label}, run {run.name}"
+    name = run.label
     caption = "Stacked, a bar a step. Percentages are of all steps together."
     if stretch > 1:
         caption = f"Stacked, a bar the mean of {stretch} steps. Percentages are of all steps together."
@@ -121,7 +121,7 @@ def chrome_trace(runs: Sequence[RunRecord]) -> dict[str, Any]:
             for span in facts.get("spans", [])
         ]
         start = min((span[1] for _, _, span in spans), default=0.0)
-        names = {"name": "process_name", "ph": "M", "pid": process, "args": {"name": run.name}}
+        names = {"name": "process_name", "ph": "M", "pid": process, "args": {"name": run.label}}
         events.append(names)
         for rank in sorted({rank for _, rank, _ in spans}):
             named = {"name": "thread_name", "ph": "M", "pid": process, "tid": rank, "args": {"name": f"rank {rank}"}}
@@ -175,14 +175,14 @@ def _timeline(group: RunGroup) -> str:
     name = f"trace-{group.slot}"
     data = json.dumps(chrome_trace([run])).replace("</", "<\\/")
     caption = (
-        f"Step {trace['step'] + 1} of run {safe(run.name)}, the last one that was traced. Ranks that wait for others "
+        f"Step {trace['step'] + 1} of {safe(run.label)}, the last one that was traced. Ranks that wait for others "
         "leave a phase together with the one that had the most to do. Ranks on different machines are as far "
         f"apart as their clocks.{left_out} All traced steps, for chrome://tracing or Perfetto: "
         f'<button class="switch" data-trace="{name}">Chrome trace</button>'
     )
     drawing = svg("".join(parts), width, height, label="timeline by rank")
     shown = figure(
-        f"One step, rank by rank: {group.label}", drawing, caption, legend=f'<div class="legend">{legend}</div>'
+        f"One step, rank by rank: {run.label}", drawing, caption, legend=f'<div class="legend">{legend}</div>'
     )
     blob = f'<script type="application/json" id="{name}">{data}</script>'
     return f"{shown}{blob}"
@@ -215,7 +215,7 @@ def _memory(groups: Sequence[RunGroup]) -> str:
         (since, first), (step, last) = peaks[0], peaks[-1]
         rows.append(
             [
-                swatch(group, run.name),
+                swatch(group, run.label),
                 f"{byte_count(max(last))} (rank {max(range(len(last)), key=last.__getitem__)})",
                 byte_count(sum(last) / len(last)),
                 byte_count(min(last)),

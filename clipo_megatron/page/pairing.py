@@ -1,0 +1,187 @@
+"""What every group gained over the first one: the same seeds on the same problems."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from clipo_megatron.evaluation.comparing import Comparison, comparisons, refuse_other_problems
+from clipo_megatron.evaluation.errors import EvaluationError
+from clipo_megatron.evaluation.estimators import interval, unpaired_interval
+from clipo_megatron.evaluation.results import Evaluation, ProblemResult
+from clipo_megatron.page.endings import Ending, endings_of, evaluation_at
+from clipo_megatron.page.grouping import RunGroup
+from clipo_megatron.page.parts import swatch, table
+from clipo_megatron.page.reading import RunRecord
+from clipo_megatron.page.scales import number, percent, safe
+
+_SEVERAL = 2  # runs of each group, for an interval over seeds
+
+
+@dataclass(frozen=True)
+class Paired:
+    """Two groups on one set of problems."""
+
+    problems: Comparison  # the seeds' answers taken together; its interval is over problems
+    difference: float  # of the mean accuracies, after - before
+    half: float | None  # of the 95% interval over seeds; None where a group has one run
+
+
+def paired(groups: Sequence[RunGroup]) -> str:
+    """The card of paired differences; empty where nothing can be paired."""
+    with_results = [group for group in groups if any(run.evaluations for run in group.runs)]
+    if len(with_results) < 2:
+        return ""
+    first, *others = with_results
+    pairs, notes = [], []
+    for group in others:
+        try:
+            found, said = pair(first, group)
+        except EvaluationError as error:
+            notes.append(str(error))
+            continue
+        pairs += [(group, each) for each in found]
+        notes += [f"{group.label} over {first.label}: {sentence}" for sentence in said]
+    seeds = any(each.half is not None for _, each in pairs)
+    rows = [_row(group, first, each, seeds=seeds) for group, each in pairs]
+    headings = ["pair", "set", "solved"]
+    headings += ["points, 95% over seeds", "(over problems)"] if seeds else ["points, 95% over problems"]
+    shown = table([*headings, "gained / lost", "p"], rows, numbers=range(2, len(headings) + 2)) if rows else ""
+    told = "".join(f"<li>{safe(sentence)}</li>" for sentence in notes)
+    notes_shown = f'<ul class="notes">{told}</ul>' if told else ""
+    caption = _caption(first, seeds=seeds)
+    return (
+        f'<div class="card below"><h3>Paired differences</h3>{shown}{notes_shown}<p class="caption">{caption}</p></div>'
+    )
+
+
+def pair(first: RunGroup, second: RunGroup) -> tuple[list[Paired], list[str]]:
+    """Each set, and all together, of the runs that can be paired; and sentences on which runs these are.
+
+    Where both groups have two runs or more, seeds that both have are paired: what a seed draws, such as the order of
+    the problems, is then the same on both sides. Where they share fewer than two, the groups are two samples.
+
+    Raises:
+        EvaluationError: the groups were evaluated on other problems.
+    """
+    ends = endings_of(first, second)
+    assert ends is not None, "groups without evaluations are not paired"
+    (before, after), notes = ends, []
+    if before.step != after.step or not (before.is_last and after.is_last):
+        notes.append(_steps_said(before, after))
+    mine, other = _by_seed(before), _by_seed(after)
+    shared = sorted(mine.keys() & other.keys())
+    several = min(len(before.runs), len(after.runs)) >= _SEVERAL
+    matched = several and len(shared) >= _SEVERAL
+    if matched:
+        if len(shared) < max(len(before.runs), len(after.runs)):
+            notes.append(f"seeds {', '.join(map(str, shared))}, which both have.")
+        before = replace(before, runs=tuple(mine[seed] for seed in shared))
+        after = replace(after, runs=tuple(other[seed] for seed in shared))
+    elif several:
+        notes.append("their seeds are not the same, so the interval over seeds is Welch's, of two samples.")
+    whole = _together(before), _together(after)
+    _refuse(before, after)
+    sets = [source for source in whole[0].sources if source in whole[1].sources]
+    figures = [[_figures(run, end.step, sets) for run in end.runs] for end in (before, after)]
+    found = []
+    for each in comparisons(*whole):
+        was, became = ([run[each.source] for run in side] for side in figures)
+        if not several:
+            found.append(Paired(each, each.difference, None))
+        elif matched:
+            found.append(Paired(each, *interval([b - a for a, b in zip(was, became, strict=True)])))
+        else:
+            found.append(Paired(each, *unpaired_interval(was, became)))
+    return found, notes
+
+
+def _by_seed(end: Ending) -> dict[int, RunRecord]:
+    """Runs by their seed; empty where a seed is unknown or not of one run alone."""
+    found = {run.seed: run for run in end.runs if run.seed is not None}
+    return found if len(found) == len(end.runs) else {}
+
+
+def _figures(run: RunRecord, step: int, sets: Sequence[str]) -> dict[str, float]:
+    """Accuracy by what `comparisons` calls its rows."""
+    kept = evaluation_at(run, step).of(sets)
+    return {**kept.by_source(), "all problems": kept.accuracy, "mean of sets": kept.mean_of_sets[0]}
+
+
+def _together(end: Ending) -> Evaluation:
+    """The evaluations of a group's runs as one, in which a problem has the answers of all seeds."""
+    problems: dict[str, ProblemResult] = {}
+    for each in (evaluation_at(run, end.step) for run in end.runs):
+        for name, result in each.problems.items():
+            held = problems.get(name, replace(result, samples=0, correct=0))
+            samples, correct = held.samples + result.samples, held.correct + result.correct
+            problems[name] = ProblemResult(samples, correct, digest=result.digest)
+    return Evaluation(end.step, problems)
+
+
+def _refuse(before: Ending, after: Ending) -> None:
+    """Every run's problems are those of the first run."""
+    first = before.runs[0]
+    for end in (before, after):
+        for run in end.runs:
+            results = evaluation_at(first, before.step), evaluation_at(run, end.step)
+            refuse_other_problems(*results, (first.label, run.label))
+
+
+def _steps_said(before: Ending, after: Ending) -> str:
+    if before.step == after.step:
+        return f"both after {before.step} steps, the last that all their runs have evaluated."
+    return f"after {after.step} steps over {before.step}."
+
+
+def _row(group: RunGroup, first: RunGroup, found: Paired, *, seeds: bool) -> list[str]:
+    each = found.problems
+    over_problems = _points(each.low, each.high)
+    points = f"<b>{_signed(found.difference)}</b>"
+    if found.half is not None:
+        low, high = found.difference - found.half, found.difference + found.half
+        cells = [
+            f"{points} <span class='aside'>{_points(low, high)}</span>",
+            f"<span class='aside'>({over_problems})</span>",
+        ]
+    elif seeds:
+        cells = [points, f"<span class='aside'>({over_problems})</span>"]
+    else:
+        cells = [f"{points} <span class='aside'>{over_problems}</span>"]
+    return [
+        f"{swatch(group)} over {swatch(first)}",
+        safe(each.source),
+        f"{percent(each.before)} → {percent(each.after)}",
+        *cells,
+        f"{each.gained} / {each.lost}",
+        "–" if each.p_value is None else number(each.p_value, 2),
+    ]
+
+
+def _signed(value: float) -> str:
+    text = f"{100 * value:+.1f}".replace("-", "−")
+    return "0.0" if text in ("+0.0", "−0.0") else text
+
+
+def _points(low: float, high: float) -> str:
+    return f"{_signed(low)} to {_signed(high)}"
+
+
+def _caption(first: RunGroup, *, seeds: bool) -> str:
+    text = (
+        f"Each group against {safe(first.label)}, which was given first or with <code>--against</code>, problem by "
+        "problem. "
+    )
+    if seeds:
+        text += (
+            "The interval over seeds, Student's t of the differences seed by seed, says whether a method is better, "
+            "trained anew with another seed. The one in brackets, the bootstrap's over problems, takes these trained "
+            "policies as they are and says what other problems would do: it is narrower and no evidence for a method. "
+            "Gained, lost: problems solved by more than half of the answers of all seeds on one side alone. "
+        )
+    else:
+        text += (
+            "The interval is the bootstrap's over problems: it says what other problems would do, not other seeds. "
+            "Gained, lost: problems that one side alone solves. "
+        )
+    return text + "p: exact McNemar test, where each problem has one answer a side."
