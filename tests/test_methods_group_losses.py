@@ -34,6 +34,11 @@ def mean(values: list[Tensor]) -> Tensor:
     return sum(values) / len(values) if values else torch.zeros((), dtype=torch.float64)
 
 
+def weight_of(table: RolloutTable, reward: Tensor, row: int) -> float:
+    """Of a correct rollout: 1 and its bonus."""
+    return max(1 + float(reward[row]) - float(table.reward[row]), 0.0)
+
+
 def copg(table: RolloutTable, reward: Tensor, tokens: Any, *, beta: float) -> Tensor:
     per_group = []
     for rows in groups_of(table):
@@ -58,7 +63,7 @@ def conspo(table: RolloutTable, reward: Tensor, tokens: Any, *, tau: float, marg
         for row in right:
             own = (tau * (score[row] - margin)).exp()
             others = sum((tau * score[other]).exp() for other in wrong)
-            weight = float(reward[row]) if weighed else 1.0
+            weight = weight_of(table, reward, row) if weighed else 1.0
             losses.append(-weight * (own / (own + others)).log())
         if right and wrong:
             per_group.append(mean(losses))
@@ -78,7 +83,8 @@ def disco(table: RolloutTable, reward: Tensor, tokens: Any, *, ratio: bool, squa
         wrong = [row for row in rows if not table.correct[row]]
         if right and wrong:
             hardest = tau * sum((score[row] / tau).exp() for row in wrong).log()
-            per_group.append(mean([(float(reward[row]) if weighed else 1.0) * (score[row] - hardest) for row in right]))
+            weight = {row: weight_of(table, reward, row) if weighed else 1.0 for row in right}
+            per_group.append(mean([weight[row] * (score[row] - hardest) for row in right]))
     excess = max(mean(gaps) - 1e-4, torch.zeros((), dtype=torch.float64))
     return -mean(per_group) + 1e3 * (excess**2 if squared else excess)
 
@@ -137,6 +143,31 @@ def test_loss_and_gradient_are_the_formula_s(name: str, case: str) -> None:
             theirs.backward()
         expected = torch.zeros_like(ours) if tokens.logprobs.grad is None else tokens.logprobs.grad
         torch.testing.assert_close(ours, expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("method", [ConSPO, DisCO])
+def test_correct_rollouts_weigh_by_their_bonus_whatever_the_grader_pays(method: type[GroupLoss]) -> None:
+    """A bonus of -2 leaves nothing of a rollout; a reward of 0 for the right answer leaves all."""
+    table, _ = table_of(CASES["random"])
+    rows = table.graded.nonzero().squeeze(1)
+    bonus = torch.where(table.correct, torch.linspace(-0.5, 0.3, table.size), 0.0)
+    bonus[rows[table.correct[rows]][0]] = -2.0
+    scores = torch.randn(rows.numel(), 2, generator=torch.Generator().manual_seed(0)).double()
+    scores[:, 1] = 0  # no KL
+
+    def slopes(right: float, wrong: float) -> Tensor:
+        """By the scores, [M]."""
+        table.reward = torch.where(table.correct, right, wrong)
+        leaf = scores.clone().requires_grad_()
+        built(method).group_loss(leaf, experience_of(table, table.reward + bonus), rows).backward()
+        return leaf.grad[:, 0]
+
+    usual = slopes(1.0, 0.0)
+    assert usual.any()
+    correct = table.correct[rows]
+    assert (usual[correct] <= 0).all() and int((usual[correct] == 0).sum()) == 1, "none is pushed down"
+    for rewards in ((0.0, -1.0), (10.0, -10.0)):
+        torch.testing.assert_close(slopes(*rewards), usual, rtol=0, atol=1e-6)
 
 
 def test_the_loss_of_a_long_lead_is_finite() -> None:

@@ -15,9 +15,12 @@ from policy_steps import STEPS, configuration, made_up_context, train, train_par
 from ranks import RankPool
 from tiny_models import tiny_llama
 
+from clipo_megatron.algorithms.algorithm import Algorithm
+from clipo_megatron.algorithms.d3s import D3S
 from clipo_megatron.algorithms.hpt import HPT
 from clipo_megatron.algorithms.pipo import PIPO
 from clipo_megatron.algorithms.surrogate import BaselineSettings
+from clipo_megatron.config.credit_options import D3sScope
 from clipo_megatron.config.errors import ConfigError
 from clipo_megatron.config.schema import Aggregation, LayoutConfig, PluginConfig, RunConfig
 from clipo_megatron.flow import Experience, Prompt, RolloutTable
@@ -160,6 +163,30 @@ def test_hpt_is_the_formula(case: str, gate: int) -> None:
     assert ours == pytest.approx(theirs, abs=1e-6)
     assert [each.group for each in shown] == routed
     assert all(not weight[row] for number in routed for row in groups[number])
+
+
+@pytest.mark.parametrize("scope", list(D3sScope))
+@pytest.mark.parametrize("case", ["random", "one right", "everything"])
+def test_a_selection_of_rollouts_leaves_the_demonstrations(case: str, scope: D3sScope) -> None:
+    """D3S drops advantages of 0 first: those of the groups that HPT is for. Shares are of the groups that teach."""
+    table, reward = table_of([[False, False], *CASES[case], [True, False, True, False], [False, False, False]])
+    stage = bound(hpt(gate=0), table)
+    every = stage.demonstrate(table, table.graded.nonzero().squeeze(1))
+    assert every and every[0].group == 0
+    selection = D3S(rollouts=0.4, scope=scope, relax_steps=10)
+    algorithm = Algorithm([stage, selection])
+    advantage = algorithm.advantage(table, reward)
+    keep = algorithm.select(table, advantage)
+    assert not keep[~table.graded].any() and int(keep.sum()) < int(table.graded.sum())
+    rows = keep.nonzero().squeeze(1)
+    shown, weight = algorithm.demonstrate(table, rows), algorithm.token_weight(table, rows)
+    assert [each.group for each in shown] == [each.group for each in every]
+    learning = {int(table.group[row]) for row in range(table.size) if weight[row]}
+    groups = len(learning) + len(shown)
+    assert float((weight * table.response_length).sum()) == pytest.approx(len(learning) / groups)
+    assert sum(each.weight * each.response.numel() for each in shown) == pytest.approx(len(shown) / groups)
+    chosen = selection.select(table, advantage)
+    assert all(bool(chosen[row]) for row in range(table.size) if weight[row]), "what else was dropped does not train"
 
 
 def test_demonstrations_of_rows() -> None:

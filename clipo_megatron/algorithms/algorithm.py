@@ -110,12 +110,15 @@ class Algorithm:
         return advantage
 
     def select(self, table: RolloutTable, advantage: Tensor) -> Tensor:
-        """Rows that train, [B] bool: graded or going on, and wanted by every stage."""
-        keep = table.graded | table.unfinished
+        """Rows that train, [B] bool: graded or going on, and wanted by every stage or retained by one."""
+        there = table.graded | table.unfinished
+        keep, retained = there.clone(), torch.zeros_like(there)
         for stage in self.stages:
             if (chosen := stage.select(table, advantage)) is not None:
                 keep &= chosen
-        return keep
+            if (held := stage.retain(table)) is not None:
+                retained |= held
+        return keep | (there & retained)
 
     def token_advantage(self, tokens: ScoredTokens, table: RolloutTable, advantage: Tensor) -> Tensor:
         """[N] float32: the rollouts' `advantage` [B], made one of each token by each stage in turn."""

@@ -1,7 +1,8 @@
 """The stages of an algorithm, in the order in which a step runs them.
 
-    observe -> variants -> shape_reward -> advantage -> shape_advantage -> select -> token_reward
-            -> token_advantage -> replay -> token_weight -> scores, group_loss -> importance -> loss -> after_update
+    observe -> variants -> shape_reward -> advantage -> shape_advantage -> select, retain -> token_reward
+            -> token_advantage -> replay -> token_weight, demonstrate -> scores, group_loss -> importance -> loss
+            -> after_update
 
 An algorithm is a list of stages. Each stage implements the hooks it is about and leaves the others alone; a stage with
 state keeps it in `state_dict`. `needs` declares the signals a stage reads, and nothing is computed unasked.
@@ -161,6 +162,11 @@ class Stage:
 
     def select(self, table: RolloutTable, advantage: Tensor) -> Tensor | None:
         """Rows that train, [B] bool; None leaves all."""
+        return None
+
+    def retain(self, table: RolloutTable) -> Tensor | None:
+        """Rows [B] bool that no stage's `select` leaves out: hooks that see a mini-batch's rows see them, whatever they
+        weigh. None: no such rows."""
         return None
 
     def token_reward(self, tokens: ScoredTokens, table: RolloutTable) -> Tensor | None:

@@ -8,7 +8,7 @@ from torch.nn.functional import softplus
 
 from clipo_megatron.algorithms.base import TokenBatch
 from clipo_megatron.algorithms.schedule import Scheduled
-from clipo_megatron.algorithms.surrogate import BaselineSettings, GroupLoss
+from clipo_megatron.algorithms.surrogate import BaselineSettings, GroupLoss, bonus_weight
 from clipo_megatron.flow import Experience
 
 
@@ -19,7 +19,8 @@ class ConSPO(GroupLoss, Scheduled):
     correct rollout's score before the scale, so that it must lead by m nats a token, and that m rises linearly from 0
     to `margin` over `margin_steps` steps, is our reading of "scheduled margin". The mean is over the correct rollouts
     of a group, then over the groups that have both kinds; groups of one kind teach nothing. With `weigh_by_reward` a
-    correct rollout counts by its shaped reward, which is where CLIPO's bonus acts. Assumes verdicts.
+    correct rollout counts as 1 and what stages added to its reward, at least 0, which is where CLIPO's bonus acts.
+    Assumes verdicts.
     """
 
     def __init__(
@@ -55,6 +56,6 @@ class ConSPO(GroupLoss, Scheduled):
         own = group[anchors]
         margin = self.tau * self.linear(0.0, self.margin, self.margin_steps)
         losses = softplus(largest[own] + total[own].log() - (score[anchors] - margin), threshold=40.0)
-        weight = experience.reward[rows][anchors].to(score) if self.weigh_by_reward else 1.0
+        weight = bonus_weight(experience, rows[anchors]).to(score) if self.weigh_by_reward else 1.0
         both = (right > 0) & (wrong > 0)
         return (weight * losses / right[own]).sum() / both.sum().clamp(min=1)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from clipo_megatron.algorithms.base import TokenBatch
-from clipo_megatron.algorithms.surrogate import BaselineSettings, GroupLoss
+from clipo_megatron.algorithms.surrogate import BaselineSettings, GroupLoss, bonus_weight
 from clipo_megatron.config.methods import DiscoScore, Penalty
 from clipo_megatron.flow import Experience
 
@@ -19,8 +19,8 @@ class DisCO(GroupLoss):
 
     s is the mean log-prob of a rollout's tokens, or their mean ratio to the scored policy. The mean is over the
     correct rollouts of a group, then over the groups that have both kinds. KL is the mean of log old - log new over
-    the tokens of the mini-batch. With `weigh_by_reward` a correct rollout counts by its shaped reward, which is where
-    CLIPO's bonus acts. Assumes verdicts; groups of one kind teach nothing.
+    the tokens of the mini-batch. With `weigh_by_reward` a correct rollout counts as 1 and what stages added to its
+    reward, at least 0, which is where CLIPO's bonus acts. Assumes verdicts; groups of one kind teach nothing.
     """
 
     def __init__(
@@ -52,7 +52,7 @@ class DisCO(GroupLoss):
         for number in group.unique():
             right, wrong = (group == number) & correct, (group == number) & ~correct
             if right.any() and wrong.any():
-                weight = experience.reward[rows][right].to(score) if self.weigh_by_reward else 1.0
+                weight = bonus_weight(experience, rows[right]).to(score) if self.weigh_by_reward else 1.0
                 hardest = self.tau * torch.logsumexp(score[wrong] / self.tau, 0)
                 total, groups = total + (weight * (score[right] - hardest)).mean(), groups + 1
         excess = (scores[:, 1].sum() / table.response_length[rows].sum().clamp(min=1) - self.delta).clamp(min=0)

@@ -26,7 +26,8 @@ class HPT(DrGRPO):
     source leaves this open. pi is the policy that samples, at its temperature. A demonstration is a text of the row's
     extra_info and the end of a turn, cut at rollout.max_new_tokens: under the key `demonstration`, or, if that is None,
     under "solution", else the ground truth where that is worked out (has a box in it). Prompts without one always
-    learn from rollouts. CLIPO's bonus acts on r, in groups that learn from it.
+    learn from rollouts. Stages that select rollouts do so among those of groups that learn by them; a group of which
+    none is left has no share. CLIPO's bonus acts on r, in groups that learn from it.
     """
 
     needs = frozenset({Signal.demonstrations})
@@ -60,6 +61,11 @@ class HPT(DrGRPO):
                 f"{where}. Name the key that has them in algorithm.options.demonstration, or choose other data."
             )
         self.context = context
+
+    def retain(self, table: RolloutTable) -> Tensor:
+        """[B] bool, the rollouts of groups that give way: with advantages of 0 they are the first that a selection
+        would drop, and their demonstrations with them."""
+        return self._routed(table)[table.group]
 
     def token_weight(self, table: RolloutTable, rows: Tensor) -> Tensor:
         """[B] float32; 0 in groups that give way to their demonstration."""

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from clipo_megatron.algorithms.base import Stage, TokenBatch
 from clipo_megatron.config.schema import Aggregation
-from clipo_megatron.flow import RolloutTable
+from clipo_megatron.flow import Experience, RolloutTable
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,3 +86,14 @@ class GroupLoss(PolicyLoss):
     def advantage(self, table: RolloutTable, reward: Tensor) -> Tensor:
         """[B] float32, zeros."""
         return torch.zeros_like(reward)
+
+
+def bonus_weight(experience: Experience, rows: Tensor) -> Tensor:
+    """What each of `rows` [M] counts for by its reward, [M] float64: 1 and what stages added to the grader's reward, at
+    least 0.
+
+    The grader's own reward is left out, whatever its scale: verdicts are in the loss already. Below 0 a correct rollout
+    would be pushed down.
+    """
+    added = experience.reward[rows].double() - experience.table.reward[rows].double()
+    return (1 + added).clamp(min=0)
