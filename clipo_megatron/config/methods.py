@@ -30,6 +30,14 @@ from clipo_megatron.config.reward_options import (
 from clipo_megatron.config.schema import Aggregation, AlgorithmConfig, RunConfig
 
 
+class Acts(str, Enum):
+    """What a plug-in changes."""
+
+    reward = "reward"
+    advantage = "advantage"
+    loss = "loss"  # it adds a term
+
+
 @dataclass(frozen=True, slots=True)
 class Method:
     """One named method.
@@ -46,6 +54,10 @@ class Method:
         single: whether a prompt's only rollout teaches something; without CLIPO, which compares several.
         below_one: whether clip_low is taken off a ratio of 1, and so must be less.
         windows: whether it learns from rollouts that go on in the next step (rollout.window_tokens).
+        acts_on: what a plug-in changes.
+        reference: whether it needs the log-probs of the policy that the run began with.
+        forwards: over the step's rollouts, behind other prompts than theirs.
+        replays: former steps that the policy is updated on beside this one.
     """
 
     stage: str
@@ -59,6 +71,10 @@ class Method:
     single: bool = False
     below_one: bool = True
     windows: bool = False
+    acts_on: Acts | None = None
+    reference: bool = False
+    forwards: int = 0
+    replays: int = 0
 
 
 class DiscoScore(str, Enum):
@@ -189,6 +205,7 @@ BASELINES: dict[str, Method] = {
         CopgOptions,
         clip=None,
         aggregation=None,
+        reference=True,
     ),
     "conspo": Method(
         "conspo:ConSPO",
@@ -202,25 +219,84 @@ BASELINES: dict[str, Method] = {
 
 PLUGINS: dict[str, Method] = {
     "cepo": Method(
-        "cepo:CEPO", "arXiv 2605.19436", "tokens that a hint at the right answer makes likelier", CepoOptions
+        "cepo:CEPO",
+        "arXiv 2605.19436",
+        "tokens that a hint at the right answer makes likelier",
+        CepoOptions,
+        acts_on=Acts.advantage,
+        forwards=2,
     ),
-    "d3s": Method("d3s:D3S", "arXiv 2509.22115", "rollouts of largest variance, tokens of largest |A| H", D3sOptions),
-    "hapo": Method("hapo:HAPO", "arXiv 2505.11225", "reward for the shortest correct answers so far", HapoOptions),
+    "d3s": Method(
+        "d3s:D3S",
+        "arXiv 2509.22115",
+        "rollouts of largest variance, tokens of largest |A| H",
+        D3sOptions,
+        acts_on=Acts.advantage,
+    ),
+    "hapo": Method(
+        "hapo:HAPO",
+        "arXiv 2505.11225",
+        "reward for the shortest correct answers so far",
+        HapoOptions,
+        acts_on=Acts.reward,
+    ),
     "adora": Method(
-        "adora:ADORA", "arXiv 2602.10019", "less advantage where correct rollouts are not the longer ones", AdoraOptions
+        "adora:ADORA",
+        "arXiv 2602.10019",
+        "less advantage where correct rollouts are not the longer ones",
+        AdoraOptions,
+        acts_on=Acts.advantage,
     ),
-    "empo": Method("answers:EMPO", "arXiv 2504.05812", "reward for the answer that most of the group give, no gold"),
+    "empo": Method(
+        "answers:EMPO",
+        "arXiv 2504.05812",
+        "reward for the answer that most of the group give, no gold",
+        acts_on=Acts.reward,
+    ),
     "unlikeliness": Method(
         "unlikeliness:Unlikeliness",
         "arXiv 2506.02355",
         "more reward for unlikely correct rollouts",
         UnlikelinessOptions,
+        acts_on=Acts.reward,
     ),
-    "gcpo": Method("gcpo:GCPO", "arXiv 2506.07160", "reward for using a tool where it helps the group", GcpoOptions),
-    "c_grpo": Method("c_grpo:CGRPO", "arXiv 2601.06021", "correct rollouts by their rubric scores", CgrpoOptions),
-    "grace": Method("grace:GRACE", "arXiv 2510.04506", "cosines to the group's right and wrong rollouts", GraceOptions),
-    "pipo": Method("pipo:PIPO", "arXiv 2604.00860", "the previous batch again, by how its update did", PipoOptions),
-    "papo": Method("papo:PAPO", "arXiv 2507.06448", "away from what the policy says without the prompt", PapoOptions),
+    "gcpo": Method(
+        "gcpo:GCPO",
+        "arXiv 2506.07160",
+        "reward for using a tool where it helps the group",
+        GcpoOptions,
+        acts_on=Acts.reward,
+    ),
+    "c_grpo": Method(
+        "c_grpo:CGRPO",
+        "arXiv 2601.06021",
+        "correct rollouts by their rubric scores",
+        CgrpoOptions,
+        acts_on=Acts.reward,
+    ),
+    "grace": Method(
+        "grace:GRACE",
+        "arXiv 2510.04506",
+        "cosines to the group's right and wrong rollouts",
+        GraceOptions,
+        acts_on=Acts.reward,
+    ),
+    "pipo": Method(
+        "pipo:PIPO",
+        "arXiv 2604.00860",
+        "the previous batch again, by how its update did",
+        PipoOptions,
+        acts_on=Acts.advantage,
+        replays=1,
+    ),
+    "papo": Method(
+        "papo:PAPO",
+        "arXiv 2507.06448",
+        "away from what the policy says without the prompt",
+        PapoOptions,
+        acts_on=Acts.loss,
+        forwards=1,
+    ),
 }
 
 

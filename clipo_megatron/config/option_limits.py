@@ -1,12 +1,15 @@
-"""What values the options of methods may have: the least and the largest, by method and option."""
+"""What values the options of methods may have: by method and option the least and the largest, and what goes beyond."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import re
+from collections.abc import Callable, Iterator
 from math import inf, isfinite
+from pathlib import Path
 from typing import Any
 
 from clipo_megatron.config.errors import Problem
+from clipo_megatron.config.schema import RunConfig
 
 LIMITS: dict[str, dict[str, tuple[float, float]]] = {
     "dapo": {"penalty": (0, inf), "longest": (1, inf), "cushion": (1, inf)},
@@ -20,23 +23,85 @@ LIMITS: dict[str, dict[str, tuple[float, float]]] = {
     "gcpo": {"threshold": (0, 1)},
     "c_grpo": {"alpha": (0, 1)},
     "grace": {"consistency": (0, inf), "hardest": (0, inf), "temperature": (1e-6, inf)},
-    "papo": {"weight": (0, inf), "mask": (0, 1), "limit": (0, inf), "seed": (0, inf)},
-    "copg": {"beta": (0, inf)},
+    "papo": {"weight": (0, inf), "mask": (1e-6, 1), "limit": (1e-6, inf), "seed": (0, inf)},
+    "copg": {"beta": (1e-6, inf)},
     "conspo": {"tau": (1e-6, inf), "margin_steps": (0, inf)},
-    "cepo": {"mix": (0, 1), "mix_steps": (0, inf), "clip": (0, inf)},
-    "d3s": {"rollouts": (0, 1), "tokens": (0, 1), "relax_steps": (0, inf)},
-    "pipo": {"window": (2, inf), "negative": (0, inf), "limit": (0, inf)},
+    "cepo": {"mix": (0, 1), "mix_steps": (1, inf), "clip": (1e-6, inf)},
+    "d3s": {"rollouts": (1e-6, 1), "tokens": (1e-6, 1), "relax_steps": (1, inf)},
+    "pipo": {"window": (2, inf), "negative": (0, inf), "limit": (1e-6, inf)},
     "hpt": {"gate": (0, inf), "sft_weight": (0, inf)},
 }
 
 
-def limit_problems(name: str, options: dict[str, Any], prefix: str) -> Iterator[Problem]:
-    """What is out of range among a method's options, defaults included; types have been checked."""
-    for option, (least, most) in LIMITS.get(name, {}).items():
-        value = options[option]
-        if value is not None and not (isfinite(value) and least <= value <= most):
-            expected = f"at least {least:g}" if most == inf else f"from {least:g} to {most:g}"
+def value_problems(name: str, options: dict[str, Any], prefix: str, config: RunConfig) -> Iterator[Problem]:
+    """What is wrong with the values of a method's options, defaults included; types have been checked."""
+    limits = LIMITS.get(name, {})
+    for option, value in options.items():
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            continue
+        least, most = limits.get(option, (-inf, inf))
+        if not (isfinite(value) and least <= value <= most):
+            expected = f"from {least:g} to {most:g}" if most < inf else f"at least {least:g}"
+            expected = expected if option in limits else "a finite number"
             yield Problem(f"{prefix}{option}", f"it must be {expected}", "Change it", value)
-    if name == "riskpo" and options["alpha"] >= options["beta"]:
+    if name in FURTHER:
+        yield from FURTHER[name](options, prefix, config)
+
+
+def place_problems(key: str, place: str, kind: str) -> Iterator[Problem]:
+    """What can be said of "file.py:name" or "package.module:name" without importing it; `kind`: of what is named."""
+    source, _, name = place.rpartition(":")
+    if not source or not name.isidentifier():
+        reason = f"no {kind.lower()} is named after a colon"
+        yield Problem(key, reason, f"Write file.py:{kind} or package.module:{kind}", place)
+    elif source.endswith(".py") and not Path(source).is_file():
+        reason = "there is no such file" + ("" if Path(source).is_absolute() else f" below {Path.cwd()}")
+        yield Problem(key, reason, "Correct the path", place)
+
+
+def _riskpo(options: dict[str, Any], prefix: str, config: RunConfig) -> Iterator[Problem]:
+    if options["alpha"] >= options["beta"]:
         reason = f"it is the lower level, and beta is {options['beta']}"
         yield Problem(f"{prefix}alpha", reason, "Lower it; 0.2 and 0.9 are usual", options["alpha"])
+
+
+def _dapo(options: dict[str, Any], prefix: str, config: RunConfig) -> Iterator[Problem]:
+    window, longest, cushion = config.rollout.max_new_tokens, options["longest"], options["cushion"]
+    whole = window if longest is None else longest
+    if not options["penalty"]:
+        return
+    if cushion is not None and cushion > whole:
+        held = "rollout.max_new_tokens" if longest is None else f"{prefix}longest"
+        reason = f"it begins so many tokens below {held} = {whole}, so every response would be penalised"
+        yield Problem(f"{prefix}cushion", reason, "Lower it, or set it to null for a fifth", cushion)
+    elif longest is not None and longest - (longest // 5 if cushion is None else cushion) >= window:
+        reason = f"no response is longer than rollout.max_new_tokens = {window}, so none would ever be penalised"
+        yield Problem(f"{prefix}longest", reason, "Lower it, or set it to null for rollout.max_new_tokens", longest)
+
+
+def _gcpo(options: dict[str, Any], prefix: str, config: RunConfig) -> Iterator[Problem]:
+    try:
+        re.compile(options["pattern"])
+    except re.error as error:
+        reason = f"it is no regular expression: {error}"
+        yield Problem(f"{prefix}pattern", reason, "Correct it", options["pattern"])
+
+
+def _cepo(options: dict[str, Any], prefix: str, config: RunConfig) -> Iterator[Problem]:
+    if "{answer}" not in options["hint"]:
+        yield Problem(f"{prefix}hint", "it has no {answer} in it", "Say where the answer goes", options["hint"])
+
+
+def _c_grpo(options: dict[str, Any], prefix: str, config: RunConfig) -> Iterator[Problem]:
+    if options["score"] is not None:
+        yield from place_problems(f"{prefix}score", options["score"], "function")
+
+
+# What is to be said of a method's options beyond the range of each.
+FURTHER: dict[str, Callable[[dict[str, Any], str, RunConfig], Iterator[Problem]]] = {
+    "riskpo": _riskpo,
+    "dapo": _dapo,
+    "gcpo": _gcpo,
+    "cepo": _cepo,
+    "c_grpo": _c_grpo,
+}
