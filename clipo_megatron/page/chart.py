@@ -15,6 +15,7 @@ WIDTH, HEIGHT = 560, 264
 LEFT, RIGHT, TOP, BOTTOM = 58, 20, 12, 42
 SLOTS = 8
 MOST_POINTS = 300  # of a line; longer ones are means over stretches of steps
+_MANY = 4  # lines whose bands, one on another, are still told apart
 SMOOTHING = 0.8  # weight of what was before, step by step
 
 
@@ -69,7 +70,8 @@ def line_chart(
     across = Scale(first, last, LEFT + inside, width - RIGHT - inside)
     up = Scale(low, high, height - BOTTOM, TOP)
     parts = [frame(across, up, x=x, y=y, share=share, width=width, height=height, inside=inside)]
-    parts += [_drawn(each, across, up, smooth=smooth) for each in series]
+    many = len(series) > _MANY
+    parts += [_drawn(each, across, up, smooth=smooth, faint=many) for each in series]
     facts = {
         "x": [first, last, across.start, across.end],
         "y": [low, high, height - BOTTOM, TOP],
@@ -89,13 +91,13 @@ def line_chart(
     return svg("".join(parts), width, height, label=label or y, facts=facts)
 
 
-def _drawn(each: Series, across: Scale, up: Scale, *, smooth: bool) -> str:
+def _drawn(each: Series, across: Scale, up: Scale, *, smooth: bool, faint: bool) -> str:
     points = [(across(x) + each.shift, up(y)) for x, y in zip(each.xs, each.ys, strict=True)]
     slot, parts = each.slot % SLOTS, []
     if each.low and each.high and not each.marks and any(a != b for a, b in zip(each.low, each.high, strict=True)):
         lower = [(across(x), up(value)) for x, value in zip(each.xs, each.low, strict=True)]
         upper = [(across(x), up(value)) for x, value in zip(each.xs, each.high, strict=True)]
-        parts.append(f'<path class="band" d="{path(upper + lower[::-1])}Z"/>')
+        parts.append(f'<path class="band{" faint" if faint else ""}" d="{path(upper + lower[::-1])}Z"/>')
     if each.marks and each.low and each.high:
         parts += [
             f'<path class="whisker" d="M{across(x) + each.shift:.1f} {up(a):.1f}V{up(b):.1f}"/>'

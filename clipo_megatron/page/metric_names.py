@@ -98,9 +98,9 @@ CONTRASTIVE = (
         "clipo/loss",
         "Contrastive loss",
         "nats",
-        "Mean over the anchors. Falling: right rollouts of a prompt lie together, apart from wrong ones. Of a prompt "
-        "with G rollouts a head that tells nothing apart has ln(G − 1) with infonce and supcon, and ln((G − 1) / "
-        "positives) with soft_nn, at clipo.level = group.",
+        "Mean over the anchors. Falling: right rollouts of a prompt lie together, apart from wrong ones. A head that "
+        "tells nothing apart has ln(others of the prompt) with infonce and supcon, and ln(others / right others) with "
+        "soft_nn, at clipo.level = group.",
         zero=True,
     ),
     Metric(

@@ -15,6 +15,8 @@ from clipo_megatron.page.parts import Section, swatch, table
 from clipo_megatron.page.reading import Accuracy, RunRecord, setting
 from clipo_megatron.page.scales import number, percent, safe, seconds
 
+_MOST_ROWS = 12  # runs that are shown one by one without being asked for
+
 
 def overview(groups: Sequence[RunGroup]) -> Section:
     """The first screen."""
@@ -139,7 +141,8 @@ def _runs(groups: Sequence[RunGroup]) -> str:
                     safe(seconds(spent)) if run.lines else "–",
                 ]
             )
-    return table(headings, rows, numbers=range(4, 6 + len(sources)), whole=(3,))
+    shown = table(headings, rows, numbers=range(4, 6 + len(sources)), whole=(3,))
+    return f"<details><summary>Show all {len(rows)}</summary>{shown}</details>" if len(rows) > _MOST_ROWS else shown
 
 
 def _accuracy(found: Accuracy | None) -> str:

@@ -42,17 +42,20 @@ def paired(groups: Sequence[RunGroup]) -> str:
             continue
         pairs += [(group, each) for each in found]
         notes += [f"{group.label} over {first.label}: {sentence}" for sentence in said]
+    # Set by set, so that groups stand side by side; what all sets have together comes last, as it came.
+    order = list(dict.fromkeys(each.problems.source for _, each in pairs))
+    pairs.sort(key=lambda pair: order.index(pair[1].problems.source))
     seeds = any(each.half is not None for _, each in pairs)
-    rows = [_row(group, first, each, seeds=seeds) for group, each in pairs]
-    headings = ["pair", "set", "solved"]
+    tested = any(each.problems.p_value is not None for _, each in pairs)
+    rows = [_row(group, each, seeds=seeds, tested=tested) for group, each in pairs]
+    headings = ["group", "set", "solved"]
     headings += ["points, 95% over seeds", "(over problems)"] if seeds else ["points, 95% over problems"]
-    shown = table([*headings, "gained / lost", "p"], rows, numbers=range(2, len(headings) + 2)) if rows else ""
+    headings += ["gained / lost"] + ["p"] * tested
+    shown = table(headings, rows, numbers=range(2, len(headings))) if rows else ""
     told = "".join(f"<li>{safe(sentence)}</li>" for sentence in notes)
-    notes_shown = f'<ul class="notes">{told}</ul>' if told else ""
-    caption = _caption(first, seeds=seeds)
-    return (
-        f'<div class="card below"><h3>Paired differences</h3>{shown}{notes_shown}<p class="caption">{caption}</p></div>'
-    )
+    below = f'<ul class="notes">{told}</ul>' if told else ""
+    below += f'<p class="caption">{_caption(first, seeds=seeds, tested=tested)}</p>'
+    return f'<div class="card below"><h3>Paired differences: against {safe(first.label)}</h3>{shown}{below}</div>'
 
 
 def pair(first: RunGroup, second: RunGroup) -> tuple[list[Paired], list[str]]:
@@ -134,28 +137,21 @@ def _steps_said(before: Ending, after: Ending) -> str:
     return f"after {after.step} steps over {before.step}."
 
 
-def _row(group: RunGroup, first: RunGroup, found: Paired, *, seeds: bool) -> list[str]:
+def _row(group: RunGroup, found: Paired, *, seeds: bool, tested: bool) -> list[str]:
     each = found.problems
-    over_problems = _points(each.low, each.high)
-    points = f"<b>{_signed(found.difference)}</b>"
-    if found.half is not None:
-        low, high = found.difference - found.half, found.difference + found.half
-        cells = [
-            f"{points} <span class='aside'>{_points(low, high)}</span>",
-            f"<span class='aside'>({over_problems})</span>",
-        ]
-    elif seeds:
-        cells = [points, f"<span class='aside'>({over_problems})</span>"]
-    else:
+    points, over_problems = f"<b>{_signed(found.difference)}</b>", _points(each.low, each.high)
+    if not seeds:
         cells = [f"{points} <span class='aside'>{over_problems}</span>"]
-    return [
-        f"{swatch(group)} over {swatch(first)}",
-        safe(each.source),
-        f"{percent(each.before)} → {percent(each.after)}",
-        *cells,
-        f"{each.gained} / {each.lost}",
-        "–" if each.p_value is None else number(each.p_value, 2),
-    ]
+    else:
+        over_seeds = ""
+        if found.half is not None:
+            low, high = found.difference - found.half, found.difference + found.half
+            over_seeds = f" <span class='main'>{_points(low, high)}</span>"
+        cells = [f"{points}{over_seeds}", f"<span class='aside'>({over_problems})</span>"]
+    cells.append(f"{each.gained} / {each.lost}")
+    if tested:
+        cells.append("–" if each.p_value is None else number(each.p_value, 2))
+    return [swatch(group), safe(each.source), f"{percent(each.before)} → {percent(each.after)}", *cells]
 
 
 def _signed(value: float) -> str:
@@ -167,21 +163,19 @@ def _points(low: float, high: float) -> str:
     return f"{_signed(low)} to {_signed(high)}"
 
 
-def _caption(first: RunGroup, *, seeds: bool) -> str:
-    text = (
-        f"Each group against {safe(first.label)}, which was given first or with <code>--against</code>, problem by "
-        "problem. "
-    )
+def _caption(first: RunGroup, *, seeds: bool, tested: bool) -> str:
+    text = f"Each group against {safe(first.label)}, which is the first, or the one of <code>--against</code>. "
     if seeds:
         text += (
-            "The interval over seeds, Student's t of the differences seed by seed, says whether a method is better, "
-            "trained anew with another seed. The one in brackets, the bootstrap's over problems, takes these trained "
-            "policies as they are and says what other problems would do: it is narrower and no evidence for a method. "
-            "Gained, lost: problems solved by more than half of the answers of all seeds on one side alone. "
+            "The interval over seeds, Student's t of the differences seed by seed, says what training with other seeds "
+            "would give: whether a method is better. The one in brackets, the bootstrap's over problems, says what "
+            "these trained policies would do on other problems; it knows nothing of other seeds. A group of one run "
+            "has no interval over seeds. Gained and lost: problems that more than half of the answers of all seeds "
+            "solve on one side alone."
         )
     else:
         text += (
             "The interval is the bootstrap's over problems: it says what other problems would do, not other seeds. "
-            "Gained, lost: problems that one side alone solves. "
+            "Gained and lost: problems that one side alone solves."
         )
-    return text + "p: exact McNemar test, where each problem has one answer a side."
+    return text + (" p: exact McNemar test, where each problem has one answer a side." if tested else "")
