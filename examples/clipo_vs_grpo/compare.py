@@ -3,29 +3,35 @@
     python examples/clipo_vs_grpo/compare.py [--seeds 5] [--arms grpo infonce] [key=value ...]
 
 Runs go to runs/clipo_vs_grpo/<arm>/seed<n>, as many at once as there are processors; those that are there already are
-not repeated, so Ctrl-C costs the runs in progress only. The table goes to runs/clipo_vs_grpo/table.md, and
-`clipo report runs/clipo_vs_grpo/*/seed*` draws the curves.
+not repeated, so Ctrl-C costs the runs in progress only. Settings given as key=value hold for every arm; runs made with
+others are refused, so give --home with them. The tables go to runs/clipo_vs_grpo/table.md, and `clipo report` draws the
+curves.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import math
 import os
-import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import asdict
+from functools import cache
 from pathlib import Path
+from typing import Any
 
-from student import teach
-from task import is_sound, problems, write_rows
+from findings import BASELINE, SETS, tables
+from task import problems, write_rows
 
+from clipo_megatron.config.errors import ConfigError, spell
 from clipo_megatron.config.load import load
-from clipo_megatron.evaluation.estimators import interval
+from clipo_megatron.config.schema import RunConfig
 from clipo_megatron.evaluation.results import read_evaluations
+from clipo_megatron.output import EVALUATIONS
+from clipo_megatron.output import SETTINGS as CONFIG
 
 HERE = Path(__file__).resolve().parent
 SETTINGS = HERE / "comparison.yaml"
@@ -34,7 +40,7 @@ DEADLINE_S = 1200  # of one run
 
 # What each arm changes. "supcon_out" is the mean over all positives: the expectation of infonce's drawn one.
 ARMS: dict[str, list[str]] = {
-    "grpo": ["clipo.enabled=false"],
+    BASELINE: ["clipo.enabled=false"],
     "infonce": [],
     "supcon_out": ["clipo.loss=supcon_out"],
     "supcon_in": ["clipo.loss=supcon_in"],
@@ -42,8 +48,6 @@ ARMS: dict[str, list[str]] = {
     "frozen": ["clipo.frozen=true"],
     "calibrated": ["clipo.calibrate=true"],
 }
-BASELINE = "grpo"
-SETS = ("usual", "perturbed")
 
 
 def prepare(home: Path) -> None:
@@ -56,15 +60,87 @@ def prepare(home: Path) -> None:
             write_rows(home / f"{name}.jsonl", new[:250])
         write_rows(home / "train.jsonl", train)
     if not (home / "student" / "tokenizer_config.json").exists():
+        from student import teach  # imports torch, which takes seconds
+
         teach(home / "student", problems(6000, note_right=0.5, seed=1), seed=0)
+
+
+# ---------------------------------------------------------------- one run
+
+
+def settings(arm: str, seed: int, home: Path, overrides: Sequence[str]) -> list[str]:
+    """What `clipo train` is told of one run."""
+    given = {
+        "name": arm,
+        "train.output": str(home / arm / f"seed{seed}"),
+        "train.seed": seed,
+        "model.path": str(home / "student"),
+        "data.train": [{"path": str(home / "train.jsonl")}],
+        "data.eval": [{"path": str(home / f"{name}.jsonl")} for name in SETS],
+    }
+    return [*(f"{key}={json.dumps(value)}" for key, value in given.items()), *ARMS[arm], *overrides]
+
+
+def refuse_own_settings(arms: Sequence[str], overrides: Sequence[str]) -> None:
+    """Settings that make the runs what they are cannot be given for all of them.
+
+    Raises:
+        ConfigError: one of the overrides is such a setting.
+    """
+    own = {word.partition("=")[0] for arm in arms for word in settings(arm, 0, HOME, [])}
+    for override in overrides:
+        key = override.partition("=")[0].strip()
+        if any(key == each or key.startswith((f"{each}.", f"{each}[")) for each in own):
+            raise ConfigError(f"{override}: {key} is what the runs differ in, and set by compare.py. Leave it out.")
+
+
+def refuse_other_settings(output: Path, arm: str, seed: int, overrides: Sequence[str]) -> None:
+    """A run that is there is used only if it was made as it would be now; one of fewer steps goes on.
+
+    Raises:
+        ConfigError: it was made with other settings.
+    """
+    file = output / CONFIG
+    if not file.exists():
+        return
+    try:
+        made = dict(_leaves(json.loads(file.read_text())))
+        home = Path(made["train.output"]).parent.parent  # it may have been moved since
+        goes_on = made["train.steps"] < _wanted(arm, home, tuple(overrides))["train.steps"]
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise ConfigError(f"{file} is not whole. Remove {output}, and its run is made again.") from None
+    now = _wanted(arm, home, tuple(overrides)) | {"train.seed": seed, "train.output": str(home / arm / f"seed{seed}")}
+    since = dict(_leaves(asdict(RunConfig())))  # settings that came later had their defaults
+    for key in sorted(made.keys() | now.keys()):
+        value, other = made.get(key, since.get(key)), now.get(key)
+        if value != other and not (key == "train.steps" and goes_on):
+            raise ConfigError(
+                f"{output} was made with {key} = {spell(value)}, and now it would be {spell(other)}. Choose another "
+                "folder with --home, or remove that one."
+            )
+
+
+@cache
+def _wanted(arm: str, home: Path, overrides: tuple[str, ...]) -> dict[str, Any]:
+    """The settings of an arm's first run, as its config.json would hold them, by key."""
+    config = load(SETTINGS, settings(arm, 0, home, overrides))
+    return dict(_leaves(json.loads(json.dumps(asdict(config), default=str))))
+
+
+def _leaves(section: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in section.items():
+        if isinstance(value, dict) and value:
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
 
 
 def is_done(output: Path, steps: int) -> bool:
     """Whether a run has been evaluated after its last step."""
-    return any(each.step == steps for each in read_evaluations(output / "eval"))
+    return any(each.step == steps for each in read_evaluations(output / EVALUATIONS))
 
 
-def train(arm: str, seed: int, home: Path, overrides: list[str]) -> None:
+def train(arm: str, seed: int, home: Path, overrides: Sequence[str]) -> None:
     """One run, in processes of its own.
 
     Raises:
@@ -73,105 +149,106 @@ def train(arm: str, seed: int, home: Path, overrides: list[str]) -> None:
     output = home / arm / f"seed{seed}"
     output.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m", "clipo_megatron.cli", "train", str(SETTINGS)]
-    command += [f"name={arm}", f"train.output={output}", f"train.seed={seed}", f"model.path={home / 'student'}"]
-    command += [f"data.train=[{{path: '{home / 'train.jsonl'}'}}]"]
-    command += [f"data.eval=[{', '.join(f'''{{path: '{home / name}.jsonl'}}''' for name in SETS)}]"]
-    command += [*ARMS[arm], *overrides]
     log = output / "output.txt"
-    with log.open("w") as out:
-        ended = subprocess.run(
-            command,
-            stdout=out,
-            stderr=subprocess.STDOUT,
-            timeout=DEADLINE_S,
-            check=False,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
+    try:
+        with log.open("w") as out:
+            code = subprocess.run(
+                [*command, *settings(arm, seed, home, overrides)],
+                stdout=out,
+                stderr=subprocess.STDOUT,
+                timeout=DEADLINE_S,
+                check=False,
+                env={**os.environ, "OMP_NUM_THREADS": "1"},
+            ).returncode
+    except subprocess.TimeoutExpired:
+        raise RuntimeError(
+            f"{arm}, seed {seed} did not end within {DEADLINE_S} s. Its output is in {log}; run fewer at once with "
+            "--at-once."
+        ) from None
+    if code or not is_done(output, load(SETTINGS, overrides).train.steps):
+        said = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
+        raise RuntimeError(
+            f"{arm}, seed {seed} ended with {code}: {said[-1].strip() if said else 'it said nothing'}. All of its "
+            f"output is in {log}."
         )
-    if ended.returncode:
-        raise RuntimeError(f"{arm}, seed {seed} ended with {ended.returncode}; its last words are in {log}")
 
 
-def accuracy(output: Path, name: str) -> tuple[float, float]:
-    """Accuracy on a set before the first step and after the last."""
-    found = read_evaluations(output / "eval")
-    return found[0].by_source()[name], found[-1].by_source()[name]
+# ---------------------------------------------------------------- all of them
 
 
-def preference(home: Path, arm: str, seeds: list[int]) -> tuple[float, float] | None:
-    """How much more a bonus of sound than of unfaithful correct responses to one prompt: mean and standard error.
+def train_missing(
+    home: Path, arms: Sequence[str], seeds: Iterable[int], overrides: Sequence[str], *, at_once: int
+) -> None:
+    """Train the runs that are not there.
 
-    Over the groups that runs write down and that have paid both kinds; None where fewer than two have.
+    Raises:
+        ConfigError: settings are wrong, or one that is there was made with others.
+        RuntimeError: a run failed. Those in progress are waited for, and no other is begun.
     """
-    gaps = []
-    for seed in seeds:
-        for line in (home / arm / f"seed{seed}" / "rollouts.jsonl").read_text().splitlines():
-            paid = [each for each in json.loads(line)["rollouts"] if each["correct"] and each.get("bonus")]
-            sound = [each["bonus"] for each in paid if is_sound(each["text"])]
-            other = [each["bonus"] for each in paid if not is_sound(each["text"])]
-            if sound and other:
-                gaps.append(statistics.fmean(sound) - statistics.fmean(other))
-    return (statistics.fmean(gaps), statistics.stdev(gaps) / math.sqrt(len(gaps))) if len(gaps) > 1 else None
-
-
-def table(home: Path, arms: list[str], seeds: list[int]) -> str:
-    """Accuracies after training, and how far each arm is from the baseline with the same seed, in points."""
-    heads = [f"{name}: accuracy | {name}: against {BASELINE}" for name in SETS]
-    lines = [f"| arm | {' | '.join(heads)} | bonus, sound - unfaithful |", "|---|" + "---:|---:|" * len(SETS) + "---:|"]
-    before = [
-        f"{statistics.fmean(accuracy(home / arms[0] / f'seed{s}', name)[0] for s in seeds):.1%} | " for name in SETS
-    ]
-    lines.append(f"| before training | {' | '.join(before)} | |")
-    for arm in arms:
-        cells = []
-        for name in SETS:
-            after = {seed: accuracy(home / arm / f"seed{seed}", name)[1] for seed in seeds}
-            cell = f"{statistics.fmean(after.values()):.1%}"
-            against = ""
-            if arm != BASELINE and BASELINE in arms:
-                base = {seed: accuracy(home / BASELINE / f"seed{seed}", name)[1] for seed in seeds}
-                mean, half = interval([100 * (after[seed] - base[seed]) for seed in seeds])
-                against = f"{mean:+.1f} ± {half:.1f}"
-            cells.append(f"{cell} | {against}")
-        found = preference(home, arm, seeds)
-        cells.append(f"{found[0]:+.4f} (± {found[1]:.4f})" if found else "")
-        lines.append(f"| {arm} | {' | '.join(cells)} |")
-    return "\n".join(lines)
-
-
-def main() -> int:
-    """Train what is missing, then print the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=list(ARMS), help="default: all")
-    parser.add_argument("--seeds", type=int, default=5, help="runs of each arm (default: %(default)s)")
-    parser.add_argument("--at-once", type=int, default=os.cpu_count() or 1, help="default: as many as processors")
-    parser.add_argument("--home", type=Path, default=HOME, help="folder of all runs (default: runs/clipo_vs_grpo)")
-    options, overrides = parser.parse_known_args()
-    if strange := [each for each in overrides if "=" not in each or each.startswith("-")]:
-        parser.error(f"{strange[0]} is neither an option nor an override such as train.steps=20")
+    refuse_own_settings(arms, overrides)
     steps = load(SETTINGS, overrides).train.steps
-
-    home = options.home.resolve()
-    prepare(home)
-    seeds = list(range(options.seeds))
     # Seed by seed: a comparison that is stopped early has whole pairs.
-    wanted = [(arm, seed) for seed in seeds for arm in options.arms if not is_done(home / arm / f"seed{seed}", steps)]
+    wanted = [(arm, seed) for seed in seeds for arm in arms]
+    for arm, seed in wanted:
+        refuse_other_settings(home / arm / f"seed{seed}", arm, seed, overrides)
+    missing = [(arm, seed) for arm, seed in wanted if not is_done(home / arm / f"seed{seed}", steps)]
+    if not missing:
+        return
+    prepare(home)
     start = time.monotonic()
-    with ThreadPoolExecutor(options.at_once) as pool:
-        futures = {pool.submit(train, arm, seed, home, overrides): (arm, seed) for arm, seed in wanted}
+    with ThreadPoolExecutor(at_once) as pool:
+        futures = {pool.submit(train, arm, seed, home, overrides): (arm, seed) for arm, seed in missing}
         try:
             for done, future in enumerate(as_completed(futures), start=1):
                 future.result()
                 spent = time.monotonic() - start
-                left = spent / done * (len(wanted) - done)
+                left = spent / done * (len(missing) - done)
                 arm, seed = futures[future]
-                print(f"{done}/{len(wanted)}  {arm}, seed {seed}   {spent:.0f} s, about {left:.0f} s left", flush=True)
+                print(f"{done}/{len(missing)}  {arm}, seed {seed}   {spent:.0f} s, about {left:.0f} s left", flush=True)
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
-    words = table(home, options.arms, seeds)
-    (home / "table.md").write_text(words + "\n")
-    print(f"\n{words}\n")
-    print(f"±: 95% interval of the paired differences over {len(seeds)} seeds, in points; (±): standard error")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Train what is missing, then print the tables.
+
+    Returns:
+        0; 1: a run failed; 2: something given cannot be used; 130: Ctrl-C.
+    """
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--arms", nargs="+", default=list(ARMS), metavar="ARM", help=f"of {', '.join(ARMS)}; all")
+    parser.add_argument("--seeds", type=int, default=5, metavar="N", help="runs of each arm (default: %(default)s)")
+    parser.add_argument(
+        "--at-once", type=int, default=os.cpu_count() or 1, metavar="N", help="default: as many as CPUs"
+    )
+    parser.add_argument("--home", type=Path, default=HOME, help="folder of all runs (default: runs/clipo_vs_grpo)")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings of every run, as for `clipo train`")
+    options = parser.parse_intermixed_args(arguments)
+    # Those right after --arms were taken for arms.
+    overrides = [*options.overrides, *(word for word in options.arms if "=" in word)]
+    arms = list(dict.fromkeys(word for word in options.arms if "=" not in word)) or list(ARMS)
+    if strange := [each for each in arms if each not in ARMS]:
+        parser.error(f"there is no arm {strange[0]}; there are {', '.join(ARMS)}")
+    for name, value in (("--seeds", options.seeds), ("--at-once", options.at_once)):
+        if value < 1:
+            parser.error(f"{name} {value}: it must be at least 1")
+    home, seeds = options.home.resolve(), range(options.seeds)
+    try:
+        train_missing(home, arms, seeds, overrides, at_once=options.at_once)
+        words = tables(home, arms, seeds)
+        (home / "table.md").write_text(words + "\n")
+    except (ConfigError, RuntimeError) as error:
+        print(f"compare.py: {error}", file=sys.stderr)
+        return 2 if isinstance(error, ConfigError) else 1
+    except OSError as error:
+        print(f"compare.py: the runs' folder cannot be used: {error}. Choose another with --home.", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("compare.py: stopped. The same command trains what is missing.", file=sys.stderr)
+        return 130
+    over = f"half the 95% interval over {len(seeds)} seeds" if len(seeds) > 1 else "one seed has no interval"
+    print(f"\n{words}\n\n±: {over}; accuracies in points.")
     return 0
 
 
