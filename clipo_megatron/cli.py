@@ -306,10 +306,10 @@ def _evaluate(options: argparse.Namespace) -> int:
 
     place = launch.from_environment()
     target = evaluation.find_target(options)
-    check(target.config, ranks=place.world if place else None)
+    check(target.config, ranks=place.world if place else None, trains=False)
 
     def work() -> None:
-        from clipo_megatron.run import evaluate_run
+        from clipo_megatron.measuring import evaluate_run
 
         file = Path(options.output) if options.output else None
         evaluate_run(target.config, checkpoint=target.checkpoint, file=file)

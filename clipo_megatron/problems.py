@@ -11,15 +11,23 @@ from clipo_megatron.data.sources import DataError, distinct, source_of, without
 from clipo_megatron.flow import Prompt
 
 
-def load_problems(config: RunConfig, tokenizer: Any, say: Callable[[str], None]) -> tuple[list[Prompt], list[Prompt]]:
-    """Training and evaluation prompts; whatever is left out is said.
+def held_out_problems(config: RunConfig, tokenizer: Any, say: Callable[[str], None]) -> list[Prompt]:
+    """Evaluation prompts, none of a source twice; whatever is left out is said.
 
-    No evaluation source has a problem twice, and unless data.hold_out is false no evaluation problem is trained on.
+    Raises:
+        DataError: a source cannot be read.
+    """
+    return _once(_load(config, config.data.eval, tokenizer, "evaluation", say), say) if config.data.eval else []
+
+
+def training_problems(
+    config: RunConfig, tokenizer: Any, held_out: Sequence[Prompt], say: Callable[[str], None]
+) -> list[Prompt]:
+    """Training prompts, without those that are `held_out` unless data.hold_out is false; what is left out is said.
 
     Raises:
         DataError: a source cannot be read, or nothing is left to train on.
     """
-    held_out = _once(_load(config, config.data.eval, tokenizer, "evaluation", say), say) if config.data.eval else []
     found = _load(config, config.data.train, tokenizer, "training", say)
     train = without(found, held_out) if config.data.hold_out else found
     if not train:
@@ -32,7 +40,7 @@ def load_problems(config: RunConfig, tokenizer: Any, say: Callable[[str], None])
             f"{len(found) - len(train)} of {len(found)} training problems are also evaluation problems and are left "
             "out (data.hold_out)"
         )
-    return train, held_out
+    return train
 
 
 def _load(

@@ -2,88 +2,43 @@
 
 from __future__ import annotations
 
-import json
-import os
 import random
 from contextlib import suppress
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
 
 from clipo_megatron.algorithms.algorithm import Algorithm
 from clipo_megatron.algorithms.build import build_algorithm
-from clipo_megatron.checkpoint import CheckpointError, Checkpoints, Owner
-from clipo_megatron.checkpoint.retention import Retention, defect, name_of
+from clipo_megatron.checkpoint import Checkpoints, Owner
+from clipo_megatron.checkpoint.retention import Retention
 from clipo_megatron.collector import Collector
 from clipo_megatron.config.methods import refill_rounds
-from clipo_megatron.config.model_folder import CRITIC, hf_folder
-from clipo_megatron.config.schema import EngineKind, RunConfig
+from clipo_megatron.config.model_folder import CRITIC
+from clipo_megatron.config.schema import RunConfig
 from clipo_megatron.context import context_of
-from clipo_megatron.data.prompts import load_tokenizer
 from clipo_megatron.data.sampler import PromptSampler
 from clipo_megatron.device import platform
-from clipo_megatron.engines import askers, build_engine, build_sync
-from clipo_megatron.evaluation.asking import evaluate, evaluation_params
-from clipo_megatron.evaluation.results import Evaluation, write_result
-from clipo_megatron.evaluation.tables import lines_of, result_table
-from clipo_megatron.heartbeat import Heartbeat
-from clipo_megatron.output import CHECKPOINTS, MEASURED, claim, set_aside
-from clipo_megatron.policy import layout as layouts
+from clipo_megatron.evaluation.results import Evaluation
+from clipo_megatron.output import CHECKPOINTS, set_aside
 from clipo_megatron.policy.actor import PolicyActor
 from clipo_megatron.policy.replay import ReplayKeeper
 from clipo_megatron.policy.state import PolicyKeeper
-from clipo_megatron.problems import load_problems
+from clipo_megatron.problems import training_problems
 from clipo_megatron.recording import Recorder
-from clipo_megatron.rendezvous import meet
-from clipo_megatron.reporting import Reporter
-from clipo_megatron.rewards.pool import GraderPool
 from clipo_megatron.rollout.engine import Abandoned, SamplingParams
-from clipo_megatron.stopping import STOP_S, EvaluationStopped, Stopped, StopRequest
+from clipo_megatron.session import Session
+from clipo_megatron.stopping import Stopped
 from clipo_megatron.weights.source import files_beside
 
 
-class Run:
-    """One rank's view of a run. Constructing it is collective: ranks meet, the policy is built and loaded.
+class Run(Session):
+    """One rank's view of a run. Constructing it is collective: ranks meet, the policy is built and loaded."""
 
-    Args:
-        config: checked.
-        claims: whether it holds the output folder for itself; one that only reads there need not.
-    """
-
-    def __init__(self, config: RunConfig, *, claims: bool = True):
-        self.config = config
-        self.device = platform().device
-        self.output = Path(config.train.output)
-        self._seed(config.train.seed)
-        if not dist.is_initialized():
-            platform().init_process_group(
-                int(os.environ["RANK"]),
-                int(os.environ["WORLD_SIZE"]),
-                timeout_s=config.layout.distributed_timeout_s,
-                store=meet(),
-            )
-        patience_s = STOP_S if config.faults.stop_s is None else config.faults.stop_s
-        self.stop = StopRequest(announce=dist.get_rank() == 0 and config.report.console, patience_s=patience_s)
-        self.heartbeat = Heartbeat(
-            dist.get_rank(),
-            dist.get_world_size(),
-            platform().own_store("heartbeat"),
-            frozen_s=config.faults.frozen_s,
-            stuck_s=config.faults.stuck_s,
-            stop=self.stop,
-        )
-        self.heartbeat.start()
-        self.layout = layouts.initialize(config.layout, seed=config.train.seed)
-        self.is_main = self.layout.rank == 0
-        self._lock = claim(self.output) if self.is_main and claims else None
-        self.reporter = Reporter(config, is_main=self.is_main)
-
-        model_files = hf_folder(config.model.path)
-        tokenizer = load_tokenizer(model_files)
-        self.train_prompts, self.eval_prompts = load_problems(config, tokenizer, self.reporter.say)
+    def __init__(self, config: RunConfig):
+        super().__init__(config)
+        self.train_prompts = training_problems(config, self.tokenizer, self.eval_prompts, self.reporter.say)
         self.sampler = PromptSampler(
             len(self.train_prompts), config.data.prompts_per_step, seed=config.train.seed, shuffle=config.data.shuffle
         )
@@ -93,19 +48,15 @@ class Run:
             temperature=config.rollout.temperature,
             top_p=config.rollout.top_p,
             top_k=config.rollout.top_k,
-            stop_ids=stop_ids(model_files, tokenizer),
+            stop_ids=self.stop_ids,
             seed=config.train.seed,
         )
-        self.askers = askers(config, self.layout)
-        self.engine = build_engine(config, self.layout, tokenizer, self.reporter.say)
-        self.graders = GraderPool(config.reward)
-        self.algorithm: Algorithm = build_algorithm(config, context_of(config, tokenizer, self.train_prompts))
+        self.algorithm: Algorithm = build_algorithm(config, context_of(config, self.tokenizer, self.train_prompts))
         updates = config.train.steps * config.algorithm.epochs * config.algorithm.mini_batches
         updates *= 1 + self.algorithm.replays
-        self.actor = PolicyActor(config, self.layout, needs=self.algorithm.needs, total_steps=updates)
+        needs = self.algorithm.needs
+        self.actor = self.equip(lambda: PolicyActor(config, self.layout, needs=needs, total_steps=updates))
         self.recorder = Recorder(config, self.layout, self.actor)
-        self.sync = build_sync(config, self.actor, self.engine)
-        self.version = -1  # of the weights that the engine has
         self.collector = Collector(
             config.rollout,
             refill_rounds=refill_rounds(config),
@@ -184,19 +135,12 @@ class Run:
             raise Stopped(step, self.config.train.steps, self.stop.signum)
 
     def close(self) -> None:
-        """Free engines, graders and groups. Idempotent."""
+        """Free all that it holds, when what is being written has been. Idempotent."""
         self.heartbeat.leave()
         if not self.stop.insisted:
             self.checkpoints.close()
-        self.stop.leave()
         self.recorder.close()
-        self.graders.close()
-        self.sync.close()
-        if self.engine is not None:
-            self.engine.close()
-        layouts.shutdown()
-        if self._lock:
-            self._lock.close()
+        super().close()
 
     def evaluate(self, step: int) -> None:
         """Keep and tell how the policy does on the held-out problems, if there are any; collective.
@@ -208,30 +152,9 @@ class Run:
             self.reporter.evaluated(self.measure(step))
 
     def measure(self, step: int) -> Evaluation:
-        """The held-out problems with the engine's weights; collective. Raises as `evaluate`."""
-        self.heartbeat.phase("evaluate")
-        config = self.config
-        params = evaluation_params(config.eval, config.rollout, self.sampling.stop_ids, self.sampling.seed)
-        self.collector.withdraw()  # else the engine would answer its requests too
-        result = evaluate(
-            self.engine,
-            self.graders,
-            self.eval_prompts,
-            self._share(len(self.eval_prompts)),
-            params,
-            step=step,
-            ks=config.eval.ks,
-            deadline_s=config.rollout.deadline_s,
-            recover=self.recover,
-            give_up=self.stop.gives_up,
-        )
-        return replace(result, model=config.model.path)
-
-    def push(self, version: int) -> dict[str, float]:
-        """Give the engine the policy's weights, as `version`; collective. Returns what that was like, as metrics."""
-        self.version = version
-        report = self.sync.push(version)
-        return report.metrics if report else {}
+        """As the session's, without the step's own requests, which the engine would answer too."""
+        self.collector.withdraw()
+        return super().measure(step)
 
     def keep(self, step: int) -> None:
         """After a step: hear of the checkpoint that is being written, and save if that is due; collective."""
@@ -246,15 +169,6 @@ class Run:
         self.checkpoints.save(step)
         if self.config.rollout.colocated and goes_on:
             self.push(self.version)
-
-    def recover(self) -> None:
-        """Give engines that came back the current weights; collective."""
-        self.push(self.version)
-
-    def _share(self, count: int) -> list[int]:
-        """Which of `count` prompts this rank answers."""
-        rank = self.layout.rank
-        return list(range(self.askers.index(rank), count, len(self.askers))) if rank in self.askers else []
 
     def _evaluated(self, step: int) -> bool:
         return not self.eval_prompts or self.reporter.knows_evaluation(step)
@@ -323,54 +237,7 @@ class Run:
         version, numbers, gauss = state["python"]
         random.setstate((version, tuple(numbers), gauss))
 
-    @staticmethod
-    def _seed(seed: int) -> None:
-        random.seed(seed)
-        torch.manual_seed(seed)
-
-
-def evaluate_run(config: RunConfig, *, checkpoint: Path | None = None, file: Path | None = None) -> None:
-    """Evaluate a checkpoint of a run, print the figures and write the result; every rank calls it.
-
-    A named checkpoint can be evaluated by the local engine while the run goes on; servers are the run's own.
-
-    Args:
-        config: of the run, with data.eval.
-        checkpoint: None: the newest one, or the model where there is none.
-        file: where the result goes; None: train.output/results/step_<n>.json.
-
-    Raises:
-        CheckpointError: the checkpoint is damaged, or none of this run.
-        EvaluationStopped: a signal asked to end.
-    """
-    if checkpoint and (reason := defect(checkpoint)):
-        raise CheckpointError(f"{checkpoint} is damaged: {reason}. Choose another checkpoint.")
-    run = Run(config, claims=checkpoint is None or config.rollout.engine is not EngineKind.local)
-    try:
-        chosen = checkpoint or run.checkpoints.latest()
-        step = run.checkpoints.load(chosen) if chosen else 0
-        run.push(step)
-        result = replace(run.measure(step), checkpoint=str(chosen or ""))
-        if run.is_main:
-            file = file or run.output / MEASURED / f"{name_of(step)}.json"
-            write_result(file, result)
-            print(f"{chosen or config.model.path}, {step} steps", *lines_of(result_table(result)), file, sep="\n")
-    except Abandoned:
-        raise EvaluationStopped(run.stop.signum) from None
-    finally:
-        run.close()
-
 
 def is_due(every: int, step: int) -> bool:
     """Whether something that happens every `every` steps happens after step number `step`."""
     return every > 0 and step % every == 0
-
-
-def stop_ids(folder: Path, tokenizer: Any) -> tuple[int, ...]:
-    """Token ids that end a response: the tokenizer's end of turn and those of generation_config.json."""
-    ids = {tokenizer.eos_token_id} - {None}
-    file = folder / "generation_config.json"
-    if file.exists():
-        declared = json.loads(file.read_text()).get("eos_token_id") or []
-        ids |= set(declared if isinstance(declared, list) else [declared])
-    return tuple(sorted(ids))

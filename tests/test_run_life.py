@@ -14,7 +14,7 @@ from clipo_megatron.config.load import load
 from clipo_megatron.data.prompts import load_tokenizer
 from clipo_megatron.data.sources import DataError, overlap
 from clipo_megatron.output import OutputError, claim, set_aside
-from clipo_megatron.problems import load_problems
+from clipo_megatron.problems import held_out_problems, training_problems
 from clipo_megatron.quiet import NOISE, quiet_libraries
 from clipo_megatron.stopping import SIGNALS, TERM_S, StopRequest
 
@@ -130,7 +130,9 @@ def small(tmp_path_factory):
 
 def problems(small, *overrides):
     said = []
-    train, held_out = load_problems(load(small[0], overrides), small[1], said.append)
+    config, tokenizer = load(small[0], overrides), small[1]
+    held_out = held_out_problems(config, tokenizer, said.append)
+    train = training_problems(config, tokenizer, held_out, said.append)
     return train, held_out, said
 
 

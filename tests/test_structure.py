@@ -34,7 +34,8 @@ LEVELS = (
         "conversion",
         "planning",
     },
-    {"run"},
+    {"session"},
+    {"run", "measuring"},
     {"trainer"},
     {"slurm"},
     {"launch"},
@@ -188,6 +189,16 @@ def test_importing_inner_rooms_loads_no_megatron():
         "    importlib.import_module(name)\n"
         "    assert 'megatron' not in sys.modules, f'{name} imports megatron'",
         *names,
+    )
+
+
+def test_what_evaluates_cannot_train():
+    """No optimizer, critic or reference policy is within reach of `clipo eval`."""
+    python(
+        "import sys, clipo_megatron.measuring\n"
+        "for name in ('actor', 'critic', 'optimizer', 'contrastive'):\n"
+        "    assert f'clipo_megatron.policy.{name}' not in sys.modules, name\n"
+        "assert 'clipo_megatron.algorithms' not in sys.modules"
     )
 
 

@@ -11,7 +11,7 @@ while training goes on or at once (`writing.py`). Which old ones stay is `retent
 short or changed on disk is recognised by its manifest and passed over for an older one.
 """
 
-from clipo_megatron.checkpoint.checkpoints import Checkpoints
+from clipo_megatron.checkpoint.checkpoints import Checkpoints, newest
 from clipo_megatron.checkpoint.states import CheckpointError, Owner, PolicyState
 
-__all__ = ["CheckpointError", "Checkpoints", "Owner", "PolicyState"]
+__all__ = ["CheckpointError", "Checkpoints", "Owner", "PolicyState", "newest"]

@@ -172,28 +172,8 @@ class Checkpoints:
         return self._step == step
 
     def latest(self) -> Path | None:
-        """The newest undamaged checkpoint, the same on every rank; None where there is none at all.
-
-        Damaged ones are passed over with a word about each; what a killed process left half written is removed.
-
-        Raises:
-            CheckpointError: there are checkpoints, and all are damaged.
-        """
-        if _rank() == 0:
-            sweep(self.folder)
-        damaged = []
-        for path in _from_rank_0(lambda: newest_first(self.folder)):
-            reason = _from_rank_0(lambda path=path: defect(path))
-            if not reason and not (reason := _first(changed(path, share=_rank(), shares=_world()))):
-                return path
-            damaged.append(f"{path} is damaged: {reason}")
-            self.say(f"warning: {damaged[-1]}; looking for an older checkpoint")
-        if damaged:
-            raise CheckpointError(
-                f"no checkpoint in {self.folder} is complete: {damaged[0]}. Restore the file, or start over with "
-                "checkpoint.resume=false"
-            )
-        return None
+        """See `newest`."""
+        return newest(self.folder, self.say)
 
     def load(self, path: Path) -> int:
         """Restore every owner.
@@ -270,6 +250,31 @@ class Checkpoints:
 
     def _remains(self) -> str:
         return f"The newest checkpoint is {self._safe}." if self._safe else "There is no checkpoint yet."
+
+
+def newest(folder: Path, say: Callable[[str], None]) -> Path | None:
+    """The newest undamaged checkpoint of a run, the same on every rank; None where there is none at all. Collective.
+
+    Damaged ones are passed over with a word about each; what a killed process left half written is removed.
+
+    Raises:
+        CheckpointError: there are checkpoints, and all are damaged.
+    """
+    if _rank() == 0:
+        sweep(folder)
+    damaged = []
+    for path in _from_rank_0(lambda: newest_first(folder)):
+        reason = _from_rank_0(lambda path=path: defect(path))
+        if not reason and not (reason := _first(changed(path, share=_rank(), shares=_world()))):
+            return path
+        damaged.append(f"{path} is damaged: {reason}")
+        say(f"warning: {damaged[-1]}; looking for an older checkpoint")
+    if damaged:
+        raise CheckpointError(
+            f"no checkpoint in {folder} is complete: {damaged[0]}. Restore the file, or start over with "
+            "checkpoint.resume=false"
+        )
+    return None
 
 
 def _spell(fact: Any) -> str:

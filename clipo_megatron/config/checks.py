@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from math import gcd
 from pathlib import Path
 from typing import Any
@@ -27,13 +27,14 @@ PERTURBABLE = ("gsm_symbolic", "simple_equations")  # generators whose problems 
 DATA_SUFFIXES = (".parquet", ".jsonl")
 
 
-def check(config: RunConfig, *, ranks: int | None = None, absent: bool = False) -> list[Problem]:
+def check(config: RunConfig, *, ranks: int | None = None, absent: bool = False, trains: bool = True) -> list[Problem]:
     """Hold the whole configuration against itself, the model folder, the data files and the number of ranks.
 
     Args:
         config: the configuration.
         ranks: what a launcher started, None when there is none yet (then `requested_ranks` will be started).
         absent: whether model and data may be on other machines only.
+        trains: whether it is to train; an evaluation needs neither training problems nor batches and methods that fit.
 
     Returns:
         What is not on this machine.
@@ -44,14 +45,12 @@ def check(config: RunConfig, *, ranks: int | None = None, absent: bool = False) 
     problems = [
         *_layout(config, ranks),
         *model_problems(config, data_parallel(config.layout, ranks)),
-        *_data(config),
-        *_batch(config, ranks),
+        *_data(config, ("train", "eval") if trains else ("eval",)),
+        *(_batch(config, ranks) if trains else ()),
         *_numbers(config),
         *rollout_problems(config),
-        *window_problems(config),
         *evaluation_problems(config),
-        *method_problems(config),
-        *report_problems(config),
+        *(_of_training(config) if trains else ()),
     ]
     elsewhere = [each for each in problems if each.absent and absent]
     if problems := [each for each in problems if each not in elsewhere]:
@@ -116,11 +115,17 @@ def _multiples(near: int, unit: int) -> str:
     return f"{below} or {above}" if below else str(above)
 
 
-def _data(config: RunConfig) -> Iterator[Problem]:
-    if not config.data.train:
+def _of_training(config: RunConfig) -> Iterator[Problem]:
+    yield from window_problems(config)
+    yield from method_problems(config)
+    yield from report_problems(config)
+
+
+def _data(config: RunConfig, parts: Sequence[str]) -> Iterator[Problem]:
+    if "train" in parts and not config.data.train:
         remedy = "Add a source, such as `data.train=[{path: train.parquet}]`"
         yield Problem("data.train", "there is nothing to train on", remedy, show_value=False)
-    for part in ("train", "eval"):
+    for part in parts:
         sources: list[SourceConfig] = getattr(config.data, part)
         for index, source in enumerate(sources):
             yield from _source(source, f"data.{part}[{index}]")

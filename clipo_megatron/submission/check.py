@@ -44,7 +44,7 @@ def check(
     """
     if kind.converts:
         return ()
-    elsewhere = check_config(config, ranks=resources.ranks, absent=absent)
+    elsewhere = check_config(config, ranks=resources.ranks, absent=absent, trains=kind is not Kind.evaluation)
     _check_servers(config, resources)
     missing = tuple(f"not on this machine: {each.key} = {each.value}" for each in elsewhere)
     return (*_check_memory(config, resources, config_file, hardware, anyway), *missing)
