@@ -7,78 +7,29 @@ import re
 import shutil
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import browser
 import numpy as np
 import pytest
+from page_runs import NASTY, write_run
 
 from clipo_megatron import cli
-from clipo_megatron.config.schema import RunConfig
 from clipo_megatron.evaluation.comparing import compare, comparisons
 from clipo_megatron.evaluation.results import Evaluation, ProblemResult, read_evaluations, write_evaluation
 from clipo_megatron.page.chart import MOST_POINTS, Series, smoothed, thinned
 from clipo_megatron.page.command import write_page
 from clipo_megatron.page.grouping import differences, group_runs
+from clipo_megatron.page.metric_names import CONTRASTIVE, LEARNING, OTHERS, PLACED, other
 from clipo_megatron.page.reading import Accuracy, PageError, read_run, wilson
 from clipo_megatron.page.representation import neighbour_agreement
 from clipo_megatron.page.scales import number, percent, reach, safe, seconds, tick_text, ticks
-from clipo_megatron.page.timing import PHASES, chrome_trace, phase_seconds
+from clipo_megatron.page.timing import chrome_trace, phase_seconds
 from clipo_megatron.page.tsne import affinities, gradient, squared_distances, tsne
-from clipo_megatron.report.states import States, write_states
 
 pytestmark = pytest.mark.timeout(120)
 needs_browser = pytest.mark.skipif(browser.find() is None, reason="no Chromium here: install one, or set CLIPO_BROWSER")
-NASTY = "</script><script>throw Error('escaped?')</script> <img src=x onerror=alert(1)> \x1b[31m & \"quoted\" €"
-
-
-def write_run(
-    folder: Path, *, steps: int = 12, seed: int = 0, clipo: bool = True, evaluated: bool = False, **facts
-) -> Path:
-    """A made-up run with everything in its folder."""
-    from dataclasses import asdict
-
-    folder.mkdir(parents=True)
-    random = np.random.default_rng(seed + 10 * clipo)
-    config = RunConfig(name=f"{'clipo' if clipo else 'grpo'}-{seed}")
-    config.model.path, config.train.seed, config.train.steps, config.clipo.enabled = "models/M", seed, 12, clipo
-    config.train.output = str(folder)
-    for key, value in facts.items():
-        setattr(config.optimizer, key, value)
-    (folder / "config.json").write_text(json.dumps(asdict(config), default=str))
-    with (folder / "metrics.jsonl").open("w") as file:
-        for step in range(steps):
-            line = {"step": step, "reward/accuracy": random.random(), "reward/mean": random.normal(), "my/own": 1.0}
-            line |= {f"time/{phase}_s": random.random() for phase in PHASES[:-1]} | {"time/step_s": 6.0}
-            line |= {"policy/grad_norm": None if step == 3 else random.random(), "speed/padding_share": 0.0}
-            if clipo:
-                line |= {"clipo/loss": random.random(), "clipo/bonus_mean": -random.random() / 5}
-                line |= {"clipo/positive_cosine": 0.9, "clipo/negative_cosine": 0.5 + step / 100}
-            file.write(json.dumps(line) + "\n")
-    rollouts = [
-        {"text": NASTY if n == 0 else f"Answer {n}", "correct": n < 2, "bonus": -0.1 * n, "reward": float(n < 2)}
-        for n in range(4)
-    ]
-    ask = [{"role": "user", "content": "What?"}]
-    lines = [
-        {"step": s, "prompt_id": "set/0", "messages": ask, "ground_truth": "1", "rollouts": rollouts} for s in (0, 11)
-    ]
-    (folder / "rollouts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    group, correct = np.repeat(np.arange(6), 4), np.tile([True, True, False, False], 6)
-    for step in (0, steps - 1) if steps else ():
-        pooled, z = (random.normal(size=(24, size)).astype(np.float32) for size in (32, 8))
-        bonus = np.where(correct, -0.1, 0).astype(np.float32)
-        names = [f"set/{n}" for n in range(6)]
-        extra = {"embeddings": z, "bonus": bonus} if clipo else {}
-        write_states(folder / "states", States(step, names, group, correct, np.ones(24, bool), pooled, **extra))
-    for step in (0, 12) if evaluated else ():
-        answers = {f"{name}/{n}": random.random() < 0.3 + step / 30 for name in ("easy", "hard") for n in range(20)}
-        problems = {name: ProblemResult(1, int(right), digest=name) for name, right in answers.items()}
-        write_evaluation(folder / "eval", Evaluation(step, problems))
-    spans = [["generate", 100.0, 101.5], ["update", 101.5, 104.25]]
-    ranks = [{"spans": spans, "peak_memory": (3 + rank) * 2**30} for rank in range(2)]
-    (folder / "trace.jsonl").write_text(json.dumps({"step": 0, "ranks": ranks}) + "\n")
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -141,7 +92,7 @@ def test_a_real_run(undisturbed, tmp_path):
 
 
 def test_groups_are_compared_problem_by_problem(compared, tmp_path):
-    """One seed a side: the figures of `clipo compare`. Two: the interval is over problems, of the mean over seeds."""
+    """One seed a side: the figures of `clipo compare`. Two: the mean over seeds."""
     folders = [compared[0][2], compared[0][0]]  # without CLIPO, with it
     page, _ = write_page(folders, tmp_path / "page.html")
     text = html.unescape(page.read_text())
@@ -174,6 +125,31 @@ def test_seeds_are_one_group_and_settings_set_groups_apart(compared, tmp_path):
         ("optimizer.learning_rate", [1e-6, 1e-6, 3e-6]),
     ]
     assert differences(groups[:1]) == []
+
+
+def test_the_group_to_compare_with_is_chosen(compared, tmp_path, capsys):
+    words = ["report", *map(str, compared[0]), "-o", str(tmp_path / "page.html")]
+    assert cli.main([*words, "--against", "grpo"]) == 0
+    text = html.unescape((tmp_path / "page.html").read_text())
+    assert "<h1>grpo vs clipo</h1>" in text and "Paired differences: against grpo" in text
+    assert cli.main([*words, "--against", "ppo"]) == 2
+    assert "--against ppo: no group is called so. Give one of: clipo, grpo" in capsys.readouterr().err
+
+
+def test_marks_of_groups_stand_side_by_side(compared):
+    text = compared[1].read_text()
+    drawing = re.search(r'<svg[^>]*aria-label="accuracy on easy".*?</svg>', text, re.DOTALL)[0]
+    places = [float(x) for x in re.findall(r'<circle class="dot" cx="([\d.]+)"', drawing)]
+    assert len(places) == 4 and len(set(places)) == 4 and min(b - a for a, b in pairwise(sorted(places))) >= 8
+    whiskers = [float(x) for x in re.findall(r'class="whisker" d="M([\d.]+) ', drawing)]
+    assert sorted(whiskers) == sorted(places)
+
+
+def test_what_is_known_of_a_metric_is_said():
+    assert "rollout.window_tokens" in other("rollout/windows").caption and other("rollout/windows").share
+    assert other("my/own").caption == ""
+    known = [each.name for each in (*LEARNING, *CONTRASTIVE, *OTHERS)]
+    assert len(set(known)) == len(known) and not {each.name for each in OTHERS} & PLACED
 
 
 def test_the_trace_is_what_chrome_reads(compared):
@@ -253,11 +229,39 @@ def test_broken_files_are_told_and_the_rest_is_shown(tmp_path):
     assert "1 of its evaluations cannot be read" in text and "Contrastive loss" in text
 
 
+@pytest.mark.parametrize(
+    "damage",
+    [{"samples": "x"}, {"samples": 1, "correct": 5}, {"correct": None}, {"votes": 3}, {"step": "x"}, {"step": None}],
+)
+def test_a_damaged_evaluation_costs_itself_alone(damage, tmp_path):
+    folder = write_run(tmp_path / "run", evaluated=True)
+    file = folder / "eval" / "step_000012.json"
+    facts = json.loads(file.read_text())
+    if "step" in damage:
+        facts |= damage
+    else:
+        facts["problems"]["easy/0"] |= damage
+    file.write_text(json.dumps(facts))
+    text = missing(folder)
+    assert "clipo-0: 1 of its evaluations cannot be read" in text
+    assert "of held-out problems after 0 steps" in text
+
+
+def test_a_models_folder_is_no_run(tmp_path, capsys):
+    (tmp_path / "config.json").write_text('{"architectures": ["LlamaForCausalLM"], "hidden_size": 64}')
+    assert cli.main(["report", str(tmp_path), "-o", str(tmp_path / "x.html")]) == 2
+    assert "has no metrics.jsonl and no config.json of a run" in capsys.readouterr().err
+    assert not (tmp_path / "x.html").exists()
+    run = write_run(tmp_path / "run")
+    (run / "config.json").write_text('{"hidden_size": 64}')
+    assert "run: config.json is not the configuration of a run" in missing(run)
+
+
 def test_a_folder_that_is_no_run(tmp_path, capsys):
     assert cli.main(["report", str(tmp_path / "none")]) == 2
     assert "none is no folder. Give the folder of a run" in capsys.readouterr().err
     assert cli.main(["report", str(tmp_path), "-o", str(tmp_path / "x.html")]) == 2
-    assert "has no metrics.jsonl and no config.json, so it is no run's" in capsys.readouterr().err
+    assert "has no metrics.jsonl and no config.json of a run, so it is no run's" in capsys.readouterr().err
     run = write_run(tmp_path / "run")
     assert cli.main(["report", str(run), "-o", str(tmp_path)]) == 2
     assert "is a folder. Give the file to write" in capsys.readouterr().err

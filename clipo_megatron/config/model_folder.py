@@ -1,10 +1,14 @@
-"""What a model's path may be: a Hugging Face folder, or a checkpoint that has its Hugging Face files in it."""
+"""What a model's path may be: a Hugging Face folder, or a checkpoint that has its Hugging Face files in it.
+
+A run's output folder keeps its configuration under the name that a model's has, so `is_run_settings` tells them apart.
+"""
 
 from __future__ import annotations
 
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 POLICY = "policy"  # of a checkpoint: the weights, in Megatron's torch_dist
 CRITIC = "critic"  # of a checkpoint: those of a value model, if the run has one
@@ -32,3 +36,8 @@ def tokens_of(path: str | os.PathLike[str]) -> dict[int, str] | None:
         }
     except (OSError, ValueError, KeyError, TypeError):
         return None
+
+
+def is_run_settings(facts: Any) -> bool:
+    """Whether what a config.json holds is a run's resolved configuration, and not a model's."""
+    return isinstance(facts, dict) and "data" in facts and "train" in facts

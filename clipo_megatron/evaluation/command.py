@@ -11,7 +11,7 @@ from typing import Any
 
 from clipo_megatron.config.checks import source_name
 from clipo_megatron.config.load import load
-from clipo_megatron.config.model_folder import is_checkpoint
+from clipo_megatron.config.model_folder import is_checkpoint, is_run_settings
 from clipo_megatron.config.schema import RunConfig
 from clipo_megatron.evaluation.comparing import comparisons, refuse_other_problems
 from clipo_megatron.evaluation.errors import EvaluationError
@@ -119,7 +119,7 @@ def _settings_of(folder: Path, target: Path) -> Path:
     except (OSError, ValueError) as error:
         reason = f"{file} cannot be read ({error})"
     else:
-        if "data" in facts and "train" in facts:
+        if is_run_settings(facts):
             return file
         reason = f"{file} is a model's configuration, not a run's"
     raise EvaluationError(

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from clipo_megatron.evaluation.results import Evaluation, read_evaluations
+from clipo_megatron.config.model_folder import is_run_settings
+from clipo_megatron.evaluation.errors import EvaluationError
+from clipo_megatron.evaluation.results import Evaluation, read_result
 from clipo_megatron.output import EVALUATIONS, METRICS, ROLLOUTS, SETTINGS, STATES, TRACE
 from clipo_megatron.report.sinks import read_lines
 from clipo_megatron.report.states import States, file_of, read_states, steps_with_states
@@ -133,7 +135,8 @@ def read_run(folder: Path) -> RunRecord:
     except OSError as error:
         raise PageError(f"{folder} cannot be read: {error.strerror or error}. Give the folder of a run") from error
     if not has_file and not settings:
-        raise PageError(f"{folder} has no {METRICS} and no {SETTINGS}, so it is no run's. Give its train.output")
+        nothing = f"{folder} has no {METRICS} and no {SETTINGS} of a run"
+        raise PageError(f"{nothing}, so it is no run's. Give its train.output")
     name = str(settings.get("name") or folder.resolve().name)
     run = RunRecord(
         folder=folder,
@@ -142,14 +145,14 @@ def read_run(folder: Path) -> RunRecord:
         settings=settings,
         lines=[lines[step] for step in sorted(lines)],
         accuracies=[],
-        evaluations=read_evaluations(folder / EVALUATIONS),
+        evaluations=[],
         groups=[group for group in groups if isinstance(group.get("rollouts"), list)],
         traces=[trace for trace in traces if isinstance(trace.get("ranks"), list)],
         state_steps=steps_with_states(folder / STATES),
     )
     if no_settings:
         run.missing.append(f"{no_settings}.")
-    _read_accuracies(run)
+    _read_evaluations(run)
     _say_what_is_missing(run)
     return run
 
@@ -167,16 +170,25 @@ def _settings(file: Path) -> tuple[dict[str, Any], str]:
         return {}, f"there is no {SETTINGS}, so its settings are unknown"
     try:
         found = json.loads(file.read_text())
-        return (found, "") if isinstance(found, dict) else ({}, f"{SETTINGS} holds no settings")
+        return (found, "") if is_run_settings(found) else ({}, f"{SETTINGS} is not the configuration of a run")
     except ValueError as error:
         return {}, f"{SETTINGS} cannot be read ({error})"
 
 
-def _read_accuracies(run: RunRecord) -> None:
-    found = run.evaluations
-    if unread := len(list((run.folder / EVALUATIONS).glob("step_*.json"))) - len(found):
+def _read_evaluations(run: RunRecord) -> None:
+    """Those that hold together; one that was damaged costs the page itself alone."""
+    unread = 0
+    for file in (run.folder / EVALUATIONS).glob("step_*.json"):
+        try:
+            result = read_result(file)
+            result.figures()
+            run.evaluations.append(replace(result, step=int(result.step)))
+        except (EvaluationError, TypeError, ValueError):
+            unread += 1
+    run.evaluations.sort(key=lambda each: each.step)
+    if unread:
         run.missing.append(f"{unread} of its evaluations cannot be read, or are of an older version.")
-    for each in found:
+    for each in run.evaluations:
         shares: dict[str, list[float]] = {}
         for problem, share in each.correct.items():
             shares.setdefault(problem.rpartition("/")[0], []).append(share)
