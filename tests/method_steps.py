@@ -46,7 +46,7 @@ def by_autograd(config: RunConfig) -> dict[str, Tensor]:
     old = lp.detach()
     per_rollout = torch.zeros(table.size, dtype=torch.float64).index_add(0, rollout, old.double())
     signals: dict[str, Any] = {"entropy": entropy.detach()}
-    table.signals |= {"logprob_sum": per_rollout, "reference_sum": per_rollout, "kl": torch.zeros(table.size)}
+    table.signals |= {"logprob_sum": per_rollout, "kl": torch.zeros(table.size)}
     if "pooled_states" in algorithm.needs:
         table.signals["pooled_states"] = pooled(model, samples)
     if "values" in algorithm.needs:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -219,5 +220,35 @@ def test_a_kl_in_the_reward_is_counted_once() -> None:
     algorithm, table = build_algorithm(config), table_of(GROUPS["one right"], 0)
     table.signals["kl"] = torch.full((table.size,), 7.0)
     assert torch.equal(algorithm.shape_reward(table), table.reward)
+    assert "reference_kl" not in algorithm.needs, "its sums are not computed for nothing"
     config.algorithm.name = "grpo"
-    assert torch.equal(build_algorithm(config).shape_reward(table), table.reward - 3.5)
+    algorithm = build_algorithm(config)
+    assert torch.equal(algorithm.shape_reward(table), table.reward - 3.5)
+    assert {"reference_logprobs", "reference_kl"} <= algorithm.needs
+
+
+def test_a_baseline_of_one_s_own_may_read_rewards_of_tokens(tmp_path: Path) -> None:
+    """It says so by `reads_token_rewards`, as PPO does; without it the KL is in the rollouts' rewards."""
+    (tmp_path / "mine.py").write_text(
+        "from clipo_megatron.algorithms.grpo import GRPO\n\n\n"
+        "class Tokens(GRPO):\n    credits_tokens = reads_token_rewards = True\n\n"
+        "    def token_advantage(self, tokens, table, advantage):\n        return advantage + tokens.rewards\n\n\n"
+        "class Rollouts(GRPO):\n    credits_tokens = True\n\n"
+        "    def token_advantage(self, tokens, table, advantage):\n"
+        "        assert tokens.rewards is None\n        return advantage\n"
+    )
+    config, table = RunConfig(), table_of(GROUPS["one right"], 0)
+    config.clipo.enabled = False
+    config.algorithm.kl = KLConfig(coefficient=0.5, kind=KLKind.k1, place=KLPlace.reward)
+    tokens = tokens_of(table, 0)
+    gap = 0.5 * (tokens.old_logprobs - tokens.reference_logprobs)
+    table.signals["kl"] = 2 * torch.zeros(table.size).index_add(0, tokens.rollout, gap)
+    for name in ("Tokens", "Rollouts"):
+        config.algorithm.name = f"{tmp_path}/mine.py:{name}"
+        algorithm = build_algorithm(config)
+        reward = algorithm.shape_reward(table)
+        advantage = algorithm.advantage(table, reward)
+        given = algorithm.token_advantage(tokens, table, advantage)
+        expected = advantage[tokens.rows] - (gap if name == "Tokens" else 0)
+        torch.testing.assert_close(given, expected)
+        assert torch.equal(reward, table.reward) == (name == "Tokens")

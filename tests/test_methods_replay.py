@@ -23,7 +23,8 @@ from clipo_megatron.algorithms.surrogate import BaselineSettings
 from clipo_megatron.config.credit_options import D3sScope
 from clipo_megatron.config.errors import ConfigError
 from clipo_megatron.config.schema import Aggregation, LayoutConfig, PluginConfig, RunConfig
-from clipo_megatron.flow import Experience, Prompt, RolloutTable
+from clipo_megatron.flow import Experience, MiniBatch, Prompt, RolloutTable, Sample
+from clipo_megatron.policy.packing import pack
 
 VOCAB = 263
 
@@ -79,6 +80,40 @@ def test_pipo_leaves_a_step_without_verdicts_out_of_its_window() -> None:
             outcome = replace(outcome, table=replace(outcome.table, graded=torch.zeros(3, dtype=torch.bool)))
         stage.replay(outcome)
     assert len(stage.means) == 2
+
+
+def test_pipo_does_not_take_the_first_bonus_for_a_loss() -> None:
+    """CLIPO's bonus is at most 0: a step's mean with it says nothing against those of the warm-up."""
+    config = RunConfig()
+    config.clipo.enabled, config.clipo.warmup_steps = True, 3
+    for enabled in (True, False):
+        config.clipo.enabled, stage, learned = enabled, PIPO(), []
+        stage.bind(made_up_context(config))
+        for step, mean in enumerate([0.5, 0.52, 0.48, 0.25, 0.27, 0.28]):
+            outcome = outcome_of(mean)
+            outcome.table.step = step
+            stage.replay(outcome)
+            learned.append(stage.phi)
+        if enabled:
+            assert learned[:2] == [0, 0] and learned[2] < 0 and learned[3:5] == [0, 0] and learned[5] > 0
+            assert stage.means == pytest.approx([0.25, 0.27, 0.28])
+        else:
+            assert learned[3] < -0.4
+
+
+def test_pipo_holds_what_a_replay_reads() -> None:
+    outcome = outcome_of(0.5)
+    ours = ("advantage", "masked_logprob", "one of a user's")
+    names = (*ours, "entropy", "value", "next_value", "return", "cepo_gold_logprob", "cepo_wrong_logprob")
+    sample = Sample(0, 0, torch.arange(3), torch.arange(2), torch.zeros(2))
+    micro = pack([sample], share_prompts=False, multiple=1, device=torch.device("cpu"))
+    micro.signals = {name: torch.zeros(2) for name in names}
+    outcome.mini_batches.append(MiniBatch(torch.tensor([0]), [micro]))
+    stage = PIPO()
+    stage.replay(outcome)
+    (held,) = stage.previous.mini_batches[0].micro_batches
+    assert set(held.signals) == set(ours)
+    assert set(micro.signals) == set(names), "this step's update still has them"
 
 
 def test_pipo_needs_advantages() -> None:

@@ -34,7 +34,8 @@ class Signal(str, Enum):
     entropy = "entropy"  # TokenBatch.entropy, with gradient, and scored_entropy
     scored_entropy = "scored_entropy"  # the tokens' signals["entropy"], of the policy that was scored
     logprob_sums = "logprob_sums"  # table.signals["logprob_sum"], float64, of the policy that was scored
-    reference_logprobs = "reference_logprobs"  # of the tokens; table.signals["kl"], and with sums ["reference_sum"]
+    reference_logprobs = "reference_logprobs"  # of the tokens
+    reference_kl = "reference_kl"  # table.signals["kl"] float32, of algorithm.kl.kind, of the policy that was scored
     answers = "answers"  # table.words["answer"]: the final answer of each rollout as text, "" where it has none
     values = "values"  # the tokens' signals["value"] and ["next_value"], of a critic; see policy.critic
     demonstrations = "demonstrations"  # a worked solution in the rows of training prompts
@@ -124,6 +125,7 @@ class Stage:
     provides: frozenset[str] = frozenset()  # names that `observe` or `variants` gives
     learns_without_advantage = False  # whether there is a gradient where the advantage is 0
     credits_tokens = False  # whether `token_advantage` does something
+    reads_token_rewards = False  # of a baseline: whether `token_advantage` reads tokens.rewards, as a KL in the reward
     replays = 0  # further times that `replay` gives an experience, at most; then `previous` is kept in checkpoints
     previous: Experience | None = None  # what `replay` will give again, its micro-batches in host memory
     holds_policy = False  # whether the policy waits in the next step, while this stage's own part learns
@@ -170,8 +172,8 @@ class Stage:
         return None
 
     def token_reward(self, tokens: ScoredTokens, table: RolloutTable) -> Tensor | None:
-        """Rewards of single tokens [N] float32, on the last pipeline stage, for a baseline that reads them (PPO);
-        stages add up."""
+        """Rewards of single tokens [N] float32, on the last pipeline stage; stages add up. For a baseline with
+        `reads_token_rewards`: no other sees them, so a stage that rewards tokens needs a form for whole rollouts."""
         return None
 
     def token_advantage(self, tokens: ScoredTokens, table: RolloutTable, advantage: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from clipo_megatron.algorithms.base import Context, ScoredTokens
 from clipo_megatron.algorithms.grpo import STD_EPSILON, group_statistics
 from clipo_megatron.algorithms.ppo import discounted_sums, tokens_left
 from clipo_megatron.algorithms.surrogate import BaselineSettings, ClippedPolicyLoss
+from clipo_megatron.algorithms.whitening import centred
 from clipo_megatron.config.baseline_options import WhitenOver
 from clipo_megatron.config.schema import KLPlace
 from clipo_megatron.flow import RolloutTable
@@ -33,7 +34,8 @@ class ReinforcePP(ClippedPolicyLoss):
 
     Mean and deviation are over the batch's tokens, each with its rollout's return, as in released code, or over its
     rollouts (option `over`). The paper's KL penalty inside the reward is algorithm.kl with `place: reward`: a token's
-    return is then r less the KL from that token on, and tokens have advantages of their own.
+    return is then r less the KL from that token on, and tokens have advantages of their own; what stages make of the
+    rollouts' `advantage` before is no advantage yet, so those that scale it are refused.
 
     Assumes rewards of one scale over all prompts; a group may have a single rollout. CLIPO's bonus acts through the
     reward, and its constant part does not vanish here.
@@ -64,7 +66,9 @@ class ReinforcePP(ClippedPolicyLoss):
         outcome = self.outcome(table, reward)
         if self.credits_tokens:
             return torch.where(table.graded, outcome, 0.0).float()
-        return whitened(outcome, table, self.over)
+        counts = table.graded.double() * (table.response_length if self.over is WhitenOver.tokens else 1)
+        gaps, variance = centred(outcome, counts)
+        return (gaps / (variance.sqrt() + STD_EPSILON)).float()
 
     def token_advantage(self, tokens: ScoredTokens, table: RolloutTable, advantage: Tensor) -> Tensor:
         """[N] float32; with rewards of tokens their returns, whitened over the tokens of all ranks."""
@@ -76,11 +80,8 @@ class ReinforcePP(ClippedPolicyLoss):
         share = table.graded.double().to(returns.device)[tokens.rows]
         if self.over is WhitenOver.rollouts:
             share = share / torch.bincount(tokens.rollout)[tokens.rollout]
-        count, total = tokens.sum_over_ranks(torch.stack([share.sum(), (share * returns).sum()])).unbind()
-        centred = returns - total / count.clamp(min=1)
-        (squares,) = tokens.sum_over_ranks((share * centred.square()).sum()[None]).unbind()
-        std = (squares / (count - 1).clamp(min=1)).sqrt()
-        return torch.where(share > 0, centred / (std + STD_EPSILON), 0.0).float()
+        gaps, variance = centred(returns, share, tokens.sum_over_ranks)
+        return (gaps / (variance.sqrt() + STD_EPSILON)).float()
 
 
 class ReinforcePPBaseline(ReinforcePP):
@@ -93,13 +94,3 @@ class ReinforcePPBaseline(ReinforcePP):
     def outcome(self, table: RolloutTable, reward: Tensor) -> Tensor:
         """[B], what is whitened."""
         return reward - group_statistics(reward, table)[0]
-
-
-def whitened(values: Tensor, table: RolloutTable, over: WhitenOver) -> Tensor:
-    """(values - mean) / (std + 1e-6) of the graded rollouts, [B] float32, 0 where ungraded; unbiased std."""
-    counts = table.response_length if over is WhitenOver.tokens else torch.ones_like(table.response_length)
-    counts = counts.double() * table.graded
-    total = counts.sum().clamp(min=1)
-    centred = values.double() - (counts * values).sum() / total
-    std = ((counts * centred.square()).sum() / (total - 1).clamp(min=1)).sqrt()
-    return torch.where(table.graded, centred / (std + STD_EPSILON), 0.0).float()

@@ -35,7 +35,7 @@ def build_algorithm(config: RunConfig, context: Context | None = None) -> Algori
     if settings.correction.kind is not CorrectionKind.none:
         stages.append(OffPolicyCorrection(settings.correction))
     if settings.kl.coefficient:
-        stages.append(_kl(settings.kl, per_token=getattr(stages[0], "reads_token_rewards", False)))
+        stages.append(_kl(settings.kl, per_token=stages[0].reads_token_rewards))
     if settings.entropy_coefficient:
         stages.append(EntropyBonus(settings.entropy_coefficient))
     for plugin in settings.plugins:

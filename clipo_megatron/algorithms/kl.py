@@ -46,10 +46,9 @@ class KLReward(Stage):
     """Subtracts coefficient * KL(pi_old || pi_ref) from the reward: the sum over the response from the rollout's, or
     with `per_token` each token's from its own, for a baseline that reads rewards of single tokens."""
 
-    needs = frozenset({Signal.reference_logprobs})
-
     def __init__(self, coefficient: float, kind: KLKind, *, per_token: bool = False):
         self.coefficient, self.kind, self.per_token = coefficient, kind, per_token
+        self.needs = frozenset({Signal.reference_logprobs} | (set() if per_token else {Signal.reference_kl}))
 
     def shape_reward(self, table: RolloutTable, reward: Tensor) -> Tensor:
         """[B] float32."""

@@ -11,11 +11,14 @@ from typing import Any
 import torch
 
 from clipo_megatron.algorithms.base import Context, Stage, TokenBatch
+from clipo_megatron.algorithms.cepo import GOLD, WRONG
 from clipo_megatron.config.errors import ConfigError
 from clipo_megatron.config.methods import baseline
 from clipo_megatron.flow import Experience, MicroBatch, MiniBatch
 
 HOST = torch.device("cpu")
+# Of the tokens' signals those that a loss never reads: they gave the advantages, which are held.
+SPENT = frozenset({"entropy", "value", "next_value", "return", GOLD, WRONG})
 
 
 class PIPO(Stage):
@@ -25,7 +28,8 @@ class PIPO(Stage):
     their unbiased deviation, xi held within +-limit, which is ours: few and equal means have a sigma near 0. Fewer than
     two batches, or phi = 0, repeat nothing. The repetition comes after the update on this batch, with the ratios to the
     policy that scored it then; KL and entropy terms act there too. mu is of the shaped reward, where CLIPO's bonus
-    acts. Assumes a baseline that gives advantages. The previous batch is held in host memory.
+    acts: the window begins anew when its warm-up ends, for rewards with a bonus are no worse than those without.
+    Assumes a baseline that gives advantages. The previous batch is held in host memory.
     """
 
     replays = 1
@@ -35,9 +39,10 @@ class PIPO(Stage):
         self.means: list[float] = []  # of the steps before, at most `window`
         self.phi = 0.0  # of this step
         self.previous: Experience | None = None
+        self.begins_anew = 0  # the step with the first bonus; 0: from the first on, or never
 
     def bind(self, context: Context) -> None:
-        """Look at the baseline.
+        """Look at the baseline, and when the bonus begins.
 
         Raises:
             ConfigError: it gives no advantages to weigh again.
@@ -48,12 +53,16 @@ class PIPO(Stage):
                 f"pipo weighs advantages again, and {settings.name} has none: its loss is over whole groups. "
                 "Choose another algorithm.name, or leave pipo out."
             )
+        clipo = context.config.clipo
+        self.begins_anew = clipo.warmup_steps if clipo.enabled else 0
 
     def replay(self, experience: Experience) -> Sequence[Experience]:
         """This step's, then that before."""
         graded = experience.table.graded
         plan, previous = [experience], self.previous
         self.phi = 0.0
+        if self.begins_anew and experience.table.step == self.begins_anew:
+            self.means = []
         if graded.any():
             mean = float(experience.reward[graded].double().mean())
             self.phi = self._phi(mean)
@@ -86,10 +95,16 @@ class PIPO(Stage):
 
 
 def _held(experience: Experience) -> Experience:
-    """In host memory, without what only scoring needed of the table."""
+    """In host memory, without what only scoring and credit needed of the table and of the tokens."""
+
+    def held(micro: MicroBatch) -> MicroBatch:
+        kept = {name: signal for name, signal in micro.signals.items() if name not in SPENT}
+        return replace(micro, signals=kept).to(HOST)
+
     table = experience.table
     small = {name: signal for name, signal in table.signals.items() if signal.dim() == 1}
-    return replace(experience.to(HOST), table=replace(table, signals=small))
+    batches = [MiniBatch(batch.rows, [held(each) for each in batch.micro_batches]) for batch in experience.mini_batches]
+    return replace(experience, mini_batches=batches, table=replace(table, signals=small))
 
 
 def _weighed(experience: Experience, phi: float) -> Experience:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from clipo_megatron.algorithms.base import Context, ScoredTokens, Signal, Stage
 from clipo_megatron.algorithms.surrogate import BaselineSettings, ClippedPolicyLoss
+from clipo_megatron.algorithms.whitening import centred
 from clipo_megatron.flow import RolloutTable
 
 # Added to the variance of the batch's advantages where they are whitened.
@@ -25,7 +26,7 @@ class PPO(ClippedPolicyLoss):
     The rollout's shaped reward, CLIPO's bonus with it, is r at the last token. A KL with algorithm.kl.place = reward is
     taken from the reward of each token by itself, by the estimate algorithm.kl.kind, and is no part of the rollout's
     reward. Rollouts that reached rollout.max_new_tokens end there as others do. The rollouts' column `advantage` is
-    their reward before a critic sees it (stages that shape it, shape the reward of the last token).
+    their reward before a critic sees it; so stages that scale advantages are refused.
 
     Assumes whole rollouts on one rank, scored by the critic under the weights before the update. Clip 0.2.
 
@@ -76,7 +77,8 @@ class PPO(ClippedPolicyLoss):
         tokens.returns = self.returns(own + value, value, open_end).float()
         if self.whiten:
             counted = table.graded | table.unfinished
-            gains = whitened(gains, counted.to(gains.device)[tokens.rows], tokens)
+            gains, variance = centred(gains, counted.to(gains.device)[tokens.rows], tokens.sum_over_ranks)
+            gains = gains * torch.rsqrt(variance + VARIANCE_EPSILON)
         return gains.float()
 
     def returns(self, returns: Tensor, value: Tensor, open_end: Tensor) -> Tensor:
@@ -187,12 +189,3 @@ def discounted_sums(values: Tensor, left: Tensor, factor: float) -> Tensor:
         sums = sums + torch.where(there, factor**reach * further, 0.0)
         reach *= 2
     return sums
-
-
-def whitened(values: Tensor, counts: Tensor, tokens: ScoredTokens) -> Tensor:
-    """(x - mean) / sqrt(var + 1e-8) over all ranks' tokens that count, unbiased variance; [N] float64, 0 elsewhere."""
-    kept = torch.where(counts, values, 0.0)
-    number, total = tokens.sum_over_ranks(torch.stack([counts.sum().double(), kept.sum()])).unbind()
-    centred = torch.where(counts, values - total / number.clamp(min=1), 0.0)
-    (squares,) = tokens.sum_over_ranks(centred.square().sum()[None]).unbind()
-    return centred * torch.rsqrt(squares / (number - 1).clamp(min=1) + VARIANCE_EPSILON)

@@ -163,14 +163,13 @@ class PolicyActor(Policy):
     def _score_reference(self, micro_batches: Sequence[MicroBatch], table: RolloutTable) -> None:
         with self._reference_weights():
             outputs = self._forward(micro_batches, want_pooled=False, want_entropy=False)
-        logprobs = [output["logprobs"] for output in outputs]
-        kind, estimates = self.config.algorithm.kl.kind, []
-        for micro, reference in zip(micro_batches, logprobs, strict=False):
-            micro.reference_logprobs = reference
-            estimates.append(kl_estimate(kind, micro.old_logprobs, reference))
-        table.signals["kl"] = self._sum_by_rollout(micro_batches, estimates, table).float()
-        if Signal.logprob_sums in self.needs:
-            table.signals["reference_sum"] = self._sum_by_rollout(micro_batches, logprobs, table)
+        scored = list(zip(micro_batches, outputs, strict=False))  # none on stages before the last
+        for micro, output in scored:
+            micro.reference_logprobs = output["logprobs"]
+        if Signal.reference_kl in self.needs:
+            kind = self.config.algorithm.kl.kind
+            estimates = [kl_estimate(kind, micro.old_logprobs, micro.reference_logprobs) for micro, _ in scored]
+            table.signals["kl"] = self._sum_by_rollout(micro_batches, estimates, table).float()
 
     def _forward(
         self, micro_batches: Sequence[MicroBatch], *, want_pooled: bool, want_entropy: bool

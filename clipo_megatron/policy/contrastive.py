@@ -16,7 +16,7 @@ from torch import Tensor
 from clipo_megatron.algorithms.clipo import ContrastiveHead, contrastive_loss
 from clipo_megatron.algorithms.clipo.draw import draws
 from clipo_megatron.algorithms.clipo.statistics import statistics
-from clipo_megatron.config.schema import ClipoConfig
+from clipo_megatron.config.schema import ClipoConfig, Debias
 from clipo_megatron.device import platform
 from clipo_megatron.flow import RolloutTable
 from clipo_megatron.policy.layout import Layout
@@ -56,7 +56,7 @@ class ContrastiveActor:
         """
         size, device = table.size, pooled.device
         graded = table.graded.to(device)
-        mean = self._global_mean(pooled[graded[rows]]) if self.config.debias.value == "mean" else None
+        mean = self._global_mean(pooled[graded[rows]]) if self.config.debias is Debias.mean else None
         own = self.head(pooled, mean=mean)
         gathered = torch.zeros(size, own.shape[1], dtype=own.dtype, device=device)
         gathered[rows] = own.detach()

@@ -7,8 +7,9 @@ import math
 import torch
 from torch import Tensor, nn
 
-KINDS = ("linear", "mlp")
-DEBIAS = ("none", "mean", "layer_norm")
+from clipo_megatron.config.schema import Debias, HeadKind
+
+KINDS, DEBIAS = tuple(each.value for each in HeadKind), tuple(each.value for each in Debias)
 
 
 def normalise(vectors: Tensor) -> Tensor:

@@ -17,11 +17,11 @@ from torch.utils.checkpoint import checkpoint
 
 from clipo_megatron.algorithms.clipo.head import normalise
 from clipo_megatron.algorithms.clipo.relations import Relations
+from clipo_megatron.config.schema import Anchors, ContrastiveLossName, Level, Similarity
 
-LOSSES = ("infonce", "supcon_out", "supcon_in", "soft_nn")
-LEVELS = ("group", "batch", "cross")
-SIMILARITIES = ("cosine", "neg_cosine", "l2")
-ANCHORS = ("correct", "wrong", "both")
+LOSSES, LEVELS, SIMILARITIES, ANCHORS = (
+    tuple(each.value for each in kind) for kind in (ContrastiveLossName, Level, Similarity, Anchors)
+)
 
 # Similarities computed at once. 2^21 in fp32 are 8 MiB, and about eight arrays of that size are alive at the peak.
 BLOCK = 2**21
