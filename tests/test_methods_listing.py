@@ -56,6 +56,12 @@ def test_meanings_are_the_comments_of_the_options():
     assert "# Lc, tokens below Lmax at which it begins" in shown and "rollout.refill_rounds 9" in shown
 
 
+def test_windows_are_said_of_the_methods_that_have_them():
+    shown = {name: "rollout.window_tokens" in "\n".join(listing([name])) for name in METHODS}
+    assert [name for name, said in shown.items() if said] == ["t_ppo"]
+    assert "rollout.window_tokens" in next(needs for name, needs, *_ in ROWS if name == "t_ppo")
+
+
 def test_an_unknown_method(capsys):
     assert cli.main(["methods", "dappo"]) == 2
     assert "there is no method 'dappo'. Did you mean dapo?" in capsys.readouterr().err

@@ -16,4 +16,4 @@ class PpoOptions:
 
 @dataclass
 class TppoOptions(PpoOptions):
-    critic_learns_windows: bool = True  # false: truncated rollouts teach the critic nothing
+    critic_learns_windows: bool = True  # false: windows that go on teach the critic nothing

@@ -62,4 +62,6 @@ def _shared(method: Method) -> str:
     parts = [clips, f"aggregation {method.aggregation.value if method.aggregation else 'over groups'}"]
     if method.refill_rounds:
         parts.append(f"rollout.refill_rounds {method.refill_rounds}")
+    if method.windows:
+        parts.append("rollout.window_tokens may be set")
     return ", ".join(parts)

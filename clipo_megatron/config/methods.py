@@ -138,7 +138,7 @@ BASELINES: dict[str, Method] = {
     "t_ppo": Method(
         "ppo:TPPO",
         "arXiv 2506.15050",
-        "truncated rollouts as windows that continue at the critic's value",
+        "responses that grow in windows, which continue at the critic's value",
         TppoOptions,
         single=True,
         critic=True,

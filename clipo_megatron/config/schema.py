@@ -244,7 +244,7 @@ class RewardConfig:
 
 @dataclass
 class KLConfig:
-    coefficient: float = 0.0  # 0: no reference policy is kept
+    coefficient: float = 0.0  # 0: no such term, and no reference policy is kept for it
     kind: KLKind = KLKind.k3
     place: KLPlace = KLPlace.loss
 
