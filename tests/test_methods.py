@@ -22,7 +22,15 @@ from clipo_megatron.algorithms.surrogate import PolicyLoss
 from clipo_megatron.config.checks_methods import method_problems
 from clipo_megatron.config.errors import ConfigError
 from clipo_megatron.config.methods import BASELINES, PLUGINS, Method
-from clipo_megatron.config.schema import KLPlace, LayoutConfig, PluginConfig, RunConfig
+from clipo_megatron.config.schema import (
+    CorrectionConfig,
+    CorrectionKind,
+    KLConfig,
+    KLPlace,
+    LayoutConfig,
+    PluginConfig,
+    RunConfig,
+)
 
 METHODS = {**BASELINES, **PLUGINS}
 TOLERANCE = 1e-5
@@ -69,6 +77,45 @@ def test_every_method_takes_steps_on_any_layout(name: str, clipo: bool, ranks: R
     for rank in ranks.run(train, 4, config, LayoutConfig(tp=2, pp=2, max_tokens_per_microbatch=100)):
         for key, theirs in alone["weights"].items():
             assert float((rank["weights"][key] - theirs).abs().max() / theirs.abs().max()) < TOLERANCE, key
+
+
+STACKS: dict[str, dict[str, Any]] = {
+    "demonstrations, selection": {"name": "hpt", "plugins": [PluginConfig("d3s", {"rollouts": 0.3, "tokens": 0.3})]},
+    "rollout ratio, credit of tokens": {
+        "name": "gspo",
+        "clip_low": 0.05,
+        "plugins": [PluginConfig("cepo"), PluginConfig("d3s", {"tokens": 0.3, "scope": "group"})],
+        "correction": CorrectionConfig(CorrectionKind.truncate, cap=1.5),
+        "kl": KLConfig(0.01),
+    },
+    "group loss, later weights": {
+        "name": "disco",
+        "epochs": 2,
+        "plugins": [PluginConfig("hapo"), PluginConfig("papo")],
+        "kl": KLConfig(0.01),
+    },
+    "returns of tokens, replay": {
+        "name": "reinforce_pp_baseline",
+        "plugins": [PluginConfig("pipo", {"negative": 1.0})],
+        "kl": KLConfig(0.3, place=KLPlace.reward),
+    },
+}
+
+
+@pytest.mark.parametrize("name", STACKS)
+def test_stacked_methods_with_data_and_pipeline_parallel_ranks(name: str, ranks: RankPool, tmp_path: Path) -> None:
+    """Selections, demonstrations, sums over ranks and held batches of several methods at once, with CLIPO."""
+    config = with_method("grpo", tmp_path, clipo=True)
+    for key, value in STACKS[name].items():
+        setattr(config.algorithm, key, value)
+    assert list(method_problems(config)) == []
+    (alone,) = ranks.run(train, 1, config, LayoutConfig(max_tokens_per_microbatch=100))
+    for rank in ranks.run(train, 4, config, LayoutConfig(pp=2, max_tokens_per_microbatch=60)):
+        for key, theirs in alone["weights"].items():
+            assert float((rank["weights"][key] - theirs).abs().max() / theirs.abs().max()) < TOLERANCE, key
+    seen = {key for update in alone["updates"] for key, value in update.items() if value}
+    acting = {"hpt": "policy/demonstration_loss", "disco": "papo/kl", "reinforce_pp_baseline": "pipo/phi"}
+    assert {acting.get(config.algorithm.name, "policy/clip_fraction")} <= seen
 
 
 def test_returns_of_tokens_are_whitened_over_all_ranks(ranks: RankPool, tmp_path: Path) -> None:
