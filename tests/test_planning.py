@@ -15,11 +15,11 @@ from tiny_models import tiny_llama, tiny_qwen2
 
 from clipo_megatron.algorithms.build import build_algorithm
 from clipo_megatron.cli import main
-from clipo_megatron.config.schema import DType, LayoutConfig, RunConfig
+from clipo_megatron.config.schema import AlgorithmConfig, DType, LayoutConfig, PluginConfig, RunConfig
 from clipo_megatron.planning.hardware import HARDWARE, Assumptions
 from clipo_megatron.planning.layouts import Plan, candidates, judge
 from clipo_megatron.planning.memory import server_memory, trainer_memory
-from clipo_megatron.planning.parameters import active_count, rank_count, whole_count
+from clipo_megatron.planning.parameters import active_count, rank_count, stage_counts, whole_count
 from clipo_megatron.policy import layout as layouts
 from clipo_megatron.policy.actor import PolicyActor
 from clipo_megatron.policy.batching import Batcher
@@ -177,6 +177,52 @@ def test_memory_of_a_stage_is_what_the_optimizer_says():
     config.model.dtype = DType.fp32
     in_fp32 = trainer_memory(config, spec, Division.of(config.layout), 2, Assumptions())[1]
     assert (in_fp32.weights, in_fp32.optimizer) == (4 * middle, 4 * middle)
+
+
+def test_methods_cost_what_they_declare():
+    """In memory a reference or a critic, in time their forwards, and updates: by multiples of GRPO's, of dp 1."""
+    config, spec = large_run("llama"), architecture("llama-3.1-70b")
+    config.layout.tp, config.layout.pp, config.serve.tp = 8, 4, 4
+
+    def planned(name: str, *plugins: str, **settings: int) -> Plan:
+        algorithm = AlgorithmConfig(name, plugins=[PluginConfig(each) for each in plugins], **settings)
+        return judge(replace(config, algorithm=algorithm), spec, 1, 32, HARDWARE["h100"], Assumptions())
+
+    def times(plan: Plan, of: Plan) -> tuple[float, float]:
+        return pytest.approx((plan.time.score / of.time.score, plan.time.update / of.time.update))
+
+    grpo = planned("grpo")
+    assert times(planned("grpo", "cepo", "papo", "hapo"), grpo) == (4, 1)
+    assert times(planned("grpo", "pipo"), grpo) == (1, 2)
+    assert times(planned("ppo"), grpo) == (2, 2)
+    assert times(planned("copg"), grpo) == (2, 1)
+    assert times(planned("mine.py:Own", "other.py:Own"), grpo) == (1, 1)
+    assert times(planned("copg", mini_batches=4), planned("grpo", mini_batches=4)) == (2, 1 + (3 / 4) / 3)
+    weights = [memory.weights for memory in grpo.trainer]
+    assert [memory.reference for memory in planned("copg").trainer] == weights
+    assert not any(memory.reference or memory.critic for memory in grpo.trainer)
+
+
+def test_a_critic_is_of_its_own_models_size():
+    config, spec, small = large_run("llama"), architecture("llama-3.1-70b"), architecture("qwen2.5-72b")
+    small = replace(small, num_layers=40)
+    config.layout.tp, config.layout.pp, config.serve.tp, config.algorithm.name = 8, 4, 4, "ppo"
+    like, other = (judge(config, spec, 2, 64, HARDWARE["h100"], Assumptions(), critic=each) for each in (None, small))
+    ratio = stage_counts(small, like.division)[1].total / stage_counts(spec, like.division)[1].total
+    assert 0.4 < ratio < 0.6
+    assert other.trainer[1].critic / like.trainer[1].critic == pytest.approx(ratio, rel=1e-3)
+    assert other.trainer[1].weights == like.trainer[1].weights
+    assert 0.7 < other.time.update / like.time.update < 0.8 and 0.7 < other.time.score / like.time.score < 0.8
+
+
+def test_a_critic_that_is_not_here_is_looked_for_beside_the_configuration(run_file, capsys):
+    settings = ["algorithm.name=ppo", "critic.path=models/critic", "layout.dp=4"]
+    assert main(["plan", str(run_file), *settings]) == 2
+    assert "critic.path = models/critic has no config.json" in " ".join(capsys.readouterr().err.split())
+    (run_file.parent / "architectures").mkdir()
+    (run_file.parent / "architectures" / "critic.json").write_text((ARCHITECTURES / "qwen2.5-72b.json").read_text())
+    assert main(["plan", str(run_file), *settings]) == 0
+    assert "critic" in capsys.readouterr().out
 
 
 def test_a_server_holds_as_many_sequences_as_its_cache():

@@ -310,6 +310,17 @@ def baseline(algorithm: AlgorithmConfig) -> Method:
     return BASELINES.get(algorithm.name, BASELINES["grpo"])
 
 
+def named_methods(algorithm: AlgorithmConfig) -> list[Method]:
+    """The entries of baseline and plug-ins, classes of a user's own left out."""
+    plugins = [PLUGINS[plugin.name] for plugin in algorithm.plugins if plugin.name in PLUGINS]
+    return [BASELINES[algorithm.name], *plugins] if algorithm.name in BASELINES else plugins
+
+
+def needs_reference(algorithm: AlgorithmConfig) -> bool:
+    """Whether a reference policy is kept and asked, as far as can be said of classes of a user's own."""
+    return algorithm.kl.coefficient > 0 or any(method.reference for method in named_methods(algorithm))
+
+
 def refill_rounds(config: RunConfig) -> int:
     """How often a step replaces groups that teach nothing: rollout.refill_rounds, or the baseline's default."""
     chosen = config.rollout.refill_rounds

@@ -13,7 +13,7 @@ from rich.table import Table
 
 from clipo_megatron.config.checks import requested_ranks
 from clipo_megatron.config.schema import RunConfig
-from clipo_megatron.planning.architecture import BESIDE, find_architecture
+from clipo_megatron.planning.architecture import BESIDE, find_architecture, find_critic
 from clipo_megatron.planning.errors import PlanError
 from clipo_megatron.planning.hardware import HARDWARE, Assumptions, Hardware
 from clipo_megatron.planning.layouts import Plan, candidates, judge, server_gpus_of
@@ -49,9 +49,10 @@ def plan(config: RunConfig, config_file: str | Path, options: Options, console: 
         raise PlanError("--dry-run builds the configured layout and prints a table: leave out --gpus and --json")
     console = console or Console()
     spec, source = find_architecture(config.model.path, config_file)
+    critic = find_critic(config, config_file)
     hardware, assume = _hardware(options.hardware), _assumptions(options.assume)
-    searched = {gpus: candidates(config, spec, gpus, hardware, assume) for gpus in options.gpus}
-    own = None if searched else _configured(config, spec, hardware, assume)
+    searched = {gpus: candidates(config, spec, gpus, hardware, assume, critic=critic) for gpus in options.gpus}
+    own = None if searched else _configured(config, spec, hardware, assume, critic)
     if options.as_json:
         print(json.dumps(_as_json(spec, own, searched, assume), indent=1))
     else:
@@ -81,10 +82,12 @@ def numbers(option: str, text: str, *, least: int = 1) -> tuple[int, ...]:
     return found
 
 
-def _configured(config: RunConfig, spec: ModelSpec, hardware: Hardware, assume: Assumptions) -> Plan:
+def _configured(
+    config: RunConfig, spec: ModelSpec, hardware: Hardware, assume: Assumptions, critic: ModelSpec | None
+) -> Plan:
     ranks = requested_ranks(config.layout)
     dp = ranks // (config.layout.tp * config.layout.pp)
-    return judge(config, spec, dp, server_gpus_of(config, ranks), hardware, assume)
+    return judge(config, spec, dp, server_gpus_of(config, ranks), hardware, assume, critic=critic)
 
 
 def _hardware(name: str) -> Hardware:

@@ -86,6 +86,7 @@ def judge(
     assume: Assumptions,
     *,
     division: Division | None = None,
+    critic: ModelSpec | None = None,
 ) -> Plan:
     """Memory and time of a layout.
 
@@ -97,14 +98,15 @@ def judge(
         hardware: of every GPU.
         assume: what is reached of it.
         division: of the model; None: the configuration's.
+        critic: the model that a critic starts from; None: the policy's.
 
     Raises:
         PlanError: the model cannot be divided so.
     """
     division = division or Division.of(config.layout)
     try:
-        trainer = trainer_memory(config, spec, division, dp, assume)
-        time = step_time(config, spec, division, dp, server_gpus, hardware, assume)
+        trainer = trainer_memory(config, spec, division, dp, assume, critic=critic)
+        time = step_time(config, spec, division, dp, server_gpus, hardware, assume, critic=critic)
     except WeightsError as error:
         raise PlanError(f"tp {division.tp} x pp {division.pp} x ep {division.ep}: {error}") from error
     server = server_memory(spec, config.serve.tp, hardware, assume)
@@ -153,8 +155,16 @@ def _problems(
         yield f"ep {division.ep} x etp {division.expert_tp} does not divide the {dp * division.tp} ranks of a stage"
 
 
-def candidates(config: RunConfig, spec: ModelSpec, gpus: int, hardware: Hardware, assume: Assumptions) -> list[Plan]:
-    """Layouts of so many GPUs that fit, the cheapest step first."""
+def candidates(
+    config: RunConfig,
+    spec: ModelSpec,
+    gpus: int,
+    hardware: Hardware,
+    assume: Assumptions,
+    *,
+    critic: ModelSpec | None = None,
+) -> list[Plan]:
+    """Layouts of so many GPUs that fit, the cheapest step first; arguments as for `judge`."""
     server_tp = _smallest_server(config, spec, hardware, assume)
     if server_tp is None:
         return []
@@ -173,7 +183,7 @@ def candidates(config: RunConfig, spec: ModelSpec, gpus: int, hardware: Hardware
                 model=replace(config.model, recompute=recompute),
                 serve=replace(config.serve, tp=server_tp),
             )
-            plan = judge(variant, spec, dp, server_gpus, hardware, assume, division=division)
+            plan = judge(variant, spec, dp, server_gpus, hardware, assume, division=division, critic=critic)
             if plan.fits:
                 found.append(plan)
                 break

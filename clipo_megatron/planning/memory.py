@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from clipo_megatron.config.methods import baseline
+from clipo_megatron.config.methods import baseline, needs_reference
 from clipo_megatron.config.schema import DType, HeadKind, RunConfig
 from clipo_megatron.planning.hardware import Assumptions, Hardware
 from clipo_megatron.planning.parameters import (
@@ -30,9 +30,9 @@ class TrainerMemory:
     weights: float
     gradients: float
     optimizer: float
-    reference: float  # a second copy of the weights, for a KL to the start
-    critic: float  # weights, gradients and optimizer of a value model like the policy, for methods that train one
-    activations: float
+    reference: float  # a second copy of the weights, for a KL to the start or a method that asks it
+    critic: float  # weights, gradients and optimizer of a value model, for methods that train one
+    activations: float  # of the policy or the critic, whichever has more
     logits: float
     head: float  # the contrastive one
     reserve: float
@@ -63,20 +63,41 @@ class ServerMemory:
 
 
 def trainer_memory(
-    config: RunConfig, spec: ModelSpec, division: Division, dp: int, assume: Assumptions
+    config: RunConfig,
+    spec: ModelSpec,
+    division: Division,
+    dp: int,
+    assume: Assumptions,
+    *,
+    critic: ModelSpec | None = None,
 ) -> list[TrainerMemory]:
-    """Of each pipeline stage.
+    """Of each pipeline stage; `critic`: the model that a critic starts from, None: the policy's.
 
     Weights, gradients and optimizer are those of Megatron's distributed optimizer: gradients are kept in fp32 on every
     rank, masters and both moments are divided over the data-parallel ranks (arXiv 1910.02054, stage 1).
     """
     counts = stage_counts(spec, division, VOCAB_MULTIPLE_ON_GPUS)
-    return [_of_stage(config, spec, division, dp, assume, count, stage) for stage, count in enumerate(counts)]
+    stages = [_of_stage(config, spec, division, dp, assume, count, stage) for stage, count in enumerate(counts)]
+    if not baseline(config.algorithm).critic:
+        return stages
+    critic = critic or spec
+    counts = list(stage_counts(critic, division, VOCAB_MULTIPLE_ON_GPUS))
+    counts[-1] = _without_lm_head(counts[-1], critic, division)
+    values = [_of_stage(config, critic, division, dp, assume, count, stage) for stage, count in enumerate(counts)]
+    return [
+        replace(
+            policy,
+            critic=value.weights + value.gradients + value.optimizer,
+            activations=max(policy.activations, value.activations),
+        )
+        for policy, value in zip(stages, values, strict=True)
+    ]
 
 
 def _of_stage(
     config: RunConfig, spec: ModelSpec, division: Division, dp: int, assume: Assumptions, count: Count, stage: int
 ) -> TrainerMemory:
+    """Of one stage without a critic."""
     bf16 = config.model.dtype is DType.bf16
     width = BF16 if bf16 else FP32
     last = stage == division.pp - 1
@@ -85,14 +106,12 @@ def _of_stage(
     tokens = config.layout.max_tokens_per_microbatch
     in_flight = min(division.pp - stage, micro_batches(config, dp, assume))
     head = 4 * FP32 * head_count(config, spec) if last else 0  # weights, gradients and both moments
-    values = _without_lm_head(count, spec, division) if last else count
-    critic = (width + FP32) * values.total + state * (values.dense / dp + values.expert / expert_dp)
     return TrainerMemory(
         weights=width * count.total,
         gradients=FP32 * count.total,
         optimizer=state * (count.dense / dp + count.expert / expert_dp),
-        reference=width * count.total if config.algorithm.kl.coefficient > 0 else 0.0,
-        critic=critic if baseline(config.algorithm).critic else 0.0,
+        reference=width * count.total if needs_reference(config.algorithm) else 0.0,
+        critic=0.0,
         activations=_activations(config, spec, division, stage, tokens * width, in_flight),
         logits=LOGITS_COPIES * LOGITS_TILE_BYTES + 2 * tokens * spec.hidden_size * FP32 if last else 0.0,
         head=head,

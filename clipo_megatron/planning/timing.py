@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from clipo_megatron.config.methods import baseline
+from clipo_megatron.config.methods import baseline, named_methods, needs_reference
 from clipo_megatron.config.schema import RunConfig
 from clipo_megatron.planning.hardware import Assumptions, Hardware
 from clipo_megatron.planning.memory import BF16, FP32, flops_per_token, micro_batches, server_memory, step_tokens
@@ -41,30 +41,50 @@ def step_time(
     server_gpus: int,
     hardware: Hardware,
     assume: Assumptions,
+    *,
+    critic: ModelSpec | None = None,
 ) -> StepTime:
-    """Of a layout on `division.tp * division.pp * dp` GPUs that train and `server_gpus` that generate."""
-    prompt, response = step_tokens(config, assume)
-    tokens = prompt + response
-    gpus = division.tp * division.pp * dp
-    length = assume.mean_prompt * config.data.max_prompt_tokens + assume.mean_response * config.rollout.max_new_tokens
-    forward = tokens * flops_per_token(spec, length / 2) / (gpus * hardware.flops * assume.train_flops)
-    forward += _exchange_seconds(spec, division, tokens / dp, hardware, assume)
-    forward *= 1 + (division.pp - 1) / micro_batches(config, dp, assume)  # the pipeline's bubble
-    passes = (4 if config.model.recompute else 3) * config.algorithm.epochs
-    updates = config.algorithm.epochs * config.algorithm.mini_batches
-    critic_epochs = (config.critic.epochs or config.algorithm.epochs) if baseline(config.algorithm).critic else 0
-    learning = 1 + critic_epochs / config.algorithm.epochs  # a critic learns as the policy does
-    scored = 1 + (config.algorithm.kl.coefficient > 0) + (critic_epochs > 0)
+    """Of a layout on `division.tp * division.pp * dp` GPUs that train and `server_gpus` that generate.
+
+    Counted are the forwards and updates that the named methods declare, as they are before any schedule ends; of
+    classes of a user's own those of GRPO. `critic`: the model that a critic starts from, None: the policy's.
+    """
+    algorithm, methods = config.algorithm, named_methods(config.algorithm)
+    forward = _forward_seconds(config, spec, division, dp, hardware, assume)
+
+    def epoch_seconds(model: ModelSpec, forward: float) -> float:
+        passes = 4 if config.model.recompute else 3
+        return passes * forward + algorithm.mini_batches * _reduction_seconds(model, division, dp, hardware, assume)
+
+    score = forward * (1 + needs_reference(algorithm) + sum(method.forwards for method in methods))
+    update = epoch_seconds(spec, forward) * algorithm.epochs * (1 + sum(method.replays for method in methods))
+    if baseline(algorithm).aggregation is None:  # scores of all updates but the first take a forward more
+        update += forward * (algorithm.epochs - 1 / algorithm.mini_batches)
+    if baseline(algorithm).critic:
+        forward = _forward_seconds(config, critic or spec, division, dp, hardware, assume)
+        score += forward
+        update += epoch_seconds(critic or spec, forward) * (config.critic.epochs or algorithm.epochs)
     sync_bytes = BF16 * whole_count(spec).total
     network = hardware.network_bytes_per_s * assume.network
     return StepTime(
         generate=generation_seconds(config, spec, server_gpus, hardware, assume),
-        score=forward * scored,
-        update=learning * (passes * forward + updates * _reduction_seconds(spec, division, dp, hardware, assume)),
+        score=score,
+        update=update,
         sync=sync_bytes / division.pp / network,  # the stages send at the same time
         sync_bytes=float(sync_bytes),
-        tokens=tokens,
+        tokens=sum(step_tokens(config, assume)),
     )
+
+
+def _forward_seconds(
+    config: RunConfig, spec: ModelSpec, division: Division, dp: int, hardware: Hardware, assume: Assumptions
+) -> float:
+    """Of one forward over a step's tokens."""
+    tokens, gpus = sum(step_tokens(config, assume)), division.tp * division.pp * dp
+    length = assume.mean_prompt * config.data.max_prompt_tokens + assume.mean_response * config.rollout.max_new_tokens
+    computed = tokens * flops_per_token(spec, length / 2) / (gpus * hardware.flops * assume.train_flops)
+    computed += _exchange_seconds(spec, division, tokens / dp, hardware, assume)
+    return computed * (1 + (division.pp - 1) / micro_batches(config, dp, assume))  # the pipeline's bubble
 
 
 def _exchange_seconds(

@@ -8,7 +8,7 @@ from pathlib import Path
 from clipo_megatron.config.checks import check as check_config
 from clipo_megatron.config.checks import data_parallel
 from clipo_megatron.config.schema import EngineKind, RunConfig
-from clipo_megatron.planning.architecture import find_architecture
+from clipo_megatron.planning.architecture import find_architecture, find_critic
 from clipo_megatron.planning.errors import PlanError
 from clipo_megatron.planning.hardware import HARDWARE, Assumptions
 from clipo_megatron.planning.layouts import judge
@@ -99,7 +99,8 @@ def _check_memory(
     else:
         nodes = resources.server_nodes or resources.nodes
         planned, serving = config, nodes * config.serve.servers * config.serve.tp
-    plan = judge(planned, spec, dp, serving, HARDWARE[hardware], Assumptions())
+    critic = find_critic(config, config_file)
+    plan = judge(planned, spec, dp, serving, HARDWARE[hardware], Assumptions(), critic=critic)
     if not plan.fits and not anyway:
         raise SubmissionError(
             f"it does not fit by the plan: {'; '.join(plan.problems)}. `clipo plan CONFIG --gpus {resources.gpus}` "
