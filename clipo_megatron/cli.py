@@ -154,9 +154,12 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def _parser() -> argparse.ArgumentParser:
     plain = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser("clipo", description=_OVERVIEW, epilog=_EXAMPLES, formatter_class=plain)
+    usage = "clipo [-h] [--version] COMMAND ..."
+    parser = argparse.ArgumentParser(
+        "clipo", usage=usage, description=_OVERVIEW, epilog=_EXAMPLES, formatter_class=plain
+    )
     parser.add_argument("--version", action="version", version=f"clipo {__version__}")
-    commands = parser.add_subparsers(title=argparse.SUPPRESS, metavar="COMMAND", required=True)
+    commands = parser.add_subparsers(prog="clipo", help=argparse.SUPPRESS, metavar="COMMAND", required=True)
 
     train = commands.add_parser("train", description=_TRAIN, epilog=_TRAIN_EXAMPLES, formatter_class=plain)
     train.add_argument("config", metavar="CONFIG", help="YAML file")

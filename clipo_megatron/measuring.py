@@ -7,10 +7,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from clipo_megatron.checkpoint import CheckpointError, newest
-from clipo_megatron.checkpoint.retention import MANIFEST, defect, name_of
+from clipo_megatron.checkpoint.retention import MANIFEST, defect
 from clipo_megatron.config.model_folder import hf_folder
 from clipo_megatron.config.schema import EngineKind, RunConfig
-from clipo_megatron.evaluation.results import write_result
+from clipo_megatron.evaluation.results import free_name, write_result
 from clipo_megatron.evaluation.tables import lines_of, result_table
 from clipo_megatron.output import CHECKPOINTS, MEASURED
 from clipo_megatron.policy.policy import Policy
@@ -29,7 +29,7 @@ def evaluate_run(config: RunConfig, *, checkpoint: Path | None = None, file: Pat
     Args:
         config: of the run, with data.eval.
         checkpoint: None: the newest one, or the model where there is none.
-        file: where the result goes; None: train.output/results/step_<n>.json.
+        file: where the result goes; None: train.output/results/step_<n>.json, unless that holds another result.
 
     Raises:
         CheckpointError: the checkpoint is damaged, or of another model.
@@ -47,7 +47,7 @@ def evaluate_run(config: RunConfig, *, checkpoint: Path | None = None, file: Pat
         result = replace(session.measure(step), checkpoint=str(chosen or ""))
         if session.is_main:
             print(f"{chosen or config.model.path}, {step} steps", *lines_of(result_table(result)), sep="\n", flush=True)
-            file = file or session.output / MEASURED / f"{name_of(step)}.json"
+            file = file or free_name(session.output / MEASURED, result)
             write_result(file, result)
             print(file)
     except Abandoned:

@@ -10,6 +10,8 @@ from pathlib import Path
 import torch.distributed as dist
 
 from clipo_megatron.config.schema import RunConfig, WandbMode
+from clipo_megatron.evaluation.comparing import refuse_other_problems
+from clipo_megatron.evaluation.errors import EvaluationError
 from clipo_megatron.evaluation.results import Evaluation, read_evaluations, remove_evaluations, write_evaluation
 from clipo_megatron.evaluation.tables import progress_table, spoken
 from clipo_megatron.files import write_durably
@@ -118,11 +120,7 @@ class Reporter:
         spent = duration(time.time() - self._started)
         self.say(f"{step} of {self.config.train.steps} steps done, {spent} in this session")
         if len(self.evaluations) > 1:
-            first, last = self.evaluations[0], self.evaluations[-1]
-            self.progress.table(
-                f"Held-out problems after {first.step} and {last.step} steps, paired (p: exact McNemar test)",
-                *progress_table(first, last),
-            )
+            self._compare(self.evaluations[0], self.evaluations[-1])
         self.progress.paths(
             {
                 "metrics": self.output / METRICS,
@@ -131,3 +129,15 @@ class Reporter:
                 "checkpoints": self.output / CHECKPOINTS,
             }
         )
+
+    def _compare(self, first: Evaluation, last: Evaluation) -> None:
+        """What training changed. An earlier session may have had other problems under the same names."""
+        try:
+            refuse_other_problems(first, last, (f"step {first.step}", f"step {last.step}"))
+        except EvaluationError as refusal:
+            self.say(f"no comparison with the evaluation before: {refusal}")
+            return
+        headings, rows = progress_table(first, last)
+        tested = " (p: exact McNemar test)" if any(row[-1] != "-" for row in rows) else ""
+        title = f"Held-out problems after {first.step} and {last.step} steps, paired{tested}"
+        self.progress.table(title, headings, rows)

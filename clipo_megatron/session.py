@@ -112,7 +112,8 @@ class Session:
         """
         self.heartbeat.phase("evaluate")
         config = self.config
-        params = evaluation_params(config.eval, config.rollout, self.stop_ids, config.train.seed)
+        seed = config.train.seed if config.eval.seed is None else config.eval.seed
+        params = evaluation_params(config.eval, config.rollout, self.stop_ids, seed)
         result = evaluate(
             self.engine,
             self.graders,

@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 from small_runs import write_model
 
+from clipo_megatron.config.load import load
 from clipo_megatron.evaluation.asking import evaluate, evaluation_params
 from clipo_megatron.evaluation.comparing import compare, comparisons, refuse_other_problems
 from clipo_megatron.evaluation.errors import EvaluationError
@@ -15,6 +16,7 @@ from clipo_megatron.evaluation.results import (
     EvaluationSettings,
     ProblemResult,
     digest_of,
+    free_name,
     ks_of,
     read_evaluations,
     read_result,
@@ -23,6 +25,7 @@ from clipo_megatron.evaluation.results import (
     write_result,
 )
 from clipo_megatron.evaluation.tables import comparison_table, lines_of, progress_table, result_table, spoken
+from clipo_megatron.reporting import Reporter
 
 
 def evaluation(correct, step=0, samples=4):
@@ -71,17 +74,25 @@ def test_every_set_weighs_the_same_in_the_mean_of_sets():
 def test_the_table_has_a_row_a_set():
     result = Evaluation(7, MIXED, EvaluationSettings(samples=4, temperature=0.6, ks=(1, 2, 4)))
     headings, rows = result_table(result)
-    assert headings[:4] == ["set", "problems", "pass@1", "±"] and "maj@4" in headings and "pass@1" in headings
+    assert headings[:4] == ["set", "problems", "pass@1", "± SE"] and "maj@4" in headings and "pass@1" in headings
     assert [row[0] for row in rows] == ["a", "x/b", "all problems", "mean of sets"]
     first = dict(zip(headings, rows[0], strict=True))
-    assert (first["pass@1"], first["±"], first["pass@2"], first["maj@4"]) == ("50.0%", "25.0", "75.0%", "50.0%")
+    assert (first["pass@1"], first["± SE"], first["pass@2"], first["maj@4"]) == ("50.0%", "25.0", "75.0%", "50.0%")
     assert (first["tokens"], first["cut"], first["ungraded"]) == ("8", "12.5%", "12.5%")
     lines = lines_of((headings, rows))
     assert len(lines) == 5 and max(map(len, lines)) <= 100
     said = spoken(result)
     assert (
-        "after 7 steps: 33.3% ± 22.0 of 3 problems (a 50.0%, x/b 0.0%) (42% cut" in said and "25.0% could not" in said
+        "after 7 steps: 33.3% ± 22.0 (SE) of 3 problems (a 50.0%, x/b 0.0%) (42% cut" in said
+        and "25.0% could not" in said
     )
+
+
+def test_figures_without_a_spread_have_no_error():
+    for shares in ([0.0] * 6, [1.0] * 6, [0.5]):
+        result = evaluation({f"a/{n}": share for n, share in enumerate(shares)})
+        headings, rows = result_table(result)
+        assert dict(zip(headings, rows[0], strict=True))["± SE"] == "-" and "±" not in spoken(result)
 
 
 def test_ks():
@@ -104,8 +115,9 @@ def test_comparison_is_paired():
     assert paired.p_value is None  # McNemar's test is about one outcome a problem
     only = compare(before, after, source="b")
     assert (only.problems, only.gained, only.lost) == (2, 1, 0)
-    assert (only.low, only.high) == (0.25, 0.25)  # both problems gained the same
-    assert compare(before, evaluation({})).problems == 0
+    assert paired.has_interval and not only.has_interval  # both problems gained the same
+    nothing = compare(before, evaluation({}))
+    assert nothing.problems == 0 and not nothing.has_interval
 
 
 def test_greedy_answers_get_the_exact_test():
@@ -145,6 +157,7 @@ def test_comparison_table_has_a_row_a_set():
     headings, rows = comparison_table(found := comparisons(before, after))
     assert [row[0] for row in rows] == ["b", "x/a", "all problems", "mean of sets"]
     assert dict(zip(headings, rows[1], strict=True))["95%"] == "+0.0 .. +100.0"
+    assert dict(zip(headings, rows[0], strict=True))["95%"] == "-", "equal differences tell of no spread"
     *_, everything, mean = found
     assert everything.difference == mean.difference == 0.25
     assert everything.low == mean.low == 0.0 and everything.high == 0.75 and mean.high == 0.5
@@ -163,6 +176,29 @@ def test_sets_with_other_problems_are_refused():
     turn = {"role": "user", "content": "1 + 1?"}
     assert digest_of([turn], "2") == digest_of([dict(turn)], "2") != digest_of([turn], "3")
     assert digest_of([turn], "2") != digest_of([{**turn, "content": "1 + 2?"}], "2")
+
+
+def closing_words(tmp_path, monkeypatch, *evaluations):
+    """What a run with these evaluations says at its end: its lines, and the titles of its tables."""
+    (tmp_path / "run.yaml").write_text("model: {path: x}\ndata: {train: [{path: x.jsonl}]}\n")
+    reporter = Reporter(load(tmp_path / "run.yaml"), is_main=True)
+    lines, tables = [], []
+    monkeypatch.setattr(reporter.progress, "say", lines.append)
+    monkeypatch.setattr(reporter.progress, "table", lambda title, headings, rows: tables.append(title))
+    reporter.evaluations = list(evaluations)
+    reporter.close(3)
+    return " ".join(lines), tables
+
+
+def test_training_pairs_the_same_problems_alone(tmp_path, monkeypatch):
+    before, after = (evaluation({"a/0": 0.0, "a/1": 1.0}, step, samples=1) for step in (0, 3))
+    _, tables = closing_words(tmp_path, monkeypatch, before, after)
+    assert tables == ["Held-out problems after 0 and 3 steps, paired (p: exact McNemar test)"]
+    several = [evaluation({"a/0": 0.0, "a/1": 1.0}, step, samples=4) for step in (0, 3)]
+    assert closing_words(tmp_path, monkeypatch, *several)[1] == ["Held-out problems after 0 and 3 steps, paired"]
+    other = replace(after, problems={name: replace(each, digest="x") for name, each in after.problems.items()})
+    said, tables = closing_words(tmp_path, monkeypatch, before, other)
+    assert tables == [] and "2 of 2 problems of the set a have another question" in said
 
 
 # ---------------------------------------------------------------- files
@@ -198,9 +234,10 @@ def test_a_result_is_read_as_it_was_written(tmp_path):
     ("text", "message"),
     [
         ("{", "is no JSON"),
-        ("[]", "no result of schema 1 but of None"),
-        ('{"schema": 9}', "schema 1 but of 9"),
-        ('{"schema": 1, "settings": {"ks": [1]}}', "is not whole"),
+        ("[]", "no result of an evaluation"),
+        ('{"name": "run"}', "no result of an evaluation"),
+        ('{"schema": 9}', "schema 9, and this version reads 1"),
+        ('{"schema": 1, "settings": {"ks": [1]}}', "is damaged"),
     ],
 )
 def test_a_file_that_is_no_result_is_named(tmp_path, text, message):
@@ -209,6 +246,48 @@ def test_a_file_that_is_no_result_is_named(tmp_path, text, message):
         read_result(tmp_path / "x.json")
     with pytest.raises(EvaluationError, match="cannot be read"):
         read_result(tmp_path / "y.json")
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "message"),
+    [
+        ("problem samples", "x", "samples = 'x'"),
+        ("problem samples", 0, "samples = 0"),
+        ("problem correct", 5, "5 correct.* of 4 samples"),
+        ("problem correct", True, "correct = True"),
+        ("problem votes", [3], r"votes \(3,\) of 4 samples"),
+        ("problem votes", [1.5], "votes"),
+        ("problem tokens", -1, "tokens = -1"),
+        ("settings temperature", None, "temperature = None"),
+        ("settings temperature", float("nan"), "temperature = nan"),
+        ("settings ks", [0], "ks"),
+        ("settings samples", 2.5, "samples = 2.5"),
+        ("step", "x", "step is 'x'"),
+    ],
+)
+def test_values_that_cannot_be_are_damage(tmp_path, place, value, message):
+    write_result(file := tmp_path / "x.json", Evaluation(7, MIXED, EvaluationSettings(samples=4, ks=(1, 4))))
+    facts = json.loads(file.read_text())
+    *room, name = place.split()
+    {"problem": facts["problems"]["a/0"], "settings": facts["settings"]}.get("".join(room), facts)[name] = value
+    file.write_text(json.dumps(facts))
+    with pytest.raises(EvaluationError, match=f"x.json is damaged .*{message}"):
+        read_result(file)
+
+
+def test_another_result_takes_no_place(tmp_path):
+    first = evaluation({"a/0": 1.0, "a/1": 0.5}, step=3)
+    write_result(file := free_name(tmp_path, first), first)
+    assert file == tmp_path / "step_000003.json"
+    again = evaluation({"a/0": 0.0, "a/1": 0.5}, step=3)  # other answers to the same
+    assert free_name(tmp_path, again) == file
+    sampled = replace(first, settings=replace(first.settings, temperature=1.0))
+    for result, number in ((sampled, 2), (evaluation({"b/0": 1.0}, step=3), 3)):
+        write_result(free_name(tmp_path, result), result)
+        assert read_result(tmp_path / f"step_000003-{number}.json") == result
+    assert free_name(tmp_path, sampled) == tmp_path / "step_000003-2.json"
+    file.write_text("no JSON")
+    assert free_name(tmp_path, first) == tmp_path / "step_000003-4.json"
 
 
 # ---------------------------------------------------------------- asking

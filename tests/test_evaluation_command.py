@@ -86,6 +86,27 @@ def test_what_is_no_target_is_refused(run, tmp_path):
         target_of(model)
 
 
+def test_a_checkpoint_that_is_not_there_is_told_from_those_that_are(run, tmp_path):
+    folder = run[1] / "checkpoints"
+    with pytest.raises(EvaluationError, match=r"no checkpoint .*step_000099: .* has step_000001, step_000002"):
+        target_of(folder / "step_000099")
+    with pytest.raises(EvaluationError, match=r"holds the checkpoints step_000001, step_000002. Give .*moved run for"):
+        target_of(folder)
+    with pytest.raises(EvaluationError, match=r"there is no .*nowhere. Give a YAML file"):
+        target_of(tmp_path / "nowhere")
+    with pytest.raises(EvaluationError, match=r"there is no checkpoint .*: .*checkpoints has no checkpoint"):
+        target_of(tmp_path / "nowhere" / "checkpoints" / "step_000001")
+
+
+def test_an_output_that_cannot_be_written_is_refused_before_anything_is_asked(run, tmp_path):
+    with pytest.raises(EvaluationError, match=r"--output .* is a folder. Name a file"):
+        target_of(run[1], "--output", tmp_path)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(EvaluationError, match=r"--output .*x.json cannot be written"):
+        target_of(run[1], "--output", tmp_path / "file" / "x.json")
+    target_of(run[1], "--output", tmp_path / "new" / "x.json")
+
+
 # ---------------------------------------------------------------- comparing
 
 
@@ -109,7 +130,8 @@ def test_compare_prints_a_table_and_writes_its_figures(tmp_path, capsys):
     found = json.loads((tmp_path / "c.json").read_text())["comparisons"]
     assert [each["source"] for each in found] == ["x", "y", "all problems", "mean of sets"]
     assert found[0]["p_value"] == pytest.approx(2 * 13 / 2**12)
-    assert found[0]["low"] < 0.5 < found[0]["high"]
+    assert found[0]["low"] < found[0]["difference"] == 0.5 < found[0]["high"]
+    assert found[1]["low"] is found[1]["high"] is None, "a set of one problem"
     again = ["compare", first, second, "--json", str(tmp_path / "d.json"), "--seed", "5", "--set", "x"]
     assert cli.main(again) == 0
     other = json.loads((tmp_path / "d.json").read_text())["comparisons"]
@@ -130,6 +152,15 @@ def test_compare_says_what_is_not_the_same(tmp_path, capsys):
     assert "no set 'z'" in capsys.readouterr().err
     assert cli.main(["compare", first, str(tmp_path / "none.json")]) == 2
     assert cli.main(["compare", first, second, "--resamples", "3"]) == 2
+    assert cli.main(["compare", first, second, "--seed", "-3"]) == 2
+    assert "--seed -3" in capsys.readouterr().err
+
+
+def test_seeds_and_the_figures_shown_are_no_other_way_to_sample(tmp_path, capsys):
+    first = result(tmp_path, "a.json", {"x/0": 1, "x/1": 0}, seed=0)
+    second = result(tmp_path, "b.json", {"x/0": 1, "x/1": 1}, seed=7)
+    assert cli.main(["compare", first, second]) == 0
+    assert "differently" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("command", ["eval", "compare"])

@@ -269,6 +269,7 @@ def _numbers(config: RunConfig) -> Iterator[Problem]:
             "eval.every",
             "eval.temperature",
             "eval.top_k",
+            "eval.seed",
             "report.save_rollouts",
             "report.save_states",
             "report.states_every",

@@ -375,6 +375,7 @@ class EvalConfig:
     top_k: int = 0  # 0: off
     ks: list[int] = field(default_factory=list)  # of pass@k and maj@k; []: 1, 2, 4 .. eval.samples
     max_new_tokens: Optional[int] = None  # None: rollout.max_new_tokens
+    seed: Optional[int] = None  # of the draws; None: train.seed
 
 
 @dataclass

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -13,7 +14,7 @@ from clipo_megatron.config.checks import source_name
 from clipo_megatron.config.load import load
 from clipo_megatron.config.model_folder import is_checkpoint, is_run_settings
 from clipo_megatron.config.schema import RunConfig
-from clipo_megatron.evaluation.comparing import comparisons, refuse_other_problems
+from clipo_megatron.evaluation.comparing import Comparison, comparisons, refuse_other_problems
 from clipo_megatron.evaluation.errors import EvaluationError
 from clipo_megatron.evaluation.estimators import RESAMPLES
 from clipo_megatron.evaluation.results import Evaluation, read_result
@@ -21,6 +22,10 @@ from clipo_megatron.evaluation.tables import comparison_table, lines_of
 from clipo_megatron.files import write_durably
 
 _SETTINGS = "config.json"  # of a run's output folder, and of a model
+_CHECKPOINTS = "checkpoints"  # of a run's output folder
+_YAML = (".yaml", ".yml")
+_MOST_NAMED = 8  # checkpoints in a refusal
+_SEEDS = 2**32
 _EVAL = """\
 How many held-out problems a model solves. TARGET is one of
 
@@ -31,8 +36,8 @@ How many held-out problems a model solves. TARGET is one of
 Each set of data.eval is asked at once, greedily or eval.samples times at eval.temperature, and reported by itself:
 pass@1 with its standard error (problems are the unit), pass@k, maj@k, tokens of a response, responses cut at the length
 limit, and responses that could not be graded. The result, problem by problem, is written to
-train.output/results/step_<n>.json, or where --output says; `clipo compare` reads two of them. Ranks are started as for
-`clipo train`, and servers are those of `clipo serve`.
+train.output/results/step_<n>.json, or where --output says; `clipo compare` reads two of them. Other settings or sets
+get a file beside it, step_<n>-2.json. Ranks are started as for `clipo train`; servers are those of `clipo serve`.
 """
 _EVAL_EXAMPLES = """\
 examples:
@@ -93,6 +98,9 @@ def find_target(options: argparse.Namespace) -> Target:
     """
     place = Path(options.config)
     checkpoint = place if is_checkpoint(place) else None
+    _refuse_no_target(place)
+    if options.output:
+        _refuse_no_file(Path(options.output))
     if place.is_dir():
         folder = place if checkpoint is None else place.absolute().parent.parent
         config = load(_settings_of(folder, place), [f"train.output={json.dumps(str(folder))}", *options.overrides])
@@ -105,6 +113,39 @@ def find_target(options: argparse.Namespace) -> Target:
     if options.sets:
         config = replace(config, data=replace(config.data, eval=_chosen(config, options.sets)))
     return Target(config, checkpoint)
+
+
+def _refuse_no_target(place: Path) -> None:
+    """Say which checkpoints there are where a path means one, or all of them."""
+    beside = place if place.is_dir() else place.parent
+    names = sorted(path.name for path in beside.glob("step_*") if is_checkpoint(path))
+    if place.name == _CHECKPOINTS and names:
+        raise EvaluationError(
+            f"{place} holds the checkpoints {_among(names)}. Give one of these, or {place.absolute().parent} for the "
+            "newest."
+        )
+    if place.exists() or place.suffix in _YAML:
+        return
+    there = f"{beside} has {_among(names)}" if names else f"{beside} has no checkpoint"
+    if beside.name == _CHECKPOINTS:
+        raise EvaluationError(f"there is no checkpoint {place}: {there}. Choose one that is there.")
+    raise EvaluationError(f"there is no {place}. Give a YAML file, a run's output folder, or a checkpoint's folder.")
+
+
+def _among(names: Sequence[str]) -> str:
+    return ", ".join(names) if len(names) <= _MOST_NAMED else f"{names[0]} to {names[-1]}"
+
+
+def _refuse_no_file(file: Path) -> None:
+    """Before hours of answers: where their figures are to go must take them."""
+    if file.is_dir():
+        raise EvaluationError(f"--output {file} is a folder. Name a file, such as {file / 'result.json'}.")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        if not os.access(file.parent, os.W_OK):
+            raise PermissionError(f"{file.parent} is not writable")
+    except OSError as error:
+        raise EvaluationError(f"--output {file} cannot be written: {error}. Choose another file.") from error
 
 
 def _settings_of(folder: Path, target: Path) -> Path:
@@ -157,6 +198,8 @@ def compare_command(options: argparse.Namespace) -> int:
     Raises:
         EvaluationError: a file holds no result, or the problems differ.
     """
+    if not 0 <= options.seed < _SEEDS:
+        raise EvaluationError(f"--seed {options.seed}: a seed is between 0 and {_SEEDS - 1}")
     if options.resamples < 100:
         raise EvaluationError(f"--resamples {options.resamples}: an interval needs 100 or more; 10000 are usual")
     first, second = read_result(options.first), read_result(options.second)
@@ -167,19 +210,30 @@ def compare_command(options: argparse.Namespace) -> int:
     first, second = first.of(shared), second.of(shared)
     for letter, file, each in (("A", options.first, first), ("B", options.second, second)):
         print(f"{letter}  {file}: {_spoken(each)}")
-    if first.settings != second.settings:
+    if _sampling(first) != _sampling(second):
         print("They sampled differently: a part of the difference may come from that.")
     found = comparisons(first, second, resamples=options.resamples, seed=options.seed)
     print()
     print("\n".join(lines_of(comparison_table(found))))
     if options.json:
         facts = {"A": str(options.first), "B": str(options.second), "seed": options.seed,
-                 "resamples": options.resamples, "comparisons": [asdict(each) for each in found]}  # fmt: skip
+                 "resamples": options.resamples, "comparisons": list(map(_as_json, found))}  # fmt: skip
         try:
             write_durably(options.json, json.dumps(facts, indent=1))
         except OSError as error:
             raise EvaluationError(f"{options.json} cannot be written: {error}. Choose another file.") from error
     return 0
+
+
+def _sampling(result: Evaluation) -> tuple[float, ...]:
+    """What decides how good answers are; not the seed of the draws, nor for which k figures are given."""
+    how = result.settings
+    return how.samples, how.temperature, how.top_p, how.top_k, how.max_new_tokens
+
+
+def _as_json(each: Comparison) -> dict[str, Any]:
+    facts = {**asdict(each), "difference": each.difference}
+    return facts if each.has_interval else {**facts, "low": None, "high": None}
 
 
 def _with_sets(result: Evaluation, sets: Sequence[str]) -> Evaluation:

@@ -40,6 +40,11 @@ class Comparison:
         """Of pass@1."""
         return self.after - self.before
 
+    @property
+    def has_interval(self) -> bool:
+        """Whether `low` and `high` say anything: one problem, or differences that are all equal, tell of no spread."""
+        return self.low < self.high
+
 
 def compare(
     before: Evaluation, after: Evaluation, *, source: str | None = None, resamples: int = RESAMPLES, seed: int = 0

@@ -17,6 +17,8 @@ The figures are there for people and scripts; they are computed anew from `probl
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -46,6 +48,16 @@ class EvaluationSettings:
     seed: int = 0
     ks: tuple[int, ...] = (1,)
 
+    def __post_init__(self) -> None:
+        """Raises ValueError: a value is none of its kind."""
+        _counts("settings", self, least={"samples": 1, "top_k": 0, "max_new_tokens": 1, "seed": 0})
+        for name in ("temperature", "top_p"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+                raise ValueError(f"settings have {name} = {value!r}")
+        if not all(_is_count(k, 1) for k in self.ks):
+            raise ValueError(f"settings have ks = {self.ks!r}")
+
     @property
     def greedy(self) -> bool:
         """Whether there was one answer a problem, without chance."""
@@ -63,6 +75,18 @@ class ProblemResult:
     tokens: int = 0  # of all responses
     votes: tuple[int, ...] = ()  # responses that agree on a wrong answer, for each of those, most first
     digest: str = ""  # of question and ground truth: tells whether two files speak of the same problem
+
+    def __post_init__(self) -> None:
+        """Raises ValueError: no responses can have these counts."""
+        _counts("a problem", self, least={"samples": 1, "correct": 0, "ungraded": 0, "truncated": 0, "tokens": 0})
+        if not all(_is_count(size, 1) for size in self.votes):
+            raise ValueError(f"a problem has votes = {self.votes!r}")
+        counted = max(self.correct + sum(self.votes), self.correct + self.ungraded, self.truncated)
+        if counted > self.samples:
+            raise ValueError(
+                f"a problem has {self.correct} correct, {self.ungraded} ungraded and {self.truncated} cut responses "
+                f"and votes {self.votes!r} of {self.samples} samples"
+            )
 
     @property
     def share(self) -> float:
@@ -176,6 +200,16 @@ def figures_of(problems: Sequence[ProblemResult], ks: Sequence[int]) -> Figures:
     )
 
 
+def _is_count(value: Any, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def _counts(what: str, of: Any, *, least: Mapping[str, int]) -> None:
+    for name, lowest in least.items():
+        if not _is_count(value := getattr(of, name), lowest):
+            raise ValueError(f"{what} has {name} = {value!r}")
+
+
 def digest_of(messages: Sequence[Mapping[str, str]], ground_truth: str) -> str:
     """Sixteen hexadecimal digits that differ where turns or ground truth differ."""
     text = json.dumps([[[turn["role"], turn["content"]] for turn in messages], ground_truth])
@@ -241,7 +275,7 @@ def read_result(file: Path) -> Evaluation:
     """Inverse of `write_result`.
 
     Raises:
-        EvaluationError: there is no such file, or it holds no result of this schema.
+        EvaluationError: there is no such file, or it holds no result of this schema, or one that cannot be.
     """
     try:
         facts = json.loads(file.read_text())
@@ -249,19 +283,43 @@ def read_result(file: Path) -> Evaluation:
         raise EvaluationError(f"{file} cannot be read: {error.strerror}. Give a result of `clipo eval`.") from error
     except ValueError as error:
         raise EvaluationError(f"{file} is no JSON: {error}. Give a result of `clipo eval`.") from None
-    if not isinstance(facts, dict) or facts.get("schema") != SCHEMA:
-        held = facts.get("schema") if isinstance(facts, dict) else None
+    if not isinstance(facts, dict) or "schema" not in facts:
+        raise EvaluationError(f"{file} is no result of an evaluation. Give one that `clipo eval` wrote.")
+    if facts["schema"] != SCHEMA:
         raise EvaluationError(
-            f"{file} holds no result of schema {SCHEMA} but of {held!r}. Evaluate again with this version."
+            f"{file} holds a result of schema {facts['schema']!r}, and this version reads {SCHEMA}. Evaluate again."
         )
     try:
         settings = EvaluationSettings(**{**facts["settings"], "ks": tuple(facts["settings"]["ks"])})
         problems = {
             name: ProblemResult(**{**each, "votes": tuple(each["votes"])}) for name, each in facts["problems"].items()
         }
-        return Evaluation(facts["step"], problems, settings, facts["model"], facts["checkpoint"])
-    except (KeyError, TypeError, AttributeError) as error:
-        raise EvaluationError(f"{file} is not whole ({error}). Evaluate again.") from None
+        if not _is_count(facts["step"], 0):
+            raise ValueError(f"step is {facts['step']!r}")
+        return Evaluation(facts["step"], problems, settings, str(facts["model"]), str(facts["checkpoint"]))
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise EvaluationError(f"{file} is damaged ({error}). Evaluate again.") from None
+
+
+def free_name(folder: Path, result: Evaluation) -> Path:
+    """Where `clipo eval` keeps a result: step_<n>.json, or step_<n>-2.json and so on where that has another one.
+
+    A result of the same model, settings and problems is the same result, and its place can be taken.
+    """
+    name = f"step_{result.step:06d}"
+    for number in itertools.count(2):
+        file = folder / f"{name}.json"
+        if not file.exists():
+            return file
+        with contextlib.suppress(EvaluationError):
+            if _asked(read_result(file)) == _asked(result):
+                return file
+        name = f"step_{result.step:06d}-{number}"
+    raise AssertionError("numbers do not end")
+
+
+def _asked(result: Evaluation) -> tuple[Any, ...]:
+    return result.step, result.model, result.settings, {name: each.digest for name, each in result.problems.items()}
 
 
 def write_evaluation(folder: Path, result: Evaluation) -> None:

@@ -14,7 +14,7 @@ _MOST_KS = 3  # of pass@k and of maj@k; the file has all of them
 def spoken(result: Evaluation) -> str:
     """One line: the accuracy with its standard error, that of each set where there are several, and what was lost."""
     whole = result.figures()
-    error = "" if whole.error is None else f" ± {_points(whole.error)}"
+    error = "" if not whole.error else f" ± {_points(whole.error)} (SE)"
     line = f"held-out accuracy after {result.step} steps: {whole.accuracy:.1%}{error} of {whole.problems} problems"
     if len(result.sources) > 1:
         line += f" ({', '.join(f'{source} {value:.1%}' for source, value in result.by_source().items())})"
@@ -25,7 +25,7 @@ def spoken(result: Evaluation) -> str:
 def result_table(result: Evaluation) -> Table:
     """A row a set; where there are several, one over all problems and one for the mean of sets."""
     ks = [k for k in result.settings.ks if k > 1][-_MOST_KS:]
-    headings = ["set", "problems", "pass@1", "±"]
+    headings = ["set", "problems", "pass@1", "± SE"]
     headings += [f"{kind}@{k}" for kind in ("pass", "maj") for k in ks]
     headings += ["tokens", "cut", "ungraded"]
     rows = [_row(source, result.figures(source), ks) for source in result.sources]
@@ -51,7 +51,8 @@ def _row(name: str, figures: Figures, ks: Sequence[int]) -> list[str]:
 
 
 def _points(error: float | None) -> str:
-    return "-" if error is None else f"{100 * error:.1f}"
+    """A standard error in points; one problem, or figures that are all equal, tell of none."""
+    return f"{100 * error:.1f}" if error else "-"
 
 
 def progress_table(before: Evaluation, after: Evaluation) -> Table:
@@ -74,7 +75,7 @@ def comparison_table(found: Sequence[Comparison]) -> Table:
             f"{each.before:.1%}",
             f"{each.after:.1%}",
             f"{100 * each.difference:+.1f}",
-            f"{100 * each.low:+.1f} .. {100 * each.high:+.1f}",
+            f"{100 * each.low:+.1f} .. {100 * each.high:+.1f}" if each.has_interval else "-",
             str(each.gained),
             str(each.lost),
             "-" if each.p_value is None else f"{each.p_value:.2g}",
