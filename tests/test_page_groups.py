@@ -49,13 +49,15 @@ def test_intervals_of_groups_are_over_their_seeds(tmp_path):
 
 
 def test_only_seeds_of_both_groups_are_paired(tmp_path):
-    grpo = {seed: {12: count} for seed, count in enumerate((4, 9, 5, 20, 20))}
+    grpo = {seed: {12: count} for seed, count in enumerate((20, 9, 5, 20, 4))}
     first, second = groups_of(
-        tmp_path / "a", {"grpo": grpo, "clipo": {seed: {12: grpo[seed][12] + 2} for seed in range(3)}}
+        tmp_path / "a", {"grpo": grpo, "clipo": {seed: {12: grpo[seed][12] + 2} for seed in (1, 2, 4)}}
     )
     (found,), notes = pair(first, second)
     assert (found.difference, found.half) == (pytest.approx(0.1), pytest.approx(0.0, abs=1e-9))
-    assert found.problems.before == pytest.approx(0.3) and notes == ["seeds 0, 1, 2, which both have."]
+    assert pair(second, first)[0][0].difference == pytest.approx(-0.1)
+    assert "<b>+10.0</b></td>" in paired([first, second]), "seeds that all differ alike tell of no spread"
+    assert found.problems.before == pytest.approx(0.3) and notes == ["seeds 1, 2, 4, which both have."]
 
     first, second = groups_of(tmp_path / "b", {"grpo": {0: {12: 4}, 1: {12: 6}}, "clipo": {5: {12: 8}, 6: {12: 10}}})
     (found,), notes = pair(first, second)
@@ -92,6 +94,8 @@ def test_a_seed_in_progress_is_not_averaged_with_finished_ones(tmp_path):
     assert "both after 6 steps, the last that all their runs have evaluated" in page
     untrained = groups_of(tmp_path / "new", {"grpo": {0: {0: 4}, 1: {0: 4}}})[0]
     assert ending(untrained).step == 0 and len(ending(untrained).runs) == 2 and sentences(untrained) == []
+    apart = groups_of(tmp_path / "apart", {"grpo": {0: {0: 4, 12: 8}, 1: {0: 4, 6: 8}}})[0]
+    assert ending(apart).step == 12 and [run.label for run in ending(apart).runs] == ["grpo, seed 0"]
 
 
 def test_runs_with_one_name_are_told_apart(tmp_path):

@@ -15,6 +15,7 @@ from clipo_megatron.page.parts import swatch, table
 from clipo_megatron.page.reading import RunRecord
 from clipo_megatron.page.scales import number, percent, safe
 
+_TINY = 1e-9
 _SEVERAL = 2  # runs of each group, for an interval over seeds
 
 
@@ -116,9 +117,9 @@ def _together(end: Ending) -> Evaluation:
     problems: dict[str, ProblemResult] = {}
     for each in (evaluation_at(run, end.step) for run in end.runs):
         for name, result in each.problems.items():
-            held = problems.get(name, replace(result, samples=0, correct=0))
-            samples, correct = held.samples + result.samples, held.correct + result.correct
-            problems[name] = ProblemResult(samples, correct, digest=result.digest)
+            held = problems.get(name)
+            samples, correct = (held.samples, held.correct) if held else (0, 0)
+            problems[name] = ProblemResult(samples + result.samples, correct + result.correct, digest=result.digest)
     return Evaluation(end.step, problems)
 
 
@@ -139,15 +140,18 @@ def _steps_said(before: Ending, after: Ending) -> str:
 
 def _row(group: RunGroup, found: Paired, *, seeds: bool, tested: bool) -> list[str]:
     each = found.problems
-    points, over_problems = f"<b>{_signed(found.difference)}</b>", _points(each.low, each.high)
+    points = f"<b>{_signed(found.difference)}</b>"
+    over_problems = "–"  # figures that are all equal, and a single one, tell of no spread
+    if each.low < each.high:
+        over_problems = f"({_points(each.low, each.high)})" if seeds else _points(each.low, each.high)
     if not seeds:
         cells = [f"{points} <span class='aside'>{over_problems}</span>"]
     else:
         over_seeds = ""
-        if found.half is not None:
+        if found.half is not None and found.half > _TINY:
             low, high = found.difference - found.half, found.difference + found.half
             over_seeds = f" <span class='main'>{_points(low, high)}</span>"
-        cells = [f"{points}{over_seeds}", f"<span class='aside'>({over_problems})</span>"]
+        cells = [f"{points}{over_seeds}", f"<span class='aside'>{over_problems}</span>"]
     cells.append(f"{each.gained} / {each.lost}")
     if tested:
         cells.append("–" if each.p_value is None else number(each.p_value, 2))
