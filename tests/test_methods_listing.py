@@ -67,6 +67,26 @@ def test_an_unknown_method(capsys):
     assert "there is no method 'dappo'. Did you mean dapo?" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("words", [["clipo"], ["clipo", "grpo"]])
+def test_clipo_is_told_to_be_no_method_of_the_tables(words, capsys):
+    assert cli.main(["methods", *words]) == 0
+    shown = capsys.readouterr().out
+    assert "clipo.enabled" in shown and "`clipo settings clipo`" in shown
+    assert re.findall(r"^  (\w+) ", shown, re.MULTILINE) == words[1:]
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_what_a_method_needs_is_shown(name):
+    """As its class declares it; what every run has anyway is not told."""
+    needs = {signal.value for signal in Signal} & set(class_of(METHODS[name].stage).needs)
+    (told,) = re.findall(r"^ +needs (.*)$", "\n".join(listing([name])), re.MULTILINE) or [""]
+    assert ("values" in needs) == ("a second model" in told)
+    assert ("reference_logprobs" in needs) == ("the policy that the run began with" in told)
+    assert ("demonstrations" in needs) == ("worked solutions" in told)
+    assert (METHODS[name].forwards > 0) == ("more forward" in told)
+    assert (METHODS[name].replays > 0) == ("update on again" in told)
+
+
 @pytest.mark.parametrize("table", [BASELINES, PLUGINS], ids=["baselines", "plug-ins"])
 def test_the_page_has_a_row_for_every_method(table):
     part = PAGE.split("## Plug-ins")[table is PLUGINS]

@@ -58,6 +58,7 @@ class Method:
         reference: whether it needs the log-probs of the policy that the run began with.
         forwards: over the step's rollouts, behind other prompts than theirs.
         replays: former steps that the policy is updated on beside this one.
+        demonstrations: whether it needs worked solutions in the rows of training prompts.
     """
 
     stage: str
@@ -75,6 +76,7 @@ class Method:
     reference: bool = False
     forwards: int = 0
     replays: int = 0
+    demonstrations: bool = False
 
 
 class DiscoScore(str, Enum):
@@ -196,7 +198,11 @@ BASELINES: dict[str, Method] = {
         aggregation=None,
     ),
     "hpt": Method(
-        "hpt:HPT", "arXiv 2509.04419", "a demonstration in place of the rollouts where none is right", HptOptions
+        "hpt:HPT",
+        "arXiv 2509.04419",
+        "a demonstration in place of the rollouts where none is right",
+        HptOptions,
+        demonstrations=True,
     ),
     "copg": Method(
         "copg:CoPG",
