@@ -10,6 +10,7 @@ from typing import Any
 import torch.distributed as dist
 
 from clipo_megatron.algorithms.algorithm import Algorithm
+from clipo_megatron.algorithms.base import Signal
 from clipo_megatron.algorithms.build import build_algorithm
 from clipo_megatron.checkpoint import Checkpoints, Owner
 from clipo_megatron.checkpoint.retention import Retention
@@ -52,9 +53,7 @@ class Run(Session):
             seed=config.train.seed,
         )
         self.algorithm: Algorithm = build_algorithm(config, context_of(config, self.tokenizer, self.train_prompts))
-        updates = config.train.steps * config.algorithm.epochs * config.algorithm.mini_batches
-        updates *= 1 + self.algorithm.replays
-        needs = self.algorithm.needs
+        needs, updates = self.algorithm.needs, policy_updates(config, self.algorithm)
         self.actor = self.equip(lambda: PolicyActor(config, self.layout, needs=needs, total_steps=updates))
         self.recorder = Recorder(config, self.layout, self.actor)
         self.collector = Collector(
@@ -236,6 +235,19 @@ class Run(Session):
         platform().set_rng_state(state["torch"])
         version, numbers, gauss = state["python"]
         random.setstate((version, tuple(numbers), gauss))
+
+
+def policy_updates(config: RunConfig, algorithm: Algorithm) -> int:
+    """Updates of the policy in the whole run, by which its learning rate falls: at most, for replays may be left out.
+
+    Steps at the beginning in which the policy waits, for the contrastive head or for the critic, make none.
+    """
+    clipo = config.clipo
+    waits = clipo.warmup_steps if clipo.enabled and not clipo.warmup_policy else 0
+    if Signal.values in algorithm.needs:
+        waits = max(waits, config.critic.warmup_steps)
+    steps = max(config.train.steps - waits, 1)
+    return steps * config.algorithm.epochs * config.algorithm.mini_batches * (1 + algorithm.replays)
 
 
 def is_due(every: int, step: int) -> bool:

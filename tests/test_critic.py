@@ -141,7 +141,7 @@ def test_a_critic_of_other_tokens_is_refused(tmp_path: Path) -> None:
     config = RunConfig()
     config.model.path, config.critic.path = policy, str(tmp_path / "other")
     with pytest.raises(ConfigError, match=r"its token 1 is 'c'"):
-        CriticActor(config, layout=None, total_steps=1)
+        CriticActor(config, layout=None)
 
 
 def test_a_section_that_nobody_reads_is_refused() -> None:

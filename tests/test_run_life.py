@@ -9,13 +9,17 @@ import warnings
 import pytest
 import torch.distributed as dist
 from small_runs import SmallRun, checkpoint_state, metrics, write_config, write_model
+from update_steps import actor_on
 
+from clipo_megatron.algorithms.build import build_algorithm
 from clipo_megatron.config.load import load
+from clipo_megatron.config.schema import LayoutConfig
 from clipo_megatron.data.prompts import load_tokenizer
 from clipo_megatron.data.sources import DataError, overlap
 from clipo_megatron.output import OutputError, claim, set_aside
 from clipo_megatron.problems import held_out_problems, training_problems
 from clipo_megatron.quiet import NOISE, quiet_libraries
+from clipo_megatron.run import policy_updates
 from clipo_megatron.stopping import SIGNALS, TERM_S, StopRequest
 
 pytestmark = pytest.mark.timeout(120)
@@ -172,6 +176,49 @@ def test_long_prompts_are_counted(small):
     kept, _, said = problems(small, f"data.max_prompt_tokens={limit}", "data.eval=[]")
     assert len(kept) == len(train) - longer
     assert said == [f"{longer} training prompts are longer than data.max_prompt_tokens = {limit} and are left out"]
+
+
+# ---------------------------------------------------------------- how long learning rates fall
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        ((), 84 * 2),
+        (("algorithm.epochs=3",), 84 * 3 * 2),
+        (("clipo.warmup_steps=14",), 84 * 2),  # the policy learns meanwhile, on the plain reward
+        (("clipo.warmup_steps=14", "clipo.warmup_policy=false"), 70 * 2),
+        (("clipo.warmup_policy=false", "clipo.enabled=false"), 84 * 2),
+        (("algorithm.name=ppo", "critic.warmup_steps=10"), 74 * 2),
+        (("algorithm.name=ppo", "critic.warmup_steps=10", "clipo.warmup_policy=false", "clipo.warmup_steps=3"), 74 * 2),
+        (
+            ("algorithm.name=ppo", "clipo.warmup_policy=false", "clipo.warmup_steps=14", "plugins=[{name: pipo}]"),
+            70 * 2 * 2,
+        ),
+    ],
+)
+def test_updates_are_those_of_the_steps_in_which_the_policy_learns(small, overrides, expected):
+    plugins = [f"algorithm.{each}" if each.startswith("plugins") else each for each in overrides]
+    config = load(small[0], ["train.steps=84", "algorithm.kl.coefficient=0", *plugins])
+    algorithm, learned = build_algorithm(config), 0
+    for _ in range(config.train.steps):
+        learned += algorithm.policy_learns
+        algorithm.after_update(None)
+    per_step = config.algorithm.epochs * config.algorithm.mini_batches * (1 + algorithm.replays)
+    assert policy_updates(config, algorithm) == learned * per_step == expected
+
+
+def lengths_of_schedules(config):
+    """On a rank: over how many updates the learning rates of policy and critic fall."""
+    actor = actor_on(config, LayoutConfig())
+    return [each.optimizer.schedule.lr_decay_steps for each in (actor, actor.critic)]
+
+
+def test_a_critic_falls_over_its_own_updates(small, ranks):
+    """Neither replays nor steps in which the policy waits are among them."""
+    settings = ("algorithm.name=ppo", "algorithm.plugins=[{name: pipo}]", "critic.epochs=3", "critic.warmup_steps=10")
+    config = load(small[0], ["train.steps=84", "algorithm.epochs=2", *settings])
+    assert ranks.run(lengths_of_schedules, 1, config) == [[100, 84 * 2 * 3]]
 
 
 # ---------------------------------------------------------------- rollouts of a step, and alarms

@@ -35,7 +35,7 @@ class PolicyActor(Policy):
         config: of the run.
         layout: of the ranks.
         needs: of the algorithm.
-        total_steps: updates of the run, as the schedule of the learning rate counts them.
+        total_steps: updates of the policy, as the schedule of its learning rate counts them.
     """
 
     def __init__(self, config: RunConfig, layout: Layout, *, needs: frozenset[str], total_steps: int):
@@ -52,7 +52,7 @@ class PolicyActor(Policy):
             else None
         )
         # The value model, where the algorithm needs one.
-        self.critic = CriticActor(config, layout, total_steps=total_steps) if Signal.values in needs else None
+        self.critic = CriticActor(config, layout) if Signal.values in needs else None
         self._reference: list[Tensor] | None = (
             [parameter.detach().clone() for parameter in self.stage.parameters()]
             if Signal.reference_logprobs in needs

@@ -37,7 +37,7 @@ class CriticActor:
         ConfigError: it is of another vocabulary than the policy.
     """
 
-    def __init__(self, config: RunConfig, layout: Layout, *, total_steps: int):
+    def __init__(self, config: RunConfig, layout: Layout):
         self.config, self.layout = config, layout
         settings = config.critic
         path = settings.path or config.model.path
@@ -60,7 +60,7 @@ class CriticActor:
             self.model,
             schedule,
             dtype=config.model.dtype,
-            total_steps=total_steps * self.epochs // config.algorithm.epochs,
+            total_steps=config.train.steps * config.algorithm.mini_batches * self.epochs,
         )
         self._away: list[tuple[Tensor, Tensor]] = []  # weights on the device, emptied, and their copies on the host
         self._skipped_in_a_row = 0
