@@ -146,7 +146,7 @@ def test_nothing_acts_on_advantages_that_are_not_there(config, name, plugin):
             "algorithm.options.weigh_by_reward",
             "all that hapo would change",
         ),
-        ("hpt", {"rollout.refill_rounds": 2}, "rollout.refill_rounds", "hpt is there to teach them demonstrations"),
+        ("hpt", {"rollout.refill_rounds": 2}, "rollout.refill_rounds", "hpt teaches them demonstrations"),
         (
             "grpo",
             {"algorithm.kl.coefficient": 0.1, "algorithm.kl.kind": KLKind.k1},
@@ -224,6 +224,7 @@ def test_what_methods_cost_is_declared_as_their_classes_have_it(name):
     assert method.reference == (Signal.reference_logprobs in stage.needs)
     assert method.critic == (Signal.values in stage.needs)
     assert method.replays == stage.replays
+    assert method.demonstrations == (Signal.demonstrations in stage.needs)
     assert method.forwards == (len(stage.provides) if stage.variants is not Stage.variants else 0)
     assert (method.aggregation is None) == issubclass(stage, GroupLoss)
     acts = {Acts.reward: "shape_reward", Acts.loss: "loss"}.get(method.acts_on)

@@ -17,8 +17,8 @@ from torch import Tensor
 from clipo_megatron.algorithms.base import Context, ScoredTokens
 from clipo_megatron.algorithms.cepo import CEPO, GOLD, WRONG
 from clipo_megatron.algorithms.d3s import D3S, kth_largest, most_varied
-from clipo_megatron.config.credit_options import D3sScope
 from clipo_megatron.config.errors import ConfigError
+from clipo_megatron.config.plugin_options import D3sScope
 from clipo_megatron.config.schema import RunConfig
 from clipo_megatron.flow import Prompt, RolloutTable
 

@@ -16,7 +16,7 @@ from clipo_megatron.algorithms.conspo import ConSPO
 from clipo_megatron.algorithms.copg import CoPG
 from clipo_megatron.algorithms.disco import DisCO
 from clipo_megatron.algorithms.surrogate import BaselineSettings, GroupLoss
-from clipo_megatron.config.methods import DiscoScore, Penalty
+from clipo_megatron.config.group_loss_options import DiscoScore, Penalty
 from clipo_megatron.config.schema import Aggregation
 from clipo_megatron.flow import RolloutTable
 

@@ -16,7 +16,6 @@ from clipo_megatron.config.errors import spell
 from clipo_megatron.config.load import load, typed_options
 from clipo_megatron.config.method_listing import listing
 from clipo_megatron.config.methods import BASELINES, PLUGINS, refill_rounds
-from clipo_megatron.config.option_limits import LIMITS
 from clipo_megatron.config.schema import PluginConfig, RunConfig
 
 pytestmark = pytest.mark.timeout(60)
@@ -143,9 +142,14 @@ def test_values_out_of_range_are_refused(name, option, value, words):
     assert words in str(next(method_problems(config)))
 
 
-def test_limits_are_of_options_that_exist():
-    for name, limits in LIMITS.items():
-        assert set(limits) <= {option.name for option in fields(METHODS[name].options)}, name
+def test_ranges_are_of_numbers_and_hold_their_defaults():
+    ranged = [
+        option for method in METHODS.values() for option in fields(method.options or NoOptions) if option.metadata
+    ]
+    assert len(ranged) > 30
+    for option in ranged:
+        assert re.fullmatch(r"(int|float|Optional\[(int|float)\])", option.type), option
+        assert option.default is None or option.metadata["least"] <= option.default <= option.metadata["most"], option
 
 
 def test_rounds_of_dynamic_sampling_are_the_methods_unless_given():

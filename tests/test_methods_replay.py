@@ -20,8 +20,8 @@ from clipo_megatron.algorithms.d3s import D3S
 from clipo_megatron.algorithms.hpt import HPT
 from clipo_megatron.algorithms.pipo import PIPO
 from clipo_megatron.algorithms.surrogate import BaselineSettings
-from clipo_megatron.config.credit_options import D3sScope
 from clipo_megatron.config.errors import ConfigError
+from clipo_megatron.config.plugin_options import D3sScope
 from clipo_megatron.config.schema import Aggregation, LayoutConfig, PluginConfig, RunConfig
 from clipo_megatron.flow import Experience, MiniBatch, Prompt, RolloutTable, Sample
 from clipo_megatron.policy.packing import pack

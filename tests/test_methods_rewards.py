@@ -24,7 +24,7 @@ from clipo_megatron.algorithms.grace import GRACE
 from clipo_megatron.algorithms.hapo import HAPO
 from clipo_megatron.algorithms.unlikeliness import Unlikeliness
 from clipo_megatron.config.errors import ConfigError
-from clipo_megatron.config.reward_options import Rewarded
+from clipo_megatron.config.plugin_options import Rewarded
 from clipo_megatron.config.schema import PluginConfig, RunConfig
 from clipo_megatron.flow import Prompt, Rollout, RolloutTable
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from clipo_megatron.algorithms.base import Context, ScoredTokens, Signal
 from clipo_megatron.algorithms.schedule import Scheduled
-from clipo_megatron.config.credit_options import D3sScope
+from clipo_megatron.config.plugin_options import D3sScope
 from clipo_megatron.flow import RolloutTable
 
 LARGEST = 0x7F800000  # bits of +inf, as float32

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from clipo_megatron.algorithms.base import TokenBatch
 from clipo_megatron.algorithms.surrogate import BaselineSettings, GroupLoss, bonus_weight
-from clipo_megatron.config.methods import DiscoScore, Penalty
+from clipo_megatron.config.group_loss_options import DiscoScore, Penalty
 from clipo_megatron.flow import Experience
 
 TAU = {DiscoScore.log_likelihood: 10.0, DiscoScore.likelihood_ratio: 1.0}

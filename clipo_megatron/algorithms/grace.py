@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from clipo_megatron.algorithms.base import Signal, Stage
-from clipo_megatron.config.reward_options import Rewarded
+from clipo_megatron.config.plugin_options import Rewarded
 from clipo_megatron.flow import RolloutTable
 
 

@@ -34,8 +34,8 @@ def method_problems(config: RunConfig) -> Iterator[Problem]:
         yield from _baseline(algorithm)
         yield from _over_groups(config)
         yield from _shaped_too_early(algorithm)
-    if algorithm.name == "hpt" and (rounds := refill_rounds(config)):
-        reason = "groups without a correct rollout would be replaced, and hpt is there to teach them demonstrations"
+    if baseline(algorithm).demonstrations and (rounds := refill_rounds(config)):
+        reason = f"groups without a correct rollout would be replaced, and {algorithm.name} teaches them demonstrations"
         yield Problem("rollout.refill_rounds", reason, "Set it to 0", rounds)
     kl = algorithm.kl
     if kl.coefficient > 0 and kl.kind is KLKind.k1 and kl.place is KLPlace.loss:
@@ -133,7 +133,8 @@ def _named(config: RunConfig, key: str, plugin: AlgorithmConfig | PluginConfig) 
         remedy = f"Did you mean {close[0]}?" if close else f"Choose one of {', '.join(known)}, or file.py:Class"
         yield Problem(f"{key}.name", "`clipo methods` shows no such method", remedy, name)
         return
-    problems = list(option_problems(known[name].options, plugin.options, f"{key}.options.", owner=name))
+    section = known[name].options
+    problems = list(option_problems(section, plugin.options, f"{key}.options.", owner=name))
     yield from problems or value_problems(
-        name, typed_options(known[name].options, plugin.options), f"{key}.options.", config
+        name, section, typed_options(section, plugin.options), f"{key}.options.", config
     )

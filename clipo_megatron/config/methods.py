@@ -8,23 +8,30 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import Enum
-from typing import Optional
 
-from clipo_megatron.config.baseline_options import DapoOptions, RiskpoOptions, WhitenOptions
-from clipo_megatron.config.credit_options import (
-    CepoOptions,
+from clipo_megatron.config.baseline_options import (
+    DapoOptions,
+    HptOptions,
+    PpoOptions,
+    RiskpoOptions,
+    TppoOptions,
+    WhitenOptions,
+)
+from clipo_megatron.config.group_loss_options import (
     ConspoOptions,
     CopgOptions,
-    D3sOptions,
-    HptOptions,
-    PipoOptions,
+    DiscoOptions,
 )
-from clipo_megatron.config.critic_options import PpoOptions, TppoOptions
-from clipo_megatron.config.reward_options import (
+from clipo_megatron.config.plugin_options import (
     AdoraOptions,
+    CepoOptions,
     CgrpoOptions,
+    D3sOptions,
     GcpoOptions,
     GraceOptions,
+    HapoOptions,
+    PapoOptions,
+    PipoOptions,
     UnlikelinessOptions,
 )
 from clipo_megatron.config.schema import Aggregation, AlgorithmConfig, RunConfig
@@ -77,40 +84,6 @@ class Method:
     forwards: int = 0
     replays: int = 0
     demonstrations: bool = False
-
-
-class DiscoScore(str, Enum):
-    log_likelihood = "log_likelihood"  # mean log-prob of the response's tokens
-    likelihood_ratio = "likelihood_ratio"  # mean ratio to the policy that was scored
-
-
-class Penalty(str, Enum):
-    squared = "squared"
-    linear = "linear"
-
-
-@dataclass
-class DiscoOptions:
-    score: DiscoScore = DiscoScore.log_likelihood
-    tau: Optional[float] = None  # of the log-mean-exp over wrong rollouts; None: 10 for log_likelihood, 1 for the other
-    beta: float = 1.0e3  # of the penalty on KL(old || new)
-    delta: float = 1.0e-4  # KL without penalty, nats a token
-    penalty: Penalty = Penalty.linear  # of the KL beyond delta
-    weigh_by_reward: bool = True  # correct rollouts count as 1 and what was added to their reward, at least 0
-
-
-@dataclass
-class HapoOptions:
-    weight: float = 1.0  # of the length reward
-    floor: float = -0.7  # smallest length reward of a correct rollout
-
-
-@dataclass
-class PapoOptions:
-    weight: float = 0.01  # gamma, of KL(pi || pi_mask)
-    mask: float = 0.6  # share of the prompt's tokens that are masked
-    limit: float = 10.0  # of the log ratio of one token, either way
-    seed: int = 0  # of the choice of masked tokens
 
 
 BASELINES: dict[str, Method] = {

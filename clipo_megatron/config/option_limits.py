@@ -1,9 +1,10 @@
-"""What values the options of methods may have: by method and option the least and the largest, and what goes beyond."""
+"""What values the options of methods may have: `within`, where they stand, and what goes beyond single numbers."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
+from dataclasses import field, fields
 from math import inf, isfinite
 from pathlib import Path
 from typing import Any
@@ -11,39 +12,26 @@ from typing import Any
 from clipo_megatron.config.errors import Problem
 from clipo_megatron.config.schema import RunConfig
 
-LIMITS: dict[str, dict[str, tuple[float, float]]] = {
-    "dapo": {"penalty": (0, inf), "longest": (1, inf), "cushion": (1, inf)},
-    "riskpo": {"bundle": (1, inf), "alpha": (0.001, 0.999), "beta": (0.001, 0.999), "tail": (0, inf), "rate": (0, 1)},
-    "ppo": {"lam": (0, 1), "critic_lam": (0, 1), "gamma": (0, 1)},
-    "t_ppo": {"lam": (0, 1), "critic_lam": (0, 1), "gamma": (0, 1)},
-    "disco": {"tau": (1e-6, inf), "beta": (0, inf), "delta": (0, inf)},
-    "hapo": {"weight": (0, inf), "floor": (-1, 1)},
-    "adora": {"weight": (0, inf), "emphasis": (0, inf)},
-    "unlikeliness": {"beta": (0, 1)},
-    "gcpo": {"threshold": (0, 1)},
-    "c_grpo": {"alpha": (0, 1)},
-    "grace": {"consistency": (0, inf), "hardest": (0, inf), "temperature": (1e-6, inf)},
-    "papo": {"weight": (0, inf), "mask": (1e-6, 1), "limit": (1e-6, inf), "seed": (0, inf)},
-    "copg": {"beta": (1e-6, inf)},
-    "conspo": {"tau": (1e-6, inf), "margin_steps": (0, inf)},
-    "cepo": {"mix": (0, 1), "mix_steps": (1, inf), "clip": (1e-6, inf)},
-    "d3s": {"rollouts": (1e-6, 1), "tokens": (1e-6, 1), "relax_steps": (1, inf)},
-    "pipo": {"window": (2, inf), "negative": (0, inf), "limit": (1e-6, inf)},
-    "hpt": {"gate": (0, inf), "sft_weight": (0, inf)},
-}
+
+def within(default: Any, least: float, most: float = inf) -> Any:
+    """A field of options that is a number from `least` to `most`, or null where its type says so."""
+    return field(default=default, metadata={"least": least, "most": most})
 
 
-def value_problems(name: str, options: dict[str, Any], prefix: str, config: RunConfig) -> Iterator[Problem]:
-    """What is wrong with the values of a method's options, defaults included; types have been checked."""
-    limits = LIMITS.get(name, {})
-    for option, value in options.items():
+def value_problems(
+    name: str, section: type | None, options: dict[str, Any], prefix: str, config: RunConfig
+) -> Iterator[Problem]:
+    """What is wrong with the values of a method's options, those of the dataclass `section`, defaults included; types
+    have been checked."""
+    for option in fields(section) if section else ():
+        value = options[option.name]
         if isinstance(value, bool) or not isinstance(value, int | float):
             continue
-        least, most = limits.get(option, (-inf, inf))
+        least, most = option.metadata.get("least", -inf), option.metadata.get("most", inf)
         if not (isfinite(value) and least <= value <= most):
             expected = f"from {least:g} to {most:g}" if most < inf else f"at least {least:g}"
-            expected = expected if option in limits else "a finite number"
-            yield Problem(f"{prefix}{option}", f"it must be {expected}", "Change it", value)
+            expected = expected if option.metadata else "a finite number"
+            yield Problem(f"{prefix}{option.name}", f"it must be {expected}", "Change it", value)
     if name in FURTHER:
         yield from FURTHER[name](options, prefix, config)
 
