@@ -58,12 +58,13 @@ class Trainer:
         with watch("update"):
             metrics |= actor.learn_values(experience, algorithm)  # a critic, if there is one
             fresh = True  # the weights are those that were scored
-            for each in algorithm.replay(experience):
+            plan = algorithm.replay(experience)  # empty while a stage holds the policy
+            for each in plan:
                 for batch in each.mini_batches * run.config.algorithm.epochs:
                     credited = actor.batcher.credit(batch, each, algorithm)
                     metrics |= actor.update(credited, each, algorithm, first=fresh)
                     fresh = False
-            algorithm.after_update(table)
+            algorithm.after_update(table, learned=experience if plan else None)
         with watch("sync"):
             metrics |= run.push(self.step + 1)
 

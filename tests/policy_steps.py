@@ -144,12 +144,13 @@ def train(
         credit_tokens(experience, algorithm, layout)
         facts["values"].append(actor.learn_values(experience, algorithm))
         fresh = True
-        for each in algorithm.replay(experience):
+        plan = algorithm.replay(experience)
+        for each in plan:
             for batch in each.mini_batches * config.algorithm.epochs:
                 credited = batcher.credit(batch, each, algorithm)
                 facts["updates"].append(actor.update(credited, each, algorithm, first=fresh))
                 fresh = False
-        algorithm.after_update(table)
+        algorithm.after_update(table, learned=experience if plan else None)
         facts["signals"].append(dict(table.signals))
         facts["reward"].append(experience.reward)
         facts["advantage"].append(experience.advantage)

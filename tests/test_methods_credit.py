@@ -34,7 +34,7 @@ def scored(table: RolloutTable, seed: int = 0, **signals: Tensor) -> ScoredToken
 
 def after(stage: Any, steps: int) -> Any:
     for _ in range(steps):
-        stage.replay(None)
+        stage.learned(None)
         stage.after_update(None)
     return stage
 

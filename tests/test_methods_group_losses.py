@@ -92,7 +92,7 @@ def disco(table: RolloutTable, reward: Tensor, tokens: Any, *, ratio: bool, squa
 def built(method: type[GroupLoss], steps: int = 0, **options: Any) -> GroupLoss:
     stage = method(SHARED, **options)
     for _ in range(steps):
-        stage.replay(None)
+        stage.learned(None)
         stage.after_update(None)
     return stage
 
@@ -183,11 +183,11 @@ def test_the_loss_of_a_long_lead_is_finite() -> None:
 
 def test_the_margin_rises_only_while_the_policy_learns_and_goes_on_after_a_resumption() -> None:
     stage = built(ConSPO, 30)
-    stage.after_update(None)  # the policy waited: `replay` was not asked
+    stage.after_update(None)  # the policy waited: nothing was learned
     resumed = built(ConSPO)
     resumed.load_state_dict(stage.state_dict())
     assert resumed.state_dict() == {"steps": 30}
     for each in (stage, resumed):
-        each.replay(None)
+        each.learned(None)
         each.after_update(None)
         assert math.isclose(each.linear(0.0, each.margin, each.margin_steps), 0.0031)

@@ -202,8 +202,9 @@ def test_the_policy_waits_for_the_critic_also_after_a_resumption() -> None:
     experience = algorithm.assess(table, [])
     learnt = []
     for step in range(4):
-        learnt.append(len(algorithm.replay(experience)))
-        algorithm.after_update(table)
+        plan = algorithm.replay(experience)
+        learnt.append(len(plan))
+        algorithm.after_update(table, learned=experience if plan else None)
         if step == 0:
             resumed = build_algorithm(config)
             resumed.load_state_dict(algorithm.state_dict())

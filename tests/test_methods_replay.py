@@ -47,7 +47,9 @@ def test_pipo_is_the_formula() -> None:
     for step, mean in enumerate(means):
         outcome = outcome_of(mean)
         now, *again = stage.replay(outcome)
+        assert len(stage.replay(outcome)) == 1 + len(again), "to ask changes nothing"
         assert now is outcome
+        stage.learned(outcome)
         before = [float(torch.tensor(each)) for each in means[max(0, step - 8) : step]]
         if len(before) < 2:
             assert again == []
@@ -67,7 +69,8 @@ def test_pipo_is_the_formula() -> None:
 def test_pipo_with_batches_that_do_not_vary(means: list[float], phi: float) -> None:
     stage = PIPO()
     for mean in means:
-        plan = stage.replay(outcome_of(mean))
+        plan = stage.replay(outcome := outcome_of(mean))
+        stage.learned(outcome)
     assert stage.phi == pytest.approx(phi)
     assert len(plan) == (2 if phi else 1)
 
@@ -79,6 +82,7 @@ def test_pipo_leaves_a_step_without_verdicts_out_of_its_window() -> None:
         if case == "groups of one":
             outcome = replace(outcome, table=replace(outcome.table, graded=torch.zeros(3, dtype=torch.bool)))
         stage.replay(outcome)
+        stage.learned(outcome)
     assert len(stage.means) == 2
 
 
@@ -87,18 +91,19 @@ def test_pipo_does_not_take_the_first_bonus_for_a_loss() -> None:
     config = RunConfig()
     config.clipo.enabled, config.clipo.warmup_steps = True, 3
     for enabled in (True, False):
-        config.clipo.enabled, stage, learned = enabled, PIPO(), []
+        config.clipo.enabled, stage, phis = enabled, PIPO(), []
         stage.bind(made_up_context(config))
         for step, mean in enumerate([0.5, 0.52, 0.48, 0.25, 0.27, 0.28]):
             outcome = outcome_of(mean)
             outcome.table.step = step
             stage.replay(outcome)
-            learned.append(stage.phi)
+            stage.learned(outcome)
+            phis.append(stage.phi)
         if enabled:
-            assert learned[:2] == [0, 0] and learned[2] < 0 and learned[3:5] == [0, 0] and learned[5] > 0
+            assert phis[:2] == [0, 0] and phis[2] < 0 and phis[3:5] == [0, 0] and phis[5] > 0
             assert stage.means == pytest.approx([0.25, 0.27, 0.28])
         else:
-            assert learned[3] < -0.4
+            assert phis[3] < -0.4
 
 
 def test_pipo_holds_what_a_replay_reads() -> None:
@@ -110,7 +115,7 @@ def test_pipo_holds_what_a_replay_reads() -> None:
     micro.signals = {name: torch.zeros(2) for name in names}
     outcome.mini_batches.append(MiniBatch(torch.tensor([0]), [micro]))
     stage = PIPO()
-    stage.replay(outcome)
+    stage.learned(outcome)
     (held,) = stage.previous.mini_batches[0].micro_batches
     assert set(held.signals) == set(ours)
     assert set(micro.signals) == set(names), "this step's update still has them"

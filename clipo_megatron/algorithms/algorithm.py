@@ -187,9 +187,11 @@ class Algorithm:
             return weighted, weighted.detach()
         return weighted + (tokens.score_gradient * self.scores(tokens)).sum(), weighted.detach()
 
-    def after_update(self, table: RolloutTable) -> None:
-        """Let every stage move its state on."""
+    def after_update(self, table: RolloutTable, learned: Experience | None = None) -> None:
+        """Let every stage move its state on; `learned` is what the policy learned from, None where it was held."""
         for stage in self.stages:
+            if learned is not None:
+                stage.learned(learned)
             stage.after_update(table)
 
     # --- state -------------------------------------------------------------------------------------------------------

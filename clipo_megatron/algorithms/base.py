@@ -2,7 +2,7 @@
 
     observe -> variants -> shape_reward -> advantage -> shape_advantage -> select, retain -> token_reward
             -> token_advantage -> replay -> token_weight, demonstrate -> scores, group_loss -> importance -> loss
-            -> after_update
+            -> learned -> after_update
 
 An algorithm is a list of stages. Each stage implements the hooks it is about and leaves the others alone; a stage with
 state keeps it in `state_dict`. `needs` declares the signals a stage reads, and nothing is computed unasked.
@@ -181,7 +181,7 @@ class Stage:
         return advantage
 
     def replay(self, experience: Experience) -> Sequence[Experience]:
-        """What the policy is updated on in this step, in order."""
+        """What the policy is updated on in this step, in order. A question: `learned` is where a stage keeps it."""
         return [experience]
 
     def token_weight(self, table: RolloutTable, rows: Tensor) -> Tensor | None:
@@ -214,8 +214,11 @@ class Stage:
         """Per-token loss [N] float32, before weights; stages add up."""
         return None
 
+    def learned(self, experience: Experience) -> None:
+        """After the policy's update on a step's own experience; not in steps in which a stage holds the policy."""
+
     def after_update(self, table: RolloutTable) -> None:
-        """After the policy's update: move state on."""
+        """After the policy's update, or where it would be: move state on."""
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors and plain values."""

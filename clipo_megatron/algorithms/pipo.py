@@ -58,28 +58,30 @@ class PIPO(Stage):
 
     def replay(self, experience: Experience) -> Sequence[Experience]:
         """This step's, then that before."""
-        graded = experience.table.graded
-        plan, previous = [experience], self.previous
-        self.phi = 0.0
-        if self.begins_anew and experience.table.step == self.begins_anew:
-            self.means = []
-        if graded.any():
-            mean = float(experience.reward[graded].double().mean())
-            self.phi = self._phi(mean)
-            self.means = [*self.means, mean][-self.window :]
-        if previous is not None and self.phi:
-            plan.append(_weighed(previous, self.phi))
+        mean = _mean(experience)
+        self.phi = 0.0 if mean is None else self._phi(mean, self._before(experience))
+        if self.previous is None or not self.phi:
+            return [experience]
+        return [experience, _weighed(self.previous, self.phi)]
+
+    def learned(self, experience: Experience) -> None:
+        """Its mean enters the window, and it is held for the next step."""
+        mean, before = _mean(experience), self._before(experience)
+        self.means = before if mean is None else [*before, mean][-self.window :]
         self.previous = _held(experience)
-        return plan
 
     def loss(self, tokens: TokenBatch) -> None:
         """Nothing; phi is reported."""
         tokens.metrics["pipo/phi"] = (tokens.weights * self.phi).sum()
 
-    def _phi(self, mean: float) -> float:
-        if len(self.means) < 2:
+    def _before(self, experience: Experience) -> list[float]:
+        """The window that a step is compared with."""
+        return [] if self.begins_anew and experience.table.step == self.begins_anew else self.means
+
+    def _phi(self, mean: float, before: list[float]) -> float:
+        if len(before) < 2:
             return 0.0
-        gap, sigma = mean - statistics.fmean(self.means), statistics.stdev(self.means)
+        gap, sigma = mean - statistics.fmean(before), statistics.stdev(before)
         if gap == 0:
             return 0.0
         xi = gap / sigma if abs(gap) < self.limit * sigma else math.copysign(self.limit, gap)
@@ -94,12 +96,18 @@ class PIPO(Stage):
         self.means = list(state["means"])
 
 
+def _mean(experience: Experience) -> float | None:
+    """Of the rewards; None without a graded rollout."""
+    rewards = experience.reward[experience.table.graded]
+    return float(rewards.double().mean()) if rewards.numel() else None
+
+
 def _held(experience: Experience) -> Experience:
     """In host memory, without what only scoring and credit needed of the table and of the tokens."""
 
     def held(micro: MicroBatch) -> MicroBatch:
         kept = {name: signal for name, signal in micro.signals.items() if name not in SPENT}
-        return replace(micro, signals=kept).to(HOST)
+        return replace(micro, signals=kept, advantages=None, weights=None).to(HOST)
 
     table = experience.table
     small = {name: signal for name, signal in table.signals.items() if signal.dim() == 1}

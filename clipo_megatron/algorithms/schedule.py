@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 from clipo_megatron.algorithms.base import Stage
-from clipo_megatron.flow import Experience, RolloutTable
+from clipo_megatron.flow import Experience
 
 
 class Scheduled(Stage):
@@ -14,22 +13,15 @@ class Scheduled(Stage):
 
     def __init__(self) -> None:
         self.steps = 0  # before this one
-        self._learns = False
 
     def linear(self, start: float, end: float, steps: int) -> float:
         """From `start` in the first step to `end` after `steps` of them, and `end` from then on."""
         share = min(self.steps / steps, 1.0) if steps > 0 else 1.0
         return start + (end - start) * share
 
-    def replay(self, experience: Experience) -> Sequence[Experience]:
-        """Note that the policy learns."""
-        self._learns = True
-        return [experience]
-
-    def after_update(self, table: RolloutTable) -> None:
+    def learned(self, experience: Experience) -> None:
         """Count the step."""
-        self.steps += self._learns
-        self._learns = False
+        self.steps += 1
 
     def state_dict(self) -> dict[str, Any]:
         """The count."""
