@@ -142,7 +142,7 @@ def _row(group: RunGroup, found: Paired, *, seeds: bool, tested: bool) -> list[s
     each = found.problems
     points = f"<b>{_signed(found.difference)}</b>"
     over_problems = "–"  # figures that are all equal, and a single one, tell of no spread
-    if each.low < each.high:
+    if each.has_interval:
         over_problems = f"({_points(each.low, each.high)})" if seeds else _points(each.low, each.high)
     if not seeds:
         cells = [f"{points} <span class='aside'>{over_problems}</span>"]

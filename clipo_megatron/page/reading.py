@@ -5,14 +5,13 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from clipo_megatron.config.model_folder import is_run_settings
-from clipo_megatron.evaluation.errors import EvaluationError
-from clipo_megatron.evaluation.results import Evaluation, read_result
+from clipo_megatron.evaluation.results import Evaluation, read_evaluations
 from clipo_megatron.output import EVALUATIONS, METRICS, ROLLOUTS, SETTINGS, STATES, TRACE
 from clipo_megatron.report.sinks import read_lines
 from clipo_megatron.report.states import States, file_of, read_states, steps_with_states
@@ -177,15 +176,8 @@ def _settings(file: Path) -> tuple[dict[str, Any], str]:
 
 def _read_evaluations(run: RunRecord) -> None:
     """Those that hold together; one that was damaged costs the page itself alone."""
-    unread = 0
-    for file in (run.folder / EVALUATIONS).glob("step_*.json"):
-        try:
-            result = read_result(file)
-            result.figures()
-            run.evaluations.append(replace(result, step=int(result.step)))
-        except (EvaluationError, TypeError, ValueError):
-            unread += 1
-    run.evaluations.sort(key=lambda each: each.step)
+    run.evaluations += read_evaluations(run.folder / EVALUATIONS)
+    unread = len(list((run.folder / EVALUATIONS).glob("step_*.json"))) - len(run.evaluations)
     if unread:
         run.missing.append(f"{unread} of its evaluations cannot be read, or are of an older version.")
     for each in run.evaluations:
