@@ -17,7 +17,6 @@ from torch import Tensor
 from clipo_megatron.algorithms.base import Context, ScoredTokens
 from clipo_megatron.algorithms.cepo import CEPO, GOLD, WRONG
 from clipo_megatron.algorithms.d3s import D3S, kth_largest, most_varied
-from clipo_megatron.config.errors import ConfigError
 from clipo_megatron.config.plugin_options import D3sScope
 from clipo_megatron.config.schema import RunConfig
 from clipo_megatron.flow import Prompt, RolloutTable
@@ -93,11 +92,6 @@ def test_cepo_keeps_advantages_to_the_bit_where_there_is_no_wrong_answer() -> No
     assert torch.equal(CEPO().token_advantage(scored(table), table, advantage), advantage)
     same = torch.rand_like(advantage)
     assert torch.equal(CEPO().token_advantage(scored(table, **{GOLD: same, WRONG: same}), table, advantage), advantage)
-
-
-def test_cepo_refuses_a_hint_without_an_answer() -> None:
-    with pytest.raises(ConfigError, match=r"has no \{answer\} in it"):
-        CEPO(hint="Try harder.").bind(None)
 
 
 # --- D3S -------------------------------------------------------------------------------------------------------------

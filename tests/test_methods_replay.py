@@ -121,13 +121,6 @@ def test_pipo_holds_what_a_replay_reads() -> None:
     assert set(micro.signals) == set(names), "this step's update still has them"
 
 
-def test_pipo_needs_advantages() -> None:
-    config = RunConfig()
-    config.algorithm.name = "disco"
-    with pytest.raises(ConfigError, match="disco has none: its loss is over whole groups"):
-        PIPO().bind(made_up_context(config))
-
-
 def pipo_config(folder: Path) -> RunConfig:
     """With advantages of single tokens, reference log-probs and entropies to be kept too."""
     config = configuration(tiny_llama(folder, vocab=VOCAB))

@@ -183,8 +183,6 @@ def test_gcpo_sees_tools_by_a_pattern() -> None:
     for text, used in (("```python\nprint(1)", 1.0), ("<aux>AD</aux>", 1.0), ("a python", 0.0)):
         assert GCPO().observe(prompt(), rollout(text)) == {"used_tool": used}
     assert GCPO(pattern="draw [A-Z]{2}").observe(prompt(), rollout("draw AD")) == {"used_tool": 1.0}
-    with pytest.raises(ConfigError, match="no regular expression"):
-        GCPO(pattern="(")
 
 
 @EVERY_CASE

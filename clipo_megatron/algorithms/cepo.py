@@ -7,7 +7,6 @@ from torch import Tensor
 
 from clipo_megatron.algorithms.base import Context, ScoredTokens, Signal
 from clipo_megatron.algorithms.schedule import Scheduled
-from clipo_megatron.config.errors import ConfigError
 from clipo_megatron.flow import Prompt, Rollout, RolloutTable
 
 ANSWER = "{answer}"
@@ -36,15 +35,7 @@ class CEPO(Scheduled):
         self.context: Context | None = None
 
     def bind(self, context: Context) -> None:
-        """Keep the prompts.
-
-        Raises:
-            ConfigError: the hint says no answer.
-        """
-        if ANSWER not in self.hint:
-            raise ConfigError(
-                f"cepo: the option hint = {self.hint!r} has no {ANSWER} in it. Say where the answer goes."
-            )
+        """Keep the prompts."""
         self.context = context
 
     def variants(self, table: RolloutTable) -> dict[str, dict[int, Tensor]]:

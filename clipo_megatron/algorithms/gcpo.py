@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from clipo_megatron.algorithms.base import Stage
-from clipo_megatron.config.errors import ConfigError
 from clipo_megatron.flow import Prompt, Rollout, RolloutTable
 
 
@@ -24,11 +23,7 @@ class GCPO(Stage):
     provides = frozenset({"used_tool"})
 
     def __init__(self, *, pattern: str = "```python|<aux>", weight: float = 1.0, threshold: float = 0.0):
-        try:
-            self.pattern = re.compile(pattern)
-        except re.error as error:
-            raise ConfigError(f"gcpo's pattern {pattern!r} is no regular expression: {error}. Correct it.") from error
-        self.weight, self.threshold = weight, threshold
+        self.pattern, self.weight, self.threshold = re.compile(pattern), weight, threshold
 
     def observe(self, prompt: Prompt, rollout: Rollout) -> dict[str, float | str]:
         """Whether the tool was used."""

@@ -12,8 +12,6 @@ import torch
 
 from clipo_megatron.algorithms.base import Context, Stage, TokenBatch
 from clipo_megatron.algorithms.cepo import GOLD, WRONG
-from clipo_megatron.config.errors import ConfigError
-from clipo_megatron.config.methods import baseline
 from clipo_megatron.flow import Experience, MicroBatch, MiniBatch
 
 HOST = torch.device("cpu")
@@ -42,17 +40,7 @@ class PIPO(Stage):
         self.begins_anew = 0  # the step with the first bonus; 0: from the first on, or never
 
     def bind(self, context: Context) -> None:
-        """Look at the baseline, and when the bonus begins.
-
-        Raises:
-            ConfigError: it gives no advantages to weigh again.
-        """
-        settings = context.config.algorithm
-        if baseline(settings).aggregation is None:
-            raise ConfigError(
-                f"pipo weighs advantages again, and {settings.name} has none: its loss is over whole groups. "
-                "Choose another algorithm.name, or leave pipo out."
-            )
+        """When the bonus begins."""
         clipo = context.config.clipo
         self.begins_anew = clipo.warmup_steps if clipo.enabled else 0
 
