@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -11,6 +13,7 @@ import pytest
 from example_scripts import EXAMPLES
 
 from clipo_megatron import cli
+from clipo_megatron.config.checks import check
 from clipo_megatron.config.load import load
 from clipo_megatron.config.schema import RunConfig
 
@@ -25,6 +28,16 @@ clipo() { tell clipo "$@"; }
 python() { tell python "$@"; }
 make() { tell make "$@"; }
 """
+# What is asked of the quickstart's model.
+SMALL = {
+    "architectures": ["LlamaForCausalLM"],
+    "hidden_size": 576,
+    "num_attention_heads": 9,
+    "num_hidden_layers": 30,
+    "num_key_value_heads": 3,
+    "intermediate_size": 1536,
+    "vocab_size": 49152,
+}
 BLOCK = re.compile(r"(?:^(?: {4}.*)?\n)+", re.MULTILINE)
 COMMAND = re.compile(r"^(clipo|python|make) ", re.MULTILINE)
 
@@ -56,8 +69,16 @@ def loaded(file: str, overrides: tuple[str, ...]) -> RunConfig:
     return load(ROOT / file, overrides)
 
 
+def trial(config: RunConfig, folder: Path) -> RunConfig:
+    """The same with a model's folder that is there."""
+    (folder / "config.json").write_text(json.dumps(SMALL))
+    for name in ("model.safetensors", "chat_template.jinja"):
+        (folder / name).touch()
+    return replace(config, model=replace(config.model, path=str(folder)))
+
+
 @pytest.mark.parametrize("page", PAGES, ids=[page.parent.name for page in PAGES])
-def test_every_command_is_understood(page: Path) -> None:
+def test_every_command_is_understood(page: Path, tmp_path: Path) -> None:
     found, recipe = commands(page.read_text()), ""
     assert found
     outputs = set()
@@ -69,6 +90,8 @@ def test_every_command_is_understood(page: Path) -> None:
         else:
             recipe = next((word for word in words if word.endswith(".yaml")), recipe)
             config = understood([program, *words], recipe)
+            if "rollout.engine=local" in words:
+                check(trial(config, tmp_path), ranks=1)
             if words[0] in ("train", "serve"):
                 outputs.add(config.train.output)
             if words[0] == "eval" and words[1].startswith("runs/"):
