@@ -22,6 +22,7 @@ from clipo_megatron.page.chart import MOST_POINTS, Series, smoothed, thinned
 from clipo_megatron.page.command import write_page
 from clipo_megatron.page.grouping import differences, group_runs
 from clipo_megatron.page.metric_names import CONTRASTIVE, LEARNING, OTHERS, PLACED, other
+from clipo_megatron.page.overview import _ranks
 from clipo_megatron.page.reading import Accuracy, PageError, read_run, wilson
 from clipo_megatron.page.representation import neighbour_agreement
 from clipo_megatron.page.scales import number, percent, reach, safe, seconds, tick_text, ticks
@@ -152,6 +153,17 @@ def test_what_is_known_of_a_metric_is_said():
     assert len(set(known)) == len(known) and not {each.name for each in OTHERS} & PLACED
 
 
+def test_ranks_are_spelt_without_what_is_one(tmp_path):
+    run = read_run(write_run(tmp_path / "run"))
+    found = []
+    for layout in ({"tp": 2, "pp": 1, "dp": 4}, {"tp": 1, "pp": 1, "dp": 1}, {"tp": 1, "pp": 2}, {}):
+        run.settings["layout"] = layout
+        found.append(_ranks(run))
+    assert found == ["8 = tp 2 × dp 4", "1", "2 = pp 2", "2 = dp 2"], "dp is known from the trace of two ranks"
+    run.traces = []
+    assert _ranks(run) == "–"
+
+
 def test_the_trace_is_what_chrome_reads(compared):
     events = json.loads(compared[2].read_text())["traceEvents"]
     spans = [event for event in events if event["ph"] == "X"]
@@ -245,6 +257,7 @@ def test_a_damaged_evaluation_costs_itself_alone(damage, tmp_path):
     text = missing(folder)
     assert "clipo-0: 1 of its evaluations cannot be read" in text
     assert "of held-out problems after 0 steps" in text
+    assert text.count(", after 0 steps</span>") == 2, "of each set, in the table of runs"
 
 
 def test_a_models_folder_is_no_run(tmp_path, capsys):
@@ -463,6 +476,10 @@ def test_numbers_as_people_write_them():
     ]  # fmt: skip
     assert [seconds(x) for x in (0.44, 59, 61, 3720)] == ["0.4 s", "59 s", "1 min 01 s", "1 h 02 min"]
     assert tick_text(0.25, 0.25) == "0.25" and tick_text(0.05, 0.05, share=True) == "5%"
+    assert [tick_text(x, 0.025, share=True) for x in (0.3, 0.325)] == ["30.0%", "32.5%"]
+    assert [tick_text(x, step, share=True) for x, step in ((0.75, 0.25), (0.002, 0.001), (0.2, 0.2))] == [
+        "75%", "0.2%", "20%",
+    ]  # fmt: skip
 
 
 def test_long_curves_are_thinned_between_their_extremes():

@@ -92,6 +92,7 @@ def test_a_seed_in_progress_is_not_averaged_with_finished_ones(tmp_path):
     assert f"{left_out}: it is left out of its group's accuracy, which is that after 6 steps" in page
     assert "clipo / late: its accuracy is that after 6 steps, the last that all its runs have evaluated" in page
     assert "both after 6 steps, the last that all their runs have evaluated" in page
+    assert "its last evaluation is that before training." in page
     untrained = groups_of(tmp_path / "new", {"grpo": {0: {0: 4}, 1: {0: 4}}})[0]
     assert ending(untrained).step == 0 and len(ending(untrained).runs) == 2 and sentences(untrained) == []
     apart = groups_of(tmp_path / "apart", {"grpo": {0: {0: 4, 12: 8}, 1: {0: 4, 6: 8}}})[0]

@@ -78,7 +78,7 @@ def sentences(group: RunGroup) -> list[str]:
         return []
     found = [
         f"{run.label}: it is left out of its group's accuracy, which is that after {end.step} steps: its last "
-        f"evaluation is after {run.evaluations[-1].step}."
+        f"evaluation is that {f'after {last}' if (last := run.evaluations[-1].step) else 'before training'}."
         for run in group.runs
         if run.evaluations and run not in end.runs
     ]

@@ -137,7 +137,7 @@ def _runs(groups: Sequence[RunGroup]) -> str:
                     safe(_method(run)),
                     safe(_ranks(run)),
                     f"{done}{wanted}",
-                    *(_accuracy(last.get(source)) for source in sources),
+                    *(_accuracy(last.get(source), done) for source in sources),
                     safe(seconds(spent)) if run.lines else "–",
                 ]
             )
@@ -145,11 +145,12 @@ def _runs(groups: Sequence[RunGroup]) -> str:
     return f"<details><summary>Show all {len(rows)}</summary>{shown}</details>" if len(rows) > _MOST_ROWS else shown
 
 
-def _accuracy(found: Accuracy | None) -> str:
+def _accuracy(found: Accuracy | None, done: int) -> str:
     if found is None:
         return "–"
     low, high = found.interval
-    return f'{percent(found.mean)} <span class="aside">{percent(low)} to {percent(high)}</span>'
+    when = f", after {found.step} steps" if found.step != done else ""
+    return f'{percent(found.mean)} <span class="aside">{percent(low)} to {percent(high)}{when}</span>'
 
 
 def _method(run: RunRecord) -> str:
@@ -166,7 +167,11 @@ def _ranks(run: RunRecord) -> str:
     traced = len(run.traces[-1]["ranks"]) if run.traces else None
     tp, pp = layout.get("tp") or 1, layout.get("pp") or 1
     dp = layout.get("dp") or (traced // (tp * pp) if traced else None)
-    return f"{tp * pp * dp} = tp {tp} × pp {pp} × dp {dp}" if dp else f"tp {tp} × pp {pp}"
+    factors = [f"{name} {size}" for name, size in (("tp", tp), ("pp", pp), ("dp", dp)) if size and size > 1]
+    split = " × ".join(factors)
+    if not dp:
+        return split or "–"
+    return f"{tp * pp * dp} = {split}" if split else "1"
 
 
 def _differences(groups: Sequence[RunGroup]) -> str:

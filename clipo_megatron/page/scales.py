@@ -81,7 +81,7 @@ def percent(value: float, digits: int = 1) -> str:
 def tick_text(value: float, spacing: float, *, share: bool = False) -> str:
     """A tick's label: as many decimals as tell it from its neighbours."""
     if share:
-        return percent(value, max(0, -math.floor(math.log10(spacing * 100) + 1e-9)))
+        return percent(value, max(0, 1 - math.floor(math.log10(spacing * 100) + 1e-9) - _is_one(spacing)))
     if value and (abs(value) >= 1e4 or (spacing < 1e-4 and abs(value) < 100 * spacing)):
         return number(value, 3)
     return f"{value:.{max(0, min(8, 1 - math.floor(math.log10(spacing) + 1e-9) - _is_one(spacing)))}f}".replace(
