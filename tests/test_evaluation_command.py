@@ -195,12 +195,18 @@ def test_a_checkpoint_gets_the_result_that_training_gave_it(tmp_path):
     assert "all problems" in evaluation.said and "maj@4" in evaluation.said and "mean of sets" in evaluation.said
     assert [path.name for path in (output / "eval").iterdir()] == ["step_000001.json"]
 
-    # What training needs is not asked for: its problems, their number, its seed, its head.
+    # What training needs is not asked for: its problems, their number, its seed, its head, its batches, its critic.
     (practice := tmp_path / "practice.jsonl").rename(moved := tmp_path / "moved.jsonl")
     one = tmp_path / "one.json"
     SmallRun(output, output, "--output", str(one), "--set", "exam", command="eval").wait()
     assert read_result(one).problems.keys() == trained.of(["exam"]).problems.keys()
-    other = ("train.seed=5", "clipo.enabled=false", f"data.eval=[{{path: {moved}}}]")
+    other = (
+        "train.seed=5",
+        "clipo.enabled=false",
+        "data.prompts_per_step=3",
+        "critic.path=gone",
+        f"data.eval=[{{path: {moved}}}]",
+    )
     SmallRun(output, output, *other, "--output", str(one), command="eval").wait()
     assert len(read_result(one).problems) == 12 and read_result(one).step == 1
     assert read_result(one).model == trained.model and not practice.exists()

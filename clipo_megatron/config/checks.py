@@ -44,7 +44,7 @@ def check(config: RunConfig, *, ranks: int | None = None, absent: bool = False, 
     """
     problems = [
         *_layout(config, ranks),
-        *model_problems(config, data_parallel(config.layout, ranks)),
+        *model_problems(config, data_parallel(config.layout, ranks), trains=trains),
         *_data(config, ("train", "eval") if trains else ("eval",)),
         *(_batch(config, ranks) if trains else ()),
         *_numbers(config),

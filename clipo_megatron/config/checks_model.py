@@ -24,15 +24,16 @@ ARCHITECTURES = (
 WINDOWS = {"MistralForCausalLM": 4096, "Phi3ForCausalLM": None}
 
 
-def model_problems(config: RunConfig, replicas: int) -> Iterator[Problem]:
-    """Problems of the policy's folder and the critic's, on `replicas` data-parallel ranks."""
+def model_problems(config: RunConfig, replicas: int, *, trains: bool = True) -> Iterator[Problem]:
+    """Problems of the policy's folder, and of the critic's if it `trains`, on `replicas` data-parallel ranks."""
     facts = yield from _policy(config)
     divided = [] if facts is None else list(division_problems(config.layout, facts, replicas))
     yield from divided
     if facts is not None:
         yield from _window(config, facts)
         yield from _positions(config, facts)
-    yield from _critic(config, replicas, facts, divided)
+    if trains:
+        yield from _critic(config, replicas, facts, divided)
 
 
 def _policy(config: RunConfig) -> Generator[Problem, None, dict[str, Any] | None]:
