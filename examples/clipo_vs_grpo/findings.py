@@ -27,9 +27,10 @@ SETS = ("usual", "perturbed")
 
 
 def tables(home: Path, arms: Sequence[str], seeds: Sequence[int]) -> str:
-    """All three, as Markdown."""
+    """All three, as Markdown; those of the bonus where there was one."""
     folders = {arm: [home / arm / f"seed{seed}" for seed in seeds] for arm in arms}
-    return "\n\n".join([accuracy_table(folders), bonus_table(folders), cosine_table(folders)])
+    about_bonus = [table for table in (bonus_table(folders), cosine_table(folders)) if len(table.splitlines()) > 2]
+    return "\n\n".join([accuracy_table(folders), *about_bonus])
 
 
 # ---------------------------------------------------------------- accuracy
@@ -38,7 +39,7 @@ def tables(home: Path, arms: Sequence[str], seeds: Sequence[int]) -> str:
 def accuracy_table(folders: dict[str, list[Path]]) -> str:
     """Accuracies before and after training, and how far each arm is from the baseline with the same seed, in points."""
     heads = [f"{name}: accuracy | {name}: against {BASELINE}" for name in SETS]
-    lines = [f"| arm | {' | '.join(heads)} | by seed |", "|---|" + "---:|---:|" * len(SETS) + "---|"]
+    lines = [f"| arm | {' | '.join(heads)} | {SETS[-1]}: by seed |", "|---|" + "---:|---:|" * len(SETS) + "---|"]
     found = {arm: [accuracies(each) for each in runs] for arm, runs in folders.items()}
     before = [statistics.fmean(run[name][0] for run in next(iter(found.values()))) for name in SETS]
     lines.append(_row("before training", *(cell for share in before for cell in (f"{share:.1%}", "")), ""))
