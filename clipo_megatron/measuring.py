@@ -40,7 +40,7 @@ def evaluate_run(config: RunConfig, *, checkpoint: Path | None = None, file: Pat
     session = Session(config, claims=checkpoint is None or config.rollout.engine is not EngineKind.local)
     try:
         chosen = checkpoint or newest(session.output / CHECKPOINTS, session.reporter.say)
-        step = _steps_of(chosen, config) if chosen else 0
+        step = steps_of(chosen, config) if chosen else 0
         session.equip(lambda: Policy(config, session.layout, weights=chosen))
         session.stop.watch()
         session.push(step)
@@ -56,7 +56,7 @@ def evaluate_run(config: RunConfig, *, checkpoint: Path | None = None, file: Pat
         session.close()
 
 
-def _steps_of(checkpoint: Path, config: RunConfig) -> int:
+def steps_of(checkpoint: Path, config: RunConfig) -> int:
     """The steps that a checkpoint's weights have seen.
 
     Raises:

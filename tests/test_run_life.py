@@ -12,15 +12,19 @@ from small_runs import SmallRun, checkpoint_state, metrics, write_config, write_
 from update_steps import actor_on
 
 from clipo_megatron.algorithms.build import build_algorithm
+from clipo_megatron.checkpoint import CheckpointError
 from clipo_megatron.config.load import load
 from clipo_megatron.config.schema import LayoutConfig
 from clipo_megatron.data.prompts import load_tokenizer
 from clipo_megatron.data.sources import DataError, overlap
+from clipo_megatron.measuring import steps_of
 from clipo_megatron.output import OutputError, claim, set_aside
 from clipo_megatron.problems import held_out_problems, training_problems
 from clipo_megatron.quiet import NOISE, quiet_libraries
 from clipo_megatron.run import policy_updates
 from clipo_megatron.stopping import SIGNALS, TERM_S, StopRequest
+from clipo_megatron.weights.families import model_spec
+from clipo_megatron.weights.spec import read_config
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -176,6 +180,21 @@ def test_long_prompts_are_counted(small):
     kept, _, said = problems(small, f"data.max_prompt_tokens={limit}", "data.eval=[]")
     assert len(kept) == len(train) - longer
     assert said == [f"{longer} training prompts are longer than data.max_prompt_tokens = {limit} and are left out"]
+
+
+# ---------------------------------------------------------------- what is evaluated
+
+
+def test_a_checkpoint_of_another_model_is_not_evaluated(small, tmp_path):
+    """Weights of the same shapes would be loaded without a word."""
+    config = load(small[0], [])
+    facts = model_spec(read_config(config.model.path)).architecture()
+    for model, step in ((facts, 7), ({}, 8), (None, 9)):  # older checkpoints say less
+        (tmp_path / "manifest.json").write_text(json.dumps({"step": step, "model": model}))
+        assert steps_of(tmp_path, config) == step
+    (tmp_path / "manifest.json").write_text(json.dumps({"step": 7, "model": {**facts, "norm epsilon": 0.5}}))
+    with pytest.raises(CheckpointError, match=r"no checkpoint of model.path = .*norm epsilon 0.5 in place of"):
+        steps_of(tmp_path, config)
 
 
 # ---------------------------------------------------------------- how long learning rates fall
