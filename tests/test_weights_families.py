@@ -14,7 +14,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from clipo_megatron.config import checks
+from clipo_megatron.config import checks_model
 from clipo_megatron.weights import families
 from clipo_megatron.weights.errors import CheckpointError, UnsupportedModel
 from clipo_megatron.weights.families import entries, model_spec
@@ -230,7 +230,7 @@ def test_an_idle_sliding_window_is_no_reason_to_refuse() -> None:
 def test_what_the_configuration_lets_through_is_what_there_is() -> None:
     """And the tests have a tiny model of each."""
     assert set(tiny_models.ARCHITECTURES) == set(families.FAMILIES)
-    assert sorted(tiny_models.ARCHITECTURES.values()) == sorted(checks.ARCHITECTURES)
+    assert sorted(tiny_models.ARCHITECTURES.values()) == sorted(checks_model.ARCHITECTURES)
 
 
 def test_a_refusal_of_gemma2_says_what_is_missing() -> None:

@@ -22,6 +22,7 @@ T = TypeVar("T")
 _WORDS = 300  # characters of a server's own words in a message
 _MOST_BYTES = 1 << 30  # of one answer
 _BEYOND_S = 5.0  # that a coroutine may take past the deadline it keeps itself
+_KEPT_S = 2.0  # idle connections; servers close theirs after 5 s, and lose a call that is on its way just then
 
 
 class EventLoop:
@@ -192,7 +193,8 @@ class JsonClient:
         if self._key:
             headers["Authorization"] = f"Bearer {self._key}"
         return aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(limit=0),  # the pool limits what is in flight
+            # The pool limits what is in flight.
+            connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=_KEPT_S),
             timeout=aiohttp.ClientTimeout(total=None, sock_connect=None),  # each call has its own
             headers=headers,
         )
