@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -230,6 +231,22 @@ def assert_same_state(mine: dict[str, Any], other: dict[str, Any]) -> None:
         if not (torch.equal(value, other[name]) if isinstance(value, torch.Tensor) else value == other[name])
     ]
     assert differing == []
+
+
+def halfway(undisturbed: Path, output: Path) -> Path:
+    """A copy of a run as it was after half of its steps."""
+    shutil.copytree(undisturbed, output)
+    shutil.rmtree(output / "checkpoints" / f"step_{STEPS:06d}")
+    return output
+
+
+def assert_nearly_same_metrics(output: Path, undisturbed: Path, names: Sequence[str]) -> None:
+    """The same metrics, and these to 1e-5 in every step that has them, as on another layout."""
+    far = {}
+    for mine, theirs in zip(metrics(output), metrics(undisturbed), strict=True):
+        assert mine.keys() == theirs.keys()
+        far |= {(mine["step"], name): abs(mine[name] - theirs[name]) for name in names if name in mine}
+    assert {key: distance for key, distance in far.items() if not distance < 1e-5} == {}
 
 
 def assert_same_run(output: Path, undisturbed: Path, step: int = STEPS) -> None:

@@ -4,6 +4,7 @@ import json
 import time
 
 import pytest
+from model_folders import FACTS, model_folder
 
 from clipo_megatron.config.checks import check, data_parallel, requested_ranks, source_name
 from clipo_megatron.config.checks_rollout import is_loopback, transport_of
@@ -22,23 +23,10 @@ from clipo_megatron.config.schema import (
     Unfinished,
 )
 
-FACTS = {
-    "architectures": ["Qwen2ForCausalLM"],
-    "num_attention_heads": 12,
-    "num_key_value_heads": 2,
-    "num_hidden_layers": 30,
-    "intermediate_size": 48,
-    "max_position_embeddings": 4096,
-}
-
 
 @pytest.fixture
 def folder(tmp_path):
-    model = tmp_path / "model"
-    model.mkdir()
-    (model / "config.json").write_text(json.dumps(FACTS))
-    (model / "model.safetensors").touch()
-    (model / "chat_template.jinja").write_text("{{ messages }}")
+    model_folder(tmp_path / "model", FACTS)
     (tmp_path / "train.jsonl").touch()
     return tmp_path
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 from typing import Any
 
 import pytest
+from model_folders import FACTS, model_folder
 
 from clipo_megatron.algorithms.base import Signal, Stage
 from clipo_megatron.algorithms.build import class_of
@@ -27,33 +27,15 @@ from clipo_megatron.config.schema import (
 
 pytestmark = pytest.mark.timeout(60)
 
-FACTS = {
-    "architectures": ["Qwen2ForCausalLM"],
-    "num_attention_heads": 12,
-    "num_key_value_heads": 2,
-    "num_hidden_layers": 30,
-    "intermediate_size": 48,
-    "max_position_embeddings": 4096,
-    "vocab_size": 263,
-}
-
 
 @pytest.fixture
 def config(tmp_path: Path) -> RunConfig:
     """Sound, and of GRPO with CLIPO."""
     config = RunConfig()
     config.model.path = model_folder(tmp_path / "model", FACTS)
-    (tmp_path / "model" / "chat_template.jinja").write_text("{{ messages }}")
     (tmp_path / "train.jsonl").touch()
     config.data.train = [SourceConfig(path=str(tmp_path / "train.jsonl"))]
     return config
-
-
-def model_folder(path: Path, facts: dict[str, Any]) -> str:
-    path.mkdir(exist_ok=True)
-    (path / "config.json").write_text(json.dumps(facts))
-    (path / "model.safetensors").touch()
-    return str(path)
 
 
 def changed(config: RunConfig, settings: dict[str, Any]) -> RunConfig:

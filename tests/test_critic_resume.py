@@ -1,10 +1,17 @@
 """A run with a critic that goes on from a checkpoint: to the bit in its own layout, and in another one."""
 
-import shutil
-
 import pytest
 import torch
-from small_runs import EVERY, STEPS, SmallRun, assert_same_run, checkpoint_state, metrics
+from small_runs import (
+    EVERY,
+    STEPS,
+    SmallRun,
+    assert_nearly_same_metrics,
+    assert_same_run,
+    checkpoint_state,
+    halfway,
+    metrics,
+)
 
 pytestmark = pytest.mark.timeout(300)
 PPO = (
@@ -28,15 +35,8 @@ def test_resumed_in_its_layout_and_in_another(small_config, tmp_path):
         assert name in after and not torch.equal(before[name], after[name]), name
     assert not any("output_layer" in name for name in after if name.startswith("critic."))
     for name, layout in (("same", "layout.pp=2"), ("other", "layout.tp=2")):
-        output = tmp_path / name
-        shutil.copytree(undisturbed, output)
-        shutil.rmtree(output / "checkpoints" / f"step_{STEPS:06d}")
-        run = SmallRun(small_config, output, layout, *PPO).wait()
+        run = SmallRun(small_config, halfway(undisturbed, tmp_path / name), layout, *PPO).wait()
         assert f"{EVERY} steps done" in run.said
     assert_same_run(tmp_path / "same", undisturbed)
     names = ("critic/loss", "critic/explained_variance", "critic/value_mean", "policy/loss", "reward/mean")
-    far = {}
-    for mine, theirs in zip(metrics(tmp_path / "other"), lines, strict=True):
-        assert mine.keys() == theirs.keys()
-        far |= {(mine["step"], name): abs(mine[name] - theirs[name]) for name in names if name in mine}
-    assert {key: distance for key, distance in far.items() if not distance < 1e-5} == {}
+    assert_nearly_same_metrics(tmp_path / "other", undisturbed, names)
