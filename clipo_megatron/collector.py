@@ -224,16 +224,17 @@ class Collector:
             self._running = asked.unanswered if asked.running else []
             self._carried = asked.unanswered if self._carries and not asked.running else []
             dropped = len(asked.unanswered) - len(self._running) - len(self._carried)
-        return intake.groups(), dropped, asked.recoveries
+        groups = intake.groups()
+        if self._windows:
+            self._carried = going_on(each.group for each in groups)
+        return groups, dropped, asked.recoveries
 
     def _meet(self, held: dict[int, ScoredGroup], dropped: int, tally: _Tally) -> None:
         """Let every rank know where the step stands; collective."""
         dynamic = self.refill_rounds > 0
         mine = _Standing(
             [(ticket, teaches(scored) if dynamic else True) for ticket, scored in held.items()],
-            self._weight(going_on(each.group for each in held.values()))
-            if self._windows
-            else self._weight([*self._carried, *self._running]),
+            self._weight([*self._carried, *self._running]),
             dropped,
             time.monotonic() - self._began,
         )
@@ -261,7 +262,6 @@ class Collector:
         self._carried.sort(key=_ticket)
         chosen = [held[ticket] for ticket in sorted(held) if ticket in positions]
         if self._windows:
-            self._carried = going_on(scored.group for scored in chosen)
             chosen = [of_this_step(scored) for scored in chosen]
         for scored in chosen:
             scored.group.position = positions[scored.group.position]
