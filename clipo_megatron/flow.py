@@ -110,7 +110,7 @@ class RolloutTable:
     prompt_length: Tensor  # [B] int64, with the tokens of earlier windows
     response_length: Tensor  # [B] int64, of this step's window where rollouts grow in windows
     truncated: Tensor  # [B] bool, finish == "length"
-    version: Tensor  # [B] int64, of the weights that produced the rollout's first token, its oldest
+    version: Tensor  # [B] int64, of the weights that produced the first token of `response_length`, the oldest of these
     step: int = 0
     newest: Tensor | None = None  # [B] int64, of the weights that produced the rollout's last token; None: as `version`
     goes_on: Tensor | None = None  # [B] bool, finish == "window": no verdict yet, and no end; None: nowhere

@@ -128,7 +128,7 @@ def _asking(config: RunConfig) -> Iterator[Problem]:
         return
     key, value = "rollout.unfinished", rollout.unfinished
     if rollout.engine is not EngineKind.sglang:
-        reason = f"rollout.engine = {rollout.engine.value} cannot go on from a rollout that was interrupted"
+        reason = f"rollout.engine = {rollout.engine.value} does not carry interrupted rollouts over"
         yield Problem(key, reason, "Set it to drop, or rollout.engine to sglang", value)
     elif asked == 1:
         reason = "nothing is ever unfinished: rollout.over_sampling is 1, so every prompt asked for is waited for"

@@ -17,8 +17,6 @@ The figures are there for people and scripts; they are computed anew from `probl
 
 from __future__ import annotations
 
-import contextlib
-import itertools
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -307,15 +305,18 @@ def free_name(folder: Path, result: Evaluation) -> Path:
     A result of the same model, settings and problems is the same result, and its place can be taken.
     """
     name = f"step_{result.step:06d}"
-    for number in itertools.count(2):
-        file = folder / f"{name}.json"
-        if not file.exists():
-            return file
-        with contextlib.suppress(EvaluationError):
-            if _asked(read_result(file)) == _asked(result):
-                return file
-        name = f"step_{result.step:06d}-{number}"
-    raise AssertionError("numbers do not end")
+    file, number = folder / f"{name}.json", 1
+    while file.exists() and not _holds(file, result):
+        number += 1
+        file = folder / f"{name}-{number}.json"
+    return file
+
+
+def _holds(file: Path, result: Evaluation) -> bool:
+    try:
+        return _asked(read_result(file)) == _asked(result)
+    except EvaluationError:
+        return False
 
 
 def _asked(result: Evaluation) -> tuple[Any, ...]:

@@ -66,10 +66,11 @@ def pair(first: RunGroup, second: RunGroup) -> tuple[list[Paired], list[str]]:
     the problems, is then the same on both sides. Where they share fewer than two, the groups are two samples.
 
     Raises:
-        EvaluationError: the groups were evaluated on other problems.
+        EvaluationError: the groups were evaluated on other problems, or one was not at all.
     """
     ends = endings_of(first, second)
-    assert ends is not None, "groups without evaluations are not paired"
+    if ends is None:
+        raise EvaluationError(f"{first.label} and {second.label} are not compared: one of them was not evaluated")
     (before, after), notes = ends, []
     if before.step != after.step or not (before.is_last and after.is_last):
         notes.append(_steps_said(before, after))
