@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from paths import ROOT
 from ranks import RankPool
 from served import Servers
 from small_runs import SmallRun, write_config, write_model
@@ -56,10 +57,9 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def smollm2() -> Path:
     """The quickstart's model, fetched as the quickstart fetches it; not to be written to."""
-    root = Path(__file__).parents[1]
-    folder = root / "models" / "SmolLM2-135M-Instruct"
+    folder = ROOT / "models" / "SmolLM2-135M-Instruct"
     script = "import sys; from pathlib import Path; from smollm2 import fetch; fetch(Path(sys.argv[1]))"
-    where = root / "examples" / "quickstart"
+    where = ROOT / "examples" / "quickstart"
     subprocess.run([sys.executable, "-c", script, str(folder)], cwd=where, check=True, timeout=280)
     return folder
 

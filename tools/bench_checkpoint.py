@@ -25,11 +25,11 @@ from bench_step import megatron_step, synthetic
 from clipo_megatron.checkpoint import Checkpoints
 from clipo_megatron.checkpoint.retention import Retention
 from clipo_megatron.config.schema import DType, RunConfig
-from clipo_megatron.device import platform
-from clipo_megatron.launch import Launch, adopt, from_environment
-from clipo_megatron.policy import layout as layouts
+from clipo_megatron.policy import parallel as layouts
 from clipo_megatron.policy.actor import PolicyActor
-from clipo_megatron.policy.state import PolicyKeeper
+from clipo_megatron.policy.checkpoint.state import PolicyCheckpointer
+from clipo_megatron.runtime.launch import Launch, adopt, from_environment
+from clipo_megatron.runtime.platform import platform
 
 
 def timed(action: Callable[[], object]) -> float:
@@ -62,7 +62,7 @@ def main() -> None:
     layout = layouts.initialize(config.layout, seed=0)
     actor = PolicyActor(config, layout, needs=frozenset(), total_steps=1000)
     step = megatron_step(config, actor, *synthetic(options, actor.spec.vocab_size), share=True)
-    keeper = PolicyKeeper(actor.stage, actor.optimizer)
+    keeper = PolicyCheckpointer(actor.stage, actor.optimizer)
     checkpoints = Checkpoints(
         options.folder,
         [],
@@ -72,7 +72,7 @@ def main() -> None:
         facts={},
     )
     waits: list[float] = []
-    actor.optimizer.before_change = lambda: waits.append(timed(checkpoints.settle))
+    actor.optimizer.pre_mutation_hook = lambda: waits.append(timed(checkpoints.settle))
     number, rows, plain = 0, [], []
     step()
     for each in range(options.rounds + 1):  # the first is not counted: memory is taken, files are new

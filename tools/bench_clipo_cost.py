@@ -27,15 +27,15 @@ import torch
 import torch.distributed as dist
 
 from clipo_megatron.algorithms.algorithm import Algorithm
-from clipo_megatron.algorithms.base import Signal
 from clipo_megatron.algorithms.build import build_algorithm
 from clipo_megatron.algorithms.clipo.stage import Clipo
 from clipo_megatron.algorithms.clipo.statistics import statistics as contrastive_statistics
+from clipo_megatron.algorithms.hook import Signal
 from clipo_megatron.config.schema import DType, HeadKind, RunConfig
-from clipo_megatron.device import platform
 from clipo_megatron.flow import RolloutTable, Sample
-from clipo_megatron.policy import layout as layouts
+from clipo_megatron.policy import parallel as layouts
 from clipo_megatron.policy.actor import PolicyActor
+from clipo_megatron.runtime.platform import platform
 
 
 class Clock:
@@ -98,7 +98,7 @@ def learn(
     actor.needs = algorithm.needs
     mini_batches = actor.batcher.mini_batches_of(samples, table)
     actor.score([micro for batch in mini_batches for micro in batch.micro_batches], table, algorithm)
-    experience = algorithm.assess(table, mini_batches)
+    experience = algorithm.assign_advantages(table, mini_batches)
     for batch in mini_batches:
         actor.update(actor.batcher.credit(batch, experience, algorithm), experience, algorithm)
     algorithm.after_update(table)

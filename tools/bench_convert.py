@@ -28,14 +28,14 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import torch
 
 from clipo_megatron.weights.families import entries, model_spec
-from clipo_megatron.weights.mapping import Stage
-from clipo_megatron.weights.safetensors import as_bytes, build
+from clipo_megatron.weights.formats.safetensors import as_bytes, build
+from clipo_megatron.weights.mapping import PipelineStage
 
 PAUSE_S = 5.0
 HIDDEN, HEADS, KV_HEADS, INTERMEDIATE, VOCABULARY = 2048, 16, 4, 5632, 64_003
 _CHILD = """
 import re, sys, time
-from clipo_megatron import cli
+from clipo_megatron.cli import main as cli
 from clipo_megatron.conversion import running, to_hf, to_megatron
 time.sleep(float(sys.argv.pop(1)))
 began = time.monotonic()
@@ -121,7 +121,7 @@ def write_model(folder: Path, nbytes: float, shard: float) -> int:
     spec = model_spec(config)
     shards: list[list[tuple[str, torch.dtype, tuple[int, ...]]]] = [[]]
     filled = total = 0
-    for entry in entries(spec, Stage(0, spec.num_layers, first=True, last=True)):
+    for entry in entries(spec, PipelineStage(0, spec.num_layers, first=True, last=True)):
         for tensor in entry.hf:
             size = 2 * torch.Size(tensor.shape).numel()
             if shards[-1] and filled + size > shard:

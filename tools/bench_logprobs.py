@@ -37,7 +37,7 @@ def passes(way: str, tokens: int, hidden: int, vocab: int) -> Callable[[], tuple
     """Inputs for one way; the function returned makes one forward and backward: log-probs and both gradients."""
     import torch
 
-    from clipo_megatron.policy.logprobs import token_logprobs
+    from clipo_megatron.policy.model.logprobs import token_logprobs
 
     generator = torch.Generator().manual_seed(0)
     states = torch.randn(tokens, hidden, generator=generator).requires_grad_()

@@ -19,7 +19,7 @@ from transformers.utils import logging
 
 from clipo_megatron.flow import Prompt
 from clipo_megatron.rollout.engine import Request, SamplingParams
-from clipo_megatron.rollout.local import LocalEngine
+from clipo_megatron.rollout.local.engine import LocalEngine
 
 
 def arguments() -> argparse.Namespace:

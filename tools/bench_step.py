@@ -27,12 +27,12 @@ import torch
 
 from clipo_megatron.algorithms.build import build_algorithm
 from clipo_megatron.config.schema import DType, RunConfig
-from clipo_megatron.device import platform
 from clipo_megatron.flow import RolloutTable, Sample
-from clipo_megatron.launch import Launch, adopt
-from clipo_megatron.policy import layout as layouts
+from clipo_megatron.policy import parallel as layouts
 from clipo_megatron.policy.actor import PolicyActor
-from clipo_megatron.policy.batching import Batcher
+from clipo_megatron.policy.batch.batching import Batcher
+from clipo_megatron.runtime.launch import Launch, adopt
+from clipo_megatron.runtime.platform import platform
 
 
 def synthetic(options: argparse.Namespace, vocabulary: int) -> tuple[RolloutTable, list[Sample]]:
@@ -76,7 +76,7 @@ def megatron_step(
     def step() -> int:
         [batch] = batcher.mini_batches_of(samples, table)
         actor.score(batch.micro_batches, table, algorithm)
-        experience = algorithm.assess(table, [batch])
+        experience = algorithm.assign_advantages(table, [batch])
         actor.update(batcher.credit(batch, experience, algorithm), experience, algorithm)
         return sum(micro.tokens.numel() for micro in batch.micro_batches)
 
@@ -92,7 +92,7 @@ def updates_of(
     algorithm, batcher = build_algorithm(config), actor.batcher
     [batch] = batcher.mini_batches_of(samples, table)
     actor.score(batch.micro_batches, table, algorithm)
-    experience = algorithm.assess(table, [batch])
+    experience = algorithm.assign_advantages(table, [batch])
     credited = batcher.credit(batch, experience, algorithm)
 
     def step() -> int:

@@ -28,13 +28,13 @@ import torch
 import torch.distributed as dist
 
 from clipo_megatron.config.schema import PoolConfig, SyncConfig
-from clipo_megatron.device import LOCAL_RENDEZVOUS_ENV, platform
 from clipo_megatron.rollout.engine import InFlight
+from clipo_megatron.runtime.platform import LOCAL_RENDEZVOUS_ENV, platform
 from clipo_megatron.sync.shard import Shard
 from clipo_megatron.weights.families import entries, model_spec
+from clipo_megatron.weights.formats.reader import HFReader
 from clipo_megatron.weights.load import load_into
 from clipo_megatron.weights.mapping import Coordinates, even_stages
-from clipo_megatron.weights.reader import HFReader
 from clipo_megatron.weights.spec import read_config
 
 TIMEOUT_S = 300.0
@@ -174,7 +174,7 @@ def plain_rank(nbytes: int) -> Any:
 def trainer_rank(model: str, urls: list[str], bucket_mb: int) -> Any:
     """Changes its weights and pushes them; the report, and by how many bytes this process grew meanwhile."""
     from clipo_megatron.config.schema import EngineKind
-    from clipo_megatron.rollout.pool import ServerPool
+    from clipo_megatron.rollout.servers.pool import ServerPool
     from clipo_megatron.sync.broadcast import BroadcastSync
 
     shard, parameters = load(model)
@@ -191,7 +191,7 @@ def trainer_rank(model: str, urls: list[str], bucket_mb: int) -> Any:
                 parameter.mul_(1.0 + 0.01 * version)
         sync.config.verify_every = int(proven)
         before = reset_peak()
-        report = sync.push(version)
+        report = sync.update_weights(version)
         answer = (report, peak() - before)
 
 

@@ -2,7 +2,7 @@
 
 import sys
 
-from clipo_megatron import cli
+from clipo_megatron.cli import main as cli
 
 if __name__ == "__main__":
     sys.exit(cli.main(["convert", "to-megatron", *sys.argv[1:]]))

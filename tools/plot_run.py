@@ -11,7 +11,7 @@ from pathlib import Path
 import matplotlib
 
 from clipo_megatron.evaluation.results import read_evaluations
-from clipo_megatron.report.sinks import read_lines
+from clipo_megatron.telemetry.sinks import read_lines
 
 BLUE, ORANGE, GREY = "#2563eb", "#d97706", "#6b7280"
 

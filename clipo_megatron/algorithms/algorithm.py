@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from clipo_megatron.algorithms.base import Context, ScoredTokens, Signal, Stage, TokenBatch
 from clipo_megatron.algorithms.clipo.stage import Clipo
+from clipo_megatron.algorithms.hook import Hook, HookContext, ScoredTokens, Signal, TokenBatch
 from clipo_megatron.config.errors import ConfigError
 from clipo_megatron.flow import Demonstration, Experience, MiniBatch, Prompt, Rollout, RolloutTable
 
@@ -22,7 +22,7 @@ class Algorithm:
         ConfigError: a stage needs what nothing provides.
     """
 
-    def __init__(self, stages: Sequence[Stage]):
+    def __init__(self, stages: Sequence[Hook]):
         self.stages = list(stages)
         provided = {signal.value for signal in Signal}.union(*(stage.provides for stage in self.stages))
         for stage in self.stages:
@@ -37,7 +37,7 @@ class Algorithm:
         """Signals that some stage reads."""
         return frozenset().union(*(stage.needs for stage in self.stages))
 
-    def stage(self, kind: type[Stage]) -> Stage | None:
+    def stage(self, kind: type[Hook]) -> Hook | None:
         """The first stage of a class, if there is one."""
         return next((stage for stage in self.stages if isinstance(stage, kind)), None)
 
@@ -67,7 +67,7 @@ class Algorithm:
         clipo = self.stage(Clipo)
         return clipo.last_bonus if isinstance(clipo, Clipo) else None
 
-    def bind(self, context: Context) -> None:
+    def bind(self, context: HookContext) -> None:
         """Let every stage look at the run it belongs to.
 
         Raises:
@@ -88,7 +88,7 @@ class Algorithm:
 
     # --- what they are worth -----------------------------------------------------------------------------------------
 
-    def assess(self, table: RolloutTable, mini_batches: list[MiniBatch]) -> Experience:
+    def assign_advantages(self, table: RolloutTable, mini_batches: list[MiniBatch]) -> Experience:
         """Rewards, advantages, and which rollouts train."""
         reward = self.shape_reward(table)
         advantage = self.advantage(table, reward)
@@ -112,13 +112,13 @@ class Algorithm:
     def select(self, table: RolloutTable, advantage: Tensor) -> Tensor:
         """Rows that train, [B] bool: graded or going on, and wanted by every stage or retained by one."""
         there = table.graded | table.unfinished
-        keep, retained = there.clone(), torch.zeros_like(there)
+        keep, force_kept = there.clone(), torch.zeros_like(there)
         for stage in self.stages:
             if (chosen := stage.select(table, advantage)) is not None:
                 keep &= chosen
-            if (held := stage.retain(table)) is not None:
-                retained |= held
-        return keep | (there & retained)
+            if (held := stage.force_keep(table)) is not None:
+                force_kept |= held
+        return keep | (there & force_kept)
 
     def token_advantage(self, tokens: ScoredTokens, table: RolloutTable, advantage: Tensor) -> Tensor:
         """[N] float32: the rollouts' `advantage` [B], made one of each token by each stage in turn."""
@@ -151,7 +151,7 @@ class Algorithm:
     @property
     def has_group_loss(self) -> bool:
         """Whether the loss compares rollouts of different micro-batches."""
-        return any(type(stage).scores is not Stage.scores for stage in self.stages)
+        return any(type(stage).scores is not Hook.scores for stage in self.stages)
 
     def scores(self, tokens: TokenBatch) -> Tensor:
         """What each token adds to the scores of its rollout, [N, C] float32."""
@@ -160,7 +160,7 @@ class Algorithm:
     def group_loss(self, scores: Tensor, experience: Experience, rows: Tensor) -> tuple[float, Tensor]:
         """The loss of a mini-batch by its scores [B, C] float64, and its derivative by each of them, [B, C] float32."""
         scores = scores.detach().double().requires_grad_()
-        (stage,) = (stage for stage in self.stages if type(stage).scores is not Stage.scores)
+        (stage,) = (stage for stage in self.stages if type(stage).scores is not Hook.scores)
         with torch.enable_grad():
             loss = stage.group_loss(scores[rows], experience, rows)
         if loss.requires_grad:

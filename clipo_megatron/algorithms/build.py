@@ -6,21 +6,21 @@ import importlib
 from typing import Any
 
 from clipo_megatron.algorithms.algorithm import Algorithm
-from clipo_megatron.algorithms.answers import Answers
-from clipo_megatron.algorithms.base import Context, Signal, Stage
 from clipo_megatron.algorithms.clipo.stage import Clipo
-from clipo_megatron.algorithms.correction import OffPolicyCorrection
-from clipo_megatron.algorithms.imports import imported
+from clipo_megatron.algorithms.final_answers import Answers
+from clipo_megatron.algorithms.hook import Hook, HookContext, Signal
+from clipo_megatron.algorithms.importance import OffPolicyCorrection
 from clipo_megatron.algorithms.kl import EntropyBonus, KLLoss, KLReward
-from clipo_megatron.algorithms.ppo import CriticWarmup
-from clipo_megatron.algorithms.surrogate import BaselineSettings
+from clipo_megatron.algorithms.methods.ppo import CriticWarmup
+from clipo_megatron.algorithms.methods.registry import BASELINES, PLUGINS, baseline, is_import_path
+from clipo_megatron.algorithms.policy_loss import BaselineSettings
+from clipo_megatron.algorithms.user_classes import imported
 from clipo_megatron.config.errors import ConfigError
 from clipo_megatron.config.load import typed_options
-from clipo_megatron.config.methods import BASELINES, PLUGINS, baseline, is_import_path
 from clipo_megatron.config.schema import Aggregation, CorrectionKind, KLConfig, KLPlace, RunConfig
 
 
-def build_algorithm(config: RunConfig, context: Context | None = None) -> Algorithm:
+def build_algorithm(config: RunConfig, context: HookContext | None = None) -> Algorithm:
     """The algorithm that a configuration names: a baseline, its KL and entropy terms, plug-ins, and CLIPO's reward.
 
     Args:
@@ -31,7 +31,7 @@ def build_algorithm(config: RunConfig, context: Context | None = None) -> Algori
         ConfigError: a stage cannot be found or built, or needs what nothing provides.
     """
     settings = config.algorithm
-    stages: list[Stage] = [_baseline(config)]
+    stages: list[Hook] = [_baseline(config)]
     if settings.correction.kind is not CorrectionKind.none:
         stages.append(OffPolicyCorrection(settings.correction))
     if settings.kl.coefficient:
@@ -56,13 +56,13 @@ def build_algorithm(config: RunConfig, context: Context | None = None) -> Algori
     return algorithm
 
 
-def _kl(config: KLConfig, *, per_token: bool) -> Stage:
+def _kl(config: KLConfig, *, per_token: bool) -> Hook:
     if config.place is KLPlace.loss:
         return KLLoss(config.coefficient, config.kind)
     return KLReward(config.coefficient, config.kind, per_token=per_token)
 
 
-def _baseline(config: RunConfig) -> Stage:
+def _baseline(config: RunConfig) -> Hook:
     chosen, method = config.algorithm, baseline(config.algorithm)
     low, high = method.clip or (0.0, 0.0)
     settings = BaselineSettings(
@@ -77,28 +77,28 @@ def _baseline(config: RunConfig) -> Stage:
     return stage(settings, **typed_options(method.options, chosen.options))
 
 
-def class_of(place: str) -> type[Stage]:
+def class_of(place: str) -> type[Hook]:
     """One of ours, "module:Class"."""
     module, _, name = place.partition(":")
-    return getattr(importlib.import_module(f"clipo_megatron.algorithms.{module}"), name)
+    return getattr(importlib.import_module(f"clipo_megatron.algorithms.methods.{module}"), name)
 
 
-def _own(place: str, options: dict[str, Any], *settings: BaselineSettings) -> Stage:
+def _own(place: str, options: dict[str, Any], *settings: BaselineSettings) -> Hook:
     """A user's stage, from a file or an installed package."""
-    kind = import_stage(place)
+    kind = import_hook(place)
     try:
         return kind(*settings, **options)
     except TypeError as error:
         raise ConfigError(f"{place} cannot be built with options {options}: {error}. Correct its options.") from error
 
 
-def import_stage(place: str) -> type[Stage]:
+def import_hook(place: str) -> type[Hook]:
     """The class at "file.py:Class" or "package.module:Class".
 
     Raises:
         ConfigError: it cannot be imported, or is no stage.
     """
     kind = imported(place)
-    if not (isinstance(kind, type) and issubclass(kind, Stage)):
-        raise ConfigError(f"{place} is no subclass of clipo_megatron.algorithms.base.Stage. Name a class that is one.")
+    if not (isinstance(kind, type) and issubclass(kind, Hook)):
+        raise ConfigError(f"{place} is no subclass of clipo_megatron.algorithms.hook.Stage. Name a class that is one.")
     return kind

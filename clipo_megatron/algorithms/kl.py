@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from clipo_megatron.algorithms.base import ScoredTokens, Signal, Stage, TokenBatch
+from clipo_megatron.algorithms.hook import Hook, ScoredTokens, Signal, TokenBatch
 from clipo_megatron.config.schema import KLKind
 from clipo_megatron.flow import RolloutTable
 
@@ -26,7 +26,7 @@ def kl_estimate(kind: KLKind, logprobs: Tensor, reference: Tensor) -> Tensor:
     return torch.expm1(x) - x
 
 
-class KLLoss(Stage):
+class KLLoss(Hook):
     """Adds coefficient * KL(pi || pi_ref) to the loss of every token. Assumes gradients flow through log pi."""
 
     needs = frozenset({Signal.reference_logprobs})
@@ -42,7 +42,7 @@ class KLLoss(Stage):
         return self.coefficient * per_token
 
 
-class KLReward(Stage):
+class KLReward(Hook):
     """Subtracts coefficient * KL(pi_old || pi_ref) from the reward: the sum over the response from the rollout's, or
     with `per_token` each token's from its own, for a baseline that reads rewards of single tokens."""
 
@@ -61,7 +61,7 @@ class KLReward(Stage):
         return -self.coefficient * kl_estimate(self.kind, tokens.old_logprobs, tokens.reference_logprobs)
 
 
-class EntropyBonus(Stage):
+class EntropyBonus(Hook):
     """Subtracts coefficient * entropy from the loss of every token."""
 
     needs = frozenset({Signal.entropy})

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from clipo_megatron.algorithms.base import Stage
+from clipo_megatron.algorithms.hook import Hook
 from clipo_megatron.flow import Experience
 
 
-class Scheduled(Stage):
+class Scheduled(Hook):
     """A stage that counts the steps in which the policy learned: those in which another stage held it do not count."""
 
     def __init__(self) -> None:

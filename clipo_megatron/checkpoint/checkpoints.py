@@ -25,7 +25,7 @@ from clipo_megatron.checkpoint.retention import (
 from clipo_megatron.checkpoint.states import CheckpointError, Owner, PolicyState
 from clipo_megatron.checkpoint.writing import Content, Writing
 from clipo_megatron.config.model_folder import POLICY
-from clipo_megatron.device import platform
+from clipo_megatron.runtime.platform import platform
 
 
 class Checkpoints:

@@ -10,7 +10,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from clipo_megatron.files import crc32
+from clipo_megatron.runtime.durable_files import crc32
 
 MANIFEST = "manifest.json"
 PICKLED = (".metadata", "common.pt")  # what is read whole, and runs as it is read

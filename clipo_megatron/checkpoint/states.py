@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from safetensors.torch import save as saved
 from torch import Tensor
 
-from clipo_megatron.files import FolderWriter
+from clipo_megatron.runtime.durable_files import FolderWriter
 
 
 class CheckpointError(RuntimeError):

@@ -29,7 +29,7 @@ from clipo_megatron.checkpoint.retention import (
 )
 from clipo_megatron.checkpoint.states import PolicyState, Taken
 from clipo_megatron.config.model_folder import HF_FILES, POLICY
-from clipo_megatron.files import FolderWriter, sync, sync_tree
+from clipo_megatron.runtime.durable_files import FolderWriter, sync, sync_tree
 
 
 @dataclass

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True, slots=True)
-class Problem:
+class ConfigProblem:
     """One thing that is wrong. Reads `key = value: reason. Remedy.`"""
 
     key: str  # dotted, "" when the problem is no single setting's
@@ -26,7 +26,7 @@ class Problem:
 class ConfigError(ValueError):
     """The configuration cannot be run; the message lists all problems found, `problems` holds them."""
 
-    def __init__(self, problems: Sequence[Problem] | str, *, origin: str = ""):
+    def __init__(self, problems: Sequence[ConfigProblem] | str, *, origin: str = ""):
         self.problems = () if isinstance(problems, str) else tuple(problems)
         where = f" in {origin}" if origin else ""
         if isinstance(problems, str):

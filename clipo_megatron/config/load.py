@@ -14,7 +14,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException, ValidationError
 
 from clipo_megatron.config import reference
-from clipo_megatron.config.errors import ConfigError, Problem, spell
+from clipo_megatron.config.errors import ConfigError, ConfigProblem, spell
 from clipo_megatron.config.schema import RunConfig
 
 # What the same thing is called elsewhere, for the nearest key of a setting that does not exist.
@@ -50,7 +50,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     """
     path = Path(path)
     content = _read(path)
-    problems: list[Problem] = []
+    problems: list[ConfigProblem] = []
     for override in overrides:
         problems += _apply(content, override)
     problems += _inspect(RunConfig, content, "")
@@ -128,19 +128,21 @@ def _first_line(error: Exception) -> str:
     return lines[0].rstrip(".") if lines else type(error).__name__
 
 
-def _apply(content: dict[str, Any], override: str) -> list[Problem]:
+def _apply(content: dict[str, Any], override: str) -> list[ConfigProblem]:
     """Write one `key=value` into the plain content."""
     key, equals, text = override.partition("=")
     key = key.strip()
     if not equals or not key:
         return [
-            Problem("", f"the override {override!r} is no `key=value`", "Write it like `layout.tp=2`", show_value=False)
+            ConfigProblem(
+                "", f"the override {override!r} is no `key=value`", "Write it like `layout.tp=2`", show_value=False
+            )
         ]
     try:
         value = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]), resolve=False)["value"]
     except (yaml.YAMLError, OmegaConfBaseException) as error:
         reason = getattr(error, "problem", None) or _first_line(error)
-        return [Problem(key, f"not valid YAML: {reason}", "Check its quotes and brackets", text)]
+        return [ConfigProblem(key, f"not valid YAML: {reason}", "Check its quotes and brackets", text)]
     parts = [part for part in re.split(r"[.\[\]]+", key) if part]
     place: Any = content
     for depth, part in enumerate(parts):
@@ -148,12 +150,14 @@ def _apply(content: dict[str, Any], override: str) -> list[Problem]:
         if isinstance(place, list):
             if not part.isdigit() or int(part) >= len(place):
                 held = f"it has {len(place)} entries, the first is [0]"
-                return [Problem(key, f"{part!r} is no entry of the list: {held}", "Name one of them", value)]
+                return [ConfigProblem(key, f"{part!r} is no entry of the list: {held}", "Name one of them", value)]
             part = int(part)
         elif not isinstance(place, dict):
             above = _dotted(parts[:depth])
             return [
-                Problem(key, f"{above} is {spell(place)}, which has no settings below it", "Shorten the key", value)
+                ConfigProblem(
+                    key, f"{above} is {spell(place)}, which has no settings below it", "Shorten the key", value
+                )
             ]
         here = place[part] if isinstance(place, list) else place.get(part)
         if last:
@@ -175,7 +179,7 @@ def _dotted(parts: Sequence[str]) -> str:
     return re.sub(r"\.(\d+)(?=\.|$)", r"[\1]", ".".join(parts))
 
 
-def _inspect(section: type, content: dict[Any, Any], prefix: str) -> Iterator[Problem]:
+def _inspect(section: type, content: dict[Any, Any], prefix: str) -> Iterator[ConfigProblem]:
     """Hold plain content against a section of the schema, one problem for each key that does not fit."""
     hints = reference.hints(section)
     for name, value in content.items():
@@ -189,14 +193,14 @@ def _inspect(section: type, content: dict[Any, Any], prefix: str) -> Iterator[Pr
                 yield from _inspect(annotation, value, f"{key}.")
             else:
                 remedy = f"Write its settings below it, or `{key}.<setting>=value`"
-                yield Problem(key, "a section of settings was expected", remedy, value)
+                yield ConfigProblem(key, "a section of settings was expected", remedy, value)
         elif inner := reference.list_section(annotation):
             yield from _inspect_list(inner, value, key)
         else:
             yield from _inspect_leaf(section, name, annotation, value, key)
 
 
-def option_problems(section: type | None, given: dict[str, Any], prefix: str, *, owner: str) -> Iterator[Problem]:
+def option_problems(section: type | None, given: dict[str, Any], prefix: str, *, owner: str) -> Iterator[ConfigProblem]:
     """What is wrong with options that were `given` for a dataclass of options (None: there are none); `owner` is what
     they are options of."""
     known = reference.hints(section) if section else {}
@@ -206,7 +210,7 @@ def option_problems(section: type | None, given: dict[str, Any], prefix: str, *,
         else:
             close = difflib.get_close_matches(str(name), known, n=1, cutoff=0.6)
             remedy = f"Did you mean {close[0]}?" if close else f"It has {', '.join(known) or 'no options'}"
-            yield Problem(f"{prefix}{name}", f"{owner} has no such option", remedy, value)
+            yield ConfigProblem(f"{prefix}{name}", f"{owner} has no such option", remedy, value)
 
 
 def typed_options(section: type | None, given: dict[str, Any]) -> dict[str, Any]:
@@ -216,21 +220,21 @@ def typed_options(section: type | None, given: dict[str, Any]) -> dict[str, Any]
     return vars(OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(section), given)))
 
 
-def _inspect_list(inner: type, value: Any, key: str) -> Iterator[Problem]:
+def _inspect_list(inner: type, value: Any, key: str) -> Iterator[ConfigProblem]:
     if not isinstance(value, list):
-        yield Problem(key, "a list was expected", f"Write `{key}: [{{...}}]`, one entry each", value)
+        yield ConfigProblem(key, "a list was expected", f"Write `{key}: [{{...}}]`, one entry each", value)
         return
     for index, entry in enumerate(value):
         if isinstance(entry, dict):
             yield from _inspect(inner, entry, f"{key}[{index}].")
         else:
             some = ", ".join(list(reference.hints(inner))[:3])
-            yield Problem(
+            yield ConfigProblem(
                 f"{key}[{index}]", "a section of settings was expected", f"Give it keys such as {some}", entry
             )
 
 
-def _inspect_leaf(section: type, name: str, annotation: Any, value: Any, key: str) -> Iterator[Problem]:
+def _inspect_leaf(section: type, name: str, annotation: Any, value: Any, key: str) -> Iterator[ConfigProblem]:
     if value == reference.MANDATORY:
         yield _must_be_given(key)
         return
@@ -238,7 +242,7 @@ def _inspect_leaf(section: type, name: str, annotation: Any, value: Any, key: st
         for entry, choice in value.items():
             if choice not in tuple(choices):
                 expected = reference.describe(choices)
-                yield Problem(
+                yield ConfigProblem(
                     f"{key}.{entry}", f"{expected} was expected", _type_remedy(expected, choice) or "Correct it", choice
                 )
         return
@@ -256,11 +260,11 @@ def _inspect_leaf(section: type, name: str, annotation: Any, value: Any, key: st
         except ValidationError:
             bad = True
         except OmegaConfBaseException as error:  # a malformed ${...}
-            yield Problem(key, _first_line(error), "Write a reference as ${section.setting}", value)
+            yield ConfigProblem(key, _first_line(error), "Write a reference as ${section.setting}", value)
     if bad:
         default = getattr(section, name, reference.MANDATORY)  # defaults of plain fields are class attributes
         fallback = "Correct it" if default == reference.MANDATORY else f"Correct it; the default is {spell(default)}"
-        yield Problem(key, f"{expected} was expected", _type_remedy(expected, value) or fallback, value)
+        yield ConfigProblem(key, f"{expected} was expected", _type_remedy(expected, value) or fallback, value)
 
 
 def _type_remedy(expected: str, value: Any) -> str:
@@ -278,13 +282,13 @@ def _type_remedy(expected: str, value: Any) -> str:
     return ""
 
 
-def _unknown(key: str, value: Any) -> Problem:
+def _unknown(key: str, value: Any) -> ConfigProblem:
     candidates = nearest_keys(key)
     remedy = f"Did you mean {' or '.join(candidates)}?" if candidates else "`clipo settings` lists them all"
-    return Problem(key, "there is no such setting", remedy, value, show_value=not isinstance(value, (dict, list)))
+    return ConfigProblem(key, "there is no such setting", remedy, value, show_value=not isinstance(value, (dict, list)))
 
 
-def _missing(content: dict[str, Any]) -> Iterator[Problem]:
+def _missing(content: dict[str, Any]) -> Iterator[ConfigProblem]:
     for setting in reference.settings():
         if setting.default == reference.MANDATORY and "[]" not in setting.key:
             place: Any = content
@@ -295,8 +299,10 @@ def _missing(content: dict[str, Any]) -> Iterator[Problem]:
                     break
 
 
-def _must_be_given(key: str) -> Problem:
-    return Problem(key, "it must be given", f"Set it in the file, or add `{key}=...` to the command", show_value=False)
+def _must_be_given(key: str) -> ConfigProblem:
+    return ConfigProblem(
+        key, "it must be given", f"Set it in the file, or add `{key}=...` to the command", show_value=False
+    )
 
 
 def _convert(content: dict[str, Any], *, origin: str) -> RunConfig:
@@ -309,5 +315,5 @@ def _convert(content: dict[str, Any], *, origin: str) -> RunConfig:
         for part in re.findall(r"[^.\[\]]+", key):
             value = value[int(part)] if isinstance(value, list) else value[part]
         remedy = "Refer to another setting as ${section.setting}"
-        raise ConfigError([Problem(key, _first_line(error), remedy, value)], origin=origin) from None
+        raise ConfigError([ConfigProblem(key, _first_line(error), remedy, value)], origin=origin) from None
     return config

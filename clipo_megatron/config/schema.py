@@ -205,7 +205,9 @@ class RolloutConfig:
     colocated: bool = False  # servers and trainer share GPUs and take turns
     over_sampling: float = 1.0  # prompts asked for / prompts needed, on each rank that asks; the first to finish count
     unfinished: Unfinished = Unfinished.drop  # what becomes of the others
-    refill_rounds: Optional[int] = None  # times a step that groups all right or all wrong are replaced; None: method's
+    max_refill_rounds: Optional[int] = (
+        None  # times a step that groups all right or all wrong are replaced; None: method's
+    )
     samples_per_prompt: int = 8  # G
     max_new_tokens: int = 1024
     window_tokens: Optional[int] = None  # tokens a step adds to a rollout at most; the rest follows in later steps
@@ -228,7 +230,7 @@ class ServeConfig:
     tp: int = 1  # GPUs of one server
     dtype: Optional[DType] = None  # weights it computes in; None: model.dtype
     start_deadline_s: float = 900.0  # until a server answers
-    unresponsive_s: float = 60.0  # without an answer, or stopped, after which it is killed and started again
+    health_timeout_s: float = 60.0  # without an answer, or stopped, after which it is killed and started again
     restarts: int = 5  # failed starts in a row before `clipo serve` gives up
 
 
@@ -359,9 +361,13 @@ class CheckpointConfig:
 class FaultsConfig:
     """What becomes of ranks that die or stand still. Saves and updates that fail: `checkpoint`, `optimizer`."""
 
-    frozen_s: float = 60.0  # without a sign of life of a rank, after which it is named and all ranks end
-    stuck_s: float = 900.0  # in one phase of a step, after which every rank prints its stacks; it does not end for that
-    stop_s: Optional[float] = None  # after a signal, for rollouts; then the step is given up; None: 60, or see submit
+    heartbeat_timeout_s: float = 60.0  # without a sign of life of a rank, after which it is named and all ranks end
+    phase_timeout_s: float = (
+        900.0  # in one phase of a step, after which every rank prints its stacks; it does not end for that
+    )
+    grace_period_s: Optional[float] = (
+        None  # after a signal, for rollouts; then the step is given up; None: 60, or see submit
+    )
     restarts: int = 2  # in a row without a new checkpoint: starts of this machine's ranks after one has died or frozen
 
 

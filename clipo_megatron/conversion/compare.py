@@ -37,7 +37,7 @@ class Weights(Protocol):
         ...
 
 
-class Kind(Enum):
+class DifferenceKind(Enum):
     """How a tensor can differ."""
 
     ONLY_A = "only in A"
@@ -67,7 +67,7 @@ class Difference:
     """A tensor that is not the same on both sides."""
 
     name: str
-    kind: Kind
+    kind: DifferenceKind
     a: Fingerprint | None
     b: Fingerprint | None
     detail: str  # a sentence for people
@@ -92,7 +92,7 @@ class Side:
 
 
 @dataclass(frozen=True, slots=True)
-class Comparison:
+class TensorComparison:
     """All of it."""
 
     a: Side
@@ -109,7 +109,7 @@ def compare(
     cast: torch.dtype | None = None,
     details: int = 50,
     progress: Callable[[int, int], None] = lambda done, total: None,
-) -> Comparison:
+) -> TensorComparison:
     """Compare every tensor of either side.
 
     Args:
@@ -142,9 +142,9 @@ def compare(
     for name, one, other in found:
         if one == other and isinstance(one, Fingerprint):
             continue
-        explain = sum(each.kind is Kind.VALUES for each in differences) < details
+        explain = sum(each.kind is DifferenceKind.VALUES for each in differences) < details
         differences.append(_judge(name, one, other, elsewhere, (a, b, cast) if explain else None))
-    return Comparison(*sides, equal=equal, differences=tuple(differences))
+    return TensorComparison(*sides, equal=equal, differences=tuple(differences))
 
 
 _Found = Fingerprint | WeightsError | None
@@ -181,18 +181,18 @@ def _judge(
     a, b = (each if isinstance(each, Fingerprint) else None for each in (one, other))
     for side, each in (("A", one), ("B", other)):
         if isinstance(each, WeightsError):
-            return Difference(name, Kind.DAMAGED, a, b, f"{side}'s cannot be read: {each}")
+            return Difference(name, DifferenceKind.DAMAGED, a, b, f"{side}'s cannot be read: {each}")
     if b is None:
-        return Difference(name, Kind.ONLY_A, a, b, "only A has it")
+        return Difference(name, DifferenceKind.ONLY_A, a, b, "only A has it")
     if a is None:
-        return Difference(name, Kind.ONLY_B, a, b, f"only B has it{_known_as(elsewhere.get(b.sha256), name)}")
+        return Difference(name, DifferenceKind.ONLY_B, a, b, f"only B has it{_known_as(elsewhere.get(b.sha256), name)}")
     if a.shape != b.shape:
-        return Difference(name, Kind.SHAPE, a, b, f"A's shape is {list(a.shape)}, B's is {list(b.shape)}")
+        return Difference(name, DifferenceKind.SHAPE, a, b, f"A's shape is {list(a.shape)}, B's is {list(b.shape)}")
     if a.dtype != b.dtype:
         names = [str(each.dtype).removeprefix("torch.") for each in (a, b)]
-        return Difference(name, Kind.DTYPE, a, b, f"A's dtype is {names[0]}, B's is {names[1]}")
+        return Difference(name, DifferenceKind.DTYPE, a, b, f"A's dtype is {names[0]}, B's is {names[1]}")
     detail = "the values differ" if again is None else _how(name, *again)
-    return Difference(name, Kind.VALUES, a, b, detail + _known_as(elsewhere.get(b.sha256), name))
+    return Difference(name, DifferenceKind.VALUES, a, b, detail + _known_as(elsewhere.get(b.sha256), name))
 
 
 def _known_as(other: str | None, name: str) -> str:

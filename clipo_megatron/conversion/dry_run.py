@@ -23,12 +23,12 @@ from rich.text import Text
 from clipo_megatron.conversion.plan import Conversion
 from clipo_megatron.conversion.to_hf import ToHF
 from clipo_megatron.conversion.to_megatron import ToMegatron
-from clipo_megatron.weights.division import Division
 from clipo_megatron.weights.errors import UnsupportedModel
 from clipo_megatron.weights.families import entries, model_spec
-from clipo_megatron.weights.mapping import Stage
-from clipo_megatron.weights.reader import INDEX, SINGLE
-from clipo_megatron.weights.safetensors import Stored
+from clipo_megatron.weights.formats.reader import INDEX, SINGLE
+from clipo_megatron.weights.formats.safetensors import Stored
+from clipo_megatron.weights.mapping import PipelineStage
+from clipo_megatron.weights.parallel_division import ParallelDivision
 from clipo_megatron.weights.spec import ModelSpec, read_config
 
 _PROBE_BYTES = 64 * 1024**2  # moved to measure a rate
@@ -41,7 +41,7 @@ class ConfigAlone:
     """In place of a reader: the tensors that config.json promises, all of one dtype."""
 
     def __init__(self, spec: ModelSpec, dtype: torch.dtype) -> None:
-        whole = Stage(0, spec.num_layers, first=True, last=True)
+        whole = PipelineStage(0, spec.num_layers, first=True, last=True)
         self._stored = {
             tensor.name: Stored(dtype, tensor.shape, 0)
             for entry in entries(spec, whole)
@@ -60,7 +60,7 @@ class ConfigAlone:
 class FromConfig(ToMegatron):
     """The conversion of a folder whose weights are not there. It can be planned, not done."""
 
-    def __init__(self, source: Path, target: Path, *, division: Division, dtype: torch.dtype | None) -> None:
+    def __init__(self, source: Path, target: Path, *, division: ParallelDivision, dtype: torch.dtype | None) -> None:
         config = read_config(source)
         self.source, self.target, self.dtype, self.division = source, target, dtype, division
         self.spec = model_spec(config)
@@ -204,7 +204,7 @@ def _division(conversion: Conversion) -> list[tuple[str, str]]:
     ]
 
 
-def padding(spec: ModelSpec, division: Division) -> str:
+def padding(spec: ModelSpec, division: ParallelDivision) -> str:
     """Rows of the vocabulary that a checkpoint has beyond the model's: so many that the TP ranks' shares are equal."""
     rows = -spec.vocab_size % division.tp
     if not rows:

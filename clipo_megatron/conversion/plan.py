@@ -48,7 +48,7 @@ class Record:
 
 
 @dataclass(frozen=True, slots=True)
-class Unit:
+class WorkUnit:
     """A part of a conversion that one thread does from beginning to end."""
 
     name: str
@@ -69,7 +69,7 @@ class Conversion(ABC):
     """What is converted, from where to where. Reads nothing but headers until `write` is called."""
 
     target: Path
-    units: Sequence[Unit]
+    units: Sequence[WorkUnit]
     checks: Sequence[Check]  # of the source, before anything is written
     facts: Mapping[str, Any]  # what must be the same for a conversion to go on from another's journal
 
@@ -83,7 +83,7 @@ class Conversion(ABC):
         """Make the folder's files as far as units need that; may find them there already."""
 
     @abstractmethod
-    def write(self, unit: Unit, content: Path, tick: Tick) -> Record:
+    def write(self, unit: WorkUnit, content: Path, tick: Tick) -> Record:
         """Do a unit; when this returns, its spans are written, and whoever called forces their files to disk."""
 
     @abstractmethod

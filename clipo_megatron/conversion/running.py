@@ -12,11 +12,11 @@ from concurrent import futures
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, TypeVar
 
-from clipo_megatron.conversion.plan import Check, Conversion, ConversionError, Record, Unit
+from clipo_megatron.conversion.plan import Check, Conversion, ConversionError, Record, WorkUnit
 from clipo_megatron.conversion.progress import Meter
 from clipo_megatron.conversion.ranks import Ranks
 from clipo_megatron.conversion.work import WorkFolder, crc32_of
-from clipo_megatron.files import sync
+from clipo_megatron.runtime.durable_files import sync
 
 MOST_THREADS = 4
 _LAST_S = 30.0  # for threads to end
@@ -119,7 +119,7 @@ def _write(conversion: Conversion, work: WorkFolder, ranks: Ranks, team: Team, m
     mine = ranks.share(conversion.units)
     changed: list[str] = []
 
-    def write(unit: Unit, tick: Callable[[int], None]) -> None:
+    def write(unit: WorkUnit, tick: Callable[[int], None]) -> None:
         if unit.name in known:
             counted = 0
 

@@ -28,26 +28,26 @@ from clipo_megatron.conversion.plan import (
     Record,
     Span,
     Tick,
-    Unit,
+    WorkUnit,
 )
-from clipo_megatron.files import write_at, write_durably
+from clipo_megatron.runtime.durable_files import write_at, write_durably
 from clipo_megatron.weights.coverage import EMBEDDING, OUTPUT, check_tensors
-from clipo_megatron.weights.errors import CheckpointError, CoverageError
+from clipo_megatron.weights.errors import CoverageError, WeightsFolderError
 from clipo_megatron.weights.families import model_spec
-from clipo_megatron.weights.manifest import manifest
-from clipo_megatron.weights.reader import INDEX, SINGLE
-from clipo_megatron.weights.safetensors import Header, as_bytes, build, parse
-from clipo_megatron.weights.source import LAYOUT, files_beside
+from clipo_megatron.weights.formats.manifest import manifest
+from clipo_megatron.weights.formats.reader import INDEX, SINGLE
+from clipo_megatron.weights.formats.safetensors import Header, as_bytes, build, parse
+from clipo_megatron.weights.formats.source import LAYOUT, files_beside
+from clipo_megatron.weights.formats.torch_dist import METADATA
+from clipo_megatron.weights.formats.torch_dist_reader import TorchDistReader
 from clipo_megatron.weights.spec import read_config
-from clipo_megatron.weights.torch_dist import METADATA
-from clipo_megatron.weights.torch_dist_reader import TorchDistReader
 
 SHARD_BYTES = 5_000_000_000  # of an output file, where nobody says otherwise
 _DTYPE_FIELDS = ("torch_dtype", "dtype")  # of config.json: before transformers 5, and since
 
 
 @dataclass(frozen=True, slots=True)
-class _Task:
+class _FileTask:
     """Neighbouring tensors of one output file."""
 
     file: str
@@ -90,7 +90,7 @@ class ToHF(Conversion):
         if self.reader.unknown:
             raise CoverageError([f"no parameter takes {key} of {self.policy}" for key in self.reader.unknown])
         self.headers, self.index, self.dropped = self._layout(shard_bytes)
-        self.units: Sequence[Unit] = tuple(self._divide())
+        self.units: Sequence[WorkUnit] = tuple(self._divide())
         self.buffers = threading.local()
         metadata = (self.policy / METADATA).stat()
         self.facts: Mapping[str, object] = {
@@ -117,9 +117,9 @@ class ToHF(Conversion):
             finally:
                 os.close(descriptor)
 
-    def write(self, unit: Unit, content: Path, tick: Tick) -> Record:
+    def write(self, unit: WorkUnit, content: Path, tick: Tick) -> Record:
         """Write the tensors of a unit to their places."""
-        task: _Task = unit.content
+        task: _FileTask = unit.content
         header = self.headers[task.file]
         start = end = header.tensors[task.names[0]].start
         code = 0
@@ -154,7 +154,7 @@ class ToHF(Conversion):
         """Files of a checkpoint that are read; a bare torch_dist folder says nothing about its own."""
         if not is_checkpoint(source):
             if not (source / METADATA).is_file():
-                raise CheckpointError(
+                raise WeightsFolderError(
                     f"{source} is no checkpoint: it has neither {POLICY}/{METADATA} nor {METADATA}. Give the folder of "
                     "one checkpoint, such as checkpoints/step_000010"
                 )
@@ -165,7 +165,7 @@ class ToHF(Conversion):
                 size = path.stat().st_size if path.is_file() else None
                 if size != entry["bytes"]:  # before anything tries to read it
                     found = "is missing" if size is None else f"has {size} bytes, {entry['bytes']} were written"
-                    raise CheckpointError(f"{path} {found}: the checkpoint is damaged. Restore it from a copy")
+                    raise WeightsFolderError(f"{path} {found}: the checkpoint is damaged. Restore it from a copy")
                 yield Check(path, entry["bytes"], entry["crc32"])
 
     def _beside(self, source: Path, other: Path | None) -> dict[str, bytes]:
@@ -212,7 +212,7 @@ class ToHF(Conversion):
             sources = {Path(name).name: parse(text, name) for name, text in layout["headers"].items()}
             index = layout["index"]
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise CheckpointError(f"{self.source}/{HF_FILES}/{LAYOUT} is damaged: {error!r}") from error
+            raise WeightsFolderError(f"{self.source}/{HF_FILES}/{LAYOUT} is damaged: {error!r}") from error
         present = set(self.reader.names())
         headers, dropped, changed = {}, [], False
         for file, header in sources.items():
@@ -235,24 +235,24 @@ class ToHF(Conversion):
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(places.items()))}
         return json.dumps(index, indent=2) + "\n"
 
-    def _divide(self) -> Iterator[Unit]:
+    def _divide(self) -> Iterator[WorkUnit]:
         """In turns from every file: two threads that write to one file wait for each other."""
         files = [list(self._units(file, header)) for file, header in self.headers.items()]
         for turn in zip_longest(*files):
             yield from (unit for unit in turn if unit is not None)
 
     @staticmethod
-    def _units(file: str, header: Header) -> Iterator[Unit]:
+    def _units(file: str, header: Header) -> Iterator[WorkUnit]:
         run: list[str] = []
         nbytes = 0
         for name, stored in header.tensors.items():
             if run and nbytes + stored.nbytes > UNIT_BYTES:
-                yield Unit(f"{file}:{run[0]}", nbytes, _Task(file, tuple(run)))
+                yield WorkUnit(f"{file}:{run[0]}", nbytes, _FileTask(file, tuple(run)))
                 run, nbytes = [], 0
             run.append(name)
             nbytes += stored.nbytes
         if run:
-            yield Unit(f"{file}:{run[0]}", nbytes, _Task(file, tuple(run)))
+            yield WorkUnit(f"{file}:{run[0]}", nbytes, _FileTask(file, tuple(run)))
 
     # --- tensors -----------------------------------------------------------------------------------------------------
 

@@ -28,21 +28,21 @@ from clipo_megatron.conversion.plan import (
     Record,
     Span,
     Tick,
-    Unit,
+    WorkUnit,
 )
-from clipo_megatron.files import StreamedFile, crc32, write_durably
-from clipo_megatron.weights.archive import write_tensor
+from clipo_megatron.runtime.durable_files import StreamedFile, crc32, write_durably
 from clipo_megatron.weights.coverage import check_tensors
-from clipo_megatron.weights.division import Division
 from clipo_megatron.weights.families import entries, model_spec
-from clipo_megatron.weights.kinds import Row, Shape, Source, Vocab
+from clipo_megatron.weights.formats.archive import write_tensor
+from clipo_megatron.weights.formats.manifest import MANIFEST
+from clipo_megatron.weights.formats.reader import HFReader
+from clipo_megatron.weights.formats.source import files_beside
+from clipo_megatron.weights.formats.torch_dist_writer import FileSpan, description, saved
 from clipo_megatron.weights.load import check_shapes
-from clipo_megatron.weights.manifest import MANIFEST
-from clipo_megatron.weights.mapping import Coordinates, Entry, Stage
-from clipo_megatron.weights.reader import HFReader
-from clipo_megatron.weights.source import files_beside
+from clipo_megatron.weights.mapping import Coordinates, MappingEntry, PipelineStage
+from clipo_megatron.weights.parallel_division import ParallelDivision
+from clipo_megatron.weights.sharding import RowParallel, Shape, Source, Vocab
 from clipo_megatron.weights.spec import read_config
-from clipo_megatron.weights.torch_dist_writer import Place, description, saved
 
 # Megatron's layers ask for a state of theirs that has nothing in it without FP8: all find the same bytes.
 _EXTRA_STATE = "__extra_state.distcp"
@@ -50,11 +50,11 @@ _WITHOUT_EXTRA_STATE = ("embedding.word_embeddings", "output_layer", ".mlp.route
 
 
 @dataclass(frozen=True, slots=True)
-class _Task:
+class _ChunkTask:
     """Parameters of one chunk, for all ranks that divide them: those of the stage, or of one share of the experts."""
 
     name: str
-    entries: tuple[Entry, ...]  # bound for any of `ranks`: global names, keys and shapes are the same
+    entries: tuple[MappingEntry, ...]  # bound for any of `ranks`: global names, keys and shapes are the same
     ranks: tuple[Coordinates, ...]
 
     def file(self, at: Coordinates) -> str:
@@ -78,19 +78,19 @@ class ToMegatron(Conversion):
     checks = ()
 
     def __init__(
-        self, source: Path, target: Path, *, division: Division | None = None, dtype: torch.dtype | None = None
+        self, source: Path, target: Path, *, division: ParallelDivision | None = None, dtype: torch.dtype | None = None
     ) -> None:
         if is_checkpoint(source):
             raise ConversionError(f"{source} is a checkpoint already: it loads in any layout. Nothing to convert")
         self.source, self.target, self.dtype = source, target, dtype
-        self.division = division or Division()
+        self.division = division or ParallelDivision()
         self.spec = model_spec(read_config(source))
         self.reader = HFReader(source)
-        whole = entries(self.spec, Stage(0, self.spec.num_layers, first=True, last=True))
+        whole = entries(self.spec, PipelineStage(0, self.spec.num_layers, first=True, last=True))
         check_tensors(self.reader, self.spec)
         check_shapes(whole, self.reader)
         self.beside = files_beside(source)
-        self.units: Sequence[Unit] = tuple(self._divide())
+        self.units: Sequence[WorkUnit] = tuple(self._divide())
         self.facts: Mapping[str, object] = {
             "conversion": "to Megatron, 1",
             "source": str(source.resolve()),
@@ -104,7 +104,7 @@ class ToMegatron(Conversion):
         """Bytes of weights of every file, by name."""
         sizes: dict[str, int] = {}
         for unit in self.units:
-            task: _Task = unit.content
+            task: _ChunkTask = unit.content
             for at in task.ranks:
                 name = f"{POLICY}/{task.file(at)}"
                 sizes[name] = sum(
@@ -119,9 +119,9 @@ class ToMegatron(Conversion):
         (content / POLICY).mkdir(exist_ok=True)
         (content / HF_FILES).mkdir(exist_ok=True)
 
-    def write(self, unit: Unit, content: Path, tick: Tick) -> Record:
+    def write(self, unit: WorkUnit, content: Path, tick: Tick) -> Record:
         """Write the files of a unit, a parameter at a time."""
-        task: _Task = unit.content
+        task: _ChunkTask = unit.content
         items: list[object] = []
         with ExitStack() as stack:
             files = {at: stack.enter_context(_Stream(content / POLICY / task.file(at), tick)) for at in task.ranks}
@@ -167,7 +167,7 @@ class ToMegatron(Conversion):
 
     # --- division ----------------------------------------------------------------------------------------------------
 
-    def _divide(self) -> Iterator[Unit]:
+    def _divide(self) -> Iterator[WorkUnit]:
         division = self.division
         for chunk, stage in enumerate(division.stages(self.spec.num_layers)):
             dense = [entry for entry in entries(self.spec, stage) if not entry.experts and not entry.copy]
@@ -180,26 +180,26 @@ class ToMegatron(Conversion):
                 experts = [entry for entry in entries(self.spec, stage, ranks[0]) if entry.experts]
                 yield from self._units(f"{chunk}_ep{share}_etp{{rank}}", experts, tuple(ranks))
 
-    def _units(self, name: str, bound: Sequence[Entry], ranks: tuple[Coordinates, ...]) -> Iterator[Unit]:
+    def _units(self, name: str, bound: Sequence[MappingEntry], ranks: tuple[Coordinates, ...]) -> Iterator[WorkUnit]:
         """Parameters in order, in runs of UNIT_BYTES or less, or one."""
-        run: list[Entry] = []
+        run: list[MappingEntry] = []
         nbytes = part = 0
         for entry in (*bound, None):
             size = 0 if entry is None else self._nbytes(entry, ranks)
             if run and (entry is None or nbytes + size > UNIT_BYTES):
-                task = _Task(f"{name}_{part}", tuple(run), ranks)
-                yield Unit(task.name.format(rank="*"), nbytes, task)
+                task = _ChunkTask(f"{name}_{part}", tuple(run), ranks)
+                yield WorkUnit(task.name.format(rank="*"), nbytes, task)
                 run, nbytes, part = [], 0, part + 1
             if entry is not None:
                 run.append(entry)
                 nbytes += size
 
-    def _nbytes(self, entry: Entry, ranks: Sequence[Coordinates]) -> int:
+    def _nbytes(self, entry: MappingEntry, ranks: Sequence[Coordinates]) -> int:
         size, _ = entry.cut(ranks[0])
         local = entry.kind.local_shape(entry.shapes, size)  # says so where a dimension cannot be divided
         return prod(entry.kind.whole_shape(local, size)) * self._dtype(entry).itemsize
 
-    def _dtype(self, entry: Entry) -> torch.dtype:
+    def _dtype(self, entry: MappingEntry) -> torch.dtype:
         found = {self.reader.stored(tensor.name).dtype for tensor in entry.hf}
         if self.dtype is None and len(found) > 1:
             names = ", ".join(tensor.name for tensor in entry.hf)
@@ -208,13 +208,15 @@ class ToMegatron(Conversion):
 
     # --- parameters --------------------------------------------------------------------------------------------------
 
-    def _parts(self, entry: Entry, ranks: Sequence[Coordinates]) -> Iterator[tuple[Coordinates, Tensor, list[int]]]:
+    def _parts(
+        self, entry: MappingEntry, ranks: Sequence[Coordinates]
+    ) -> Iterator[tuple[Coordinates, Tensor, list[int]]]:
         """(rank, part, offset of the part in the checkpoint's tensor); a part is some PIECE_BYTES, if it can be cut."""
         dtype, kind = self._dtype(entry), entry.kind
         sources: list[Source] = [self.reader.view(tensor.name) for tensor in entry.hf]
         size, _ = entry.cut(ranks[0])
         local = kind.local_shape(entry.shapes, size)
-        if isinstance(kind, Row):
+        if isinstance(kind, RowParallel):
             # Reading a column means reading its rows: all ranks' parts of some rows are made before the next rows.
             rows = _rows_of(PIECE_BYTES, (local[0], local[1] * size), dtype)
             for start in range(0, local[0], rows):
@@ -245,16 +247,16 @@ class ToMegatron(Conversion):
                 kind.shard(sources, target, rank=finer.rank, size=finer.size)
                 yield from _laid_out(entry, at, target, finer)
 
-    def _places(self, records: Sequence[Record], extra: int) -> list[Place]:
+    def _places(self, records: Sequence[Record], extra: int) -> list[FileSpan]:
         shapes = self._global_shapes()
         found = []
         for record in records:
             for key, dtype, offset, sizes, file, start, length in record.items:
                 kind = getattr(torch, dtype)
-                found.append(Place(key, file, start, length, tuple(offset), tuple(sizes), tuple(shapes[key]), kind))
+                found.append(FileSpan(key, file, start, length, tuple(offset), tuple(sizes), tuple(shapes[key]), kind))
         if missing := shapes.keys() - {place.key for place in found}:
             raise ConversionError(f"{', '.join(sorted(missing))} was not written: this is a defect of ours")
-        return [*found, *(Place(key, _EXTRA_STATE, 0, extra) for key in self._extra_states())]
+        return [*found, *(FileSpan(key, _EXTRA_STATE, 0, extra) for key in self._extra_states())]
 
     def _extra_states(self) -> Iterator[str]:
         """Keys of every layer's own state: an expert's behind its number."""
@@ -272,7 +274,7 @@ class ToMegatron(Conversion):
     def _global_shapes(self) -> dict[str, Shape]:
         shapes: dict[str, Shape] = {}
         for unit in self.units:
-            task: _Task = unit.content
+            task: _ChunkTask = unit.content
             for entry in task.entries:
                 size, _ = entry.cut(task.ranks[0])
                 whole = entry.kind.whole_shape(entry.kind.local_shape(entry.shapes, size), size)
@@ -292,7 +294,7 @@ def _rows_of(nbytes: int, shape: Shape, dtype: torch.dtype) -> int:
 
 
 def _laid_out(
-    entry: Entry, at: Coordinates, target: Tensor, cut: _Cut, *, first_row: int = 0
+    entry: MappingEntry, at: Coordinates, target: Tensor, cut: _Cut, *, first_row: int = 0
 ) -> Iterator[tuple[Coordinates, Tensor, list[int]]]:
     """The pieces of a part with their offsets; an expert's lie behind its number."""
     for piece in entry.kind.pieces(tuple(target.shape), entry.shapes, rank=cut.rank, size=cut.size):

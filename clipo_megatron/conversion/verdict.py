@@ -12,12 +12,12 @@ from rich.text import Text
 from clipo_megatron.conversion.compare import Side
 
 if TYPE_CHECKING:
-    from clipo_megatron.conversion.verify import Verdict
+    from clipo_megatron.conversion.verify import VerificationReport
 
 _WIDE = 160  # where nobody says how wide the output is, names are to stay whole
 
 
-def show(verdict: Verdict, most: int, console: Console | None = None) -> None:
+def show(verdict: VerificationReport, most: int, console: Console | None = None) -> None:
     """Print totals, at most `most` differences, and the verdict in one line."""
     console = console or Console(highlight=False, width=None if sys.stdout.isatty() else _WIDE)
     console.print(_totals(verdict))
@@ -37,7 +37,7 @@ def show(verdict: Verdict, most: int, console: Console | None = None) -> None:
     console.print(_last_line(verdict))
 
 
-def _totals(verdict: Verdict) -> Table:
+def _totals(verdict: VerificationReport) -> Table:
     table = Table(box=None, pad_edge=False)
     for name in ("", "A", "B"):
         table.add_column(name, overflow="fold")
@@ -55,7 +55,7 @@ def _totals(verdict: Verdict) -> Table:
     return table
 
 
-def _differences(verdict: Verdict, most: int) -> Table:
+def _differences(verdict: VerificationReport, most: int) -> Table:
     table = Table(pad_edge=False)
     for name in ("tensor", "A", "B", "difference"):
         table.add_column(name, overflow="fold")
@@ -69,7 +69,7 @@ def _dtypes(side: Side) -> str:
     return ", ".join(f"{count:,} {name}" for name, count in side.dtypes.most_common())
 
 
-def _last_line(verdict: Verdict) -> Text:
+def _last_line(verdict: VerificationReport) -> Text:
     took = f"{verdict.seconds:.1f} s"
     if verdict.equal and verdict.comparison:
         checked = "every tensor by its SHA-256" + (", and the logits" if verdict.logits else "")

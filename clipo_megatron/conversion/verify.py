@@ -21,30 +21,30 @@ from typing import Any
 import torch
 
 from clipo_megatron.config.model_folder import HF_FILES, hf_folder, is_checkpoint
-from clipo_megatron.conversion.compare import Comparison, Fingerprint, Weights, compare
+from clipo_megatron.conversion.compare import Fingerprint, TensorComparison, Weights, compare
 from clipo_megatron.conversion.logits import LogitsDifference, difference, logits
 from clipo_megatron.conversion.verdict import show
-from clipo_megatron.weights.errors import CheckpointError, UnsupportedModel, WeightsError
+from clipo_megatron.weights.errors import UnsupportedModel, WeightsError, WeightsFolderError
 from clipo_megatron.weights.families import model_spec
-from clipo_megatron.weights.manifest import manifest_defects
-from clipo_megatron.weights.reader import INDEX, SINGLE
-from clipo_megatron.weights.safetensors import SafetensorsFile
-from clipo_megatron.weights.source import LAYOUT, Reader, open_weights
+from clipo_megatron.weights.formats.manifest import manifest_defects
+from clipo_megatron.weights.formats.reader import INDEX, SINGLE
+from clipo_megatron.weights.formats.safetensors import SafetensorsFile
+from clipo_megatron.weights.formats.source import LAYOUT, Reader, open_weights
+from clipo_megatron.weights.formats.torch_dist_reader import TorchDistReader
 from clipo_megatron.weights.spec import ModelSpec, read_config
-from clipo_megatron.weights.torch_dist_reader import TorchDistReader
 
 TOLERANCE = 1e-5  # of logits, relative to the largest
 _NOT_BESIDE = (".safetensors", INDEX, LAYOUT)  # weights, and how they lay
 
 
 @dataclass(slots=True)
-class Verdict:
+class VerificationReport:
     """Everything that was found."""
 
     a: Path
     b: Path
     defects: dict[str, list[str]] = field(default_factory=dict)  # by side: what is broken by itself
-    comparison: Comparison | None = None  # None: a side could not be read at all
+    comparison: TensorComparison | None = None  # None: a side could not be read at all
     architecture: list[str] = field(default_factory=list)  # facts of config.json that differ
     remarks: list[str] = field(default_factory=list)  # not part of the verdict
     logits: LogitsDifference | None = None
@@ -145,11 +145,11 @@ def verify(
     tolerance: float = TOLERANCE,
     details: int = 20,
     progress: Callable[[int, int], None] = lambda done, total: None,
-) -> Verdict:
+) -> VerificationReport:
     """Compare two folders; arguments and errors as for `run`."""
     start = time.monotonic()
     configs = {side: _config(path) for side, path in (("A", a), ("B", b))}
-    verdict = Verdict(a, b, tolerance=tolerance)
+    verdict = VerificationReport(a, b, tolerance=tolerance)
     verdict.defects = {side: _defects(path) for side, path in (("A", a), ("B", b))}
     verdict.architecture, tied = _compare_architectures(configs, verdict.remarks)
     verdict.remarks += _other_files(hf_folder(a), hf_folder(b))
@@ -171,7 +171,7 @@ def verify(
 
 def _config(path: Path) -> dict[str, Any]:
     if is_checkpoint(path) and not (hf_folder(path) / "config.json").is_file():
-        raise CheckpointError(
+        raise WeightsFolderError(
             f"{path} holds no {HF_FILES}/ with config.json (it is older than that, or not ours): convert it with "
             f"`clipo convert to-hf {path} OUT --hf MODEL`, and verify OUT"
         )
@@ -184,7 +184,7 @@ def _unknown(weights: Reader) -> list[str]:
     return [f"{weights.folder} holds {key}, which the model of its config.json does not have" for key in keys]
 
 
-def _compare_logits(verdict: Verdict, left: Weights, right: Weights) -> None:
+def _compare_logits(verdict: VerificationReport, left: Weights, right: Weights) -> None:
     found = []
     try:
         for path, weights in ((verdict.a, left), (verdict.b, right)):
@@ -212,7 +212,7 @@ def _strays(folder: Path) -> Iterator[str]:
     for path in sorted(folder.glob("*.safetensors")):
         try:
             file = SafetensorsFile(path)
-        except CheckpointError as error:
+        except WeightsFolderError as error:
             yield str(error)
             continue
         held = sorted(file.header.tensors)

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from clipo_megatron.conversion.plan import ConversionError, Record, Span, Tick
-from clipo_megatron.files import Held, lock, sync, sync_tree, write_durably
+from clipo_megatron.runtime.durable_files import Held, lock, sync, sync_tree, write_durably
 
 _SPARE_BYTES = 64 * 1024**2  # beyond the weights: tokenizer, metadata, the journal
 _READ_BYTES = 1 << 22

@@ -14,7 +14,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
 
-from clipo_megatron.config.checks import source_name
+from clipo_megatron.checks.run import source_name
 from clipo_megatron.config.schema import Perturbation, SourceConfig
 from clipo_megatron.data.perturbations import PerturbationError, perturb
 

@@ -17,8 +17,8 @@ from clipo_megatron.evaluation.results import Evaluation, EvaluationSettings, Pr
 from clipo_megatron.flow import Prompt, RolloutGroup, ScoredGroup
 from clipo_megatron.rewards.pool import GraderPool
 from clipo_megatron.rewards.voting import answer_key
-from clipo_megatron.rollout.asking import ask
 from clipo_megatron.rollout.engine import Engine, Request, SamplingParams, never
+from clipo_megatron.rollout.generate_all import ask
 
 
 def evaluate(
@@ -31,8 +31,8 @@ def evaluate(
     step: int,
     deadline_s: float,
     ks: Sequence[int] = (),
-    recover: Callable[[], None] = lambda: None,
-    give_up: Callable[[], bool] = never,
+    resync: Callable[[], None] = lambda: None,
+    should_cancel: Callable[[], bool] = never,
 ) -> Evaluation:
     """Answer and grade `prompts`, whose ids differ; collective.
 
@@ -58,7 +58,7 @@ def evaluate(
 
     requests = [Request(index, prompts[index]) for index in mine]
     deadline = time.monotonic() + deadline_s
-    ask(engine, requests, params, take=take, recover=recover, deadline=deadline, give_up=give_up)
+    ask(engine, requests, params, take=take, resync=resync, deadline=deadline, should_cancel=should_cancel)
     counted = {scored.group.prompt.id: count(scored, pool) for scored in pool.collect()}
     shared: list = [None] * dist.get_world_size()
     dist.all_gather_object(shared, counted)

@@ -29,7 +29,7 @@ from typing import Any
 from clipo_megatron.data.sources import source_of
 from clipo_megatron.evaluation.errors import EvaluationError
 from clipo_megatron.evaluation.estimators import majority_at, mean_and_error, pass_at_k, usual_ks
-from clipo_megatron.files import write_durably
+from clipo_megatron.runtime.durable_files import write_durably
 
 SCHEMA = 1
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from clipo_megatron.config.methods import baseline
+from clipo_megatron.algorithms.methods.registry import baseline
 from clipo_megatron.config.model_folder import hf_folder
 from clipo_megatron.config.schema import RunConfig
 from clipo_megatron.planning.errors import PlanError

@@ -9,16 +9,16 @@ from rich.console import Console
 from rich.table import Table
 
 from clipo_megatron.algorithms.clipo import ContrastiveHead
-from clipo_megatron.config.checks import requested_ranks
+from clipo_megatron.checks.run import requested_ranks
 from clipo_megatron.config.schema import RunConfig
 from clipo_megatron.planning.errors import PlanError
 from clipo_megatron.planning.hardware import Assumptions
 from clipo_megatron.planning.memory import FP32, trainer_memory
 from clipo_megatron.planning.parameters import Count, rank_count
-from clipo_megatron.policy.lone_rank import lone_rank, meta_stages
-from clipo_megatron.policy.model import TORCH_DTYPE, PolicyStage
-from clipo_megatron.weights.division import Division
-from clipo_megatron.weights.kinds import VOCAB_MULTIPLE_ON_GPUS
+from clipo_megatron.policy.model.fake_process_group import fake_process_group, meta_stages
+from clipo_megatron.policy.model.model import TORCH_DTYPE, PolicyStage
+from clipo_megatron.weights.parallel_division import ParallelDivision
+from clipo_megatron.weights.sharding import VOCAB_MULTIPLE_ON_GPUS
 from clipo_megatron.weights.spec import ModelSpec
 
 
@@ -59,7 +59,7 @@ def build_ranks(config: RunConfig, spec: ModelSpec, ranks: Iterable[int] | None 
     Raises:
         PlanError: there is no such rank, or Megatron cannot build it.
     """
-    world, division = requested_ranks(config.layout), Division.of(config.layout)
+    world, division = requested_ranks(config.layout), ParallelDivision.of(config.layout)
     dp = world // (division.tp * division.pp)
     memory = trainer_memory(config, spec, division, dp, Assumptions())
     head = _built_head(config, spec)
@@ -67,7 +67,7 @@ def build_ranks(config: RunConfig, spec: ModelSpec, ranks: Iterable[int] | None 
         if not 0 <= rank < world:
             raise PlanError(f"--rank {rank}: the layout has {world} ranks, 0 to {world - 1}")
         try:
-            with lone_rank(config.layout, rank=rank, world=world) as place:
+            with fake_process_group(config.layout, rank=rank, world=world) as place:
                 stages = meta_stages(spec, place, dtype=config.model.dtype, vocab_multiple=VOCAB_MULTIPLE_ON_GPUS)
                 built = _count(stages)
                 nbytes = sum(each.numel() * each.element_size() for stage in stages for each in stage.parameters())

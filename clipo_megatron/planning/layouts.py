@@ -11,8 +11,8 @@ from clipo_megatron.planning.errors import PlanError
 from clipo_megatron.planning.hardware import Assumptions, Hardware
 from clipo_megatron.planning.memory import ServerMemory, TrainerMemory, server_memory, trainer_memory
 from clipo_megatron.planning.timing import StepTime, step_time
-from clipo_megatron.weights.division import Division
 from clipo_megatron.weights.errors import WeightsError
+from clipo_megatron.weights.parallel_division import ParallelDivision
 from clipo_megatron.weights.spec import ModelSpec
 
 # Shares of the GPUs that servers get where they do not share the trainer's.
@@ -20,10 +20,10 @@ SERVER_SHARES = (0.25, 0.5, 0.75)
 
 
 @dataclass(frozen=True)
-class Plan:
+class LayoutPlan:
     """What one layout needs and takes."""
 
-    division: Division
+    division: ParallelDivision
     dp: int
     recompute: bool
     server_tp: int
@@ -85,9 +85,9 @@ def judge(
     hardware: Hardware,
     assume: Assumptions,
     *,
-    division: Division | None = None,
+    division: ParallelDivision | None = None,
     critic: ModelSpec | None = None,
-) -> Plan:
+) -> LayoutPlan:
     """Memory and time of a layout.
 
     Args:
@@ -103,14 +103,14 @@ def judge(
     Raises:
         PlanError: the model cannot be divided so.
     """
-    division = division or Division.of(config.layout)
+    division = division or ParallelDivision.of(config.layout)
     try:
         trainer = trainer_memory(config, spec, division, dp, assume, critic=critic)
         time = step_time(config, spec, division, dp, server_gpus, hardware, assume, critic=critic)
     except WeightsError as error:
         raise PlanError(f"tp {division.tp} x pp {division.pp} x ep {division.ep}: {error}") from error
     server = server_memory(spec, config.serve.tp, hardware, assume)
-    return Plan(
+    return LayoutPlan(
         division=division,
         dp=dp,
         recompute=config.model.recompute,
@@ -127,7 +127,7 @@ def judge(
 
 def _problems(
     config: RunConfig,
-    division: Division,
+    division: ParallelDivision,
     dp: int,
     trainer: list[TrainerMemory],
     server: ServerMemory,
@@ -163,12 +163,12 @@ def candidates(
     assume: Assumptions,
     *,
     critic: ModelSpec | None = None,
-) -> list[Plan]:
+) -> list[LayoutPlan]:
     """Layouts of so many GPUs that fit, the cheapest step first; arguments as for `judge`."""
     server_tp = _smallest_server(config, spec, hardware, assume)
     if server_tp is None:
         return []
-    found: list[Plan] = []
+    found: list[LayoutPlan] = []
     shares = (1.0,) if config.rollout.colocated else SERVER_SHARES
     for division, share in product(_divisions(spec, gpus, hardware), shares):
         server_gpus = int(gpus * share)
@@ -197,7 +197,7 @@ def _smallest_server(config: RunConfig, spec: ModelSpec, hardware: Hardware, ass
     return next((tp for tp in sizes if server_memory(spec, tp, hardware, assume).sequences(longest)), None)
 
 
-def _divisions(spec: ModelSpec, gpus: int, hardware: Hardware) -> Iterator[Division]:
+def _divisions(spec: ModelSpec, gpus: int, hardware: Hardware) -> Iterator[ParallelDivision]:
     """Tensor parallel within a node, pipelines whose stages are equal but for the ends, experts over all."""
     for tp in _powers(min(gpus, hardware.gpus_per_node)):
         if spec.num_heads % tp:
@@ -207,9 +207,9 @@ def _divisions(spec: ModelSpec, gpus: int, hardware: Hardware) -> Iterator[Divis
                 continue
             for ep in _powers(min(64, gpus // pp)) if spec.experts else (1,):
                 if spec.experts is None:
-                    yield Division(tp=tp, pp=pp, first_layers=ends[0], last_layers=ends[1])
+                    yield ParallelDivision(tp=tp, pp=pp, first_layers=ends[0], last_layers=ends[1])
                 elif spec.experts.count % ep == 0:
-                    yield Division(tp=tp, pp=pp, ep=ep, etp=1, first_layers=ends[0], last_layers=ends[1])
+                    yield ParallelDivision(tp=tp, pp=pp, ep=ep, etp=1, first_layers=ends[0], last_layers=ends[1])
 
 
 def _ends(layers: int, pp: int) -> tuple[int | None, int | None] | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from clipo_megatron.config.methods import baseline, needs_reference
+from clipo_megatron.algorithms.methods.registry import baseline, needs_reference
 from clipo_megatron.config.schema import DType, HeadKind, RunConfig
 from clipo_megatron.planning.hardware import Assumptions, Hardware
 from clipo_megatron.planning.parameters import (
@@ -14,8 +14,8 @@ from clipo_megatron.planning.parameters import (
     stage_counts,
     whole_count,
 )
-from clipo_megatron.weights.division import Division
-from clipo_megatron.weights.kinds import VOCAB_MULTIPLE_ON_GPUS
+from clipo_megatron.weights.parallel_division import ParallelDivision
+from clipo_megatron.weights.sharding import VOCAB_MULTIPLE_ON_GPUS
 from clipo_megatron.weights.spec import ModelSpec
 
 LOGITS_TILE_BYTES = 64 * 2**20  # of fp32 logits that exist at once, see policy.logprobs
@@ -65,7 +65,7 @@ class ServerMemory:
 def trainer_memory(
     config: RunConfig,
     spec: ModelSpec,
-    division: Division,
+    division: ParallelDivision,
     dp: int,
     assume: Assumptions,
     *,
@@ -95,7 +95,13 @@ def trainer_memory(
 
 
 def _of_stage(
-    config: RunConfig, spec: ModelSpec, division: Division, dp: int, assume: Assumptions, count: Count, stage: int
+    config: RunConfig,
+    spec: ModelSpec,
+    division: ParallelDivision,
+    dp: int,
+    assume: Assumptions,
+    count: Count,
+    stage: int,
 ) -> TrainerMemory:
     """Of one stage without a critic."""
     bf16 = config.model.dtype is DType.bf16
@@ -119,7 +125,7 @@ def _of_stage(
     )
 
 
-def _without_lm_head(count: Count, spec: ModelSpec, division: Division) -> Count:
+def _without_lm_head(count: Count, spec: ModelSpec, division: ParallelDivision) -> Count:
     """Of a last stage whose LM head is a value head, which is one number a state."""
     if spec.tied_embeddings and division.pp == 1:  # the head is the embedding
         return count
@@ -137,7 +143,7 @@ def head_count(config: RunConfig, spec: ModelSpec) -> int:
 
 
 def _activations(
-    config: RunConfig, spec: ModelSpec, division: Division, stage: int, values: int, in_flight: int
+    config: RunConfig, spec: ModelSpec, division: ParallelDivision, stage: int, values: int, in_flight: int
 ) -> float:
     """Bytes that the backward needs of `in_flight` micro-batches, on one rank of a stage; `values`: bytes of one value
     of every token of a micro-batch.

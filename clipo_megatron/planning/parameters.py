@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from functools import lru_cache
 from math import prod
 
-from clipo_megatron.weights.division import Division
 from clipo_megatron.weights.families import entries
-from clipo_megatron.weights.mapping import Coordinates, Stage, Vocab
+from clipo_megatron.weights.mapping import Coordinates, PipelineStage
+from clipo_megatron.weights.parallel_division import ParallelDivision
+from clipo_megatron.weights.sharding import Vocab
 from clipo_megatron.weights.spec import ModelSpec
 
 
@@ -30,7 +31,7 @@ class Count:
 
 
 def rank_count(
-    spec: ModelSpec, division: Division, pp_rank: int, at: Coordinates | None = None, *, vocab_multiple: int = 1
+    spec: ModelSpec, division: ParallelDivision, pp_rank: int, at: Coordinates | None = None, *, vocab_multiple: int = 1
 ) -> Count:
     """Parameters of one rank.
 
@@ -50,14 +51,14 @@ def rank_count(
 
 
 @lru_cache(maxsize=4096)
-def stage_chunks(num_layers: int, division: Division) -> tuple[tuple[Stage, ...], ...]:
+def stage_chunks(num_layers: int, division: ParallelDivision) -> tuple[tuple[PipelineStage, ...], ...]:
     """The model chunks of each pipeline rank."""
     chunks = tuple(enumerate(division.stages(num_layers)))
     return tuple(tuple(stage for i, stage in chunks if division.owner(i) == rank) for rank in range(division.pp))
 
 
 @lru_cache(maxsize=4096)
-def stage_counts(spec: ModelSpec, division: Division, vocab_multiple: int = 1) -> tuple[Count, ...]:
+def stage_counts(spec: ModelSpec, division: ParallelDivision, vocab_multiple: int = 1) -> tuple[Count, ...]:
     """`rank_count` of each pipeline rank."""
     return tuple(rank_count(spec, division, rank, vocab_multiple=vocab_multiple) for rank in range(division.pp))
 
@@ -65,7 +66,7 @@ def stage_counts(spec: ModelSpec, division: Division, vocab_multiple: int = 1) -
 @lru_cache(maxsize=4096)
 def whole_count(spec: ModelSpec) -> Count:
     """Parameters of the whole model, a tied output layer counted once."""
-    return _chunk_count(spec, Stage(0, spec.num_layers, first=True, last=True), Coordinates(), 1)
+    return _chunk_count(spec, PipelineStage(0, spec.num_layers, first=True, last=True), Coordinates(), 1)
 
 
 def active_count(spec: ModelSpec) -> int:
@@ -77,12 +78,12 @@ def active_count(spec: ModelSpec) -> int:
 
 
 @lru_cache(maxsize=65536)
-def _chunk_count(spec: ModelSpec, stage: Stage, at: Coordinates, vocab_multiple: int) -> Count:
+def _chunk_count(spec: ModelSpec, stage: PipelineStage, at: Coordinates, vocab_multiple: int) -> Count:
     """Layers of one kind are alike, so one of each kind is counted: large models are planned many times over."""
     kinds: dict[bool, list[int]] = {}
     for layer in range(stage.offset, stage.offset + stage.layers):
         kinds.setdefault(spec.is_sparse(layer), []).append(layer)
-    ends = Stage(stage.offset, 0, first=stage.first, last=stage.last)
+    ends = PipelineStage(stage.offset, 0, first=stage.first, last=stage.last)
     total = _sum(_sizes(spec, ends, at, vocab_multiple))
     for layers in kinds.values():
         one = _layer_count(spec, _first_like(spec, layers[0]), at)
@@ -92,7 +93,7 @@ def _chunk_count(spec: ModelSpec, stage: Stage, at: Coordinates, vocab_multiple:
 
 @lru_cache(maxsize=4096)
 def _layer_count(spec: ModelSpec, layer: int, at: Coordinates) -> Count:
-    return _sum(_sizes(spec, Stage(layer, 1, first=False, last=False), at, 1))
+    return _sum(_sizes(spec, PipelineStage(layer, 1, first=False, last=False), at, 1))
 
 
 def _first_like(spec: ModelSpec, layer: int) -> int:
@@ -107,7 +108,7 @@ def _sum(sizes: Iterator[tuple[int, bool]]) -> Count:
     return Count(dense, expert)
 
 
-def _sizes(spec: ModelSpec, stage: Stage, at: Coordinates, vocab_multiple: int) -> Iterator[tuple[int, bool]]:
+def _sizes(spec: ModelSpec, stage: PipelineStage, at: Coordinates, vocab_multiple: int) -> Iterator[tuple[int, bool]]:
     """Elements of each parameter, and whether it is an expert's."""
     for entry in entries(spec, stage, at):
         size, _ = entry.cut(at)

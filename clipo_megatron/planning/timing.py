@@ -7,12 +7,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from clipo_megatron.config.methods import baseline, named_methods, needs_reference
+from clipo_megatron.algorithms.methods.registry import baseline, named_methods, needs_reference
 from clipo_megatron.config.schema import RunConfig
 from clipo_megatron.planning.hardware import Assumptions, Hardware
 from clipo_megatron.planning.memory import BF16, FP32, flops_per_token, micro_batches, server_memory, step_tokens
 from clipo_megatron.planning.parameters import active_count, stage_counts, whole_count
-from clipo_megatron.weights.division import Division
+from clipo_megatron.weights.parallel_division import ParallelDivision
 from clipo_megatron.weights.spec import ModelSpec
 
 
@@ -36,7 +36,7 @@ class StepTime:
 def step_time(
     config: RunConfig,
     spec: ModelSpec,
-    division: Division,
+    division: ParallelDivision,
     dp: int,
     server_gpus: int,
     hardware: Hardware,
@@ -77,7 +77,7 @@ def step_time(
 
 
 def _forward_seconds(
-    config: RunConfig, spec: ModelSpec, division: Division, dp: int, hardware: Hardware, assume: Assumptions
+    config: RunConfig, spec: ModelSpec, division: ParallelDivision, dp: int, hardware: Hardware, assume: Assumptions
 ) -> float:
     """Of one forward over a step's tokens."""
     tokens, gpus = sum(step_tokens(config, assume)), division.tp * division.pp * dp
@@ -88,7 +88,7 @@ def _forward_seconds(
 
 
 def _exchange_seconds(
-    spec: ModelSpec, division: Division, tokens: float, hardware: Hardware, assume: Assumptions
+    spec: ModelSpec, division: ParallelDivision, tokens: float, hardware: Hardware, assume: Assumptions
 ) -> float:
     """Of one forward over a replica's tokens: what tensor and expert parallelism send, none of it hidden.
 
@@ -107,7 +107,9 @@ def _exchange_seconds(
     return shared + sent * sparse / rate
 
 
-def _reduction_seconds(spec: ModelSpec, division: Division, dp: int, hardware: Hardware, assume: Assumptions) -> float:
+def _reduction_seconds(
+    spec: ModelSpec, division: ParallelDivision, dp: int, hardware: Hardware, assume: Assumptions
+) -> float:
     """Of one update: gradients in fp32 to the ranks that keep their masters, and new weights back."""
     largest = max(count.total for count in stage_counts(spec, division))
     in_node = division.tp * division.pp * dp <= hardware.gpus_per_node

@@ -12,20 +12,20 @@ import torch
 from torch import Tensor
 
 from clipo_megatron.algorithms.algorithm import Algorithm
-from clipo_megatron.algorithms.base import Signal, TokenBatch
+from clipo_megatron.algorithms.hook import Signal, TokenBatch
 from clipo_megatron.algorithms.kl import kl_estimate
 from clipo_megatron.config.schema import RunConfig
-from clipo_megatron.device import platform
 from clipo_megatron.flow import Experience, MicroBatch, MiniBatch, RolloutTable
-from clipo_megatron.policy.agreement import agreement
-from clipo_megatron.policy.batching import Batcher
+from clipo_megatron.policy.batch.batching import Batcher
+from clipo_megatron.policy.batch.exchange import from_last_stage, share_from_last_stage
 from clipo_megatron.policy.contrastive import ContrastiveActor
 from clipo_megatron.policy.critic import CriticActor
-from clipo_megatron.policy.exchange import from_last_stage, share_from_last_stage
-from clipo_megatron.policy.layout import Layout
 from clipo_megatron.policy.optimizer import PolicyOptimizer, data_parallel
+from clipo_megatron.policy.parallel import Layout
 from clipo_megatron.policy.pipeline import run_pipeline, summed_metrics
 from clipo_megatron.policy.policy import Policy
+from clipo_megatron.policy.train_inference_mismatch import agreement
+from clipo_megatron.runtime.platform import platform
 
 
 class PolicyActor(Policy):
@@ -297,19 +297,19 @@ class PolicyActor(Policy):
 
     # --- memory and the reference --------------------------------------------------------------------------------
 
-    def release_memory(self) -> None:
+    def offload(self) -> None:
         """Free what only training needs: gradients, and optimizer state, reference policy and critic into host memory.
 
         The weights stay, so they can be exported. For servers that take turns with this rank on its GPU.
         """
-        self.optimizer.release_memory()
+        self.optimizer.offload()
         if self.critic is not None:
-            self.critic.release_memory()
+            self.critic.offload()
         if self._reference is not None:
             self._reference = [tensor.cpu() for tensor in self._reference]
 
     def restore_memory(self) -> None:
-        """Inverse of `release_memory`, before `score` or `update`. Gradients come back as zeros."""
+        """Inverse of `offload`, before `score` or `update`. Gradients come back as zeros."""
         self.optimizer.restore_memory()
         if self.critic is not None:
             self.critic.restore_memory()
@@ -319,7 +319,7 @@ class PolicyActor(Policy):
     @contextlib.contextmanager
     def _reference_weights(self) -> Iterator[None]:
         """Within, the stage computes with the reference policy's weights."""
-        self.optimizer.before_change()
+        self.optimizer.pre_mutation_hook()
         self._swap_reference()
         try:
             yield

@@ -17,9 +17,9 @@ from clipo_megatron.algorithms.clipo import ContrastiveHead, contrastive_loss
 from clipo_megatron.algorithms.clipo.draw import draws
 from clipo_megatron.algorithms.clipo.statistics import statistics
 from clipo_megatron.config.schema import ClipoConfig, Debias
-from clipo_megatron.device import platform
 from clipo_megatron.flow import RolloutTable
-from clipo_megatron.policy.layout import Layout
+from clipo_megatron.policy.parallel import Layout
+from clipo_megatron.runtime.platform import platform
 
 
 class ContrastiveActor:

@@ -10,18 +10,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from clipo_megatron.config.errors import ConfigError, Problem
+from clipo_megatron.config.errors import ConfigError, ConfigProblem
 from clipo_megatron.config.model_folder import hf_folder, tokens_of
 from clipo_megatron.config.schema import RunConfig
-from clipo_megatron.device import platform
 from clipo_megatron.flow import MicroBatch
-from clipo_megatron.policy.exchange import share_from_last_stage
-from clipo_megatron.policy.layout import Layout
+from clipo_megatron.policy.batch.exchange import share_from_last_stage
 from clipo_megatron.policy.loading import load_stage
-from clipo_megatron.policy.model import TORCH_DTYPE, transformer_config
+from clipo_megatron.policy.model.model import TORCH_DTYPE, transformer_config
+from clipo_megatron.policy.model.value_model import ValueStage
 from clipo_megatron.policy.optimizer import PolicyOptimizer, data_parallel
+from clipo_megatron.policy.parallel import Layout
 from clipo_megatron.policy.pipeline import run_pipeline, summed_metrics
-from clipo_megatron.policy.value_model import ValueStage
+from clipo_megatron.runtime.platform import platform
 from clipo_megatron.weights.families import model_spec
 from clipo_megatron.weights.spec import read_config
 
@@ -163,9 +163,9 @@ class CriticActor:
 
     # --- memory ------------------------------------------------------------------------------------------------------
 
-    def release_memory(self) -> None:
+    def offload(self) -> None:
         """Free the gradients, and move weights and optimizer state into host memory: nobody exports a critic."""
-        self.optimizer.release_memory()
+        self.optimizer.offload()
         if self._away:
             return
         for buffer in (*self.model.buffers, *self.model.expert_parallel_buffers):
@@ -173,7 +173,7 @@ class CriticActor:
             buffer.param_data.untyped_storage().resize_(0)
 
     def restore_memory(self) -> None:
-        """Inverse of `release_memory`, before `score` or `learn`."""
+        """Inverse of `offload`, before `score` or `learn`."""
         for weights, copy in self._away:
             weights.untyped_storage().resize_(copy.untyped_storage().size())
             weights.copy_(copy)
@@ -193,14 +193,14 @@ def same_vocabulary(path: str, policy: str) -> None:
     remedy = "Choose a model with the policy's vocabulary, or null to start from the policy's weights"
     if sizes[0] != sizes[1]:
         reason = f"its vocab_size is {sizes[0]}, and that of model.path is {sizes[1]}; it reads the policy's tokens"
-        raise ConfigError([Problem("critic.path", reason, remedy, path)])
+        raise ConfigError([ConfigProblem("critic.path", reason, remedy, path)])
     own, others = tokens_of(path), tokens_of(policy)
     if own is None or others is None:
         return
     differing = min((token for token in own.keys() & others.keys() if own[token] != others[token]), default=None)
     if differing is not None:
         reason = f"its token {differing} is {own[differing]!r}, and that of model.path is {others[differing]!r}"
-        raise ConfigError([Problem("critic.path", f"{reason}; it reads the policy's tokens", remedy, path)])
+        raise ConfigError([ConfigProblem("critic.path", f"{reason}; it reads the policy's tokens", remedy, path)])
 
 
 def value_loss(values: Tensor, old: Tensor, returns: Tensor, clip: float | None) -> tuple[Tensor, Tensor]:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from clipo_megatron.policy.layout import Layout
-from clipo_megatron.policy.model import PolicyStage
+from clipo_megatron.policy.model.model import PolicyStage
+from clipo_megatron.policy.parallel import Layout
 from clipo_megatron.weights.coverage import check_tensors, match
 from clipo_megatron.weights.families import entries
+from clipo_megatron.weights.formats.source import open_weights
 from clipo_megatron.weights.load import load_into
-from clipo_megatron.weights.source import open_weights
 
 _LM_HEAD = "output_layer.weight"
 

@@ -19,7 +19,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from clipo_megatron.config.schema import DType, OptimizerConfig
-from clipo_megatron.device import platform
+from clipo_megatron.runtime.platform import platform
 
 
 def sum_gradients(model: list[torch.nn.Module], _num_tokens: Any = None, **kwargs: Any) -> None:
@@ -57,7 +57,7 @@ class PolicyOptimizer:
     """
 
     def __init__(self, model: torch.nn.Module, config: OptimizerConfig, *, dtype: DType, total_steps: int):
-        self.before_change: Callable[[], None] = lambda: None
+        self.pre_mutation_hook: Callable[[], None] = lambda: None
         self._model, self._dtype = model, dtype
         with platform().cuda_tensor_names():
             self.inner: MegatronOptimizer = get_megatron_optimizer(
@@ -110,21 +110,21 @@ class PolicyOptimizer:
             norm = float(self.inner.get_grad_norm())
             applied = finite and math.isfinite(norm)
             if applied:
-                self.before_change()
+                self.pre_mutation_hook()
                 self.inner.step()
         self.schedule.step(increment=1)
         return norm, applied
 
-    def release_memory(self) -> None:
+    def offload(self) -> None:
         """Free the gradients, and move the optimizer's state into host memory."""
-        self.before_change()
+        self.pre_mutation_hook()
         self._model.offload_grad_buffers()
         if self._dtype is DType.bf16:  # in fp32 the masters are the weights themselves
             self.inner.offload_to_cpu()
 
     def restore_memory(self) -> None:
-        """Inverse of `release_memory`. Gradients come back as zeros."""
-        self.before_change()
+        """Inverse of `offload`. Gradients come back as zeros."""
+        self.pre_mutation_hook()
         self._model.restore_grad_buffers()
         if self._dtype is DType.bf16:
             with platform().cuda_tensor_names():

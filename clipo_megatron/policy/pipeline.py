@@ -11,8 +11,8 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from clipo_megatron.flow import MicroBatch
-from clipo_megatron.policy.exchange import from_last_stage, share_from_last_stage
-from clipo_megatron.policy.layout import Layout
+from clipo_megatron.policy.batch.exchange import from_last_stage, share_from_last_stage
+from clipo_megatron.policy.parallel import Layout
 
 
 def run_pipeline(

@@ -9,10 +9,10 @@ from torch import Tensor
 
 from clipo_megatron.config.model_folder import hf_folder
 from clipo_megatron.config.schema import RunConfig
-from clipo_megatron.device import platform
-from clipo_megatron.policy.layout import Layout
 from clipo_megatron.policy.loading import load_stage
-from clipo_megatron.policy.model import TORCH_DTYPE, build_stages, transformer_config
+from clipo_megatron.policy.model.model import TORCH_DTYPE, build_stages, transformer_config
+from clipo_megatron.policy.parallel import Layout
+from clipo_megatron.runtime.platform import platform
 from clipo_megatron.weights.export import ExportPlan, export, plan_export
 from clipo_megatron.weights.families import model_spec
 from clipo_megatron.weights.spec import ModelSpec, read_config
@@ -49,11 +49,11 @@ class Policy:
         """The policy's weights by Hugging Face name, whole, on every rank, bucket by bucket."""
         return export(self.export_plan, [dict(self.stage.named_parameters())], self.layout.holder)
 
-    def release_memory(self) -> None:
+    def offload(self) -> None:
         """Free what only training needs, for servers that take turns with this rank on its GPU: of weights, nothing."""
 
     def restore_memory(self) -> None:
-        """Inverse of `release_memory`."""
+        """Inverse of `offload`."""
 
 
 def _check_experts(spec: ModelSpec, layout: Layout) -> None:

@@ -7,12 +7,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from clipo_megatron.algorithms.algorithm import Algorithm
-from clipo_megatron.algorithms.base import ScoredTokens
+from clipo_megatron.algorithms.hook import ScoredTokens
 from clipo_megatron.flow import Experience
-from clipo_megatron.policy.layout import Layout
+from clipo_megatron.policy.parallel import Layout
 
 
-def credit_tokens(experience: Experience, algorithm: Algorithm, layout: Layout) -> None:
+def assign_token_advantages(experience: Experience, algorithm: Algorithm, layout: Layout) -> None:
     """Fill signals["advantage"] (and signals["return"]) of every scored micro-batch; collective.
 
     Does nothing where no stage gives tokens advantages of their own, and on stages before the last.

@@ -53,7 +53,7 @@ class GraderStatistics:
 
 
 @dataclass(slots=True)
-class _Task:
+class _GradingTask:
     answer: Answer
     verdict: Future[Verdict]
 
@@ -80,7 +80,7 @@ class GraderPool:
         self._default_mode = GraderMode(config.mode).value
         self._memory_bytes = memory_bytes
         self._start_deadline_s = start_deadline_s
-        self._tasks: queue.SimpleQueue[_Task | None] = queue.SimpleQueue()
+        self._tasks: queue.SimpleQueue[_GradingTask | None] = queue.SimpleQueue()
         self._submitted: list[tuple[RolloutGroup, list[Future[Verdict]]]] = []
         self._statistics = GraderStatistics()
         self._lock = threading.Lock()
@@ -148,7 +148,7 @@ class GraderPool:
         """Start to grade one answer; does not wait."""
         if self._closing:
             raise RuntimeError("the grader pool is closed; grade inside its `with` block")
-        task = _Task(answer, Future())
+        task = _GradingTask(answer, Future())
         self._tasks.put(task)
         return task.verdict
 
@@ -213,7 +213,7 @@ class GraderPool:
             self._discard(process, number)
             self._drain()
 
-    def _grade(self, task: _Task, process: GraderProcess | None, number: int) -> GraderProcess | None:
+    def _grade(self, task: _GradingTask, process: GraderProcess | None, number: int) -> GraderProcess | None:
         """Settle `task`; returns the process if it can go on."""
         answer, begun = task.answer, time.monotonic()
         mode = self.mode_of(answer.data_source)
@@ -245,7 +245,7 @@ class GraderPool:
         self._publish(task, self._ungraded(reason, time.monotonic() - begun))
         return process
 
-    def _settle(self, task: _Task, reply: dict[str, Any]) -> None:
+    def _settle(self, task: _GradingTask, reply: dict[str, Any]) -> None:
         seconds = reply["seconds"]
         if reply["event"] == "graded":
             correct = reply["score"] == 1.0
@@ -257,7 +257,7 @@ class GraderPool:
         else:
             self._publish(task, self._ungraded(reply["reason"], seconds))
 
-    def _publish(self, task: _Task, verdict: Verdict) -> None:
+    def _publish(self, task: _GradingTask, verdict: Verdict) -> None:
         self._count(answers=1, ungraded=verdict.correct is None, seconds=verdict.seconds)
         try:
             task.verdict.set_result(verdict)

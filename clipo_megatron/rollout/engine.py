@@ -25,7 +25,7 @@ class EngineLostError(EngineError):
         self.unanswered = tuple(unanswered)
 
 
-class Abandoned(RuntimeError):
+class Cancelled(RuntimeError):
     """Generation was given up because the run is to end; nothing of it counts, and nothing of it runs any more."""
 
     def __init__(self) -> None:
@@ -148,7 +148,7 @@ class Engine(Protocol):
         params: SamplingParams,
         *,
         deadline_s: float,
-        give_up: Callable[[], bool] = never,
+        should_cancel: Callable[[], bool] = never,
     ) -> Generation:
         """One group a request. Token ids and log-probs are the engine's own; no text is tokenised again.
 
@@ -157,7 +157,7 @@ class Engine(Protocol):
 
         Raises:
             EngineError: when the deadline passes or generation fails; names the prompts without an answer.
-            Abandoned: `give_up` said so.
+            Abandoned: `should_cancel` said so.
         """
         ...
 
@@ -177,7 +177,7 @@ class Engine(Protocol):
         """Go on after `pause`. Idempotent."""
         ...
 
-    def release_memory(self, *what: Memory) -> None:
+    def offload(self, *what: Memory) -> None:
         """Give GPU memory back; nothing is in flight. Weights released have to be loaded again. Idempotent."""
         ...
 

@@ -16,7 +16,7 @@ from typing import Any
 
 from clipo_megatron.config.errors import ConfigError
 from clipo_megatron.config.schema import DType, EngineKind, RunConfig
-from clipo_megatron.launch import cores
+from clipo_megatron.runtime.launch import cores
 
 HERE = Path(__file__).parent
 DTYPES = {DType.fp32: "float32", DType.bf16: "bfloat16"}
@@ -52,7 +52,7 @@ class ServerCommand:
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class ServerSlot:
     """Where one server of several runs."""
 
     index: int  # among the servers of this `clipo serve`
@@ -97,7 +97,7 @@ def url(host: str, port: int) -> str:
 
 
 def server_command(
-    config: RunConfig, place: Place, *, python: Path, key: str | None = None, scratch: Path | None = None
+    config: RunConfig, place: ServerSlot, *, python: Path, key: str | None = None, scratch: Path | None = None
 ) -> ServerCommand:
     """What starts the server at `place`; `scratch` is a folder for the file that tells SGLang its key.
 
@@ -114,7 +114,7 @@ def server_command(
     )
 
 
-def _sglang(config: RunConfig, place: Place, python: Path, key: str | None, scratch: Path | None) -> ServerCommand:
+def _sglang(config: RunConfig, place: ServerSlot, python: Path, key: str | None, scratch: Path | None) -> ServerCommand:
     options: dict[str, Any] = {
         "model_path": config.model.path,
         "host": config.serve.host,
@@ -149,7 +149,7 @@ def _sglang(config: RunConfig, place: Place, python: Path, key: str | None, scra
     return ServerCommand((str(python), "-m", "sglang.launch_server", *flags), environment, secret)
 
 
-def _vllm(config: RunConfig, place: Place, python: Path, key: str | None) -> ServerCommand:
+def _vllm(config: RunConfig, place: ServerSlot, python: Path, key: str | None) -> ServerCommand:
     options: dict[str, Any] = {
         "model": config.model.path,
         "host": config.serve.host,
@@ -176,7 +176,7 @@ def _vllm(config: RunConfig, place: Place, python: Path, key: str | None) -> Ser
     return ServerCommand((str(python), "-m", "vllm.entrypoints.openai.api_server", *flags), environment)
 
 
-def _environment(config: RunConfig, place: Place) -> dict[str, str]:
+def _environment(config: RunConfig, place: ServerSlot) -> dict[str, str]:
     """What both engines are told: fetch nothing, report to nobody, leave the other servers their cores or GPUs."""
     common = {
         "HF_HUB_OFFLINE": "1",
@@ -187,7 +187,7 @@ def _environment(config: RunConfig, place: Place) -> dict[str, str]:
         "PYTHONSAFEPATH": "1",  # nothing out of the folder that this was started in
     }
     if place.devices:
-        from clipo_megatron.device import VISIBLE_DEVICES
+        from clipo_megatron.runtime.platform import VISIBLE_DEVICES
 
         return common | {VISIBLE_DEVICES: ",".join(place.devices)}
     threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, cores() // config.serve.servers))

@@ -24,7 +24,7 @@ from functools import cached_property
 from importlib import util
 from pathlib import Path
 
-from clipo_megatron.launch import dies_with_this_process
+from clipo_megatron.runtime.launch import dies_with_this_process
 from clipo_megatron.serving.errors import ServingError
 
 REQUIREMENTS = Path(__file__).with_name("requirements")

@@ -1,6 +1,6 @@
 """Keeps servers running: starts them, waits until they are ready, registers them, and starts them again when they fail.
 
-A server has failed when its leader ended, when its HTTP process says nothing for `unresponsive_s`, when one of its
+A server has failed when its leader ended, when its HTTP process says nothing for `health_timeout_s`, when one of its
 processes has been stopped for so long, or when its engine says nothing for `engine_silent_s`: that is longer than any
 update of weights may take, so a server that is busy is left alone.
 """
@@ -22,8 +22,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from clipo_megatron.ports import free_port
-from clipo_megatron.rollout.registry import Entry, Registry, Status
+from clipo_megatron.rollout.servers.registry import Registry, ServerRecord, Status
+from clipo_megatron.runtime.ports import free_port
 from clipo_megatron.serving.commands import ServerCommand
 from clipo_megatron.serving.errors import ServingError
 from clipo_megatron.serving.probes import Probe
@@ -46,7 +46,7 @@ class Patience:
     """How long things may take, in seconds, and how often they may fail."""
 
     start_s: float  # until a server is ready
-    unresponsive_s: float  # for its HTTP process to say something
+    health_timeout_s: float  # for its HTTP process to say something
     engine_silent_s: float  # for its engine
     restarts: int  # failed starts in a row
     backoff_s: float = 1.0  # after the first failed start; doubles with each further one
@@ -57,7 +57,7 @@ class Patience:
 class Wanted:
     """One server that shall run. `command` makes its command line for a port, `probe` asks it, given its URL."""
 
-    entry: Entry  # url and port as first chosen
+    entry: ServerRecord  # url and port as first chosen
     port: int
     command: Callable[[int, Path], ServerCommand]
     url: Callable[[int], str]
@@ -72,7 +72,7 @@ class _Server:
     """A wanted server and how it is doing."""
 
     wanted: Wanted
-    entry: Entry
+    entry: ServerRecord
     port: int
     process: ServerProcess | None = None
     watches: list[_Watch] = field(default_factory=list)
@@ -236,7 +236,7 @@ class Supervisor:
         server.process.forget_secret()
         server.watches[0].end()
         probe = server.wanted.probe(server.entry.url)
-        light, engine = self._patience.unresponsive_s, self._patience.engine_silent_s
+        light, engine = self._patience.health_timeout_s, self._patience.engine_silent_s
         # An answer counts whenever it comes: one that is late by less than the limit shows that the server lives.
         server.watches = [
             _Watch(probe.answers, min(_LIGHT_PROBE_S, light / 5), light),
@@ -253,7 +253,7 @@ class Supervisor:
     def _hangs(self, server: _Server, now: float) -> str | None:
         """Why a ready server must be given up, if it must."""
         patience, (light, engine) = self._patience, server.watches
-        if light.silent_s > patience.unresponsive_s:
+        if light.silent_s > patience.health_timeout_s:
             return f"has not answered for {light.silent_s:.0f} s"
         if engine.silent_s > patience.engine_silent_s:
             return f"answers, but its engine has not for {engine.silent_s:.0f} s"
@@ -267,7 +267,7 @@ class Supervisor:
                 server.stopped_since = None
             elif server.stopped_since is None:
                 server.stopped_since = now
-        if server.stopped_since is not None and now - server.stopped_since > self._patience.unresponsive_s:
+        if server.stopped_since is not None and now - server.stopped_since > self._patience.health_timeout_s:
             return f"has a process that has been stopped for {now - server.stopped_since:.0f} s"
         return None
 

@@ -22,11 +22,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from clipo_megatron.device import SharedGroup, SharedGroupError, open_store, platform
-from clipo_megatron.rollout.server import BucketNames, ServerError, UpdateGroup
-from clipo_megatron.sync.agreement import share
+from clipo_megatron.rollout.servers.server import BucketNames, ServerError, UpdateGroup
+from clipo_megatron.runtime.platform import SharedGroup, SharedGroupError, open_store, platform
+from clipo_megatron.sync.attempt import Attempt, SyncTarget
 from clipo_megatron.sync.checksums import Sums
-from clipo_megatron.sync.members import Attempt, Member
+from clipo_megatron.sync.consensus import share
 from clipo_megatron.sync.served import Order, ServedSync
 from clipo_megatron.sync.shard import Shard, send_order
 from clipo_megatron.weights.export import ExportPlan
@@ -94,7 +94,7 @@ class BroadcastSync(ServedSync):
             offsets = accumulate((member.state.tp for member in attempt.members), initial=1)
             offset = dict(zip((member.url for member in attempt.members), offsets, strict=False))
 
-            async def join_all(member: Member) -> None:
+            async def join_all(member: SyncTarget) -> None:
                 for group in former.values():
                     with contextlib.suppress(ServerError):  # it may be another life of the server
                         await member.server.leave_group(group.name, deadline_s=self.limits.settle_s)
@@ -141,7 +141,7 @@ class BroadcastSync(ServedSync):
     async def _receive(self, attempt: Attempt, version: int) -> None:
         """The coordinator's side: every server takes the same buckets in the same order, one after the other."""
 
-        async def take(member: Member) -> None:
+        async def take(member: SyncTarget) -> None:
             for place, (bucket, names) in enumerate(zip(self._order, self._names, strict=True), start=1):
                 if attempt.failed:
                     return
@@ -167,7 +167,7 @@ class BroadcastSync(ServedSync):
     def _on_failure(self) -> None:
         self._bell.stop()
 
-    def _give_up(self) -> None:
+    def _should_cancel(self) -> None:
         if self._bell is not None:
             self._bell.stop()
 

@@ -9,9 +9,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from clipo_megatron.rollout.server import RankChecksums
+from clipo_megatron.rollout.servers.server import RankChecksums
 from clipo_megatron.weights.export import Bucket
-from clipo_megatron.weights.served import CPU_MLP_MULTIPLE, ServedTensor, served_tensors
+from clipo_megatron.weights.server_layout import CPU_MLP_MULTIPLE, ServedTensor, served_tensors
 from clipo_megatron.weights.spec import ModelSpec
 
 _SLICE_BYTES = 8 * 2**20  # of a tensor that is not contiguous, copied at once

@@ -37,7 +37,7 @@ class Colocation:
     def before_training(self) -> None:
         """Nothing is in flight; the servers give back what they can."""
         self._leave(Turn.generate, "before_training")
-        self.engine.release_memory(Memory.kv_cache, Memory.weights)
+        self.engine.offload(Memory.kv_cache, Memory.weights)
         self.turn = Turn.train
 
     def before_push(self) -> None:
@@ -68,7 +68,7 @@ class Colocation:
 class Trainee(Protocol):
     """Whoever holds the policy on the shared GPUs: a `Policy`."""
 
-    def release_memory(self) -> None:
+    def offload(self) -> None:
         """Free what only training needs; the weights stay."""
         ...
 
@@ -78,7 +78,7 @@ class Trainee(Protocol):
 
 
 class ColocatedSync:
-    """A weight sync whose servers share their GPUs with the trainer: `make_room` before training, `push` after it.
+    """A weight sync whose servers share their GPUs with the trainer: `offload` before training, `update_weights` after it.
 
     All methods are collective. The coordinator (global rank 0) moves the servers' memory, every rank its own, and
     nobody goes on before the memory is there. The servers must have given theirs back before this is made.
@@ -94,22 +94,22 @@ class ColocatedSync:
         self._turns = Colocation(engine, Turn.train) if dist.get_rank() == 0 else None
         self._training = True  # whose turn it is, known to every rank
 
-    def make_room(self) -> None:
+    def offload(self) -> None:
         """The servers give their memory to the trainer; nothing is generated any more. Idempotent."""
         if not self._training:
             self._coordinate(lambda turns: turns.before_training())
             self.trainee.restore_memory()
             self._training = True
 
-    def push(self, version: int) -> Any:
+    def update_weights(self, version: int) -> Any:
         """The trainer gives memory back, the servers get weights, and then room for their cache."""
         if self._training:
-            self.trainee.release_memory()
+            self.trainee.offload()
         else:  # servers that came back in the middle of a generation; they hold memory, the trainer does not
             self._coordinate(lambda turns: turns.before_training())
         self._training = False
         self._coordinate(lambda turns: turns.before_push())
-        report = self.sync.push(version)
+        report = self.sync.update_weights(version)
         self._coordinate(lambda turns: turns.after_push())
         return report
 

@@ -17,8 +17,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from clipo_megatron.sync.attempt import Attempt
 from clipo_megatron.sync.checksums import Sums
-from clipo_megatron.sync.members import Attempt
 from clipo_megatron.sync.served import Order, ServedSync
 
 _VERSION = re.compile(r"v(\d+)(\.tmp)?")

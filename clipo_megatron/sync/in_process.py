@@ -24,11 +24,11 @@ class InProcessSync:
     def __init__(self, source: WeightSource, engine: Engine):
         self.source, self.engine = source, engine
 
-    def push(self, version: int) -> None:
+    def update_weights(self, version: int) -> None:
         """Give the engine the newest weights. After it returns, only these generate."""
         self.engine.load_weights(self.source.export(), version=version)
 
-    def make_room(self) -> None:
+    def offload(self) -> None:
         """Nothing to do: engine and policy both fit."""
 
     def close(self) -> None:

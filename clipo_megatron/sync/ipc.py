@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 from torch import multiprocessing as shared_memory
 
+from clipo_megatron.sync.attempt import Attempt, SyncTarget
 from clipo_megatron.sync.checksums import Sums
-from clipo_megatron.sync.members import Attempt, Member
 from clipo_megatron.sync.served import Order, ServedSync
 from clipo_megatron.weights.export import Bucket, export_buckets
 
@@ -65,7 +65,7 @@ class IpcSync(ServedSync):
             places = accumulate((member.state.tp for member in self._members), initial=0)
             place = dict(zip((member.url for member in self._members), places, strict=False))
 
-            async def one(member: Member) -> None:
+            async def one(member: SyncTarget) -> None:
                 first = place[member.url]
                 theirs = payloads[first : first + member.state.tp]
                 await member.server.receive_handles(theirs, last=last, deadline_s=attempt.deadline())

@@ -13,12 +13,12 @@ from functools import partial
 from typing import Any, TypeVar
 
 from clipo_megatron.config.schema import SyncConfig
-from clipo_megatron.device import SharedGroupError, platform
 from clipo_megatron.rollout.engine import EngineError, InFlight
-from clipo_megatron.rollout.server import Fault, RankChecksums, ServerError
-from clipo_megatron.sync.agreement import SyncError, gather, share
+from clipo_megatron.rollout.servers.server import Fault, RankChecksums, ServerError
+from clipo_megatron.runtime.platform import SharedGroupError, platform
+from clipo_megatron.sync.attempt import Attempt, Limits, Servers, SyncTarget, UpdateFailed
 from clipo_megatron.sync.checksums import ChecksumError, Kind, Sums, compare
-from clipo_megatron.sync.members import Attempt, Limits, Member, Servers, UpdateFailed
+from clipo_megatron.sync.consensus import SyncError, gather, share
 from clipo_megatron.sync.shard import Shard
 
 T = TypeVar("T")
@@ -77,7 +77,7 @@ class _Verdict:
 
 
 @dataclass
-class _Tally:
+class _UpdateCounters:
     """What the coordinator remembers of one update."""
 
     left_out: dict[str, str] = field(default_factory=dict)
@@ -92,7 +92,7 @@ class _AttemptFailed(Exception):
 
 
 class ServedSync(ABC):
-    """Gives servers the newest weights. `push` is collective over all ranks of the default group.
+    """Gives servers the newest weights. `update_weights` is collective over all ranks of the default group.
 
     The coordinator, global rank 0, alone talks to the servers. The others send what they own, or take part in the
     agreement on how it ended.
@@ -121,10 +121,10 @@ class ServedSync(ABC):
         self.limits = Limits(config.deadline_s)
         self.plan = shard.plan(config.bucket_mb * 2**20)
         self._attempts, self._updates = 0, 0
-        self._members: tuple[Member, ...] = ()  # of the current attempt; coordinator only
+        self._members: tuple[SyncTarget, ...] = ()  # of the current attempt; coordinator only
         self._formed: tuple[Any, ...] | None = None  # who was updated last, if nothing broke since
         self._last_version: int | None = None
-        self._tally = _Tally()
+        self._tally = _UpdateCounters()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="update of the servers")
 
     @abstractmethod
@@ -141,7 +141,7 @@ class ServedSync(ABC):
     def _finish(self, version: int) -> None:  # noqa: B027
         """After an update that succeeded; collective."""
 
-    def push(self, version: int) -> SyncReport:
+    def update_weights(self, version: int) -> SyncReport:
         """Update all servers that answer, and leave out those that fail; collective.
 
         Returns:
@@ -152,7 +152,7 @@ class ServedSync(ABC):
             ChecksumError: a server holds a tensor that is not the trainer's; on every rank.
         """
         start = time.monotonic()
-        self._tally = _Tally()
+        self._tally = _UpdateCounters()
         self._begin(version)
         tries = 0
         while True:
@@ -190,7 +190,7 @@ class ServedSync(ABC):
             self.servers.admit(report.servers, version)
         return report
 
-    def make_room(self) -> None:  # noqa: B027
+    def offload(self) -> None:  # noqa: B027
         """Nothing to do: the servers have GPUs of their own."""
 
     def close(self) -> None:
@@ -205,7 +205,7 @@ class ServedSync(ABC):
         if tally.unblamed >= _TRIES_UNBLAMED:
             return f"version {version} reached no server in {tally.unblamed} attempts: {tally.last_words}"
         try:
-            found = [Member(*each) for each in self.servers.discover()]
+            found = [SyncTarget(*each) for each in self.servers.discover()]
         except EngineError as error:
             found, tally.last_words = [], str(error)
         members = [member for member in found if not tally.blamed[member.life]]
@@ -237,7 +237,7 @@ class ServedSync(ABC):
             kind=_kind(members),
         )
 
-    def _signature(self, members: tuple[Member, ...]) -> tuple[Any, ...]:
+    def _signature(self, members: tuple[SyncTarget, ...]) -> tuple[Any, ...]:
         """Of a set of servers that have not been restarted since they were last updated."""
         return tuple(member.life for member in members)
 
@@ -277,7 +277,7 @@ class ServedSync(ABC):
         except Exception as error:
             fatal, cause = f"rank {self.shard.rank}: {type(error).__name__}: {error}", error
         if broken or fatal:
-            self._give_up()
+            self._should_cancel()
         refused: UpdateFailed | None = None
         mismatch = ""
         if future is not None:
@@ -324,7 +324,7 @@ class ServedSync(ABC):
         for reason in blamed.values():
             log.warning("left out of the update: %s", reason)
 
-    def _give_up(self) -> None:  # noqa: B027
+    def _should_cancel(self) -> None:  # noqa: B027
         """This rank's part failed: whoever waits for it should know."""
 
     def _prove(self, order: Order, attempt: Attempt | None, sums: Sums | None) -> tuple[str, ...]:
@@ -346,7 +346,7 @@ class ServedSync(ABC):
         self._together(lambda: None, prove, attempt)
         return tuple(sorted(unproven))
 
-    async def _surviving(self, attempt: Attempt, phase: str, call: Callable[[Member], Any]) -> dict[str, Any]:
+    async def _surviving(self, attempt: Attempt, phase: str, call: Callable[[SyncTarget], Any]) -> dict[str, Any]:
         """As `Attempt.each`, but those that fail are left out and the others go on.
 
         Raises:
@@ -362,14 +362,14 @@ class ServedSync(ABC):
             return error.answers
 
 
-def _kind(members: Sequence[Member]) -> Kind:
+def _kind(members: Sequence[SyncTarget]) -> Kind:
     """Servers and trainer compute on the same kind of device, and all servers run the same engine."""
     if not all(member.state.engine.startswith("SGLang") for member in members):
         return "plain"
     return "sglang on a gpu" if platform().has_gpu else "sglang on a cpu"
 
 
-async def _checksums(attempt: Attempt, member: Member) -> list[RankChecksums] | None:
+async def _checksums(attempt: Attempt, member: SyncTarget) -> list[RankChecksums] | None:
     """A server's; None where it has no such call."""
     try:
         return await member.server.checksums(deadline_s=attempt.deadline())

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from clipo_megatron.weights.division import Division
 from clipo_megatron.weights.export import Bucket, ExportPlan, Holder, own_buckets, plan_export
+from clipo_megatron.weights.parallel_division import ParallelDivision
 from clipo_megatron.weights.spec import ModelSpec
 
 
@@ -20,7 +20,7 @@ class Shard:
     """One rank's part of the policy, and its place among the ranks of the default process group."""
 
     spec: ModelSpec
-    division: Division
+    division: ParallelDivision
     holder: Holder
     chunks: Callable[[], Sequence[Mapping[str, Tensor]]]  # this rank's parameters now, one mapping a model chunk
     dtype: torch.dtype  # of exported tensors

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from clipo_megatron.weights.errors import CoverageError, UnsupportedModel
 from clipo_megatron.weights.families import entries
-from clipo_megatron.weights.mapping import Coordinates, Entry, Stage
-from clipo_megatron.weights.source import Reader
+from clipo_megatron.weights.formats.source import Reader
+from clipo_megatron.weights.mapping import Coordinates, MappingEntry, PipelineStage
 from clipo_megatron.weights.spec import ModelSpec
 
 # Buffers that old releases of transformers saved; they are computed from config.json.
@@ -22,13 +22,15 @@ OUTPUT = "lm_head.weight"
 EMBEDDING = "model.embed_tokens.weight"
 
 
-def match(parameters: Mapping[str, Tensor], bound: Sequence[Entry], at: Coordinates) -> list[tuple[str, Entry]]:
+def match(
+    parameters: Mapping[str, Tensor], bound: Sequence[MappingEntry], at: Coordinates
+) -> list[tuple[str, MappingEntry]]:
     """Pair every parameter of one model chunk with its entry, in the entries' order. Meta tensors will do.
 
     Raises:
         CoverageError: parameters without entry, entries without parameter, shapes that do not fit; all are listed.
     """
-    pairs: list[tuple[str, Entry]] = []
+    pairs: list[tuple[str, MappingEntry]] = []
     problems: list[str] = []
     for entry in bound:
         name = entry.name_in(parameters)
@@ -60,7 +62,7 @@ def check_tensors(reader: Reader, spec: ModelSpec) -> None:
         CoverageError: missing or unknown tensors; all are listed.
         UnsupportedModel: a tied model whose output layer differs from its embedding.
     """
-    whole = entries(spec, Stage(offset=0, layers=spec.num_layers, first=True, last=True))
+    whole = entries(spec, PipelineStage(offset=0, layers=spec.num_layers, first=True, last=True))
     uses = Counter(tensor.name for entry in whole for tensor in entry.hf)
     present = set(reader.names())
     unknown = {name for name in present - set(uses) if not any(fnmatchcase(name, pattern) for pattern in IGNORED)}

@@ -19,7 +19,7 @@ class UnsupportedModel(WeightsError):
         self.value = value
 
 
-class CheckpointError(WeightsError):
+class WeightsFolderError(WeightsError):
     """A Hugging Face folder is incomplete or damaged; the message names the file or tensor."""
 
 

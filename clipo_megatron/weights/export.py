@@ -17,10 +17,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from clipo_megatron.weights.coverage import match
-from clipo_megatron.weights.division import Division
 from clipo_megatron.weights.errors import WeightsError
 from clipo_megatron.weights.families import entries
-from clipo_megatron.weights.mapping import WHOLE, Coordinates, Entry, HFTensor, Stage
+from clipo_megatron.weights.mapping import WHOLE, Coordinates, HFTensor, MappingEntry, PipelineStage
+from clipo_megatron.weights.parallel_division import ParallelDivision
 from clipo_megatron.weights.spec import ModelSpec
 
 # Small enough to stay near the caches of a CPU (256 MiB took twice the time over gloo), large enough for NCCL.
@@ -35,7 +35,7 @@ class Bucket:
 
     owner: int  # pipeline rank that has the chunk
     chunk: int  # which of its chunks; 0 without virtual stages
-    entries: tuple[Entry, ...]
+    entries: tuple[MappingEntry, ...]
     ep_rank: int | None = None  # which of the EP ranks has these experts; None: they are no experts'
 
     @property
@@ -91,7 +91,7 @@ class ExportPlan:
     """What is exported, in which order and by whom."""
 
     spec: ModelSpec
-    division: Division
+    division: ParallelDivision
     buckets: tuple[Bucket, ...]
     dtype: torch.dtype  # of every exported tensor
 
@@ -105,13 +105,13 @@ class ExportPlan:
         """Of all tensors."""
         return sum(bucket.numel for bucket in self.buckets) * self.dtype.itemsize
 
-    def stages(self, pp_rank: int) -> tuple[Stage, ...]:
+    def stages(self, pp_rank: int) -> tuple[PipelineStage, ...]:
         """Model chunks of a pipeline rank."""
         return self.division.stages(self.spec.num_layers)[pp_rank :: self.division.pp]
 
 
 def plan_export(
-    spec: ModelSpec, division: Division, *, dtype: torch.dtype, bucket_bytes: int = BUCKET_BYTES
+    spec: ModelSpec, division: ParallelDivision, *, dtype: torch.dtype, bucket_bytes: int = BUCKET_BYTES
 ) -> ExportPlan:
     """Plan the export of a model, chunk by chunk in model order: what is no expert's first, then the experts, of one
     EP rank after the other in turn. A parameter larger than `bucket_bytes` has a bucket of its own."""
@@ -310,9 +310,9 @@ def _bytes(tensor: Tensor) -> Tensor:
     return tensor.view(torch.uint8)
 
 
-def _split(bound: Sequence[Entry], limit: int) -> Iterator[tuple[Entry, ...]]:
+def _split(bound: Sequence[MappingEntry], limit: int) -> Iterator[tuple[MappingEntry, ...]]:
     """Runs of entries of at most `limit` elements each, or of one entry."""
-    run: list[Entry] = []
+    run: list[MappingEntry] = []
     size = 0
     for entry in bound:
         elements = sum(prod(shape) for shape in entry.shapes)

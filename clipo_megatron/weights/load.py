@@ -10,8 +10,8 @@ from torch import Tensor
 
 from clipo_megatron.weights.coverage import match
 from clipo_megatron.weights.errors import CoverageError
-from clipo_megatron.weights.mapping import Coordinates, Entry
-from clipo_megatron.weights.source import Reader
+from clipo_megatron.weights.formats.source import Reader
+from clipo_megatron.weights.mapping import Coordinates, MappingEntry
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +25,7 @@ class LoadReport:
 
 def load_into(
     named_parameters: Iterable[tuple[str, Tensor]],
-    bound: Sequence[Entry],
+    bound: Sequence[MappingEntry],
     reader: Reader,
     at: Coordinates,
 ) -> LoadReport:
@@ -52,7 +52,7 @@ def load_into(
     return LoadReport(parameters=len(pairs), tensors=tensors, bytes_read=reader.bytes_read - before)
 
 
-def check_shapes(bound: Sequence[Entry], reader: Reader) -> None:
+def check_shapes(bound: Sequence[MappingEntry], reader: Reader) -> None:
     """Raise a CoverageError that lists every tensor of `bound` that is missing or of another shape."""
     present = set(reader.names())
     problems: list[str] = []

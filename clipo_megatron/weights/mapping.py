@@ -1,6 +1,6 @@
 """How Megatron's parameters correspond to Hugging Face's tensors: declared once, used in both directions.
 
-A `Rule` names one Megatron parameter, the Hugging Face tensors it is made of, and the `Kind` of the correspondence
+A `Rule` names one Megatron parameter, the Hugging Face tensors it is made of, and the `Sharding` of the correspondence
 (see `kinds`). A kind knows two movements that undo each other, both written as whole-tensor operations:
 
     shard    full HF tensors -> the part of one tensor-parallel (TP) rank
@@ -15,51 +15,15 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from enum import Enum
 
-from clipo_megatron.weights.kinds import (
-    QKV,
-    Column,
+from clipo_megatron.weights.sharding import (
     Fused,
-    GateUp,
-    Interleaved,
-    Kind,
-    Piece,
-    Replicated,
-    Row,
-    Run,
     Shape,
-    Source,
-    Vocab,
+    Sharding,
     divide,
 )
 
-__all__ = [
-    "QKV",
-    "WHOLE",
-    "Column",
-    "Coordinates",
-    "Entry",
-    "Fused",
-    "GateUp",
-    "HFTensor",
-    "Interleaved",
-    "Kind",
-    "Piece",
-    "Place",
-    "Replicated",
-    "Row",
-    "Rule",
-    "Run",
-    "Shape",
-    "Source",
-    "Stage",
-    "Vocab",
-    "bind",
-    "even_stages",
-    "fused",
-]
 
-
-class Place(Enum):
+class ChunkScope(Enum):
     """Which model chunks hold a parameter."""
 
     FIRST = "first"  # the one with the embedding
@@ -77,8 +41,8 @@ class Rule:
 
     megatron: str | tuple[str, ...]  # alternatives: the local spec's name, then Transformer Engine's
     hf: Mapping[str, Shape]
-    kind: Kind
-    on: Place = Place.LAYERS
+    kind: Sharding
+    on: ChunkScope = ChunkScope.LAYERS
     copy: bool = False  # a second holder of tensors that another rule owns: loaded, never exported
     key: str = ""  # in a torch_dist checkpoint, `{layer}` global; "": the last of `megatron`
     layers: Callable[[int], bool] | None = None  # of the whole model, that have it; None: all
@@ -93,7 +57,7 @@ def fused(rule: Rule, name: str) -> Rule:
 
 
 @dataclass(frozen=True, slots=True)
-class Stage:
+class PipelineStage:
     """One model chunk: a pipeline stage, or one of its virtual stages."""
 
     offset: int  # of its first layer, in the whole model
@@ -136,12 +100,12 @@ class HFTensor:
 
 
 @dataclass(frozen=True, slots=True)
-class Entry:
+class MappingEntry:
     """A rule bound to one chunk (and layer): names are final."""
 
     megatron: tuple[str, ...]
     hf: tuple[HFTensor, ...]
-    kind: Kind
+    kind: Sharding
     key: str  # in a torch_dist checkpoint
     copy: bool = False
     layer: int | None = None  # of the whole model
@@ -162,27 +126,27 @@ class Entry:
         return next((name for name in self.megatron if name in names), None)
 
 
-def even_stages(num_layers: int, pp_size: int) -> tuple[Stage, ...]:
+def even_stages(num_layers: int, pp_size: int) -> tuple[PipelineStage, ...]:
     """Equal pipeline stages, in model order.
 
     Raises:
         WeightsError: `pp_size` does not divide `num_layers`.
     """
     layers = divide(num_layers, pp_size, "layers")
-    return tuple(Stage(i * layers, layers, first=i == 0, last=i == pp_size - 1) for i in range(pp_size))
+    return tuple(PipelineStage(i * layers, layers, first=i == 0, last=i == pp_size - 1) for i in range(pp_size))
 
 
-def bind(rules: Iterable[Rule], stage: Stage, at: Coordinates = WHOLE) -> tuple[Entry, ...]:
+def bind(rules: Iterable[Rule], stage: PipelineStage, at: Coordinates = WHOLE) -> tuple[MappingEntry, ...]:
     """The entries of one chunk on one rank, in the order of the model: embedding, layers, output."""
-    by_place: dict[Place, list[Rule]] = {place: [] for place in Place}
+    by_place: dict[ChunkScope, list[Rule]] = {place: [] for place in ChunkScope}
     for rule in rules:
         by_place[rule.on].append(rule)
-    bound: list[Entry] = []
+    bound: list[MappingEntry] = []
     if stage.first:
-        bound += [_bind(rule) for rule in by_place[Place.FIRST]]
+        bound += [_bind(rule) for rule in by_place[ChunkScope.FIRST]]
     for local in range(stage.layers):
         layer = stage.offset + local
-        for rule in by_place[Place.LAYERS]:
+        for rule in by_place[ChunkScope.LAYERS]:
             if rule.layers is not None and not rule.layers(layer):
                 continue
             if rule.experts:
@@ -193,14 +157,16 @@ def bind(rules: Iterable[Rule], stage: Stage, at: Coordinates = WHOLE) -> tuple[
                 bound.append(_bind(rule, local, layer))
     if stage.last:
         # A copy exists to reach another chunk: within the owner's own chunk the parameter itself is shared.
-        bound += [_bind(rule) for rule in by_place[Place.LAST] if not (rule.copy and stage.first)]
+        bound += [_bind(rule) for rule in by_place[ChunkScope.LAST] if not (rule.copy and stage.first)]
     return tuple(bound)
 
 
-def _bind(rule: Rule, local: int = 0, layer: int | None = None, number: int = 0, expert: int | None = None) -> Entry:
+def _bind(
+    rule: Rule, local: int = 0, layer: int | None = None, number: int = 0, expert: int | None = None
+) -> MappingEntry:
     """Local and global number of the layer, and of the expert."""
     names = (rule.megatron,) if isinstance(rule.megatron, str) else rule.megatron
-    return Entry(
+    return MappingEntry(
         megatron=tuple(name.format(layer=local, expert=number) for name in names),
         hf=tuple(HFTensor(name.format(layer=layer, expert=expert), shape) for name, shape in rule.hf.items()),
         kind=rule.kind,

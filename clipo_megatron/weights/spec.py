@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from clipo_megatron.weights.errors import CheckpointError, UnsupportedModel
+from clipo_megatron.weights.errors import UnsupportedModel, WeightsFolderError
 from clipo_megatron.weights.rope import LinearRope, Llama3Rope, read_rope
 
 
@@ -127,11 +127,11 @@ def read_config_file(path: Path) -> dict[str, Any]:
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise CheckpointError(f"{path} does not exist: the path must be a Hugging Face folder") from None
+        raise WeightsFolderError(f"{path} does not exist: the path must be a Hugging Face folder") from None
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}") from error
+        raise WeightsFolderError(f"{path} cannot be read: {error}") from error
     if not isinstance(config, dict):
-        raise CheckpointError(f"{path} holds a JSON {type(config).__name__}, not an object")
+        raise WeightsFolderError(f"{path} holds a JSON {type(config).__name__}, not an object")
     return config
 
 

@@ -30,8 +30,8 @@ from clipo_megatron.config.errors import ConfigError, spell
 from clipo_megatron.config.load import load
 from clipo_megatron.config.schema import RunConfig
 from clipo_megatron.evaluation.results import read_evaluations
-from clipo_megatron.output import EVALUATIONS
-from clipo_megatron.output import SETTINGS as CONFIG
+from clipo_megatron.runtime.run_dir import EVALUATIONS
+from clipo_megatron.runtime.run_dir import SETTINGS as CONFIG
 
 HERE = Path(__file__).resolve().parent
 SETTINGS = HERE / "comparison.yaml"

@@ -19,8 +19,8 @@ from task import is_sound
 
 from clipo_megatron.evaluation.estimators import interval
 from clipo_megatron.evaluation.results import read_evaluations
-from clipo_megatron.output import EVALUATIONS, ROLLOUTS, SETTINGS, STATES
-from clipo_megatron.report.states import file_of, read_states, steps_with_states
+from clipo_megatron.runtime.run_dir import EVALUATIONS, ROLLOUTS, SETTINGS, STATES
+from clipo_megatron.telemetry.states import file_of, read_states, steps_with_states
 
 BASELINE = "grpo"
 SETS = ("usual", "perturbed")

@@ -13,7 +13,7 @@ from pathlib import Path
 from arithmetic import write_problems
 from smollm2 import fetch
 
-from clipo_megatron.cli import main as clipo
+from clipo_megatron.cli.main import main as clipo
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent

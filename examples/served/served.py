@@ -14,8 +14,8 @@ import sys
 import time
 from pathlib import Path
 
-from clipo_megatron.cli import main as clipo
-from clipo_megatron.launch import dies_with_this_process
+from clipo_megatron.cli.main import main as clipo
+from clipo_megatron.runtime.launch import dies_with_this_process
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
@@ -24,7 +24,7 @@ sys.path.insert(0, str(HERE.parent / "quickstart"))
 from arithmetic import write_problems  # noqa: E402
 from smollm2 import fetch  # noqa: E402
 
-STOP_S = 30.0  # for the servers to end
+GRACE_PERIOD_S = 30.0  # for the servers to end
 
 
 def main() -> int:
@@ -48,7 +48,7 @@ def main() -> int:
     finally:
         serving.terminate()
         try:
-            serving.wait(STOP_S)
+            serving.wait(GRACE_PERIOD_S)
         except subprocess.TimeoutExpired:
             serving.kill()
 
@@ -64,7 +64,7 @@ def start(command: str, arguments: list[str]) -> subprocess.Popen[bytes]:
 
 def train_while_served(serving: subprocess.Popen[bytes], arguments: list[str]) -> int:
     """Train once the servers run. The trainer finds them in the run's folder, and waits for them there."""
-    from clipo_megatron.rollout.registry import FOLDER, Registry, Status
+    from clipo_megatron.rollout.servers.registry import FOLDER, Registry, Status
 
     signals: list[int] = []
     for number in (signal.SIGINT, signal.SIGTERM):

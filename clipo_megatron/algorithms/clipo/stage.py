@@ -7,13 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from clipo_megatron.algorithms.base import Signal, Stage
 from clipo_megatron.algorithms.clipo.reward import contrastive_reward
+from clipo_megatron.algorithms.hook import Hook, Signal
 from clipo_megatron.config.schema import ClipoConfig, ContrastiveLossName, Level
 from clipo_megatron.flow import RolloutTable
 
 
-class Clipo(Stage):
+class Clipo(Hook):
     """Adds the contrastive bonus to the reward of correct rollouts with a valid anchor (arXiv 2603.10101).
 
     During the first `warmup_steps` updates the head trains, on the losses that the scoring forward gives, and the

@@ -12,7 +12,7 @@ from typing import Any
 
 from clipo_megatron.weights.errors import UnsupportedModel
 from clipo_megatron.weights.families import llama, mistral, phi3, qwen2, qwen3, qwen3_moe
-from clipo_megatron.weights.mapping import WHOLE, Coordinates, Entry, Rule, Stage, bind
+from clipo_megatron.weights.mapping import WHOLE, Coordinates, MappingEntry, PipelineStage, Rule, bind
 from clipo_megatron.weights.spec import ModelSpec
 
 
@@ -57,6 +57,6 @@ def model_spec(config: Mapping[str, Any]) -> ModelSpec:
     return FAMILIES[name].spec(config)
 
 
-def entries(spec: ModelSpec, stage: Stage, at: Coordinates = WHOLE) -> tuple[Entry, ...]:
+def entries(spec: ModelSpec, stage: PipelineStage, at: Coordinates = WHOLE) -> tuple[MappingEntry, ...]:
     """The parameters of one model chunk on one rank and the tensors that fill them, in model order."""
     return bind(FAMILIES[spec.family].rules(spec), stage, at)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from clipo_megatron.weights.mapping import QKV, GateUp, Place, Replicated, Row, Rule, Vocab
+from clipo_megatron.weights.mapping import ChunkScope, Rule
+from clipo_megatron.weights.sharding import QKV, GateUp, Replicated, RowParallel, Vocab
 from clipo_megatron.weights.spec import ModelSpec
 
 MEGATRON = "decoder.layers.{layer}."
@@ -23,7 +24,7 @@ def decoder_rules(spec: ModelSpec) -> list[Rule]:
 def embedding_rules(spec: ModelSpec) -> list[Rule]:
     """The embedding, on the first chunk."""
     table = {"model.embed_tokens.weight": (spec.vocab_size, spec.hidden_size)}
-    return [Rule("embedding.word_embeddings.weight", table, Vocab(), on=Place.FIRST)]
+    return [Rule("embedding.word_embeddings.weight", table, Vocab(), on=ChunkScope.FIRST)]
 
 
 def attention_rules(spec: ModelSpec) -> list[Rule]:
@@ -42,7 +43,7 @@ def attention_rules(spec: ModelSpec) -> list[Rule]:
             {f"{hf}{name}.weight": (rows, hidden) for name, rows in fused.items()},
             QKV(spec.num_kv_heads),
         ),
-        Rule(attention + "linear_proj.weight", {hf + "o_proj.weight": (hidden, query)}, Row()),
+        Rule(attention + "linear_proj.weight", {hf + "o_proj.weight": (hidden, query)}, RowParallel()),
     ]
     if spec.qkv_bias:
         biases = {f"{hf}{name}.bias": (rows,) for name, rows in fused.items()}
@@ -75,7 +76,12 @@ def mlp_rules(spec: ModelSpec) -> list[Rule]:
             GateUp(),
             layers=dense,
         ),
-        Rule(MEGATRON + "mlp.linear_fc2.weight", {HF + "mlp.down_proj.weight": (hidden, ffn)}, Row(), layers=dense),
+        Rule(
+            MEGATRON + "mlp.linear_fc2.weight",
+            {HF + "mlp.down_proj.weight": (hidden, ffn)},
+            RowParallel(),
+            layers=dense,
+        ),
     ]
 
 
@@ -108,7 +114,7 @@ def expert_rules(spec: ModelSpec) -> list[Rule]:
         Rule(
             (here + "local_experts.{expert}.linear_fc2.weight", here + "linear_fc2.weight{expert}"),
             {expert + "down_proj.weight": (hidden, ffn)},
-            Row(),
+            RowParallel(),
             key=key + "linear_fc2.weight",
             layers=spec.is_sparse,
             experts=count,
@@ -125,7 +131,7 @@ def output_rules(spec: ModelSpec) -> list[Rule]:
             "decoder.final_layernorm.weight",
             {"model.norm.weight": (spec.hidden_size,)},
             Replicated(),
-            on=Place.LAST,
+            on=ChunkScope.LAST,
         ),
-        Rule("output_layer.weight", table, Vocab(), on=Place.LAST, copy=spec.tied_embeddings),
+        Rule("output_layer.weight", table, Vocab(), on=ChunkScope.LAST, copy=spec.tied_embeddings),
     ]

@@ -1,0 +1,53 @@
+"""Group-relative policy optimisation and its unbiased form."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from clipo_megatron.algorithms.policy_loss import ClippedPolicyLoss
+from clipo_megatron.flow import RolloutTable
+
+# Added to the standard deviation of a group's rewards (arXiv 2402.03300, released code).
+STD_EPSILON = 1e-6
+
+
+def group_statistics(reward: Tensor, table: RolloutTable) -> tuple[Tensor, Tensor, Tensor]:
+    """Of the graded rollouts of each rollout's group: mean, unbiased standard deviation, and count, each [B] float64.
+
+    A group of one has standard deviation 0. In float32 the mean's rounding, divided by the small deviation of a group
+    that differs by its bonuses alone, would be 1e-5 of an advantage.
+    """
+    groups = len(table.prompt_ids)
+    kept = table.graded.to(torch.float64)
+
+    def total(values: Tensor) -> Tensor:
+        return torch.zeros(groups, dtype=torch.float64).index_add_(0, table.group, values * kept)[table.group]
+
+    values = reward.double()
+    count = total(torch.ones_like(values))
+    mean = total(values) / count.clamp(min=1)
+    variance = total((values - mean).square()) / (count - 1).clamp(min=1)
+    return mean, variance.sqrt(), count
+
+
+class GRPO(ClippedPolicyLoss):
+    """arXiv 2402.03300: A = (r - mean) / (std + 1e-6) over the group, unbiased std.
+
+    Assumes outcome rewards and at least two graded rollouts a group; a group of one or of equal rewards has A = 0.
+    """
+
+    def advantage(self, table: RolloutTable, reward: Tensor) -> Tensor:
+        """[B] float32; 0 where ungraded."""
+        mean, std, count = group_statistics(reward, table)
+        advantage = (reward - mean) / (std + STD_EPSILON)
+        return torch.where(table.graded & (count > 1), advantage, 0.0).float()
+
+
+class DrGRPO(ClippedPolicyLoss):
+    """arXiv 2503.20783: A = r - mean, and a token sum over a constant length: no bias by difficulty or length."""
+
+    def advantage(self, table: RolloutTable, reward: Tensor) -> Tensor:
+        """[B] float32; 0 where ungraded."""
+        mean, _, count = group_statistics(reward, table)
+        return torch.where(table.graded & (count > 1), reward - mean, 0.0).float()

@@ -1,0 +1,53 @@
+"""Baselines that weigh a rollout's tokens by the ratio of the whole rollout."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from clipo_megatron.algorithms.hook import TokenBatch
+from clipo_megatron.algorithms.methods.grpo import GRPO
+
+
+class GSPO(GRPO):
+    """arXiv 2507.18071: GRPO's advantage with s = exp(mean over the rollout's tokens of log rho) in place of each
+    token's own ratio, clipped per rollout; rollouts weigh the same.
+
+    Tokens with advantages or importance weights of their own learn by them alone, and all are clipped by the rollout's
+    s: the paper's GSPO-token. Where a rollout's tokens have the same, that is GSPO.
+
+    Assumes that rollouts are short of enormous: the mean of log ratios hides single tokens far off.
+    """
+
+    def log_ratio(self, tokens: TokenBatch) -> Tensor:
+        """[N] float32, the rollout's mean on each of its tokens, with the token's own gradient."""
+        return mean_with_own_gradient(tokens.logprobs - tokens.old_logprobs, tokens)
+
+
+class GMPO(GRPO):
+    """arXiv 2507.20673: -A times the geometric mean over a rollout's tokens of their clipped ratios; rollouts weigh the
+    same, and the advantage is GRPO's.
+
+    log rho is clipped on the side that the advantage opens: at most high where A > 0, at least -low where A < 0, with
+    low = high = 0.4. On the other side it is free, as the minimum in PPO's surrogate leaves it.
+
+    Tokens with advantages or importance weights of their own learn by them alone; each log rho is then clipped by the
+    sign of its own token's advantage, and the mean is over all of them. CLIPO's bonus acts through the reward.
+    """
+
+    def loss(self, tokens: TokenBatch) -> Tensor:
+        """[N] float32, the rollout's value on each of its tokens."""
+        log_ratio, positive = tokens.logprobs - tokens.old_logprobs, tokens.advantages > 0
+        limited = torch.where(positive, log_ratio.clamp(max=self.clip_high), log_ratio.clamp(min=-self.clip_low))
+        tokens.metrics["policy/clip_fraction"] = (tokens.weights * (limited != log_ratio)).sum().detach()
+        loss = -mean_with_own_gradient(limited, tokens).exp() * tokens.advantages
+        return loss if tokens.importance is None else tokens.importance * loss
+
+
+def mean_with_own_gradient(values: Tensor, tokens: TokenBatch) -> Tensor:
+    """The mean of each rollout's `values` [N] on each of its tokens, with the derivative 1 by the token's own value.
+
+    The derivative of the mean itself would spread what is said of one token over the whole rollout: a sum over tokens
+    of A_t mean(x) has the gradient mean(A) for every x_t. Both sums have the same gradient where A is the same.
+    """
+    return tokens.mean(values.detach()) + (values - values.detach())

@@ -1,0 +1,35 @@
+"""More reward for correct rollouts that the policy found unlikely."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from clipo_megatron.algorithms.hook import Hook, Signal
+from clipo_megatron.flow import RolloutTable
+
+
+class Unlikeliness(Hook):
+    """arXiv 2506.02355: the reward of a correct rollout times 1 - beta rank / G, rank 1 .. G by the scored policy's
+    log-prob of the whole response within the group, the likeliest ranked highest.
+
+    G counts graded rollouts; equal log-probs share their mean rank. The paper's wrong rollouts have reward 0, so only
+    correct ones are touched. It is the grader's reward that shrinks: what other stages add to it, CLIPO's bonus too,
+    keeps its scale. Assumes several samples a prompt.
+    """
+
+    needs = frozenset({Signal.logprob_sums})
+
+    def __init__(self, *, beta: float = 0.25):
+        self.beta = beta
+
+    def shape_reward(self, table: RolloutTable, reward: Tensor) -> Tensor:
+        """[B] float32."""
+        sums, share = table.signals["logprob_sum"], torch.zeros(table.size, dtype=torch.float64)
+        for group in range(len(table.prompt_ids)):
+            rows = ((table.group == group) & table.graded).nonzero().squeeze(1)
+            own = sums[rows]
+            below, equal = own[:, None] > own[None], own[:, None] == own[None]
+            rank = below.sum(1) + (equal.sum(1) + 1) / 2
+            share[rows] = rank.double() / max(rows.numel(), 1)
+        return torch.where(table.correct, reward - self.beta * share * table.reward, reward).float()

@@ -1,0 +1,148 @@
+"""Cross-checks of model folders: the policy's, and that of critic.path, with the layout and the engine."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Generator, Iterator
+from pathlib import Path
+from typing import Any
+
+from clipo_megatron.checks.layout import division_problems
+from clipo_megatron.config.errors import ConfigProblem, spell
+from clipo_megatron.config.model_folder import hf_folder, is_checkpoint
+from clipo_megatron.config.schema import EngineKind, RunConfig
+
+ARCHITECTURES = (
+    "LlamaForCausalLM",
+    "MistralForCausalLM",
+    "Phi3ForCausalLM",
+    "Qwen2ForCausalLM",
+    "Qwen3ForCausalLM",
+    "Qwen3MoeForCausalLM",
+)
+# Architectures all of whose layers have `sliding_window`, and what they have where config.json does not say.
+WINDOWS = {"MistralForCausalLM": 4096, "Phi3ForCausalLM": None}
+
+
+def model_problems(config: RunConfig, replicas: int, *, trains: bool = True) -> Iterator[ConfigProblem]:
+    """Problems of the policy's folder, and of the critic's if it `trains`, on `replicas` data-parallel ranks."""
+    facts = yield from _policy(config)
+    divided = [] if facts is None else list(division_problems(config.layout, facts, replicas))
+    yield from divided
+    if facts is not None:
+        yield from _window(config, facts)
+        yield from _positions(config, facts)
+    if trains:
+        yield from _critic(config, replicas, facts, divided)
+
+
+def _policy(config: RunConfig) -> Generator[ConfigProblem, None, dict[str, Any] | None]:
+    key, value = "model.path", config.model.path
+    facts = yield from _folder(key, value, "Give the path of a Hugging Face model folder on this machine")
+    if facts is None:
+        return None
+    if is_checkpoint(value) and config.rollout.engine is not EngineKind.local:
+        reason = f"it is a checkpoint, and {config.rollout.engine.value} serves Hugging Face folders"
+        yield ConfigProblem(key, reason, f"Run `clipo convert to-hf {value} OUT` and set model.path to OUT", value)
+        return None
+    if not _has_chat_template(hf_folder(value)):
+        reason = "its tokenizer has no chat template, so prompts cannot be rendered"
+        yield ConfigProblem(key, reason, "Use an instruct model, or add a chat_template.jinja to the folder", value)
+    return facts
+
+
+def _folder(key: str, value: str, remedy: str) -> Generator[ConfigProblem, None, dict[str, Any] | None]:
+    """Problems of a folder by itself; returns its config.json, None where that cannot be gone by."""
+    weights = Path(value)
+    if not weights.is_dir():
+        reason = "there is no such folder" + ("" if weights.is_absolute() else f" below {Path.cwd()}")
+        yield ConfigProblem(key, reason, remedy, value, absent=True)
+        return None
+    file = hf_folder(weights) / "config.json"
+    if is_checkpoint(weights) and not file.is_file():
+        reason = "it is a checkpoint without hf/config.json, from before those were kept"
+        yield ConfigProblem(
+            key, reason, "Convert it (clipo convert to-hf CHECKPOINT OUT --hf MODEL) and give OUT", value
+        )
+        return None
+    try:
+        facts = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        reason = "the folder has no config.json"
+        yield ConfigProblem(
+            key, reason, "Give a Hugging Face model folder (config.json, *.safetensors, tokenizer)", value
+        )
+        return None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        yield ConfigProblem(key, f"{file.name} is no valid JSON ({error})", "Fetch the model folder again", value)
+        return None
+    architectures = facts.get("architectures") or ["none"]
+    if architectures[0] not in ARCHITECTURES:
+        reason = f"its architecture is {architectures[0]}"
+        yield ConfigProblem(key, reason, f"Supported are {', '.join(ARCHITECTURES)}", value)
+        return None
+    if not is_checkpoint(weights) and not any(weights.glob("*.safetensors")):
+        yield ConfigProblem(key, "the folder has no *.safetensors", "Fetch the weights as safetensors", value)
+    return facts
+
+
+def _has_chat_template(folder: Path) -> bool:
+    if (folder / "chat_template.jinja").is_file() or (folder / "chat_template.json").is_file():
+        return True
+    try:
+        return bool(json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8")).get("chat_template"))
+    except (FileNotFoundError, json.JSONDecodeError):
+        return False
+
+
+def _window(config: RunConfig, facts: dict[str, Any]) -> Iterator[ConfigProblem]:
+    """Whether the engine computes the model's sliding window, where sequences are long enough for it to matter."""
+    architecture = facts["architectures"][0]
+    window = facts.get("sliding_window", WINDOWS[architecture]) if architecture in WINDOWS else None
+    if window is None or config.rollout.engine is not EngineKind.sglang:
+        return
+    longest = config.data.max_prompt_tokens + max(config.rollout.max_new_tokens, config.eval.max_new_tokens or 0)
+    if longest > window:
+        reason = f"SGLang's {architecture} attends to the whole sequence, but the model's sliding_window is {window}"
+        remedy = f"Set rollout.engine to vllm, or keep sequences within {window} tokens (they can reach {longest})"
+        yield ConfigProblem("rollout.engine", reason, remedy, config.rollout.engine)
+
+
+def _positions(config: RunConfig, facts: dict[str, Any]) -> Iterator[ConfigProblem]:
+    """Whether the model takes sequences as long as they can become."""
+    longest, limit = config.data.max_prompt_tokens, facts.get("max_position_embeddings")
+    for setting, new_tokens in (
+        ("rollout.max_new_tokens", config.rollout.max_new_tokens),
+        ("eval.max_new_tokens", config.eval.max_new_tokens),
+    ):
+        if limit and new_tokens is not None and longest + new_tokens > limit:
+            reason = f"with data.max_prompt_tokens = {longest} a sequence can reach {longest + new_tokens} tokens"
+            room = limit - longest
+            remedy = f"Set it to {room} or less" if room > 0 else "Lower data.max_prompt_tokens first"
+            yield ConfigProblem(setting, f"{reason}, and the model takes {limit}", remedy, new_tokens)
+
+
+def _critic(
+    config: RunConfig, replicas: int, policy: dict[str, Any] | None, said: list[ConfigProblem]
+) -> Iterator[ConfigProblem]:
+    """Whether the critic can read the policy's tokens and be laid out as it is; `said`: of the policy's division."""
+    key, value = "critic.path", config.critic.path
+    if value is None:
+        return
+    folder = "Give the path of a Hugging Face model folder, or null to start from the policy's weights"
+    facts = yield from _folder(key, value, folder)
+    if facts is None:
+        return
+    for problem in division_problems(config.layout, facts, replicas):
+        if problem not in said:
+            reason = f"it is laid out as the policy is, and with {problem.key} = {spell(problem.value)}"
+            yield ConfigProblem(key, f"{reason} {problem.reason}", f"Choose another, or: {problem.remedy}", value)
+    longest, limit = config.data.max_prompt_tokens + config.rollout.max_new_tokens, facts.get("max_position_embeddings")
+    if limit and longest > limit:
+        reason = f"it takes {limit} tokens, and a sequence can reach {longest} (prompt and rollout.max_new_tokens)"
+        yield ConfigProblem(key, reason, "Choose another, or lower rollout.max_new_tokens", value)
+    words = facts.get("vocab_size")
+    if policy is not None and words != policy.get("vocab_size"):
+        reason = f"its vocab_size is {words}, and that of model.path is {policy.get('vocab_size')}"
+        remedy = "Choose a model with the policy's vocabulary, or null to start from the policy's weights"
+        yield ConfigProblem(key, f"{reason}; it reads the policy's tokens", remedy, value)

@@ -1,0 +1,192 @@
+"""Cross-checks of engines, servers, weight transport, what a step asks for, and the off-policy correction."""
+
+from __future__ import annotations
+
+import ipaddress
+import math
+import os
+from collections import Counter
+from collections.abc import Iterator
+from urllib.parse import urlsplit
+
+from clipo_megatron.config.errors import ConfigProblem
+from clipo_megatron.config.schema import CorrectionKind, EngineKind, RunConfig, Transport, Unfinished
+
+# engine -> transports, the default first
+TRANSPORTS = {
+    EngineKind.local: (Transport.in_process,),
+    EngineKind.sglang: (Transport.broadcast, Transport.disk, Transport.ipc),
+    EngineKind.vllm: (Transport.disk,),
+}
+LARGEST_CAP = 1e8  # importance weights are computed up to exp(20)
+LAST_PORT = 65535
+
+
+def rollout_problems(config: RunConfig) -> Iterator[ConfigProblem]:
+    """All problems of these settings."""
+    yield from _transport(config)
+    yield from _addresses(config)
+    yield from _asking(config)
+    yield from _sampling(config)
+    yield from _deadlines(config)
+    yield from _serving(config)
+    yield from _correction(config)
+
+
+def transport_of(config: RunConfig) -> Transport:
+    """The transport in use: rollout.sync.transport, or the engine's default."""
+    return config.rollout.sync.transport or TRANSPORTS[config.rollout.engine][0]
+
+
+def is_loopback(host: str) -> bool:
+    """Whether an address is this machine's own only; a name that is not localhost counts as elsewhere."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return False
+
+
+def _transport(config: RunConfig) -> Iterator[ConfigProblem]:
+    rollout, fitting = config.rollout, TRANSPORTS[config.rollout.engine]
+    key, transport = "rollout.sync.transport", transport_of(config)
+    if transport not in fitting:
+        reason = f"rollout.engine = {rollout.engine.value} takes no weights that way"
+        names = " or ".join(each.value for each in fitting)
+        yield ConfigProblem(key, reason, f"Set it to {names}, or to null for {fitting[0].value}", transport)
+    elif transport is Transport.ipc and not rollout.colocated:
+        reason = "servers can open the trainer's memory on GPUs that they share with it, and rollout.colocated is false"
+        yield ConfigProblem(key, reason, "Set rollout.colocated=true, or choose broadcast", transport)
+    if rollout.colocated and rollout.engine is EngineKind.local:
+        reason = "the local engine lives in the training processes anyway"
+        yield ConfigProblem("rollout.colocated", reason, "Set it to false, or rollout.engine to sglang", True)
+    if rollout.colocated and rollout.unfinished is Unfinished.keep_running:
+        reason = "with rollout.colocated servers give their memory back while the policy trains, and nothing can go on"
+        yield ConfigProblem("rollout.unfinished", reason, "Set it to resume or drop", rollout.unfinished)
+
+
+def _addresses(config: RunConfig) -> Iterator[ConfigProblem]:
+    rollout = config.rollout
+    urls = [(f"rollout.endpoints[{index}]", url) for index, url in enumerate(rollout.endpoints)]
+    urls += [("rollout.router", rollout.router)] if rollout.router is not None else []
+    if urls and rollout.engine is EngineKind.local:
+        reason = "rollout.engine is local, which asks no server"
+        key = "rollout.endpoints" if rollout.endpoints else "rollout.router"
+        yield ConfigProblem(key, reason, "Remove it, or set rollout.engine to sglang or vllm", show_value=False)
+        return
+    outside = []  # settings with addresses beyond this machine
+    for key, url in urls:
+        if (host := _host(url)) is None:
+            remedy = "Give an address such as http://127.0.0.1:30000"
+            yield ConfigProblem(key, "it is no http or https URL of a server, without a path", remedy, url)
+        elif not is_loopback(host):
+            outside.append((key, url))
+    for url, count in Counter(url.rstrip("/") for url in rollout.endpoints).items():
+        if count > 1:
+            reason = f"{url} stands there {count} times, and each server is asked and given weights once"
+            yield ConfigProblem("rollout.endpoints", reason, "List it once", show_value=False)
+    if rollout.engine is EngineKind.local:
+        return
+    if not is_loopback(config.serve.host):
+        outside.append(("serve.host", config.serve.host))
+    if outside and not os.environ.get(rollout.api_key_env):
+        key, value = outside[0]
+        name = rollout.api_key_env or "CLIPO_API_KEY"
+        reason = (
+            "it is reached beyond this machine, where whoever can connect could use the server or change its weights"
+        )
+        remedy = f"Put a key into the environment variable {name} (rollout.api_key_env), for servers and trainer"
+        yield ConfigProblem(
+            key, f"{reason}; the environment variable {name} with the servers' key is not set", remedy, value
+        )
+    servers = [each for each in outside if each[0] != "rollout.router"]
+    if servers and transport_of(config) is Transport.broadcast and is_loopback(rollout.sync.host):
+        reason = f"servers elsewhere ({servers[0][0]} = {servers[0][1]}) cannot reach the trainer there"
+        remedy = "Set it to the trainer's address in their network"
+        yield ConfigProblem("rollout.sync.host", reason, remedy, rollout.sync.host)
+
+
+def _host(url: str) -> str | None:
+    """The host of a URL that names a server; None where it is none."""
+    try:
+        parts = urlsplit(url)
+        port = parts.port
+    except ValueError:
+        return None
+    if parts.scheme not in ("http", "https") or not parts.hostname or port == 0 or parts.username is not None:
+        return None
+    return None if parts.path.strip("/") or parts.query or parts.fragment else parts.hostname
+
+
+def _asking(config: RunConfig) -> Iterator[ConfigProblem]:
+    """What a step asks for beyond its quota, and what becomes of it."""
+    rollout = config.rollout
+    key, asked = "rollout.over_sampling", rollout.over_sampling
+    if not (asked >= 1 and math.isfinite(asked)):
+        reason = "it is prompts asked for over prompts needed"
+        yield ConfigProblem(key, reason, "Set it to 1 (no over-sampling) or more; 1.2 to 2 are usual", asked)
+    if rollout.unfinished is Unfinished.drop:
+        return
+    key, value = "rollout.unfinished", rollout.unfinished
+    if rollout.engine is not EngineKind.sglang:
+        reason = f"rollout.engine = {rollout.engine.value} does not carry interrupted rollouts over"
+        yield ConfigProblem(key, reason, "Set it to drop, or rollout.engine to sglang", value)
+    elif asked == 1:
+        reason = "nothing is ever unfinished: rollout.over_sampling is 1, so every prompt asked for is waited for"
+        yield ConfigProblem(key, reason, "Set rollout.over_sampling above 1, or this to drop", value)
+
+
+def _sampling(config: RunConfig) -> Iterator[ConfigProblem]:
+    rollout = config.rollout
+    if rollout.engine is not EngineKind.vllm:
+        return
+    reason = (
+        "vLLM's log-probs are those after the truncation, and the trainer's are those before it: their ratio would be "
+        "wrong for every token"
+    )
+    if rollout.top_p != 1:
+        yield ConfigProblem("rollout.top_p", reason, "Set it to 1, or rollout.engine to sglang", rollout.top_p)
+    if rollout.top_k != 0:
+        yield ConfigProblem("rollout.top_k", reason, "Set it to 0 (off), or rollout.engine to sglang", rollout.top_k)
+
+
+def _deadlines(config: RunConfig) -> Iterator[ConfigProblem]:
+    """Ranks that are done wait in a collective for those that generate or give servers their weights."""
+    rollout, patience = config.rollout, config.layout.distributed_timeout_s
+    key, unit = "layout.distributed_timeout_s", "ranks that are done wait in a collective for those that are not"
+    if rollout.deadline_s >= patience:
+        reason = f"{unit}, and a step's rollouts may take rollout.deadline_s = {rollout.deadline_s:g}"
+        yield ConfigProblem(key, reason, "Raise it, or lower rollout.deadline_s", patience)
+    if rollout.engine is EngineKind.local:
+        return
+    joining, update = rollout.pool.join_deadline_s, rollout.sync.deadline_s
+    if joining + update >= patience:
+        reason = (
+            f"{unit}, and an update of the servers may take rollout.pool.join_deadline_s + rollout.sync.deadline_s = "
+            f"{joining:g} + {update:g} = {joining + update:g}"
+        )
+        yield ConfigProblem(key, reason, "Raise it, or lower one of these", patience)
+
+
+def _serving(config: RunConfig) -> Iterator[ConfigProblem]:
+    serve = config.serve
+    if not 0 <= serve.port <= LAST_PORT - max(serve.servers, 1) + 1:
+        reason = f"{serve.servers} servers take as many ports from there on, the last of which is {LAST_PORT}"
+        yield ConfigProblem("serve.port", reason, "Set it to 0 for free ones, or lower", serve.port)
+
+
+def _correction(config: RunConfig) -> Iterator[ConfigProblem]:
+    correction = config.algorithm.correction
+    if correction.kind is CorrectionKind.none:
+        return
+    key = "algorithm.correction"
+    if not 1 <= correction.cap <= LARGEST_CAP:
+        reason = "a token that both sides find equally likely has weight 1, which must stay as it is"
+        yield ConfigProblem(f"{key}.cap", reason, f"Set it between 1 and {LARGEST_CAP:g}; 2 is usual", correction.cap)
+    if correction.kind is CorrectionKind.truncate and correction.floor != 0:
+        remedy = "Set it to 0, or algorithm.correction.kind to mask"
+        yield ConfigProblem(f"{key}.floor", "weights are truncated at the cap alone", remedy, correction.floor)
+    elif not 0 <= correction.floor <= 1 or correction.floor >= correction.cap:
+        reason = "a token that both sides find equally likely has weight 1, which must lie between floor and cap"
+        yield ConfigProblem(f"{key}.floor", reason, "Set it between 0 and 1; 0.5 is usual", correction.floor)

@@ -1,0 +1,1 @@
+"""`clipo`: the command line, a file a command."""

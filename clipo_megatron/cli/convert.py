@@ -1,0 +1,219 @@
+"""`clipo convert`: its arguments and help, and what each command does. Imports torch only when something is done."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+    from clipo_megatron.conversion.plan import Conversion
+
+DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+
+_CONVERT = """\
+Move weights between Hugging Face folders and Megatron checkpoints, exactly, in any layout, and prove it.
+
+  to-megatron  Hugging Face folder -> checkpoint that training starts from (model.path) in any layout
+  to-hf        checkpoint, of conversion or of training -> Hugging Face folder for transformers, SGLang, vLLM
+  verify       whether two folders hold the same weights, tensor by tensor
+
+Conversions run on a CPU, in one process or under torchrun, and need memory for a few tensors, not for the model. A
+conversion that was stopped or killed goes on when the same command is given again; nothing is ever overwritten.
+"""
+_CONVERT_EXAMPLES = """\
+examples:
+  clipo convert to-megatron Qwen3-8B checkpoints/qwen3-8b --tp 4 --pp 2
+  clipo convert to-hf runs/demo/checkpoints/step_000200 release
+  clipo convert verify Qwen3-8B checkpoints/qwen3-8b
+"""
+_TO_MEGATRON = """\
+Write the checkpoint OUT from HF_DIR, a Hugging Face folder with safetensors.
+
+OUT holds policy/ (Megatron's torch_dist, a key a layer), hf/ (config, tokenizer and whatever else HF_DIR has beside its
+weights, so that HF_DIR is not needed again) and manifest.json (size and CRC-32 of every file).
+
+Any layout can load the result. --tp, --pp, --vpp, --ep, --etp, --first-layers and --last-layers say how training will
+probably divide the model: each of its ranks then finds its part in few files.
+"""
+_TO_MEGATRON_EXAMPLES = """\
+examples:
+  clipo convert to-megatron Llama-3.1-70B checkpoints/llama-70b --tp 8 --pp 8
+  clipo convert to-megatron Qwen3-30B-A3B checkpoints/qwen3-moe --ep 8 --pp 2 --dtype bf16
+  clipo convert to-megatron Llama-3.1-70B checkpoints/llama-70b --tp 8 --dry-run
+  torchrun --nproc-per-node 8 -m clipo_megatron.cli convert to-megatron Llama-3.1-70B checkpoints/llama-70b
+
+Then: clipo train run.yaml model.path=checkpoints/llama-70b
+"""
+_TO_HF = """\
+Write the Hugging Face folder OUT from CHECKPOINT: a checkpoint of `convert to-megatron`, or of training
+(train.output/checkpoints/step_N). Its files are first compared with its manifest.
+
+Files are divided as those of the checkpoint's own source were, and are the same byte for byte where weights and dtype
+are; or give --max-shard-gb.
+"""
+_TO_HF_EXAMPLES = """\
+examples:
+  clipo convert to-hf runs/demo/checkpoints/step_000200 release
+  clipo convert to-hf runs/demo/checkpoints/step_000200 release --dtype bf16 --max-shard-gb 5
+  clipo convert to-hf runs/demo/checkpoints/step_000200 masters --master       the optimizer's fp32 weights
+  clipo convert to-hf old/step_000100 release --hf Qwen2.5-7B-Instruct         checkpoints without hf/
+"""
+_VERIFY = """\
+Whether A and B hold the same weights: names, shapes, dtypes and a SHA-256 of every tensor, and the facts of their
+config.json. Each is a Hugging Face folder or a checkpoint. The exit code is 1 where they differ.
+"""
+_VERIFY_EXAMPLES = """\
+examples:
+  clipo convert verify Qwen3-8B checkpoints/qwen3-8b
+  clipo convert verify Qwen3-8B release --dtype bf16       after a conversion that cast
+  clipo convert verify Qwen3-8B release --logits           also through transformers
+"""
+
+
+def add_arguments(convert: argparse.ArgumentParser) -> None:
+    """Give a parser `clipo convert`'s commands."""
+    plain = argparse.RawDescriptionHelpFormatter
+    convert.description, convert.epilog, convert.formatter_class = _CONVERT, _CONVERT_EXAMPLES, plain
+    commands = convert.add_subparsers(title=argparse.SUPPRESS, metavar="COMMAND", required=True)
+
+    def command(
+        name: str, text: str, examples: str, run: Callable[[argparse.Namespace], int]
+    ) -> argparse.ArgumentParser:
+        parser = commands.add_parser(name, description=text, epilog=examples, formatter_class=plain)
+        parser.set_defaults(run=run)
+        return parser
+
+    parser = command("to-megatron", _TO_MEGATRON, _TO_MEGATRON_EXAMPLES, _to_megatron)
+    parser.add_argument("source", metavar="HF_DIR", type=Path, help="folder with config.json and *.safetensors")
+    parser.add_argument("target", metavar="OUT", type=Path, help="folder to make")
+    for name, words in (
+        ("tp", "tensor-parallel ranks"),
+        ("pp", "pipeline ranks"),
+        ("vpp", "model chunks a pipeline rank"),
+        ("ep", "expert-parallel ranks"),
+    ):
+        parser.add_argument(f"--{name}", metavar="N", type=_count, default=1, help=words)
+    parser.add_argument("--etp", metavar="N", type=_count, help="tensor-parallel ranks of each expert; default --tp")
+    parser.add_argument("--first-layers", metavar="N", type=_count, help="layers of the first pipeline rank")
+    parser.add_argument("--last-layers", metavar="N", type=_count, help="layers of the last pipeline rank")
+    _add_common(parser)
+
+    parser = command("to-hf", _TO_HF, _TO_HF_EXAMPLES, _to_hf)
+    parser.add_argument("source", metavar="CHECKPOINT", type=Path, help="folder with policy/ and manifest.json")
+    parser.add_argument("target", metavar="OUT", type=Path, help="folder to make")
+    parser.add_argument("--max-shard-gb", metavar="GB", type=_positive, help="most of one file of weights")
+    parser.add_argument("--master", action="store_true", help="the optimizer's fp32 weights in place of the parameters")
+    parser.add_argument("--hf", metavar="DIR", type=Path, help="config and tokenizer, if the checkpoint has none")
+    _add_common(parser)
+
+    parser = command("verify", _VERIFY, _VERIFY_EXAMPLES, _verify)
+    parser.add_argument("a", metavar="A", type=Path)
+    parser.add_argument("b", metavar="B", type=Path)
+    parser.add_argument("--dtype", choices=DTYPES, help="compare after a cast to it")
+    parser.add_argument("--logits", action="store_true", help="also compare logits, through transformers")
+    parser.add_argument("--tolerance", type=_positive, help="of the logits, relative to the largest")
+    parser.add_argument("--show", metavar="N", type=int, default=20, help="differences to list; default 20")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def _add_common(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--dtype", choices=DTYPES, help="cast to it on the way; default: as it is")
+    parser.add_argument("--threads", metavar="N", type=_count, help="that read and write at once; default up to 4")
+    parser.add_argument("--dry-run", action="store_true", help="print what would be written, and write nothing")
+
+
+def _to_megatron(options: argparse.Namespace) -> int:
+    from clipo_megatron.conversion.to_megatron import ToMegatron
+    from clipo_megatron.weights.parallel_division import ParallelDivision
+
+    sizes = ("tp", "pp", "vpp", "ep", "etp", "first_layers", "last_layers")
+    division = ParallelDivision(**{name: getattr(options, name) for name in sizes})
+    kind: type[ToMegatron] = ToMegatron
+    if options.dry_run:
+        from clipo_megatron.config.model_folder import is_checkpoint
+        from clipo_megatron.conversion.dry_run import FromConfig, has_weights
+
+        # A checkpoint is no source: ToMegatron says so.
+        kind = ToMegatron if has_weights(options.source) or is_checkpoint(options.source) else FromConfig
+    return _run(options, kind(options.source, _target(options), division=division, dtype=_dtype(options.dtype)))
+
+
+def _to_hf(options: argparse.Namespace) -> int:
+    from clipo_megatron.conversion.to_hf import ToHF
+
+    conversion = ToHF(
+        options.source,
+        _target(options),
+        dtype=_dtype(options.dtype),
+        shard_bytes=options.max_shard_gb and int(options.max_shard_gb * 1e9),
+        master=options.master,
+        beside=options.hf,
+    )
+    if conversion.dropped and _leads():
+        print(f"left out, computed from config.json: {', '.join(conversion.dropped)}")
+    return _run(options, conversion)
+
+
+def _run(options: argparse.Namespace, conversion: Conversion) -> int:
+    if options.dry_run:
+        from clipo_megatron.conversion import dry_run
+
+        return dry_run.run(conversion)
+    from clipo_megatron.conversion.running import convert
+
+    seconds = convert(conversion, threads=options.threads)
+    if _leads():
+        rate = conversion.nbytes / 1e6 / max(seconds, 1e-9)
+        print(f"{conversion.target}: {conversion.nbytes / 1e9:.2f} GB in {seconds:.1f} s, {rate:.0f} MB/s")
+    return 0
+
+
+def _verify(options: argparse.Namespace) -> int:
+    from clipo_megatron.conversion import verify
+
+    tolerance = verify.TOLERANCE if options.tolerance is None else options.tolerance
+    return verify.run(
+        options.a,
+        options.b,
+        dtype=_dtype(options.dtype),
+        with_logits=options.logits,
+        tolerance=tolerance,
+        shown=options.show,
+        as_json=options.json,
+    )
+
+
+def _leads() -> bool:
+    return os.environ.get("RANK", "0") == "0"
+
+
+def _target(options: argparse.Namespace) -> Path:
+    """OUT with a name that hidden folders can be made of: `.` and `..` have none."""
+    return Path(os.path.abspath(options.target))
+
+
+def _dtype(name: str | None) -> torch.dtype | None:
+    import torch
+
+    return None if name is None else getattr(torch, DTYPES[name])
+
+
+def _count(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of 1 or more")
+    return int(text)
+
+
+def _positive(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not value > 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
+    return value

@@ -1,0 +1,88 @@
+"""`clipo report`: runs as one HTML page."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from pathlib import Path
+
+_DESCRIPTION = """\
+One HTML page about one or several runs: what differs, held-out accuracy with intervals, curves, what CLIPO did to the
+representation, pairs of rollouts with their texts, and where the time goes. It needs nothing else and no network.
+
+RUN is the folder that a run writes to, its train.output; it may still be going. Runs that differ only in their seed are
+drawn as one line with a band, and are a group. Every group is held against the first one, or against the one of
+--against. Traced steps are also written beside the page, for chrome://tracing or Perfetto.
+"""
+_EXAMPLES = """\
+examples:
+  clipo report runs/quickstart
+  clipo report runs/grpo-* runs/clipo-* -o compared.html
+  clipo report runs/*/seed* --against grpo
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of the command."""
+    parser.description, parser.epilog = _DESCRIPTION, _EXAMPLES
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("runs", metavar="RUN", nargs="+", type=Path, help="folder of a run")
+    parser.add_argument(
+        "-o", "--out", type=Path, default=Path("report.html"), help="page to write; default report.html"
+    )
+    parser.add_argument(
+        "--against",
+        metavar="NAME",
+        help="group that the others are held against, as the page calls it; default: the first",
+    )
+    parser.set_defaults(run=_run)
+
+
+def _run(options: argparse.Namespace) -> int:
+    from clipo_megatron.report.reading import PageError
+
+    if options.out.is_dir():
+        raise PageError(
+            f"--out {options.out} is a folder. Give the file to write, such as {options.out / 'report.html'}"
+        )
+    written = write_page(options.runs, options.out, against=options.against)
+    for path in written:
+        print(path)
+    return 0
+
+
+def write_page(folders: list[Path], out: Path, *, against: str | None = None) -> list[Path]:
+    """Read runs and write the page, and beside it the trace of those that have one.
+
+    Args:
+        folders: of the runs; one that is given twice is read once.
+        out: the page.
+        against: label of the group that comes first; None leaves the order.
+
+    Returns:
+        What was written.
+
+    Raises:
+        PageError: a folder is no run's, no group is called so, or the page cannot be written; says which and why.
+    """
+    from clipo_megatron.report import grouping
+    from clipo_megatron.report.document import document
+    from clipo_megatron.report.reading import PageError, read_run
+    from clipo_megatron.report.timing import chrome_trace
+    from clipo_megatron.runtime.durable_files import write_durably
+
+    groups = grouping.group_runs([read_run(folder) for folder in {each.resolve(): each for each in folders}.values()])
+    if against is not None:
+        groups = grouping.against(groups, against)
+    page = document(groups, made=time.strftime("%Y-%m-%d %H:%M"))
+    written = {out: page}
+    if traced := [run for group in groups for run in group.runs if run.traces]:
+        written[out.with_suffix(".trace.json")] = json.dumps(chrome_trace(traced))
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        for path, text in written.items():
+            write_durably(path, text)
+    except OSError as error:
+        raise PageError(f"{out} cannot be written: {error.strerror or error}. Choose another --out") from error
+    return list(written)

@@ -1,0 +1,158 @@
+"""`clipo serve`: from a configuration to running servers."""
+
+from __future__ import annotations
+
+import os
+import shlex
+from dataclasses import replace
+from pathlib import Path
+
+from clipo_megatron.config.errors import ConfigError
+from clipo_megatron.config.schema import EngineKind, RunConfig
+from clipo_megatron.rollout.servers.registry import FOLDER, Registry, ServerRecord, Status
+from clipo_megatron.runtime.ports import free_port
+from clipo_megatron.serving import environment
+from clipo_megatron.serving.commands import ServerSlot, api_key, server_command, url
+from clipo_megatron.serving.gpus import gpus
+from clipo_megatron.serving.probes import Probe
+from clipo_megatron.serving.process import REDACTED
+from clipo_megatron.serving.supervisor import Patience, Supervisor, Wanted, host_name, only_one
+
+
+def serve(config: RunConfig) -> int:
+    """Start the servers of a configuration, and keep them running until a signal.
+
+    Returns:
+        128 + the signal's number.
+
+    Raises:
+        ConfigError: the configuration asks for servers that cannot be.
+        ServingError: they cannot be set up, started or kept.
+    """
+    found, _ = gpus()
+    places, key = _places(config, found), api_key(config)
+    folder = Path(config.train.output).absolute()
+    # What is wrong with the options shows before an environment is set up, which takes minutes.
+    for place in places:
+        server_command(config, place, python=Path("python"), key=key, scratch=folder)
+    with only_one(folder / FOLDER):
+        python = environment.interpreter(config.rollout.engine.value, config.serve.python, gpus=len(found))
+        wanted = [_wanted(config, place, python, key, folder) for place in places]
+        patience = Patience(
+            start_s=config.serve.start_deadline_s,
+            health_timeout_s=config.serve.health_timeout_s,
+            # An update may keep an engine busy for as long as updates may take.
+            engine_silent_s=max(config.serve.health_timeout_s, config.rollout.sync.deadline_s),
+            restarts=config.serve.restarts,
+        )
+        secrets = [key] if key else []
+        return Supervisor(wanted, Registry(folder / FOLDER), patience, secrets=secrets).run()
+
+
+def report_check(config: RunConfig) -> int:
+    """Print what `serve` would start, and start nothing."""
+    found, reason = gpus()
+    places, key = _places(config, found), api_key(config)
+    engine = config.rollout.engine.value
+    print(f"{config.name}: {len(places)} {engine} server{'s' * (len(places) > 1)} for {config.train.output}")
+    print(f"  GPUs         {len(found) or f'none ({reason})'}")
+    python, remark = _planned_interpreter(engine, config.serve.python, len(found))
+    print(f"  interpreter  {python}{remark}")
+    named = config.rollout.api_key_env
+    print(f"  key          {f'from {named}' if key else 'none: only this machine reaches the servers'}")
+    for place in places:
+        command = server_command(config, place, python=python, key=key, scratch=Path("PRIVATE"))
+        words = {name: REDACTED if key and value == key else value for name, value in command.environment.items()}
+        print(f"\nserver {place.index}, {url(config.serve.host, place.port)}")
+        print("  " + " ".join(f"{name}={shlex.quote(value)}" for name, value in sorted(words.items())))
+        print("  " + shlex.join(command.arguments))
+    return 0
+
+
+def _planned_interpreter(engine: str, given: str | None, count: int) -> tuple[Path, str]:
+    """As `environment.interpreter` chooses, but sets nothing up."""
+    recipe = environment.RECIPES[engine]
+    if given is None and count == 0 and not recipe.is_ready and not environment.importable(engine):
+        return recipe.python, f" (to be set up: about {recipe.minutes:.0f} minutes, {recipe.gigabytes:.1f} GB)"
+    return environment.interpreter(engine, given, gpus=count), ""
+
+
+def _places(config: RunConfig, found: list[str]) -> list[ServerSlot]:
+    """Where each server runs.
+
+    Raises:
+        ConfigError: see `serve`.
+    """
+    serve, rollout = config.serve, config.rollout
+    if rollout.engine == EngineKind.local:
+        raise ConfigError(
+            "rollout.engine = local generates in the training processes, and there is nothing to serve. Set "
+            "rollout.engine to sglang or vllm."
+        )
+    if rollout.endpoints:
+        raise ConfigError(
+            f"rollout.endpoints = {rollout.endpoints} names servers that others run, and the run would use those "
+            "alone. Empty it, or do without `clipo serve`."
+        )
+    if not (Path(config.model.path) / "config.json").is_file():
+        raise ConfigError(
+            f"model.path = {config.model.path}: there is no Hugging Face model folder. Give the path of one on this "
+            "machine."
+        )
+    for name, least in (("servers", 1), ("tp", 1), ("port", 0), ("restarts", 0)):
+        if getattr(serve, name) < least:
+            raise ConfigError(f"serve.{name} = {getattr(serve, name)}: it must be at least {least}. Raise it.")
+    for name in ("start_deadline_s", "health_timeout_s"):
+        if not getattr(serve, name) > 0:
+            raise ConfigError(f"serve.{name} = {getattr(serve, name)}: it must be a positive number. Raise it.")
+    devices = _visible(len(found))
+    needed = serve.servers * serve.tp
+    if devices and needed > len(devices):
+        raise ConfigError(
+            f"serve.servers x serve.tp = {serve.servers} x {serve.tp} = {needed} GPUs, and this machine offers "
+            f"{len(devices)}. Lower one of them, or serve from several machines."
+        )
+    return [
+        ServerSlot(
+            index,
+            serve.port + index if serve.port else free_port(),
+            tuple(devices[index * serve.tp : (index + 1) * serve.tp]),
+        )
+        for index in range(serve.servers)
+    ]
+
+
+def _visible(count: int) -> list[str]:
+    """The GPUs that this process may use, by the driver's names."""
+    if not count:
+        return []
+    from clipo_megatron.runtime.platform import VISIBLE_DEVICES
+
+    chosen = os.environ.get(VISIBLE_DEVICES)
+    return [str(index) for index in range(count)] if chosen is None else [name for name in chosen.split(",") if name]
+
+
+def _wanted(config: RunConfig, place: ServerSlot, python: Path, key: str | None, folder: Path) -> Wanted:
+    name = f"server-{host_name()}-{place.index}"  # machines may share the folder
+    entry = ServerRecord(
+        name=name,
+        url=url(config.serve.host, place.port),
+        engine=config.rollout.engine.value,
+        tp=config.serve.tp,
+        host=host_name(),
+        pid=0,
+        boot="",
+        status=Status.starting,
+    )
+    return Wanted(
+        entry=entry,
+        port=place.port,
+        command=lambda port, scratch: server_command(
+            config, replace(place, port=port), python=python, key=key, scratch=scratch
+        ),
+        url=lambda port: url(config.serve.host, port),
+        probe=lambda address: Probe(address, config.rollout.engine, key),
+        log=folder / "logs" / f"{name}.log",
+        host=config.serve.host,
+        port_is_fixed=config.serve.port != 0,
+    )

@@ -1,0 +1,200 @@
+"""How the rollouts of a step reach the ranks that train them.
+
+Facts (verdicts, rewards, lengths) go to everybody: a few numbers a rollout. Tokens go point to point, from the rank
+that generated a rollout to the head of the replica that trains it, and from the head through its replica.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from clipo_megatron.flow import Prompt, Rollout, RolloutTable, Sample, ScoredGroup
+from clipo_megatron.policy.parallel import Layout
+from clipo_megatron.runtime.platform import platform
+
+Observe = Callable[[Prompt, Rollout], dict[str, float | str]]
+
+
+def build_table(
+    groups: Sequence[ScoredGroup], *, step: int, observe: Observe = lambda prompt, rollout: {}
+) -> tuple[RolloutTable, list[Sample]]:
+    """Gather the facts of every rank's rollouts.
+
+    What a rollout's earlier windows brought is part of its prompt: only the tokens of this step train.
+
+    Args:
+        groups: what this rank generated; may be empty.
+        step: number of the step.
+        observe: further facts of one rollout, the same names for each; numbers become signals, texts words.
+
+    Returns:
+        The table, identical on every rank, and this rank's rollouts with their rows in it.
+
+    Raises:
+        RuntimeError: two ranks hold the same rollout, or no rank holds any.
+    """
+    local = [
+        (
+            scored.group.position,
+            rollout.sample,
+            verdict.correct is True,
+            verdict.correct is not None,
+            verdict.reward if verdict.correct is not None else 0.0,
+            scored.group.prompt.tokens.numel() + rollout.trained,
+            rollout.tokens.numel() - rollout.trained,
+            rollout.finish == "length",
+            int(rollout.versions[rollout.trained]),
+            int(rollout.versions[-1]),
+            rollout.finish == "window",
+        )
+        for scored in groups
+        for rollout, verdict in zip(scored.group.rollouts, scored.verdicts, strict=True)
+    ]
+    names = {scored.group.position: scored.group.prompt.id for scored in groups}
+    observed = [observe(scored.group.prompt, rollout) for scored in groups for rollout in scored.group.rollouts]
+    shared: list[tuple[np.ndarray, dict[int, str], list[dict[str, float | str]]]] = [None] * dist.get_world_size()  # type: ignore[list-item]
+    dist.all_gather_object(shared, (np.array(local, dtype=np.float64).reshape(-1, 11), names, observed))
+    facts = np.concatenate([part for part, _, _ in shared])
+    if not len(facts):
+        raise RuntimeError("no rank generated a rollout in this step")
+    order = np.lexsort((facts[:, 1], facts[:, 0]))
+    facts = facts[order]
+    notes = [note for _, _, part in shared for note in part]
+    signals, words = _columns([notes[row] for row in order])
+    keys = facts[:, :2].astype(np.int64)
+    if len(np.unique(keys, axis=0)) != len(keys):
+        raise RuntimeError("a rollout is held by two ranks")
+    positions = np.unique(keys[:, 0])
+    prompt_ids = {position: name for _, part, _ in shared for position, name in part.items()}
+
+    def column(index: int, dtype: torch.dtype) -> Tensor:
+        return torch.from_numpy(facts[:, index].copy()).to(dtype)
+
+    table = RolloutTable(
+        prompt_ids=[prompt_ids[int(position)] for position in positions],
+        group=torch.from_numpy(np.searchsorted(positions, keys[:, 0])),
+        correct=column(2, torch.bool),
+        graded=column(3, torch.bool),
+        reward=column(4, torch.float32),
+        prompt_length=column(5, torch.int64),
+        response_length=column(6, torch.int64),
+        truncated=column(7, torch.bool),
+        version=column(8, torch.int64),
+        step=step,
+        newest=column(9, torch.int64),
+        goes_on=column(10, torch.bool),
+        signals=signals,
+        words=words,
+    )
+    row_of = {(int(position), int(sample)): row for row, (position, sample) in enumerate(keys)}
+    samples = []
+    for scored in groups:
+        for rollout in scored.group.rollouts:
+            row, before = row_of[scored.group.position, rollout.sample], rollout.trained
+            prompt = torch.cat([scored.group.prompt.tokens, rollout.tokens[:before]])
+            samples.append(
+                Sample(row, int(table.group[row]), prompt, rollout.tokens[before:], rollout.logprobs[before:])
+            )
+    return table, samples
+
+
+def _columns(notes: Sequence[dict[str, float | str]]) -> tuple[dict[str, Tensor], dict[str, list[str]]]:
+    """What was observed of each row, as columns: numbers float64, and texts."""
+    signals: dict[str, Tensor] = {}
+    words: dict[str, list[str]] = {}
+    for name, first in notes[0].items():
+        values = [note[name] for note in notes]
+        if isinstance(first, str):
+            words[name] = values
+        else:
+            signals[name] = torch.tensor(values, dtype=torch.float64)
+    return signals, words
+
+
+def deliver(samples: Sequence[Sample], table: RolloutTable, owner: Tensor, layout: Layout) -> dict[int, Sample]:
+    """Move every rollout to the replica that trains it.
+
+    Args:
+        samples: this rank's rollouts.
+        table: the step's facts.
+        owner: [B] int64, data-parallel rank that trains each row; -1 for none.
+        layout: this rank's place.
+
+    Returns:
+        The rollouts of this rank's replica, by row; the same on all its ranks.
+    """
+    by_head: list[list[Sample]] = [[] for _ in range(layout.world)]
+    for sample in sorted(samples, key=lambda s: s.row):
+        if (dp_rank := int(owner[sample.row])) >= 0:
+            by_head[layout.head_of(dp_rank)].append(sample)
+    rows_sent = [[sample.row for sample in part] for part in by_head]
+    rows_from: list[list[list[int]]] = [None] * layout.world  # type: ignore[list-item]
+    dist.all_gather_object(rows_from, rows_sent)
+
+    def words(rows: Sequence[int]) -> int:
+        return int((table.prompt_length[rows] + 2 * table.response_length[rows]).sum()) if rows else 0
+
+    # One int32 word a token id, and one a log-prob (its bits).
+    outgoing = [_encode(sample) for part in by_head for sample in part]
+    sent = torch.cat(outgoing) if outgoing else torch.empty(0, dtype=torch.int32)
+    send_sizes = [words(rows) for rows in rows_sent]
+    receive_sizes = [words(rows_from[source][layout.rank]) for source in range(layout.world)]
+    device = platform().device
+    received = torch.empty(sum(receive_sizes), dtype=torch.int32, device=device)
+    dist.all_to_all_single(received, sent.to(device), receive_sizes, send_sizes)
+
+    head = layout.head_of(layout.dp_rank)
+    order = [row for source in range(layout.world) for row in rows_from[source][head]]
+    if layout.tp * layout.pp > 1:
+        if not layout.is_head:
+            received = torch.empty(words(order), dtype=torch.int32, device=device)
+        dist.broadcast(received, src=head, group=layout.replica_group)
+    return _decode(received.cpu(), order, table)
+
+
+def _encode(sample: Sample) -> Tensor:
+    return torch.cat([sample.prompt.int(), sample.response.int(), sample.logprobs.float().view(torch.int32)])
+
+
+def _decode(words: Tensor, order: Sequence[int], table: RolloutTable) -> dict[int, Sample]:
+    samples, place = {}, 0
+    for row in order:
+        prompt, response = int(table.prompt_length[row]), int(table.response_length[row])
+        parts = words[place : place + prompt + 2 * response].split([prompt, response, response])
+        group = int(table.group[row])
+        samples[row] = Sample(row, group, parts[0].long(), parts[1].long(), parts[2].view(torch.float32))
+        place += prompt + 2 * response
+    return samples
+
+
+def share_from_last_stage(values: Tensor, layout: Layout, *, sum_over_dp: bool) -> Tensor:
+    """Give every rank what the last stages know.
+
+    Args:
+        values: any shape, on the CPU or the device; meaningful on last-stage ranks, same shape everywhere.
+        sum_over_dp: add the last stages' values up over data-parallel ranks first.
+
+    Returns:
+        The values on the CPU, identical on every rank.
+    """
+    tensor = values.to(platform().device)
+    if layout.is_last_stage and sum_over_dp and layout.dp > 1:
+        dist.all_reduce(tensor, group=layout.dp_group)
+    if layout.pp > 1:
+        dist.broadcast(tensor, src=layout.last_stage_rank, group=layout.pp_group)
+    return tensor.cpu()
+
+
+def from_last_stage(facts: Any, layout: Layout) -> Any:
+    """A small object of the last stage, on every rank of its pipeline."""
+    if layout.pp == 1:
+        return facts
+    box = [facts]
+    dist.broadcast_object_list(box, src=layout.last_stage_rank, group=layout.pp_group)
+    return box[0]

@@ -1,0 +1,106 @@
+"""Experiences that stages give again, in checkpoints: they lie on the ranks that train them, whatever the layout."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import fields, replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from clipo_megatron.algorithms.algorithm import Algorithm
+from clipo_megatron.flow import Experience, MicroBatch, RolloutTable, Sample
+from clipo_megatron.policy.batch.batching import Batcher
+
+HOST = torch.device("cpu")
+
+
+class ReplayCheckpointer:
+    """State of the stages' previous experiences. Both methods are called by all ranks.
+
+    A state holds tables whole, and of each rollout, in the order of rows, its tokens and what the last stage knows of
+    them. So a run of another layout deals them out anew, and one of the same gets the same micro-batches.
+    """
+
+    def __init__(self, algorithm: Algorithm, batcher: Batcher):
+        self.algorithm, self.batcher = algorithm, batcher
+
+    def state_dict(self) -> dict[str, Any]:
+        """By place of the stage; whole on rank 0."""
+        return {
+            str(place): self._taken(stage.previous)
+            for place, stage in enumerate(self.algorithm.stages)
+            if stage.previous is not None
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Inverse of `state_dict`."""
+        for place, stage in enumerate(self.algorithm.stages):
+            if stage.replays:
+                stage.previous = self._given(state[str(place)]) if str(place) in state else None
+
+    def _taken(self, experience: Experience) -> dict[str, Any]:
+        layout, table = self.batcher.layout, experience.table
+        mine: dict[int, dict[str, Tensor]] = {}
+        if layout.is_last_stage and layout.tp_rank == 0:
+            for batch in experience.mini_batches:
+                mine |= {row: facts for micro in batch.micro_batches for row, facts in _rollouts_of(micro)}
+        everybody: list[dict[int, dict[str, Tensor]]] = [{} for _ in range(layout.world)]
+        dist.gather_object(mine, everybody if layout.rank == 0 else None)
+        by_row = {row: facts for part in everybody for row, facts in part.items()}
+        if not by_row:
+            return {}
+        names = list(by_row[0])
+        return {
+            "table": {each.name: getattr(table, each.name) for each in fields(table)},
+            "columns": {"reward": experience.reward, "advantage": experience.advantage, "keep": experience.keep},
+            "tokens": {name: torch.cat([by_row[row][name] for row in range(table.size)]) for name in names},
+        }
+
+    def _given(self, state: dict[str, Any]) -> Experience:
+        table = RolloutTable(**state["table"])
+        responses = table.response_length.tolist()
+        tokens = dict(state["tokens"])
+        prompts = tokens.pop("prompt").long().split(table.prompt_length.tolist())
+        by_row = {name: values.split(responses) for name, values in tokens.items()}
+        samples = {
+            row: Sample(row, int(table.group[row]), prompt, by_row["response"][row].long(), by_row["logprobs"][row])
+            for row, prompt in enumerate(prompts)
+        }
+        batches = self.batcher.mini_batches_again(samples, table)
+        experience = Experience(table, batches, **state["columns"]).to(HOST)
+        if self.batcher.layout.is_last_stage:
+            for batch in experience.mini_batches:
+                batch.micro_batches = [_filled(micro, by_row) for micro in batch.micro_batches]
+        return experience
+
+
+def _rollouts_of(micro: MicroBatch) -> Iterator[tuple[int, dict[str, Tensor]]]:
+    """Each rollout's row, and what is known of its tokens."""
+    columns = {"old_logprobs": micro.old_logprobs, "reference_logprobs": micro.reference_logprobs}
+    columns |= {f"signals.{name}": values for name, values in micro.signals.items()}
+    sizes = [sample.response.numel() for sample in micro.samples]
+    parts = {name: values.split(sizes) for name, values in columns.items() if values is not None}
+    for place, sample in enumerate(micro.samples):
+        own = {"prompt": sample.prompt.int(), "response": sample.response.int(), "logprobs": sample.logprobs}
+        yield sample.row, own | {name: values[place].clone() for name, values in parts.items()}
+
+
+def _filled(micro: MicroBatch, by_row: dict[str, Sequence[Tensor]]) -> MicroBatch:
+    """With what is known of the tokens of its rollouts."""
+
+    def column(name: str) -> Tensor | None:
+        if name not in by_row:
+            return None
+        nothing = by_row[name][0][:0]
+        return torch.cat([nothing, *(by_row[name][sample.row] for sample in micro.samples)])
+
+    signals = [name.removeprefix("signals.") for name in by_row if name.startswith("signals.")]
+    return replace(
+        micro,
+        old_logprobs=column("old_logprobs"),
+        reference_logprobs=column("reference_logprobs"),
+        signals={name: column(f"signals.{name}") for name in signals},
+    )

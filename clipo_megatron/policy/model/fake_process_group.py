@@ -1,0 +1,48 @@
+"""One rank of any layout in this process, the other ranks of which do not exist: for names, shapes and places."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.distributed as dist
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from clipo_megatron.config.schema import DType, LayoutConfig, ModelConfig
+from clipo_megatron.policy import parallel as layouts
+from clipo_megatron.policy.model.model import PolicyStage, build_stages, transformer_config
+from clipo_megatron.policy.parallel import Layout
+from clipo_megatron.runtime.platform import platform
+from clipo_megatron.weights.spec import ModelSpec
+
+
+@contextmanager
+def fake_process_group(config: LayoutConfig, *, rank: int, world: int, vpp: int = 1) -> Iterator[Layout]:
+    """The layout as one of `world` ranks sees it. Collectives within do nothing.
+
+    Raises:
+        ValueError: the layout does not divide the ranks; or this process is already a rank of something.
+    """
+    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world)
+    try:
+        yield layouts.initialize(config, seed=0, vpp=vpp)
+    finally:
+        layouts.shutdown()
+
+
+def meta_stages(
+    spec: ModelSpec, layout: Layout, *, dtype: DType = DType.bf16, vocab_multiple: int | None = None
+) -> list[PolicyStage]:
+    """The rank's model chunks, their parameters without memory.
+
+    Args:
+        spec: of the model.
+        layout: the rank's place, of `fake_process_group`.
+        dtype: of the parameters.
+        vocab_multiple: rows a rank to which the vocabulary is padded; None: what this machine's devices want.
+    """
+    config = transformer_config(spec, ModelConfig(dtype=dtype), layout)
+    config.use_cpu_initialization = True  # else Megatron names a device for every parameter
+    with torch.device("meta"), platform().cuda_tensor_names():
+        return build_stages(spec, config, layout, vocab_multiple=vocab_multiple)

@@ -1,0 +1,272 @@
+"""The policy as a Megatron GPT stage whose forward takes packed segments and ends at the LM head's input."""
+
+from __future__ import annotations
+
+import torch
+from megatron.core.extensions.transformer_engine import TENorm
+from megatron.core.models.gpt.gpt_layer_specs import (
+    get_gpt_layer_local_spec,
+    get_gpt_layer_with_transformer_engine_spec,
+)
+from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
+from megatron.core.tensor_parallel.mappings import copy_to_tensor_model_parallel_region
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from clipo_megatron.config.schema import DType, ModelConfig
+from clipo_megatron.flow import MicroBatch
+from clipo_megatron.policy.model.attention import PackedAttention, SegmentPlan, plan_segments
+from clipo_megatron.policy.model.experts import adapt_experts, adapt_sparse_layer, expert_settings
+from clipo_megatron.policy.model.logprobs import token_logprobs
+from clipo_megatron.policy.parallel import Layout
+from clipo_megatron.runtime.platform import platform
+from clipo_megatron.weights.mapping import PipelineStage
+from clipo_megatron.weights.parallel_division import ParallelDivision
+from clipo_megatron.weights.sharding import VOCAB_MULTIPLE_ON_GPUS
+from clipo_megatron.weights.spec import ModelSpec, inverse_frequencies
+
+TORCH_DTYPE = {DType.fp32: torch.float32, DType.bf16: torch.bfloat16}
+
+
+def packs_shared_prompts() -> bool:
+    """Whether the attention in use lets responses attend to a prompt that is packed once: ours does, TE's does not."""
+    return not transformer_engine_usable()
+
+
+def transformer_engine_usable() -> bool:
+    """Whether transformer-engine's layers are installed and can run here."""
+    if not platform().has_gpu:
+        return False
+    try:
+        import transformer_engine.pytorch  # noqa: F401
+    except ImportError:
+        return False
+    return True
+
+
+class RMSNorm(torch.nn.RMSNorm):
+    """RMSNorm that Megatron can shard the sequence of: its weight's gradient is summed over tensor-parallel ranks."""
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: object):
+        device = None if config.use_cpu_initialization else platform().device
+        super().__init__(hidden_size, eps=eps, dtype=config.params_dtype, device=device)
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+
+
+def transformer_config(spec: ModelSpec, model: ModelConfig, layout: Layout) -> TransformerConfig:
+    """Megatron's configuration of an architecture in a layout."""
+    bf16 = model.dtype is DType.bf16
+    return TransformerConfig(
+        num_layers=spec.num_layers,
+        hidden_size=spec.hidden_size,
+        ffn_hidden_size=spec.ffn_hidden_size,
+        num_attention_heads=spec.num_heads,
+        num_query_groups=spec.num_kv_heads,
+        kv_channels=spec.head_dim,
+        normalization="RMSNorm",
+        layernorm_epsilon=spec.rms_norm_eps,
+        gated_linear_unit=True,
+        activation_func=torch.nn.functional.silu,
+        add_bias_linear=False,
+        add_qkv_bias=spec.qkv_bias,
+        qk_layernorm=spec.qk_norm,
+        # transformer-engine counts the keys before a query's own
+        window_size=(spec.sliding_window - 1, 0) if spec.sliding_window else None,
+        attention_dropout=0.0,
+        hidden_dropout=0.0,
+        attention_softmax_in_fp32=True,
+        tensor_model_parallel_size=layout.tp,
+        pipeline_model_parallel_size=layout.pp,
+        **_stage_sizes(layout.division),
+        expert_model_parallel_size=layout.division.ep,
+        expert_tensor_parallel_size=layout.division.expert_tp,
+        sequence_parallel=layout.sequence_parallel,
+        pipeline_dtype=TORCH_DTYPE[model.dtype],
+        params_dtype=TORCH_DTYPE[model.dtype],
+        bf16=bf16,
+        variable_seq_lengths=True,
+        moe_token_dispatcher_type="alltoall",  # the default refuses variable lengths, even in a dense model
+        perform_initialization=False,
+        calculate_per_token_loss=True,  # gradients are sums; see policy.optimizer
+        bias_activation_fusion=False,
+        masked_softmax_fusion=False,
+        apply_rope_fusion=False,
+        bias_dropout_fusion=platform().has_gpu,
+        gradient_accumulation_fusion=False,
+        persist_layer_norm=transformer_engine_usable(),
+        recompute_granularity="full" if model.recompute else None,
+        recompute_method="uniform" if model.recompute else None,
+        recompute_num_layers=1 if model.recompute else None,
+        **expert_settings(spec, grouped=transformer_engine_usable()),
+    )
+
+
+def _stage_sizes(division: ParallelDivision) -> dict[str, int | None]:
+    """Layers of pipeline ranks that have more or fewer than the others, and chunks a rank."""
+    if division.pp == 1:
+        return {}
+    return {
+        "num_layers_in_first_pipeline_stage": division.first_layers,
+        "num_layers_in_last_pipeline_stage": division.last_layers,
+        "virtual_pipeline_model_parallel_size": division.vpp if division.vpp > 1 else None,
+    }
+
+
+def _block_spec(spec: ModelSpec, stage: PipelineStage) -> TransformerBlockSubmodules:
+    """The layers of one stage: transformer-engine's where it can run, else Megatron's with our attention and norm."""
+    layers = [_layer_spec(spec, spec.is_sparse(stage.offset + layer)) for layer in range(stage.layers)]
+    return TransformerBlockSubmodules(layer_specs=layers, layer_norm=TENorm if transformer_engine_usable() else RMSNorm)
+
+
+def _layer_spec(spec: ModelSpec, sparse: bool) -> ModuleSpec:
+    experts = spec.experts.count if sparse else None
+    if transformer_engine_usable():
+        return get_gpt_layer_with_transformer_engine_spec(
+            num_experts=experts, moe_grouped_gemm=sparse, qk_layernorm=spec.qk_norm
+        )
+    layer = get_gpt_layer_local_spec(num_experts=experts, normalization="RMSNorm", qk_layernorm=spec.qk_norm)
+    parts = layer.submodules
+    parts.input_layernorm = parts.pre_mlp_layernorm = RMSNorm
+    attention = parts.self_attention.submodules
+    attention.core_attention = PackedAttention
+    if spec.qk_norm:
+        attention.q_layernorm = attention.k_layernorm = RMSNorm
+    if sparse:
+        adapt_sparse_layer(layer)
+    return layer
+
+
+def _padded_vocab(size: int, tp: int, multiple: int | None) -> int:
+    """The vocabulary in equal shards of multiples of so many rows; None: on GPUs of whole 64-row tiles, else of 1."""
+    shards = tp * (multiple or (VOCAB_MULTIPLE_ON_GPUS if platform().has_gpu else 1))
+    return -(-size // shards) * shards
+
+
+def build_stages(
+    spec: ModelSpec, config: TransformerConfig, layout: Layout, *, vocab_multiple: int | None = None
+) -> list[PolicyStage]:
+    """This rank's model chunks: one, or as many as there are virtual stages."""
+    return [PolicyStage(spec, config, layout, chunk, vocab_multiple) for chunk in range(layout.division.vpp)]
+
+
+class PolicyStage(GPTModel):
+    """One pipeline stage of the policy, or one of its virtual stages.
+
+    Args:
+        spec: of the model.
+        config: Megatron's, from `transformer_config`.
+        layout: this rank's place.
+        chunk: which of the rank's model chunks, 0 without virtual stages.
+        vocab_multiple: rows a rank to which the vocabulary is padded; None: what this machine's devices want.
+
+    Attributes:
+        has_lm_head: whether the last stage ends in one.
+        own_parameters: those that no language model has.
+    """
+
+    has_lm_head = True
+    own_parameters: frozenset[str] = frozenset()
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        config: TransformerConfig,
+        layout: Layout,
+        chunk: int = 0,
+        vocab_multiple: int | None = None,
+    ):
+        self.place = layout.division.stages(spec.num_layers)[layout.pp_rank + chunk * layout.pp]
+        super().__init__(
+            config=config,
+            transformer_layer_spec=_block_spec(spec, self.place),
+            vocab_size=_padded_vocab(spec.vocab_size, layout.tp, vocab_multiple),
+            max_sequence_length=spec.max_positions,
+            pre_process=self.place.first,
+            post_process=self.place.last and self.has_lm_head,
+            parallel_output=True,
+            share_embeddings_and_output_weights=spec.tied_embeddings and self.has_lm_head,
+            position_embedding_type="rope",
+            rotary_base=spec.rope_theta,
+            vp_stage=chunk if config.virtual_pipeline_model_parallel_size else None,
+        )
+        self.spec = spec
+        self.layout = layout
+        self.packed_by_engine = transformer_engine_usable()
+        adapt_experts(self, dispatchers=not self.packed_by_engine)
+        # Megatron hard-codes llama3's scaling constants; the checkpoint's own frequencies are exact.
+        self.rotary_pos_emb.inv_freq = inverse_frequencies(spec).to(platform().device)
+
+    def forward(self, micro: MicroBatch) -> Tensor:
+        """Run this stage.
+
+        Returns:
+            On the last stage the hidden states after the final norm, [T, H], whole on every tensor-parallel rank; on
+            the others what goes to the next stage, [T (/ tp), 1, H].
+        """
+        embedded = self.embedding(micro.tokens[None], micro.positions[None]) if self.pre_process else None
+        plan, rotary = self._segments(micro)
+        hidden = self.decoder(
+            hidden_states=embedded, attention_mask=None, rotary_pos_emb=rotary, packed_seq_params=plan
+        )
+        return self._whole(hidden) if self.place.last else hidden
+
+    def _whole(self, hidden: Tensor) -> Tensor:
+        """The last stage's states [T, H] on every tensor-parallel rank; their gradients are added up over these ranks,
+        each of which has a shard of the vocabulary."""
+        if self.config.sequence_parallel:
+            return gather_from_sequence_parallel_region(hidden).squeeze(1)
+        return copy_to_tensor_model_parallel_region(hidden).squeeze(1)
+
+    def _segments(self, micro: MicroBatch) -> tuple[PackedSeqParams | SegmentPlan, Tensor]:
+        """How attention sees the row's segments, and the rotary angles that go with it."""
+        longest = max(segment.context_length + segment.length for segment in micro.segments)
+        table = self.rotary_pos_emb.get_emb(longest)  # [longest, 1, 1, head_dim]
+        if not self.packed_by_engine:
+            plan = plan_segments(micro.segments, micro.tokens.device, self.spec.sliding_window)
+            return plan, table[micro.positions]
+        starts = [segment.start for segment in micro.segments]
+        offsets = torch.tensor([*starts, micro.tokens.numel()], dtype=torch.int32, device=micro.tokens.device)
+        params = PackedSeqParams(
+            qkv_format="thd", cu_seqlens_q=offsets, cu_seqlens_kv=offsets, max_seqlen_q=longest, max_seqlen_kv=longest
+        )
+        return params, table
+
+    def logprobs(
+        self, hidden: Tensor, micro: MicroBatch, *, temperature: float, entropy: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
+        """Log-probs of the micro-batch's targets (and entropies), [N] float32 each; last stage only.
+
+        The LM head's gradient goes straight into Megatron's fp32 buffer, except where the head is the embedding of the
+        same stage: autograd must then add the two.
+        """
+        weight = self.shared_embedding_or_output_weight() if self.spec.tied_embeddings else self.output_layer.weight
+        alone = not (self.spec.tied_embeddings and self.pre_process)
+        main_grad = getattr(weight, "main_grad", None) if alone and torch.is_grad_enabled() else None
+        return token_logprobs(
+            hidden.index_select(0, micro.predict),
+            weight,
+            micro.targets,
+            vocab_start=self.layout.tp_rank * weight.shape[0],
+            vocab_size=self.spec.vocab_size,
+            temperature=temperature,
+            tp_group=self.layout.tp_group if self.layout.tp > 1 else None,
+            main_grad=main_grad,
+            entropy=entropy,
+        )
+
+    @staticmethod
+    def pooled_states(hidden: Tensor, micro: MicroBatch) -> Tensor:
+        """Mean state of each rollout's response tokens, summed in fp32: h_i of arXiv 2603.10101.
+
+        Differs from the paper's code, which drops the first response token's predecessor and divides R-1 states by R.
+
+        Returns:
+            [K, H] float32.
+        """
+        lengths = torch.bincount(micro.rollout, minlength=micro.rows.numel())
+        sums = torch.zeros(micro.rows.numel(), hidden.shape[1], dtype=torch.float32, device=hidden.device)
+        return sums.index_add_(0, micro.rollout, hidden.index_select(0, micro.states).float()) / lengths[:, None]

@@ -1,0 +1,233 @@
+"""Where the time goes: phases, padding, tokens a second, one step rank by rank, memory."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from clipo_megatron.report.chart import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, WIDTH, frame, svg
+from clipo_megatron.report.grouping import RunGroup
+from clipo_megatron.report.metric_names import PADDING, STEP_TIME, TOKENS, Metric
+from clipo_megatron.report.parts import Section, cards, figure, metric_figure, swatch, table
+from clipo_megatron.report.reading import RunRecord
+from clipo_megatron.report.scales import Scale, byte_count, percent, reach, safe, seconds, tick_text, ticks
+
+PHASES = ("generate", "exchange", "score", "update", "sync", "other")
+MOST_RANKS = 64
+_MEANING = {
+    "generate": "rollouts and their verdicts",
+    "exchange": "rollouts to the ranks that train them",
+    "score": "old log-probs, pooled states, the head",
+    "update": "forward, backward, optimizer",
+    "sync": "new weights to the engine",
+    "other": "what no phase covers",
+}
+
+
+def timing(groups: Sequence[RunGroup]) -> Section:
+    """Phases of all groups, then one traced step of each."""
+    speed = Metric(
+        TOKENS, "Tokens a second", "tokens / s / rank", "Prompt and response tokens of a step, over its time."
+    )
+    padding = Metric(
+        PADDING,
+        "Share of padding",
+        "tokens computed for nothing",
+        "Of the tokens of rank 0's micro-batches. Packing leaves only what tensor-parallel ranks need to divide.",
+        share=True,
+        zero=True,
+    )
+    step = Metric(STEP_TIME, "Time of a step", "s", "From the first request to the engine's new weights.", zero=True)
+    most = max((sum(phase_seconds(line)) for group in groups for line in group.first.lines), default=0.0)
+    curves = [metric_figure(groups, each) for each in (step, speed, padding)]
+    body = cards([*(_phases(group, most) for group in groups), *curves])
+    traced = [part for group in groups if (part := _timeline(group))]
+    meanings = "; ".join(f"<b>{phase}</b>: {meaning}" for phase, meaning in _MEANING.items())
+    lead = (
+        f"Where the time of a step goes, by the clock of rank 0; below, one step rank by rank. {meanings}. Checkpoints "
+        "and evaluations come between steps and are in none."
+    )
+    return Section(
+        "time",
+        "Time and memory",
+        lead,
+        f'{body}<div class="stack">{"".join(traced)}{_memory(groups)}</div>' if body else "",
+    )
+
+
+def phase_seconds(line: dict[str, Any]) -> list[float]:
+    """Seconds of each phase of PHASES in a step's metrics; what is left over is the last."""
+    known = [float(line.get(f"time/{phase}_s") or 0.0) for phase in PHASES[:-1]]
+    return [*known, max(0.0, float(line.get(STEP_TIME) or 0.0) - sum(known))]
+
+
+def _phases(group: RunGroup, most: float) -> str:
+    """Stacked bars, a step each, or a stretch of steps where there are many; `most` seconds are in sight."""
+    run = group.first
+    lines = [(line["step"] + 1, phase_seconds(line)) for line in run.lines if line.get(STEP_TIME)]
+    if not lines:
+        return ""
+    stretch = -(-len(lines) // 120)
+    bars = []
+    for start in range(0, len(lines), stretch):
+        part = lines[start : start + stretch]
+        means = [sum(column) / len(part) for column in zip(*(times for _, times in part), strict=True)]
+        bars.append((part[0][0], part[-1][0], means))
+    across = Scale(bars[0][0] - 0.5, bars[-1][1] + 0.5, LEFT, WIDTH - RIGHT)
+    up = Scale(*reach([most], zero=True), HEIGHT - BOTTOM, TOP)
+    parts = [frame(across, up, x="step", y="s", share=False, width=WIDTH, height=HEIGHT)]
+    for first, last, times in bars:
+        left, right = across(first - 0.5), across(last + 0.5)
+        gap = min(2.0, (right - left) * 0.15)
+        where = f"step {first}" if first == last else f"steps {first} to {last}, mean"
+        tip = "\n".join([where, *(f"{p}: {seconds(t)}" for p, t in zip(PHASES, times, strict=True) if t >= 5e-3)])
+        level, pieces = 0.0, []
+        for number, spent in enumerate(times):
+            top, bottom = up(level + spent), up(level)
+            level += spent
+            if bottom - top > 0.05:
+                pieces.append(
+                    f'<rect class="phase{number}" x="{left + gap / 2:.1f}" y="{top:.1f}" '
+                    f'width="{right - left - gap:.1f}" height="{bottom - top:.1f}"/>'
+                )
+        parts.append(f'<g data-tip="{safe(tip)}">{"".join(pieces)}</g>')
+    total = [sum(times[number] for _, times in lines) for number in range(len(PHASES))]
+    whole = sum(total) or 1.0
+    legend = "".join(
+        f'<span title="{_MEANING[phase]}"><i class="phase{n}"></i>{phase} {percent(total[n] / whole, 0)}</span>'
+        for n, phase in enumerate(PHASES)
+    )
+    name = run.label
+    caption = "Stacked, a bar a step. Percentages are of all steps together."
+    if stretch > 1:
+        caption = f"Stacked, a bar the mean of {stretch} steps. Percentages are of all steps together."
+    drawing = svg("".join(parts), WIDTH, HEIGHT, label=f"phases of {name}")
+    return figure(f"Phases: {name}", drawing, safe(caption), legend=f'<div class="legend">{legend}</div>')
+
+
+# ---------------------------------------------------------------- one step, rank by rank
+
+
+def chrome_trace(runs: Sequence[RunRecord]) -> dict[str, Any]:
+    """Every traced step in the Trace Event Format, which chrome://tracing and Perfetto read: a process a run, a thread
+    a rank, times in microseconds since the first span."""
+    events: list[dict[str, Any]] = []
+    for process, run in enumerate(runs):
+        spans = [
+            (trace["step"], rank, span)
+            for trace in run.traces
+            for rank, facts in enumerate(trace["ranks"])
+            for span in facts.get("spans", [])
+        ]
+        start = min((span[1] for _, _, span in spans), default=0.0)
+        names = {"name": "process_name", "ph": "M", "pid": process, "args": {"name": run.label}}
+        events.append(names)
+        for rank in sorted({rank for _, rank, _ in spans}):
+            named = {"name": "thread_name", "ph": "M", "pid": process, "tid": rank, "args": {"name": f"rank {rank}"}}
+            events.append(named)
+        for step, rank, (phase, begin, end) in spans:
+            events.append(
+                {
+                    "name": phase,
+                    "cat": "phase",
+                    "ph": "X",
+                    "pid": process,
+                    "tid": rank,
+                    "ts": round((begin - start) * 1e6, 1),
+                    "dur": round((end - begin) * 1e6, 1),
+                    "args": {"step": step + 1},
+                }
+            )
+    return {"traceEvents": events, "displayTimeUnit": "ms"}
+
+
+def _timeline(group: RunGroup) -> str:
+    run = group.first
+    trace = next((each for each in reversed(run.traces) if any(r.get("spans") for r in each["ranks"])), None)
+    if trace is None:
+        return ""
+    ranks = trace["ranks"][:MOST_RANKS]
+    spans = [span for facts in ranks for span in facts.get("spans", [])]
+    start, end = min(span[1] for span in spans), max(span[2] for span in spans)
+    width, row, left = 1120, max(10, min(26, 520 // len(ranks))), 64
+    height = 12 + row * len(ranks) + BOTTOM
+    across = Scale(0.0, max(end - start, 1e-6), left, width - RIGHT)
+    parts = _clock(across, height)
+    for rank, facts in enumerate(ranks):
+        y = 12 + row * rank
+        if len(ranks) <= 32 or rank % 8 == 0:
+            parts.append(
+                f'<text class="tick" x="{left - 8}" y="{y + row / 2 + 4:.1f}" text-anchor="end">rank {rank}</text>'
+            )
+        for phase, begin, finish in facts.get("spans", []):
+            number = PHASES.index(phase) if phase in PHASES else len(PHASES) - 1
+            a, b = across(begin - start), across(finish - start)
+            tip = (
+                f"rank {rank}: {phase}, {seconds(finish - begin)}\nfrom {begin - start:.3f} s to {finish - start:.3f} s"
+            )
+            parts.append(
+                f'<rect class="phase{number}" x="{a:.2f}" y="{y + 1}" width="{max(b - a, 0.4):.2f}" '
+                f'height="{row - 2}" rx="2" data-tip="{safe(tip)}"/>'
+            )
+    legend = "".join(f'<span><i class="phase{n}"></i>{phase}</span>' for n, phase in enumerate(PHASES[:-1]))
+    left_out = f" The first {MOST_RANKS} of {len(trace['ranks'])} ranks." if len(trace["ranks"]) > MOST_RANKS else ""
+    name = f"trace-{group.slot}"
+    data = json.dumps(chrome_trace([run])).replace("</", "<\\/")
+    caption = (
+        f"Step {trace['step'] + 1} of {safe(run.label)}, the last one that was traced. Ranks that wait for others "
+        "leave a phase together with the one that had the most to do. Ranks on different machines are as far "
+        f"apart as their clocks.{left_out} All traced steps, for chrome://tracing or Perfetto: "
+        f'<button class="switch" data-trace="{name}">Chrome trace</button>'
+    )
+    drawing = svg("".join(parts), width, height, label="timeline by rank")
+    shown = figure(
+        f"One step, rank by rank: {run.label}", drawing, caption, legend=f'<div class="legend">{legend}</div>'
+    )
+    blob = f'<script type="application/json" id="{name}">{data}</script>'
+    return f"{shown}{blob}"
+
+
+def _clock(across: Scale, height: float) -> list[str]:
+    marks = ticks(across.low, across.high, 9)
+    spacing = marks[1] - marks[0] if len(marks) > 1 else 1.0
+    parts = []
+    for value in marks:
+        x = across(value)
+        parts.append(f'<path class="grid" d="M{x:.1f} 8V{height - BOTTOM}"/>')
+        text = tick_text(value, spacing)
+        parts.append(f'<text class="tick" x="{x:.1f}" y="{height - BOTTOM + 18}" text-anchor="middle">{text}</text>')
+    middle = (across.start + across.end) / 2
+    parts.append(
+        f'<text class="name" x="{middle:.1f}" y="{height - 6}" text-anchor="middle">s since the step began</text>'
+    )
+    return parts
+
+
+def _memory(groups: Sequence[RunGroup]) -> str:
+    """Peak memory of the ranks in the traced steps."""
+    rows = []
+    for group, run in ((each, run) for each in groups for run in each.runs):
+        peaks = [(t["step"], [r["peak_memory"] for r in t["ranks"] if r.get("peak_memory")]) for t in run.traces]
+        peaks = [(step, each) for step, each in peaks if each]
+        if not peaks:
+            continue
+        (since, first), (step, last) = peaks[0], peaks[-1]
+        rows.append(
+            [
+                swatch(group, run.label),
+                f"{byte_count(max(last))} (rank {max(range(len(last)), key=last.__getitem__)})",
+                byte_count(sum(last) / len(last)),
+                byte_count(min(last)),
+                f"{byte_count(max(last) - max(first))} since step {since + 1}" if step > since else "–",
+            ]
+        )
+    if not rows:
+        return ""
+    caption = (
+        "The most that the tensors of a rank's GPU took, or its process where there is none, since its start. "
+        "Growth that does not end is a leak."
+    )
+    headings = ["run", "largest", "mean of ranks", "smallest", "growth of the largest"]
+    shown = table(headings, rows, numbers=(1, 2, 3, 4))
+    return f'<div class="card"><h3>Peak memory of the ranks</h3>{shown}<p class="caption">{caption}</p></div>'

@@ -1,0 +1,91 @@
+"""The servers of a run, as files in a folder: `clipo serve` writes them, the pool reads them. Imports no torch."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+import uuid
+from dataclasses import asdict, dataclass, field, fields
+from enum import Enum
+from pathlib import Path
+from typing import get_type_hints
+
+FOLDER = "servers"  # below train.output
+
+
+class Status(str, Enum):
+    """Where a server is in its life."""
+
+    starting = "starting"
+    ready = "ready"
+    failed = "failed"  # it is being started again, or was given up
+    stopped = "stopped"
+
+
+@dataclass(frozen=True, slots=True)
+class ServerRecord:
+    """One server, as the process that looks after it sees it."""
+
+    name: str  # of the file; letters, digits, "-", "_" and "."
+    url: str
+    engine: str  # "sglang" or "vllm"
+    tp: int
+    host: str
+    pid: int
+    boot: str  # another one each time it is started
+    status: Status
+    updated_at: float = field(default_factory=time.time)  # seconds since the epoch
+
+
+class Registry:
+    """The entries in one folder. Readers and writers need no lock: each entry is replaced as a whole."""
+
+    def __init__(self, folder: str | Path):
+        self.folder = Path(folder)
+
+    def write(self, entry: ServerRecord) -> None:
+        """Add an entry, or replace the one of that name.
+
+        Raises:
+            ValueError: the name cannot be that of a file.
+        """
+        path = self._path(entry.name)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        draft = self.folder / f".{entry.name}.{os.getpid()}.{uuid.uuid4().hex}"
+        try:
+            draft.write_text(json.dumps(asdict(entry) | {"status": entry.status.value}, indent=1) + "\n")
+            os.replace(draft, path)
+        finally:
+            draft.unlink(missing_ok=True)
+
+    def entries(self) -> list[ServerRecord]:
+        """All entries, by name. Files that are damaged, or of something else, are passed over."""
+        try:
+            paths = sorted(self.folder.glob("[!.]*.json"))
+        except OSError:
+            return []
+        return [entry for path in paths if (entry := _read(path)) is not None]
+
+    def remove(self, name: str) -> None:
+        """Take an entry out, if it is there."""
+        self._path(name).unlink(missing_ok=True)
+
+    def _path(self, name: str) -> Path:
+        if not name or name[0] == "." or not all(char.isalnum() or char in "-_." for char in name):
+            raise ValueError(f"{name!r} cannot name a server: use letters, digits, '-', '_' and '.', no '.' in front.")
+        return self.folder / f"{name}.json"
+
+
+def _read(path: Path) -> ServerRecord | None:
+    try:
+        found = json.loads(path.read_text())
+        values = {each.name: found[each.name] for each in fields(ServerRecord)}
+        values["status"] = Status(values["status"])
+        values["updated_at"] = float(values["updated_at"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    hints = get_type_hints(ServerRecord)
+    if values["name"] != path.stem or any(type(values[name]) is not kind for name, kind in hints.items()):
+        return None
+    return ServerRecord(**values)

@@ -1,0 +1,99 @@
+"""The script of a job: one of the templates in `slurm/`, with the job's own directives and settings written into it.
+
+Templates are shell with three kinds of lines that are replaced: `#@directives` (and `#@server-directives`),
+`#@settings` and `#@include FILE`.
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from clipo_megatron.slurm.errors import SubmissionError
+from clipo_megatron.slurm.resources import JobKind, Resources
+
+# A link to the repository's slurm/; of an installed package, a folder with the same files.
+TEMPLATES = Path(__file__).parent / "scripts"
+
+Setting = str | int | Sequence[str]
+
+
+def template_of(kind: JobKind, resources: Resources) -> str:
+    """The file in `slurm/` that a job is made from."""
+    if kind.converts:
+        return "conversion.sbatch"
+    if kind is JobKind.evaluation:
+        return "evaluation.sbatch"
+    return "disaggregated.sbatch" if resources.server_nodes else "colocated.sbatch"
+
+
+def render(
+    template: str, *, directives: Mapping[str, Sequence[str]], settings: Mapping[str, Setting], setup: str
+) -> str:
+    """A template as the script of one job.
+
+    Args:
+        template: its file name.
+        directives: options of sbatch, for each kind of `#@...directives` line.
+        settings: variables of the shell; a sequence becomes an array.
+        setup: lines of shell after them.
+
+    Raises:
+        SubmissionError: the template is not there, or a part of it.
+    """
+    lines: list[str] = []
+    for line in _read(template).splitlines():
+        marker, _, argument = line.removeprefix("#@").partition(" ") if line.startswith("#@") else ("", "", "")
+        if marker == "settings":
+            lines += [f"{name}={_shell(value)}" for name, value in settings.items()]
+            lines += setup.splitlines()
+        elif marker == "include":
+            lines += _read(argument).splitlines()
+        elif marker:
+            lines += [f"#SBATCH {option}" for option in directives[marker]]
+        else:
+            lines.append(line)
+    return "\n".join(lines) + "\n"
+
+
+def directives_of(name: str, job: Path, resources: Resources) -> dict[str, list[str]]:
+    """Options of sbatch for the nodes that train and for those that serve."""
+    ranks, common = resources.ranks_a_node, []
+    for option, value in (("time", resources.time), ("partition", resources.partition), ("account", resources.account)):
+        common += [f"--{option}={value}"] if value else []
+    common += [f"--gpus-per-node={resources.gpus_per_node}"] if resources.gpus_per_node else []
+    common += resources.options
+    stop = [f"--signal=B:USR1@{resources.stop_before_s}"] if resources.stop_before_s else []
+    train = [
+        f"--job-name={re.sub(r'[^A-Za-z0-9_.-]', '-', name)}",
+        f"--output={job / 'job.log'}",
+        f"--nodes={resources.nodes}",
+        f"--ntasks-per-node={ranks}",
+        f"--cpus-per-task={resources.cpus_per_rank}",
+        *stop,
+        *common,
+    ]
+    servers = [
+        f"--nodes={resources.server_nodes}",
+        "--ntasks-per-node=1",
+        f"--cpus-per-task={resources.cpus_per_rank * ranks}",
+        *common,
+    ]
+    return {"directives": train, "server-directives": servers}
+
+
+def _shell(value: Setting) -> str:
+    if isinstance(value, str):
+        return shlex.quote(value)
+    return str(value) if isinstance(value, int) else f"({shlex.join(value)})"
+
+
+def _read(name: str) -> str:
+    try:
+        return (TEMPLATES / name).read_text()
+    except OSError as error:
+        raise SubmissionError(
+            f"the scripts of jobs are not beside this package: {error}. Install it again, or run from its repository."
+        ) from error

@@ -1,0 +1,200 @@
+"""A job from a configuration: settled, checked against the plan, written to its folder, and handed to Slurm."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from clipo_megatron.config.load import load
+from clipo_megatron.config.schema import EngineKind, RunConfig
+from clipo_megatron.runtime.durable_files import write_durably
+from clipo_megatron.slurm import folder as folders
+from clipo_megatron.slurm.check import check
+from clipo_megatron.slurm.errors import SubmissionError
+from clipo_megatron.slurm.resources import JobKind, Resources, shared_paths
+from clipo_megatron.slurm.script import Setting, directives_of, render, template_of
+
+_SLURM_S = 60.0  # for Slurm's controller
+OVER = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "BOOT_FAIL", "DEADLINE", "OUT_OF_MEMORY", "")
+
+
+@dataclass(frozen=True, slots=True)
+class SlurmJob:
+    """A job that was rendered, and submitted unless it was a dry run."""
+
+    folder: Path
+    script: str
+    ranks: int
+    gpus: int
+    id: str | None = None  # Slurm's number; None after a dry run
+    remarks: tuple[str, ...] = ()  # of the check against the plan
+
+
+def submit(
+    config_file: str | Path,
+    overrides: Sequence[str],
+    resources: Resources,
+    *,
+    kind: JobKind = JobKind.train,
+    target: Path | None = None,
+    hardware: str = "h100",
+    anyway: bool = False,
+    dry_run: bool = False,
+) -> SlurmJob:
+    """Submit a job.
+
+    Args:
+        config_file: of the run.
+        overrides: `key=value`, as of `clipo train`.
+        resources: that it asks for.
+        kind: what it does.
+        target: of a conversion, the folder to make.
+        hardware: of the GPUs, by the planner's name.
+        anyway: submit also what does not fit into the GPUs by the plan.
+        dry_run: render and check, write and submit nothing; model and data need not be on this machine.
+
+    Raises:
+        ConfigError, SubmissionError, PlanError: what is wrong, and what to change.
+    """
+    resources.check()
+    config = folders.settle(load(config_file, overrides), resources)
+    remarks = check(config, resources, kind, config_file=config_file, hardware=hardware, anyway=anyway, absent=dry_run)
+    output = Path(config.train.output)
+    folder = folders.next_folder(output)
+    settings = _settings(config, folder, resources, kind, target)
+    script = render(
+        template_of(kind, resources),
+        directives=directives_of(config.name, folder, resources),
+        settings=settings,
+        setup=_setup(config, resources),
+    )
+    gpus = resources.gpus
+    if dry_run:
+        return SlurmJob(folder, script, resources.ranks, gpus, remarks=remarks)
+    if not shutil.which("sbatch"):
+        raise SubmissionError("there is no sbatch here. Submit from a login node of the cluster, or see --dry-run.")
+    if kind is JobKind.train:
+        _refuse_a_second(output)
+    folders.make(folder)
+    folders.write(
+        folder, config, script, resources, {"kind": kind.value, "overrides": list(overrides), "remarks": list(remarks)}
+    )
+    if config.rollout.engine is not EngineKind.local:
+        folders.write_key(folder, config.rollout.api_key_env)
+    number = _sbatch(folder)
+    facts = folders.read_submission(folder)
+    write_durably(folder / folders.SUBMISSION, json.dumps({**facts, "job": number}, indent=1))
+    return SlurmJob(folder, script, resources.ranks, gpus, number, remarks)
+
+
+def job_state(number: str) -> str:
+    """Of a job: PENDING, RUNNING, COMPLETED, FAILED, CANCELLED, TIMEOUT...; "" once Slurm has forgotten it.
+
+    Raises:
+        SubmissionError: Slurm's controller does not answer.
+    """
+    done = _ask("scontrol", "--oneliner", "show", "job", number)
+    if done.returncode and "Invalid job id" not in done.stderr:
+        raise SubmissionError(f"Slurm does not say how job {number} is: {done.stderr.strip()}")
+    found = re.search(r"\bJobState=(\w+)", done.stdout)
+    return found[1] if found else ""
+
+
+def _settings(
+    config: RunConfig, folder: Path, resources: Resources, kind: JobKind, target: Path | None
+) -> dict[str, Setting]:
+    output = Path(config.train.output)
+    python = resources.python or ("python3" if resources.container else sys.executable)
+    inputs = [config.model.path, *(each.path for each in (*config.data.train, *config.data.eval) if each.path)]
+    found: dict[str, Setting] = {
+        "JOB": str(folder),
+        "OUTPUT": str(output),
+        "CLIPO": [python, "-m", "clipo_megatron.cli"],
+        "ENGINE": config.rollout.engine.value if not config.rollout.endpoints and not kind.converts else "local",
+        "NODES": resources.nodes,
+        "SERVER_NODES": resources.server_nodes,
+        "RANKS": resources.ranks,
+        "RANKS_PER_NODE": resources.ranks_a_node,
+        "CPUS_PER_RANK": resources.cpus_per_rank,
+        "SERVER_CPUS": resources.cpus_per_rank * (resources.ranks_a_node if resources.server_nodes else 1),
+        "STOP_BEFORE": max(10, resources.stop_before_s),
+        "REQUEUES": resources.requeues,
+        "RESTARTS": resources.restarts,
+        "RANKS_DEADLINE": resources.ranks_deadline_s,
+        "NODES_DEADLINE": resources.nodes_deadline_s,
+    }
+    if kind.converts:
+        if target is None:
+            raise SubmissionError(f"--job {kind.value} needs the folder to make: --target FOLDER")
+        found["CONVERSION"] = _conversion(config, kind, Path(os.path.abspath(target)))
+    # In a container these are where the image says, which nobody can look up from outside.
+    found["MUST_SEE"] = [] if resources.container else [python, *inputs]
+    mounts = [*(f"{path}:{path}" for path in shared_paths(output, *inputs, target)), *resources.mounts]
+    found["CONTAINER"] = (
+        [f"--container-image={resources.container}", f"--container-mounts={','.join(mounts)}"]
+        if resources.container
+        else []
+    )
+    return found
+
+
+def _conversion(config: RunConfig, kind: JobKind, target: Path) -> list[str]:
+    """Arguments of `clipo convert`."""
+    if kind is JobKind.to_megatron:
+        layout = config.layout
+        sizes = {"tp": layout.tp, "pp": layout.pp, "ep": layout.ep, "etp": layout.etp}
+        sizes |= {"first-layers": layout.first_stage_layers, "last-layers": layout.last_stage_layers}
+        words = [f"--{name}={value}" for name, value in sizes.items() if value is not None]
+        return [kind.value, config.model.path, str(target), *words]
+    checkpoints = sorted(Path(config.train.output, "checkpoints").glob("step_*"))
+    if not checkpoints:
+        raise SubmissionError(f"{config.train.output} has no checkpoint to convert. Correct train.output.")
+    return [kind.value, str(checkpoints[-1]), str(target)]
+
+
+def _setup(config: RunConfig, resources: Resources) -> str:
+    lines = [resources.setup] if resources.setup else []
+    if config.rollout.engine is not EngineKind.local:
+        lines.append(f'export {config.rollout.api_key_env}=$(cat "$JOB/key")')
+    return "\n".join(lines)
+
+
+def _refuse_a_second(output: Path) -> None:
+    """Two jobs of one run would wait for each other's lock, and one of them fail.
+
+    Raises:
+        SubmissionError: there is one already.
+    """
+    for folder in sorted((output / folders.JOBS).glob("*")):
+        facts = folders.read_submission(folder)
+        number = facts.get("job")
+        if facts.get("kind") == JobKind.train.value and number and job_state(number) not in OVER:
+            raise SubmissionError(
+                f"job {number} trains into {output} already, or is about to. Cancel it (scancel {number}), or choose "
+                "another train.output."
+            )
+
+
+def _sbatch(folder: Path) -> str:
+    done = _ask("sbatch", "--parsable", str(folder / folders.SCRIPT))
+    number = done.stdout.strip().partition(";")[0]
+    if done.returncode or not number.isdigit():
+        raise SubmissionError(
+            f"sbatch refuses {folder / folders.SCRIPT}: {(done.stderr or done.stdout).strip()}. Change what it names, "
+            "for example with --partition, --account, --time or --sbatch."
+        )
+    return number
+
+
+def _ask(*command: str) -> subprocess.CompletedProcess[str]:
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=_SLURM_S)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise SubmissionError(f"{command[0]} does not answer: {error}. Try again when Slurm is well.") from error

@@ -1,0 +1,136 @@
+"""What a run keeps of some steps for those who look at it later: texts, states, and when each rank did what."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TextIO
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from clipo_megatron.config.schema import RunConfig
+from clipo_megatron.flow import RolloutTable, ScoredGroup
+from clipo_megatron.policy.actor import PolicyActor
+from clipo_megatron.policy.parallel import Layout
+from clipo_megatron.runtime.platform import platform
+from clipo_megatron.runtime.run_dir import ROLLOUTS, STATES, TRACE
+from clipo_megatron.telemetry.console import Stopwatch
+from clipo_megatron.telemetry.samples import SampleLog
+from clipo_megatron.telemetry.sinks import append, keep_before, writing
+from clipo_megatron.telemetry.states import States, StateWriter, chosen, forget_states
+
+GROUPS_WITH_STATES = 8  # whose texts are kept in a step whose states are
+
+
+class Recorder:
+    """Every rank has one. Nothing here changes what the run computes.
+
+    States are gathered over the data-parallel ranks of the last stage and written by the first of them, from a thread;
+    texts and traces are written by rank 0.
+    """
+
+    def __init__(self, config: RunConfig, layout: Layout, actor: PolicyActor):
+        self.report, self.steps = config.report, config.train.steps
+        self.layout, self.actor = layout, actor
+        self.output = Path(config.train.output)
+        self.samples = SampleLog(self.output / ROLLOUTS, groups=self.report.save_rollouts)
+        self._states = StateWriter(self.output / STATES)
+        self._trace: TextIO | None = None
+        actor.wants_states = self.wants_states
+
+    def wants_states(self, step: int) -> bool:
+        """Whether states of this step are kept: of the first, the last, and those that states_every divides."""
+        every = self.report.states_every
+        return self.report.save_states > 0 and (step in (0, self.steps - 1) or (every > 0 and step % every == 0))
+
+    def wants_trace(self, step: int) -> bool:
+        """Whether it is kept what each rank did when in this step."""
+        every = self.report.trace_every
+        return every > 0 and (step % every == 0 or step == self.steps - 1)
+
+    def open(self, step: int) -> None:
+        """Drop what is known of the steps from `step` on, which are done anew, and go on from there."""
+        if self.layout.rank != 0:
+            return
+        forget_states(self.output / STATES, from_step=step)
+        if self.report.save_rollouts:
+            self.samples.open(from_step=step)
+        if self.report.trace_every:
+            keep_before(self.output / TRACE, step)
+            with writing(self.output / TRACE):
+                self._trace = (self.output / TRACE).open("a", buffering=1)
+
+    def step(
+        self,
+        scored: Sequence[ScoredGroup],
+        table: RolloutTable,
+        reward: Tensor,
+        advantage: Tensor,
+        bonus: Tensor | None,
+        watch: Stopwatch,
+    ) -> None:
+        """Keep what is due of a step that was just done; collective.
+
+        Args:
+            scored: this rank's groups.
+            table: the step's facts, B rows.
+            reward: [B] float32.
+            advantage: [B] float32.
+            bonus: [B] float32, the contrastive part of the reward; None without one.
+            watch: this rank's clock of the step.
+        """
+        if self.wants_states(table.step):
+            rows = torch.from_numpy(chosen(table.group.numpy(), self.report.save_states))
+            self._keep_states(table, rows, bonus)
+            kept = int(table.group[rows[-1]])
+            among = [each for each in scored if each.group.position <= kept]
+            self.samples.write(among, table, reward, advantage, bonus, groups=GROUPS_WITH_STATES)
+        else:
+            self.samples.write(scored, table, reward, advantage, bonus)
+        if self.wants_trace(table.step):
+            self._keep_trace(table.step, watch)
+
+    def close(self) -> None:
+        """Wait until everything is on its way to disk. Idempotent."""
+        self._states.close()
+        self.samples.close()
+        if self._trace is not None:
+            self._trace.close()
+            self._trace = None
+
+    def _keep_states(self, table: RolloutTable, rows: Tensor, bonus: Tensor | None) -> None:
+        layout, actor = self.layout, self.actor
+        if not layout.is_last_stage:
+            return
+        pooled = torch.zeros(len(rows), actor.spec.hidden_size, dtype=torch.float32, device=platform().device)
+        if actor.pooled is not None:
+            states, own = actor.pooled
+            among = own < len(rows)  # the chosen ones are the table's first
+            pooled[own[among].to(pooled.device)] = states[among.to(states.device)].float()
+        if layout.dp > 1:
+            dist.all_reduce(pooled, group=layout.dp_group)
+        if layout.tp_rank or layout.dp_rank:
+            return
+        head = actor.contrastive
+        self._states.write(
+            States(
+                step=table.step,
+                prompt_ids=list(table.prompt_ids[: int(table.group[rows[-1]]) + 1]),
+                group=table.group[rows].numpy(),
+                correct=table.correct[rows].numpy(),
+                graded=table.graded[rows].numpy(),
+                pooled=pooled.cpu().numpy(),
+                embeddings=None if head is None else head.embeddings[rows.to(head.embeddings.device)].cpu().numpy(),
+                bonus=None if bonus is None else bonus[rows].float().cpu().numpy(),
+            )
+        )
+
+    def _keep_trace(self, step: int, watch: Stopwatch) -> None:
+        mine = {"spans": watch.spans, "peak_memory": platform().peak_memory()}
+        ranks: list[dict] = [{}] * self.layout.world
+        dist.all_gather_object(ranks, mine)
+        if self._trace is not None:
+            append(self._trace, json.dumps({"step": step, "ranks": ranks}) + "\n")

@@ -1,0 +1,143 @@
+"""What a run tells the world: metric sinks, lines on the console, alarms, samples, evaluations and its last words."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+from pathlib import Path
+
+import torch.distributed as dist
+
+from clipo_megatron.config.schema import RunConfig, WandbMode
+from clipo_megatron.evaluation.comparing import refuse_other_problems
+from clipo_megatron.evaluation.errors import EvaluationError
+from clipo_megatron.evaluation.results import Evaluation, read_evaluations, remove_evaluations, write_evaluation
+from clipo_megatron.evaluation.tables import progress_table, spoken
+from clipo_megatron.flow import StepReport
+from clipo_megatron.runtime.durable_files import write_durably
+from clipo_megatron.runtime.run_dir import CHECKPOINTS, EVALUATIONS, METRICS, ROLLOUTS, SETTINGS, TENSORBOARD, WANDB
+from clipo_megatron.telemetry.alarms import alarms, stop_on, stop_on_skips
+from clipo_megatron.telemetry.console import Progress, duration
+from clipo_megatron.telemetry.sinks import JsonLines, Sink, TensorBoard, read_lines, writing
+from clipo_megatron.telemetry.wandb import Wandb
+
+
+class Reporter:
+    """Every rank has one; the main rank's writes and speaks.
+
+    Args:
+        config: of the run.
+        is_main: whether this rank is the one that is heard.
+    """
+
+    def __init__(self, config: RunConfig, *, is_main: bool):
+        self.config, self.is_main = config, is_main
+        self.output = Path(config.train.output)
+        self.progress = Progress(config.train.steps, enabled=is_main and config.report.console)
+        self.evaluations: list[Evaluation] = []
+        self._started = time.time()
+        self._sinks: list[Sink] = []
+
+    def say(self, message: str) -> None:
+        """One line of news."""
+        self.progress.say(message)
+
+    @property
+    def has_metrics(self) -> bool:
+        """Whether an earlier session logged steps; on the main rank."""
+        return bool(read_lines(self.output / METRICS))
+
+    def restore(self, step: int) -> None:
+        """Find the evaluations of earlier sessions, up to `step`; collective.
+
+        At step 0 there is no checkpoint, and nothing says that results found are of this model: they are removed.
+        """
+        if self.is_main:
+            remove_evaluations(self.output / EVALUATIONS, after=step or -1)
+        found = [read_evaluations(self.output / EVALUATIONS) if self.is_main else []]
+        dist.broadcast_object_list(found, src=0)
+        self.evaluations = found[0]
+
+    def open(self, step: int) -> None:
+        """Open the logs for the steps from `step` on."""
+        if self.is_main:
+            settings = json.dumps(dataclasses.asdict(self.config), indent=1, default=str)
+            with writing(self.output / SETTINGS):
+                write_durably(self.output / SETTINGS, settings)
+            self._sinks = [JsonLines(self.output / METRICS, from_step=step)]
+            if self.config.report.tensorboard:
+                self._sinks.append(TensorBoard(self.output / TENSORBOARD, from_step=step))
+            if self.config.report.wandb.mode is not WandbMode.disabled:
+                self._sinks.append(Wandb(self.config, self.output / WANDB, from_step=step))
+
+    def step(self, report: StepReport) -> None:
+        """Hand a step's metrics to every sink, and warn of what is wrong with them.
+
+        Raises:
+            AlarmError: a watched number is beyond its limit, and report.alarm_stops is true; on every rank.
+            NonFiniteError: too many updates in a row were skipped; on every rank.
+            ReportError: the metrics cannot be written.
+        """
+        for sink in self._sinks:
+            sink.write(report)
+        self.progress.step(report)
+        for owner, skipped in (("policy", "policy/update_skipped"), ("contrastive head", "clipo/update_skipped")):
+            if count := report.metrics.get(skipped):
+                self.say(
+                    f"warning: step {report.step}: loss or gradient of the {owner} was not finite; {count:.0f} of its "
+                    "updates skipped"
+                )
+        stop_on_skips(report, self.config.optimizer.skips)
+        if ungraded := report.metrics.get("reward/ungraded"):
+            self.say(f"warning: step {report.step}: {ungraded:.1%} of the answers could not be graded")
+        found = alarms(report, self.config.report)
+        if self.config.report.alarm_stops:
+            stop_on(found)
+        for alarm in found:
+            self.say(f"warning: {alarm}")
+
+    def evaluated(self, result: Evaluation) -> None:
+        """Keep and tell an evaluation."""
+        self.evaluations.append(result)
+        self.say(spoken(result))
+        if self.is_main:
+            with writing(self.output / EVALUATIONS):
+                write_evaluation(self.output / EVALUATIONS, result)
+
+    def knows_evaluation(self, step: int) -> bool:
+        """Whether the policy after `step` steps was evaluated."""
+        return any(each.step == step for each in self.evaluations)
+
+    def accuracies(self) -> dict[int, float]:
+        """Held-out accuracy by step, of all evaluations so far."""
+        return {each.step: each.accuracy for each in self.evaluations}
+
+    def close(self, step: int) -> None:
+        """Close the logs, and say what was done and where everything is."""
+        for sink in self._sinks:
+            sink.close()
+        spent = duration(time.time() - self._started)
+        self.say(f"{step} of {self.config.train.steps} steps done, {spent} in this session")
+        if len(self.evaluations) > 1:
+            self._compare(self.evaluations[0], self.evaluations[-1])
+        self.progress.paths(
+            {
+                "metrics": self.output / METRICS,
+                "rollouts": self.output / ROLLOUTS,
+                "evaluation": self.output / EVALUATIONS,
+                "checkpoints": self.output / CHECKPOINTS,
+            }
+        )
+
+    def _compare(self, first: Evaluation, last: Evaluation) -> None:
+        """What training changed. An earlier session may have had other problems under the same names."""
+        try:
+            refuse_other_problems(first, last, (f"step {first.step}", f"step {last.step}"))
+        except EvaluationError as refusal:
+            self.say(f"no comparison with the evaluation before: {refusal}")
+            return
+        headings, rows = progress_table(first, last)
+        tested = " (p: exact McNemar test)" if any(row[-1] != "-" for row in rows) else ""
+        title = f"Held-out problems after {first.step} and {last.step} steps, paired{tested}"
+        self.progress.table(title, headings, rows)

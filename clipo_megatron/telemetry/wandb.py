@@ -1,0 +1,75 @@
+"""Metrics for Weights & Biases, online or into a folder that `wandb sync` uploads."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from clipo_megatron.config.schema import RunConfig
+from clipo_megatron.runtime.durable_files import write_durably
+from clipo_megatron.telemetry.sinks import MissingPackageError, ReportError
+
+if TYPE_CHECKING:
+    from clipo_megatron.flow import StepReport
+
+IDENTITY = "run.json"  # under which run the service knows this one, so that a resumed one goes on there
+
+
+class Wandb:
+    """One run of the service for one run of ours, however often that is resumed.
+
+    Args:
+        config: of the run; shown there as the run's configuration.
+        folder: for what the service's library writes; its name is `wandb`.
+        from_step: the service ignores what it is told again of earlier steps.
+
+    Raises:
+        MissingPackageError: wandb is not installed.
+        ReportError: the service refuses the run, or cannot be reached.
+    """
+
+    def __init__(self, config: RunConfig, folder: Path, *, from_step: int):
+        try:
+            import wandb
+        except ImportError as error:
+            raise MissingPackageError(
+                f"report.wandb.mode is {config.report.wandb.mode.value}, but the package wandb is not installed: pip "
+                "install wandb, or set report.wandb.mode=disabled (metrics.jsonl has the same numbers)"
+            ) from error
+        chosen = config.report.wandb
+        folder.mkdir(parents=True, exist_ok=True)
+        identity = folder / IDENTITY
+        known = json.loads(identity.read_text()) if from_step and identity.exists() else {}
+        try:
+            self._run: Any = wandb.init(
+                project=chosen.project,
+                entity=chosen.entity,
+                name=chosen.run or config.name,
+                group=chosen.group,
+                mode=chosen.mode.value,
+                id=known.get("id"),
+                resume="allow" if known else None,
+                dir=str(folder.parent),  # the library adds the folder `wandb` itself
+                settings=wandb.Settings(silent=True, console="off"),  # what a run says is the reporter's
+                config=json.loads(json.dumps(asdict(config), default=str)),
+            )
+        except wandb.Error as error:
+            raise ReportError(
+                f"Weights & Biases took no run (report.wandb.mode = {chosen.mode.value}, project {chosen.project}): "
+                f"{error}. Log in with `wandb login`, or set report.wandb.mode to offline or disabled"
+            ) from error
+        write_durably(identity, json.dumps({"id": self._run.id}))
+
+    def write(self, report: StepReport) -> None:
+        """Every finite metric of a step."""
+        finite = {name: value for name, value in report.metrics.items() if math.isfinite(value)}
+        self._run.log(finite, step=report.step)
+
+    def close(self) -> None:
+        """Flush. Idempotent."""
+        if self._run is not None:
+            self._run.finish()
+            self._run = None

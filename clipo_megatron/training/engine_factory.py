@@ -1,0 +1,86 @@
+"""The engine that a configuration names, which ranks ask it, and how it gets the policy's weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from clipo_megatron.config.model_folder import hf_folder
+from clipo_megatron.config.schema import EngineKind, RunConfig, Transport, Unfinished
+from clipo_megatron.policy.model.model import TORCH_DTYPE
+from clipo_megatron.policy.parallel import Layout
+from clipo_megatron.policy.policy import Policy
+from clipo_megatron.rollout.engine import Engine, InFlight, Memory
+from clipo_megatron.rollout.local.engine import LocalEngine
+from clipo_megatron.rollout.servers.pool import ServerPool
+from clipo_megatron.runtime.platform import platform
+from clipo_megatron.sync.broadcast import BroadcastSync
+from clipo_megatron.sync.colocation import ColocatedSync
+from clipo_megatron.sync.disk import DiskSync
+from clipo_megatron.sync.in_process import InProcessSync
+from clipo_megatron.sync.ipc import IpcSync
+from clipo_megatron.sync.shard import Shard
+
+WeightSync = InProcessSync | BroadcastSync | DiskSync | IpcSync | ColocatedSync
+
+
+def rollout_ranks(config: RunConfig, layout: Layout) -> list[int]:
+    """Ranks that ask for rollouts: every one has a local engine; servers are asked by the head of each replica."""
+    if config.rollout.engine is EngineKind.local:
+        return list(range(layout.world))
+    return [layout.head_of(dp_rank) for dp_rank in range(layout.dp)]
+
+
+def build_engine(config: RunConfig, layout: Layout, tokenizer: Any, say: Callable[[str], None]) -> Engine | None:
+    """This rank's engine; None on ranks that ask for nothing.
+
+    With servers, it is a pool that has found `rollout.servers` of them. Colocated ones have then given their memory
+    back, so that the policy can be built; collective in that case.
+
+    Raises:
+        EngineError: the model cannot be used, or the servers did not come in time.
+    """
+    if config.rollout.engine is EngineKind.local:
+        return LocalEngine(
+            hf_folder(config.model.path),
+            dtype=TORCH_DTYPE[config.rollout.dtype or config.model.dtype],
+            device=platform().device,
+            batch_size=config.rollout.batch_size,
+        )
+    pool = None
+    if layout.rank in rollout_ranks(config, layout):
+        pool = ServerPool.from_config(config, lambda ids: tokenizer.decode(ids, skip_special_tokens=True))
+        wanted = len(config.rollout.endpoints) or config.rollout.servers
+        if len(pool.discover()) < wanted:
+            where = ", ".join(config.rollout.endpoints) or f"`clipo serve` with train.output={config.train.output}"
+            seconds = config.rollout.pool.join_deadline_s
+            say(f"waiting up to {seconds:.0f} s for rollout servers ({wanted} wanted): {where}")
+        pool.join(wanted)
+    if config.rollout.colocated:
+        if layout.rank == 0:
+            pool.offload(Memory.kv_cache, Memory.weights)
+        dist.all_reduce(torch.zeros(1))  # nobody builds anything before there is room
+    return pool
+
+
+def build_sync(config: RunConfig, policy: Policy, engine: Engine | None) -> WeightSync:
+    """How this rank takes part in giving the policy's weights to the engine."""
+    if config.rollout.engine is EngineKind.local:
+        return InProcessSync(policy, engine)
+    rollout = config.rollout
+    default = Transport.broadcast if rollout.engine is EngineKind.sglang else Transport.disk
+    transport = rollout.sync.transport or default
+    options: dict[str, Any] = {
+        "in_flight": InFlight.retract if rollout.unfinished is Unfinished.keep_running else InFlight.abort,
+        "join_deadline_s": rollout.pool.join_deadline_s,
+    }
+    if transport is Transport.disk:
+        options["model"] = Path(config.model.path)
+        options["folder"] = Path(rollout.sync.folder or Path(config.train.output) / "weights")
+    kind = {Transport.broadcast: BroadcastSync, Transport.disk: DiskSync, Transport.ipc: IpcSync}[transport]
+    sync = kind(Shard.of(policy), engine, rollout.sync, **options)
+    return ColocatedSync(sync, policy, engine) if rollout.colocated else sync

@@ -1,0 +1,76 @@
+"""`clipo eval` on its ranks: a checkpoint's weights, without anything that only training needs."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+from clipo_megatron.checkpoint import CheckpointError, newest
+from clipo_megatron.checkpoint.retention import MANIFEST, defect
+from clipo_megatron.config.model_folder import hf_folder
+from clipo_megatron.config.schema import EngineKind, RunConfig
+from clipo_megatron.evaluation.results import free_name, write_result
+from clipo_megatron.evaluation.tables import lines_of, result_table
+from clipo_megatron.policy.policy import Policy
+from clipo_megatron.rollout.engine import Cancelled
+from clipo_megatron.runtime.run_dir import CHECKPOINTS, MEASURED
+from clipo_megatron.training.session import Session
+from clipo_megatron.training.stop_signal import EvaluationStopped
+from clipo_megatron.weights.families import model_spec
+from clipo_megatron.weights.spec import read_config
+
+
+def evaluate_run(config: RunConfig, *, checkpoint: Path | None = None, file: Path | None = None) -> None:
+    """Evaluate a checkpoint of a run, print the figures and write the result; every rank calls it.
+
+    A named checkpoint can be evaluated by the local engine while the run goes on; servers are the run's own.
+
+    Args:
+        config: of the run, with data.eval.
+        checkpoint: None: the newest one, or the model where there is none.
+        file: where the result goes; None: train.output/results/step_<n>.json, unless that holds another result.
+
+    Raises:
+        CheckpointError: the checkpoint is damaged, or of another model.
+        EvaluationStopped: a signal asked to end.
+    """
+    if checkpoint and (reason := defect(checkpoint)):
+        raise CheckpointError(f"{checkpoint} is damaged: {reason}. Choose another checkpoint.")
+    session = Session(config, claims=checkpoint is None or config.rollout.engine is not EngineKind.local)
+    try:
+        chosen = checkpoint or newest(session.output / CHECKPOINTS, session.reporter.say)
+        step = steps_of(chosen, config) if chosen else 0
+        session.equip(lambda: Policy(config, session.layout, weights=chosen))
+        session.stop.watch()
+        session.update_weights(step)
+        result = replace(session.measure(step), checkpoint=str(chosen or ""))
+        if session.is_main:
+            print(f"{chosen or config.model.path}, {step} steps", *lines_of(result_table(result)), sep="\n", flush=True)
+            file = file or free_name(session.output / MEASURED, result)
+            write_result(file, result)
+            print(file)
+    except Cancelled:
+        raise EvaluationStopped(session.stop.signum) from None
+    finally:
+        session.close()
+
+
+def steps_of(checkpoint: Path, config: RunConfig) -> int:
+    """The steps that a checkpoint's weights have seen.
+
+    Raises:
+        CheckpointError: they are of another model than model.path. Where weights have the same shapes, nothing else
+            would tell.
+    """
+    manifest = json.loads((checkpoint / MANIFEST).read_text())
+    mine = model_spec(read_config(hf_folder(config.model.path))).architecture()
+    written = manifest.get("model") or {}
+    differing = [name for name in mine if name in written and json.loads(json.dumps(mine[name])) != written[name]]
+    if differing:
+        facts = ", ".join(f"{name} {written[name]} in place of {mine[name]}" for name in differing)
+        raise CheckpointError(
+            f"{checkpoint} is no checkpoint of model.path = {config.model.path}: it has {facts}. Give the model it was "
+            "trained from, or another train.output to evaluate the model itself"
+        )
+    return int(manifest["step"])

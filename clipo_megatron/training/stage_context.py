@@ -1,0 +1,35 @@
+"""What the stages of an algorithm may use of the run they belong to."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from clipo_megatron.algorithms.hook import HookContext
+from clipo_megatron.config.schema import RunConfig
+from clipo_megatron.data.prompts import ChatRenderer, Messages
+from clipo_megatron.flow import Prompt, Rollout
+from clipo_megatron.rewards.voting import answer_key
+
+
+def context_of(config: RunConfig, tokenizer: Any, prompts: Sequence[Prompt]) -> HookContext:
+    """The context of a run with these training prompts; `tokenizer` is the policy's."""
+    renderer = ChatRenderer(tokenizer, config.model.system_prompt)
+
+    def tokenize(text: str) -> Tensor:
+        return torch.tensor(tokenizer(text, add_special_tokens=False)["input_ids"], dtype=torch.int64)
+
+    def encode(messages: Messages) -> Tensor:
+        return tokenize(renderer.render(messages)[0])
+
+    def answer(prompt: Prompt, rollout: Rollout) -> str:
+        mode = config.reward.by_source.get(prompt.data_source, config.reward.mode)
+        return answer_key(rollout.text, data_source=prompt.data_source, mode=mode.value) or ""
+
+    end = tokenizer.eos_token_id
+    mask = next((each for each in (tokenizer.mask_token_id, tokenizer.pad_token_id, end) if each is not None), 0)
+    by_id = {prompt.id: prompt for prompt in prompts}
+    return HookContext(config, by_id, encode, tokenize, answer, mask_id=mask, end_id=mask if end is None else end)

@@ -1,0 +1,84 @@
+"""The loop: prompts -> rollouts -> verdicts -> scores -> rewards -> advantages -> update -> new weights.
+
+`Trainer.train_step` is the algorithm; everything it calls is a room of its own.
+"""
+
+from __future__ import annotations
+
+from contextlib import suppress
+
+from clipo_megatron.config.schema import RunConfig
+from clipo_megatron.flow import StepReport
+from clipo_megatron.policy.batch.exchange import build_table
+from clipo_megatron.policy.token_credit import assign_token_advantages
+from clipo_megatron.rollout.engine import Cancelled
+from clipo_megatron.telemetry.console import Stopwatch
+from clipo_megatron.telemetry.metrics import speed_metrics, table_metrics
+from clipo_megatron.training.run import Run, is_due
+
+
+class Trainer:
+    """Trains one policy. `run` holds the parts; the trainer holds nothing but the step."""
+
+    def __init__(self, run: Run):
+        self.run = run
+        self.step = run.restore()
+
+    def train(self) -> None:
+        """Steps until the last one, or until somebody asks to stop; either way the state is saved."""
+        run = self.run
+        with suppress(Cancelled):  # rollouts that took too long once asked to stop: the next run does the step anew
+            run.before_training(self.step)
+            while self.step < run.config.train.steps and not run.stop.agreed():
+                report = self.train_step()
+                run.reporter.step(report)
+                self.step += 1
+                run.keep(self.step)
+                if is_due(run.config.eval.every, self.step):
+                    run.evaluate(self.step)
+        run.after_training(self.step)
+
+    def train_step(self) -> StepReport:
+        """One step of the algorithm; collective."""
+        run = self.run
+        watch = Stopwatch(run.heartbeat.phase)
+        actor, algorithm = run.actor, run.algorithm
+
+        with watch("generate"):
+            scored, metrics = run.collector.collect(self.step)
+            run.sync.offload()  # colocated servers hand their memory over
+        with watch("exchange"):
+            table, samples = build_table(scored, step=self.step, observe=algorithm.observe)
+            mini_batches = actor.batcher.mini_batches_of(samples, table)
+            micro_batches = [micro for batch in mini_batches for micro in batch.micro_batches]
+        with watch("score"):
+            metrics |= actor.score(micro_batches, table, algorithm)
+            experience = algorithm.assign_advantages(table, mini_batches)  # rewards, advantages, which rollouts train
+            assign_token_advantages(experience, algorithm, run.layout)
+        with watch("update"):
+            metrics |= actor.learn_values(experience, algorithm)  # a critic, if there is one
+            fresh = True  # the weights are those that were scored
+            plan = algorithm.replay(experience)  # empty while a stage holds the policy
+            for each in plan:
+                for batch in each.mini_batches * run.config.algorithm.epochs:
+                    credited = actor.batcher.credit(batch, each, algorithm)
+                    metrics |= actor.update(credited, each, algorithm, first=fresh)
+                    fresh = False
+            algorithm.after_update(table, learned=experience if plan else None)
+        with watch("sync"):
+            metrics |= run.update_weights(self.step + 1)
+
+        run.recorder.step(scored, table, experience.reward, experience.advantage, algorithm.last_bonus, watch)
+        metrics |= table_metrics(table, experience.reward, experience.advantage)
+        metrics |= actor.contrastive_metrics(table, algorithm.last_bonus)
+        metrics |= speed_metrics(watch, table, micro_batches, world=run.layout.world)
+        return StepReport(self.step, metrics)
+
+
+def run(config: RunConfig) -> None:
+    """Train as a configuration says; every rank calls it."""
+    parts = Run(config)
+    try:
+        Trainer(parts).train()
+    finally:
+        parts.close()

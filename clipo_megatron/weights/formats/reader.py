@@ -1,0 +1,135 @@
+"""Reading a Hugging Face folder of safetensors, one file or many, no more of it than is asked for."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+
+import torch
+from torch import Tensor
+
+from clipo_megatron.weights.errors import WeightsFolderError
+from clipo_megatron.weights.formats.safetensors import SafetensorsFile, SlicedRead, Stored
+
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+
+
+class LazyTensor(SlicedRead):
+    """A tensor on disk; indexing it reads those rows alone."""
+
+    def __init__(self, reader: HFReader, file: SafetensorsFile, name: str) -> None:
+        stored = file.header.tensors[name]
+        super().__init__(stored.shape)
+        self.dtype: torch.dtype = stored.dtype
+        self._reader, self._file, self._name = reader, file, name
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        """Rows start .. stop-1."""
+        return self._file.read(self._name, slice(start, stop))
+
+    def whole(self) -> Tensor:
+        """A tensor without rows."""
+        return self._file.read(self._name)
+
+    def __getitem__(self, index: slice | tuple[slice, ...]) -> Tensor:
+        part = super().__getitem__(index)
+        self._reader.bytes_read += part.nbytes
+        return part
+
+
+class HFReader:
+    """The tensors of a folder by name. Use it as a context manager, or call `close`.
+
+    Files are opened when a tensor of theirs is first asked for, and read as far as is asked for; several threads may
+    do so at once. `bytes_read` counts what was indexed.
+
+    Raises:
+        CheckpointError: no safetensors, a file that the index names but the folder lacks, a damaged or truncated
+            file, a tensor that is not there; the message names file or tensor.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        self.bytes_read = 0
+        self._open: dict[str, SafetensorsFile] | None = {}
+        self._opening = threading.Lock()
+        self._files = self._locate()
+
+    def names(self) -> tuple[str, ...]:
+        """Of all tensors, sorted."""
+        return tuple(sorted(self._files))
+
+    def get(self, name: str) -> Tensor:
+        """The whole tensor."""
+        return self.view(name)[:]
+
+    def view(self, name: str) -> LazyTensor:
+        """The tensor's shape and, by indexing, parts of it."""
+        if name not in self._files:
+            raise WeightsFolderError(f"{self.folder} has no tensor {name!r}")
+        file = self._handle(self._files[name])
+        if name not in file.header.tensors:
+            raise WeightsFolderError(f"{file.path} does not hold {name!r}, though {INDEX} says so")
+        return LazyTensor(self, file, name)
+
+    def stored(self, name: str) -> Stored:
+        """Dtype and shape of a tensor."""
+        return self.view(name)._file.header.tensors[name]
+
+    @property
+    def files(self) -> dict[str, SafetensorsFile]:
+        """All files of the folder by name, opened."""
+        return {name: self._handle(name) for name in sorted(set(self._files.values()))}
+
+    def close(self) -> None:
+        """Close the files. Idempotent; reading afterwards is an error."""
+        for handle in (self._open or {}).values():
+            handle.close()
+        self._open = None
+
+    def __enter__(self) -> HFReader:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _locate(self) -> Mapping[str, str]:
+        """Which file holds which tensor. A single file wins over an index, as in transformers."""
+        if (self.folder / SINGLE).is_file():
+            return dict.fromkeys(self._handle(SINGLE).header.tensors, SINGLE)
+        index = self.folder / INDEX
+        if not index.is_file():
+            raise WeightsFolderError(
+                f"{self.folder} holds neither {SINGLE} nor {INDEX}; other weight formats are not read "
+                "(save the model with save_pretrained to get safetensors)"
+            )
+        try:
+            files = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+            names = sorted(set(files.values()))
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise WeightsFolderError(f"{index} cannot be read: {error!r}") from error
+        outside = [name for name in names if Path(name).name != name]
+        missing = [name for name in names if name not in outside and not (self.folder / name).is_file()]
+        if outside:
+            raise WeightsFolderError(f"{index} names files outside its folder: {', '.join(outside)}")
+        if missing:
+            raise WeightsFolderError(f"{self.folder} lacks files that {INDEX} names: {', '.join(missing)}")
+        return files
+
+    def _handle(self, file: str) -> SafetensorsFile:
+        if self._open is None:
+            raise WeightsFolderError(f"the reader of {self.folder} is closed")
+        with self._opening:
+            if file not in self._open:
+                path = self.folder / file
+                try:
+                    self._open[file] = SafetensorsFile(path)
+                except OSError as error:
+                    raise WeightsFolderError(f"{path} is damaged or truncated: {error}") from error
+            return self._open[file]

@@ -1,0 +1,155 @@
+"""The Hugging Face tensors of a torch_dist checkpoint, by name, as if it were a Hugging Face folder."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from clipo_megatron.weights.errors import WeightsFolderError
+from clipo_megatron.weights.families import entries
+from clipo_megatron.weights.formats.safetensors import SlicedRead
+from clipo_megatron.weights.formats.torch_dist import TorchDist
+from clipo_megatron.weights.mapping import MappingEntry, PipelineStage
+from clipo_megatron.weights.sharding import RowSpan, Shape
+from clipo_megatron.weights.spec import ModelSpec
+
+MASTER = "optimizer.master."  # before the key of a parameter: its fp32 master, in a training checkpoint
+_LAYER = "decoder.layers."
+
+
+class TorchDistView(SlicedRead):
+    """A Hugging Face tensor in a torch_dist checkpoint; indexing it reads those rows alone."""
+
+    def __init__(self, reader: TorchDistReader, place: _Place) -> None:
+        super().__init__(place.shape)
+        self.dtype: torch.dtype = reader.store.tensors[place.key].dtype
+        self._reader, self._place = reader, place
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        """Rows start .. stop-1."""
+        return self.read_into(torch.empty((max(stop - start, 0), *self.shape[1:]), dtype=self.dtype), start)
+
+    def read_into(self, target: Tensor, start: int) -> Tensor:
+        """Fill `target` [rows, ...], of the view's dtype, with the rows from `start` on."""
+        stop = start + target.shape[0]
+        for run in self._place.entry.kind.runs(self._place.entry.shapes, self._place.source):
+            first, last = max(start, run.start), min(stop, run.start + run.rows)
+            if first < last:
+                moved = RowSpan(first, run.at + first - run.start, last - first)
+                into = target[first - start : last - start]
+                self._reader.store.read(self._place.key, moved, self._place.lead, into=into)
+        return target
+
+    def __getitem__(self, index: slice | tuple[slice, ...]) -> Tensor:
+        part = super().__getitem__(index)
+        self._reader.bytes_read += part.nbytes
+        return part
+
+
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """Where a Hugging Face tensor lies in a checkpoint."""
+
+    key: str
+    lead: tuple[int, ...]  # layer and expert, where they are axes
+    entry: MappingEntry
+    source: int  # which of the entry's tensors
+
+    @property
+    def shape(self) -> Shape:
+        return self.entry.hf[self.source].shape
+
+
+class TorchDistReader:
+    """The Hugging Face tensors of a torch_dist folder by name: what `HFReader` is to a Hugging Face folder.
+
+    Args:
+        folder: with `.metadata`.
+        spec: of the model.
+        master: read the optimizer's fp32 masters of a training checkpoint in place of the parameters.
+
+    Raises:
+        CheckpointError: a damaged folder, or tensors of another model; the message names file or key.
+    """
+
+    def __init__(self, folder: str | Path, spec: ModelSpec, *, master: bool = False) -> None:
+        self.folder = Path(folder)
+        self.store = TorchDist(self.folder)
+        self.bytes_read = 0
+        if master and not any(key.startswith(MASTER) for key in self.store.tensors):
+            raise WeightsFolderError(
+                f"{self.folder} holds no optimizer's masters: only checkpoints of training do. Leave the option out to "
+                "get the parameters"
+            )
+        self._prefix = MASTER if master else ""
+        self._places = dict(self._find(spec))
+
+    def names(self) -> tuple[str, ...]:
+        """Of all tensors, sorted."""
+        return tuple(sorted(self._places))
+
+    def names_in_order(self) -> tuple[str, ...]:
+        """Of all tensors, as they follow each other in the model."""
+        return tuple(self._places)
+
+    def get(self, name: str) -> Tensor:
+        """The whole tensor."""
+        return self.view(name)[:]
+
+    def view(self, name: str) -> TorchDistView:
+        """The tensor's shape and dtype and, by indexing, parts of it."""
+        if name not in self._places:
+            raise WeightsFolderError(f"{self.folder} has no tensor {name!r}")
+        return TorchDistView(self, self._places[name])
+
+    @property
+    def unknown(self) -> list[str]:
+        """Keys of parameters in the folder that no rule of the model's family knows."""
+        used = {place.key for place in self._places.values()}
+        return sorted(
+            key
+            for key in self.store.tensors
+            if key.startswith(("decoder.", "embedding.", "output_layer.")) and self._prefix + key not in used
+        )
+
+    def close(self) -> None:
+        """Close the files. Idempotent."""
+        self.store.close()
+
+    def __enter__(self) -> TorchDistReader:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _find(self, spec: ModelSpec) -> Iterator[tuple[str, _Place]]:
+        """What is there; what a model needs beyond that is `coverage.check_tensors`'s question."""
+        whole = PipelineStage(offset=0, layers=spec.num_layers, first=True, last=True)
+        for entry in entries(spec, whole):
+            if entry.copy:
+                continue
+            key, lead = self._prefix + entry.key, ()
+            stacked = self._prefix + entry.key.replace(f"{_LAYER}{entry.layer}.", _LAYER, 1)
+            if key not in self.store.tensors and entry.layer is not None and stacked in self.store.tensors:
+                key, lead = stacked, (entry.layer,)
+            if key not in self.store.tensors:
+                continue
+            if entry.experts:
+                lead = (*lead, entry.expert)
+            self._check_shape(key, lead, entry, spec)
+            for source, tensor in enumerate(entry.hf):
+                yield tensor.name, _Place(key, lead, entry, source)
+
+    def _check_shape(self, key: str, lead: tuple[int, ...], entry: MappingEntry, spec: ModelSpec) -> None:
+        found = self.store.tensors[key].shape
+        axes = [spec.num_layers] if entry.layer is not None and len(lead) > bool(entry.experts) else []
+        axes += [entry.experts] if entry.experts else []
+        if list(found[: len(axes)]) != axes or not entry.kind.fits(found[len(axes) :], entry.shapes, 1):
+            expected = [*axes, *entry.kind.local_shape(entry.shapes, 1)]
+            raise WeightsFolderError(
+                f"{self.folder}: {key} has shape {list(found)}, and the model's config.json gives {expected}"
+            )

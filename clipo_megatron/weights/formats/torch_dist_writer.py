@@ -1,0 +1,88 @@
+"""What describes a torch_dist folder beside the files that hold its tensors: which part of which tensor lies where."""
+
+from __future__ import annotations
+
+import io
+import json
+import pickle
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import prod
+
+import torch
+from torch.distributed.checkpoint.filesystem import CURRENT_DCP_VERSION, _StorageInfo
+from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    StorageMeta,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+
+from clipo_megatron.weights.formats.torch_dist import METADATA
+
+# Megatron's own description of the format.
+_FORMAT = {
+    "sharded_backend": "torch_dist",
+    "sharded_backend_version": 1,
+    "common_backend": "torch",
+    "common_backend_version": 1,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class FileSpan:
+    """Where a part of a tensor, or an object if it has no offset, was written."""
+
+    key: str
+    file: str
+    start: int
+    length: int
+    offset: tuple[int, ...] | None = None
+    sizes: tuple[int, ...] = ()
+    shape: tuple[int, ...] = ()  # of the whole tensor
+    dtype: torch.dtype | None = None
+
+
+def description(places: Sequence[FileSpan], common: bytes) -> dict[str, bytes]:
+    """The files that Megatron reads first, by name.
+
+    Args:
+        places: of everything in the folder.
+        common: what is the same on all ranks, as `saved` makes it.
+
+    Raises:
+        ValueError: a tensor is not there as a whole.
+    """
+    return {
+        METADATA: pickle.dumps(_metadata(places)),
+        "common.pt": common,
+        "metadata.json": json.dumps(_FORMAT).encode(),
+    }
+
+
+def saved(value: object) -> bytes:
+    """What `torch.save` makes of a small value."""
+    buffer = io.BytesIO()
+    torch.save(value, buffer)
+    return buffer.getvalue()
+
+
+def _metadata(places: Sequence[FileSpan]) -> Metadata:
+    chunks: dict[str, list[ChunkStorageMetadata]] = {}
+    kept: dict[str, TensorStorageMetadata | BytesStorageMetadata] = {}
+    stored: dict[MetadataIndex, _StorageInfo] = {}
+    for place in places:
+        stored[MetadataIndex(place.key, place.offset)] = _StorageInfo(place.file, place.start, place.length)
+        if place.offset is None:
+            kept[place.key] = BytesStorageMetadata()
+            continue
+        held = chunks.setdefault(place.key, [])
+        held.append(ChunkStorageMetadata(torch.Size(place.offset), torch.Size(place.sizes)))
+        kept[place.key] = TensorStorageMetadata(TensorProperties(dtype=place.dtype), torch.Size(place.shape), held)
+    for key, held in chunks.items():
+        if (count := sum(prod(chunk.sizes) for chunk in held)) != prod(kept[key].size):
+            raise ValueError(f"{count} of {prod(kept[key].size)} elements of {key} were written")
+    return Metadata(kept, storage_data=stored, storage_meta=StorageMeta(), version=CURRENT_DCP_VERSION)

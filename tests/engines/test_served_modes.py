@@ -1,0 +1,94 @@
+"""Whole runs on two ranks against real servers, once for each way to collect, to sync and to share GPUs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file, save_file
+from served import Servers
+from small_runs import STEPS, SmallRun, metrics, write_config, write_model
+from tiny_models import EOS
+
+from clipo_megatron.config.schema import DType
+
+SERVED = (
+    "layout.pp=2",
+    "rollout.samples_per_prompt=4",
+    "rollout.max_new_tokens=80",
+    "rollout.pool.join_deadline_s=60",
+    "rollout.sync.deadline_s=60",
+    "layout.distributed_timeout_s=200",
+    "data.max_prompt_tokens=60",
+)
+Lines = list[dict[str, float]]
+
+
+@pytest.fixture(scope="module")
+def run_of_unequal_lengths(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small run whose answers end early or late, so that some are unfinished when others are enough."""
+    folder = tmp_path_factory.mktemp("unequal")
+    model = write_model(folder / "model", head_dim=32)  # vLLM on a CPU takes no less
+    weights = load_file(model / "model.safetensors")
+    weights["model.embed_tokens.weight"][EOS] *= 0.45
+    save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
+    return write_config(folder, model)
+
+
+def carried(lines: Lines) -> None:
+    """Rollouts that one step began and another one finished, some under two versions of the weights."""
+    assert any(line["rollout/carried_prompts"] > 0 for line in lines)
+    assert any(line["rollout/mixed_versions"] > 0 for line in lines)
+    assert any(line["off_policy/effective_samples"] < 1 for line in lines)
+    assert all(line["rollout/dropped_prompts"] == 0 for line in lines)
+
+
+def refilled(lines: Lines) -> None:
+    """Groups that teach nothing were replaced, and nothing is of old weights."""
+    assert any(line["rollout/refilled_groups"] > 0 for line in lines)
+    assert all(line["rollout/version_lag"] == 0 for line in lines)
+
+
+def plain(lines: Lines) -> None:
+    """Everything is of the newest weights."""
+    assert all(line["rollout/version_lag"] == 0 and line["rollout/mixed_versions"] == 0 for line in lines)
+
+
+WAYS: dict[str, tuple[str, Callable[[Lines], None], tuple[str, ...]]] = {
+    "go on from tokens": ("sglang", carried, ("rollout.over_sampling=2", "rollout.unfinished=resume")),
+    "keep running": ("sglang", carried, ("rollout.over_sampling=2", "rollout.unfinished=keep_running")),
+    "refill on two heads": (
+        "sglang",
+        refilled,
+        ("rollout.over_sampling=1.5", "rollout.max_refill_rounds=2", "layout.pp=1", "layout.dp=2"),
+    ),
+    "colocated": ("sglang", plain, ("rollout.colocated=true", "rollout.sync.transport=ipc")),
+    "vllm": ("vllm", plain, ("rollout.sync.transport=disk",)),
+}
+
+
+@pytest.mark.timeout(400)
+@pytest.mark.parametrize("way", WAYS)
+def test_a_run(way: str, servers: Servers, run_of_unequal_lengths: Path, tmp_path: Path):
+    engine, holds, settings = WAYS[way]
+    server = servers.shared(engine, run_of_unequal_lengths.parent / "model", DType.fp32)
+    correction = ("algorithm.correction.kind=truncate",) if holds is carried else ()
+    SmallRun(
+        run_of_unequal_lengths,
+        tmp_path / "run",
+        f"rollout.engine={engine}",
+        f"rollout.endpoints=[{server.url}]",
+        *SERVED,
+        *settings,
+        *correction,
+    ).wait()
+    lines = metrics(tmp_path / "run")
+    assert [line["step"] for line in lines] == list(range(STEPS))
+    assert all(line["sync/servers"] == 1 for line in lines)
+    # Of rollouts of the newest weights alone; there may be none in a step.
+    assert all(line.get("policy/mult_prob_error", 1.0) <= 1.01 for line in lines)
+    holds(lines)
+    evaluations = sorted((tmp_path / "run" / "eval").glob("step_*.json"))
+    assert [json.loads(file.read_text())["step"] for file in evaluations] == [0, 3, 6]

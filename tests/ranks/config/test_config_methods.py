@@ -1,0 +1,262 @@
+"""Checks of what methods go with: the critic's folder, groups of one, windows, losses over groups, their options."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+from model_folders import FACTS, model_folder
+
+from clipo_megatron.algorithms.build import class_of
+from clipo_megatron.algorithms.hook import Hook, Signal
+from clipo_megatron.algorithms.methods.registry import BASELINES, PLUGINS, Acts
+from clipo_megatron.algorithms.policy_loss import GroupLoss
+from clipo_megatron.checks.run import check
+from clipo_megatron.config.errors import ConfigError, ConfigProblem
+from clipo_megatron.config.schema import (
+    CorrectionKind,
+    KLKind,
+    KLPlace,
+    Level,
+    PluginConfig,
+    RunConfig,
+    SourceConfig,
+)
+
+pytestmark = pytest.mark.timeout(60)
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> RunConfig:
+    """Sound, and of GRPO with CLIPO."""
+    config = RunConfig()
+    config.model.path = model_folder(tmp_path / "model", FACTS)
+    (tmp_path / "train.jsonl").touch()
+    config.data.train = [SourceConfig(path=str(tmp_path / "train.jsonl"))]
+    return config
+
+
+def changed(config: RunConfig, settings: dict[str, Any]) -> RunConfig:
+    """With settings by their dotted keys."""
+    for key, value in settings.items():
+        *sections, name = key.split(".")
+        place: Any = config
+        for section in sections:
+            place = getattr(place, section)
+        assert hasattr(place, name), key
+        setattr(place, name, value)
+    return config
+
+
+def refused(config: RunConfig, ranks: int | None = None) -> tuple[ConfigProblem, ...]:
+    with pytest.raises(ConfigError) as caught:
+        check(config, ranks=ranks)
+    return caught.value.problems
+
+
+@pytest.mark.parametrize(
+    ("facts", "part"),
+    [
+        ({"architectures": ["GPT2LMHeadModel"]}, "its architecture is GPT2LMHeadModel"),
+        ({"vocab_size": 128}, "its vocab_size is 128, and that of model.path is 263"),
+        ({"num_attention_heads": 7, "num_key_value_heads": 7}, "with layout.tp = 2 it does not divide the model's 7"),
+        ({"num_hidden_layers": 29}, "with layout.pp = 2 it does not divide the model's 29 layers"),
+        ({"max_position_embeddings": 1000}, "it takes 1000 tokens, and a sequence can reach 1536"),
+        (None, "there is no such folder"),
+    ],
+)
+def test_a_critic_is_held_against_the_policy(config, tmp_path, facts, part):
+    settings = {"algorithm.name": "ppo", "critic.path": str(tmp_path / "critic"), "layout.tp": 2, "layout.pp": 2}
+    changed(config, settings)
+    if facts is not None:
+        model_folder(tmp_path / "critic", {**FACTS, "num_hidden_layers": 10})
+        check(config, ranks=4)
+        model_folder(tmp_path / "critic", FACTS | facts)
+    (problem,) = refused(config, ranks=4)
+    assert problem.key == "critic.path" and part in str(problem)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"clipo.enabled": False, "algorithm.name": "reinforce_pp"},
+        {"clipo.level": Level.batch, "algorithm.name": "ppo"},
+        {"clipo.enabled": False, "algorithm.name": "a.module:Baseline"},
+    ],
+)
+def test_groups_of_one_where_nobody_compares_them(config, settings):
+    check(changed(config, {"rollout.samples_per_prompt": 1, **settings}))
+
+
+# ---------------------------------------------------------------- methods beside one another
+
+REWARDED = {"algorithm.kl.coefficient": 0.1, "algorithm.kl.place": KLPlace.reward}
+VERDICTS = {"algorithm.options": {"weigh_by_reward": False}}
+CORRECTED = {"algorithm.correction.kind": CorrectionKind.truncate}
+GROUP_LOSSES = [name for name, method in BASELINES.items() if method.aggregation is None]
+
+
+def beside(*names: str) -> dict[str, Any]:
+    return {"algorithm.plugins": [PluginConfig(name) for name in names]}
+
+
+@pytest.mark.parametrize("plugin", ["cepo", "d3s", "adora", "pipo"])
+@pytest.mark.parametrize("name", GROUP_LOSSES)
+def test_nothing_acts_on_advantages_that_are_not_there(config, name, plugin):
+    (problem,) = refused(changed(config, {"algorithm.name": name} | beside("hapo", plugin)))
+    assert problem.key == "algorithm.plugins[1].name" and problem.value == plugin
+    assert f"it acts on advantages, and {name} has none" in str(problem)
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "key", "part"),
+    [
+        ("disco", CORRECTED, "algorithm.correction.kind", "Set it to none"),
+        ("conspo", CORRECTED, "algorithm.correction.kind", "weighs no single rollouts"),
+        ("disco", VERDICTS, "algorithm.options.weigh_by_reward", "which is all that clipo.enabled would change"),
+        (
+            "conspo",
+            VERDICTS | REWARDED | {"clipo.enabled": False},
+            "algorithm.options.weigh_by_reward",
+            "all that algorithm.kl.place = reward would change",
+        ),
+        (
+            "disco",
+            VERDICTS | beside("hapo", "papo") | {"clipo.enabled": False},
+            "algorithm.options.weigh_by_reward",
+            "all that hapo would change",
+        ),
+        ("hpt", {"rollout.max_refill_rounds": 2}, "rollout.max_refill_rounds", "hpt teaches them demonstrations"),
+        (
+            "grpo",
+            {"algorithm.kl.coefficient": 0.1, "algorithm.kl.kind": KLKind.k1},
+            "algorithm.kl.kind",
+            "whatever the reference policy says. Set it to k2 or k3",
+        ),
+        ("ppo", beside("adora"), "algorithm.plugins[0].name", "would take what it scales for rewards"),
+        ("t_ppo", beside("adora"), "algorithm.plugins[0].name", "t_ppo would take"),
+        ("reinforce_pp", beside("adora") | REWARDED, "algorithm.plugins[0].name", "whitens what it scales"),
+        ("reinforce_pp_baseline", beside("adora") | REWARDED, "algorithm.plugins[0].name", "kl.place=loss"),
+    ],
+)
+def test_what_would_do_nothing_or_harm_is_refused(config, name, settings, key, part):
+    (problem,) = refused(changed(config, {"algorithm.name": name} | settings))
+    assert problem.key == key and part in str(problem)
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("disco", REWARDED | beside("hapo", "empo", "papo")),
+        ("conspo", VERDICTS | beside("papo") | {"clipo.enabled": False, "algorithm.kl.coefficient": 0.1}),
+        ("copg", CORRECTED),
+        ("grpo", REWARDED | {"algorithm.kl.kind": KLKind.k1} | beside("adora", "d3s", "cepo", "pipo")),
+        ("grpo", {"algorithm.kl.kind": KLKind.k1}),
+        ("reinforce_pp", beside("adora")),
+        ("a.module:Baseline", CORRECTED | beside("adora", "pipo") | {"algorithm.clip_low": 1.5}),
+    ],
+)
+def test_what_goes_together(config, name, settings):
+    check(changed(config, {"algorithm.name": name} | settings))
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "part"),
+    [
+        ("dapo", {"cushion": 2000}, "so many tokens below rollout.max_new_tokens = 1024"),
+        ("dapo", {"cushion": 600, "longest": 500}, "so many tokens below algorithm.options.longest = 500"),
+        ("dapo", {"longest": 20480, "cushion": 4096}, "longest = 20480: no response is longer than"),
+        ("riskpo", {"start": math.inf}, "start = inf: it must be a finite number"),
+        ("copg", {"beta": 0.0}, "it must be at least 1e-06"),
+        ("conspo", {"margin": math.nan}, "it must be a finite number"),
+        ("cepo", {"mix_steps": 0}, "it must be at least 1"),
+        ("cepo", {"hint": "The answer."}, "it has no {answer} in it"),
+        ("d3s", {"relax_steps": 0}, "it must be at least 1"),
+        ("d3s", {"rollouts": 0.0}, "it must be from 1e-06 to 1"),
+        ("d3s", {"tokens": 0.0}, "it must be from 1e-06 to 1"),
+        ("gcpo", {"pattern": "("}, "pattern = (: it is no regular expression: missing )"),
+        ("gcpo", {"weight": math.nan}, "it must be a finite number"),
+        ("grace", {"weight": math.nan}, "it must be a finite number"),
+        ("c_grpo", {"score": "absent.py:score"}, "score = absent.py:score: there is no such file"),
+        ("c_grpo", {"score": "score.py"}, "no function is named after a colon"),
+    ],
+)
+def test_values_of_options_are_judged_before_anything_is_loaded(config, name, options, part):
+    if name in BASELINES:
+        changed(config, {"algorithm.name": name, "algorithm.options": options})
+    else:
+        config.algorithm.plugins = [PluginConfig(name, options)]
+    (problem,) = refused(config)
+    assert part in str(problem)
+
+
+def test_values_of_options_that_are_sound(config):
+    changed(config, {"algorithm.name": "dapo", "algorithm.options": {"cushion": 1024, "longest": 2000}})
+    config.algorithm.plugins = [PluginConfig("c_grpo", {"score": "a.module:score"})]
+    check(config)
+    check(changed(config, {"algorithm.options": {"penalty": 0, "cushion": 4096}}))
+
+
+@pytest.mark.parametrize("name", [*BASELINES, *PLUGINS])
+def test_what_methods_cost_is_declared_as_their_classes_have_it(name):
+    method = (BASELINES | PLUGINS)[name]
+    stage = class_of(method.stage)
+    assert method.reference == (Signal.reference_logprobs in stage.needs)
+    assert method.critic == (Signal.values in stage.needs)
+    assert method.replays == stage.replays
+    assert method.demonstrations == (Signal.demonstrations in stage.needs)
+    assert method.forwards == (len(stage.provides) if stage.variants is not Hook.variants else 0)
+    assert (method.aggregation is None) == issubclass(stage, GroupLoss)
+    acts = {Acts.reward: "shape_reward", Acts.loss: "loss"}.get(method.acts_on)
+    assert acts is None or getattr(stage, acts) is not getattr(Hook, acts)
+    assert (method.acts_on is None) == (name in BASELINES)
+
+
+# ---------------------------------------------------------------- windows
+
+
+WINDOWS = {"algorithm.name": "t_ppo", "rollout.window_tokens": 256}
+
+
+def test_windows_of_t_ppo(config):
+    check(changed(config, WINDOWS))
+    check(changed(config, {"data.prompts_per_step": 16, "algorithm.mini_batches": 4, "layout.dp": 4}))
+
+
+@pytest.mark.parametrize(
+    ("settings", "key", "part"),
+    [
+        ({"rollout.window_tokens": 0}, "rollout.window_tokens", "it must be at least 1"),
+        (
+            {"rollout.window_tokens": 1024},
+            "rollout.window_tokens",
+            "no response is longer than rollout.max_new_tokens = 1024",
+        ),
+        ({"algorithm.name": "ppo"}, "rollout.window_tokens", "ppo does not learn from responses that have not ended"),
+        (
+            {"algorithm.plugins": [PluginConfig("hapo")]},
+            "rollout.window_tokens",
+            "the plug-in hapo judges whole responses",
+        ),
+        ({"rollout.over_sampling": 1.5}, "rollout.over_sampling", "nothing is left unfinished by over-sampling"),
+        ({"rollout.max_refill_rounds": 2}, "rollout.max_refill_rounds", "have no verdicts yet"),
+        ({"layout.share_prompts": True}, "layout.share_prompts", "go on from different tokens"),
+        (
+            {"data.prompts_per_step": 8, "algorithm.mini_batches": 4, "layout.dp": 3},
+            "data.prompts_per_step",
+            "each with as few as one rollout that goes on, and not all of the 3 model replicas would get one. "
+            "Set it to 12 or more",
+        ),
+    ],
+)
+def test_what_windows_do_not_go_with(config, settings, key, part):
+    (problem,) = refused(changed(config, WINDOWS | settings))
+    assert problem.key == key and part in str(problem)
+
+
+def test_windows_with_classes_of_ones_own(config):
+    """Which may learn from what has not ended: nobody knows."""
+    own = {"algorithm.name": "a.module:Baseline", "algorithm.plugins": [PluginConfig("a.module:Plugin")]}
+    check(changed(config, WINDOWS | own))

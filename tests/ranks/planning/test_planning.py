@@ -1,0 +1,335 @@
+"""A plan against what is built: parameters of each rank, bytes of optimizer and activations, and the command."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from paths import ARCHITECTURES
+from policy_steps import configuration, scored_groups
+from ranks import RankPool
+from tiny_models import tiny_llama, tiny_qwen2
+
+from clipo_megatron.algorithms.build import build_algorithm
+from clipo_megatron.cli.main import main
+from clipo_megatron.config.schema import AlgorithmConfig, DType, LayoutConfig, PluginConfig, RunConfig
+from clipo_megatron.planning.hardware import HARDWARE, Assumptions
+from clipo_megatron.planning.layouts import LayoutPlan, candidates, judge
+from clipo_megatron.planning.memory import server_memory, trainer_memory
+from clipo_megatron.planning.parameters import active_count, rank_count, stage_counts, whole_count
+from clipo_megatron.policy import parallel as layouts
+from clipo_megatron.policy.actor import PolicyActor
+from clipo_megatron.policy.batch.batching import Batcher
+from clipo_megatron.policy.batch.exchange import build_table
+from clipo_megatron.weights.families import model_spec
+from clipo_megatron.weights.parallel_division import ParallelDivision
+from clipo_megatron.weights.spec import ModelSpec, read_config
+
+pytestmark = pytest.mark.timeout(180)
+
+# Sums of the tensors that the published checkpoints hold.
+PUBLISHED = {
+    "llama-3.1-70b": 70_553_706_496,
+    "qwen2.5-72b": 72_706_203_648,
+    "qwen3-235b-a22b": 235_093_634_560,
+}
+
+
+def architecture(name: str) -> ModelSpec:
+    return model_spec(json.loads((ARCHITECTURES / f"{name}.json").read_text()))
+
+
+@pytest.fixture(scope="module", params=["tied llama", "qwen2"])
+def folder(request, tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("model") / "model"
+    if request.param == "qwen2":
+        return tiny_qwen2(path, tied=False, vocab=515)
+    return tiny_llama(path, vocab=261, heads=4, kv_heads=2, head_dim=32)
+
+
+def large_run(name: str) -> RunConfig:
+    config = RunConfig()
+    config.model.path = name
+    config.data.prompts_per_step, config.rollout.samples_per_prompt = 128, 16
+    config.rollout.max_new_tokens, config.layout.max_tokens_per_microbatch = 8192, 16384
+    config.rollout.colocated = True
+    return config
+
+
+# ---------------------------------------------------------------- parameters
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_large_models_have_the_parameters_that_were_published(name):
+    assert whole_count(architecture(name)).total == PUBLISHED[name]
+
+
+def test_a_token_passes_through_a_tenth_of_qwen3_235b():
+    """22 B of 235 B are active, the name says; without the embedding's table."""
+    assert 21e9 < active_count(architecture("qwen3-235b-a22b")) < 22e9
+
+
+def held(folder: str, layout_config: LayoutConfig) -> dict[str, int]:
+    """On a rank: what its actor holds, counted on the objects themselves."""
+    config = configuration(folder)
+    config.layout = layout_config
+    layout = layouts.initialize(config.layout, seed=0)
+    actor = PolicyActor(config, layout, needs=build_algorithm(config).needs, total_steps=10)
+    masters = sum(
+        shard.numel()
+        for inner in actor.optimizer.inner.chained_optimizers
+        for group in inner.optimizer.param_groups
+        for shard in group["params"]
+    )
+    return {
+        "parameters": sum(parameter.numel() for parameter in actor.stage.parameters()),
+        "gradients": sum(buffer.grad_data.numel() for buffer in actor.model.buffers),
+        "masters": masters,
+        "pp_rank": layout.pp_rank,
+    }
+
+
+@pytest.mark.parametrize(
+    "layout", [(1, 1, 1), (2, 1, 1), (1, 2, 1), (2, 2, 1), (1, 2, 2)], ids="{0[0]}x{0[1]}x{0[2]}".format
+)
+def test_every_rank_holds_what_was_planned(layout, ranks: RankPool, folder: Path):
+    tp, pp, dp = layout
+    config = LayoutConfig(tp=tp, pp=pp, dp=dp)
+    spec, division = model_spec(read_config(folder)), ParallelDivision.of(config)
+    found = ranks.run(held, tp * pp * dp, str(folder), config)
+    for each in found:
+        planned = rank_count(spec, division, each["pp_rank"]).total
+        assert each["parameters"] == planned
+        assert planned <= each["gradients"] <= planned * 1.02 + 4096, "the buffers are padded a little"
+    for stage in range(pp):
+        masters = sum(each["masters"] for each in found if each["pp_rank"] == stage)
+        assert masters == tp * rank_count(spec, division, stage).total, "dp ranks share the masters out"
+
+
+# ---------------------------------------------------------------- activations
+
+
+def saved_bytes(folder: str, recompute: bool) -> tuple[int, int]:
+    """On a rank: bytes that autograd keeps of one forward, each storage once, and the tokens that were packed."""
+    config = configuration(folder)
+    config.model.recompute = recompute
+    config.layout.max_tokens_per_microbatch = 100_000
+    layout = layouts.initialize(config.layout, seed=0)
+    actor = PolicyActor(config, layout, needs=frozenset(), total_steps=10)
+    table, samples = build_table(scored_groups(0, vocab=actor.spec.vocab_size, groups=12), step=0)
+    config.algorithm.mini_batches = 1
+    (batch,) = Batcher.of(config, layout).mini_batches_of(samples, table)
+    (micro,) = batch.micro_batches
+    own = {parameter.untyped_storage().data_ptr() for parameter in actor.stage.parameters()}
+    kept: dict[int, int] = {}
+    alive = []
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own and tensor.is_floating_point():
+            kept[storage.data_ptr()] = storage.nbytes()
+            alive.append(tensor)  # or its memory would be given to the next
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        actor.stage(micro)
+    return sum(kept.values()), micro.tokens.numel()
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_activations_are_of_the_planned_size(recompute, ranks: RankPool, tmp_path: Path):
+    """A CPU's kernels keep more than is planned for: norms what they divided, attention padded copies of q, k and v."""
+    folder = tiny_llama(tmp_path / "m", hidden=256, heads=8, kv_heads=2, head_dim=32, intermediate=704, layers=6)
+    ((found, tokens),) = ranks.run(saved_bytes, 1, str(folder), recompute)
+    config = configuration(folder)
+    config.model.recompute, config.layout.max_tokens_per_microbatch = recompute, tokens
+    config.data.prompts_per_step = 1
+    spec = model_spec(read_config(folder))
+    (memory,) = trainer_memory(config, spec, ParallelDivision.of(config.layout), 1, Assumptions())
+    if recompute:
+        # what stays while the other layers run is the layers' inputs
+        planned = 4 * tokens * spec.hidden_size * spec.num_layers
+        assert planned * 0.9 < found < planned * 1.6
+        assert memory.activations > planned
+    else:
+        assert memory.activations * 0.8 < found < memory.activations * 1.8
+
+
+# ---------------------------------------------------------------- memory and time
+
+
+def test_memory_of_a_stage_is_what_the_optimizer_says():
+    """Llama-3.1-70B, tp 8 x pp 4 x dp 2, bf16: weights 2 bytes, gradients 4, masters and moments 12 over dp."""
+    config, spec = large_run("llama"), architecture("llama-3.1-70b")
+    config.layout.tp, config.layout.pp, config.layout.sequence_parallel = 8, 4, True
+    stages = trainer_memory(config, spec, ParallelDivision.of(config.layout), 2, Assumptions())
+    middle = 20 * (8192 * 8192 * 2 + 2 * 1024 * 8192 + 3 * 28672 * 8192) / 8 + 20 * 2 * 8192
+    assert stages[1].weights == 2 * middle and stages[1].gradients == 4 * middle and stages[1].optimizer == 6 * middle
+    assert stages[0].weights > stages[1].weights < stages[3].weights, "embedding, output layer"
+    assert stages[0].activations > stages[1].activations, "the first stage has most micro-batches in flight"
+    assert stages[3].logits > 0 == stages[0].logits and stages[3].head > 0
+    config.algorithm.kl.coefficient = 0.01
+    assert trainer_memory(config, spec, ParallelDivision.of(config.layout), 2, Assumptions())[1].reference == 2 * middle
+    config.model.dtype = DType.fp32
+    in_fp32 = trainer_memory(config, spec, ParallelDivision.of(config.layout), 2, Assumptions())[1]
+    assert (in_fp32.weights, in_fp32.optimizer) == (4 * middle, 4 * middle)
+
+
+def test_methods_cost_what_they_declare():
+    """In memory a reference or a critic, in time their forwards, and updates: by multiples of GRPO's, of dp 1."""
+    config, spec = large_run("llama"), architecture("llama-3.1-70b")
+    config.layout.tp, config.layout.pp, config.serve.tp = 8, 4, 4
+
+    def planned(name: str, *plugins: str, **settings: int) -> LayoutPlan:
+        algorithm = AlgorithmConfig(name, plugins=[PluginConfig(each) for each in plugins], **settings)
+        return judge(replace(config, algorithm=algorithm), spec, 1, 32, HARDWARE["h100"], Assumptions())
+
+    def times(plan: LayoutPlan, of: LayoutPlan) -> tuple[float, float]:
+        return pytest.approx((plan.time.score / of.time.score, plan.time.update / of.time.update))
+
+    grpo = planned("grpo")
+    assert times(planned("grpo", "cepo", "papo", "hapo"), grpo) == (4, 1)
+    assert times(planned("grpo", "pipo"), grpo) == (1, 2)
+    assert times(planned("ppo"), grpo) == (2, 2)
+    assert times(planned("copg"), grpo) == (2, 1)
+    assert times(planned("mine.py:Own", "other.py:Own"), grpo) == (1, 1)
+    assert times(planned("copg", mini_batches=4), planned("grpo", mini_batches=4)) == (2, 1 + (3 / 4) / 3)
+    weights = [memory.weights for memory in grpo.trainer]
+    assert [memory.reference for memory in planned("copg").trainer] == weights
+    assert not any(memory.reference or memory.critic for memory in grpo.trainer)
+
+
+def test_a_critic_is_of_its_own_models_size():
+    config, spec, small = large_run("llama"), architecture("llama-3.1-70b"), architecture("qwen2.5-72b")
+    small = replace(small, num_layers=40)
+    config.layout.tp, config.layout.pp, config.serve.tp, config.algorithm.name = 8, 4, 4, "ppo"
+    like, other = (judge(config, spec, 2, 64, HARDWARE["h100"], Assumptions(), critic=each) for each in (None, small))
+    ratio = stage_counts(small, like.division)[1].total / stage_counts(spec, like.division)[1].total
+    assert 0.4 < ratio < 0.6
+    assert other.trainer[1].critic / like.trainer[1].critic == pytest.approx(ratio, rel=1e-3)
+    assert other.trainer[1].weights == like.trainer[1].weights
+    assert 0.7 < other.time.update / like.time.update < 0.8 and 0.7 < other.time.score / like.time.score < 0.8
+
+
+def test_a_critic_that_is_not_here_is_looked_for_beside_the_configuration(run_file, capsys):
+    settings = ["algorithm.name=ppo", "critic.path=models/critic", "layout.dp=4"]
+    assert main(["plan", str(run_file), *settings]) == 2
+    assert "critic.path = models/critic has no config.json" in " ".join(capsys.readouterr().err.split())
+    (run_file.parent / "architectures").mkdir()
+    (run_file.parent / "architectures" / "critic.json").write_text((ARCHITECTURES / "qwen2.5-72b.json").read_text())
+    assert main(["plan", str(run_file), *settings]) == 0
+    assert "critic" in capsys.readouterr().out
+
+
+def test_a_server_holds_as_many_sequences_as_its_cache():
+    memory = server_memory(architecture("llama-3.1-70b"), 4, HARDWARE["h100"], Assumptions())
+    assert memory.cache_per_token == 2 * 80 * 2 * 128 * 2  # keys and values, layers, heads a GPU, head, bytes
+    assert memory.cache == pytest.approx(0.85 * 80e9 - 2 * PUBLISHED["llama-3.1-70b"] / 4 - 3e9)
+    assert memory.sequences(8192) == int(memory.cache // (8192 * memory.cache_per_token)) > 10
+    assert server_memory(architecture("llama-3.1-70b"), 1, HARDWARE["h100"], Assumptions()).sequences(10) == 0
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+@pytest.mark.parametrize("gpus", [64, 256, 1024])
+def test_layouts_fit_and_the_settings_ask_for_them(name, gpus):
+    config, spec, hardware = large_run(name), architecture(name), HARDWARE["h200"]
+    found = candidates(config, spec, gpus, hardware, Assumptions())
+    assert found, "no layout"
+    assert [each.time.total for each in found] == sorted(each.time.total for each in found)
+    for each in found:
+        assert each.gpus == gpus and max(memory.total for memory in each.trainer) <= 0.92 * hardware.memory_bytes
+        again = as_configured(config, spec, each)
+        assert again.fits and again.time == each.time and again.trainer == each.trainer
+
+
+def as_configured(config: RunConfig, spec: ModelSpec, plan: LayoutPlan) -> LayoutPlan:
+    """The layout that a plan's settings give."""
+    values = dict(each.split("=") for each in plan.overrides)
+    names = {"tp", "pp", "dp", "ep", "etp", "first_stage_layers", "last_stage_layers"}
+    numbers = {name: int(values[f"layout.{name}"]) for name in names if f"layout.{name}" in values}
+    layout = replace(config.layout, **numbers, sequence_parallel=values["layout.sequence_parallel"] == "true")
+    model = replace(config.model, recompute=values["model.recompute"] == "true")
+    config = replace(config, layout=layout, model=model, serve=replace(config.serve, tp=int(values["serve.tp"])))
+    return judge(config, spec, layout.dp, plan.server_gpus, plan.hardware, Assumptions())
+
+
+def test_what_does_not_fit_says_so():
+    config, spec = large_run("llama"), architecture("llama-3.1-70b")
+    config.serve.tp = 1
+    plan = judge(config, spec, 8, 8, HARDWARE["h100"], Assumptions())
+    assert not plan.fits
+    assert re.match(
+        r"stage 0 of the trainer needs [\d.]+ GB of 73.6 GB \(activations alone [\d.]+ GB\)", plan.problems[0]
+    )
+    assert "a server on 1 GPUs has 0.0 GB for its cache" in plan.problems[1]
+
+
+def test_time_follows_tokens_and_gpus():
+    config, spec, hardware = large_run("llama"), architecture("llama-3.1-70b"), HARDWARE["h100"]
+    config.layout.tp, config.layout.pp, config.serve.tp = 8, 4, 4
+    one = judge(config, spec, 2, 64, hardware, Assumptions()).time
+    wider = judge(config, spec, 4, 128, hardware, Assumptions()).time
+    assert wider.update < one.update < 2.1 * wider.update and wider.generate < one.generate
+    config.model.recompute = True
+    assert judge(config, spec, 2, 64, hardware, Assumptions()).time.update == pytest.approx(
+        one.update * 4 / 3, rel=0.05
+    )
+    config.data.prompts_per_step *= 2
+    assert judge(config, spec, 2, 64, hardware, Assumptions()).time.tokens == 2 * one.tokens
+
+
+# ---------------------------------------------------------------- the command
+
+
+@pytest.fixture(scope="module")
+def run_file(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("plan")
+    (folder / "model").mkdir()
+    (folder / "model" / "config.json").write_text((ARCHITECTURES / "qwen2.5-72b.json").read_text())
+    file = folder / "run.yaml"
+    file.write_text(
+        f"name: big\nmodel: {{path: {folder / 'model'}}}\nrollout: {{engine: sglang, colocated: true}}\n"
+        "layout: {tp: 8, pp: 8, sequence_parallel: true}\nserve: {tp: 8}\n"
+    )
+    return file
+
+
+def test_the_configured_layout_is_judged(run_file, capsys):
+    assert main(["plan", str(run_file)]) == 0
+    said = capsys.readouterr().out
+    assert "72.71 B parameters" in said and "64 GPUs: tp 8 x pp 8 x dp 1" in said and said.endswith("fits\n")
+    assert main(["plan", str(run_file), "layout.pp=1"]) == 1
+    assert "does not fit: stage 0 of the trainer needs" in capsys.readouterr().out.replace("\n", " ")
+
+
+def test_layouts_to_choose_from(run_file, capsys):
+    assert main(["plan", str(run_file), "--gpus", "64,128", "--hardware", "h200"]) == 0
+    said = capsys.readouterr().out
+    assert re.search(r"64 GPUs: \d+ layouts fit", said) and re.search(r"128 GPUs: \d+ layouts fit", said)
+    assert main(["plan", str(run_file), "--gpus", "8"]) == 1
+    assert "8 GPUs: no layout fits" in capsys.readouterr().out
+    assert main(["plan", str(run_file), "--gpus", "64", "--json"]) == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert answer["parameters"] == PUBLISHED["qwen2.5-72b"] and answer["layouts"]["64"][0]["fits"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--hardware", "h300"], "hardware 'h300' is not in the table; it has a100, h100"),
+        (["--assume", "luck=1"], "--assume luck=1: it takes name=number with a name of decode_bandwidth"),
+        (["--gpus", "many"], "--gpus many: it takes whole numbers, such as 8 or 64,128"),
+        (["layout.pp=7"], "tp 8 x pp 7 x ep 1: 80 layers cannot be divided into 7 equal parts"),
+        (
+            ["rollout.engine=local", "rollout.colocated=false"],
+            "rollout.engine = local generates in the training processes",
+        ),
+    ],
+)
+def test_what_cannot_be_planned_is_named(arguments, message, run_file, capsys):
+    assert main(["plan", str(run_file), *arguments]) == 2
+    assert message in capsys.readouterr().err

@@ -1,0 +1,209 @@
+"""Log-probs in tiles against log_softmax in float64, their gradients against autograd, and what they cost."""
+
+from __future__ import annotations
+
+import importlib.util
+
+import pytest
+import torch
+import torch.distributed as dist
+from paths import TOOLS
+from ranks import RankPool
+from torch import Tensor
+
+from clipo_megatron.policy.model.logprobs import token_logprobs
+
+BENCH = TOOLS / "bench_logprobs.py"
+N, H, V = 23, 12, 37
+
+
+def inputs(seed: int = 0, rows: int = V) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """States, weight ([rows, H]), targets below V, and upstream gradients of log-probs and entropies."""
+    generator = torch.Generator().manual_seed(seed)
+    hidden, weight = (torch.randn(size, H, generator=generator) for size in (N, rows))
+    targets = torch.randint(0, V, (N,), generator=generator)
+    targets[:2] = torch.tensor([0, V - 1])
+    return hidden, weight, targets, torch.randn(N, generator=generator), torch.randn(N, generator=generator)
+
+
+def exact(
+    hidden: Tensor, weight: Tensor, targets: Tensor, up: Tensor, up_entropy: Tensor, temperature: float = 1.0
+) -> tuple[Tensor, ...]:
+    """Log-probs, entropies, and the gradients of states and weight, in float64 by autograd over full logits."""
+    hidden, weight = (each.double().requires_grad_() for each in (hidden, weight))
+    table = (hidden @ weight.t() / temperature).log_softmax(-1)
+    logprobs, entropy = table.gather(1, targets[:, None]).squeeze(1), -(table.exp() * table).sum(-1)
+    (logprobs @ up.double() + entropy @ up_entropy.double()).backward()
+    return logprobs.detach(), entropy.detach(), hidden.grad, weight.grad
+
+
+def close(ours: Tensor, theirs: Tensor, tolerance: float = 2e-6, scale: Tensor | None = None) -> bool:
+    """Relative to the largest magnitude, of `scale` where given: an entropy is a difference of larger numbers."""
+    error = (ours.double() - theirs).abs().max()
+    return ours.shape == theirs.shape and bool(error <= tolerance * (theirs if scale is None else scale).abs().max())
+
+
+@pytest.mark.parametrize("tile", [None, (1, V), (7, 1), (N, 5), (5, V - 1), (N + 5, V + 5)])
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize("entropy", [False, True])
+def test_values_and_gradients(tile: tuple[int, int] | None, temperature: float, entropy: bool) -> None:
+    hidden, weight, targets, up, up_entropy = inputs()
+    expected = exact(hidden, weight, targets, up, up_entropy * entropy, temperature)
+    hidden.requires_grad_(), weight.requires_grad_()
+    logprobs, entropies = token_logprobs(hidden, weight, targets, temperature=temperature, entropy=entropy, tile=tile)
+    assert logprobs.dtype == torch.float32 and close(logprobs, expected[0])
+    total = logprobs @ up
+    if entropy:
+        assert close(entropies, expected[1], scale=expected[0])
+        total = total + entropies @ up_entropy
+    else:
+        assert entropies is None
+    total.backward()
+    assert close(hidden.grad, expected[2])
+    assert close(weight.grad, expected[3])
+
+
+def test_the_weight_gradient_goes_into_the_buffer_on_top_of_what_is_there() -> None:
+    hidden, weight, targets, up, _ = inputs()
+    expected = exact(hidden, weight, targets, up, torch.zeros(N))
+    hidden.requires_grad_(), weight.requires_grad_()
+    main_grad = torch.full((V, H), 3.0)
+    for _ in range(2):
+        token_logprobs(hidden, weight, targets, main_grad=main_grad, tile=(5, 9))[0].backward(up)
+    assert close(main_grad, 3.0 + 2 * expected[3])
+    assert close(hidden.grad, 2 * expected[2])
+    assert weight.grad_added_to_main_grad is True
+
+
+def test_a_tied_weight_gets_both_gradients() -> None:
+    _, weight, targets, up, _ = inputs()
+    ids = torch.arange(N) % V
+    both = weight.double().requires_grad_()
+    (torch.tanh(both[ids]) @ both.t()).log_softmax(-1).gather(1, targets[:, None]).squeeze(1).backward(up.double())
+    weight.requires_grad_()
+    token_logprobs(torch.tanh(weight[ids]), weight, targets, tile=(5, 9))[0].backward(up)
+    assert close(weight.grad, both.grad)
+
+
+@pytest.mark.parametrize("use_main_grad", [False, True])
+def test_padded_rows_of_the_vocabulary_do_not_exist(use_main_grad: bool) -> None:
+    hidden, weight, targets, up, up_entropy = inputs(rows=V + 6)
+    expected = exact(hidden, weight[:V], targets, up, up_entropy)
+    weight[V:] = 1e3
+    hidden.requires_grad_(), weight.requires_grad_()
+    main_grad = torch.zeros(V + 6, H) if use_main_grad else None
+    logprobs, entropies = token_logprobs(
+        hidden, weight, targets, vocab_size=V, main_grad=main_grad, entropy=True, tile=(4, 8)
+    )
+    assert close(logprobs, expected[0]) and close(entropies, expected[1], scale=expected[0])
+    (logprobs @ up + entropies @ up_entropy).backward()
+    grad = main_grad if use_main_grad else weight.grad
+    assert close(grad[:V], expected[3]) and not grad[V:].any()
+    assert close(hidden.grad, expected[2])
+
+
+@pytest.mark.parametrize("use_main_grad", [False, True])
+def test_no_targets_no_log_probs_and_zero_gradients(use_main_grad: bool) -> None:
+    hidden, weight = torch.randn(0, H, requires_grad=True), torch.randn(V, H, requires_grad=True)
+    main_grad = torch.zeros(V, H) if use_main_grad else None
+    logprobs, entropies = token_logprobs(
+        hidden, weight, torch.empty(0, dtype=torch.int64), entropy=True, main_grad=main_grad
+    )
+    assert logprobs.shape == entropies.shape == (0,)
+    (logprobs.sum() + entropies.sum()).backward()
+    assert hidden.grad.shape == (0, H)
+    assert not (main_grad if use_main_grad else weight.grad).any()
+
+
+def test_large_logits_do_not_overflow() -> None:
+    hidden, weight, targets, up, up_entropy = inputs()
+    expected = exact(1e3 * hidden, weight, targets, up, up_entropy)
+    logprobs, entropies = token_logprobs(1e3 * hidden, weight, targets, entropy=True)
+    assert close(logprobs, expected[0]) and close(entropies, expected[1], scale=expected[0])
+
+
+@pytest.mark.parametrize("entropy", [False, True])
+def test_bf16(entropy: bool) -> None:
+    hidden, weight, targets, up, up_entropy = inputs()
+    hidden, weight = hidden.bfloat16(), weight.bfloat16()
+    expected = exact(hidden, weight, targets, up, up_entropy * entropy)
+    hidden.requires_grad_(), weight.requires_grad_()
+    main_grad = torch.zeros(V, H)
+    logprobs, entropies = token_logprobs(hidden, weight, targets, entropy=entropy, main_grad=main_grad, tile=(7, 4))
+    assert logprobs.dtype == torch.float32
+    (logprobs @ up + (entropies @ up_entropy if entropy else 0.0)).backward()
+    assert hidden.grad.dtype == torch.bfloat16
+    for ours, theirs in ((logprobs, expected[0]), (hidden.grad, expected[2]), (main_grad, expected[3])):
+        assert close(ours, theirs, 2e-2)
+
+
+# --- vocabulary parallel -----------------------------------------------------------------------------------------
+
+
+def on_a_shard(rows: int, vocab: int, entropy: bool, use_main_grad: bool) -> tuple[Tensor, ...]:
+    """Log-probs, entropies, this shard's gradient of the states and of its rows; `rows` a rank, padding included."""
+    world = dist.get_world_size()
+    hidden, weight, targets, up, up_entropy = inputs(rows=rows * world)
+    targets = targets % vocab
+    start = dist.get_rank() * rows
+    shard = weight[start : start + rows].clone().requires_grad_()
+    hidden.requires_grad_()
+    main_grad = torch.zeros(rows, H) if use_main_grad else None
+    logprobs, entropies = token_logprobs(
+        hidden,
+        shard,
+        targets,
+        vocab_start=start,
+        vocab_size=vocab,
+        temperature=0.9,
+        tp_group=dist.group.WORLD,
+        main_grad=main_grad,
+        entropy=entropy,
+        tile=(7, 4),
+    )
+    (logprobs @ up + (entropies @ up_entropy if entropy else 0.0)).backward()
+    grad = main_grad if use_main_grad else shard.grad
+    return logprobs.detach(), entropies.detach() if entropy else torch.empty(0), hidden.grad, grad
+
+
+# The last shard is padded in part, then padding alone.
+@pytest.mark.parametrize(("world", "rows", "vocab"), [(2, 19, 37), (4, 10, 37), (2, 20, 20), (4, 10, 19)])
+@pytest.mark.parametrize("entropy", [False, True])
+@pytest.mark.parametrize("use_main_grad", [False, True])
+def test_shards_of_the_vocabulary(
+    world: int, rows: int, vocab: int, entropy: bool, use_main_grad: bool, ranks: RankPool
+) -> None:
+    hidden, weight, targets, up, up_entropy = inputs(rows=rows * world)
+    expected = exact(hidden, weight[:vocab], targets % vocab, up, up_entropy * entropy, 0.9)
+    results = ranks.run(on_a_shard, world, rows, vocab, entropy, use_main_grad)
+    for logprobs, entropies, _, _ in results:
+        assert close(logprobs, expected[0])
+        assert not entropy or close(entropies, expected[1], scale=expected[0])
+    assert close(sum(each[2] for each in results), expected[2])
+    whole = torch.cat([each[3] for each in results])
+    assert close(whole[:vocab], expected[3]) and not whole[vocab:].any()
+
+
+# --- cost --------------------------------------------------------------------------------------------------------
+
+
+def bench() -> object:
+    spec = importlib.util.spec_from_file_location("bench_logprobs", BENCH)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_both_ways_of_the_benchmark_compute_the_same() -> None:
+    tiled, full = (bench().passes(way, 9, 16, 50)() for way in ("tiled", "full"))
+    assert all(close(ours, theirs.double()) for ours, theirs in zip(tiled, full, strict=True))
+
+
+@pytest.mark.timeout(200)
+def test_an_eighth_of_the_memory_in_at_most_1_4_times_the_time() -> None:
+    """At half the tokens of the figure that the benchmark gives by default, with the same vocabulary."""
+    figures = bench().compare(1024, 896, 151936, repeats=3, deadline_s=180)
+    ours, full = figures["tiled"], figures["full"]
+    # Logits and log_softmax alone are 1.2 GB: less would mean that nothing was measured.
+    assert full["bytes"] > 1.2e9 and 64e6 < ours["bytes"] <= full["bytes"] / 8, figures
+    assert ours["seconds"] <= 1.4 * full["seconds"], figures

@@ -1,0 +1,242 @@
+"""Which rank trains what, the packed rows, and that what is packed computes what it computes alone."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from ranks import RankPool
+from tiny_models import LLAMA3, tiny_llama, tiny_qwen2
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from clipo_megatron.algorithms.hook import Signal
+from clipo_megatron.config.schema import DType, LayoutConfig, RunConfig
+from clipo_megatron.flow import Sample, Segment
+from clipo_megatron.policy import parallel as layouts
+from clipo_megatron.policy.batch.packing import PackingUnit, pack, plan_micro_batches, units_of
+
+VOCAB = 263
+
+
+def rollouts(generator: random.Random, groups: int, samples: int, longest: int) -> tuple[list[int], ...]:
+    """Group, prompt length and response length of each rollout; response lengths are skewed, as real ones are."""
+    group = [number for number in range(groups) for _ in range(samples)]
+    prompts = [generator.randint(1, max(1, longest // 4)) for _ in range(groups)]
+    response = [min(longest, 1 + int(generator.lognormvariate(0, 0.8) * longest / 4)) for _ in group]
+    return group, [prompts[number] for number in group], response
+
+
+def cost(rows: Sequence[int], group: list[int], prompt: list[int], response: list[int], share: bool) -> int:
+    """Packed tokens of these rollouts, counted anew."""
+    prompts = sum({group[row]: prompt[row] for row in rows}.values()) if share else sum(prompt[row] for row in rows)
+    return prompts + sum(response[row] for row in rows)
+
+
+@pytest.mark.parametrize("share", [False, True])
+@pytest.mark.parametrize("seed", range(25))
+def test_a_plan_keeps_its_promises(seed: int, share: bool) -> None:
+    generator = random.Random(seed)
+    ranks = generator.choice([1, 2, 3, 5, 8])
+    samples = generator.randint(1, 9)
+    groups = generator.randint(-(-ranks // samples), 4 * ranks)
+    limit = generator.choice([20, 100, 400])
+    group, prompt, response = rollouts(generator, groups, samples, longest=generator.choice([5, 60, 200]))
+    units = units_of(group, prompt, response, ranks=ranks, max_tokens=limit, share_prompts=share)
+    assert sorted(row for unit in units for row in unit.rows) == list(range(len(group)))
+    assert all(unit.tokens == cost(unit.rows, group, prompt, response, share) for unit in units)
+    alone = {unit.rows for unit in units if unit.tokens > limit}
+    assert all(len(rows) == 1 for rows in alone), "a part of a group is longer than the limit though it can be cut"
+
+    plan = plan_micro_batches(units, ranks, limit)
+    assert sorted(row for rank in plan for micro in rank for row in micro) == list(range(len(group)))
+    assert len(plan) == ranks and len({len(rank) for rank in plan}) == 1
+    for rank in plan:
+        assert any(rank), "a rank has nothing to do"
+        for micro in rank:
+            assert micro == sorted(micro)
+            assert cost(micro, group, prompt, response, share) <= limit or tuple(micro) in alone
+    assert plan == plan_micro_batches(units, ranks, limit)
+
+
+@pytest.mark.parametrize("share", [False, True])
+@pytest.mark.parametrize("ranks", [8, 64])
+def test_ranks_are_balanced_within_two_percent(ranks: int, share: bool) -> None:
+    group, prompt, response = rollouts(random.Random(ranks), groups=512, samples=16, longest=2048)
+    units = units_of(group, prompt, response, ranks=ranks, max_tokens=16384, share_prompts=share)
+    plan = plan_micro_batches(units, ranks, 16384)
+    tokens = [sum(cost(micro, group, prompt, response, share) for micro in rank) for rank in plan]
+    assert max(tokens) <= 1.02 * sum(tokens) / ranks
+    if share:
+        assert sum(tokens) < 0.8 * cost(range(len(group)), group, prompt, response, share=False)
+
+
+def test_a_group_is_cut_where_it_does_not_fit_and_no_further() -> None:
+    parts = units_of([0] * 3, [2] * 3, [6, 6, 6], ranks=1, max_tokens=11, share_prompts=True)
+    assert sorted(unit.tokens for unit in parts) == [8, 8, 8]
+    whole = units_of([0] * 3, [2] * 3, [6, 6, 6], ranks=1, max_tokens=20, share_prompts=True)
+    assert whole == [PackingUnit((0, 1, 2), 20)]
+
+
+def test_too_few_rollouts_for_the_ranks_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"1 rollouts cannot keep 2 data-parallel ranks busy; raise data\."):
+        plan_micro_batches([PackingUnit((0,), 5)], 2, 100)
+
+
+# --- packed rows -------------------------------------------------------------------------------------------------
+
+
+def sample(row: int, group: int, prompt: Sequence[int], response: Sequence[int]) -> Sample:
+    logprobs = -torch.arange(1, len(response) + 1) / 8 - row
+    return Sample(row, group, torch.tensor(prompt), torch.tensor(response), logprobs)
+
+
+def test_the_worked_example_shared() -> None:
+    micro = pack([sample(3, 7, [5, 6, 7], [8, 9]), sample(4, 7, [5, 6, 7], [10])], share_prompts=True)
+    assert micro.tokens.tolist() == [5, 6, 7, 8, 9, 10]
+    assert micro.positions.tolist() == [0, 1, 2, 3, 4, 3]
+    assert micro.segments == (Segment(0, 3), Segment(3, 2, 0, 3), Segment(5, 1, 0, 3))
+    assert micro.predict.tolist() == [2, 3, 2]
+    assert micro.states.tolist() == [3, 4, 5]
+    assert micro.targets.tolist() == [8, 9, 10]
+    assert micro.rollout.tolist() == [0, 0, 1]
+    assert micro.rows.tolist() == [3, 4]
+    assert micro.rollout_logprobs.tolist() == [-3.125, -3.25, -4.125]
+    assert micro.padding == 0
+
+
+def test_the_worked_example_apart() -> None:
+    micro = pack([sample(3, 7, [5, 6, 7], [8, 9]), sample(4, 7, [5, 6, 7], [10])])
+    assert micro.tokens.tolist() == [5, 6, 7, 8, 9, 5, 6, 7, 10]
+    assert micro.positions.tolist() == [0, 1, 2, 3, 4, 0, 1, 2, 3]
+    assert micro.segments == (Segment(0, 5), Segment(5, 4))
+    assert micro.predict.tolist() == [2, 3, 7]
+    assert micro.states.tolist() == [3, 4, 8]
+    assert micro.targets.tolist() == [8, 9, 10]
+
+
+def test_a_prompt_is_shared_within_its_group_only() -> None:
+    same = [5, 6, 7]
+    micro = pack([sample(0, 0, same, [8]), sample(1, 1, same, [9])], share_prompts=True)
+    assert micro.tokens.tolist() == [*same, 8, *same, 9]
+
+
+@pytest.mark.parametrize(("multiple", "padding"), [(1, 0), (2, 1), (4, 3), (8, 3), (9, 4), (5, 0)])
+@pytest.mark.parametrize("share", [False, True])
+def test_padding_is_a_segment_of_its_own_that_nothing_reads(multiple: int, padding: int, share: bool) -> None:
+    micro = pack([sample(0, 0, [5, 6], [8, 9, 10])], multiple=multiple, share_prompts=share)
+    assert micro.tokens.numel() % multiple == 0
+    assert micro.padding == padding
+    assert sum(segment.length for segment in micro.segments) == micro.tokens.numel() == micro.positions.numel()
+    if padding:
+        assert micro.segments[-1] == Segment(5, padding)
+    assert int(torch.cat([micro.predict, micro.states]).max()) < 5
+
+
+@pytest.mark.parametrize("multiple", [1, 4])
+def test_an_empty_pack_is_padding_alone(multiple: int) -> None:
+    micro = pack([], multiple=multiple)
+    assert micro.tokens.numel() == micro.padding == multiple
+    assert micro.segments == (Segment(0, multiple),)
+    for each in (micro.rows, micro.predict, micro.states, micro.targets, micro.rollout):
+        assert each.shape == (0,) and each.dtype == torch.int64
+    assert micro.rollout_logprobs.shape == (0,)
+
+
+# --- packed rows through the model -------------------------------------------------------------------------------
+
+
+def scores(folder: Path, micro_batches: list[list[Sample]], share: bool, dtype: DType) -> list[dict[str, Tensor]]:
+    """Log-probs and pooled states of packed micro-batches; runs on a rank."""
+    from clipo_megatron.policy.actor import PolicyActor
+
+    config = RunConfig()
+    config.model.path, config.model.dtype = str(folder), dtype
+    layout = layouts.initialize(LayoutConfig(), seed=0)
+    actor = PolicyActor(config, layout, needs=frozenset({Signal.pooled_states}), total_steps=1)
+    packed = [pack(samples, share_prompts=share) for samples in micro_batches]
+    return actor._forward(packed, want_pooled=True, want_entropy=False)
+
+
+def by_rollout(samples: Sequence[Sample], values: Tensor) -> Iterator[tuple[Sample, Tensor]]:
+    yield from zip(samples, values.split([each.response.numel() for each in samples]), strict=True)
+
+
+def random_samples(seed: int) -> list[Sample]:
+    """Three groups of four; a prompt of one token, and responses of one."""
+    generator = torch.Generator().manual_seed(seed)
+    result = []
+    for group, prompt_length in enumerate((1, 9, 17)):
+        prompt = torch.randint(0, VOCAB, (prompt_length,), generator=generator)
+        for length in (1, 5, 14, 1 + group):
+            response = torch.randint(0, VOCAB, (length,), generator=generator)
+            result.append(Sample(len(result), group, prompt, response, torch.zeros(length)))
+    return result
+
+
+def llama3_rope(folder: Path, **options: object) -> Path:
+    tiny_llama(folder, **options)  # type: ignore[arg-type]
+    config = json.loads((folder / "config.json").read_text())
+    config["rope_parameters"] = LLAMA3
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.mark.parametrize("share", [False, True])
+@pytest.mark.parametrize("family", [tiny_llama, tiny_qwen2, llama3_rope])
+def test_packed_log_probs_are_those_of_each_sequence_alone(
+    family: object, share: bool, ranks: RankPool, tmp_path: Path
+) -> None:
+    """1e-5 of the largest logit (about 7): transformers in fp32 is 2e-5 from itself in fp64 there."""
+    folder = family(tmp_path, vocab=VOCAB, tied=False)  # type: ignore[operator]
+    samples = random_samples(seed=1)
+    parts = [samples[:5], samples[5:]]
+    outputs = ranks.run(scores, 1, folder, parts, share, DType.fp32)[0]
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    for part, output in zip(parts, outputs, strict=True):
+        for (one, logprobs), pooled in zip(by_rollout(part, output["logprobs"]), output["pooled"], strict=True):
+            with torch.no_grad():
+                alone = model(torch.cat([one.prompt, one.response])[None], output_hidden_states=True)
+            logits, states = alone.logits[0].double(), alone.hidden_states[-1][0]
+            first = one.prompt.numel()
+            expected = logits.log_softmax(-1)[first - 1 : -1].gather(1, one.response[:, None]).squeeze(1)
+            assert float((logprobs - expected).abs().max()) <= 1e-5 * float(logits.abs().max())
+            assert float((pooled - states[first:].mean(0)).abs().max()) <= 1e-5 * float(states.abs().max())
+
+
+@pytest.mark.parametrize("share", [False, True])
+def test_nothing_leaks_between_sequences(share: bool, ranks: RankPool, tmp_path: Path) -> None:
+    """Other tokens in one sequence leave the others' log-probs as they are, to the bit."""
+    folder = tiny_llama(tmp_path, vocab=VOCAB)
+    samples = random_samples(seed=2)
+    changed = 6
+    one = samples[changed]
+    others = list(samples)
+    others[changed] = Sample(changed, one.group, one.prompt, (one.response + 1) % VOCAB, one.logprobs)
+    before, after = ranks.run(scores, 1, folder, [samples, others], share, DType.fp32)[0]
+    for number, ((_, was), (_, is_now)) in enumerate(
+        zip(by_rollout(samples, before["logprobs"]), by_rollout(others, after["logprobs"]), strict=True)
+    ):
+        assert torch.equal(was, is_now) == (number != changed)
+    same = (before["pooled"] == after["pooled"]).all(-1)
+    assert same.tolist() == [number != changed for number in range(len(samples))]
+
+
+@pytest.mark.parametrize("share", [False, True])
+def test_bf16_is_near_fp32(share: bool, ranks: RankPool, tmp_path: Path) -> None:
+    folder = tiny_qwen2(tmp_path, vocab=VOCAB)
+    samples = random_samples(seed=3)
+    exact, rounded = (ranks.run(scores, 1, folder, [samples], share, dtype)[0][0] for dtype in (DType.fp32, DType.bf16))
+    assert rounded["logprobs"].dtype == rounded["pooled"].dtype == torch.float32
+    distance = (exact["logprobs"] - rounded["logprobs"]).abs()
+    # bf16 has 8 bits: about 1% of a logit of 10, and not the same numbers by accident.
+    assert 1e-4 < float(distance.mean()) < 0.1
+
+
+def test_a_micro_batch_without_rollouts_passes_through(ranks: RankPool, tmp_path: Path) -> None:
+    output = ranks.run(scores, 1, tiny_llama(tmp_path), [[]], True, DType.fp32)[0][0]
+    assert output["logprobs"].shape == (0,) and output["pooled"].shape == (0, 64)

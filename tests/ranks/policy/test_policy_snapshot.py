@@ -1,0 +1,196 @@
+"""The policy's state as it was taken: whatever training does while it is copied and written, in any division."""
+
+import random
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from expert_steps import train_a_little
+from policy_steps import configuration
+from tiny_models import tiny_llama
+from update_steps import VOCAB, actor_on
+
+from clipo_megatron.checkpoint import Checkpoints
+from clipo_megatron.checkpoint.retention import Retention
+from clipo_megatron.config.schema import DType, LayoutConfig, RunConfig
+from clipo_megatron.policy.actor import PolicyActor
+from clipo_megatron.policy.checkpoint.snapshot import HostBuffer, boxes
+from clipo_megatron.policy.checkpoint.state import PolicyCheckpointer
+
+pytestmark = pytest.mark.timeout(200)
+SHAPES = [pytest.param(1, LayoutConfig(), id="one rank"), pytest.param(4, LayoutConfig(tp=2, dp=2), id="TP2 x DP2")]
+
+
+def shards(actor: PolicyActor) -> list[torch.Tensor]:
+    """All that this rank holds of masters and moments."""
+    inner = actor.optimizer.inner.optimizer
+    masters = [each for group in inner.param_groups for each in group["params"]]
+    moments = [inner.state[each][name] for each in masters for name in ("exp_avg", "exp_avg_sq")]
+    return [tensor.detach() for tensor in (*masters, *moments)]
+
+
+def held(actor: PolicyActor) -> list[torch.Tensor]:
+    """Beside those the parameters."""
+    return [*shards(actor), *(parameter.detach() for parameter in actor.stage.parameters())]
+
+
+def update(actor: PolicyActor, config: RunConfig, settle) -> None:
+    train_a_little(actor, config, steps=1)
+
+
+def compute_with_the_reference(actor: PolicyActor, config: RunConfig, settle) -> None:
+    with actor._reference_weights():
+        settle()
+
+
+def free_memory(actor: PolicyActor, config: RunConfig, settle) -> None:
+    actor.offload()  # moves nothing on a CPU
+    for tensor in held(actor):
+        tensor.neg_()
+
+
+def unfree_memory(actor: PolicyActor, config: RunConfig, settle) -> None:
+    actor.restore_memory()
+    for tensor in held(actor):
+        tensor.neg_()
+
+
+def saved_before(change, waits: bool, config: RunConfig, layout: LayoutConfig, folder: Path) -> tuple[bool, bool, bool]:
+    """Save for the second time, change the state while the copy has not begun, and load what was saved.
+
+    The copy begins when somebody waits for it, or when the state is changed.
+
+    Returns:
+        Whether there is something to notice, and whether what was loaded, this rank's masters and moments and its
+        parameters, is as it was when it was saved.
+    """
+    config.model.dtype, config.algorithm.kl.coefficient = DType.bf16, 0.01
+    actor, begin, copies = actor_on(config, layout), threading.Event(), HostBuffer.copies
+
+    def late(buffer, tensors):
+        assert begin.wait(60)
+        return copies(buffer, tensors)
+
+    keeper = PolicyCheckpointer(actor.stage, actor.optimizer)
+    checkpoints = Checkpoints(
+        folder, [], take_policy=keeper.take, load_policy=keeper.load, retention=Retention(1), facts={}
+    )
+    checkpoints.save(1)
+    train_a_little(actor, config, steps=1)
+    checkpoints.asynchronous, HostBuffer.copies = True, late
+
+    def settle() -> None:
+        begin.set()
+        checkpoints.settle()
+
+    actor.optimizer.pre_mutation_hook = settle if waits else lambda: None
+    try:
+        with torch.no_grad():
+            taken = [tensor.clone() for tensor in held(actor)]
+            checkpoints.save(2)
+        change(actor, config, settle)
+        settle()
+    finally:
+        HostBuffer.copies, actor.optimizer.pre_mutation_hook = copies, lambda: None
+        begin.set()
+        checkpoints.wait(last=True)
+    with torch.no_grad():
+        for tensor in held(actor):
+            tensor.zero_()
+        checkpoints.load(checkpoints.latest())
+    same, count = list(map(torch.equal, held(actor), taken)), len(shards(actor))
+    return any(map(torch.any, taken)), all(same[:count]), all(same[count:])
+
+
+ONE_RANK = (1, LayoutConfig())
+
+
+@pytest.mark.parametrize(
+    ("change", "world", "layout"),
+    [
+        pytest.param(update, *ONE_RANK, id="update"),
+        pytest.param(update, 4, LayoutConfig(tp=2, dp=2), id="update on TP2 x DP2"),
+        pytest.param(compute_with_the_reference, *ONE_RANK, id="reference"),
+        pytest.param(free_memory, *ONE_RANK, id="memory freed"),
+        pytest.param(unfree_memory, *ONE_RANK, id="memory back"),
+    ],
+)
+def test_what_changes_the_state_waits_until_it_is_copied(ranks, tmp_path, change, world, layout):
+    config = configuration(tiny_llama(tmp_path / "model", vocab=VOCAB))
+    kept = ranks.run(saved_before, world, change, True, config, layout, tmp_path / "kept")
+    assert kept == [(True, True, True)] * world
+    if change in (update, compute_with_the_reference):
+        early = ranks.run(saved_before, world, change, False, config, layout, tmp_path / "lost")
+        # What a data-parallel rank alone holds is lost on each, not only where parameters are written.
+        assert early == [(True, change is not update, False)] * world
+
+
+def written_at_once(config: RunConfig, layout: LayoutConfig, folder: Path) -> tuple[bool, bool]:
+    actor = actor_on(config, layout)
+    keeper = PolicyCheckpointer(actor.stage, actor.optimizer)
+    checkpoints = Checkpoints(
+        folder, [], take_policy=keeper.take, load_policy=keeper.load, retention=Retention(1), facts={}
+    )
+    for step in (1, 2):
+        train_a_little(actor, config, steps=1)
+        checkpoints.save(step)
+    with torch.no_grad():
+        taken = [tensor.clone() for tensor in held(actor)]
+        for tensor in held(actor):
+            tensor.zero_()
+        checkpoints.load(folder / "step_000002")
+    return checkpoints.latest().name == "step_000002", all(map(torch.equal, held(actor), taken))
+
+
+@pytest.mark.parametrize(("world", "layout"), SHAPES)
+def test_what_is_written_at_once_comes_back(ranks, tmp_path, world, layout):
+    config = configuration(tiny_llama(tmp_path / "model", vocab=VOCAB))
+    assert ranks.run(written_at_once, world, config, layout, tmp_path / "kept") == [(True, True)] * world
+
+
+def took_alone(config: RunConfig, layout: LayoutConfig) -> tuple[int, int]:
+    """Each rank takes the state while the others do something else; bytes of it, and of this rank's masters."""
+    actor = actor_on(config, layout)
+    keeper, sizes = PolicyCheckpointer(actor.stage, actor.optimizer), []
+    keeper.take()
+    for rank in range(dist.get_world_size()):
+        if dist.get_rank() == rank:
+            snapshot = keeper.take()
+            snapshot.copy()
+            sizes.append(snapshot.nbytes)
+        dist.barrier()
+    masters = actor.optimizer.inner.optimizer.param_groups
+    return sizes[0], sum(each.nbytes for group in masters for each in group["params"])
+
+
+def test_no_rank_waits_for_another_to_take_the_state(ranks, tmp_path):
+    """Otherwise training would stand still while data-parallel ranks gather what each of them has a shard of."""
+    config = configuration(tiny_llama(tmp_path / "model", vocab=VOCAB))
+    config.model.dtype = DType.bf16
+    found = ranks.run(took_alone, 4, config, LayoutConfig(), timeout_s=60.0)
+    whole = sum(masters for _, masters in found)
+    # Three of fp32 by shards, and the parameters in bf16 on the first.
+    assert [nbytes - 3 * masters for nbytes, masters in found] == [whole // 2, 0, 0, 0]
+
+
+def test_boxes_hold_the_elements_of_a_stretch_of_memory_in_order():
+    draw = random.Random(0)
+    for _ in range(3000):
+        outer = [draw.randint(1, 4) for _ in range(draw.randint(0, 4))]
+        part = whole = torch.arange(torch.Size(outer).numel()).view(outer)
+        for axis, size in enumerate(outer):
+            first = draw.randrange(size)
+            part = part.narrow(axis, first, draw.randint(0 if draw.random() < 0.05 else 1, size - first))
+        if draw.random() < 0.3:
+            part = part[None]
+        low, high = (draw.randint(-1, whole.numel() + 1) for _ in range(2))
+        found = list(boxes(part.storage_offset(), tuple(part.shape), part.stride(), low, high))
+        elements = []
+        for offset, sizes in found:
+            box = part[tuple(slice(at, at + size) for at, size in zip(offset, sizes, strict=True))]
+            assert box.shape == sizes and 0 not in sizes
+            elements += box.reshape(-1).tolist()
+        assert elements == [each for each in part.reshape(-1).tolist() if low <= each < high]
+        assert len(found) <= max(1, 2 * part.dim() - 1)

@@ -1,0 +1,389 @@
+"""The supervisor, on cheap real processes: servers are restarted, given up or left alone, each when it should be."""
+
+from paths import SUPPORT
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+from small_runs import wait_until
+
+from clipo_megatron.config.schema import EngineKind
+from clipo_megatron.runtime.ports import free_port
+from clipo_megatron.rollout.servers.registry import ServerRecord, Registry, Status
+from clipo_megatron.serving.commands import ServerCommand
+from clipo_megatron.serving.errors import ServingError
+from clipo_megatron.serving.probes import Probe
+from clipo_megatron.serving.process import ServerProcess
+from clipo_megatron.serving.supervisor import Patience, Supervisor, Wanted, only_one
+
+pytestmark = pytest.mark.timeout(120)
+
+PROGRAM = SUPPORT / "fake_server.py"
+UNRESPONSIVE_S = 4.0  # a loaded machine may be slow to answer for a second or two
+PATIENCE = Patience(
+    start_s=30, health_timeout_s=UNRESPONSIVE_S, engine_silent_s=2 * UNRESPONSIVE_S, restarts=2, backoff_s=0.2, stop_s=1.0
+)
+
+
+class Fakes:
+    """Some fake servers under one supervisor, which runs in this thread while a scenario acts on it from another."""
+
+    def __init__(self, tmp_path: Path, count: int = 1, patience: Patience = PATIENCE, secret: str = ""):
+        self.said: list[str] = []
+        self.folders = [tmp_path / f"server-{index}" for index in range(count)]
+        for folder in self.folders:
+            folder.mkdir()
+        self.registry = Registry(tmp_path / "servers")
+        self.logs = [tmp_path / "logs" / f"{index}.log" for index in range(count)]
+        self.supervisor = Supervisor(
+            [self._wanted(index) for index in range(count)],
+            self.registry,
+            patience,
+            secrets=[secret],
+            say=self.said.append,
+        )
+
+    def _wanted(self, index: int) -> Wanted:
+        def url(port: int) -> str:
+            return f"http://127.0.0.1:{port}"
+
+        port, folder = free_port(), self.folders[index]
+        return Wanted(
+            entry=ServerRecord(f"server-{index}", url(port), "vllm", 1, "here", 0, "", Status.starting),
+            port=port,
+            command=lambda port, _scratch: ServerCommand(
+                (sys.executable, "-S", str(PROGRAM), str(port), str(folder)), {}
+            ),
+            url=url,
+            probe=lambda address: Probe(address, EngineKind.vllm),
+            log=self.logs[index],
+        )
+
+    def tell(self, word: str, index: int = 0) -> None:
+        (self.folders[index] / word).touch()
+
+    def untell(self, word: str, index: int = 0) -> None:
+        (self.folders[index] / word).unlink()
+
+    def starts(self, index: int = 0) -> list[float]:
+        """When it was started."""
+        file = self.folders[index] / "starts"
+        return [float(line.split()[1]) for line in file.read_text().splitlines()] if file.exists() else []
+
+    def entry(self, index: int = 0) -> ServerRecord | None:
+        found = {entry.name: entry for entry in self.registry.entries()}
+        return found.get(f"server-{index}")
+
+    def ready(self, index: int = 0, besides: str = "") -> ServerRecord:
+        """Its entry once it is ready, under another boot than `besides`."""
+
+        def is_ready() -> bool:
+            entry = self.entry(index)
+            return entry is not None and entry.status is Status.ready and entry.boot != besides
+
+        wait_until(is_ready, "a server to be ready", 60)
+        return self.entry(index)
+
+    def child(self, index: int = 0) -> int:
+        return int((self.folders[index] / "child").read_text())
+
+    def run(self, scenario, *, signals=(signal.SIGINT,)) -> int:
+        """Run the scenario, then send the signals; the supervisor's result."""
+        failures: list[BaseException] = []
+
+        def act() -> None:
+            try:
+                scenario()
+            except BaseException as error:
+                failures.append(error)
+            for number in signals:
+                os.kill(os.getpid(), number)
+                time.sleep(0.5)  # two that are pending at once are one
+
+        actor = threading.Thread(target=act)
+        actor.start()
+        try:
+            return self.supervisor.run()
+        finally:
+            actor.join(90)
+            if failures:
+                raise failures[0]
+
+
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except OSError:
+        return False
+
+
+def test_a_server_lives_from_start_to_signal(tmp_path):
+    fakes = Fakes(tmp_path, count=2)
+    pids = []
+
+    def scenario():
+        for index in (0, 1):
+            entry = fakes.ready(index)
+            pids.extend([entry.pid, fakes.child(index)])
+            assert Probe(entry.url, EngineKind.vllm).generates(5)
+
+    assert fakes.run(scenario) == 130
+    assert [entry.status for entry in fakes.registry.entries()] == [Status.stopped] * 2
+    assert not any(map(alive, pids)) and len(pids) == 4
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert any("2 servers ready" in line for line in fakes.said), fakes.said
+
+
+def test_sigterm_is_told_from_sigint(tmp_path):
+    fakes = Fakes(tmp_path)
+    assert fakes.run(lambda: fakes.ready(), signals=(signal.SIGTERM,)) == 143
+
+
+def test_a_signal_that_was_ignored_before_is_left_alone(tmp_path):
+    """As in a job of Slurm, which sends SIGTERM to the ranks and to the servers that these still need."""
+    fakes = Fakes(tmp_path)
+    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    try:
+        assert fakes.run(lambda: fakes.ready(), signals=(signal.SIGTERM, signal.SIGINT)) == 130
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@pytest.mark.parametrize("who", ["leader", "all"])
+def test_a_dead_server_is_started_again_under_its_url(tmp_path, who):
+    fakes = Fakes(tmp_path)
+
+    def scenario():
+        before, child = fakes.ready(), fakes.child()
+        if who == "leader":
+            os.kill(before.pid, signal.SIGKILL)
+        else:
+            os.killpg(before.pid, signal.SIGKILL)
+        after = fakes.ready(besides=before.boot)
+        assert (after.url, after.name) == (before.url, before.name) and after.pid != before.pid
+        assert not alive(child), "what the leader left behind has to go first"
+
+    fakes.run(scenario)
+    assert any("was killed by SIGKILL; starting it again" in line for line in fakes.said), fakes.said
+
+
+def test_deaths_of_a_server_that_was_ready_are_not_counted(tmp_path):
+    fakes = Fakes(tmp_path)
+
+    def scenario():
+        boot = ""
+        for _ in range(PATIENCE.restarts + 3):
+            entry = fakes.ready(besides=boot)
+            boot = entry.boot
+            os.killpg(entry.pid, signal.SIGKILL)
+        fakes.ready(besides=boot)
+
+    assert fakes.run(scenario) == 130
+    assert len(fakes.starts()) == PATIENCE.restarts + 4
+
+
+@pytest.mark.parametrize("how", ["stopped", "child stopped", "deaf"])
+def test_a_server_that_hangs_is_killed_and_started_again(tmp_path, how):
+    fakes = Fakes(tmp_path)
+
+    def scenario():
+        before, child = fakes.ready(), fakes.child()
+        began = time.monotonic()
+        if how == "stopped":
+            os.killpg(before.pid, signal.SIGSTOP)
+        elif how == "child stopped":
+            os.kill(child, signal.SIGSTOP)
+        else:
+            fakes.tell("deaf")
+        wait_until(lambda: not alive(before.pid), "the hanging server to be killed", 40)
+        assert time.monotonic() - began > UNRESPONSIVE_S - 0.2, "not before its time"
+        if how == "deaf":
+            fakes.untell("deaf")
+        fakes.ready(besides=before.boot)
+        assert not alive(child)
+
+    assert fakes.run(scenario) == 130
+
+
+def test_a_busy_engine_is_left_alone_for_as_long_as_it_may_take(tmp_path):
+    fakes = Fakes(tmp_path)
+
+    def scenario():
+        before = fakes.ready()
+        fakes.tell("busy")
+        time.sleep(1.4 * UNRESPONSIVE_S)
+        assert alive(before.pid), "its HTTP process answers"
+        fakes.untell("busy")
+        time.sleep(1.2 * UNRESPONSIVE_S)
+        assert fakes.entry() == before and alive(before.pid)
+        fakes.tell("busy")
+        wait_until(lambda: not alive(before.pid), "the silent engine to be killed", 60)
+        fakes.untell("busy")
+        fakes.ready(besides=before.boot)
+
+    patience = Patience(start_s=30, health_timeout_s=UNRESPONSIVE_S, engine_silent_s=3 * UNRESPONSIVE_S, restarts=2)
+    fakes.supervisor._patience = patience
+    assert fakes.run(scenario) == 130
+    assert any("its engine has not" in line for line in fakes.said), fakes.said
+
+
+def test_failed_starts_are_tried_again_later_and_later_then_given_up(tmp_path):
+    fakes = Fakes(tmp_path)
+    fakes.tell("exit-7")
+    with pytest.raises(ServingError, match=r"(?s)failed 3 times in a row.*exit code 7.*something is wrong"):
+        fakes.run(lambda: None, signals=())
+    starts = fakes.starts()
+    first, second = (later - earlier for earlier, later in pairwise(starts))
+    assert len(starts) == PATIENCE.restarts + 1 and first >= 0.2 and second >= 0.4
+    assert fakes.entry().status is Status.failed
+
+
+def test_wrong_options_are_not_tried_again(tmp_path):
+    fakes = Fakes(tmp_path)
+    fakes.tell("exit-2")
+    with pytest.raises(ServingError, match="its options are wrong"):
+        fakes.run(lambda: None, signals=())
+    assert len(fakes.starts()) == 1
+
+
+def test_a_server_that_is_stopped_while_it_starts_is_started_again(tmp_path):
+    fakes = Fakes(tmp_path)
+    fakes.tell("start-slowly")
+
+    def scenario():
+        wait_until(lambda: (entry := fakes.entry()) is not None and alive(entry.pid), "a server to be starting", 30)
+        before = fakes.entry()
+        os.killpg(before.pid, signal.SIGSTOP)
+        fakes.untell("start-slowly")
+        fakes.ready(besides=before.boot)
+        assert any("stopped for" in line and "while starting" in line for line in fakes.said), fakes.said
+
+    assert fakes.run(scenario) == 130
+
+
+def test_a_start_has_a_deadline(tmp_path):
+    patience = Patience(start_s=1.5, health_timeout_s=1, engine_silent_s=1, restarts=0)
+    fakes = Fakes(tmp_path, patience=patience)
+    fakes.tell("start-slowly")
+    with pytest.raises(ServingError, match="was not ready after 2 s"):
+        fakes.run(lambda: None, signals=())
+    assert not alive(fakes.child())
+
+
+def test_one_server_given_up_leaves_the_others(tmp_path):
+    fakes = Fakes(tmp_path, count=2)
+    fakes.tell("exit-2", index=1)
+
+    def scenario():
+        wait_until(lambda: any("The other servers go on" in line for line in fakes.said), "one to be given up", 60)
+        fakes.ready(0)
+
+    assert fakes.run(scenario) == 130
+    assert [entry.status for entry in fakes.registry.entries()] == [Status.stopped, Status.failed]
+
+
+def test_a_port_that_was_taken_meanwhile_is_exchanged(tmp_path):
+    fakes = Fakes(tmp_path)
+    thief = socket.socket()
+
+    def scenario():
+        before = fakes.ready()
+        fakes.tell("exit-9")  # so that it is down for a while
+        os.killpg(before.pid, signal.SIGKILL)
+        wait_until(lambda: len(fakes.starts()) >= 2, "a failed start", 30)
+        thief.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        thief.bind(("127.0.0.1", int(before.url.rpartition(":")[2])))
+        thief.listen()
+        fakes.untell("exit-9")
+        assert fakes.ready(besides=before.boot).url != before.url
+
+    with thief:
+        assert fakes.run(scenario) == 130
+
+
+def test_a_server_that_ignores_the_request_to_end_is_killed(tmp_path):
+    fakes = Fakes(tmp_path)
+    fakes.tell("stubborn")
+    pids = []
+    assert fakes.run(lambda: pids.append(fakes.ready().pid)) == 130
+    assert not alive(pids[0])
+
+
+def test_a_second_signal_does_not_wait(tmp_path):
+    fakes = Fakes(tmp_path, patience=Patience(30, 30, 30, 2, stop_s=60.0))
+    fakes.tell("stubborn")
+    pids, ready_at = [], []
+
+    def scenario():
+        pids.append(fakes.ready().pid)
+        ready_at.append(time.monotonic())
+
+    assert fakes.run(scenario, signals=(signal.SIGINT, signal.SIGINT)) == 130
+    assert not alive(pids[0]) and time.monotonic() - ready_at[0] < 30
+
+
+def test_the_log_never_holds_the_key(tmp_path):
+    fakes = Fakes(tmp_path, secret="s3cret-key")
+    fakes.tell("say-s3cret-key")
+    fakes.run(lambda: fakes.ready())
+    assert fakes.logs[0].read_text() == "the word is <redacted>!\n"
+
+
+def test_the_file_with_the_key_is_private_and_goes(tmp_path):
+    file = tmp_path / "key.yaml"
+    command = ServerCommand((sys.executable, "-c", "import time; time.sleep(60)"), {}, (file, "api-key: x\n"))
+    process = ServerProcess(command, tmp_path / "log")
+    try:
+        assert file.read_text() == "api-key: x\n" and file.stat().st_mode & 0o777 == 0o600
+        process.forget_secret()
+        assert not file.exists()
+    finally:
+        process.kill()
+
+
+def test_one_clipo_serve_a_machine_and_run(tmp_path):
+    with (
+        only_one(tmp_path / "servers"),
+        pytest.raises(ServingError, match=f"process {os.getpid()} runs servers"),
+        only_one(tmp_path / "servers"),
+    ):
+        pass
+    with only_one(tmp_path / "servers"):
+        pass
+
+
+def test_a_supervisor_that_was_stopped_blames_no_server(tmp_path):
+    script = f"""
+import sys
+sys.path.insert(0, {str(PROGRAM.parent)!r})
+from pathlib import Path
+from test_serving_supervisor import Fakes
+fakes = Fakes(Path({str(tmp_path)!r}))
+sys.exit(fakes.supervisor.run())
+"""
+    registry = Registry(tmp_path / "servers")
+
+    def ready() -> bool:
+        return [entry.status for entry in registry.entries()] == [Status.ready]
+
+    running = subprocess.Popen([sys.executable, "-c", script])
+    try:
+        wait_until(ready, "the server to be ready", 60)
+        (before,) = registry.entries()
+        running.send_signal(signal.SIGSTOP)
+        time.sleep(5.0 + 2 * UNRESPONSIVE_S)
+        running.send_signal(signal.SIGCONT)
+        time.sleep(2 * UNRESPONSIVE_S)
+        assert alive(before.pid) and registry.entries() == [before]
+    finally:
+        running.kill()
+        running.wait()
+    child = int((tmp_path / "server-0" / "child").read_text())
+    wait_until(lambda: not alive(before.pid) and not alive(child), "the server to die with its supervisor", 20)

@@ -1,0 +1,167 @@
+"""Faults on purpose, one a step: what breaks servers of a run, at the moment when it hurts.
+
+The trainer reaches each server through a proxy, which knows what a server is doing from the calls that pass. Generation
+is held until the fault of its step is armed, so that a step cannot slip by while a server is started again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import random
+import signal
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from aiohttp import web
+from faulty_proxy import GENERATION, FaultyProxy
+
+from clipo_megatron.rollout.servers.registry import FOLDER, Registry, ServerRecord, Status
+
+SIGNALS = {"kill": signal.SIGKILL, "stop": signal.SIGSTOP}
+# What is on its way to a server when a signal hits it.
+MOMENTS = {
+    "generates": ("/generate",),
+    "is updated": (
+        "/pause_generation",
+        "/begin_weight_update",
+        "/update_weights_from_distributed",
+        "/end_weight_update",
+    ),
+}
+ANSWERS = ("garbage", "no json", "half", "stale", "error 500", "other ids", "one sample less")
+
+
+@dataclass(frozen=True)
+class Fault:
+    """One fault of one server."""
+
+    what: str  # kill | stop | refuse | slow | stall, or a lie of the proxy's
+    when: str  # generates | is updated | starts
+    server: int
+    wait_s: float = 0.0  # after the moment has come
+
+    def __str__(self) -> str:
+        return f"{self.what} server {self.server} while it {self.when} (+{self.wait_s:.2f} s)"
+
+
+def draw_faults(seed: int) -> list[Fault]:
+    """Every kind of fault at least once, in an order and on servers that the seed decides."""
+    dice = random.Random(seed)
+    kinds = [(what, when) for what in SIGNALS for when in ("generates", "is updated", "starts")] * 2
+    kinds += [("refuse", "generates")] * 2 + [("slow", "generates"), ("stall", "generates")]
+    kinds += [(what, "generates") for what in dice.sample(ANSWERS, 6)]
+    dice.shuffle(kinds)
+    return [
+        Fault(what, when, dice.randrange(2), dice.uniform(0, 4 if when == "starts" else 0.05)) for what, when in kinds
+    ]
+
+
+class Gate(FaultyProxy):
+    """A proxy that holds generation until its step may go, and fires a signal when its moment comes."""
+
+    def __init__(self, target: str, chaos: Chaos, number: int):
+        self.chaos, self.number = chaos, number
+        self.armed: Fault | None = None
+        super().__init__(target, delay_s=3.0)
+
+    async def _handle(self, request: web.Request) -> web.StreamResponse:
+        if request.path in GENERATION:
+            while not self.chaos.open:
+                await asyncio.sleep(0.02)
+        fault = self.armed
+        if fault is not None and request.path in MOMENTS.get(fault.when, ()) and self.chaos.dice.random() < 0.6:
+            self.armed = None
+            asyncio.get_running_loop().call_later(fault.wait_s, self.chaos.strike, fault)
+        return await super()._handle(request)
+
+
+class Chaos:
+    """Two gates before two servers of `clipo serve`, and the hand that breaks them."""
+
+    def __init__(self, output: Path, seed: int):
+        self.registry = Registry(output / FOLDER)
+        self.dice = random.Random(seed + 1)
+        self.open = False
+        self.struck: list[Fault] = []
+        self._dying: dict[int, str] = {}  # server -> the life of it that was hit
+        self.gates: list[Gate] = []
+
+    def stand_between(self) -> None:
+        """Put a gate before each server; they keep their addresses when they are started again."""
+        self.gates = [Gate(self.entry(number).url, self, number) for number in range(2)]
+
+    @property
+    def urls(self) -> list[str]:
+        """Where the trainer finds the servers."""
+        return [gate.url for gate in self.gates]
+
+    def entry(self, server: int) -> ServerRecord:
+        """What `clipo serve` says of a server."""
+        return sorted(self.registry.entries(), key=lambda entry: entry.url)[server]
+
+    def ready(self) -> bool:
+        """Whether both servers are, and no longer in a life that was hit."""
+        entries = sorted(self.registry.entries(), key=lambda entry: entry.url)
+        return len(entries) == 2 and all(
+            entry.status is Status.ready and entry.boot != self._dying.get(number)
+            for number, entry in enumerate(entries)
+        )
+
+    def strike(self, fault: Fault) -> None:
+        """Send the signal to all processes of the server."""
+        entry = self.entry(fault.server)
+        self._dying[fault.server] = entry.boot
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(entry.pid, SIGNALS[fault.what])
+        self.struck.append(fault)
+
+    def arm(self, fault: Fault) -> Iterator[None]:
+        """Let a fault happen in the step that is let go; goes on when it has happened."""
+        gate = self.gates[fault.server]
+        if fault.what not in SIGNALS:
+            yield from self._disturb(fault, gate)
+            return
+        first = Fault(fault.what, "generates", fault.server) if fault.when == "starts" else fault
+        struck = len(self.struck)
+        gate.armed = first
+        while len(self.struck) == struck:
+            yield
+        if fault.when == "starts":
+            boot = self.entry(fault.server).boot
+            while (entry := self.entry(fault.server)).boot == boot or entry.status is not Status.starting:
+                yield
+            strike_at = time.monotonic() + fault.wait_s
+            while time.monotonic() < strike_at:
+                yield
+            self.strike(fault)
+
+    def _disturb(self, fault: Fault, gate: Gate) -> Iterator[None]:
+        if fault.what == "refuse":
+            gate.down()
+            until = time.monotonic() + 2.0
+            while time.monotonic() < until:
+                yield
+            gate.up()
+            self.struck.append(fault)
+            return
+        name = {"slow": "delay"}.get(fault.what, fault.what)
+        before = gate.happened[name]
+        gate.plan([name])
+        while gate.happened[name] == before:
+            yield
+        self.struck.append(fault)
+
+    def close(self) -> None:
+        """Stop listening."""
+        for gate in self.gates:
+            gate.close()
+
+
+def rollouts(output: Path) -> list[dict]:
+    """Lines of rollouts.jsonl."""
+    return [json.loads(line) for line in (output / "rollouts.jsonl").read_text().splitlines()]

@@ -1,0 +1,223 @@
+"""Training steps on made-up rollouts, through the same rooms as the trainer's page; what a layout must not change.
+
+The rollouts are random tokens with random verdicts, a function of the seed alone and dealt out over the ranks as the
+engines would. Everything after generation is the real path: exchange, batching, scoring, stages, credit, update.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from critic_weights import critic_weights
+
+from clipo_megatron.algorithms.algorithm import Algorithm
+from clipo_megatron.algorithms.build import build_algorithm
+from clipo_megatron.algorithms.hook import HookContext
+from clipo_megatron.checkpoint import Checkpoints, Owner
+from clipo_megatron.checkpoint.retention import Retention
+from clipo_megatron.config.schema import DType, LayoutConfig, RunConfig
+from clipo_megatron.flow import Prompt, Rollout, RolloutGroup, ScoredGroup, Verdict
+from clipo_megatron.policy import parallel as layouts
+from clipo_megatron.policy.actor import PolicyActor
+from clipo_megatron.policy.batch.exchange import build_table
+from clipo_megatron.policy.batch.replay import ReplayCheckpointer
+from clipo_megatron.policy.checkpoint.state import PolicyCheckpointer
+from clipo_megatron.policy.token_credit import assign_token_advantages
+from clipo_megatron.rewards.voting import answer_key
+
+STEPS = 3
+
+
+def configuration(folder: Path | str, *, overlap: bool = False) -> RunConfig:
+    """A small run in fp32 whose updates move the weights by about 1%.
+
+    Adam's epsilon is as large as the gradients, in the policy: dividing by their root mean square alone would turn the
+    rounding noise of a gradient near zero into a step of full size with either sign, in any layout.
+    """
+    config = RunConfig()
+    config.model.path, config.model.dtype = str(folder), DType.fp32
+    config.layout.max_tokens_per_microbatch = 100
+    config.rollout.samples_per_prompt = 4
+    config.algorithm.mini_batches = 2
+    config.clipo.dim = 16
+    config.optimizer.learning_rate, config.optimizer.epsilon = 2e-3, 1e-4
+    config.optimizer.overlap_grad_reduce = overlap
+    return config
+
+
+def scored_groups(step: int, *, vocab: int, groups: int = 6, samples: int = 4) -> list[ScoredGroup]:
+    """Unequal lengths down to one token; group 0 all right, 1 all wrong, 2 with one right, ungraded ones in between."""
+    generator = torch.Generator().manual_seed(1000 + step)
+
+    def number(low: int, high: int) -> int:
+        return int(torch.randint(low, high, (), generator=generator))
+
+    def tokens(count: int) -> torch.Tensor:
+        return torch.randint(0, vocab, (count,), generator=generator)
+
+    result = []
+    for position in range(groups):
+        length = 1 if position == 3 else number(2, 20)
+        extra = {"solution": "2 + 1 = 3", "rubrics": ["python", "answer is 3"]}
+        prompt = Prompt(f"made up/{step}-{position}", (), tokens(length), "arithmetic", "3", extra)
+        rollouts, verdicts = [], []
+        for sample in range(samples):
+            length = 1 if (position + sample) % 7 == 0 else number(2, 16)
+            ids, logprobs = tokens(length), -torch.rand(length, generator=generator)
+            versions = torch.full((length,), step)
+            text = f"{'```python' if sample % 3 else 'so'} the answer is {int(ids.sum()) % 4}"
+            rollouts.append(Rollout(ids, logprobs, text, "stop", versions, sample))
+            correct: bool | None = {0: True, 1: False, 2: sample == 1}.get(position, number(0, 2) == 1)
+            if position % 3 == 2 and sample == position % samples:
+                correct = None
+            verdicts.append(Verdict(correct, 1.0 if correct else 0.0))
+        result.append(ScoredGroup(RolloutGroup(position, prompt, rollouts), verdicts))
+    return result
+
+
+def made_up_context(config: RunConfig, *, vocab: int = 263) -> HookContext:
+    """What stages may use, for the prompts of `scored_groups`; text becomes tokens by its bytes."""
+
+    def tokenize(text: str) -> torch.Tensor:
+        return torch.tensor([byte % vocab for byte in text.encode()], dtype=torch.int64)
+
+    groups = [each.group for step in range(STEPS) for each in scored_groups(step, vocab=vocab)]
+    return HookContext(
+        config,
+        prompts={group.prompt.id: group.prompt for group in groups},
+        encode=lambda messages: tokenize("\n".join(turn["content"] for turn in messages)),
+        tokenize=tokenize,
+        answer=lambda prompt, rollout: answer_key(rollout.text, data_source="arithmetic", mode="number") or "",
+        mask_id=0,
+        end_id=1,
+    )
+
+
+def train(
+    config: RunConfig,
+    layout_config: LayoutConfig,
+    *,
+    taking_turns: bool = False,
+    steps: range = range(STEPS),
+    folder: Path | None = None,
+) -> dict[str, Any]:
+    """Steps on this rank; collective. With `taking_turns` the actor's memory is released before each step.
+
+    With a `folder` of checkpoints, steps that do not begin with the first go on from there, and the last one is kept.
+
+    Returns:
+        Facts of the steps (identical on every rank): metrics of each update, table signals, rewards, advantages, final
+        weights by Hugging Face name. What only some ranks know is given by table row: "logprobs", "pooled", both of
+        the last step; "head" are the contrastive head's weights. Both kinds are absent on ranks that do not hold them.
+    """
+    config.layout = layout_config
+    layout = layouts.initialize(config.layout, seed=config.train.seed)
+    algorithm = build_algorithm(config, made_up_context(config))
+    actor = PolicyActor(config, layout, needs=algorithm.needs, total_steps=100)
+    batcher = actor.batcher
+    weights_before = _exported(actor)
+    critic_before = critic_weights(actor) if actor.critic else None
+    facts: dict[str, Any] = {"updates": [], "values": [], "scores": [], "signals": [], "reward": [], "advantage": []}
+    pooled: dict[int, torch.Tensor] = {}
+    if actor.contrastive is not None:
+        _listen(actor.contrastive, pooled)
+    checkpoints = _checkpoints(folder, actor, algorithm, layout) if folder else None
+    if steps.start:
+        checkpoints.load(checkpoints.latest())
+    for step in steps:
+        if taking_turns:
+            actor.offload()
+            facts["held"] = sum(buffer.grad_data.untyped_storage().size() for buffer in actor.model.buffers)
+            if actor.critic:
+                held = [each for buffer in actor.critic.model.buffers for each in (buffer.grad_data, buffer.param_data)]
+                facts["critic_held"] = sum(each.untyped_storage().size() for each in held)
+            actor.restore_memory()
+        scored = scored_groups(step, vocab=actor.spec.vocab_size)[layout.rank :: layout.world]
+        table, samples = build_table(scored, step=step, observe=algorithm.observe)
+        mini_batches = batcher.mini_batches_of(samples, table)
+        micro_batches = [micro for batch in mini_batches for micro in batch.micro_batches]
+        facts["scores"].append(actor.score(micro_batches, table, algorithm))
+        experience = algorithm.assign_advantages(table, mini_batches)
+        assign_token_advantages(experience, algorithm, layout)
+        facts["values"].append(actor.learn_values(experience, algorithm))
+        fresh = True
+        plan = algorithm.replay(experience)
+        for each in plan:
+            for batch in each.mini_batches * config.algorithm.epochs:
+                credited = batcher.credit(batch, each, algorithm)
+                facts["updates"].append(actor.update(credited, each, algorithm, first=fresh))
+                fresh = False
+        algorithm.after_update(table, learned=experience if plan else None)
+        facts["signals"].append(dict(table.signals))
+        facts["reward"].append(experience.reward)
+        facts["advantage"].append(experience.advantage)
+    if checkpoints:
+        checkpoints.save(steps.stop)
+    facts["weights_before"], facts["weights"] = weights_before, _exported(actor)
+    if actor.critic:
+        facts["critic_before"], facts["critic"] = critic_before, critic_weights(actor)
+    facts["packed"] = sum(micro.tokens.numel() for micro in micro_batches)
+    if layout.is_last_stage:
+        facts["logprobs"] = _by_row(micro_batches, "old_logprobs")
+        facts["pooled"] = pooled
+        if actor.contrastive is not None:
+            facts["head"] = dict(actor.contrastive.head.state_dict())
+    return facts
+
+
+def train_part(config: RunConfig, layout_config: LayoutConfig, steps: range, folder: Path) -> dict[str, Any]:
+    """Some steps of a run whose checkpoints lie in `folder`."""
+    return train(config, layout_config, steps=steps, folder=folder)
+
+
+def merged(results: Sequence[dict[str, Any]], name: str) -> dict[int, torch.Tensor]:
+    """What the data-parallel ranks know of `name`, by row of the table; tensor-parallel ranks must agree to the bit."""
+    rows: dict[int, torch.Tensor] = {}
+    for each in results:
+        for row, value in each.get(name, {}).items():
+            assert row not in rows or torch.equal(rows[row], value), f"two ranks disagree on {name} of row {row}"
+            rows[row] = value
+    return dict(sorted(rows.items()))
+
+
+def _checkpoints(folder: Path, actor: PolicyActor, algorithm: Algorithm, layout: layouts.Layout) -> Checkpoints:
+    """Those of a run, for the state that these steps have."""
+    keeper, replays = PolicyCheckpointer(actor.stage, actor.optimizer), ReplayCheckpointer(algorithm, actor.batcher)
+    main, head = layout.rank == 0, actor.contrastive
+    owners = [
+        Owner("algorithm", algorithm.state_dict, algorithm.load_state_dict, writes=main),
+        Owner("replay", replays.state_dict, replays.load_state_dict, writes=main, gathers=True),
+    ]
+    if head is not None:
+        leads = layout.tp_rank == 0 and layout.dp_rank == 0
+        owners.append(Owner("contrastive", head.state_dict, head.load_state_dict, writes=leads))
+    return Checkpoints(
+        folder, owners, take_policy=keeper.take, load_policy=keeper.load, retention=Retention(), facts={}
+    )
+
+
+def _exported(actor: PolicyActor) -> dict[str, torch.Tensor]:
+    return {name: tensor.clone() for name, tensor in actor.export()}
+
+
+def _by_row(micro_batches: Sequence[Any], name: str) -> dict[int, torch.Tensor]:
+    return {
+        int(row): getattr(micro, name)[micro.rollout == index]
+        for micro in micro_batches
+        for index, row in enumerate(micro.rows)
+    }
+
+
+def _listen(contrastive: Any, heard: dict[int, torch.Tensor]) -> None:
+    """Note the pooled states that pass into the contrastive head's latest step."""
+    step = contrastive.step
+
+    def note(pooled: torch.Tensor, rows: torch.Tensor, table: Any) -> Any:
+        heard.clear()
+        heard.update(zip(rows.tolist(), pooled.clone(), strict=True))
+        return step(pooled, rows, table)
+
+    contrastive.step = note

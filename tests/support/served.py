@@ -1,0 +1,169 @@
+"""Real servers for tests, started as `clipo serve` starts them: shared ones, and ones that a test may harm.
+
+`make test` sets the engines' environments up before pytest starts. Without them the tests fail, and say so; with
+CLIPO_TESTS_WITHOUT_ENGINES=1 they are skipped.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from clipo_megatron.config.schema import (
+    DataConfig,
+    DType,
+    EngineKind,
+    ModelConfig,
+    RolloutConfig,
+    RunConfig,
+    ServeConfig,
+)
+from clipo_megatron.runtime.ports import free_port
+from clipo_megatron.serving.commands import ServerSlot, server_command, url
+from clipo_megatron.serving.environment import RECIPES
+from clipo_megatron.serving.probes import Probe
+from clipo_megatron.serving.process import ServerProcess
+
+START_S = 240.0  # until a server is ready, on a busy machine
+WITHOUT = "CLIPO_TESTS_WITHOUT_ENGINES"
+MOST_SHARED = 3  # servers kept for later tests; SmolLM2 takes 2 to 3 GB in each
+
+
+def interpreter(engine: str) -> Path:
+    """Of the engine's environment, which `make test` has set up."""
+    recipe = RECIPES[engine]
+    if not recipe.is_ready:
+        if os.environ.get(WITHOUT) == "1":
+            pytest.skip(f"{engine} has no environment here, and {WITHOUT}=1 allows that")
+        pytest.fail(f"{recipe.folder} is not there: `make engines` sets it up; {WITHOUT}=1 skips what needs it")
+    return recipe.python
+
+
+class Served:
+    """One server of an engine, on loopback.
+
+    Args:
+        engine: "sglang" or "vllm".
+        model: folder.
+        dtype: of its weights.
+        options: of the engine, as in the section of its name.
+        key: that clients have to name.
+    """
+
+    def __init__(
+        self,
+        engine: str,
+        model: str | Path,
+        dtype: DType = DType.bf16,
+        options: dict[str, Any] | None = None,
+        key: str | None = None,
+    ):
+        self.engine, self.model, self.dtype, self.key = engine, Path(model), dtype, key
+        self.folder = Path(tempfile.mkdtemp(prefix=f"served-{engine}-"))
+        self.port, self.process = free_port(), None
+        self.url = url("127.0.0.1", self.port)
+        self.probe = Probe(self.url, EngineKind(engine), key)
+        self.config = RunConfig(
+            model=ModelConfig(path=str(model)),
+            data=DataConfig(max_prompt_tokens=512),
+            rollout=RolloutConfig(engine=EngineKind(engine), max_new_tokens=1024),
+            serve=ServeConfig(dtype=dtype),
+            **{engine: options or {}},
+        )
+
+    @property
+    def log(self) -> str:
+        """What it wrote so far."""
+        file = self.folder / "server.log"
+        return file.read_text(errors="replace") if file.exists() else ""
+
+    @property
+    def alive(self) -> bool:
+        """Whether its leader runs, and answers."""
+        return self.process is not None and self.process.ended() is None and self.probe.answers(5.0)
+
+    def begin(self) -> Served:
+        """Start it, on the same port each time, and do not wait."""
+        assert self.process is None or self.process.ended() is not None, "it is running"
+        python = interpreter(self.engine)
+        command = server_command(
+            self.config, ServerSlot(0, self.port), python=python, key=self.key, scratch=self.folder
+        )
+        self.process = ServerProcess(command, self.folder / "server.log", secrets=[self.key] if self.key else [])
+        return self
+
+    def wait(self, seconds: float = START_S) -> Served:
+        """Until it generates."""
+        deadline = time.monotonic() + seconds
+        while not self.probe.generates(10.0):
+            assert self.process.ended() is None, f"the server ended:\n{self.process.tail()}"
+            assert time.monotonic() < deadline, f"not ready within {seconds:.0f} s:\n{self.process.tail()}"
+            time.sleep(0.1)
+        return self
+
+    def start(self) -> Served:
+        """Start it and wait until it generates."""
+        try:
+            return self.begin().wait()
+        except BaseException:
+            self.kill()
+            raise
+
+    def kill(self) -> None:
+        """SIGKILL to all its processes; they are gone when this returns."""
+        if self.process is not None:
+            self.process.kill()
+
+    def suspend(self) -> None:
+        """SIGSTOP to all its processes."""
+        os.killpg(self.process.pid, signal.SIGSTOP)
+
+    def resume(self) -> None:
+        """SIGCONT to all its processes."""
+        os.killpg(self.process.pid, signal.SIGCONT)
+
+    def stop(self) -> None:
+        """End it, and all it holds."""
+        self.kill()
+
+
+class Servers:
+    """The servers of a test session."""
+
+    def __init__(self):
+        self._shared: dict[tuple, Served] = {}
+        self._own: list[Served] = []
+
+    def shared(
+        self, engine: str, model: str | Path, dtype: DType = DType.bf16, options: dict[str, Any] | None = None
+    ) -> Served:
+        """The session's server of that kind, started when first asked for. Leave it as you found it, but for weights:
+        whoever relies on them loads them first."""
+        key = (engine, str(model), dtype, repr(sorted((options or {}).items())))
+        found = self._shared.pop(key, None)
+        if found is not None and not found.alive:
+            found.stop()
+            found = None
+        while len(self._shared) >= MOST_SHARED:
+            self._shared.pop(next(iter(self._shared))).stop()
+        self._shared[key] = found or Served(engine, model, dtype, options).start()  # the newest used comes last
+        return self._shared[key]
+
+    def own(self, *args: Any, **kwargs: Any) -> Served:
+        """A `Served` of the caller's own, not started yet; what is left of it is killed when the session ends."""
+        self._own = [each for each in self._own if each.process is None or each.process.members()]
+        self._own.append(Served(*args, **kwargs))
+        return self._own[-1]
+
+    def close(self) -> None:
+        """Kill them all."""
+        for each in (*self._shared.values(), *self._own):
+            each.stop()
+        self._shared.clear()
+        self._own.clear()

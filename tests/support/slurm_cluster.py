@@ -1,0 +1,217 @@
+"""A real Slurm cluster of four nodes on this machine, with a configuration, a munge and ports of its own.
+
+python tests/slurm_cluster.py FOLDER     keeps one up until Ctrl-C, and says how to talk to it
+"""
+
+from __future__ import annotations
+
+import contextlib
+import getpass
+import os
+import random
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from clipo_megatron.runtime.launch import dies_with_this_process
+
+NODES = ("n1", "n2", "n3", "n4")
+PROGRAMS = ("slurmctld", "slurmd", "munged", "sbatch", "srun", "scontrol")
+SEARCHED = os.pathsep.join((os.environ.get("PATH", ""), "/usr/sbin", "/sbin"))
+WAIT_S = 60.0
+
+_CONFIGURATION = """\
+ClusterName=clipo
+SlurmctldHost={host}(127.0.0.1)
+SlurmctldPort={control}
+AuthType=auth/munge
+AuthInfo=socket={folder}/munge.socket
+CredType=cred/munge
+MpiDefault=none
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+SwitchType=switch/none
+ReturnToService=2
+SlurmUser={user}
+SlurmdUser={user}
+SlurmctldPidFile={folder}/slurmctld.pid
+SlurmdPidFile={folder}/slurmd.%n.pid
+SlurmdSpoolDir={folder}/spool.%n
+StateSaveLocation={folder}/state
+SlurmctldLogFile={folder}/slurmctld.log
+SlurmdLogFile={folder}/slurmd.%n.log
+SlurmdParameters=config_overrides
+KillWait={kill_wait}
+SchedulerType=sched/backfill
+SchedulerParameters=bf_interval=1,sched_interval=2,defer_batch
+JobRequeue=1
+SelectType=select/cons_tres
+SelectTypeParameters=CR_Core
+NodeName=n[1-4] NodeHostname={host} NodeAddr=127.0.0.1 Port=[{first}-{last}] CPUs=4 RealMemory=6000 State=UNKNOWN
+PartitionName=debug Nodes=ALL Default=YES MaxTime=INFINITE State=UP OverSubscribe=NO
+"""
+
+
+def missing() -> str:
+    """The first program of Slurm that this machine lacks, or why it cannot be run; empty if a cluster can be had."""
+    for program in PROGRAMS:
+        if not shutil.which(program, path=SEARCHED):
+            return f"there is no {program} here (Debian: apt-get install slurm-wlm munge)"
+    return "" if os.geteuid() == 0 else "daemons of Slurm are started by root here"
+
+
+class Cluster:
+    """The four nodes. Use `environment` to talk to it.
+
+    Args:
+        folder: for state, logs and sockets; a short path, since sockets have one.
+        kill_wait_s: between SIGTERM and SIGKILL to a job that has to go.
+        unshared: folder -> nodes, on which that folder is an empty one of their own.
+    """
+
+    def __init__(self, folder: Path, *, kill_wait_s: int = 30, unshared: tuple[Path, Sequence[str]] | None = None):
+        self.folder = folder
+        self.environment = {**os.environ, "SLURM_CONF": str(folder / "slurm.conf"), "PATH": SEARCHED}
+        self._unshared = unshared or (Path("/nowhere"), ())
+        self._kill_wait_s = kill_wait_s
+        self._daemons: list[subprocess.Popen[bytes]] = []
+
+    def __enter__(self) -> Cluster:
+        (self.folder / "state").mkdir(parents=True)
+        try:
+            self._start()
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with contextlib.suppress(subprocess.SubprocessError):
+            self.run("scancel", "--quiet", "--user", getpass.getuser(), "--signal=KILL", "--full")
+        for daemon in reversed(self._daemons):
+            daemon.send_signal(signal.SIGTERM)
+        for daemon in reversed(self._daemons):
+            try:
+                daemon.wait(20)
+            except subprocess.TimeoutExpired:
+                daemon.kill()
+                daemon.wait(20)
+        for pid in _processes_with(str(self.folder / "slurm.conf")):  # steps outlive their slurmd
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+
+    def _start(self) -> None:
+        key = self.folder / "munge.key"
+        key.write_bytes(os.urandom(128))
+        key.chmod(0o400)
+        self.folder.chmod(0o755)
+        control, first = _free_ports(1)[0], _free_ports(4)[0]
+        self.folder.joinpath("slurm.conf").write_text(
+            _CONFIGURATION.format(
+                host=socket.gethostname().partition(".")[0],
+                folder=self.folder,
+                user=getpass.getuser(),
+                control=control,
+                first=first,
+                last=first + 3,
+                kill_wait=self._kill_wait_s,
+            )
+        )
+        files = {"socket": "socket", "key-file": "key", "log-file": "log", "pid-file": "pid", "seed-file": "seed"}
+        options = [f"--{name}={self.folder}/munge.{end}" for name, end in files.items()]
+        self._daemon("munged", "--foreground", "--force", "--num-threads=2", *options)
+        self._wait_for(lambda: (self.folder / "munge.socket").exists(), "munge")
+        self._daemon("slurmctld", "-D")
+        for node in NODES:
+            folder, nodes = self._unshared
+            alone = f"mount -t tmpfs tmpfs {folder} && exec slurmd -D -N {node}"
+            self._daemon(
+                *(("unshare", "--mount", "sh", "-c", alone) if node in nodes else ("slurmd", "-D", "-N", node))
+            )
+        self._wait_for(lambda: self.run("sinfo", "-h", "-t", "idle", "-o", "%D") == "4", "four idle nodes")
+
+    def _daemon(self, *command: str) -> None:
+        with (self.folder / "daemons.log").open("ab") as log:
+            self._daemons.append(
+                subprocess.Popen(
+                    command,
+                    env=self.environment,
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=log,
+                    start_new_session=True,
+                    preexec_fn=dies_with_this_process(),
+                )
+            )
+
+    def _wait_for(self, condition, what: str) -> None:
+        deadline = time.monotonic() + WAIT_S
+        while not condition():
+            if time.monotonic() > deadline:
+                raise AssertionError(f"waited {WAIT_S:.0f} s for {what}:\n{(self.folder / 'daemons.log').read_text()}")
+            time.sleep(0.2)
+
+    def run(self, *command: str, timeout_s: float = 60.0) -> str:
+        """What a command of Slurm says."""
+        done = subprocess.run(command, env=self.environment, capture_output=True, text=True, timeout=timeout_s)
+        return (done.stdout + (done.stderr if done.returncode else "")).strip()
+
+    def state(self, job: str) -> str:
+        """Of a job: PENDING, RUNNING, COMPLETED...; "" once the controller has forgotten it."""
+        for _ in range(10):  # on a busy machine the controller misses a call now and then
+            said = self.run("scontrol", "--oneliner", "show", "job", job)
+            if found := [word.partition("=")[2] for word in said.split() if word.startswith("JobState=")]:
+                return found[0]
+            if "Invalid job id" in said:
+                return ""
+            time.sleep(0.5)
+        raise AssertionError(f"the controller does not tell of job {job}: {said}")
+
+    def wait(self, job: str, *states: str, seconds: float = 300.0) -> str:
+        """Until a job is in one of these states, or over."""
+        over = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "")
+        deadline = time.monotonic() + seconds
+        while (state := self.state(job)) not in (states or over):
+            if time.monotonic() > deadline:
+                raise AssertionError(f"job {job} is {state} after {seconds:.0f} s")
+            time.sleep(0.2)
+        return state
+
+
+def _free_ports(count: int) -> list[int]:
+    """So many ports in a row that nothing listens on, below the ephemeral ones."""
+    for _ in range(200):
+        first = random.SystemRandom().randrange(12_000, 19_000)
+        ports = list(range(first, first + count))
+        with contextlib.ExitStack() as stack:
+            try:
+                for port in ports:
+                    stack.enter_context(socket.create_server(("127.0.0.1", port)))
+            except OSError:
+                continue
+            return ports
+    raise AssertionError("no free ports")
+
+
+def _processes_with(word: str) -> list[int]:
+    """Processes that have `word` in their environment, but for this one."""
+    found = []
+    for place in Path("/proc").iterdir():
+        if place.name.isdigit() and int(place.name) != os.getpid():
+            with contextlib.suppress(OSError):
+                if f"SLURM_CONF={word}\0".encode() in (place / "environ").read_bytes():
+                    found.append(int(place.name))
+    return found
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit())
+    with Cluster(Path(sys.argv[1]).absolute()) as cluster:
+        print(f"export SLURM_CONF={cluster.environment['SLURM_CONF']}", flush=True)
+        with contextlib.suppress(KeyboardInterrupt):
+            signal.pause()

@@ -1,0 +1,260 @@
+"""What ranks do in tests of the weight sync: hold a model without Megatron around it, change it, push it to servers."""
+
+from __future__ import annotations
+
+import gc
+import os
+import signal
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from clipo_megatron.config.schema import EngineKind, PoolConfig, SyncConfig
+from clipo_megatron.rollout.engine import InFlight
+from clipo_megatron.rollout.servers.pool import ServerPool
+from clipo_megatron.sync.broadcast import BroadcastSync
+from clipo_megatron.sync.disk import DiskSync
+from clipo_megatron.sync.ipc import IpcSync
+from clipo_megatron.sync.served import ServedSync, SyncReport
+from clipo_megatron.sync.shard import Shard
+from clipo_megatron.weights.export import Holder, export
+from clipo_megatron.weights.families import entries, model_spec
+from clipo_megatron.weights.formats.reader import HFReader
+from clipo_megatron.weights.load import load_into
+from clipo_megatron.weights.mapping import Coordinates
+from clipo_megatron.weights.parallel_division import ParallelDivision
+from clipo_megatron.weights.spec import read_config
+
+Change = Callable[[dict[str, Tensor], int], None]
+
+
+def make_shard(folder: str, tp: int, pp: int, *, ep: int = 1, dtype: torch.dtype = torch.bfloat16) -> Shard:
+    """This rank's part of a folder's weights in fp32, exported in `dtype`. Ranks as Megatron orders them."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    width = world // pp  # ranks of a stage
+    pp_rank, place = divmod(rank, width)
+    etp = tp if ep == 1 else 1
+    division = ParallelDivision(tp=tp, pp=pp, ep=ep, etp=etp)
+    at = Coordinates(tp, place % tp, ep, place // etp % ep, etp, place % etp)
+    spec = model_spec(read_config(folder))
+    mine = entries(spec, division.stages(spec.num_layers)[pp_rank], at)
+    parameters = {
+        entry.megatron[0]: torch.empty(entry.kind.local_shape(entry.shapes, entry.cut(at)[0])) for entry in mine
+    }
+    with HFReader(folder) as reader:
+        load_into(parameters.items(), mine, reader, at)
+    holder = Holder(
+        at=at,
+        pp_rank=pp_rank,
+        copy=place // tp,
+        expert_copy=place // (etp * ep),
+        tp_group=_neighbours(tp, 1),
+        etp_group=_neighbours(etp, 1),
+        ep_group=_neighbours(ep, etp),
+        pp_group=_neighbours(pp, width),
+    )
+    return Shard(spec=spec, division=division, holder=holder, chunks=lambda: [parameters], dtype=dtype, rank=rank)
+
+
+def _neighbours(size: int, stride: int) -> dist.ProcessGroup | None:
+    """Groups of `size` ranks, each `stride` from the next: the one with this rank in it; None where it is alone."""
+    found = None
+    for first in range(dist.get_world_size() if size > 1 else 0):
+        if first // stride % size == 0:
+            members = [first + number * stride for number in range(size)]
+            group = dist.new_group(members)
+            found = group if dist.get_rank() in members else found
+    return found
+
+
+def make_pool(shard: Shard, urls: list[str], engine: str = "sglang") -> ServerPool | None:
+    """On the first rank of every replica, as in a run."""
+    if shard.holder.at.tp_rank or shard.holder.pp_rank:
+        return None
+    return ServerPool(EngineKind(engine), decode=str, config=PoolConfig(), endpoints=urls)
+
+
+def change(shard: Shard, version: int) -> None:
+    """Every parameter becomes another one, all by different factors."""
+    with torch.no_grad():
+        for index, parameter in enumerate(shard.chunks()[0].values()):
+            parameter.mul_(1.0 + 0.01 * (version + 1) + 0.001 * (index % 7))
+
+
+def push_often(
+    folder: str,
+    urls: list[str],
+    tp: int,
+    pp: int,
+    pushes: int,
+    settings: dict[str, Any],
+    transport: str = "broadcast",
+    engine: str = "sglang",
+    ep: int = 1,
+    changing: bool = True,
+) -> list[SyncReport]:
+    """Several pushes of changing weights, or of the folder's; reports, after checking what the pool was told."""
+    shard = make_shard(folder, tp, pp, ep=ep)
+    pool = make_pool(shard, urls, engine)
+    sync = make_sync(transport, shard, pool, settings)
+    reports = []
+    try:
+        for version in range(pushes):
+            if changing:
+                change(shard, version)
+            reports.append(sync.update_weights(version))
+            assert pool is None or pool.version == version
+    finally:
+        sync.close()
+        if pool is not None:
+            pool.close()
+    return reports
+
+
+def make_sync(transport: str, shard: Shard, pool: ServerPool | None, settings: dict[str, Any]) -> ServedSync:
+    settings = {"deadline_s": 60.0, "bucket_mb": 1, "join_deadline_s": 20.0} | settings
+    join_deadline_s, model = settings.pop("join_deadline_s"), settings.pop("model", None)
+    config, rest = SyncConfig(**settings), {"in_flight": InFlight.retract, "join_deadline_s": join_deadline_s}
+    if transport == "disk":
+        return DiskSync(shard, pool, config, model=model, folder=config.folder, **rest)
+    if transport == "ipc":
+        return IpcSync(shard, pool, config, **rest)
+    return BroadcastSync(shard, pool, config, **rest)
+
+
+def plant_a_wrong_byte(folder: str, urls: list[str]) -> None:
+    """One bit of one byte changes on the wire, in a tensor of the second stage."""
+    shard = make_shard(folder, 1, 2)
+    pool = make_pool(shard, urls)
+    sync = make_sync("broadcast", shard, pool, {})
+    name = "model.layers.2.self_attn.o_proj.weight"
+    bucket = next(each for each in sync.plan.buckets if name in {tensor.name for tensor in each.tensors})
+
+    sync.update_weights(0)
+    if shard.holder.pp_rank == bucket.owner:
+        send = sync._group.broadcast
+
+        def broadcast(flat: Tensor) -> Any:
+            if flat.numel() == bucket.numel and torch.equal(dict(bucket.views(flat))[name], expected):
+                flat = flat.clone()
+                dict(bucket.views(flat))[name].view(torch.uint8)[17, 3] ^= 1
+                kept.append(flat)
+            return send(flat)
+
+        expected, kept = exported(shard, name), []
+        sync._group.broadcast = broadcast
+    try:
+        sync.update_weights(1)
+    finally:
+        assert shard.holder.pp_rank != bucket.owner or len(kept) == 1, "no byte was changed"
+        sync.close()
+
+
+def exported(shard: Shard, name: str) -> Tensor:
+    """A tensor of this stage by its Hugging Face name."""
+    plan = shard.plan(2**20)
+
+    def buffer(numel: int) -> Tensor:
+        return torch.empty(numel, dtype=plan.dtype)
+
+    return next(dict(bucket.views(flat))[name] for bucket, flat in shard.own_buckets(plan, buffer)
+                if name in dict(bucket.views(flat)))  # fmt: skip
+
+
+def harm_in_the_middle(
+    folder: str, urls: list[str], fault: str, group: int, marker: str, deadline_s: float
+) -> tuple[float, SyncReport, SyncReport]:
+    """Two stages push; a server is killed or stopped before its second bucket. Then push again once all are back."""
+    shard = make_shard(folder, 1, 2)
+    pool = make_pool(shard, urls)
+    sync = make_sync("broadcast", shard, pool, {"deadline_s": deadline_s})
+    change(shard, 0)
+    if pool is not None:
+        harm_before_bucket(
+            pool, urls[1], 2, lambda: os.killpg(group, signal.SIGKILL if fault == "kill" else signal.SIGSTOP)
+        )
+    start = time.monotonic()
+    gc.disable()  # a broken group is left when the attempt fails, not when Python next collects cycles
+    try:
+        first = sync.update_weights(0)
+    finally:
+        gc.enable()
+    seconds = time.monotonic() - start
+    if pool is not None:
+        Path(marker).touch()
+        deadline = time.monotonic() + 200
+        while len(pool.discover()) < 2:
+            assert time.monotonic() < deadline, "the server did not come back"
+            time.sleep(0.2)
+    dist.barrier()
+    change(shard, 1)
+    second = sync.update_weights(1)
+    sync.close()
+    return seconds, first, second
+
+
+def harm_before_bucket(pool: ServerPool, url: str, count: int, harm: Callable[[], None]) -> None:
+    """Call `harm` when a server is about to be asked for its bucket number `count`."""
+    server = next(live.server for live in pool.discover() if live.server.url == url)
+    receive, asked = server.receive_bucket, []
+
+    async def harmful(*args: Any, **kwargs: Any) -> None:
+        asked.append(None)
+        if len(asked) == count:
+            harm()
+        await receive(*args, **kwargs)
+
+    server.receive_bucket = harmful
+
+
+def one_more_server() -> None:
+    """Nothing listens at this address."""
+    from tiny_models import tiny_llama
+
+    folder = tiny_llama(Path(tempfile.mkdtemp(prefix="alone-")))
+    shard = make_shard(str(folder), 1, 2)
+    sync = make_sync("broadcast", shard, make_pool(shard, ["http://127.0.0.1:9"]), {"join_deadline_s": 3.0})
+    try:
+        sync.update_weights(0)
+    finally:
+        sync.close()
+
+
+def write_and_compare(folder: str, target: str, tp: int, pp: int, ep: int = 1) -> dict[str, Tensor]:
+    """All ranks write a version; what an export of everything gives."""
+    shard = make_shard(folder, tp, pp, ep=ep)
+    sync = DiskSync(
+        shard, make_pool(shard, ["http://127.0.0.1:9"]), SyncConfig(bucket_mb=1), model=folder, folder=target
+    )
+    change(shard, 5)
+    sync._begin(5)
+    whole = export(sync.plan, shard.chunks(), shard.holder)
+    return {name: tensor.clone() for name, tensor in whole}
+
+
+def own_against_export(folder: str, tp: int, pp: int, ep: int = 1) -> dict[str, int]:
+    """Every sender's own buckets are the bits of the export; the count of times that each tensor was sent."""
+    shard = make_shard(folder, tp, pp, ep=ep)
+    plan = shard.plan(96 * 1024)
+    whole = {name: tensor.clone() for name, tensor in export(plan, shard.chunks(), shard.holder)}
+    buffers = [torch.full((max(bucket.numel for bucket in plan.buckets),), 7.0, dtype=plan.dtype) for _ in range(2)]
+    asked: list[int] = []
+
+    def buffer(numel: int) -> Tensor:
+        asked.append(numel)
+        return buffers[len(asked) % 2]
+
+    sent: dict[str, int] = {}
+    for bucket, flat in shard.own_buckets(plan, buffer):
+        assert flat.data_ptr() == buffers[len(asked) % 2].data_ptr() and flat.numel() == asked[-1] == bucket.numel
+        for name, tensor in bucket.views(flat):
+            assert torch.equal(tensor, whole[name]), name
+            sent[name] = sent.get(name, 0) + 1
+    assert shard.is_sender or not asked
+    return sent

@@ -1,0 +1,118 @@
+"""One update on one mini-batch: gradients by Hugging Face name, ours in any layout and a plain implementation's."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from policy_steps import made_up_context, scored_groups
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from clipo_megatron.algorithms.build import build_algorithm
+from clipo_megatron.config.schema import Aggregation, LayoutConfig, RunConfig
+from clipo_megatron.policy import parallel as layouts
+from clipo_megatron.policy.actor import PolicyActor
+from clipo_megatron.policy.batch.exchange import build_table
+from clipo_megatron.policy.checkpoint import state
+from clipo_megatron.policy.token_credit import assign_token_advantages
+from clipo_megatron.weights.export import export
+
+VOCAB = 263
+# Old and reference log-probs, as if two other policies had been scored.
+OLD_SHIFT, REFERENCE_SHIFT = 0.3, 0.5
+
+
+def shift(name: str, tokens: Tensor, scale: float) -> Tensor:
+    """A made-up distance of each token's log-prob, known to both sides of the comparison."""
+    return scale * torch.sin(tokens.float() * {"old": 1.0, "reference": 2.0}[name])
+
+
+def actor_on(config: RunConfig, layout_config: LayoutConfig) -> PolicyActor:
+    config.layout = layout_config
+    layout = layouts.initialize(config.layout, seed=0)
+    return PolicyActor(config, layout, needs=build_algorithm(config).needs, total_steps=100)
+
+
+def one_update(config: RunConfig, layout_config: LayoutConfig, shifted: bool = True) -> dict[str, Any]:
+    """Gradients by Hugging Face name, the loss and the norm of one update on one mini-batch.
+
+    With `shifted` old and reference log-probs are those of other policies.
+    """
+    config.algorithm.mini_batches = 1
+    config.optimizer.max_grad_norm = 0.0  # clipping would scale the gradients where they lie
+    actor = actor_on(config, layout_config)
+    algorithm, batcher = build_algorithm(config, made_up_context(config)), actor.batcher
+    mine = scored_groups(0, vocab=VOCAB)[actor.layout.rank :: actor.layout.world]
+    table, held = build_table(mine, step=0, observe=algorithm.observe)
+    batch = batcher.mini_batches_of(held, table)[0]
+    actor.score(batch.micro_batches, table, algorithm)
+    if actor.layout.is_last_stage and shifted:
+        for micro in batch.micro_batches:
+            micro.reference_logprobs = micro.old_logprobs + shift("reference", micro.targets, REFERENCE_SHIFT)
+            micro.old_logprobs = micro.old_logprobs + shift("old", micro.targets, OLD_SHIFT)
+    experience = algorithm.assign_advantages(table, [batch])
+    assign_token_advantages(experience, algorithm, actor.layout)
+    credited = batcher.credit(batch, experience, algorithm)
+    metrics = actor.update(credited, experience, algorithm)
+    gradients = {bare(name): _reduced(parameter, shard) for name, parameter, shard in state._shards(actor.optimizer)}
+    exported = export(actor.export_plan, [gradients], actor.layout.holder)
+    return {
+        "gradients": {name: grad.clone() for name, grad in exported},
+        "metrics": metrics,
+        "advantage": experience.advantage,
+        "micro_batches": len(credited.micro_batches),
+    }
+
+
+def bare(name: str) -> str:
+    """Without the data-parallel wrapper's prefix."""
+    return name.removeprefix("module.")
+
+
+def _reduced(parameter: torch.nn.Parameter, shard: Any) -> Tensor:
+    """A gradient put together from what each rank that copies the parameter has summed."""
+    return whole(parameter, shard, parameter.main_grad.view(-1)[shard.start : shard.stop])
+
+
+def whole(parameter: torch.nn.Parameter, shard: Any, own: Tensor | None) -> Tensor:
+    """What the ranks that copy a parameter hold a shard of each, or nothing, on all of them."""
+    found = torch.zeros(parameter.numel())
+    if own is not None:
+        found[shard.start : shard.stop] = own.view(-1)
+    dist.all_reduce(found, group=shard.group)
+    return found.view(parameter.shape)
+
+
+def plainly(config: RunConfig, advantage: Tensor) -> tuple[float, dict[str, Tensor]]:
+    """The same loss as one writes it first: a forward a sequence, full logits, autograd."""
+    model = AutoModelForCausalLM.from_pretrained(config.model.path, dtype=torch.float32)
+    settings = config.algorithm
+    clip_low, clip_high = settings.clip_low or 0.2, settings.clip_high or 0.2
+    sequences, row = [], 0
+    for scored in scored_groups(0, vocab=VOCAB):
+        for rollout, verdict in zip(scored.group.rollouts, scored.verdicts, strict=True):
+            if verdict.correct is not None:
+                sequences.append((scored.group.prompt.tokens, rollout.tokens, float(advantage[row])))
+            row += 1
+    total_tokens = sum(response.numel() for _, response, _ in sequences)
+    loss = torch.zeros((), dtype=torch.float64)
+    for prompt, response, value in sequences:
+        logits = model(torch.cat([prompt, response])[None]).logits[0, prompt.numel() - 1 : -1].double()
+        table = (logits / config.rollout.temperature).log_softmax(-1)
+        logprobs = table.gather(1, response[:, None]).squeeze(1)
+        ratio = (logprobs - logprobs.detach() - shift("old", response, OLD_SHIFT)).exp()
+        clipped = ratio.clamp(1 - clip_low, 1 + clip_high)
+        per_token = -torch.minimum(ratio * value, clipped * value)
+        if settings.kl.coefficient:
+            x = logprobs.detach() + shift("reference", response, REFERENCE_SHIFT) - logprobs
+            per_token = per_token + settings.kl.coefficient * (x.exp() - 1 - x)
+        if settings.entropy_coefficient:
+            per_token = per_token + settings.entropy_coefficient * (table.exp() * table).sum(-1)
+        if settings.aggregation is Aggregation.sequence_mean:
+            loss = loss + per_token.mean() / len(sequences)
+        else:
+            loss = loss + per_token.sum() / total_tokens
+    loss.backward()
+    return float(loss), {name: parameter.grad for name, parameter in model.named_parameters()}

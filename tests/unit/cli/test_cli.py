@@ -1,0 +1,142 @@
+"""The command line: help that teaches, and one message for what the user can correct."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from clipo_megatron.cli import main as cli
+from clipo_megatron.config.reference import settings
+
+pytestmark = pytest.mark.timeout(120)
+
+
+@pytest.fixture
+def run_file(tmp_path):
+    model = tmp_path / "model"
+    model.mkdir()
+    facts = {
+        "architectures": ["LlamaForCausalLM"],
+        "num_attention_heads": 4,
+        "num_hidden_layers": 4,
+        "intermediate_size": 8,
+    }
+    (model / "config.json").write_text(json.dumps(facts))
+    (model / "model.safetensors").touch()
+    (model / "chat_template.jinja").write_text("x")
+    file = tmp_path / "run.yaml"
+    file.write_text(f"""
+name: demo
+model: {{path: {model}}}
+data: {{train: [{{generator: gcd, size: 40}}]}}
+train: {{output: {tmp_path}/out}}
+""")
+    return str(file)
+
+
+def test_overview(capsys):
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["--help"])
+    shown = capsys.readouterr().out
+    assert caught.value.code == 0
+    commands = (
+        "train",
+        "submit",
+        "scale",
+        "eval",
+        "compare",
+        "report",
+        "serve",
+        "convert",
+        "plan",
+        "settings",
+        "methods",
+        "doctor",
+    )
+    for word in (*commands, "examples:", "torchrun", "srun", "CLIPO_TRACEBACK"):
+        assert word in shown
+
+
+def test_train_help_teaches_overrides(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["train", "--help"])
+    assert "key=value" in (shown := capsys.readouterr().out) and "data.train=[{path:" in shown
+
+
+def test_settings_show_everything(capsys):
+    assert cli.main(["settings"]) == 0
+    shown = capsys.readouterr().out
+    assert all(f"{setting.key} " in shown and setting.comment in shown for setting in settings())
+
+
+def test_settings_of_one_section(capsys):
+    assert cli.main(["settings", "algorithm.kl"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split() == ["algorithm.kl.coefficient", "a", "number;", "default", "0.0"]
+    assert all(line.startswith(("algorithm.kl.", " ")) for line in lines)
+    assert cli.main(["settings", "algoritm"]) == 2
+    assert "Did you mean algorithm?" in capsys.readouterr().err
+
+
+def test_check_reports_what_a_run_would_do(run_file, capsys):
+    # overrides may stand before and after the option
+    assert cli.main(["train", run_file, "layout.pp=2", "--check", "train.steps=5"]) == 0
+    shown = capsys.readouterr().out
+    assert "2 = tp 1 x pp 2 x dp 1" in shown and "40 problems, 5 steps = 2 epochs" in shown
+    assert "16 prompts x 8 samples = 128 rollouts" in shown
+
+
+def test_check_reads_the_data(run_file, capsys):
+    assert cli.main(["train", run_file, "--check", "data.train[0].generator=gdc"]) == 2
+    assert "Did you mean gcd" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "part"),
+    [
+        (["rollout.temprature=1"], "Did you mean rollout.temperature?"),
+        (["layout.tp=3"], "Valid for this model: 1, 2, 4"),
+        (["algorithm.mini_batches=3"], "algorithm.mini_batches = 3 does not divide it"),
+        (["layout.dp=9000", "data.prompts_per_step=9000"], "srun or torchrun"),
+    ],
+)
+def test_refusals_come_in_a_second_without_a_traceback(run_file, words, part):
+    command = [sys.executable, "-X", "importtime", "-m", "clipo_megatron.cli", "train", run_file, *words]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    message = done.stderr[done.stderr.index("clipo: ") :]
+    assert done.returncode == 2 and part in message and "Traceback" not in message
+    assert "torch" not in {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
+
+
+def test_traceback_on_request(run_file):
+    environment = {**os.environ, "CLIPO_TRACEBACK": "1"}
+    command = [sys.executable, "-m", "clipo_megatron.cli", "train", run_file, "nonsense=1"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, env=environment)
+    assert done.returncode != 0 and "Traceback" in done.stderr and "ConfigError" in done.stderr
+
+
+def test_only_rank_0_tells_what_all_ranks_find(run_file):
+    said = []
+    for rank in "01":
+        environment = {**os.environ, "RANK": rank, "WORLD_SIZE": "2", "LOCAL_RANK": rank}
+        command = [sys.executable, "-m", "clipo_megatron.cli", "train", run_file, "nonsense=1"]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60, env=environment)
+        assert done.returncode == 2
+        said.append(done.stderr)
+    assert "nonsense" in said[0] and said[1] == ""
+
+
+def test_unknown_option(run_file, capsys):
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["train", run_file, "--chek"])
+    assert caught.value.code == 2 and "--chek" in capsys.readouterr().err
+
+
+def test_whose_errors_are_for_users():
+    from clipo_megatron.config.errors import ConfigError
+    from clipo_megatron.data.sources import DataError
+
+    assert cli.is_for_users(ConfigError("x")) and cli.is_for_users(DataError("x"))
+    assert not cli.is_for_users(ValueError("x"))

@@ -1,0 +1,60 @@
+"""The doctor: it tells the truth about this machine, and about another one that pretends to have GPUs."""
+
+import os
+import platform as host
+from importlib import metadata
+
+import pytest
+from rich.console import Console
+
+from clipo_megatron.cli import doctor
+from clipo_megatron.cli import main as cli
+from clipo_megatron.runtime.platform import platform
+
+
+def told():
+    return {finding.what: finding for finding in doctor.findings()}
+
+
+def test_table(capsys):
+    assert cli.main(["doctor"]) == 0
+    shown = capsys.readouterr().out
+    for section in ("machine", "packages", "optional packages", "launchers", "a run would use"):
+        assert section in shown
+    assert metadata.version("megatron-core") in shown and host.python_version() in shown
+
+
+def test_what_would_be_used_is_what_the_platform_says():
+    found = told()
+    assert (found["device"].value, found["backend"].value) == (platform().name, platform().backend)
+
+
+def test_absent_packages_are_said_to_be_absent():
+    assert doctor.version("no-such-distribution") is None
+    for name in doctor.OPTIONAL:
+        expected = doctor.version(name) or doctor.version(f"{name}-cpu") or "not installed"
+        assert told()[name].value == expected
+
+
+@pytest.mark.skipif(platform().has_gpu, reason="needs a torch without GPUs")
+def test_gpus_that_torch_cannot_use(tmp_path, monkeypatch):
+    driver = tmp_path / "nvidia-smi"
+    driver.write_text("#!/bin/sh\necho 'Some GPU, 80000 MiB, 999.1'\n")
+    driver.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    assert told()["GPU"].value == "Some GPU, 80000 MiB, 999.1"
+    assert "cannot use them" in told()["GPU"].remark
+    driver.write_text("#!/bin/sh\necho broken >&2; exit 9\n")
+    assert told()["GPU"].value == "none" and "broken" in told()["GPU"].remark
+
+
+def test_a_rank_of_a_job(monkeypatch):
+    for name, value in {"SLURM_JOB_ID": "42", "RANK": "1", "WORLD_SIZE": "4"}.items():
+        monkeypatch.setenv(name, value)
+    assert told()["Slurm"].remark == "in job 42" and told()["this process"].value == "rank 1 of 4"
+
+
+def test_narrow_terminal():
+    console = Console(width=40, record=True, file=open(os.devnull, "w"))  # noqa: SIM115
+    doctor.examine(console)
+    assert "megatron-core" in console.export_text()

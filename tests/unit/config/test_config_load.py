@@ -1,0 +1,199 @@
+"""Loading: what a user writes becomes the typed configuration, or one message that says how to correct it."""
+
+import subprocess
+import sys
+import textwrap
+
+import pytest
+
+from clipo_megatron.config import reference
+from clipo_megatron.config.errors import ConfigError
+from clipo_megatron.config.load import load, nearest_keys
+from clipo_megatron.config.schema import DType, GraderMode, Level, RunConfig, SourceConfig
+
+MODEL = "model: {path: some/model}\n"
+
+
+@pytest.fixture
+def write(tmp_path):
+    def written(text):
+        file = tmp_path / "run.yaml"
+        file.write_text(textwrap.dedent(text))
+        return file
+
+    return written
+
+
+def refusal(file, *overrides):
+    with pytest.raises(ConfigError) as caught:
+        load(file, list(overrides))
+    return str(caught.value)
+
+
+def test_file_and_overrides_become_typed_values(write):
+    file = write("""
+        name: first
+        model: {path: some/model, dtype: fp32}
+        data:
+          train:
+            - {path: a.parquet}
+            - {generator: basic_arithmetic, size: 3, options: {min_terms: 2}}
+        optimizer: {learning_rate: 1e-5}
+    """)
+    config = load(
+        file,
+        [
+            "layout.tp=2",
+            "data.train[1].size=9",
+            "data.train.0.name=x",
+            "data.train[1].options.max_terms=4",
+            "reward.by_source={conrl/math: reference}",
+            "clipo={level: cross, dim: 8}",
+            "model.system_prompt=''",
+        ],
+    )
+    assert isinstance(config, RunConfig)
+    assert config.model.dtype is DType.fp32 and config.model.system_prompt == ""
+    assert config.optimizer.learning_rate == 1e-5
+    assert config.layout.tp == 2 and config.layout.pp == 1
+    assert config.data.train == [
+        SourceConfig(path="a.parquet", name="x"),
+        SourceConfig(generator="basic_arithmetic", size=9, options={"min_terms": 2, "max_terms": 4}),
+    ]
+    assert config.reward.by_source == {"conrl/math": GraderMode.reference}
+    assert config.clipo.level is Level.cross and config.clipo.dim == 8 and config.clipo.weight == 0.2
+    assert config.train.output == "runs/first"
+
+
+def test_lists_replace_and_later_overrides_win(write):
+    file = write(MODEL + "data: {train: [{path: a.jsonl}, {path: b.jsonl}]}\n")
+    config = load(file, ["data.train=[{path: c.jsonl}]", "layout.tp=2", "layout.tp=3"])
+    assert [source.path for source in config.data.train] == ["c.jsonl"]
+    assert config.layout.tp == 3
+
+
+def test_references_to_other_settings(write):
+    config = load(write(MODEL), ["train.seed=7", "name=run-${train.seed}"])
+    assert config.name == "run-7" and config.train.output == "runs/run-7"
+    assert "'nme' not found" in refusal(write(MODEL), "name=${nme}")
+
+
+@pytest.mark.parametrize(
+    ("key", "nearest"),
+    [
+        ("rollout.temprature", ["rollout.temperature"]),
+        ("model.tp", ["serve.tp", "layout.tp"]),
+        ("rolout.temperature", ["rollout.temperature"]),
+        ("optimizer.lr", ["optimizer.learning_rate"]),
+        ("layout.tensor_model_parallel_size", ["layout.tp"]),
+        ("data.train[3].pth", ["data.train[].path"]),
+        ("clippo", ["clipo"]),
+        ("model.temprature", ["rollout.temperature", "clipo.temperature", "eval.temperature"]),
+        ("xyzzy", []),
+    ],
+)
+def test_nearest_key(key, nearest):
+    assert nearest_keys(key) == nearest
+
+
+@pytest.mark.parametrize(
+    ("override", "parts"),
+    [
+        ("rollout.temprature=0.7", ["rollout.temprature = 0.7", "no such setting", "mean rollout.temperature?"]),
+        ("layout.tp=two", ["layout.tp = two", "a whole number was expected", "default is 1"]),
+        ("layout.tp=2.0", ["layout.tp = 2.0", "Write 2"]),
+        ("layout.tp=null", ["layout.tp = null", "a whole number was expected"]),
+        ("rollout.temperature=[1]", ["a number was expected"]),
+        ("clipo.enabled=3", ["clipo.enabled = 3", "true or false was expected"]),
+        ("clipo.loss=inonce", ["one of infonce, supcon_out, supcon_in, soft_nn", "Did you mean infonce?"]),
+        ("reward.by_source.x=mth", ["reward.by_source.x = mth", "Did you mean math?"]),
+        ("name=no", ["name = false", "Put it in quotes"]),
+        ("clipo=3", ["clipo = 3", "a section"]),
+        ("data.train={path: x}", ["data.train", "a list was expected"]),
+        ("data.train=[x]", ["data.train[0] = x", "a section"]),
+        ("data.train[1].size=3", ["data.train"]),
+        ("name.first=3", ["name = {'first': 3}", "text was expected"]),
+        ("layout.tp", ["'layout.tp'", "key=value"]),
+        ("layout.tp=[", ["layout.tp", "not valid YAML"]),
+        ("name=${oops", ["name", "${oops"]),
+        ("model.path=???", ["model.path", "must be given"]),
+    ],
+)
+def test_wrong_override_names_value_reason_and_remedy(write, override, parts):
+    message = refusal(write(MODEL), override)
+    for part in parts:
+        assert part in message, message
+    assert "omegaconf" not in message.lower() and "\n    full_key" not in message
+
+
+def test_all_problems_come_at_once(write):
+    file = write("rollout: {temprature: 1}\nlayout: {tp: x}\nnonsense: 1\n")
+    with pytest.raises(ConfigError) as caught:
+        load(file, ["clipo.loss=y"])
+    keys = {problem.key for problem in caught.value.problems}
+    assert keys == {"rollout.temprature", "layout.tp", "nonsense", "clipo.loss", "model.path"}
+    assert "5 configuration problems" in str(caught.value) and "  5. " in str(caught.value)
+
+
+def test_mandatory_setting(write):
+    message = refusal(write("name: x\n"))
+    assert "model.path: it must be given" in message and "model.path=" in message
+
+
+@pytest.mark.parametrize(
+    ("text", "part"),
+    [
+        ("layout: {tp: 2}\n bad: [", "line 2"),
+        ("name: a\nname: b", "duplicate"),
+        ("- 1\n", "holds a list"),
+        ("3\n", "bare value"),
+    ],
+)
+def test_broken_file_is_located(write, text, part):
+    file = write(text)
+    message = refusal(file)
+    assert part in message and str(file) in message
+
+
+def test_absent_file(tmp_path):
+    assert "No configuration file" in refusal(tmp_path / "none.yaml")
+    assert "folder" in refusal(tmp_path)
+
+
+def test_every_setting_of_the_schema_is_described():
+    found = reference.settings()
+    assert {"model.path", "algorithm.kl.kind", "data.train[].suffix", "name"} <= {setting.key for setting in found}
+    by_key = {setting.key: setting for setting in found}
+    assert by_key["clipo.weight"].comment == "lambda" and by_key["clipo.weight"].default == 0.2
+    assert by_key["algorithm.kl.kind"].type == "one of k1, k2, k3"
+    assert by_key["layout.dp"].type == "a whole number, or null"
+
+
+def test_configuration_imports_no_torch(write):
+    """Loading and checking work where torch cannot be imported at all."""
+    program = """
+        import sys
+        for name in ("torch", "transformers", "megatron", "reasoning_gym"):
+            sys.modules[name] = None  # any import of it raises
+        from clipo_megatron.checks.run import check
+        from clipo_megatron.config.errors import ConfigError
+        from clipo_megatron.config.load import load
+        config = load(sys.argv[1])
+        try:
+            check(config)
+        except ConfigError as error:
+            assert "some/model" in str(error), error
+            print("refused")
+    """
+    command = [sys.executable, "-c", textwrap.dedent(program), str(write(MODEL))]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.stdout.strip() == "refused", done.stderr
+
+
+def test_a_list_of_plain_values(tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text("name: x\nmodel: {path: m}\nrollout: {endpoints: ['http://a:1', 'http://b:2']}\n")
+    assert load(file).rollout.endpoints == ["http://a:1", "http://b:2"]
+    assert load(file, ["rollout.endpoints=[http://c:3]"]).rollout.endpoints == ["http://c:3"]
+    with pytest.raises(ConfigError, match=r"a list, each entry text was expected. Write \[http://c:3\]"):
+        load(file, ["rollout.endpoints=http://c:3"])

@@ -1,0 +1,265 @@
+"""The house rules: who may import whom, what only one room may say, and what no committed file may hold."""
+
+import ast
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+import pytest
+from paths import ROOT
+
+PACKAGE = ROOT / "clipo_megatron"
+MODULES = sorted(PACKAGE.rglob("*.py"))
+
+# A room imports rooms of earlier levels only; rooms of one level do not know each other.
+LEVELS = (
+    {"flow", "config", "quiet", "files", "ports"},
+    {"device"},
+    {"data", "rewards", "rollout", "algorithms", "weights"},
+    {"policy", "sync", "evaluation", "checkpoint", "report", "output"},
+    {
+        "problems",
+        "context",
+        "collector",
+        "reporting",
+        "engines",
+        "recording",
+        "page",
+        "stopping",
+        "heartbeat",
+        "rendezvous",
+        "conversion",
+        "planning",
+    },
+    {"session"},
+    {"run", "measuring"},
+    {"trainer"},
+    {"slurm"},
+    {"launch"},
+    {"serving", "submission"},
+    {"doctor", "scaling"},
+    {"cli"},
+)
+LEVEL_OF = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
+
+# package -> the rooms that may import it, anywhere in a file
+ONLY_IN = {
+    "megatron": {"policy", "weights"},
+    "transformer_engine": {"policy"},
+    "apex": {"policy"},
+    "transformers": {"data", "rollout", "conversion"},
+    "reasoning_gym": {"data", "rewards"},
+    "math_verify": {"rewards"},
+    "sympy": {"rewards"},
+    "omegaconf": {"config"},
+    "aiohttp": {"rollout"},
+    "orjson": {"rollout"},
+    "rich": {"report", "doctor", "conversion", "planning"},
+}
+DEVICE_WORDS = re.compile("cuda|nccl|gloo", re.IGNORECASE)
+# Names of Megatron's own, and of the platform's adapter to them, which cannot be spelt otherwise.
+DEVICE_WORDS_ELSEWHERE = {
+    "use_gloo_process_groups",
+    "create_gloo_process_groups",
+    "model_parallel_cuda_manual_seed",
+    "cuda_tensor_names",
+}
+# What servers import in environments of their own
+RUNS_IN_SERVERS = {"stand_ins", "vllm_extension"}
+VAGUE_NAMES = {"utils", "util", "helpers", "helper", "common", "misc"}
+LONGEST_FILE = 450
+HOMES = ("home", "root", "work", "tmp")
+REGISTRIES = ("pypi", "pythonhosted", "download.pytorch", "anaconda", "conda.io")
+
+
+def room_of(path: Path) -> str:
+    """The room a module stands in: a subpackage, or a module of its own."""
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+@cache
+def tree_of(path: Path) -> ast.Module:
+    """The syntax tree of a module."""
+    return ast.parse(path.read_text(), filename=str(path))
+
+
+def imports(path: Path) -> Iterator[tuple[int, str]]:
+    """Line and dotted name of everything that a module imports, in functions and under TYPE_CHECKING too."""
+    for node in ast.walk(tree_of(path)):
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            prefix = "." * node.level + (node.module or "")
+            yield from ((node.lineno, f"{prefix}.{alias.name}") for alias in node.names)
+
+
+def committed_files() -> list[Path]:
+    """Files under version control that still exist; those of the source folders where there is no git."""
+    try:
+        listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, check=True, timeout=60)
+        names = listed.stdout.decode().split("\0")
+    except (OSError, subprocess.CalledProcessError):
+        names = []
+    files = [ROOT / name for name in names if name] or [
+        path
+        for folder in ("clipo_megatron", "tests", "tools", "examples", "docs")
+        for path in (ROOT / folder).rglob("*")
+    ]
+    return [path for path in files if path.is_file() and "__pycache__" not in path.parts]
+
+
+def lines_with(pattern: re.Pattern[str]) -> list[str]:
+    """ "file:line: text" of each line of a committed text file that `pattern` matches."""
+    found = []
+    for path in committed_files():
+        try:
+            text = path.read_text()
+        except UnicodeDecodeError:
+            continue
+        found += [
+            f"{path.relative_to(ROOT)}:{number}: {line.strip()}"
+            for number, line in enumerate(text.splitlines(), start=1)
+            if pattern.search(line)
+        ]
+    return found
+
+
+def python(script: str, *arguments: str) -> None:
+    """Run a script in a fresh interpreter; its assertions are this test's."""
+    done = subprocess.run([sys.executable, "-c", script, *arguments], capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_there_is_something_to_judge():
+    assert len(MODULES) > 50
+    assert len(committed_files()) > 80
+    assert {room_of(path) for path in MODULES} - {"__init__"} <= set(LEVEL_OF), "give the new room a level"
+
+
+def test_imports_point_inward():
+    outward = []
+    for path in MODULES:
+        room = room_of(path)
+        for line, name in imports(path):
+            assert not name.startswith("."), f"{path}:{line}: write imports out in full"
+            parts = name.split(".")
+            if parts[0] != "clipo_megatron" or parts[1] == "__version__" or parts[1] == room:
+                continue
+            if room not in LEVEL_OF or parts[1] not in LEVEL_OF or LEVEL_OF[parts[1]] >= LEVEL_OF[room]:
+                outward.append(f"{path.relative_to(ROOT)}:{line}: {room} imports {parts[1]}")
+    assert outward == []
+
+
+@pytest.mark.parametrize("package", sorted(ONLY_IN))
+def test_a_package_is_imported_where_it_belongs(package):
+    rooms = {room_of(path) for path in MODULES for _, name in imports(path) if name.split(".")[0] == package}
+    assert rooms <= ONLY_IN[package]
+
+
+def test_importing_configuration_and_command_loads_no_torch():
+    names = [
+        ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+        for path in MODULES
+        if room_of(path) in ("config", "slurm", "launch", "serving", "cli", "quiet")
+        and not RUNS_IN_SERVERS & set(path.parts)
+    ]
+    assert "clipo_megatron.config.schema" in names
+    python(
+        "import importlib, sys\n"
+        "for name in sys.argv[1:]:\n"
+        "    importlib.import_module(name)\n"
+        "    for heavy in ('torch', 'megatron', 'transformers'):\n"
+        "        assert heavy not in sys.modules, f'{name} imports {heavy}'",
+        *names,
+    )
+
+
+def test_importing_inner_rooms_loads_no_megatron():
+    names = [
+        ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+        for path in MODULES
+        if room_of(path) in ("flow", "config", "device", "data", "rewards", "rollout", "algorithms")
+    ]
+    python(
+        "import importlib, sys\n"
+        "for name in sys.argv[1:]:\n"
+        "    importlib.import_module(name)\n"
+        "    assert 'megatron' not in sys.modules, f'{name} imports megatron'",
+        *names,
+    )
+
+
+def test_what_evaluates_cannot_train():
+    """No optimizer, critic or reference policy is within reach of `clipo eval`."""
+    python(
+        "import sys, clipo_megatron.training.eval_run\n"
+        "for name in ('actor', 'critic', 'optimizer', 'contrastive'):\n"
+        "    assert f'clipo_megatron.policy.{name}' not in sys.modules, name\n"
+        "assert 'clipo_megatron.algorithms' not in sys.modules"
+    )
+
+
+def words_in_code(path: Path) -> Iterator[tuple[int, str]]:
+    """Line and text of every identifier and string of a module, docstrings left out."""
+    tree = tree_of(path)
+    bodies = (node.body for node in ast.walk(tree) if hasattr(node, "body") and isinstance(node.body, list))
+    spoken = {
+        id(statement.value) for body in bodies for statement in body if isinstance(statement, ast.Expr)
+    }  # a string that stands alone is a docstring
+    for node in ast.walk(tree):
+        line = getattr(node, "lineno", 0)
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in spoken:
+            yield line, node.value
+        for attribute in ("id", "attr", "arg", "name", "module", "asname"):
+            if isinstance(value := getattr(node, attribute, None), str):
+                yield line, value
+
+
+def test_one_room_knows_the_devices():
+    said, excused = [], set()
+    for path in MODULES:
+        if room_of(path) == "device":
+            continue
+        for line, word in words_in_code(path):
+            if word in DEVICE_WORDS_ELSEWHERE:
+                excused.add(word)
+            elif DEVICE_WORDS.search(word):
+                said.append(f"{path.relative_to(ROOT)}:{line}: {word}")
+    assert said == []
+    assert excused == DEVICE_WORDS_ELSEWHERE, "an exception that nobody needs"
+
+
+def test_names_say_what_is_in_a_file():
+    names = [path.relative_to(ROOT).with_suffix("") for path in MODULES]
+    assert [str(name) for name in names if VAGUE_NAMES & set(name.parts)] == []
+
+
+def test_files_stay_readable():
+    assert [path.name for path in MODULES if len(path.read_text().splitlines()) > LONGEST_FILE] == []
+
+
+def test_no_committed_file_names_a_place_of_one_machine():
+    assert lines_with(re.compile(rf"(?<![\w./}})]){'/'}({'|'.join(HOMES)})(/|\b)")) == []
+
+
+def test_no_committed_file_names_a_package_registry():
+    registries = "|".join(re.escape(host) for host in REGISTRIES)
+    here = str(Path(__file__).relative_to(ROOT))
+    found = lines_with(re.compile(rf"https?://[^\s\"']*({registries})|index.url[= ]\S*://", re.IGNORECASE))
+    assert [line for line in found if not line.startswith(here)] == []
+
+
+def test_shipped_configurations_load_without_torch():
+    configurations = sorted((ROOT / "examples").rglob("*.yaml"))
+    assert configurations
+    python(
+        "import sys\n"
+        "from clipo_megatron.config.load import load\n"
+        "for path in sys.argv[1:]:\n"
+        "    assert load(path).name\n"
+        "assert 'torch' not in sys.modules",
+        *map(str, configurations),
+    )

@@ -1,0 +1,410 @@
+"""The report page: its numbers are the metrics', it says what is missing, and a browser shows it without errors."""
+
+import html
+import json
+import math
+import re
+import shutil
+import subprocess
+import sys
+from itertools import pairwise
+from pathlib import Path
+
+import browser
+import numpy as np
+import pytest
+from page_runs import NASTY, write_run
+
+from clipo_megatron.cli import main as cli
+from clipo_megatron.cli.report import write_page
+from clipo_megatron.evaluation.comparing import compare, comparisons
+from clipo_megatron.evaluation.results import Evaluation, ProblemResult, read_evaluations, write_evaluation
+from clipo_megatron.report.chart import MOST_POINTS, Series, smoothed, thinned
+from clipo_megatron.report.grouping import differences, group_runs
+from clipo_megatron.report.metric_names import CONTRASTIVE, LEARNING, OTHERS, PLACED, other
+from clipo_megatron.report.overview import _ranks
+from clipo_megatron.report.reading import Accuracy, PageError, read_run, wilson
+from clipo_megatron.report.scales import number, percent, reach, safe, seconds, tick_text, ticks
+from clipo_megatron.report.timing import chrome_trace, phase_seconds
+
+pytestmark = pytest.mark.timeout(120)
+needs_browser = pytest.mark.skipif(browser.find() is None, reason="no Chromium here: install one, or set CLIPO_BROWSER")
+
+
+@pytest.fixture(scope="module")
+def compared(tmp_path_factory):
+    """Two seeds with CLIPO and two without, and the page of them."""
+    folder = tmp_path_factory.mktemp("compared")
+    runs = [write_run(folder / f"{c}{s}", seed=s, clipo=c, evaluated=True) for c in (True, False) for s in (0, 1)]
+    page, trace = write_page(runs, folder / "page.html")
+    return runs, page, trace
+
+
+def charts(page: Path) -> dict[str, dict]:
+    """The numbers of the page's curves, by metric, or what else they are of."""
+    found = re.findall(r'aria-label="([^"]*)" data-chart="([^"]*)"', page.read_text())
+    named = {name.rpartition("(")[2].rstrip(")"): json.loads(html.unescape(facts)) for name, facts in found}
+    assert len(named) == len(found)
+    return named
+
+
+# ---------------------------------------------------------------- numbers
+
+
+def test_the_numbers_are_those_of_the_metrics(compared):
+    runs, page, _ = compared
+    lines = [[json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()] for run in runs]
+    clipo, grpo = charts(page)["reward/accuracy"]["series"]
+    assert (clipo["name"], grpo["name"]) == ("clipo", "grpo")
+    for series, (a, b) in ((clipo, lines[:2]), (grpo, lines[2:])):
+        pairs = [(x["reward/accuracy"], y["reward/accuracy"]) for x, y in zip(a, b, strict=True)]
+        assert series["xs"] == list(range(1, 13))
+        assert series["ys"] == pytest.approx([sum(pair) / 2 for pair in pairs], rel=1e-6)
+        assert series["low"] == pytest.approx([min(pair) for pair in pairs], rel=1e-6)
+        assert series["high"] == pytest.approx([max(pair) for pair in pairs], rel=1e-6)
+    norm = charts(page)["policy/grad_norm"]["series"][0]
+    assert norm["xs"] == [step + 1 for step in range(12) if step != 3], "what was not finite is left out"
+    assert [each["name"] for each in charts(page)["cosines"]["series"]] == ["clipo, right–right", "clipo, right–wrong"]
+    assert "my/own" in charts(page), "a metric that nobody knows is shown too"
+
+
+def test_a_real_run(undisturbed, tmp_path):
+    page, _ = write_page([undisturbed], tmp_path / "page.html")
+    lines = [json.loads(line) for line in (undisturbed / "metrics.jsonl").read_text().splitlines()]
+    text, drawn = html.unescape(page.read_text()), charts(page)
+    assert drawn["reward/accuracy"]["series"][0]["ys"] == pytest.approx([x["reward/accuracy"] for x in lines], rel=1e-6)
+    assert drawn["clipo/loss"]["series"][0]["ys"] == pytest.approx([x["clipo/loss"] for x in lines], rel=1e-6)
+    evaluations = {file.stem: json.loads(file.read_text()) for file in (undisturbed / "eval").iterdir()}
+    (accuracy,) = drawn["accuracy on exam"]["series"]
+    assert accuracy["xs"] == [0, 3, 6]
+    assert accuracy["ys"] == pytest.approx([evaluations[f"step_00000{s}"]["accuracy"] for s in (0, 3, 6)])
+    assert f">{percent(evaluations['step_000006']['accuracy'])}</div>" in text
+    assert seconds(sum(line["time/step_s"] for line in lines)) in text
+    for title in (
+        "Representation",
+        "Near and far rollouts",
+        "One step, rank by rank: small",
+        "Embeddings, step 6",
+    ):
+        assert title in text
+    assert "What is missing" not in text
+
+
+def test_groups_are_compared_problem_by_problem(compared, tmp_path):
+    """One seed a side: the figures of `clipo compare`. Two: the mean over seeds."""
+    folders = [compared[0][2], compared[0][0]]  # without CLIPO, with it
+    page, _ = write_page(folders, tmp_path / "page.html")
+    text = html.unescape(page.read_text())
+    before, after = (read_evaluations(folder / "eval")[-1] for folder in folders)
+    rows = comparisons(before, after)
+    assert [row.source for row in rows] == ["easy", "hard", "all problems", "mean of sets"]
+    for row in rows:
+        points = (
+            f"<b>{100 * row.difference:+.1f}</b> <span class='aside'>{100 * row.low:+.1f} to {100 * row.high:+.1f}<"
+        )
+        assert points.replace("-", "−") in text and f"{percent(row.before)} → {percent(row.after)}" in text
+    assert f">{number(compare(before, after, source='easy').p_value, 2)}</td>" in text
+
+    means = [np.mean([read_evaluations(f / "eval")[-1].accuracy for f in compared[0][i : i + 2]]) for i in (0, 2)]
+    assert f"{100 * (means[1] - means[0]):+.1f}</b>".replace("-", "−") in html.unescape(compared[1].read_text())
+    other = write_run(tmp_path / "other")
+    write_evaluation(other / "eval", Evaluation(12, {"new/1": ProblemResult(1, 1)}))
+    page, _ = write_page([folders[0], other], tmp_path / "page.html")
+    assert "there is nothing to pair" in page.read_text()
+
+
+def test_seeds_are_one_group_and_settings_set_groups_apart(compared, tmp_path):
+    runs = [read_run(folder) for folder in compared[0]]
+    other = read_run(write_run(tmp_path / "other", seed=1, learning_rate=3e-6))
+    groups = group_runs([*runs, other])
+    assert [(group.label, len(group.runs)) for group in groups] == [("clipo", 2), ("grpo", 2), ("clipo-1", 1)]
+    assert [run.name for run in groups[0].runs] == ["clipo-0", "clipo-1"]
+    assert differences(groups) == [
+        ("clipo.enabled", [True, False, True]),
+        ("optimizer.learning_rate", [1e-6, 1e-6, 3e-6]),
+    ]
+    assert differences(groups[:1]) == []
+
+
+def test_the_group_to_compare_with_is_chosen(compared, tmp_path, capsys):
+    words = ["report", *map(str, compared[0]), "-o", str(tmp_path / "page.html")]
+    assert cli.main([*words, "--against", "grpo"]) == 0
+    text = html.unescape((tmp_path / "page.html").read_text())
+    assert "<h1>grpo vs clipo</h1>" in text and "Paired differences: against grpo" in text
+    assert cli.main([*words, "--against", "ppo"]) == 2
+    assert "--against ppo: no group is called so. Give one of: clipo, grpo" in capsys.readouterr().err
+
+
+def test_marks_of_groups_stand_side_by_side(compared):
+    text = compared[1].read_text()
+    drawing = re.search(r'<svg[^>]*aria-label="accuracy on easy".*?</svg>', text, re.DOTALL)[0]
+    places = [float(x) for x in re.findall(r'<circle class="dot" cx="([\d.]+)"', drawing)]
+    assert len(places) == 4 and len(set(places)) == 4 and min(b - a for a, b in pairwise(sorted(places))) >= 8
+    whiskers = [float(x) for x in re.findall(r'class="whisker" d="M([\d.]+) ', drawing)]
+    assert sorted(whiskers) == sorted(places)
+
+
+def test_what_is_known_of_a_metric_is_said():
+    assert "rollout.window_tokens" in other("rollout/windows").caption and other("rollout/windows").share
+    assert other("my/own").caption == ""
+    known = [each.name for each in (*LEARNING, *CONTRASTIVE, *OTHERS)]
+    assert len(set(known)) == len(known) and not {each.name for each in OTHERS} & PLACED
+
+
+def test_ranks_are_spelt_without_what_is_one(tmp_path):
+    run = read_run(write_run(tmp_path / "run"))
+    found = []
+    for layout in ({"tp": 2, "pp": 1, "dp": 4}, {"tp": 1, "pp": 1, "dp": 1}, {"tp": 1, "pp": 2}, {}):
+        run.settings["layout"] = layout
+        found.append(_ranks(run))
+    assert found == ["8 = tp 2 × dp 4", "1", "2 = pp 2", "2 = dp 2"], "dp is known from the trace of two ranks"
+    run.traces = []
+    assert _ranks(run) == "–"
+
+
+def test_the_trace_is_what_chrome_reads(compared):
+    events = json.loads(compared[2].read_text())["traceEvents"]
+    spans = [event for event in events if event["ph"] == "X"]
+    assert len(spans) == 4 * 2 * 2 and {event["pid"] for event in spans} == {0, 1, 2, 3}
+    first = [(event["name"], event["ts"], event["dur"]) for event in spans if (event["pid"], event["tid"]) == (0, 0)]
+    assert first == [("generate", 0.0, 1.5e6), ("update", 1.5e6, 2.75e6)]
+    named = {event["args"]["name"] for event in events if event["ph"] == "M"}
+    assert named == {"clipo-0", "clipo-1", "grpo-0", "grpo-1", "rank 0", "rank 1"}
+    assert chrome_trace([]) == {"traceEvents": [], "displayTimeUnit": "ms"}
+
+
+def test_phases_make_up_the_step():
+    line = {"time/generate_s": 1.0, "time/update_s": 2.0, "time/step_s": 3.5}
+    assert phase_seconds(line) == [1.0, 0.0, 0.0, 2.0, 0.0, 0.5]
+
+
+def test_intervals():
+    assert wilson(5, 10) == pytest.approx((0.2366, 0.7634), abs=1e-4)
+    assert wilson(0, 10) == pytest.approx((0.0, 0.2775), abs=1e-4)
+    assert Accuracy(0, "s", (1.0,) * 5 + (0.0,) * 5).interval == wilson(5, 10)
+    sampled = (0.25, 0.5, 0.75, 1.0)
+    low, high = Accuracy(0, "s", sampled).interval
+    assert (high - low) / 2 == pytest.approx(1.96 * np.std(sampled, ddof=1) / 2, rel=1e-9) or high == 1.0
+    assert (low + 1.96 * np.std(sampled, ddof=1) / 2) == pytest.approx(0.625)
+
+
+# ---------------------------------------------------------------- what is missing
+
+
+def missing(folder: Path) -> str:
+    (page, *_) = write_page([folder], folder / "page.html")
+    return html.unescape(page.read_text())
+
+
+def test_a_run_that_is_still_going(tmp_path):
+    folder = write_run(tmp_path / "run", steps=5, clipo=False)
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 5, "reward/acc')
+    text = missing(folder)
+    for sentence in (
+        "grpo-0: 5 of 12 steps are done: it is still going, or was ended.",
+        "grpo-0: the last line of metrics.jsonl is cut short",
+        "grpo-0: nothing was evaluated",
+        "grpo-0: it ran without CLIPO",
+    ):
+        assert sentence in text
+    assert "Positive and negative cosines" not in text and "Near and far" not in text
+
+
+def test_a_run_that_has_just_begun(tmp_path):
+    folder = tmp_path / "run"
+    write_run(folder, steps=0)
+    for name in ("trace.jsonl", "rollouts.jsonl"):
+        (folder / name).unlink()
+    assert "clipo-0: no step is done yet, so it has no curves." in missing(folder)
+
+
+def test_a_run_of_one_step(tmp_path):
+    folder = write_run(tmp_path / "run", steps=1)
+    shutil.rmtree(folder / "states")
+    (folder / "trace.jsonl").unlink()
+    text = missing(folder)
+    assert "one step is a point" in text and "no states were kept" in text and "no step was traced" in text
+    assert "right rollouts" in text
+
+
+def test_broken_files_are_told_and_the_rest_is_shown(tmp_path):
+    folder = write_run(tmp_path / "run")
+    (folder / "config.json").write_text("{")
+    (folder / "states" / "step_000011.safetensors").write_bytes(b"no")
+    (folder / "eval").mkdir()
+    (folder / "eval" / "step_000000.json").write_text("[]")
+    text = missing(folder)
+    assert "config.json cannot be read" in text and "step_000011.safetensors does not hold the states" in text
+    assert "1 of its evaluations cannot be read" in text and "Contrastive loss" in text
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [{"samples": "x"}, {"samples": 1, "correct": 5}, {"correct": None}, {"votes": 3}, {"step": "x"}, {"step": None}],
+)
+def test_a_damaged_evaluation_costs_itself_alone(damage, tmp_path):
+    folder = write_run(tmp_path / "run", evaluated=True)
+    file = folder / "eval" / "step_000012.json"
+    facts = json.loads(file.read_text())
+    if "step" in damage:
+        facts |= damage
+    else:
+        facts["problems"]["easy/0"] |= damage
+    file.write_text(json.dumps(facts))
+    text = missing(folder)
+    assert "clipo-0: 1 of its evaluations cannot be read" in text
+    assert "of held-out problems after 0 steps" in text
+    assert text.count(", after 0 steps</span>") == 2, "of each set, in the table of runs"
+
+
+def test_a_models_folder_is_no_run(tmp_path, capsys):
+    (tmp_path / "config.json").write_text('{"architectures": ["LlamaForCausalLM"], "hidden_size": 64}')
+    assert cli.main(["report", str(tmp_path), "-o", str(tmp_path / "x.html")]) == 2
+    assert "has no metrics.jsonl and no config.json of a run" in capsys.readouterr().err
+    assert not (tmp_path / "x.html").exists()
+    run = write_run(tmp_path / "run")
+    (run / "config.json").write_text('{"hidden_size": 64}')
+    assert "run: config.json is not the configuration of a run" in missing(run)
+
+
+def test_a_folder_that_is_no_run(tmp_path, capsys):
+    assert cli.main(["report", str(tmp_path / "none")]) == 2
+    assert "none is no folder. Give the folder of a run" in capsys.readouterr().err
+    assert cli.main(["report", str(tmp_path), "-o", str(tmp_path / "x.html")]) == 2
+    assert "has no metrics.jsonl and no config.json of a run, so it is no run's" in capsys.readouterr().err
+    run = write_run(tmp_path / "run")
+    assert cli.main(["report", str(run), "-o", str(tmp_path)]) == 2
+    assert "is a folder. Give the file to write" in capsys.readouterr().err
+    assert cli.main(["report", str(run), "-o", str(run / "config.json" / "page.html")]) == 2
+    assert "cannot be written" in capsys.readouterr().err
+    with pytest.raises(PageError):
+        read_run(run / "metrics.jsonl")
+
+
+def test_reading_needs_no_torch(compared):
+    script = (
+        "import sys\nfrom clipo_megatron import cli\n"
+        "assert cli.main(['report', *sys.argv[2:], '-o', sys.argv[1]]) == 0\n"
+        "assert 'torch' not in sys.modules and 'transformers' not in sys.modules"
+    )
+    runs, page, _ = compared
+    command = [sys.executable, "-c", script, str(page.with_name("again.html")), *map(str, runs[:1])]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+# ---------------------------------------------------------------- the page
+
+
+PROBE = """
+const root = document.documentElement, out = {ready: root.dataset.ready, overflow: [], tips: 0};
+out.wide = root.scrollWidth - root.clientWidth;
+for (const part of document.querySelectorAll("details")) part.open = true;
+out.wideOpen = root.scrollWidth - root.clientWidth;
+for (const each of document.querySelectorAll("main .card, main .tile, main svg, main .said, main .map")) {
+  const box = each.getBoundingClientRect();
+  if (box.right > root.clientWidth + 1 || box.left < -1) out.overflow.push(each.className.baseVal ?? each.className);
+}
+for (const text of document.querySelectorAll("main svg text")) {
+  const box = text.getBoundingClientRect(), frame = text.closest("svg").getBoundingClientRect();
+  if (box.width && (box.left < frame.left - 2 || box.right > frame.right + 2)) out.overflow.push(text.textContent);
+}
+const tip = document.querySelector(".tip");
+for (const drawing of document.querySelectorAll("svg[data-chart]")) {
+  const box = drawing.getBoundingClientRect();
+  drawing.dispatchEvent(new MouseEvent("mousemove", {clientX: box.left + box.width / 2, clientY: box.top + 9}));
+  if (tip.style.display === "block" && tip.textContent.includes("step")) out.tips += 1;
+  drawing.dispatchEvent(new MouseEvent("mouseleave"));
+}
+out.drawings = document.querySelectorAll("svg[data-chart]").length;
+const point = document.querySelector(".map .pt");
+if (point) {
+  point.dispatchEvent(new MouseEvent("mouseover", {bubbles: true, clientX: 9, clientY: 9}));
+  out.picked = document.querySelectorAll(".map.picked .pt.same").length;
+}
+const back = () => getComputedStyle(document.body).backgroundColor;
+out.before = back(); document.getElementById("theme").click(); out.after = back();
+document.getElementById("smooth").click();
+out.smooth = getComputedStyle(document.querySelector(".line.smooth")).display;
+const key = document.querySelector(".key"); key.click();
+const mine = [...document.querySelectorAll('g[data-slot="0"]')];
+out.hidden = mine.length > 0 && mine.every((part) => getComputedStyle(part).display === "none");
+key.click();
+for (const link of document.querySelectorAll("nav a"))
+  if (!document.querySelector(link.hash)) out.overflow.push(link.hash);
+return out;
+"""
+
+
+@needs_browser
+@pytest.mark.parametrize("width", [1440, 600])
+def test_a_browser_shows_it_without_errors(width, compared):
+    failures, found = browser.look(compared[1], PROBE, width=width)
+    assert failures == []
+    assert found["ready"] == "true" and found["overflow"] == []
+    assert found["wide"] <= 0 and found["wideOpen"] <= 0, "it scrolls sideways"
+    assert found["tips"] == found["drawings"] > 12
+    assert found["picked"] == 4, "the rollouts of the prompt stand out"
+    assert found["before"] != found["after"] and found["smooth"] == "inline" and found["hidden"] is True
+
+
+@needs_browser
+def test_the_browser_would_tell_of_errors(tmp_path):
+    page = tmp_path / "page.html"
+    page.write_text("<html><head></head><body><script>nothing.here()</script></body></html>")
+    failures, found = browser.look(page, "return 7")
+    assert found == 7 and any("nothing is not defined" in failure for failure in failures)
+    page.write_text("<html><head></head><body><script>console.error('so it is')</script></body></html>")
+    assert any("so it is" in failure for failure in browser.look(page, "")[0])
+
+
+def test_the_page_asks_nobody_for_anything(compared):
+    text = compared[1].read_text()
+    assert not re.findall(r'(?:src|href)="(?!#)', text)
+    assert "default-src 'none'" in text and "@import" not in text and "url(" not in text
+    assert set(re.findall(r"https?://[^\s\"'<)]+", text)) <= {"http://www.w3.org/2000/svg"}
+
+
+def test_what_rollouts_say_is_text(compared):
+    text = compared[1].read_text()
+    assert safe(NASTY) in text and "<img src=x" not in text and "throw Error" not in text.replace(safe(NASTY), "")
+    assert safe("a\N{NO-BREAK SPACE}b\u202ec\ud800") == "a\N{NO-BREAK SPACE}b\\u202ec\\ud800"
+    assert safe("\x1b[31m") == "\\x1b[31m" and safe('<a b="c">') == "&lt;a b=&quot;c&quot;&gt;"
+
+
+# ---------------------------------------------------------------- axes and words
+
+
+def test_axes_hold_their_values_and_have_round_ticks():
+    random = np.random.default_rng(3)
+    for _ in range(300):
+        values = (random.normal(size=random.integers(1, 9)) * 10.0 ** random.integers(-8, 9)).tolist()
+        low, high = reach(values)
+        marks = ticks(low, high)
+        assert low <= min(values) + 1e-9 * abs(low) and high >= max(values) - 1e-9 * abs(high) and low < high
+        assert 2 <= len(marks) <= 12
+        labels = [tick_text(mark, marks[1] - marks[0]) for mark in marks]
+        assert len(set(labels)) == len(labels), f"two ticks read alike: {labels}"
+    assert reach([]) != reach([5.0]) and reach([0.2, 0.97], share=True, zero=True) == (0.0, 1.0)
+
+
+def test_numbers_as_people_write_them():
+    assert [number(x) for x in (0, 0.12345, 12345.0, -2.5e6, 1.5e-7, math.nan, None)] == [
+        "0", "0.1235", "12.3k", "−2.5M", "1.5e−7", "–", "–",
+    ]  # fmt: skip
+    assert [seconds(x) for x in (0.44, 59, 61, 3720)] == ["0.4 s", "59 s", "1 min 01 s", "1 h 02 min"]
+    assert tick_text(0.25, 0.25) == "0.25" and tick_text(0.05, 0.05, share=True) == "5%"
+    assert [tick_text(x, 0.025, share=True) for x in (0.3, 0.325)] == ["30.0%", "32.5%"]
+    assert [tick_text(x, step, share=True) for x, step in ((0.75, 0.25), (0.002, 0.001), (0.2, 0.2))] == [
+        "75%", "0.2%", "20%",
+    ]  # fmt: skip
+
+
+def test_long_curves_are_thinned_between_their_extremes():
+    values = np.sin(np.arange(5200)).tolist()
+    line = thinned(Series("a", 0, list(range(5200)), values))
+    assert len(line.xs) <= MOST_POINTS and line.xs == sorted(line.xs)
+    assert min(line.low) == min(values) and max(line.high) == max(values)
+    assert sum(line.ys) / len(line.ys) == pytest.approx(sum(values) / len(values), abs=1e-3)
+    assert smoothed([2.0, 2.0, 2.0]) == pytest.approx([2.0] * 3)

@@ -1,0 +1,223 @@
+"""Ladders of runs, and what is read off them: on the metrics of a real run, on figures that are known, on a cluster."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from small_runs import STEPS
+
+from clipo_megatron.cli.main import main
+from clipo_megatron.config.load import load
+from clipo_megatron.config.schema import RunConfig
+from clipo_megatron.slurm.errors import ScalingError
+from clipo_megatron.slurm.ladder import STRONG, WEAK, Rung, continued, ladder, read, write
+from clipo_megatron.slurm.measure import efficiency, measure
+from clipo_megatron.slurm.resources import Resources
+from clipo_megatron.telemetry.sinks import read_lines
+
+pytestmark = pytest.mark.timeout(120)
+
+RUNG = Rung("nodes-1", (WEAK, STRONG), 1, 0, 1, 0, STEPS, 4, "", ())
+
+
+def eight_gpus(nodes: int, server_nodes: int) -> Resources:
+    return Resources(nodes=nodes, server_nodes=server_nodes, gpus_per_node=8)
+
+
+@pytest.fixture
+def config() -> RunConfig:
+    config = RunConfig()
+    config.layout.tp, config.layout.pp, config.data.prompts_per_step = 4, 2, 32
+    config.train.output = "runs/mine"
+    return config
+
+
+# ---------------------------------------------------------------- ladders
+
+
+def test_replicas_grow_with_the_nodes_and_prompts_with_weak_scaling_alone(config):
+    rungs = ladder(config, [1, 2, 4], [], eight_gpus, kinds=(WEAK, STRONG), steps=5)
+    assert [(rung.name, rung.prompts, rung.gpus) for rung in rungs] == [
+        ("nodes-1", 32, 8),
+        ("weak-2", 64, 16),
+        ("strong-2", 32, 16),
+        ("weak-4", 128, 32),
+        ("strong-4", 32, 32),
+    ]
+    assert rungs[0].kinds == (WEAK, STRONG) and rungs[0].is_first and not rungs[1].is_first
+    assert "layout.dp=4" in rungs[3].overrides and "data.prompts_per_step=128" in rungs[3].overrides
+    assert all(
+        Path(rung.output).is_absolute() and rung.output.endswith(f"runs/mine/scale/{rung.name}") for rung in rungs
+    )
+
+
+def test_overrides_are_settings(config, tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text("model: {path: somewhere}\ndata: {eval: [{path: exam.jsonl}]}\nclipo: {warmup_steps: 50}\n")
+    (rung,) = ladder(config, [2], [1], eight_gpus, kinds=(WEAK,), steps=5)
+    run = load(file, rung.overrides)
+    assert (run.name, run.train.steps, run.layout.dp, run.train.output) == ("run-nodes-2", 5, 2, rung.output)
+    assert run.data.eval == [] and run.clipo.warmup_steps == 0 and run.checkpoint.every == 0
+    assert (rung.server_nodes, rung.gpus) == (1, 24)
+
+
+@pytest.mark.parametrize(
+    ("nodes", "servers", "message"),
+    [
+        ([], [], "--nodes : it takes different numbers in rising order"),
+        ([2, 1], [], "--nodes 2,1: it takes different numbers"),
+        ([1, 2], [1], "--server-nodes 1 has 1 numbers, and --nodes 1,2 has 2"),
+        ([3, 4], [], "data.prompts_per_step = 32 on 3 nodes is no whole number on 4"),
+    ],
+)
+def test_numbers_that_give_no_ladder(nodes, servers, message, config):
+    with pytest.raises(ScalingError, match=message):
+        ladder(config, nodes, servers, eight_gpus, kinds=(WEAK,), steps=5)
+
+
+def test_a_layout_that_does_not_divide_the_ranks(config):
+    config.layout.tp = 3
+    with pytest.raises(ScalingError, match=r"1 nodes have 8 ranks, which layout\.tp x layout\.pp = 6 does not divide"):
+        ladder(config, [1, 2], [], eight_gpus, kinds=(WEAK,), steps=5)
+
+
+def test_a_ladder_is_gone_on_with_and_not_mixed_with_another(config, tmp_path):
+    rungs = ladder(config, [1, 2], [], eight_gpus, kinds=(WEAK,), steps=5)
+    write(tmp_path, [replace(rungs[0], job="17"), rungs[1]])
+    assert [rung.job for rung in continued(rungs, read(tmp_path))] == ["17", None]
+    assert read(tmp_path / "nowhere") == []
+    longer = ladder(config, [1, 2], [], eight_gpus, kinds=(WEAK,), steps=6)
+    with pytest.raises(ScalingError, match="belongs to another ladder, of 32 prompts and 5 steps on 8 ranks"):
+        continued(longer, read(tmp_path))
+    (tmp_path / "ladder.json").write_text("[{}]")
+    with pytest.raises(ScalingError, match="cannot be read"):
+        read(tmp_path)
+
+
+# ---------------------------------------------------------------- figures
+
+
+def test_a_real_run_is_measured(undisturbed):
+    """Tokens against those that the metrics of score and update count, seconds against the phases' sum."""
+    run = measure(replace(RUNG, output=str(undisturbed)), skip=2)
+    lines = read_lines(undisturbed / "metrics.jsonl")[2:]
+    assert run.steps == STEPS - 2 == len(lines)
+    spent = [line["time/step_s"] for line in lines]
+    learnt = [line["time/score_s"] + line["time/update_s"] for line in lines]
+    tokens = sum(line["speed/train_tokens_per_s_per_rank"] * s for line, s in zip(lines, learnt, strict=True))
+    assert run.tokens_per_s == pytest.approx(tokens / sum(spent), rel=1e-9)
+    responses = sum(line["rollout/response_length"] for line in lines) * 4 * 8
+    assert tokens > responses > 0, "prompts count too"
+    assert run.fastest == min(spent) <= run.seconds <= run.slowest == max(spent)
+    assert sum(run.shares.values()) == pytest.approx(1) and run.shares["update"] > 0 <= run.shares["other"]
+    assert measure(replace(RUNG, output=str(undisturbed), steps=STEPS + 1), skip=1) is None, "it is not done"
+    assert measure(replace(RUNG, output=str(undisturbed)), skip=STEPS) is None
+
+
+def write_run(rung: Rung, folder: Path, seconds: list[float], rate: float) -> Rung:
+    """Metrics of a run that trains `rate` tokens a second and rank, half of the time in `update`."""
+    rung = replace(rung, output=str(folder / rung.name), steps=len(seconds))
+    Path(rung.output).mkdir(parents=True)
+    lines = [
+        {"step": n, "time/step_s": s, "time/update_s": s / 2, "speed/tokens_per_s_per_rank": rate}
+        for n, s in enumerate(seconds)
+    ]
+    Path(rung.output, "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return rung
+
+
+@pytest.fixture
+def measured_ladder(config, tmp_path) -> list[Rung]:
+    """One rank a GPU and 2 nodes of 8: 100, 80 (weak) and 60 (strong) tokens a second a GPU; the first step is slow."""
+    rungs = ladder(config, [1, 2], [], eight_gpus, kinds=(WEAK, STRONG), steps=3)
+    rates = {"nodes-1": 100.0, "weak-2": 80.0, "strong-2": 60.0}
+    return [write_run(rung, tmp_path / "scale", [50.0, 2.0, 4.0], rates[rung.name]) for rung in rungs]
+
+
+def test_efficiency_is_that_of_the_figures(measured_ladder):
+    runs = [measure(rung, skip=1) for rung in measured_ladder]
+    assert [run.seconds for run in runs] == [3.0] * 3, "the first step does not count"
+    assert [run.tokens_per_s for run in runs] == pytest.approx([100.0, 80.0, 60.0])
+    assert efficiency(runs, WEAK) == pytest.approx({"nodes-1": 1.0, "weak-2": 0.8})
+    assert efficiency(runs, STRONG) == pytest.approx({"nodes-1": 1.0, "strong-2": 0.6})
+    assert efficiency(runs[1:], WEAK) == {}, "without the smallest there is nothing to compare with"
+    assert runs[0].shares["update"] == runs[0].shares["other"] == pytest.approx(0.5)
+
+
+def test_servers_count(config, tmp_path):
+    """A rank's 100 tokens a second, on 8 GPUs that train and 8 that generate."""
+    (rung,) = ladder(config, [1], [1], eight_gpus, kinds=(WEAK,), steps=3)
+    assert measure(write_run(rung, tmp_path, [1.0, 1.0], 100.0), skip=1).tokens_per_s == pytest.approx(50.0)
+
+
+# ---------------------------------------------------------------- the command
+
+
+@pytest.fixture
+def run_file(measured_ladder, tmp_path) -> str:
+    write(tmp_path / "scale", measured_ladder)
+    file = tmp_path / "run.yaml"
+    file.write_text(f"model: {{path: somewhere}}\ntrain: {{output: {tmp_path}}}\n")
+    return str(file)
+
+
+def test_what_is_measured_is_shown_and_drawn(run_file, tmp_path, capsys):
+    assert main(["scale", run_file, "--collect"]) == 0
+    said = capsys.readouterr().out
+    figures, shares = said.split("of the time:")
+    rows = {line.split()[0]: line.split() for line in figures.splitlines() if "%" in line}
+    assert rows["weak-2"] == ["weak-2", "2", "16", "64", "3", "2", "to", "4", "80", "80%"]
+    assert rows["nodes-1"][-2:] == ["100%"] * 2 and rows["strong-2"][-1] == "60%"
+    assert "nodes-1         0%        0%     0%     50%    0%    50%" in shares
+    assert max(map(len, said.partition("  /")[0].splitlines())) <= 80
+    table = (tmp_path / "scale" / "scale.md").read_text().splitlines()
+    assert len(table) == 5 and table[4].startswith("| weak-2 | 2 | 16 | 64 |"), table
+    figures = json.loads((tmp_path / "scale" / "scale.json").read_text())
+    assert figures["efficiency"][WEAK]["weak-2"] == pytest.approx(0.8) and len(figures["runs"]) == 3
+    picture = (tmp_path / "scale" / "scale.svg").read_bytes()
+    assert b"<svg" in picture
+    assert main(["scale", run_file, "--collect"]) == 0
+    assert (tmp_path / "scale" / "scale.svg").read_bytes() == picture, "the same file for the same figures"
+
+
+def test_a_run_that_is_not_done_is_named(run_file, measured_ladder, capsys):
+    file = Path(measured_ladder[1].output) / "metrics.jsonl"
+    file.write_text("".join(file.read_text().splitlines(keepends=True)[:2]))
+    assert main(["scale", run_file, "--collect"]) == 1
+    said = capsys.readouterr().out
+    assert "weak-2: not measured, 2 of 3 steps are done" in said and "80%" not in said and "60%" in said
+
+
+def test_other_settings_are_another_ladder(small_config, measured_ladder, run_file, tmp_path, capsys):
+    """The ladder that is there was of other prompts, ranks and settings."""
+    arguments = ["scale", str(small_config), f"train.output={tmp_path}", "--nodes", "1,2", "--dry-run"]
+    assert main(arguments) == 2
+    assert "belongs to another ladder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "give --nodes, such as --nodes 1,2,4,8, or --collect"),
+        (["--nodes", "1,two"], "--nodes 1,two: it takes whole numbers"),
+        (["--nodes", "1,2", "--steps", "3", "--skip", "3"], "--skip 3 of --steps 3 leaves nothing to measure"),
+        (["--collect", "train.output=elsewhere"], "has no ladder"),
+    ],
+)
+def test_what_cannot_be_measured_is_named(arguments, message, run_file, capsys):
+    assert main(["scale", run_file, *arguments]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_dry_run_checks_every_rung_and_writes_nothing(small_config, tmp_path, capsys):
+    arguments = ["scale", str(small_config), f"train.output={tmp_path}/out", "--dry-run", "--ranks-per-node", "2"]
+    assert main([*arguments, "--nodes", "1,2"]) == 0
+    said = capsys.readouterr().out
+    assert "nodes-1    2 ranks on 1 nodes, 4 prompts a step" in said
+    assert "weak-2     4 ranks on 2 nodes, 8 prompts a step" in said
+    assert "strong-2   4 ranks on 2 nodes, 4 prompts a step" in said and list(tmp_path.iterdir()) == []
+    assert main([*arguments, "--nodes", "1,4", "--kind", "strong"]) == 2
+    assert "there are 8 model replicas, and each needs at least one prompt" in capsys.readouterr().err

@@ -1,0 +1,108 @@
+"""Weights & Biases: its absence is named before anything is built, and its own library gets what metrics.jsonl gets."""
+
+import json
+import struct
+import sys
+import time
+from importlib import util
+
+import pytest
+
+from clipo_megatron.checks import report as checks_report
+from clipo_megatron.checks.report import report_problems
+from clipo_megatron.config.schema import RunConfig, WandbMode
+from clipo_megatron.flow import StepReport
+from clipo_megatron.telemetry.sinks import MissingPackageError
+from clipo_megatron.telemetry.wandb import Wandb
+
+pytestmark = pytest.mark.timeout(120)
+installed = pytest.mark.skipif(
+    util.find_spec("wandb") is None, reason="wandb is not installed: pip install -e '.[wandb]'"
+)
+
+
+def config(mode=WandbMode.offline, **settings):
+    made = RunConfig(name="mine")
+    made.report.wandb.mode = mode
+    for name, value in settings.items():
+        setattr(made.report.wandb, name, value)
+    return made
+
+
+def test_a_missing_package_is_found_before_anything_is_built(monkeypatch):
+    monkeypatch.setattr(checks_report.util, "find_spec", lambda name: None)
+    (problem,) = report_problems(config())
+    assert str(problem) == (
+        "report.wandb.mode = offline: the package wandb is not installed. pip install wandb, or set it to disabled: "
+        "metrics.jsonl has the same numbers."
+    )
+    made = RunConfig()
+    made.report.tensorboard = True
+    (problem,) = report_problems(made)
+    assert "report.tensorboard = true: the package tensorboard is not installed. pip install tensorboard" in str(
+        problem
+    )
+    assert list(report_problems(RunConfig())) == []
+
+
+def test_projects_have_names(monkeypatch):
+    monkeypatch.setattr(checks_report.util, "find_spec", lambda name: object())
+    assert list(report_problems(config())) == []
+    for name in ("", "a/b", "what?"):
+        (problem,) = report_problems(config(project=name))
+        assert problem.key == "report.wandb.project"
+
+
+def test_the_sink_names_it_too(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(MissingPackageError, match=r"report\.wandb\.mode is offline, but .* pip install wandb"):
+        Wandb(config(), tmp_path / "wandb", from_step=0)
+
+
+@installed
+def test_a_resumed_run_is_one_run_there(tmp_path):
+    """Read back from the library's own files: every step's metrics under its number, and one id for both sessions."""
+    made = config(project="p", group="g")
+    for start in (0, 2):
+        sink = Wandb(made, tmp_path / "wandb", from_step=start)
+        for step in (start, start + 1):
+            sink.write(StepReport(step, {"reward/mean": step / 4, "policy/grad_norm": float("inf")}))
+        sink.close()
+        sink.close()
+    sessions = sorted((tmp_path / "wandb").glob("offline-run-*/run-*.wandb"))
+    assert len(sessions) == 2 and len({file.name for file in sessions}) == 1
+    assert json.loads((tmp_path / "wandb" / "run.json").read_text())["id"] in sessions[0].name
+    deadline = time.monotonic() + 30  # the library's own process writes the files
+    while not all(any(r.HasField("exit") for r in read_records(file)) for file in sessions):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    records = [record for file in sessions for record in read_records(file)]
+    runs = [record.run for record in records if record.HasField("run")]
+    assert {(run.project, run.run_group, run.display_name) for run in runs} == {("p", "g", "mine")}
+    logged = [
+        {".".join(item.nested_key) or item.key: json.loads(item.value_json) for item in record.history.item}
+        for record in records
+        if record.HasField("history")
+    ]
+    assert [(line["_step"], line["reward/mean"]) for line in logged] == [(0, 0.0), (1, 0.25), (2, 0.5), (3, 0.75)]
+    assert all("policy/grad_norm" not in line for line in logged)
+
+
+def read_records(file):
+    """The library's records: protobuf messages in LevelDB's log format, blocks of 32 KiB with pieces of records."""
+    from wandb.proto import wandb_internal_pb2
+
+    data, place, whole = file.read_bytes(), 7, b""
+    while place + 7 <= len(data):
+        room = 32768 - place % 32768
+        if room < 7:
+            place += room
+            continue
+        length, kind = struct.unpack_from("<HB", data, place + 4)
+        whole += data[place + 7 : place + 7 + length]
+        place += 7 + length
+        if kind in (1, 4):  # a whole record, or the last piece of one
+            record = wandb_internal_pb2.Record()
+            record.ParseFromString(whole)
+            yield record
+            whole = b""
