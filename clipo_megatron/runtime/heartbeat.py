@@ -56,7 +56,8 @@ class Heartbeat:
         rank: of this process.
         world: number of ranks.
         store: that all ranks share, with connections of its own (a clone); None with one rank.
-        heartbeat_timeout_s: without a sign, after which a rank is given up; a few seconds more pass until all have ended.
+        heartbeat_timeout_s: without a sign, after which a rank is given up; a few seconds more pass until all
+            have ended.
         phase_timeout_s: in one phase, after which stacks are printed; again after twice the time.
         end: leaves the process, with an exit code.
         stop: that a rank was asked to end; others hear of it within seconds.
@@ -193,8 +194,8 @@ class Heartbeat:
         self._left.set()
         self._print_stacks("the attempt ends")
         print(
-            f"clipo: rank {self.rank}: {reason} (faults.heartbeat_timeout_s = {self.heartbeat_timeout_s:g}). The attempt ends; the same "
-            "command goes on from the newest checkpoint",
+            f"clipo: rank {self.rank}: {reason} (faults.heartbeat_timeout_s = {self.heartbeat_timeout_s:g}). "
+            "The attempt ends; the same command goes on from the newest checkpoint",
             file=sys.stderr,
             flush=True,
         )

@@ -78,7 +78,8 @@ class Trainee(Protocol):
 
 
 class ColocatedSync:
-    """A weight sync whose servers share their GPUs with the trainer: `offload` before training, `update_weights` after it.
+    """A weight sync whose servers share their GPUs with the trainer: `offload` before training,
+    `update_weights` after it.
 
     All methods are collective. The coordinator (global rank 0) moves the servers' memory, every rank its own, and
     nobody goes on before the memory is there. The servers must have given theirs back before this is made.

@@ -63,7 +63,8 @@ class Collector:
 
     Args:
         config: deadline, over-sampling, what becomes of unfinished rollouts.
-        max_refill_rounds: dynamic sampling, the times a step that groups which teach nothing are replaced; 0: it is off.
+        max_refill_rounds: dynamic sampling, the times a step that groups which teach nothing are replaced; 0: it is
+            off.
         prompts: all training prompts, the same on every rank.
         sampler: gives their indices, the same on every rank; `prompts_per_step` of it is the size of a batch.
         engine: this rank's; None where it asks for nothing.

@@ -6,7 +6,6 @@ Worked example, Llama with 4 query heads, 2 KV heads, TP 2. Megatron fuses the p
 and the MLP per rank: rank r holds [gate_r; up_r], where gate_r is the r-th half of gate_proj.
 """
 
-# ruff: noqa: D102  (what the methods of a kind do is said once, on Kind)
 from __future__ import annotations
 
 from abc import ABC, abstractmethod

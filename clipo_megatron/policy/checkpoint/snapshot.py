@@ -1,9 +1,9 @@
 """The policy's state as it was at one moment, written as torch_dist by whoever has the time.
 
-Megatron says which rank keeps which part of which tensor; that stays, so it is asked once (`SnapshotPlan`). Where data-parallel
-ranks hold a stretch of elements each, as of an optimizer's state, every rank keeps its own, as boxes. The parts are
-copied to host memory, all into one buffer that is kept for the next time, or written from where they are. The format is
-the one that Megatron reads:
+Megatron says which rank keeps which part of which tensor; that stays, so it is asked once (`SnapshotPlan`). Where
+data-parallel ranks hold a stretch of elements each, as of an optimizer's state, every rank keeps its own, as
+boxes. The parts are copied to host memory, all into one buffer that is kept for the next time, or written from where
+they are. The format is the one that Megatron reads:
 
     .metadata          which part of which tensor lies where in which file
     __<rank>_0.distcp  an archive of each part, one after the other

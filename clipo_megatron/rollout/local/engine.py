@@ -145,7 +145,8 @@ class LocalEngine:
     ) -> Generation:
         """One group a request, as each finishes.
 
-        The deadline counts from this call, time between two yields included. Each token's forward looks at `should_cancel`.
+        The deadline counts from this call, time between two yields included. Each token's forward looks at
+        `should_cancel`.
 
         Raises:
             Abandoned: `should_cancel` said so.
