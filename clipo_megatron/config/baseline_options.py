@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Optional
 
-from clipo_megatron.config.option_limits import within
+from clipo_megatron.config.ranges import within
 
 
 class WhitenOver(str, Enum):

@@ -1,21 +1,16 @@
-"""What values the options of methods may have: `within`, where they stand, and what goes beyond single numbers."""
+"""What values the options of methods may have, beyond their types."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import field, fields
-from math import inf, isfinite
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from clipo_megatron.config.errors import ConfigProblem
+from clipo_megatron.config.ranges import range_violation
 from clipo_megatron.config.schema import RunConfig
-
-
-def within(default: Any, least: float, most: float = inf) -> Any:
-    """A field of options that is a number from `least` to `most`, or null where its type says so."""
-    return field(default=default, metadata={"least": least, "most": most})
 
 
 def value_problems(
@@ -24,14 +19,8 @@ def value_problems(
     """What is wrong with the values of a method's options, those of the dataclass `section`, defaults included; types
     have been checked."""
     for option in fields(section) if section else ():
-        value = options[option.name]
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            continue
-        least, most = option.metadata.get("least", -inf), option.metadata.get("most", inf)
-        if not (isfinite(value) and least <= value <= most):
-            expected = f"from {least:g} to {most:g}" if most < inf else f"at least {least:g}"
-            expected = expected if option.metadata else "a finite number"
-            yield ConfigProblem(f"{prefix}{option.name}", f"it must be {expected}", "Change it", value)
+        if expected := range_violation(option, options[option.name]):
+            yield ConfigProblem(f"{prefix}{option.name}", expected, "Change it", options[option.name])
     if name in FURTHER:
         yield from FURTHER[name](options, prefix, config)
 

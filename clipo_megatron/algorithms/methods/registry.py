@@ -227,7 +227,7 @@ PLUGINS: dict[str, Method] = {
         acts_on=Acts.advantage,
     ),
     "empo": Method(
-        "answers:EMPO",
+        "final_answers:EMPO",
         "arXiv 2504.05812",
         "reward for the answer that most of the group give, no gold",
         acts_on=Acts.reward,
