@@ -42,7 +42,9 @@ def settle(config: RunConfig, resources: Resources) -> RunConfig:
     servers = rollout.servers
     if rollout.engine is not EngineKind.local and not rollout.endpoints:
         servers = (resources.server_nodes or resources.nodes) * serve.servers
-    stop_s = config.faults.grace_period_s if config.faults.grace_period_s is not None else resources.ranks_stop_s / 2
+    grace_period_s = (
+        config.faults.grace_period_s if config.faults.grace_period_s is not None else resources.ranks_stop_s / 2
+    )
     sync = replace(rollout.sync, folder=_absolute(rollout.sync.folder))
     return replace(
         config,
@@ -54,7 +56,7 @@ def settle(config: RunConfig, resources: Resources) -> RunConfig:
         ),
         rollout=replace(rollout, servers=servers, sync=sync),
         serve=replace(serve, python=_absolute(serve.python)),
-        faults=replace(config.faults, stop_s=stop_s),
+        faults=replace(config.faults, grace_period_s=grace_period_s),
         train=replace(config.train, output=_absolute(config.train.output)),
     )
 
