@@ -12,9 +12,12 @@ TORCH := $(shell sed -n 's/^ *"\(torch==[^"]*\)",*/\1/p' pyproject.toml)
 # Which build of torch this is depends on where pip looks. Where that offers the GPU build only and this machine has no
 # GPU, hand pip the options that name a source of CPU builds: make install TORCH_OPTIONS="..."
 TORCH_OPTIONS ?=
+# Tests run in so many processes, each of which starts ranks and servers of its own.
+JOBS ?= 2
+PYTEST = $(VENV)/bin/python -m pytest -n $(JOBS) --dist loadgroup --no-loadscope-reorder --durations=40
 
 .DEFAULT_GOAL := help
-.PHONY: help install engines test quickstart quickstart-sglang lint clean
+.PHONY: help install engines test test-rest test-all quickstart quickstart-sglang lint clean
 
 help: ## Show this list.
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | column -t -s '|' 2>/dev/null \
@@ -25,8 +28,18 @@ install: $(STAMP) ## Set up .venv with everything pinned in pyproject.toml; does
 engines: install ## Set up SGLang and vLLM for servers without a GPU, each in an environment of its own; once.
 	CLIPO_PIP_OPTIONS="$(TORCH_OPTIONS)" $(VENV)/bin/python -m clipo_megatron.serving.environment
 
-test: install $(if $(CLIPO_TESTS_WITHOUT_ENGINES),,engines) ## Set up and run all tests, those on real servers too.
-	$(VENV)/bin/python -m pytest
+# CONTRIBUTING.md says what each of them proves.
+test: ready ## Set up and run what a change is held to, in ten minutes on two cores; real servers too.
+	$(PYTEST) -m "not full"
+
+test-rest: ready ## Set up and run the tests that `make test` leaves out.
+	$(PYTEST) -m full
+
+test-all: ready ## Set up and run all tests, in half an hour on two cores.
+	$(PYTEST)
+
+.PHONY: ready
+ready: install $(if $(CLIPO_TESTS_WITHOUT_ENGINES),,engines)
 
 quickstart: install ## Set up and watch CLIPO teach a small model arithmetic, on two ranks, in a quarter of an hour.
 	$(VENV)/bin/python examples/quickstart/quickstart.py

@@ -1,4 +1,4 @@
-"""What tests of several rooms share."""
+"""The tiers of the tests, and the fixtures that several rooms share."""
 
 from __future__ import annotations
 
@@ -11,13 +11,48 @@ from pathlib import Path
 import pytest
 import torch
 from paths import ROOT
+from progress import Watchdog, begin_session
 from ranks import RankPool
 from served import Servers
-from small_runs import SmallRun, write_config, write_model
+from small_runs import once, undisturbed_run, write_config, write_model
 from tiny_models import tiny_llama
 
 # Ranks and servers of tests share the cores: a second thread for tensors this small would mostly spin.
 torch.set_num_threads(1)
+
+
+# Folders of tests, the slowest first: that is the order in which worker processes take them up.
+TIERS = ("soak", "cluster", "engines", "runs", "ranks", "unit")
+ONLY_FULL = ("soak", "cluster")
+ONE_WORKER = ("soak", "cluster", "engines")  # whose servers are started once
+STARTING_PROCESSES = {"ranks", "servers", "undisturbed", "undisturbed_pp2"}
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    for tier in TIERS:
+        config.addinivalue_line("markers", f"{tier}: a test in tests/{tier}; set by the folder")
+    config.addinivalue_line("markers", "full: left out of `make test`; so are all of " + " and ".join(ONLY_FULL))
+    config.addinivalue_line("markers", "timeout: of no effect; tests have no deadline by the clock")
+    begin_session()
+    config.pluginmanager.register(Watchdog(config))
+
+
+@pytest.hookimpl(tryfirst=True)  # before -m selects
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Mark each test with the tier that its folder names, and order the tiers for worker processes."""
+    here = Path(__file__).parent
+    for item in items:
+        tier = item.path.relative_to(here).parts[0]
+        item.add_marker(tier)
+        if tier in ONLY_FULL:
+            item.add_marker("full")
+        parameters = item.callspec.params if hasattr(item, "callspec") else {}
+        if tier == "unit" and (found := STARTING_PROCESSES & (set(item.fixturenames) - set(parameters))):
+            raise pytest.UsageError(f"{item.nodeid} asks for {', '.join(found)}: it belongs into another tier")
+        if hasattr(config, "workerinput"):  # a worker of pytest-xdist: it gets whole files
+            item.add_marker(pytest.mark.xdist_group(tier if tier in ONE_WORKER else str(item.path)))
+    if hasattr(config, "workerinput"):
+        items.sort(key=lambda item: TIERS.index(item.path.relative_to(here).parts[0]))
 
 
 def pytest_collection_finish() -> None:
@@ -60,20 +95,37 @@ def smollm2() -> Path:
     folder = ROOT / "models" / "SmolLM2-135M-Instruct"
     script = "import sys; from pathlib import Path; from smollm2 import fetch; fetch(Path(sys.argv[1]))"
     where = ROOT / "examples" / "quickstart"
-    subprocess.run([sys.executable, "-c", script, str(folder)], cwd=where, check=True, timeout=280)
+    subprocess.run([sys.executable, "-c", script, str(folder)], cwd=where, check=True)
     return folder
 
 
 @pytest.fixture(scope="session")
-def small_config(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def shared_folder(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Path:
+    """A folder that all worker processes of this session share."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if hasattr(request.config, "workerinput") else base) / "shared"
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def small_config(shared_folder: Path) -> Path:
     """The configuration file of a small run."""
-    folder = tmp_path_factory.mktemp("small")
-    return write_config(folder, write_model(folder / "model"))
+    folder = shared_folder / "small"
+    with once(folder) as missing:
+        if missing:
+            folder.mkdir()
+            write_config(folder, write_model(folder / "model"))
+    return folder / "small.yaml"
 
 
 @pytest.fixture(scope="session")
 def undisturbed(small_config: Path) -> Path:
     """The output folder of a small run on one rank that nothing happened to; not to be written to."""
-    output = small_config.with_name("undisturbed")
-    SmallRun(small_config, output).wait()
-    return output
+    return undisturbed_run(small_config, "undisturbed")
+
+
+@pytest.fixture(scope="session")
+def undisturbed_pp2(small_config: Path) -> Path:
+    """The same on two pipeline stages."""
+    return undisturbed_run(small_config, "undisturbed_pp2", "layout.pp=2")

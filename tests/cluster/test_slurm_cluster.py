@@ -14,7 +14,7 @@ from small_runs import SmallRun, assert_same_run, metrics
 
 from clipo_megatron.config.model_folder import is_checkpoint
 
-pytestmark = [pytest.mark.timeout(600), pytest.mark.skipif(bool(missing()), reason=missing())]
+pytestmark = pytest.mark.skipif(bool(missing()), reason=missing())
 STEPS = 12
 OPTIONS = (f"train.steps={STEPS}", "checkpoint.every=2", "eval.every=0", "report.console=false")
 # Runs that everything happens to, at moments drawn at random; a minute each, so none in a common run of the tests.

@@ -24,8 +24,6 @@ from clipo_megatron.rollout.servers import dispatch
 from clipo_megatron.rollout.servers.pool import ServerPool
 from clipo_megatron.rollout.servers.registry import Registry, ServerRecord, Status
 
-pytestmark = pytest.mark.timeout(300)
-
 PARAMS = SamplingParams(samples=3, max_new_tokens=8, stop_ids=(EOS,))
 LONG = dataclasses.replace(PARAMS, samples=2, max_new_tokens=1000, stop_ids=())
 QUICK = PoolConfig(

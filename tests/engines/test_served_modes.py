@@ -69,7 +69,6 @@ WAYS: dict[str, tuple[str, Callable[[Lines], None], tuple[str, ...]]] = {
 }
 
 
-@pytest.mark.timeout(400)
 @pytest.mark.parametrize("way", WAYS)
 def test_a_run(way: str, servers: Servers, run_of_unequal_lengths: Path, tmp_path: Path):
     engine, holds, settings = WAYS[way]

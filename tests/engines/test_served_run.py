@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import pytest
 import torch
 from served import Servers
 from small_runs import SmallRun, metrics
@@ -28,7 +27,6 @@ def questions() -> list[str]:
     return [f"What is {n % 10} {'+-'[n % 2]} {n // 4}? Answer with only the number." for n in range(32)]
 
 
-@pytest.mark.timeout(900)
 def test_five_steps_on_two_pipeline_stages_with_two_servers(servers: Servers, smollm2: Path, tmp_path: Path):
     rows = [
         {
@@ -55,7 +53,7 @@ def test_five_steps_on_two_pipeline_stages_with_two_servers(servers: Servers, sm
     started = [servers.own("sglang", smollm2).begin() for _ in range(2)]
     try:
         urls = [each.wait().url for each in started]
-        SmallRun(tmp_path / "run.yaml", tmp_path / "run", f"rollout.endpoints=[{','.join(urls)}]").wait(seconds=600)
+        SmallRun(tmp_path / "run.yaml", tmp_path / "run", f"rollout.endpoints=[{','.join(urls)}]").wait()
     finally:
         for each in started:
             each.stop()
@@ -72,7 +70,6 @@ def test_five_steps_on_two_pipeline_stages_with_two_servers(servers: Servers, sm
     print("mult_prob_error", [round(line["policy/mult_prob_error"], 5) for line in lines])
 
 
-@pytest.mark.timeout(600)
 def test_greedy_tokens_of_all_engines_are_equal_but_for_ties(servers: Servers, smollm2: Path):
     tokenizer = load_tokenizer(str(smollm2))
     prompts = []

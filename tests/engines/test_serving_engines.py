@@ -13,19 +13,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from progress import end_of, wait_until
 from safetensors.torch import load_file
 from served import interpreter
-from small_runs import wait_until
 from tiny_models import tiny_llama
 
 from clipo_megatron.config.schema import DType, EngineKind
 from clipo_megatron.rollout.servers.registry import Registry, ServerRecord, Status
 from clipo_megatron.serving.probes import Probe
 
-pytestmark = pytest.mark.timeout(900)
-
 KEY = "s3cret-key-of-the-tests"
-START_S = 300.0
 UNRESPONSIVE_S = 20.0
 OF_NOTHING = hashlib.sha256().hexdigest()[:16]
 
@@ -45,7 +42,7 @@ class Serving:
         run = {
             "model": {"path": str(model), "dtype": "fp32"},
             "rollout": {"engine": engine, "sync": {"deadline_s": 60}},
-            "serve": {"health_timeout_s": UNRESPONSIVE_S, "start_deadline_s": START_S},
+            "serve": {"health_timeout_s": UNRESPONSIVE_S, "start_deadline_s": 3600},
             "train": {"output": str(folder / "out")},
         }
         file.write_text(json.dumps(run))
@@ -74,16 +71,14 @@ class Serving:
             entry = self.entry()
             return entry is not None and entry.status is Status.ready and entry.boot != besides
 
-        began = time.monotonic()
-        wait_until(is_ready, "a ready server", START_S)
-        print(f"{self.engine}: ready after {time.monotonic() - began:.1f} s")
+        wait_until(is_ready, "a ready server")
         return self.entry()
 
     def post(self, path: str, body: dict, key: str | None = KEY) -> tuple[int, dict]:
         headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
         request = urllib.request.Request(self.entry().url + path, json.dumps(body).encode(), headers)
         try:
-            with urllib.request.urlopen(request, timeout=60) as answer:
+            with urllib.request.urlopen(request) as answer:
                 text = answer.read()
         except urllib.error.HTTPError as error:
             return error.code, {}
@@ -96,7 +91,7 @@ class Serving:
         self.process.kill()
         self.process.wait()
         if (entry := self.entry()) is not None:
-            wait_until(lambda: group(entry.pid) == [], "its processes to die with it", 30)
+            wait_until(lambda: group(entry.pid) == [], "its processes to die with it")
 
 
 def group(leader: int) -> list[int]:
@@ -150,7 +145,7 @@ def test_an_sglang_server_through_its_life(tmp_path, model):
         assert third.url == first.url and group(second.pid) == []
 
         serving.process.send_signal(signal.SIGINT)
-        assert serving.process.wait(60) == 130
+        assert end_of(serving.process) == 130
         assert group(third.pid) == [] and serving.entry().status is Status.stopped
         assert KEY not in serving.log and "<redacted>" in serving.log, "SGLang prints its settings"
     finally:
@@ -195,7 +190,7 @@ def expected_checksums(model: Path, names) -> dict[str, str]:
 def test_an_option_that_the_engine_does_not_know(tmp_path, model):
     serving = Serving(tmp_path, model, "sglang", "sglang.no_such_option=1")
     try:
-        assert serving.process.wait(START_S) == 2
+        assert end_of(serving.process) == 2
         assert "its options are wrong" in serving.said.read_text()
         assert "unrecognized arguments: --no-such-option 1" in serving.said.read_text()
         assert serving.entry().status is Status.failed

@@ -14,7 +14,6 @@ from sync_steps import push_often, write_and_compare
 from tiny_models import tiny_qwen2, tiny_qwen3_moe
 
 
-@pytest.mark.timeout(400)
 @pytest.mark.parametrize("engine", ["sglang", "vllm"])
 def test_both_engines_read_it(engine, ranks: RankPool, servers: Servers, tiny_model: Path, tmp_path: Path):
     server = servers.shared(engine, tiny_model, options={"mem_fraction_static": 0.5} if engine == "sglang" else None)
@@ -37,7 +36,6 @@ def test_both_engines_read_it(engine, ranks: RankPool, servers: Servers, tiny_mo
     assert sorted(path.name for path in folder.iterdir()) == ["notes", "v1"]
 
 
-@pytest.mark.timeout(120)
 @pytest.mark.parametrize(
     ("family", "tp", "pp", "ep", "world", "senders"),
     [(tiny_qwen2, 2, 2, 1, 4, 2), (tiny_qwen3_moe, 1, 1, 2, 2, 2), (tiny_qwen3_moe, 1, 2, 2, 4, 4)],

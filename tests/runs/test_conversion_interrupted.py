@@ -23,7 +23,6 @@ from clipo_megatron.weights.parallel_division import ParallelDivision
 from clipo_megatron.weights.errors import WeightsError
 from clipo_megatron.weights.formats.manifest import manifest_defects
 
-pytestmark = pytest.mark.timeout(240)
 
 KILLS = 20
 

@@ -13,7 +13,6 @@ from small_runs import (
     metrics,
 )
 
-pytestmark = pytest.mark.timeout(300)
 PPO = (
     "algorithm.name=ppo",
     "critic.learning_rate=1e-3",

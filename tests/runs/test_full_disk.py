@@ -15,7 +15,6 @@ def the_last_words(run: SmallRun) -> str:
     return line
 
 
-@pytest.mark.timeout(300)
 def test_a_full_disk_costs_nothing_but_time(small_config, undisturbed, tmp_path):
     with small_disk(tmp_path / "disk", megabytes=24) as disk:
         output, config = disk / "run", Path(small_config)

@@ -9,13 +9,12 @@ import time
 from pathlib import Path
 
 import pytest
+from progress import end_of, wait_until
 
 from clipo_megatron.runtime import launch
 from clipo_megatron.runtime import slurm_env as slurm
 from clipo_megatron.config.errors import ConfigError
 from clipo_megatron.runtime.launch import Launch, RankCommand, RankError, adopt, from_environment, supervise
-
-pytestmark = pytest.mark.timeout(60)
 
 
 def python(program, log=None, **environment):
@@ -28,13 +27,6 @@ def alive(pid):
     except (FileNotFoundError, ProcessLookupError):
         return False
     return state != "Z"
-
-
-def wait_until(condition, seconds=20.0):
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.02)
 
 
 # ---------------------------------------------------------------- who am I
@@ -137,7 +129,7 @@ def test_local_commands(tmp_path):
 
 def test_supervising_imports_no_torch():
     program = "import sys; sys.modules['torch'] = None; import clipo_megatron.runtime.launch, clipo_megatron.cli.main"
-    subprocess.run([sys.executable, "-c", program], check=True, timeout=60)
+    subprocess.run([sys.executable, "-c", program], check=True)
 
 
 # ---------------------------------------------------------------- supervision
@@ -169,10 +161,8 @@ def test_first_death_is_named_with_its_last_words_and_ends_the_others(tmp_path):
             print("line", number, file=sys.stderr)
         sys.exit(3)
     """
-    started = time.monotonic()
-    with pytest.raises(RankError) as caught:
+    with pytest.raises(RankError) as caught:  # long before the other has slept enough
         supervise([python(waits), python(fails, log)], settle_s=0.1, grace_s=5)
-    assert time.monotonic() - started < 10
     message = str(caught.value)
     assert "Rank 1 of 2 ended with exit code 3" in message and caught.value.exit_code == 3
     assert message.endswith("  | line 49") and "line 30" in message and "line 29" not in message
@@ -194,10 +184,9 @@ def test_death_by_signal_and_a_rank_that_ignores_sigterm(tmp_path):
             time.sleep(0.01)
         os.kill(os.getpid(), signal.SIGKILL)
     """
-    started = time.monotonic()
     with pytest.raises(RankError, match=r"Rank 1 of 2 was killed by SIGKILL.*memory") as caught:
         supervise([python(stubborn), python(dies, log)], settle_s=0.1, grace_s=0.5)
-    assert time.monotonic() - started < 10 and caught.value.exit_code == 137
+    assert caught.value.exit_code == 137
     assert "(nothing)" in str(caught.value)
 
 
@@ -221,7 +210,7 @@ def test_what_ranks_leave_behind_is_swept_up(tmp_path):
         open({str(pid)!r}, "w").write(str(worker.pid))
     """
     assert supervise([python(leaves)]) == 0
-    wait_until(lambda: not alive(int(pid.read_text())))
+    wait_until(lambda: not alive(int(pid.read_text())), "the process left behind to be gone")
 
 
 DRIVER = """
@@ -263,13 +252,13 @@ def driven(tmp_path):
         command = [sys.executable, "-c", textwrap.dedent(DRIVER), str(tmp_path), rank]
         driver = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
         drivers.append(driver)
-        wait_until(lambda: all((tmp_path / name).exists() for name in "01"))
+        wait_until(lambda: all((tmp_path / name).exists() for name in "01"), "both ranks to run")
         return driver, [int((tmp_path / name).read_text()) for name in "01"]
 
     yield start
     for driver in drivers:
         driver.kill()
-        driver.wait(10)
+        driver.wait()
         driver.stderr.close()
 
 
@@ -280,7 +269,7 @@ def driven(tmp_path):
 def test_a_signal_is_handed_on_once_and_ranks_end_well(driven, tmp_path, number, ranks_end_with, expected):
     driver, pids = driven(WELL_BEHAVED.replace("sys.exit(0)", f"sys.exit({ranks_end_with})"))
     driver.send_signal(number)
-    assert driver.wait(20) == expected
+    assert end_of(driver) == expected
     assert [(tmp_path / f"{rank}.signal").read_text() for rank in range(2)] == [str(int(number))] * 2
     assert not any(map(alive, pids))
     assert "again kills" in driver.stderr.read()
@@ -292,7 +281,7 @@ def test_a_second_signal_kills(driven):
     time.sleep(0.5)
     assert driver.poll() is None and all(map(alive, pids))
     driver.send_signal(signal.SIGINT)
-    assert driver.wait(20) == 130
+    assert end_of(driver) == 130
     assert not any(map(alive, pids))
 
 
@@ -300,4 +289,4 @@ def test_a_second_signal_kills(driven):
 def test_ranks_die_with_the_supervisor(driven):
     driver, pids = driven(DEAF)
     os.kill(driver.pid, signal.SIGKILL)
-    wait_until(lambda: not any(map(alive, pids)))
+    wait_until(lambda: not any(map(alive, pids)), "the ranks to be gone")

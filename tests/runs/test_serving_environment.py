@@ -12,13 +12,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from small_runs import wait_until
+from progress import wait_until
 
 from clipo_megatron.serving import environment
 from clipo_megatron.serving.environment import COMPLETE, RECIPES, Recipe, ensure, interpreter
 from clipo_megatron.serving.errors import ServingError
 
-pytestmark = pytest.mark.timeout(240)
 
 PACKAGES = ("tiny-base", "tiny-engine")
 
@@ -104,12 +103,12 @@ def test_an_interrupted_build_starts_over(recipe):
     gate = Path(f"{recipe.requirements}.wait")
     gate.touch()
     builder = in_another_process(slow)
-    wait_until(lambda: any("time.sleep" in _words(pid) for pid in processes_in(slow.python)), "the last step", 120)
+    wait_until(lambda: any("time.sleep" in _words(pid) for pid in processes_in(slow.python)), "the last step")
     leftover = slow.folder / "leftover"
     leftover.touch()
     os.kill(builder.pid, signal.SIGKILL)
     builder.communicate()
-    wait_until(lambda: not processes_in(slow.python), "what it had started to be gone", 20)
+    wait_until(lambda: not processes_in(slow.python), "what it had started to be gone")
     assert not slow.is_ready and leftover.exists()
     gate.unlink()
     assert ensure(slow, say=lambda _line: None).exists()
@@ -126,7 +125,7 @@ def _words(pid: int) -> str:
 def test_two_at_once_make_one(recipe):
     slow = replace(recipe, proof="import time, tiny_engine; time.sleep(2)")
     both = [in_another_process(slow) for _ in range(2)]
-    told = [process.communicate(timeout=200) for process in both]
+    told = [process.communicate() for process in both]
     assert [out.strip() for out, _ in told] == [str(slow.python)] * 2
     errors = sorted(error.splitlines()[0].split()[0] for _, error in told)
     assert errors == ["Setting", "Waiting"]

@@ -12,7 +12,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
-from small_runs import wait_until
+from progress import wait_until
 
 from clipo_megatron.config.schema import EngineKind
 from clipo_megatron.runtime.ports import free_port
@@ -23,7 +23,6 @@ from clipo_megatron.serving.probes import Probe
 from clipo_megatron.serving.process import ServerProcess
 from clipo_megatron.serving.supervisor import Patience, Supervisor, Wanted, only_one
 
-pytestmark = pytest.mark.timeout(120)
 
 PROGRAM = SUPPORT / "fake_server.py"
 UNRESPONSIVE_S = 4.0  # a loaded machine may be slow to answer for a second or two
@@ -88,7 +87,7 @@ class Fakes:
             entry = self.entry(index)
             return entry is not None and entry.status is Status.ready and entry.boot != besides
 
-        wait_until(is_ready, "a server to be ready", 60)
+        wait_until(is_ready, "a server to be ready")
         return self.entry(index)
 
     def child(self, index: int = 0) -> int:
@@ -202,7 +201,7 @@ def test_a_server_that_hangs_is_killed_and_started_again(tmp_path, how):
             os.kill(child, signal.SIGSTOP)
         else:
             fakes.tell("deaf")
-        wait_until(lambda: not alive(before.pid), "the hanging server to be killed", 40)
+        wait_until(lambda: not alive(before.pid), "the hanging server to be killed")
         assert time.monotonic() - began > UNRESPONSIVE_S - 0.2, "not before its time"
         if how == "deaf":
             fakes.untell("deaf")
@@ -224,7 +223,7 @@ def test_a_busy_engine_is_left_alone_for_as_long_as_it_may_take(tmp_path):
         time.sleep(1.2 * UNRESPONSIVE_S)
         assert fakes.entry() == before and alive(before.pid)
         fakes.tell("busy")
-        wait_until(lambda: not alive(before.pid), "the silent engine to be killed", 60)
+        wait_until(lambda: not alive(before.pid), "the silent engine to be killed")
         fakes.untell("busy")
         fakes.ready(besides=before.boot)
 
@@ -258,7 +257,7 @@ def test_a_server_that_is_stopped_while_it_starts_is_started_again(tmp_path):
     fakes.tell("start-slowly")
 
     def scenario():
-        wait_until(lambda: (entry := fakes.entry()) is not None and alive(entry.pid), "a server to be starting", 30)
+        wait_until(lambda: (entry := fakes.entry()) is not None and alive(entry.pid), "a server to be starting")
         before = fakes.entry()
         os.killpg(before.pid, signal.SIGSTOP)
         fakes.untell("start-slowly")
@@ -282,7 +281,7 @@ def test_one_server_given_up_leaves_the_others(tmp_path):
     fakes.tell("exit-2", index=1)
 
     def scenario():
-        wait_until(lambda: any("The other servers go on" in line for line in fakes.said), "one to be given up", 60)
+        wait_until(lambda: any("The other servers go on" in line for line in fakes.said), "one to be given up")
         fakes.ready(0)
 
     assert fakes.run(scenario) == 130
@@ -297,7 +296,7 @@ def test_a_port_that_was_taken_meanwhile_is_exchanged(tmp_path):
         before = fakes.ready()
         fakes.tell("exit-9")  # so that it is down for a while
         os.killpg(before.pid, signal.SIGKILL)
-        wait_until(lambda: len(fakes.starts()) >= 2, "a failed start", 30)
+        wait_until(lambda: len(fakes.starts()) >= 2, "a failed start")
         thief.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         thief.bind(("127.0.0.1", int(before.url.rpartition(":")[2])))
         thief.listen()
@@ -375,7 +374,7 @@ sys.exit(fakes.supervisor.run())
 
     running = subprocess.Popen([sys.executable, "-c", script])
     try:
-        wait_until(ready, "the server to be ready", 60)
+        wait_until(ready, "the server to be ready")
         (before,) = registry.entries()
         running.send_signal(signal.SIGSTOP)
         time.sleep(5.0 + 2 * UNRESPONSIVE_S)
@@ -386,4 +385,4 @@ sys.exit(fakes.supervisor.run())
         running.kill()
         running.wait()
     child = int((tmp_path / "server-0" / "child").read_text())
-    wait_until(lambda: not alive(before.pid) and not alive(child), "the server to die with its supervisor", 20)
+    wait_until(lambda: not alive(before.pid) and not alive(child), "the server to die with its supervisor")

@@ -7,13 +7,11 @@ import random
 import time
 from pathlib import Path
 
-import pytest
 from chaos import Chaos, Fault, draw_faults, rollouts
 from served import interpreter
 from small_runs import SmallRun, metrics, steps_logged, write_config, write_model
 
 STEPS = 60
-START_S = 240.0
 FAULT_S = 150.0  # for one fault, and the step that it hits, to be over
 PATIENCE = (
     "rollout.deadline_s=400",
@@ -27,7 +25,6 @@ PATIENCE = (
 )
 
 
-@pytest.mark.timeout(1500)
 def test_a_run_outlives_its_servers(tmp_path: Path):
     seed = int(os.environ.get("CLIPO_CHAOS_SEED", random.randrange(10**6)))
     faults = draw_faults(seed)
@@ -40,7 +37,7 @@ def test_a_run_outlives_its_servers(tmp_path: Path):
     servers = SmallRun(config, tmp_path / "serve", "serve.servers=2", *served, command="serve")
     chaos, run = Chaos(output, seed), None
     try:
-        servers.wait_for(chaos.ready, "both servers to be ready", START_S)
+        servers.wait_for(chaos.ready, "both servers to be ready")
         chaos.stand_between()
         run = SmallRun(
             config,
@@ -54,13 +51,13 @@ def test_a_run_outlives_its_servers(tmp_path: Path):
             *served,
         )
         for fault in faults:
-            servers.wait_for(chaos.ready, f"both servers to be ready for the fault: {fault}", START_S)
+            servers.wait_for(chaos.ready, f"both servers to be ready for the fault: {fault}")
             started, steps = time.monotonic(), steps_logged(output)
             let_it_happen(chaos, fault, run)
             seconds, went = time.monotonic() - started, steps_logged(output) - steps
             print(f"{fault}: {seconds:.1f} s, {went} steps")
         chaos.open = True
-        run.wait(seconds=300)
+        run.wait()
     finally:
         chaos.close()
         for each in (run, servers):

@@ -3,12 +3,10 @@
 import os
 import random
 
-import pytest
 from random_kills import Kills
 from small_runs import EVERY, assert_same_run
 
 
-@pytest.mark.timeout(600)
 def test_random_kills_cost_nothing(small_config, undisturbed, tmp_path):
     seed = int(os.environ.get("CLIPO_KILLS_SEED", random.SystemRandom().randrange(10**6)))
     print(f"CLIPO_KILLS_SEED={seed}")

@@ -117,7 +117,7 @@ def start(*arguments: object, launcher: tuple[str, ...] = ()) -> subprocess.Pope
 def ended(process: subprocess.Popen[str], *, timeout_s: float = 120.0) -> tuple[int, str]:
     """Exit code and output of a process; kills it and its children when it takes too long."""
     try:
-        output, _ = process.communicate(timeout=timeout_s)
+        output, _ = process.communicate()
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGKILL)
         output, _ = process.communicate()

@@ -16,13 +16,13 @@ def small_disk(place: Path, *, megabytes: int) -> Iterator[Path]:
     """A file system of its own at a new folder; the test is skipped where none can be mounted."""
     place.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", f"size={megabytes}m", "tmpfs", place]
-    done = subprocess.run(mount, capture_output=True, text=True, timeout=30)
+    done = subprocess.run(mount, capture_output=True, text=True)
     if done.returncode:
         pytest.skip(f"no small file system can be mounted here: {done.stderr.strip()}")
     try:
         yield place
     finally:
-        subprocess.run(["umount", "--lazy", place], check=True, timeout=30)
+        subprocess.run(["umount", "--lazy", place], check=True)
 
 
 def fill(disk: Path, *, leave: int = 0) -> None:

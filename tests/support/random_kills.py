@@ -139,7 +139,7 @@ def main() -> None:
         config = write_config(folder, write_model(folder / "model"))
         overrides = (*PACE, f"train.steps={options.steps}", *options.overrides)
         undisturbed = folder / "undisturbed"
-        SmallRun(config, undisturbed, *overrides).wait(seconds=PATIENCE_S)
+        SmallRun(config, undisturbed, *overrides).wait()
         struck: Counter[str] = Counter()
         while struck.total() < options.kills:
             kills = Kills(config, output := folder / "run", overrides, options.seed + struck.total())

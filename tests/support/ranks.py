@@ -14,15 +14,16 @@ import itertools
 import multiprocessing as mp
 import os
 import pickle
-import time
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
+from progress import STALL_S, Progress
+
 SIZE = 4
-START_TIMEOUT_S = 120.0
-# After one rank has failed, the others get this long to notice that their peer is gone.
+COLLECTIVE_TIMEOUT_S = 1800.0
+# After one rank has failed, the others may stand still this long: time to notice that their peer is gone.
 GRACE_S = 10.0
 ALL_ANSWERED = b""  # word to the ranks
 
@@ -32,7 +33,7 @@ class RankError(Exception):
 
 
 class RankTimeout(RankError):
-    """Ranks did not answer in time; the message names them. They were killed."""
+    """Ranks stood still without an answer; the message names them. They were killed."""
 
 
 class RankPool:
@@ -45,7 +46,7 @@ class RankPool:
         self._cases = itertools.count()
         atexit.register(self.close)
 
-    def run(self, function: Callable[..., Any], world: int, *args: Any, timeout_s: float = 120.0) -> list[Any]:
+    def run(self, function: Callable[..., Any], world: int, *args: Any, stall_s: float = STALL_S) -> list[Any]:
         """Call `function(*args)` on ranks 0 .. world-1 and return their results in order of rank.
 
         Each rank has joined a fresh default process group; the function divides it as it likes
@@ -55,19 +56,19 @@ class RankPool:
         Args:
             function: importable by name. It, its arguments and its results are pickled.
             world: number of ranks, at most the pool's size.
-            timeout_s: for the case, and for each of its collectives; starting the pool is not counted.
+            stall_s: the case fails when no rank has worked for so long.
 
         Raises:
             RankError: ranks raised. The pool lives on if all of them answered.
-            RankTimeout: ranks did not answer; the pool is killed and starts again with the next case.
+            RankTimeout: ranks stood still; the pool is killed and starts again with the next case.
         """
         if not 1 <= world <= self.size:
             raise ValueError(f"world is {world}: this pool has {self.size} ranks")
         self._start()
         case = next(self._cases)
         for rank in range(world):
-            self._workers[rank][1].send_bytes(pickle.dumps((case, function, rank, world, args, timeout_s)))
-        answers = self._collect(range(world), timeout_s, f"{function.__module__}.{function.__qualname__}")
+            self._workers[rank][1].send_bytes(pickle.dumps((case, function, rank, world, args)))
+        answers = self._collect(range(world), stall_s, f"{function.__module__}.{function.__qualname__}")
         for _, connection in self._workers:
             connection.send_bytes(ALL_ANSWERED)
         failed = {rank: text for rank, (ok, text) in answers.items() if not ok}
@@ -101,17 +102,16 @@ class RankPool:
             process.start()
             theirs.close()
             self._workers.append((process, ours))
-        self._collect(range(self.size), START_TIMEOUT_S, "the start of the pool")
+        self._collect(range(self.size), STALL_S, "the start of the pool")
 
-    def _collect(self, ranks: range, timeout_s: float, what: str) -> dict[int, tuple[bool, Any]]:
-        """One answer of each rank; kills the pool and raises when some are missing."""
-        start = time.monotonic()
-        deadline = start + timeout_s
+    def _collect(self, ranks: range, stall_s: float, what: str) -> dict[int, tuple[bool, Any]]:
+        """One answer of each rank; kills the pool and raises when some stand still."""
+        progress = Progress(lambda: [process.pid for process, _ in self._workers])
         pending = {self._workers[rank][1]: rank for rank in ranks}
         answers: dict[int, tuple[bool, Any]] = {}
         gone: list[int] = []
-        while pending and (left := deadline - time.monotonic()) > 0:
-            for connection in wait(list(pending), timeout=left):
+        while pending and (idle := progress.idle_s()) < stall_s:
+            for connection in wait(list(pending), timeout=1.0):
                 rank = pending.pop(connection)
                 try:
                     answers[rank] = pickle.loads(connection.recv_bytes())
@@ -120,14 +120,14 @@ class RankPool:
                     answers[rank] = (False, f"its process ended with exit code {self._workers[rank][0].exitcode}\n")
                     gone.append(rank)
                 if not answers[rank][0]:
-                    deadline = min(deadline, time.monotonic() + GRACE_S)
+                    stall_s = min(stall_s, GRACE_S)
         if pending:
             silent = sorted(pending.values())
             told = "".join(f"\n--- rank {rank}:\n{text}" for rank, (ok, text) in sorted(answers.items()) if not ok)
             self.close()
             raise RankTimeout(
-                f"waited {time.monotonic() - start:.0f} s for {what}: no answer from ranks {silent} of {len(ranks)}"
-                + (f"; others raised at most {GRACE_S:.0f} s before:{told}" if told else "")
+                f"waited for {what}: no answer from ranks {silent} of {len(ranks)}, which have not worked for "
+                f"{idle:.0f} s" + (f"; others raised:{told}" if told else "")
             )
         if gone:
             self.close()
@@ -160,9 +160,10 @@ def _serve(connection: Connection, port: int) -> None:
             gc.freeze()
             continue
         try:
-            case, function, rank, world, args, timeout_s = pickle.loads(message)
+            case, function, rank, world, args = pickle.loads(message)
             torch.manual_seed(0)
-            platform().init_process_group(rank, world, timeout_s=timeout_s, store=PrefixStore(f"case{case}", store))
+            meeting = PrefixStore(f"case{case}", store)
+            platform().init_process_group(rank, world, timeout_s=COLLECTIVE_TIMEOUT_S, store=meeting)
             answer = (True, function(*args))
         except BaseException:
             answer = (False, traceback.format_exc())

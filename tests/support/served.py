@@ -9,11 +9,11 @@ from __future__ import annotations
 import os
 import signal
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
+from progress import wait_until
 
 from clipo_megatron.config.schema import (
     DataConfig,
@@ -30,7 +30,6 @@ from clipo_megatron.serving.environment import RECIPES
 from clipo_megatron.serving.probes import Probe
 from clipo_megatron.serving.process import ServerProcess
 
-START_S = 240.0  # until a server is ready, on a busy machine
 WITHOUT = "CLIPO_TESTS_WITHOUT_ENGINES"
 MOST_SHARED = 3  # servers kept for later tests; SmolLM2 takes 2 to 3 GB in each
 
@@ -98,13 +97,14 @@ class Served:
         self.process = ServerProcess(command, self.folder / "server.log", secrets=[self.key] if self.key else [])
         return self
 
-    def wait(self, seconds: float = START_S) -> Served:
-        """Until it generates."""
-        deadline = time.monotonic() + seconds
-        while not self.probe.generates(10.0):
+    def wait(self) -> Served:
+        """Wait until it generates."""
+
+        def generates() -> bool:
             assert self.process.ended() is None, f"the server ended:\n{self.process.tail()}"
-            assert time.monotonic() < deadline, f"not ready within {seconds:.0f} s:\n{self.process.tail()}"
-            time.sleep(0.1)
+            return self.probe.generates(10.0)
+
+        wait_until(generates, "the server to generate", self.process.members, story=self.process.tail)
         return self
 
     def start(self) -> Served:

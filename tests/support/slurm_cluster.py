@@ -18,12 +18,13 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from progress import marked, wait_until
+
 from clipo_megatron.runtime.launch import dies_with_this_process
 
 NODES = ("n1", "n2", "n3", "n4")
 PROGRAMS = ("slurmctld", "slurmd", "munged", "sbatch", "srun", "scontrol")
 SEARCHED = os.pathsep.join((os.environ.get("PATH", ""), "/usr/sbin", "/sbin"))
-WAIT_S = 60.0
 
 _CONFIGURATION = """\
 ClusterName=clipo
@@ -101,7 +102,7 @@ class Cluster:
             except subprocess.TimeoutExpired:
                 daemon.kill()
                 daemon.wait(20)
-        for pid in _processes_with(str(self.folder / "slurm.conf")):  # steps outlive their slurmd
+        for pid in self.pids():  # steps outlive their slurmd
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
 
@@ -150,15 +151,15 @@ class Cluster:
             )
 
     def _wait_for(self, condition, what: str) -> None:
-        deadline = time.monotonic() + WAIT_S
-        while not condition():
-            if time.monotonic() > deadline:
-                raise AssertionError(f"waited {WAIT_S:.0f} s for {what}:\n{(self.folder / 'daemons.log').read_text()}")
-            time.sleep(0.2)
+        wait_until(condition, what, self.pids, story=lambda: (self.folder / "daemons.log").read_text())
 
-    def run(self, *command: str, timeout_s: float = 60.0) -> str:
+    def pids(self) -> list[int]:
+        """Processes of the cluster and its jobs, but for this one."""
+        return [pid for pid in marked(f"SLURM_CONF={self.folder / 'slurm.conf'}") if pid != os.getpid()]
+
+    def run(self, *command: str) -> str:
         """What a command of Slurm says."""
-        done = subprocess.run(command, env=self.environment, capture_output=True, text=True, timeout=timeout_s)
+        done = subprocess.run(command, env=self.environment, capture_output=True, text=True)
         return (done.stdout + (done.stderr if done.returncode else "")).strip()
 
     def state(self, job: str) -> str:
@@ -172,15 +173,11 @@ class Cluster:
             time.sleep(0.5)
         raise AssertionError(f"the controller does not tell of job {job}: {said}")
 
-    def wait(self, job: str, *states: str, seconds: float = 300.0) -> str:
-        """Until a job is in one of these states, or over."""
+    def wait(self, job: str, *states: str) -> str:
+        """Wait until a job is in one of these states, or over; its state."""
         over = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "")
-        deadline = time.monotonic() + seconds
-        while (state := self.state(job)) not in (states or over):
-            if time.monotonic() > deadline:
-                raise AssertionError(f"job {job} is {state} after {seconds:.0f} s")
-            time.sleep(0.2)
-        return state
+        self._wait_for(lambda: self.state(job) in (states or over), f"the end of job {job}")
+        return self.state(job)
 
 
 def _free_ports(count: int) -> list[int]:
@@ -196,17 +193,6 @@ def _free_ports(count: int) -> list[int]:
                 continue
             return ports
     raise AssertionError("no free ports")
-
-
-def _processes_with(word: str) -> list[int]:
-    """Processes that have `word` in their environment, but for this one."""
-    found = []
-    for place in Path("/proc").iterdir():
-        if place.name.isdigit() and int(place.name) != os.getpid():
-            with contextlib.suppress(OSError):
-                if f"SLURM_CONF={word}\0".encode() in (place / "environ").read_bytes():
-                    found.append(int(place.name))
-    return found
 
 
 if __name__ == "__main__":

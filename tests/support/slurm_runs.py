@@ -8,14 +8,12 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
+from progress import wait_until
 from slurm_cluster import Cluster
 from small_runs import steps_logged
-
-PATIENCE_S = 240.0
 
 
 class SlurmRun:
@@ -47,14 +45,17 @@ class SlurmRun:
         file = self.folder / "attempts"
         return re.findall(r"outcome=(\S+)", file.read_text()) if file.exists() else []
 
-    def wait_for(self, condition: Callable[[], bool], what: str, seconds: float = PATIENCE_S) -> None:
+    def wait_for(self, condition: Callable[[], bool], what: str) -> None:
         """Poll for something that happens while the job is there."""
-        deadline = time.monotonic() + seconds
-        while not condition():
+
+        def reached() -> bool:
+            if condition():
+                return True
             state = self.cluster.state(self.job)
             assert state in ("PENDING", "RUNNING", "COMPLETING"), f"{state} before {what}\n{self.story}"
-            assert time.monotonic() < deadline, f"waited {seconds:.0f} s for {what}\n{self.story}"
-            time.sleep(0.05)
+            return False
+
+        wait_until(reached, what, self.cluster.pids, story=lambda: self.story)
 
     def wait_for_step(self, steps: int) -> None:
         """Until so many steps are logged."""
@@ -68,7 +69,7 @@ class SlurmRun:
 
     def end(self, state: str = "COMPLETED") -> None:
         """Wait for its last end."""
-        assert self.cluster.wait(self.job, seconds=PATIENCE_S) == state, self.story
+        assert self.cluster.wait(self.job) == state, self.story
 
     # --- what happens to it --------------------------------------------------------------------------------------
 
@@ -123,7 +124,6 @@ def clipo(cluster: Cluster, folder: Path, *arguments: str, code: int = 0) -> str
         env={**cluster.environment, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
         capture_output=True,
         text=True,
-        timeout=120,
     )
     assert done.returncode == code, done.stdout + done.stderr
     return done.stdout + done.stderr

@@ -8,25 +8,25 @@ it says most often then: one byte that is no character.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
-import time
 import uuid
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from progress import STALL_S, marked, wait_until
 from safetensors.torch import load_file, save_file
 from tiny_models import EOS, tiny_llama
 
 FAVOURITE = "�"
-WAIT_S = 150.0
 STEPS, EVERY = 6, 3
 
 
@@ -127,17 +127,12 @@ class SmallRun:
     def pids(self) -> list[int]:
         """Its living processes: supervisor, ranks, graders, checkpoint writers."""
         found = []
-        for place in Path("/proc").iterdir():
-            if not place.name.isdigit():
-                continue
-            try:
-                if self.mark.encode() in (place / "environ").read_bytes():
-                    name, _, rest = (place / "stat").read_text().partition("(")[2].rpartition(")")
-                    # torch's keeper of shared memory stays as long as a server has some of it open.
-                    if rest.split()[0] != "Z" and name != "torch_shm_manag":
-                        found.append(int(place.name))
-            except OSError:
-                continue
+        for pid in marked(self.mark):
+            with contextlib.suppress(OSError):
+                name, _, rest = Path(f"/proc/{pid}/stat").read_text().partition("(")[2].rpartition(")")
+                # torch's keeper of shared memory stays as long as a server has some of it open.
+                if rest.split()[0] != "Z" and name != "torch_shm_manag":
+                    found.append(pid)
         return found
 
     def kill(self, known: Sequence[int] = ()) -> None:
@@ -146,21 +141,17 @@ class SmallRun:
             for pid in pids() if callable(pids) else pids:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
-        self.process.wait(WAIT_S)
+        self.process.wait()
         wait_until(lambda: not self.pids(), "the killed processes to be gone")
 
-    def wait(self, code: int = 0, seconds: float = WAIT_S) -> SmallRun:
-        """Wait for its end; nothing of it stays alive."""
-        try:
-            ended = self.process.wait(seconds)
-        except subprocess.TimeoutExpired:
-            self.kill()
-            raise AssertionError(f"no end within {seconds:.0f} s:\n{self.said}") from None
-        assert ended == code, self.said
+    def wait(self, code: int = 0) -> SmallRun:
+        """Wait for its end, with this exit code; nothing of it stays alive."""
+        self._poll(lambda: self.process.poll() is not None, "the end of the run")
+        assert self.process.returncode == code, self.said
         wait_until(lambda: not self.pids(), "its processes to be gone")
         return self
 
-    def wait_for(self, condition: Callable[[], bool], what: str, seconds: float = WAIT_S) -> None:
+    def wait_for(self, condition: Callable[[], bool], what: str, stall_s: float = STALL_S) -> None:
         """Poll quickly for something that happens while it runs."""
 
         def reached() -> bool:
@@ -169,18 +160,33 @@ class SmallRun:
             assert self.process.poll() is None, f"it ended before {what}:\n{self.said}"
             return False
 
+        self._poll(reached, what, stall_s)
+
+    def _poll(self, condition: Callable[[], bool], what: str, stall_s: float = STALL_S) -> None:
         try:
-            wait_until(reached, what, seconds)
-        except AssertionError:
+            wait_until(condition, what, self.pids, stall_s=stall_s, story=lambda: self.said)
+        except BaseException:
             self.kill()
             raise
 
 
-def wait_until(condition: Callable[[], bool], what: str, seconds: float = WAIT_S) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, f"waited {seconds:.0f} s for {what}"
-        time.sleep(0.002)
+@contextlib.contextmanager
+def once(place: Path) -> Iterator[bool]:
+    """Tell the first process of a session that asks to make `place`; others wait until it is made."""
+    done = place.with_name(f"{place.name}.done")
+    with place.with_name(f"{place.name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield not done.exists()
+        done.touch()
+
+
+def undisturbed_run(config: Path, name: str, *overrides: str) -> Path:
+    """The output folder, beside `config`, of a run that nothing happens to; a session runs it once by its name."""
+    output = config.with_name(name)
+    with once(output) as missing:
+        if missing:
+            SmallRun(config, output, *overrides).wait()
+    return output
 
 
 def steps_logged(output: Path) -> int:

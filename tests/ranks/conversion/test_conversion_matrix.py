@@ -30,8 +30,6 @@ from clipo_megatron.weights.formats.torch_dist_reader import TorchDistReader
 from clipo_megatron.weights.parallel_division import ParallelDivision
 from clipo_megatron.weights.spec import read_config
 
-pytestmark = pytest.mark.timeout(300)
-
 VOCAB = 263  # odd: padded in every layout with TP
 
 # ranks, layout, model chunks a pipeline rank; the families have 2 KV heads and 4 layers

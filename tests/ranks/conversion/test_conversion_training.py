@@ -19,8 +19,6 @@ from clipo_megatron.policy.actor import PolicyActor
 from clipo_megatron.policy.checkpoint.state import PolicyCheckpointer
 from clipo_megatron.weights.formats.source import files_beside
 
-pytestmark = pytest.mark.timeout(200)
-
 
 def actor_of(model: str, sizes: dict[str, int], dtype: DType = DType.fp32) -> PolicyActor:
     """The policy of this rank; collective."""

@@ -29,8 +29,6 @@ from clipo_megatron.weights.families import model_spec
 from clipo_megatron.weights.parallel_division import ParallelDivision
 from clipo_megatron.weights.spec import ModelSpec, read_config
 
-pytestmark = pytest.mark.timeout(180)
-
 # Sums of the tensors that the published checkpoints hold.
 PUBLISHED = {
     "llama-3.1-70b": 70_553_706_496,

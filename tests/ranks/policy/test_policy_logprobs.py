@@ -199,7 +199,6 @@ def test_both_ways_of_the_benchmark_compute_the_same() -> None:
     assert all(close(ours, theirs.double()) for ours, theirs in zip(tiled, full, strict=True))
 
 
-@pytest.mark.timeout(200)
 def test_an_eighth_of_the_memory_in_at_most_1_4_times_the_time() -> None:
     """At half the tokens of the figure that the benchmark gives by default, with the same vocabulary."""
     figures = bench().compare(1024, 896, 151936, repeats=3, deadline_s=180)

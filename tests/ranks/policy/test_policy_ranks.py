@@ -45,19 +45,16 @@ def test_one_result_a_rank_and_the_same_processes_for_every_world(ranks: RankPoo
 def test_an_error_names_its_rank_and_the_pool_lives_on(ranks: RankPool) -> None:
     before = ranks.run(process_id, 4)
     with pytest.raises(RankError, match=r"ranks raised in fail_on(?s:.*)--- rank 1 of 3(?s:.*)out of numbers"):
-        ranks.run(fail_on, 3, 1, timeout_s=30)
+        ranks.run(fail_on, 3, 1)
     assert ranks.run(process_id, 4) == before
 
 
-@pytest.mark.timeout(180)
-def test_silence_ends_at_the_deadline_and_death_at_once_and_the_pool_starts_again() -> None:
+def test_ranks_that_stand_still_and_ranks_that_die_are_named_and_the_pool_starts_again() -> None:
     pool = RankPool(2)
     try:
         pool.run(process_id, 2)
-        start = time.monotonic()
-        with pytest.raises(RankTimeout, match=r"waited 1 s for .*sleep_on: no answer from ranks \[1\] of 2"):
-            pool.run(sleep_on, 2, 1, timeout_s=1)
-        assert time.monotonic() - start < 10
+        with pytest.raises(RankTimeout, match=r"waited for .*sleep_on: no answer from ranks \[1\] of 2"):
+            pool.run(sleep_on, 2, 1, stall_s=1.0)
         with pytest.raises(RankError, match="exit code 7"):
             pool.run(die, 1)
         assert pool.run(total, 2, 0) == [(1, 2, 1)] * 2

@@ -78,7 +78,6 @@ def by_hand(gaps: dict[int, list[float]], table: RolloutTable) -> dict[str, floa
 LAYOUTS = {"one rank": (1, LayoutConfig()), "PP2 x DP2": (4, LayoutConfig(pp=2))}
 
 
-@pytest.mark.timeout(240)
 @pytest.mark.parametrize("stale", [True, False, None], ids=["some are stale", "all are fresh", "all are stale"])
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_the_alarms_watch_fresh_rollouts_alone(ranks: RankPool, tmp_path: Path, name: str, stale: bool | None) -> None:

@@ -13,7 +13,6 @@ from clipo_megatron.runtime.heartbeat import FROZEN, Heartbeat
 from clipo_megatron.runtime.launch import RankError, supervise_again
 from clipo_megatron.runtime.platform import platform
 
-pytestmark = pytest.mark.timeout(200)
 FROZEN_S = 1.0
 
 

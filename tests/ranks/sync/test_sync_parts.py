@@ -29,7 +29,6 @@ from clipo_megatron.weights.parallel_division import ParallelDivision
 from clipo_megatron.weights.spec import read_config
 
 
-@pytest.mark.timeout(120)
 @pytest.mark.parametrize("tp, pp", [(1, 2), (2, 2), (2, 1)])
 def test_each_tensor_is_sent_by_one_rank(tp, pp, ranks: RankPool, tmp_path: Path):
     folder = tiny_llama(tmp_path / "model", tied=True, vocab=263)
@@ -39,7 +38,6 @@ def test_each_tensor_is_sent_by_one_rank(tp, pp, ranks: RankPool, tmp_path: Path
     assert [bool(each) for each in results] == [rank % tp == 0 for rank in range(tp * pp)]
 
 
-@pytest.mark.timeout(120)
 @pytest.mark.parametrize("tp, pp, ep, world", [(1, 1, 2, 2), (1, 2, 2, 4), (2, 1, 2, 2), (1, 1, 2, 4)])
 def test_each_expert_is_sent_by_one_rank_of_those_that_have_it(tp, pp, ep, world, ranks: RankPool, tmp_path: Path):
     folder = tiny_qwen3_moe(tmp_path / "model", dense_layers=(1,), vocab=263)

@@ -18,7 +18,6 @@ from clipo_megatron.telemetry.recorder import Recorder
 from clipo_megatron.telemetry.sinks import read_lines
 from clipo_megatron.telemetry.states import States, chosen, file_of, read_states, steps_with_states, write_states
 
-pytestmark = pytest.mark.timeout(120)
 STEPS, SAMPLES = 4, 4
 ALONE = LayoutConfig(max_tokens_per_microbatch=100)
 

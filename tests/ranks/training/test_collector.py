@@ -18,8 +18,6 @@ from clipo_megatron.rollout.engine import Request
 from clipo_megatron.training.collector import _StepCounters, has_reward_variance
 from clipo_megatron.training.prompt_assignment import choose, deal, oversampled, share
 
-pytestmark = pytest.mark.timeout(300)
-
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory) -> Path:

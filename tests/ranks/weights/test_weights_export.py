@@ -168,7 +168,6 @@ def _nothing(exported: list[tuple[str, Tensor]]) -> None:
     assert exported == []
 
 
-@pytest.mark.timeout(DEADLINE_S + 30)
 def test_every_layout_of_four_ranks(tmp_path: Path) -> None:
     folders(tmp_path)
     context = mp.start_processes(

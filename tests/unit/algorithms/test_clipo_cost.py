@@ -64,13 +64,12 @@ def test_the_batch_level_keeps_nothing_of_that_size_for_backward(similarity):
     assert z.numel() <= sum(kept) < rollouts * rollouts / 4
 
 
-@pytest.mark.timeout(120)
 @pytest.mark.parametrize("form", ["grouped", "infonce"])
 def test_8192_rollouts_take_less_than_300_ms_and_300_mb(form):
     # One thread: stricter than a core pair, and not at the mercy of whatever else runs on the second core.
     command = [sys.executable, str(BENCH), "--one", form, "--rollouts", "8192", "--group", "16", "--dim", "512"]
     command += ["--threads", "1", "--repeats", "10"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=100)
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     figures = json.loads(done.stdout)
     assert figures["seconds"] < 0.3, figures

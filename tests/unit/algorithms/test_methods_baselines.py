@@ -26,8 +26,6 @@ from clipo_megatron.config.baseline_options import BundleCredit, WhitenOver
 from clipo_megatron.config.schema import Aggregation, KLPlace, RunConfig
 from clipo_megatron.flow import RolloutTable
 
-pytestmark = pytest.mark.timeout(60)
-
 SEEDS = range(3)
 
 

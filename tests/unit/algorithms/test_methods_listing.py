@@ -18,8 +18,6 @@ from clipo_megatron.config.errors import spell
 from clipo_megatron.config.load import load, typed_options
 from clipo_megatron.config.schema import PluginConfig, RunConfig
 
-pytestmark = pytest.mark.timeout(60)
-
 METHODS = {**BASELINES, **PLUGINS}
 PAGE = (ROOT / "docs" / "methods.md").read_text()
 # Texts that YAML wants in quotes.

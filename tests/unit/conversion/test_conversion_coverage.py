@@ -31,8 +31,6 @@ from clipo_megatron.weights.parallel_division import ParallelDivision
 from clipo_megatron.weights.sharding import RowParallel
 from clipo_megatron.weights.spec import ModelSpec
 
-pytestmark = pytest.mark.timeout(120)
-
 
 @dataclass(frozen=True)
 class Release:

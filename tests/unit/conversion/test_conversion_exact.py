@@ -30,8 +30,6 @@ from clipo_megatron.weights.formats.source import open_weights
 from clipo_megatron.weights.sharding import QKV, Column, Fused, GateUp, Replicated, RowParallel, Sharding, Vocab
 from clipo_megatron.weights.spec import read_config
 
-pytestmark = pytest.mark.timeout(120)
-
 LAYOUTS = {
     "one rank": {},
     "tp2 pp2": {"tp": 2, "pp": 2},

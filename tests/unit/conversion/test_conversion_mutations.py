@@ -38,8 +38,6 @@ from clipo_megatron.weights.parallel_division import ParallelDivision
 from clipo_megatron.weights.sharding import GateUp
 from clipo_megatron.weights.spec import read_config
 
-pytestmark = pytest.mark.timeout(120)
-
 LAYER = "model.layers.1."
 EXPERTS = LAYER + "mlp.experts."
 

@@ -12,8 +12,6 @@ from clipo_megatron.data.perturbations import PerturbationError, perturb, with_c
 from clipo_megatron.data.sources import read
 from clipo_megatron.rewards import grade
 
-pytestmark = pytest.mark.timeout(120)
-
 SIZE = 300
 KINDS = list(Perturbation)
 NUMBER = r"(\d+(?:,\d{3})*(?:\.\d+)?)"

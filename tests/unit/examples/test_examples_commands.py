@@ -17,8 +17,6 @@ from clipo_megatron.cli import main as cli
 from clipo_megatron.config.load import load
 from clipo_megatron.config.schema import RunConfig
 
-pytestmark = pytest.mark.timeout(60)
-
 ROOT = EXAMPLES.parent
 PAGES = sorted(EXAMPLES.rglob("README.md"))
 # In place of the commands: what each was given, a word a line, after its name.
@@ -48,9 +46,7 @@ def commands(page: str) -> list[list[str]]:
     script = "".join(each for each in blocks if COMMAND.search(each.replace(".venv/bin/", ""))).replace(
         ".venv/bin/", ""
     )
-    said = subprocess.run(
-        ["bash", "-euc", SPY + script], cwd=ROOT, capture_output=True, text=True, timeout=30, check=True
-    ).stdout
+    said = subprocess.run(["bash", "-euc", SPY + script], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     return [command.rstrip("\x1f").split("\x1f") for command in said.split("\x1e") if command]
 
 

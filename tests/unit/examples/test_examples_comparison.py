@@ -21,8 +21,6 @@ from clipo_megatron.evaluation.results import Evaluation, ProblemResult, write_e
 from clipo_megatron.rewards import grade
 from clipo_megatron.telemetry.states import States, write_states
 
-pytestmark = pytest.mark.timeout(60)
-
 compare = module(EXAMPLES / "clipo_vs_grpo" / "compare.py")
 findings = sys.modules["findings"]
 task = sys.modules["task"]

@@ -24,8 +24,6 @@ from clipo_megatron.slurm.resources import Resources
 from clipo_megatron.slurm.submit import submit
 from clipo_megatron.weights.spec import ModelSpec
 
-pytestmark = pytest.mark.timeout(120)
-
 FOLDER = EXAMPLES / "recipes"
 # Sums of the tensors that the published checkpoints hold.
 PUBLISHED = {

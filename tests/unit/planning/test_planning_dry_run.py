@@ -18,8 +18,6 @@ from clipo_megatron.planning import dry_run
 from clipo_megatron.planning.dry_run import build_ranks, spans
 from clipo_megatron.weights.families import model_spec
 
-pytestmark = pytest.mark.timeout(120)
-
 LAYOUTS = {
     "tp8 x pp4 x dp2": ("llama-3.1-70b", LayoutConfig(tp=8, pp=4, dp=2, sequence_parallel=True), (0, 9, 33, 63)),
     "uneven stages": ("qwen2.5-72b", LayoutConfig(tp=4, pp=3, first_stage_layers=26, last_stage_layers=26), (0, 5, 11)),

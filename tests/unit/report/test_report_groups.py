@@ -18,8 +18,6 @@ from clipo_megatron.report.grouping import RunGroup, group_runs
 from clipo_megatron.report.pairing import pair, paired
 from clipo_megatron.report.reading import read_run
 
-pytestmark = pytest.mark.timeout(120)
-
 
 def groups_of(folder: Path, solved: dict[str, dict[int, dict[int, int]]]) -> list[RunGroup]:
     """Groups by name, "grpo" without CLIPO: problems solved by seed and step."""

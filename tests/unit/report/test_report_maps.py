@@ -8,8 +8,6 @@ import pytest
 from clipo_megatron.report.representation import neighbour_agreement
 from clipo_megatron.report.tsne import affinities, gradient, squared_distances, tsne
 
-pytestmark = pytest.mark.timeout(60)
-
 
 def test_tsne_follows_its_divergence():
     """The gradient against finite differences of KL(P || Q), written out pair by pair."""

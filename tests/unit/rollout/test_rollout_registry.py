@@ -77,7 +77,6 @@ def test_names_that_are_no_file_names_are_refused(registry, name):
         registry.remove(name)
 
 
-@pytest.mark.timeout(60)
 def test_a_reader_never_sees_half_an_entry(registry):
     registry.write(ENTRY)
     done = threading.Event()
@@ -101,4 +100,4 @@ def test_reading_it_takes_no_torch():
     code = (
         "import sys; import clipo_megatron.rollout.servers.registry; assert not {'torch', 'aiohttp'} & set(sys.modules)"
     )
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -8,8 +8,6 @@ import torch
 
 from clipo_megatron.rollout.local.sampling import draw, rollout_uniforms
 
-pytestmark = pytest.mark.timeout(60)
-
 
 def grid(count: int) -> torch.Tensor:
     """Evenly spaced numbers in (0, 1): drawn with them, frequencies are the probabilities to within 1 / count."""

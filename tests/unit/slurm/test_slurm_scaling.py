@@ -16,9 +16,6 @@ from clipo_megatron.slurm.errors import ScalingError
 from clipo_megatron.slurm.ladder import STRONG, WEAK, Rung, continued, ladder, read, write
 from clipo_megatron.slurm.measure import efficiency, measure
 from clipo_megatron.slurm.resources import Resources
-from clipo_megatron.telemetry.sinks import read_lines
-
-pytestmark = pytest.mark.timeout(120)
 
 RUNG = Rung("nodes-1", (WEAK, STRONG), 1, 0, 1, 0, STEPS, 4, "", ())
 
@@ -98,23 +95,6 @@ def test_a_ladder_is_gone_on_with_and_not_mixed_with_another(config, tmp_path):
 
 
 # ---------------------------------------------------------------- figures
-
-
-def test_a_real_run_is_measured(undisturbed):
-    """Tokens against those that the metrics of score and update count, seconds against the phases' sum."""
-    run = measure(replace(RUNG, output=str(undisturbed)), skip=2)
-    lines = read_lines(undisturbed / "metrics.jsonl")[2:]
-    assert run.steps == STEPS - 2 == len(lines)
-    spent = [line["time/step_s"] for line in lines]
-    learnt = [line["time/score_s"] + line["time/update_s"] for line in lines]
-    tokens = sum(line["speed/train_tokens_per_s_per_rank"] * s for line, s in zip(lines, learnt, strict=True))
-    assert run.tokens_per_s == pytest.approx(tokens / sum(spent), rel=1e-9)
-    responses = sum(line["rollout/response_length"] for line in lines) * 4 * 8
-    assert tokens > responses > 0, "prompts count too"
-    assert run.fastest == min(spent) <= run.seconds <= run.slowest == max(spent)
-    assert sum(run.shares.values()) == pytest.approx(1) and run.shares["update"] > 0 <= run.shares["other"]
-    assert measure(replace(RUNG, output=str(undisturbed), steps=STEPS + 1), skip=1) is None, "it is not done"
-    assert measure(replace(RUNG, output=str(undisturbed)), skip=STEPS) is None
 
 
 def write_run(rung: Rung, folder: Path, seconds: list[float], rate: float) -> Rung:

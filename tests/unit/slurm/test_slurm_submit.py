@@ -9,12 +9,12 @@ import signal
 import stat
 import subprocess
 import sys
-import time
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 from paths import ROOT
+from progress import wait_until
 from small_runs import write_config, write_model
 
 from clipo_megatron.cli import main as cli
@@ -26,7 +26,6 @@ from clipo_megatron.slurm.resources import JobKind, Resources, shared_paths, wal
 from clipo_megatron.slurm.script import TEMPLATES, template_of
 from clipo_megatron.slurm.submit import submit
 
-pytestmark = pytest.mark.timeout(120)
 PATIENT = "layout.distributed_timeout_s=2700"
 SERVED = ("rollout.engine=sglang", PATIENT)
 SBATCH = """\
@@ -56,7 +55,7 @@ def setting(script: str, name: str) -> str:
     """As the shell understands it."""
     lines = script[: script.index("# What the scripts of a job share")]
     show = f'{lines}\nprintf "%s\\n" "${{{name}[@]}}"'
-    return subprocess.run(["bash", "-c", show], capture_output=True, text=True, check=True, timeout=20).stdout.strip()
+    return subprocess.run(["bash", "-c", show], capture_output=True, text=True, check=True).stdout.strip()
 
 
 # ---------------------------------------------------------------- scripts
@@ -75,7 +74,7 @@ def setting(script: str, name: str) -> str:
 def test_every_template_becomes_a_script_that_the_shell_can_read(config_file, overrides, options):
     script = dry(config_file, *overrides, **options).script
     assert "#@" not in script
-    checked = subprocess.run(["bash", "-n"], input=script, capture_output=True, text=True, timeout=20)
+    checked = subprocess.run(["bash", "-n"], input=script, capture_output=True, text=True)
     assert checked.stderr == ""
     # every directive before the first command, or sbatch would not read it
     lines = [line for line in script.splitlines() if line]
@@ -250,7 +249,7 @@ def test_the_folder_of_a_job(config_file, tmp_path, slurm, monkeypatch, capsys):
     assert "job 4711: 2 ranks on 2 nodes, and 3 nodes of servers" in shown and str(folder / "job.log") in shown
     assert (tmp_path / "seen").read_text().splitlines() == ["--parsable", str(folder / "job.sbatch")]
     facts = json.loads((folder / "submission.json").read_text())
-    head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, timeout=60).stdout
+    head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout
     assert facts["job"] == "4711" and facts["kind"] == "train" and facts["overrides"] == overrides
     assert facts["commit"].get("hash", "") == head.strip()
     assert facts["resources"] == json.loads(json.dumps(asdict(Resources(nodes=2, server_nodes=3))))
@@ -366,9 +365,9 @@ def attempt(config_file, tmp_path, slurm):
     yield start
 
 
-def end_of(process, seconds=60.0):
+def end_of(process):
     try:
-        said, _ = process.communicate(timeout=seconds)
+        said, _ = process.communicate()
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
@@ -408,10 +407,7 @@ def test_requeues_are_bounded(attempt):
 
 def test_a_signal_before_the_walltime_is_for_the_ranks(attempt):
     process = attempt("wait")
-    deadline = time.monotonic() + 30
-    while not attempt.waiting.exists():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
+    wait_until(attempt.waiting.exists, "the ranks to wait")
     process.send_signal(signal.SIGUSR1)
     _, said = end_of(process)
     assert attempt.calls() == ["ranks", "requeue 7"], said
@@ -434,4 +430,4 @@ def test_secrets_stay_out_of_the_recorded_environment(attempt, monkeypatch, tmp_
 
 def test_the_command_imports_no_torch():
     script = "import sys, clipo_megatron.cli.submit as c; assert 'torch' not in sys.modules"
-    subprocess.run([sys.executable, "-c", script], check=True, timeout=60)
+    subprocess.run([sys.executable, "-c", script], check=True)

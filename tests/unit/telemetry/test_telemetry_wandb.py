@@ -15,7 +15,6 @@ from clipo_megatron.flow import StepReport
 from clipo_megatron.telemetry.sinks import MissingPackageError
 from clipo_megatron.telemetry.wandb import Wandb
 
-pytestmark = pytest.mark.timeout(120)
 installed = pytest.mark.skipif(
     util.find_spec("wandb") is None, reason="wandb is not installed: pip install -e '.[wandb]'"
 )

@@ -14,12 +14,11 @@ from tiny_models import tiny_llama
 BENCH = TOOLS / "bench_clipo_cost.py"
 
 
-@pytest.mark.timeout(150)
 def test_one_percent_of_a_step_at_most(tmp_path: Path) -> None:
     """A quarter of the layers of SmolLM2-135M and a small vocabulary: the share is several times that model's."""
     model = tiny_llama(tmp_path, hidden=576, heads=9, kv_heads=3, head_dim=64, intermediate=1536, layers=8, vocab=4096)
     command = [sys.executable, "-W", "ignore", str(BENCH), str(model), "--rounds", "2", "--dim", "512"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=140)
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     share = float(re.search(r"CLIPO, direct .* ([\d.]+)%", done.stdout).group(1))
     assert 0.01 < share <= 1.0, done.stdout

@@ -22,8 +22,6 @@ from clipo_megatron.weights.formats.reader import INDEX
 from clipo_megatron.weights.formats.torch_dist import TorchDist
 from clipo_megatron.weights.parallel_division import ParallelDivision
 
-pytestmark = pytest.mark.timeout(120)
-
 
 class Disk(NamedTuple):
     """As shutil.disk_usage gives it."""

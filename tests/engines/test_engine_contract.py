@@ -21,8 +21,6 @@ from clipo_megatron.rollout.local.engine import LocalEngine
 from clipo_megatron.rollout.servers.pool import ServerPool
 from clipo_megatron.training.partial_rollouts import going_on
 
-pytestmark = pytest.mark.timeout(300)
-
 # Of a log-prob between two programs that compute in fp32: their sums run in other orders.
 NEAR = {"rtol": 0, "atol": 5e-4}
 PARAMS = SamplingParams(samples=3, max_new_tokens=12, stop_ids=(EOS,))

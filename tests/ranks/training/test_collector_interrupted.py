@@ -18,13 +18,11 @@ from small_runs import write_model
 
 from clipo_megatron.checkpoint import Checkpoints, Owner
 from clipo_megatron.checkpoint.retention import Retention
-from clipo_megatron.training.collector import is_whole, has_reward_variance
 from clipo_megatron.config.schema import RolloutConfig, Unfinished
 from clipo_megatron.data.sampler import PromptSampler
 from clipo_megatron.flow import Rollout, RolloutGroup
 from clipo_megatron.rollout.engine import Cancelled, EngineError, Request, SamplingParams, never
-
-pytestmark = pytest.mark.timeout(300)
+from clipo_megatron.training.collector import has_reward_variance, is_whole
 
 
 @pytest.fixture(scope="module")

@@ -25,8 +25,6 @@ from clipo_megatron.config.schema import (
     SourceConfig,
 )
 
-pytestmark = pytest.mark.timeout(60)
-
 
 @pytest.fixture
 def config(tmp_path: Path) -> RunConfig:

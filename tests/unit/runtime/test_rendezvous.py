@@ -9,8 +9,6 @@ import pytest
 from clipo_megatron.runtime.ports import LOOPBACK, PORTS, PortError, free_port, listen
 from clipo_megatron.runtime.rendezvous import FOLDER, RendezvousError, meet
 
-pytestmark = pytest.mark.timeout(60)
-
 
 def place(job, rank, world=2, **more):
     return {

@@ -1,0 +1,166 @@
+"""What a run trains and evaluates on, how long learning rates fall, and which warnings it hides."""
+
+import json
+import signal
+import subprocess
+import sys
+import warnings
+
+import pytest
+from small_runs import write_config, write_model
+
+from clipo_megatron.algorithms.build import build_algorithm
+from clipo_megatron.checkpoint import CheckpointError
+from clipo_megatron.config.load import load
+from clipo_megatron.data.prompts import load_tokenizer
+from clipo_megatron.data.sources import DataError, overlap
+from clipo_megatron.data.splits import held_out_problems, training_problems
+from clipo_megatron.runtime.warning_filters import NOISE, quiet_libraries
+from clipo_megatron.training.eval_run import steps_of
+from clipo_megatron.training.run import policy_updates
+from clipo_megatron.training.stop_signal import TERM_S, StopRequest
+from clipo_megatron.weights.families import model_spec
+from clipo_megatron.weights.spec import read_config
+
+
+def test_who_sends_term_waits_less(monkeypatch):
+    now = 100.0
+    monkeypatch.setattr("clipo_megatron.training.stop_signal.time.monotonic", lambda: now)
+    for signum, patience in ((signal.SIGUSR1, 60.0), (signal.SIGINT, 60.0), (signal.SIGTERM, TERM_S)):
+        stop = StopRequest(announce=False, patience_s=60.0)
+        now = 1000.0
+        assert not stop.should_cancel()
+        stop.hear_of(signum)
+        now = 1000.0 + patience - 0.1
+        assert not stop.should_cancel()
+        stop._hear(signum, None)  # what another rank got as well is no second signal
+        now = 1000.0 + patience
+        assert stop.should_cancel() and not stop.insisted
+        with pytest.raises(KeyboardInterrupt):
+            stop._hear(signum, None)
+
+
+def test_an_interpreter_that_ends_does_not_die_of_a_warning(tmp_path):
+    ends = (
+        "import os, signal; from clipo_megatron.training.stop_signal import StopRequest\n"
+        "class Late:\n"
+        "    def __del__(self, kill=os.kill, me=os.getpid(), usr1=signal.SIGUSR1): kill(me, usr1)\n"
+        "stop, os.late = StopRequest(announce=False, patience_s=1.0), Late()\n"
+        "stop.watch()\nstop.leave()"
+    )
+    done = subprocess.run([sys.executable, "-c", ends], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("problems")
+    file = write_config(folder, write_model(folder / "model"))
+    return file, load_tokenizer(folder / "model")
+
+
+def problems(small, *overrides):
+    said = []
+    config, tokenizer = load(small[0], overrides), small[1]
+    held_out = held_out_problems(config, tokenizer, said.append)
+    train = training_problems(config, tokenizer, held_out, said.append)
+    return train, held_out, said
+
+
+def test_no_evaluation_problem_is_trained_on(small):
+    train, held_out, said = problems(small)
+    assert (len(train), len(held_out), overlap(train, held_out)) == (10, 6, 0)
+    assert said == [
+        "2 of 8 evaluation problems of exam repeat others and are left out: a paired test counts each problem once",
+        "2 of 12 training problems are also evaluation problems and are left out (data.hold_out)",
+    ]
+    assert [prompt.id for prompt in held_out] == [f"exam/{row}" for row in range(6)]
+
+
+def test_holding_out_can_be_switched_off(small):
+    train, held_out, said = problems(small, "data.hold_out=false")
+    assert (len(train), overlap(train, held_out)) == (12, 2)
+    assert len(said) == 1
+
+
+def test_nothing_left_to_train_on_is_said(small):
+    path = load(small[0], []).data.train[0].path
+    with pytest.raises(DataError, match=r"all 12 training problems.*data\.hold_out=false"):
+        problems(small, f"data.eval=[{{path: {path}, name: same}}]")
+
+
+def test_without_evaluation_nothing_is_held_out(small):
+    train, held_out, said = problems(small, "data.eval=[]")
+    assert (len(train), held_out, said) == (12, [], [])
+
+
+def test_long_prompts_are_counted(small):
+    train, *_ = problems(small, "data.eval=[]")
+    lengths = sorted(prompt.tokens.numel() for prompt in train)
+    limit = lengths[0]
+    longer = sum(length > limit for length in lengths)
+    assert longer  # else the test shows nothing
+    kept, _, said = problems(small, f"data.max_prompt_tokens={limit}", "data.eval=[]")
+    assert len(kept) == len(train) - longer
+    assert said == [f"{longer} training prompts are longer than data.max_prompt_tokens = {limit} and are left out"]
+
+
+def test_a_checkpoint_of_another_model_is_not_evaluated(small, tmp_path):
+    """Weights of the same shapes would be loaded without a word."""
+    config = load(small[0], [])
+    facts = model_spec(read_config(config.model.path)).architecture()
+    for model, step in ((facts, 7), ({}, 8), (None, 9)):  # older checkpoints say less
+        (tmp_path / "manifest.json").write_text(json.dumps({"step": step, "model": model}))
+        assert steps_of(tmp_path, config) == step
+    (tmp_path / "manifest.json").write_text(json.dumps({"step": 7, "model": {**facts, "norm epsilon": 0.5}}))
+    with pytest.raises(CheckpointError, match=r"no checkpoint of model.path = .*norm epsilon 0.5 in place of"):
+        steps_of(tmp_path, config)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        ((), 84 * 2),
+        (("algorithm.epochs=3",), 84 * 3 * 2),
+        (("clipo.warmup_steps=14",), 84 * 2),  # the policy learns meanwhile, on the plain reward
+        (("clipo.warmup_steps=14", "clipo.warmup_policy=false"), 70 * 2),
+        (("clipo.warmup_policy=false", "clipo.enabled=false"), 84 * 2),
+        (("algorithm.name=ppo", "critic.warmup_steps=10"), 74 * 2),
+        (("algorithm.name=ppo", "critic.warmup_steps=10", "clipo.warmup_policy=false", "clipo.warmup_steps=3"), 74 * 2),
+        (
+            ("algorithm.name=ppo", "clipo.warmup_policy=false", "clipo.warmup_steps=14", "plugins=[{name: pipo}]"),
+            70 * 2 * 2,
+        ),
+    ],
+)
+def test_updates_are_those_of_the_steps_in_which_the_policy_learns(small, overrides, expected):
+    plugins = [f"algorithm.{each}" if each.startswith("plugins") else each for each in overrides]
+    config = load(small[0], ["train.steps=84", "algorithm.kl.coefficient=0", *plugins])
+    algorithm, learned = build_algorithm(config), 0
+    for _ in range(config.train.steps):
+        learned += algorithm.policy_learns
+        algorithm.after_update(None)
+    per_step = config.algorithm.epochs * config.algorithm.mini_batches * (1 + algorithm.replays)
+    assert policy_updates(config, algorithm) == learned * per_step == expected
+
+
+def test_libraries_are_quiet_and_others_are_heard(monkeypatch):
+    monkeypatch.setattr(sys, "warnoptions", [])
+    with warnings.catch_warnings(record=True) as heard:
+        warnings.simplefilter("always")
+        quiet_libraries()
+        apex = "Apex is not installed. Falling back to Torch Norm"
+        for module, message in [
+            ("megatron.core.models.backends", apex),
+            ("somebody.else", apex),
+            ("megatron.core.models.backends", "The weights are on fire"),
+            ("torch.distributed.c10d_logger", "`torch.distributed.reduce_scatter_tensor` is deprecated. Please"),
+            ("torch.distributed.c10d_logger", "`torch.distributed` is not what it was"),
+        ]:
+            warnings.warn_explicit(message, UserWarning, f"{module}.py", 1, module=module)
+    assert [str(each.message) for each in heard] == [
+        apex,
+        "The weights are on fire",
+        "`torch.distributed` is not what it was",
+    ]
+    assert len(NOISE) < 12
