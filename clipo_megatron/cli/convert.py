@@ -1,4 +1,4 @@
-"""`clipo convert`: its arguments and help, and what each command does. Imports torch only when something is done."""
+"""`clipo convert`: its three commands. Imports torch only when something is converted or compared."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
-_CONVERT = """\
+DESCRIPTION = """\
 Move weights between Hugging Face folders and Megatron checkpoints, exactly, in any layout, and prove it.
 
   to-megatron  Hugging Face folder -> checkpoint that training starts from (model.path) in any layout
@@ -25,7 +25,7 @@ Move weights between Hugging Face folders and Megatron checkpoints, exactly, in 
 Conversions run on a CPU, in one process or under torchrun, and need memory for a few tensors, not for the model. A
 conversion that was stopped or killed goes on when the same command is given again; nothing is ever overwritten.
 """
-_CONVERT_EXAMPLES = """\
+EXAMPLES = """\
 examples:
   clipo convert to-megatron Qwen3-8B checkpoints/qwen3-8b --tp 4 --pp 2
   clipo convert to-hf runs/demo/checkpoints/step_000200 release
@@ -75,17 +75,15 @@ examples:
 """
 
 
-def add_arguments(convert: argparse.ArgumentParser) -> None:
-    """Give a parser `clipo convert`'s commands."""
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     plain = argparse.RawDescriptionHelpFormatter
-    convert.description, convert.epilog, convert.formatter_class = _CONVERT, _CONVERT_EXAMPLES, plain
-    commands = convert.add_subparsers(title=argparse.SUPPRESS, metavar="COMMAND", required=True)
+    commands = parser.add_subparsers(title=argparse.SUPPRESS, metavar="COMMAND", required=True)
 
     def command(
         name: str, text: str, examples: str, run: Callable[[argparse.Namespace], int]
     ) -> argparse.ArgumentParser:
         parser = commands.add_parser(name, description=text, epilog=examples, formatter_class=plain)
-        parser.set_defaults(run=run)
+        parser.set_defaults(convert=run)
         return parser
 
     parser = command("to-megatron", _TO_MEGATRON, _TO_MEGATRON_EXAMPLES, _to_megatron)
@@ -121,6 +119,10 @@ def add_arguments(convert: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
+def run(options: argparse.Namespace) -> int:
+    return options.convert(options)
+
+
 def _add_common(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=DTYPES, help="cast to it on the way; default: as it is")
     parser.add_argument("--threads", metavar="N", type=_count, help="that read and write at once; default up to 4")
@@ -140,7 +142,7 @@ def _to_megatron(options: argparse.Namespace) -> int:
 
         # A checkpoint is no source: ToMegatron says so.
         kind = ToMegatron if has_weights(options.source) or is_checkpoint(options.source) else FromConfig
-    return _run(options, kind(options.source, _target(options), division=division, dtype=_dtype(options.dtype)))
+    return _convert(options, kind(options.source, _target(options), division=division, dtype=_dtype(options.dtype)))
 
 
 def _to_hf(options: argparse.Namespace) -> int:
@@ -156,10 +158,10 @@ def _to_hf(options: argparse.Namespace) -> int:
     )
     if conversion.dropped and _leads():
         print(f"left out, computed from config.json: {', '.join(conversion.dropped)}")
-    return _run(options, conversion)
+    return _convert(options, conversion)
 
 
-def _run(options: argparse.Namespace, conversion: Conversion) -> int:
+def _convert(options: argparse.Namespace, conversion: Conversion) -> int:
     if options.dry_run:
         from clipo_megatron.conversion import dry_run
 

@@ -1,7 +1,8 @@
-"""What this machine has, and what a run would use of it."""
+"""`clipo doctor`: what this machine has, and what a run would use of it."""
 
 from __future__ import annotations
 
+import argparse
 import os
 import platform as host
 import shutil
@@ -15,10 +16,11 @@ from rich.console import Console
 from rich.table import Table
 
 from clipo_megatron.runtime.launch import cores, from_environment
-from clipo_megatron.runtime.platform import platform
 from clipo_megatron.serving.environment import RECIPES, Recipe
-from clipo_megatron.serving.gpus import gpus as _gpus
+from clipo_megatron.serving.gpus import gpus
 
+DESCRIPTION = "What this machine has, and what a run would use of it."
+EXAMPLES = ""
 GIB = 2**30
 NEEDED = ("torch", "megatron-core", "transformers", "omegaconf", "math-verify", "reasoning-gym")
 OPTIONAL = {
@@ -36,6 +38,15 @@ class Finding:
     what: str
     value: str
     remark: str = ""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The command takes none."""
+
+
+def run(_options: argparse.Namespace) -> int:
+    examine()
+    return 0
 
 
 def examine(console: Console | None = None) -> None:
@@ -64,16 +75,18 @@ def _machine() -> list[Finding]:
     def found(what: str, value: str, remark: str = "") -> Finding:
         return Finding("machine", what, value, remark)
 
+    from clipo_megatron.runtime.platform import platform
+
     memory, disk = psutil.virtual_memory(), shutil.disk_usage(Path.cwd())
-    gpus, reason = _gpus()
-    unused = "but this torch cannot use them; install its GPU build" if gpus and not platform().has_gpu else ""
+    found_gpus, reason = gpus()
+    unused = "but this torch cannot use them; install its GPU build" if found_gpus and not platform().has_gpu else ""
     return [
         found("Python", host.python_version(), sys.executable),
         found("system", f"{host.system()} {host.release()}, {host.machine()}"),
         found("cores", str(cores()), f"of {os.cpu_count()}" if cores() != os.cpu_count() else ""),
         found("memory", f"{memory.total / GIB:.0f} GiB", f"{memory.available / GIB:.0f} GiB available"),
         found("disk", f"{disk.free / GIB:.0f} GiB free", f"in {Path.cwd()}"),
-        *([found("GPU", gpu, unused) for gpu in gpus] or [found("GPU", "none", reason)]),
+        *([found("GPU", gpu, unused) for gpu in found_gpus] or [found("GPU", "none", reason)]),
     ]
 
 
@@ -96,7 +109,7 @@ def version(distribution: str) -> str | None:
 
 def _servers() -> list[Finding]:
     """Whether `clipo serve` can run each engine here, and with what."""
-    on_cpu = not _gpus()[0]
+    on_cpu = not gpus()[0]
     return [Finding("servers", recipe.name, *_engine(recipe, on_cpu)) for recipe in RECIPES.values()]
 
 
@@ -128,6 +141,8 @@ def _launchers() -> list[Finding]:
 
 
 def _would_be_used() -> list[Finding]:
+    from clipo_megatron.runtime.platform import platform
+
     here = platform()
     engine = here.has_gpu and _importable("transformer_engine")
     choices = {

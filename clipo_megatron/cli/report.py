@@ -7,7 +7,7 @@ import json
 import time
 from pathlib import Path
 
-_DESCRIPTION = """\
+DESCRIPTION = """\
 One HTML page about one or several runs: what differs, held-out accuracy with intervals, curves, what CLIPO did to the
 representation, pairs of rollouts with their texts, and where the time goes. It needs nothing else and no network.
 
@@ -15,7 +15,7 @@ RUN is the folder that a run writes to, its train.output; it may still be going.
 drawn as one line with a band, and are a group. Every group is held against the first one, or against the one of
 --against. Traced steps are also written beside the page, for chrome://tracing or Perfetto.
 """
-_EXAMPLES = """\
+EXAMPLES = """\
 examples:
   clipo report runs/quickstart
   clipo report runs/grpo-* runs/clipo-* -o compared.html
@@ -24,9 +24,6 @@ examples:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Options of the command."""
-    parser.description, parser.epilog = _DESCRIPTION, _EXAMPLES
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("runs", metavar="RUN", nargs="+", type=Path, help="folder of a run")
     parser.add_argument(
         "-o", "--out", type=Path, default=Path("report.html"), help="page to write; default report.html"
@@ -36,10 +33,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help="group that the others are held against, as the page calls it; default: the first",
     )
-    parser.set_defaults(run=_run)
 
 
-def _run(options: argparse.Namespace) -> int:
+def run(options: argparse.Namespace) -> int:
     from clipo_megatron.report.reading import PageError
 
     if options.out.is_dir():

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from clipo_megatron.config.schema import RunConfig
 
 _LONGEST_POLL_S = 30.0
-_SCALE = """\
+DESCRIPTION = """\
 Measure what more nodes give: submit the same run on several numbers of nodes, wait, and compare tokens a second a GPU.
 
 Weak scaling: prompts a step grow with the nodes, from data.prompts_per_step on the fewest. Strong scaling: they stay.
@@ -26,7 +26,7 @@ layout.dp follows the nodes, TP, PP and EP stay. Runs are short, evaluate nothin
 Everything lands in train.output/scale: scale.md, scale.json, and scale.svg where matplotlib is installed. Called again,
 it measures only what is missing; Ctrl-C leaves the jobs in the queue.
 """
-_EXAMPLES = """\
+EXAMPLES = """\
 examples:
   clipo scale run.yaml --nodes 1,2,4,8 --gpus-per-node 8 --time 1:00:00
   clipo scale run.yaml --nodes 2,4,8 --server-nodes 1,2,4 --gpus-per-node 8 --kind weak
@@ -37,9 +37,6 @@ examples:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Give a parser `clipo scale`'s arguments."""
-    parser.description, parser.epilog = _SCALE, _EXAMPLES
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("config", metavar="CONFIG", help="YAML file, the one that training gets")
     parser.add_argument("overrides", metavar="key=value", nargs="*", help="settings that win over the file")
     parser.add_argument("--nodes", metavar="N,N", help="numbers of nodes that train, such as 1,2,4,8")
@@ -54,7 +51,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--collect", action="store_true", help="submit nothing; show what is measured")
     parser.add_argument("--dry-run", action="store_true", help="show and check the ladder, and submit nothing")
     add_resources(parser)
-    parser.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace) -> int:

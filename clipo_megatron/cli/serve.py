@@ -1,13 +1,15 @@
-"""`clipo serve`: from a configuration to running servers."""
+"""`clipo serve`: runs the servers that generate for a training."""
 
 from __future__ import annotations
 
+import argparse
 import os
 import shlex
 from dataclasses import replace
 from pathlib import Path
 
 from clipo_megatron.config.errors import ConfigError
+from clipo_megatron.config.load import load
 from clipo_megatron.config.schema import EngineKind, RunConfig
 from clipo_megatron.rollout.servers.registry import FOLDER, Registry, ServerRecord, Status
 from clipo_megatron.runtime.ports import free_port
@@ -17,6 +19,34 @@ from clipo_megatron.serving.gpus import gpus
 from clipo_megatron.serving.probes import Probe
 from clipo_megatron.serving.process import REDACTED
 from clipo_megatron.serving.supervisor import Patience, Supervisor, Wanted, host_name, only_one
+
+DESCRIPTION = """\
+Run the servers that generate for the training that CONFIG describes, until Ctrl-C.
+
+They are started as `model`, `rollout` and `serve` say, with any further options of the sections `sglang` and `vllm`,
+registered in train.output/servers, where `clipo train` finds them, and started again when they die or hang. Their logs
+are in train.output/logs. On a machine without a GPU the engine gets an environment of its own, once.
+"""
+EXAMPLES = """\
+examples:
+  clipo serve run.yaml rollout.engine=sglang serve.servers=2
+  clipo serve run.yaml --check                  show the command lines, and start nothing
+  clipo serve run.yaml serve.tp=4 sglang.mem_fraction_static=0.8 serve.python=envs/sglang/bin/python
+  CLIPO_API_KEY=... clipo serve run.yaml serve.host=0.0.0.0
+
+Train with the same file and overrides: clipo train run.yaml rollout.engine=sglang
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("config", metavar="CONFIG", help="YAML file, the one that training gets")
+    parser.add_argument("overrides", metavar="key=value", nargs="*", help="settings that win over the file")
+    parser.add_argument("--check", action="store_true", help="print what would be started, and start nothing")
+
+
+def run(options: argparse.Namespace) -> int:
+    config = load(options.config, options.overrides)
+    return report_check(config) if options.check else serve(config)
 
 
 def serve(config: RunConfig) -> int:

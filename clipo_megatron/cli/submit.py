@@ -7,7 +7,7 @@ from pathlib import Path
 
 from clipo_megatron.slurm.resources import JobKind, Resources
 
-_SUBMIT = """\
+DESCRIPTION = """\
 Submit CONFIG to Slurm as a job that comes back by itself: some minutes before its walltime, or when it is preempted,
 the ranks save and the job queues again; ranks that die are started again from the newest checkpoint.
 
@@ -15,7 +15,7 @@ The configuration is checked for so many ranks, and against the plan's memory of
 The job's folder, train.output/jobs/N, has the script, the resolved configuration, the commit, the environment, and the
 logs by rank. With a server engine the job runs `clipo serve` too: on --server-nodes, or beside the ranks.
 """
-_EXAMPLES = """\
+EXAMPLES = """\
 examples:
   clipo submit run.yaml --nodes 4 --gpus-per-node 8 --time 24:00:00
   clipo submit run.yaml --nodes 4 --server-nodes 2 --gpus-per-node 8 --partition gpu --account me rollout.engine=sglang
@@ -31,9 +31,6 @@ good; scontrol requeue JOB requeues it at once; scancel JOB ends it. Then the sa
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Give a parser `clipo submit`'s arguments."""
-    parser.description, parser.epilog = _SUBMIT, _EXAMPLES
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("config", metavar="CONFIG", help="YAML file, the one that training gets")
     parser.add_argument("overrides", metavar="key=value", nargs="*", help="settings that win over the file")
     parser.add_argument("--nodes", metavar="N", type=int, required=True, help="nodes that train")
@@ -42,7 +39,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--job", choices=[kind.value for kind in JobKind], default="train", help="default train")
     parser.add_argument("--target", metavar="FOLDER", type=Path, help="of a conversion")
     parser.add_argument("--dry-run", action="store_true", help="check, print the script, and submit nothing")
-    parser.set_defaults(run=run)
 
 
 def add_resources(parser: argparse.ArgumentParser) -> None:

@@ -13,7 +13,7 @@ from clipo_megatron.algorithms.hook import Signal
 from clipo_megatron.algorithms.methods.registry import BASELINES, PLUGINS, max_refill_rounds
 from clipo_megatron.checks.methods import method_problems
 from clipo_megatron.cli import main as cli
-from clipo_megatron.cli.settings import listing
+from clipo_megatron.cli.methods import listing
 from clipo_megatron.config.errors import spell
 from clipo_megatron.config.load import load, typed_options
 from clipo_megatron.config.schema import PluginConfig, RunConfig

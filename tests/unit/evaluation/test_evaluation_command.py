@@ -16,7 +16,7 @@ from clipo_megatron.evaluation.results import Evaluation, EvaluationSettings, Pr
 
 
 def target_of(*words):
-    options, rest = cli._parse(["eval", *map(str, words)]), None
+    options, rest = cli.parse(["eval", *map(str, words)]), None
     assert rest is None
     return find_target(options), words_of(options)
 

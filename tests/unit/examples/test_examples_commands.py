@@ -52,7 +52,7 @@ def commands(page: str) -> list[list[str]]:
 
 def understood(words: list[str], recipe: str) -> RunConfig | None:
     """The configuration that a `clipo` command means; overrides of a run's folder are those of its recipe."""
-    options = cli._parse(words[1:])
+    options = cli.parse(words[1:])
     if not hasattr(options, "config"):
         return None
     given = options.config if options.config.endswith(".yaml") else recipe

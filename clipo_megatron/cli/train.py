@@ -1,0 +1,84 @@
+"""`clipo train`: trains a model, or checks everything that can be checked beforehand."""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING
+
+from clipo_megatron.cli.ranks import on_ranks
+
+if TYPE_CHECKING:
+    from clipo_megatron.config.schema import RunConfig
+    from clipo_megatron.runtime.launch import Launch
+
+DESCRIPTION = """\
+Train a model as CONFIG, a YAML file, says. `key=value` overrides settings; values are YAML.
+
+Without a launcher, a layout of several ranks is started on this machine, and Ctrl-C ends the run after its step.
+Under torchrun or srun this process is one of the ranks.
+"""
+EXAMPLES = """\
+examples:
+  clipo train run.yaml
+  clipo train run.yaml layout.pp=2 clipo.weight=0.1 name=weak-bonus
+  clipo train run.yaml 'data.train=[{path: train.parquet, suffix: " Think."}]' data.train[0].size=1000
+  clipo train run.yaml model.system_prompt= reward.by_source='{my/set: math}' --check
+
+`clipo settings` lists every key.
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("config", metavar="CONFIG", help="YAML file")
+    parser.add_argument("overrides", metavar="key=value", nargs="*", help="settings that win over the file")
+    parser.add_argument("--check", action="store_true", help="check everything that can be checked, and train nothing")
+
+
+def run(options: argparse.Namespace) -> int:
+    from clipo_megatron.checks.run import check
+    from clipo_megatron.config.load import load
+    from clipo_megatron.runtime import launch
+
+    place = launch.from_environment()
+    config = load(options.config, options.overrides)
+    check(config, ranks=place.world if place else None)
+    if options.check:
+        return _report(config, place)
+
+    def work() -> None:
+        from clipo_megatron.training.trainer import run
+
+        run(config)
+
+    words = ["train", options.config, *options.overrides]
+    return on_ranks(options, config, place, work, words, restarts=config.faults.restarts)
+
+
+def _report(config: RunConfig, place: Launch | None) -> int:
+    """Read the data and print what the run would do."""
+    from clipo_megatron.checks.run import data_parallel, requested_ranks
+    from clipo_megatron.data.sources import DataError, overlap, read_all, without
+
+    found, held_out = read_all(config.data.train), read_all(config.data.eval)
+    train = without(found, held_out) if config.data.hold_out else found
+    if not train:
+        raise DataError(
+            f"all {len(found)} training problems are also held out, and data.hold_out leaves those out of training. "
+            "Give other problems, or set data.hold_out=false."
+        )
+    if place is not None and place.rank != 0:
+        return 0
+    layout, ranks = config.layout, place.world if place else requested_ranks(config.layout)
+    replicas = data_parallel(layout, ranks)
+    print(f"{config.name}: the configuration is sound.")
+    print(f"  ranks     {ranks} = tp {layout.tp} x pp {layout.pp} x dp {replicas}")
+    prompts, samples = config.data.prompts_per_step, config.rollout.samples_per_prompt
+    print(f"  a step    {prompts} prompts x {samples} samples = {prompts * samples} rollouts")
+    epochs = config.train.steps * prompts / len(train)
+    print(f"  training  {len(train)} problems, {config.train.steps} steps = {epochs:.3g} epochs")
+    shared = f", {overlap(train, held_out)} of them also trained on" if held_out else ""
+    left_out = len(found) - len(train)
+    shared += f"; {left_out} training problems are among them and left out" if left_out else ""
+    print(f"  held out  {len(held_out)} problems{shared}")
+    print(f"  output    {config.train.output}")
+    return 0

@@ -1,0 +1,131 @@
+"""What `clipo plan` shows: the configured layout or those found, as tables or as JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from clipo_megatron.config.schema import RunConfig
+from clipo_megatron.planning.hardware import Assumptions, Hardware
+from clipo_megatron.planning.layouts import LayoutPlan
+from clipo_megatron.planning.parameters import active_count, whole_count
+from clipo_megatron.weights.spec import ModelSpec
+
+SHOWN = 5  # layouts shown for each number of GPUs
+
+
+def print_plan(
+    console: Console,
+    config: RunConfig,
+    spec: ModelSpec,
+    own: LayoutPlan | None,
+    searched: dict[int, list[LayoutPlan]],
+    hardware: Hardware,
+    assume: Assumptions,
+) -> None:
+    whole = whole_count(spec)
+    active = f", {active_count(spec) / 1e9:.1f} B of them for each token" if spec.experts else ""
+    console.print(f"{config.name}: {Path(config.model.path).name}, {whole.total / 1e9:.2f} B parameters{active}")
+    console.print(
+        f"{hardware.name}: {hardware.memory_bytes / 1e9:.0f} GB, {hardware.flops / 1e12:.0f} TFLOP/s, "
+        f"{hardware.gpus_per_node} a node; assumed: "
+        + ", ".join(f"{name}={value:g}" for name, value in asdict(assume).items()),
+        style="dim",
+        highlight=False,
+    )
+    if own is not None:
+        _print_configured(console, own)
+    for gpus, plans in searched.items():
+        _print_layouts(console, gpus, plans)
+
+
+def _print_configured(console: Console, own: LayoutPlan) -> None:
+    division = own.division
+    console.print(
+        f"\n{own.gpus} GPUs: tp {division.tp} x pp {division.pp} x dp {own.dp}"
+        + (f", ep {division.ep} x etp {division.expert_tp}" if division.ep > 1 else "")
+        + (", which also generate" if own.colocated else f", and {own.server_gpus} that generate")
+        + f"; servers of {own.server_tp}"
+    )
+    stage = max(range(division.pp), key=lambda each: own.trainer[each].total)
+    _print_column(console, f"GB on a GPU of stage {stage}, the fullest", own.trainer[stage].parts, 1e9)
+    server = {"weights": own.server.weights, "keys and values": own.server.cache, "reserve": own.server.reserve}
+    _print_column(console, "GB on a GPU of a server", server, 1e9)
+    phases = ("generate", "score", "update", "sync")
+    _print_column(console, "seconds of a step", {name: getattr(own.time, name) for name in phases}, 1.0)
+    console.print(
+        f"{own.time.tokens / 1e6:.2f} M tokens a step, {own.tokens_per_s_per_gpu:.0f} tokens/s a GPU; an update of the "
+        f"servers moves {own.time.sync_bytes / 1e9:.1f} GB"
+    )
+    for problem in own.problems:
+        console.print(f"does not fit: {problem}", style="red")
+    if own.fits:
+        console.print("fits", style="green")
+
+
+def _print_layouts(console: Console, gpus: int, plans: list[LayoutPlan]) -> None:
+    if not plans:
+        console.print(f"\n{gpus} GPUs: no layout fits. Try more GPUs, or smaller layout.max_tokens_per_microbatch.")
+        return
+    console.print(f"\n{gpus} GPUs: {len(plans)} layouts fit; the cheapest steps:")
+    table = Table(box=None, pad_edge=False)
+    for name in ("s/step", "generate", "train", "tokens/s/GPU", "GB trainer", "trainer", "servers"):
+        table.add_column(name, justify="left" if name in ("trainer", "servers") else "right")
+    for each in plans[:SHOWN]:
+        division = each.division
+        experts = f" ep {division.ep}" if division.ep > 1 else ""
+        table.add_row(
+            f"{each.time.total:.0f}",
+            f"{each.time.generate:.0f}",
+            f"{each.time.score + each.time.update:.0f}",
+            f"{each.tokens_per_s_per_gpu:.0f}",
+            f"{max(memory.total for memory in each.trainer) / 1e9:.1f}",
+            f"tp {division.tp} pp {division.pp} dp {each.dp}{experts}" + (" recompute" if each.recompute else ""),
+            f"{each.server_gpus // each.server_tp} x {each.server_tp}",
+        )
+    console.print(table, highlight=False)
+    console.print("the first of them: " + " ".join(plans[0].overrides), highlight=False)
+
+
+def _print_column(console: Console, title: str, values: Mapping[str, float], unit: float) -> None:
+    """Print a title, the values that are not zero in the unit, and the sum of all."""
+    console.print(f"{title}:", highlight=False)
+    table = Table(box=None, pad_edge=False, show_header=False)
+    table.add_column()
+    table.add_column(justify="right")
+    for name, value in values.items():
+        if value:
+            table.add_row(f"  {name}", f"{value / unit:.1f}")
+    table.add_row("  in all", f"{sum(values.values()) / unit:.1f}", style="bold")
+    console.print(table)
+
+
+def as_json(
+    spec: ModelSpec, own: LayoutPlan | None, searched: dict[int, list[LayoutPlan]], assume: Assumptions
+) -> dict[str, Any]:
+    return {
+        "parameters": whole_count(spec).total,
+        "active_parameters": active_count(spec),
+        "assumptions": asdict(assume),
+        "configured": None if own is None else _plan_as_json(own),
+        "layouts": {str(gpus): [_plan_as_json(each) for each in plans] for gpus, plans in searched.items()},
+    }
+
+
+def _plan_as_json(each: LayoutPlan) -> dict[str, Any]:
+    return {
+        "settings": each.overrides,
+        "gpus": each.gpus,
+        "server_gpus": each.server_gpus,
+        "fits": each.fits,
+        "problems": list(each.problems),
+        "trainer_bytes": [memory.parts for memory in each.trainer],
+        "server_bytes": asdict(each.server),
+        "seconds": {**asdict(each.time), "total": each.time.total},
+        "tokens_per_s_per_gpu": each.tokens_per_s_per_gpu,
+    }
