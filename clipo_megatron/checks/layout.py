@@ -1,4 +1,4 @@
-"""Cross-checks of a layout with a model: whether Megatron can divide it so."""
+"""Checks of the layout: with the ranks that were started, and whether it can divide the model."""
 
 from __future__ import annotations
 
@@ -7,6 +7,32 @@ from typing import Any
 
 from clipo_megatron.config.errors import ConfigProblem
 from clipo_megatron.config.schema import LayoutConfig
+
+
+def layout_problems(layout: LayoutConfig, ranks: int | None) -> Iterator[ConfigProblem]:
+    """Problems of a layout by itself, and with the number of `ranks` that were started; None: there are none yet."""
+    if layout.sequence_parallel and layout.tp == 1:
+        reason = "it shards the sequence over the tensor-parallel ranks, and layout.tp is 1"
+        yield ConfigProblem("layout.sequence_parallel", reason, "Set it to false, or layout.tp to 2 or more", True)
+    model = layout.tp * layout.pp
+    if ranks is None or model < 1:
+        return
+    if layout.dp is None and ranks % model:
+        yield ConfigProblem(
+            "",
+            f"{ranks} ranks were started, which tp * pp = {layout.tp} * {layout.pp} = {model} does not divide",
+            f"Start {_multiples(ranks, model)} ranks, or change layout.tp or layout.pp",
+            show_value=False,
+        )
+    elif layout.dp is not None and ranks != (needed := model * layout.dp):
+        reason = f"tp * pp * dp = {layout.tp} * {layout.pp} * {layout.dp} = {needed}, but {ranks} ranks were started"
+        remedy = f"Start {needed} ranks, or set layout.dp to null to use those there are"
+        yield ConfigProblem("layout.dp", reason, remedy, layout.dp)
+
+
+def _multiples(near: int, unit: int) -> str:
+    below, above = near // unit * unit, (near // unit + 1) * unit
+    return f"{below} or {above}" if below else str(above)
 
 
 def division_problems(layout: LayoutConfig, facts: dict[str, Any], replicas: int) -> Iterator[ConfigProblem]:
@@ -71,7 +97,7 @@ def _experts(layout: LayoutConfig, facts: dict[str, Any], replicas: int) -> Iter
                 )
         return
     if layout.ep < 1 or etp < 1 or layout.tp < 1:
-        return  # said elsewhere
+        return  # their ranges say so
     if count % layout.ep:
         valid = [size for size in range(1, count + 1) if count % size == 0]
         reason = f"it does not divide the model's {count} experts"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ipaddress
-import math
 import os
 from collections import Counter
 from collections.abc import Iterator
@@ -18,7 +17,6 @@ TRANSPORTS = {
     EngineKind.sglang: (Transport.broadcast, Transport.disk, Transport.ipc),
     EngineKind.vllm: (Transport.disk,),
 }
-LARGEST_CAP = 1e8  # importance weights are computed up to exp(20)
 LAST_PORT = 65535
 
 
@@ -122,17 +120,13 @@ def _host(url: str) -> str | None:
 def _asking(config: RunConfig) -> Iterator[ConfigProblem]:
     """What a step asks for beyond its quota, and what becomes of it."""
     rollout = config.rollout
-    key, asked = "rollout.over_sampling", rollout.over_sampling
-    if not (asked >= 1 and math.isfinite(asked)):
-        reason = "it is prompts asked for over prompts needed"
-        yield ConfigProblem(key, reason, "Set it to 1 (no over-sampling) or more; 1.2 to 2 are usual", asked)
     if rollout.unfinished is Unfinished.drop:
         return
     key, value = "rollout.unfinished", rollout.unfinished
     if rollout.engine is not EngineKind.sglang:
         reason = f"rollout.engine = {rollout.engine.value} does not carry interrupted rollouts over"
         yield ConfigProblem(key, reason, "Set it to drop, or rollout.engine to sglang", value)
-    elif asked == 1:
+    elif rollout.over_sampling == 1:
         reason = "nothing is ever unfinished: rollout.over_sampling is 1, so every prompt asked for is waited for"
         yield ConfigProblem(key, reason, "Set rollout.over_sampling above 1, or this to drop", value)
 
@@ -171,7 +165,7 @@ def _deadlines(config: RunConfig) -> Iterator[ConfigProblem]:
 
 def _serving(config: RunConfig) -> Iterator[ConfigProblem]:
     serve = config.serve
-    if not 0 <= serve.port <= LAST_PORT - max(serve.servers, 1) + 1:
+    if serve.port + serve.servers - 1 > LAST_PORT >= serve.port:
         reason = f"{serve.servers} servers take as many ports from there on, the last of which is {LAST_PORT}"
         yield ConfigProblem("serve.port", reason, "Set it to 0 for free ones, or lower", serve.port)
 
@@ -180,13 +174,10 @@ def _correction(config: RunConfig) -> Iterator[ConfigProblem]:
     correction = config.algorithm.correction
     if correction.kind is CorrectionKind.none:
         return
-    key = "algorithm.correction"
-    if not 1 <= correction.cap <= LARGEST_CAP:
-        reason = "a token that both sides find equally likely has weight 1, which must stay as it is"
-        yield ConfigProblem(f"{key}.cap", reason, f"Set it between 1 and {LARGEST_CAP:g}; 2 is usual", correction.cap)
+    key = "algorithm.correction.floor"
     if correction.kind is CorrectionKind.truncate and correction.floor != 0:
         remedy = "Set it to 0, or algorithm.correction.kind to mask"
-        yield ConfigProblem(f"{key}.floor", "weights are truncated at the cap alone", remedy, correction.floor)
-    elif not 0 <= correction.floor <= 1 or correction.floor >= correction.cap:
-        reason = "a token that both sides find equally likely has weight 1, which must lie between floor and cap"
-        yield ConfigProblem(f"{key}.floor", reason, "Set it between 0 and 1; 0.5 is usual", correction.floor)
+        yield ConfigProblem(key, "weights are truncated at the cap alone", remedy, correction.floor)
+    elif correction.floor >= correction.cap:
+        reason = f"it must lie below algorithm.correction.cap = {correction.cap:g}"
+        yield ConfigProblem(key, reason, "Lower it; 0.5 is usual", correction.floor)

@@ -169,9 +169,8 @@ def _settings_of(folder: Path, target: Path) -> Path:
 
 
 def _chosen(config: RunConfig, names: Sequence[str]) -> list[SourceConfig]:
-    from clipo_megatron.checks.run import source_name
 
-    known = {source_name(source): source for source in config.data.eval}
+    known = {source.label: source for source in config.data.eval}
     for name in names:
         if name not in known:
             raise EvaluationError(f"data.eval has no set {name!r}; it has {', '.join(known)}. Choose among these.")

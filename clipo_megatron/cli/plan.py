@@ -94,10 +94,9 @@ def run(options: argparse.Namespace) -> int:
 def _configured(
     config: RunConfig, spec: ModelSpec, hardware: Hardware, assume: Assumptions, critic: ModelSpec | None
 ) -> LayoutPlan:
-    from clipo_megatron.checks.run import requested_ranks
     from clipo_megatron.planning.layouts import judge, server_gpus_of
 
-    ranks = requested_ranks(config.layout)
+    ranks = config.layout.requested_ranks
     dp = ranks // (config.layout.tp * config.layout.pp)
     return judge(config, spec, dp, server_gpus_of(config, ranks), hardware, assume, critic=critic)
 

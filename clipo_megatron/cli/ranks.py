@@ -37,10 +37,9 @@ def on_ranks(
     Returns:
         The exit code.
     """
-    from clipo_megatron.checks.run import requested_ranks
     from clipo_megatron.runtime import launch
 
-    if place is None and (ranks := requested_ranks(config.layout)) > 1:
+    if place is None and (ranks := config.layout.requested_ranks) > 1:
         return _start_here(words, config, ranks, restarts=restarts)
     launch.adopt(place or launch.Launch(rank=0, world=1, local_rank=0))
     options.computing = True

@@ -69,11 +69,11 @@ def serve(config: RunConfig) -> int:
         python = environment.interpreter(config.rollout.engine.value, config.serve.python, gpus=len(found))
         wanted = [_wanted(config, place, python, key, folder) for place in places]
         patience = Patience(
-            start_s=config.serve.start_deadline_s,
+            start_s=config.serve.startup_timeout_s,
             health_timeout_s=config.serve.health_timeout_s,
             # An update may keep an engine busy for as long as updates may take.
             engine_silent_s=max(config.serve.health_timeout_s, config.rollout.sync.deadline_s),
-            restarts=config.serve.restarts,
+            restarts=config.serve.max_restarts,
         )
         secrets = [key] if key else []
         return Supervisor(wanted, Registry(folder / FOLDER), patience, secrets=secrets).run()
@@ -129,12 +129,6 @@ def _places(config: RunConfig, found: list[str]) -> list[ServerSlot]:
             f"model.path = {config.model.path}: there is no Hugging Face model folder. Give the path of one on this "
             "machine."
         )
-    for name, least in (("servers", 1), ("tp", 1), ("port", 0), ("restarts", 0)):
-        if getattr(serve, name) < least:
-            raise ConfigError(f"serve.{name} = {getattr(serve, name)}: it must be at least {least}. Raise it.")
-    for name in ("start_deadline_s", "health_timeout_s"):
-        if not getattr(serve, name) > 0:
-            raise ConfigError(f"serve.{name} = {getattr(serve, name)}: it must be a positive number. Raise it.")
     devices = _visible(len(found))
     needed = serve.servers * serve.tp
     if devices and needed > len(devices):

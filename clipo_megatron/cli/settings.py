@@ -8,7 +8,7 @@ from clipo_megatron.config.errors import ConfigError, spell
 from clipo_megatron.config.load import nearest_keys
 from clipo_megatron.config.reference import MANDATORY, Setting, settings
 
-DESCRIPTION = "Every setting, with its type, default and meaning."
+DESCRIPTION = "Every setting, with its type, range, default and meaning."
 EXAMPLES = """\
 examples:
   clipo settings                 all of them
@@ -31,8 +31,9 @@ def run(options: argparse.Namespace) -> int:
         section = setting.section
         default = "must be given" if setting.default == MANDATORY else f"default {spell(setting.default)}"
         print(f"{setting.key:<{width}}  {setting.type}; {default}")
-        if setting.comment:
-            print(f"{'':<{width}}  # {setting.comment}")
+        notes = [setting.comment, *(f"{value}: {meaning}" for value, meaning in setting.choices.items())]
+        for note in filter(None, notes):
+            print(f"{'':<{width}}  # {note}")
     return 0
 
 

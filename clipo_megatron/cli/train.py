@@ -51,12 +51,11 @@ def run(options: argparse.Namespace) -> int:
         run(config)
 
     words = ["train", options.config, *options.overrides]
-    return on_ranks(options, config, place, work, words, restarts=config.faults.restarts)
+    return on_ranks(options, config, place, work, words, restarts=config.faults.max_restarts)
 
 
 def _report(config: RunConfig, place: Launch | None) -> int:
     """Read the data and print what the run would do."""
-    from clipo_megatron.checks.run import data_parallel, requested_ranks
     from clipo_megatron.data.sources import DataError, overlap, read_all, without
 
     found, held_out = read_all(config.data.train), read_all(config.data.eval)
@@ -68,8 +67,8 @@ def _report(config: RunConfig, place: Launch | None) -> int:
         )
     if place is not None and place.rank != 0:
         return 0
-    layout, ranks = config.layout, place.world if place else requested_ranks(config.layout)
-    replicas = data_parallel(layout, ranks)
+    layout, ranks = config.layout, place.world if place else config.layout.requested_ranks
+    replicas = layout.replicas(ranks)
     print(f"{config.name}: the configuration is sound.")
     print(f"  ranks     {ranks} = tp {layout.tp} x pp {layout.pp} x dp {replicas}")
     prompts, samples = config.data.prompts_per_step, config.rollout.samples_per_prompt

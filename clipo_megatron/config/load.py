@@ -13,8 +13,9 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException, ValidationError
 
-from clipo_megatron.config import reference
+from clipo_megatron.config import reference, renamed
 from clipo_megatron.config.errors import ConfigError, ConfigProblem, spell
+from clipo_megatron.config.ranges import range_problems
 from clipo_megatron.config.schema import RunConfig
 
 # What the same thing is called elsewhere, for the nearest key of a setting that does not exist.
@@ -43,21 +44,30 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
 
     Values of overrides are YAML: `layout.tp=2`, `data.train=[{path: train.parquet}]`, `data.train[0].size=100`,
     `model.system_prompt=''`. Mappings merge into what is there; anything else replaces it. `${train.seed}` refers to
-    another setting. Relative paths of models, data and output are relative to the current directory.
+    another setting. Relative paths of models, data and output are relative to the current directory. Old names of
+    settings are read, and the new ones are said on stderr.
 
     Raises:
-        ConfigError: the file cannot be read or parsed, or a key or a type is wrong; all of these are listed at once.
+        ConfigError: the file cannot be read or parsed, a key or a type is wrong (all of these are listed at once), or
+            numbers are out of their range (likewise).
     """
     path = Path(path)
     content = _read(path)
-    problems: list[ConfigProblem] = []
+    problems = renamed.given_twice(renamed.keys_of(content))
+    problems += renamed.given_twice(override.partition("=")[0].strip() for override in overrides)
+    old_names = renamed.rename(content)
     for override in overrides:
         problems += _apply(content, override)
+        old_names |= renamed.rename(content)
     problems += _inspect(RunConfig, content, "")
     problems += _missing(content)
     if problems:
         raise ConfigError(problems, origin=str(path))
-    return _convert(content, origin=str(path))
+    config = _convert(content, origin=str(path))
+    if problems := list(range_problems(config)):
+        raise ConfigError(problems, origin=str(path))
+    renamed.announce(old_names)
+    return config
 
 
 def nearest_keys(key: str) -> list[str]:

@@ -1,15 +1,48 @@
-"""The range of a number, declared beside its field and read by checks, `--help` and docs alike. Imports no torch."""
+"""The range of a number, declared beside its field and read by checks, help and error messages. Imports no torch."""
 
 from __future__ import annotations
 
-from dataclasses import Field, field
+from collections.abc import Iterator
+from dataclasses import Field, dataclass, field, fields, is_dataclass
 from math import inf, isfinite
 from typing import Any
 
+from clipo_megatron.config.errors import ConfigProblem, spell
 
-def within(default: Any, least: float, most: float = inf) -> Any:
-    """A dataclass field whose value is a number from `least` to `most`, or null where its type allows that."""
-    return field(default=default, metadata={"least": least, "most": most})
+
+@dataclass(frozen=True, slots=True)
+class Range:
+    """The finite numbers between two bounds. Reads "at least 1", "above 0 and at most 1", "from 0 to 1"."""
+
+    least: float = -inf
+    most: float = inf
+    above: float = -inf
+    below: float = inf
+    because: str = ""  # why others make no sense, as a clause
+
+    def __contains__(self, number: float) -> bool:
+        return isfinite(number) and self.least <= number <= self.most and self.above < number < self.below
+
+    def __str__(self) -> str:
+        if isfinite(self.least) and isfinite(self.most):
+            return f"from {self.least:g} to {self.most:g}"
+        bounds = (("at least", self.least), ("above", self.above), ("at most", self.most), ("below", self.below))
+        return " and ".join(f"{word} {bound:g}" for word, bound in bounds if isfinite(bound))
+
+
+def within(
+    default: Any, least: float = -inf, most: float = inf, *, above: float = -inf, below: float = inf, because: str = ""
+) -> Any:
+    """A dataclass field whose value is a number from `least` to `most`, or null where its type allows that.
+
+    `above` and `below` are bounds that are no values themselves. `because` is added to the error message.
+    """
+    return field(default=default, metadata={"range": Range(least, most, above, below, because)})
+
+
+def range_of(declared: Field[Any]) -> Range | None:
+    """The range that a field was declared with."""
+    return declared.metadata.get("range")
 
 
 def range_violation(declared: Field[Any], value: Any) -> str | None:
@@ -19,9 +52,24 @@ def range_violation(declared: Field[Any], value: Any) -> str | None:
     """
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
-    least, most = declared.metadata.get("least", -inf), declared.metadata.get("most", inf)
-    if isfinite(value) and least <= value <= most:
+    bounds = range_of(declared)
+    if value in (bounds or Range()):
         return None
-    if not declared.metadata:
+    if bounds is None or not str(bounds):
         return "it must be a finite number"
-    return f"it must be from {least:g} to {most:g}" if most < inf else f"it must be at least {least:g}"
+    return f"it must be {bounds}" + (f": {bounds.because}" if bounds.because else "")
+
+
+def range_problems(section: Any, prefix: str = "") -> Iterator[ConfigProblem]:
+    """One problem for each number out of its range in a dataclass, in those inside it and in their lists."""
+    for each in fields(section):
+        key, value = f"{prefix}{each.name}", getattr(section, each.name)
+        if is_dataclass(value):
+            yield from range_problems(value, f"{key}.")
+        elif isinstance(value, list):
+            for index, entry in enumerate(value):
+                if is_dataclass(entry):
+                    yield from range_problems(entry, f"{key}[{index}].")
+        elif reason := range_violation(each, value):
+            remedy = "or set it to null" if each.default is None else f"the default is {spell(each.default)}"
+            yield ConfigProblem(key, reason, f"Correct it{',' if each.default is None else ';'} {remedy}", value)

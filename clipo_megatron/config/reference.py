@@ -1,10 +1,11 @@
-"""The settings as a table, read out of schema.py itself, so that help and error messages cannot go stale."""
+"""The settings as a table, read out of the schema itself, so that help and error messages cannot go stale."""
 
 from __future__ import annotations
 
 import ast
 import inspect
 import io
+import sys
 import tokenize
 import types
 import typing
@@ -14,7 +15,8 @@ from enum import Enum
 from functools import cache
 from typing import Any, Union
 
-from clipo_megatron.config import schema
+from clipo_megatron.config.ranges import Range, range_of
+from clipo_megatron.config.schema import RunConfig
 
 MANDATORY = "???"  # OmegaConf's mark of a value that has to be given
 
@@ -26,6 +28,7 @@ class Setting:
     key: str
     annotation: Any
     default: object  # MANDATORY when it has to be given
+    range: Range | None
     comment: str
 
     @property
@@ -35,14 +38,27 @@ class Setting:
 
     @property
     def type(self) -> str:
-        """In words: "a whole number", "one of grpo, dr_grpo", ..."""
-        return describe(self.annotation)
+        """In words, with the range: "a whole number, at least 1", "one of token, sequence, geometric"."""
+        words = describe(self.annotation)
+        if self.range is None:
+            return words
+        number, comma, null = words.partition(", or null")
+        return f"{number}, {self.range}{comma}{null}"
+
+    @property
+    def choices(self) -> dict[str, str]:
+        """What each value of a choice means; those without a comment are left out."""
+        inner = choices_by_name(self.annotation) or unwrap_optional(self.annotation)[0]
+        if not (isinstance(inner, type) and issubclass(inner, Enum)):
+            return {}
+        described = comments(sys.modules[inner.__module__])[inner.__name__]
+        return {str(each.value): text for each in inner if (text := described.get(each.name))}
 
 
 @cache
 def settings() -> tuple[Setting, ...]:
-    """Every setting, in the order of schema.py."""
-    return tuple(_walk(schema.RunConfig, ""))
+    """Every setting, in the order of the schema."""
+    return tuple(_walk(RunConfig, ""))
 
 
 @cache
@@ -110,7 +126,7 @@ def describe(annotation: Any) -> str:
 
 
 def _walk(section: type, prefix: str) -> Iterator[Setting]:
-    described = comments(schema)[section.__name__]
+    described = comments(sys.modules[section.__module__])[section.__name__]
     for item in fields(section):
         annotation, key = hints(section)[item.name], f"{prefix}{item.name}"
         if is_dataclass(annotation):
@@ -119,24 +135,34 @@ def _walk(section: type, prefix: str) -> Iterator[Setting]:
             yield from _walk(inner, f"{key}[].")
         else:
             default = item.default_factory() if item.default is MISSING else item.default
-            yield Setting(key, annotation, default, described.get(item.name, ""))
+            yield Setting(key, annotation, default, range_of(item), described.get(item.name, ""))
 
 
 @cache
 def comments(module: types.ModuleType) -> dict[str, dict[str, str]]:
-    """Trailing comment of every annotated field of a module's classes, by class and field name."""
+    """The comment of each field of a module's classes, by class and field name: behind the field, or right above it."""
     source = inspect.getsource(module)
-    by_line = {
-        token.start[0]: token.string.lstrip("# ").rstrip()
-        for token in tokenize.generate_tokens(io.StringIO(source).readline)
-        if token.type == tokenize.COMMENT
-    }
+    behind, alone = {}, {}
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type == tokenize.COMMENT:
+            lines = alone if token.line.lstrip().startswith("#") else behind
+            lines[token.start[0]] = token.string.lstrip("# ").rstrip()
+
+    def comment(item: ast.stmt) -> str:
+        first = item.lineno
+        while first - 1 in alone:
+            first -= 1
+        above = [alone[line] for line in range(first, item.lineno)]
+        return " ".join([*above, *([behind[item.end_lineno]] if item.end_lineno in behind else [])])
+
     return {
-        node.name: {
-            item.target.id: by_line.get(item.end_lineno or item.lineno, "")
-            for item in node.body
-            if isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name)
-        }
+        node.name: {name: comment(item) for item in node.body if (name := _field_name(item))}
         for node in ast.parse(source).body
         if isinstance(node, ast.ClassDef)
     }
+
+
+def _field_name(item: ast.stmt) -> str:
+    """The name that a statement of a class's body gives a value to, as a field or a member; "" for other statements."""
+    target = getattr(item, "target", None) or next(iter(getattr(item, "targets", ())), None)
+    return target.id if isinstance(target, ast.Name) else ""

@@ -14,7 +14,6 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
 
-from clipo_megatron.checks.run import source_name
 from clipo_megatron.config.schema import Perturbation, SourceConfig
 from clipo_megatron.data.perturbations import PerturbationError, perturb
 
@@ -45,7 +44,7 @@ def read_all(sources: Sequence[SourceConfig]) -> list[Row]:
     Raises:
         DataError: from any of them; two sources of one name.
     """
-    names = [source_name(source) for source in sources]
+    names = [source.label for source in sources]
     for name in names:
         if names.count(name) > 1:
             raise DataError(f"{names.count(name)} sources are called {name}: prompt ids derive from it. Name each.")
@@ -118,7 +117,7 @@ def _read_file(source: SourceConfig, path: Path) -> Iterator[Row]:
     readers = {".parquet": _parquet, ".jsonl": _jsonl}
     if path.suffix not in readers:
         raise DataError(f"{path} is neither *.parquet nor *.jsonl. Convert it to one of them.")
-    name = source_name(source)
+    name = source.label
     records = islice(readers[path.suffix](path), source.size)
     for number, (place, record) in enumerate(records):
         yield _row(record, id=f"{name}/{number}", place=place)
@@ -209,7 +208,7 @@ def _kind(value: Any) -> str:
 def _generate(source: SourceConfig) -> Iterator[Row]:
     from reasoning_gym.factory import DATASETS, create_dataset
 
-    generator, name = source.generator or "", source_name(source)
+    generator, name = source.generator or "", source.label
     if generator not in DATASETS:
         close = difflib.get_close_matches(generator, DATASETS, n=3, cutoff=0.5)
         remedy = f"Did you mean {' or '.join(close)}?" if close else f"There are {', '.join(sorted(DATASETS))}."

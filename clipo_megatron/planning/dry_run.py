@@ -9,7 +9,6 @@ from rich.console import Console
 from rich.table import Table
 
 from clipo_megatron.algorithms.clipo import ContrastiveHead
-from clipo_megatron.checks.run import requested_ranks
 from clipo_megatron.config.schema import RunConfig
 from clipo_megatron.planning.errors import PlanError
 from clipo_megatron.planning.hardware import Assumptions
@@ -59,7 +58,7 @@ def build_ranks(config: RunConfig, spec: ModelSpec, ranks: Iterable[int] | None 
     Raises:
         PlanError: there is no such rank, or Megatron cannot build it.
     """
-    world, division = requested_ranks(config.layout), ParallelDivision.of(config.layout)
+    world, division = config.layout.requested_ranks, ParallelDivision.of(config.layout)
     dp = world // (division.tp * division.pp)
     memory = trainer_memory(config, spec, division, dp, Assumptions())
     head = _built_head(config, spec)
@@ -134,7 +133,7 @@ def report(config: RunConfig, spec: ModelSpec, ranks: Sequence[int] | None, cons
         )
     dtype = str(TORCH_DTYPE[config.model.dtype]).removeprefix("torch.")
     console.print(
-        f"\nbuilt {len(found)} of {requested_ranks(config.layout)} ranks without memory, weights in {dtype}; "
+        f"\nbuilt {len(found)} of {config.layout.requested_ranks} ranks without memory, weights in {dtype}; "
         "parameters of each:",
         highlight=False,
     )

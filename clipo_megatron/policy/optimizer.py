@@ -84,7 +84,7 @@ class PolicyOptimizer:
             min_lr=config.min_learning_rate,
             lr_warmup_steps=config.warmup_steps,
             lr_decay_steps=max(total_steps, config.warmup_steps + 1),
-            lr_decay_style=config.schedule,
+            lr_decay_style=config.schedule.value,
             start_wd=config.weight_decay,
             end_wd=config.weight_decay,
             wd_incr_steps=total_steps,

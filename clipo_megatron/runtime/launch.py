@@ -198,7 +198,7 @@ def supervise_again(
             if failures > restarts:
                 raise
             attempt += 1
-            say(f"clipo: {error}\nStarting the ranks again (restart {attempt}, faults.restarts = {restarts}).")
+            say(f"clipo: {error}\nStarting the ranks again (restart {attempt}, faults.max_restarts = {restarts}).")
 
 
 class _Supervision:

@@ -6,7 +6,6 @@ from dataclasses import replace
 from pathlib import Path
 
 from clipo_megatron.checks.run import check as check_config
-from clipo_megatron.checks.run import data_parallel
 from clipo_megatron.config.schema import EngineKind, RunConfig
 from clipo_megatron.planning.architecture import find_architecture, find_critic
 from clipo_megatron.planning.errors import PlanError
@@ -91,7 +90,7 @@ def _check_memory(
     if hardware not in HARDWARE:
         raise PlanError(f"hardware {hardware!r} is not in the table; it has {', '.join(HARDWARE)}")
     spec, _ = find_architecture(config.model.path, config_file)
-    dp = data_parallel(config.layout, resources.ranks)
+    dp = config.layout.replicas(resources.ranks)
     if config.rollout.engine is EngineKind.local:
         # the plan knows servers only: that of one GPU stands for the model inside each rank
         planned = replace(config, rollout=replace(config.rollout, engine=EngineKind.sglang, colocated=True))

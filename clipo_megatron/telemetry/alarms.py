@@ -66,7 +66,7 @@ def stop_on_skips(report: StepReport, skips: int) -> None:
         if in_a_row > skips:
             raise NonFiniteError(
                 f"step {report.step}: the last {in_a_row:.0f} updates were skipped because loss or gradient was not "
-                f"finite (optimizer.skips = {skips}; {room}/loss is "
+                f"finite (optimizer.max_skipped_updates = {skips}; {room}/loss is "
                 f"{report.metrics.get(f'{room}/loss', math.nan):g}, {room}/grad_norm "
                 f"{report.metrics.get(f'{room}/grad_norm', math.nan):g}). Nothing skipped has changed the weights. "
                 f"Look at the model's dtype, {rate} and the rollouts of these steps; the same command goes on from the "

@@ -88,7 +88,7 @@ class Reporter:
                     f"warning: step {report.step}: loss or gradient of the {owner} was not finite; {count:.0f} of its "
                     "updates skipped"
                 )
-        stop_on_skips(report, self.config.optimizer.skips)
+        stop_on_skips(report, self.config.optimizer.max_skipped_updates)
         if ungraded := report.metrics.get("reward/ungraded"):
             self.say(f"warning: step {report.step}: {ungraded:.1%} of the answers could not be graded")
         found = alarms(report, self.config.report)

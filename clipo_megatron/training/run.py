@@ -221,7 +221,7 @@ class Run(Session):
             accuracy=self.reporter.accuracies,
             asynchronous=settings.asynchronous,
             deadline_s=settings.deadline_s,
-            failures=settings.failures,
+            failures=settings.max_failed_saves,
         )
         for optimizer in (actor.optimizer, *([critic.optimizer] if critic else [])):
             optimizer.pre_mutation_hook = checkpoints.settle

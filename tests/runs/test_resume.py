@@ -248,7 +248,7 @@ def test_starting_over_mixes_nothing(small_config, undisturbed, tmp_path):
 
 def test_a_frozen_rank_is_named_and_the_ranks_start_again(small_config, undisturbed_pp2, tmp_path):
     output = tmp_path / "run"
-    run = SmallRun(small_config, output, PP2, "faults.heartbeat_timeout_s=4", "faults.restarts=1")
+    run = SmallRun(small_config, output, PP2, "faults.heartbeat_timeout_s=4", "faults.max_restarts=1")
     run.wait_for((output / "checkpoints" / f"step_{EVERY:06d}").exists, f"the checkpoint of step {EVERY}")
     ranks = [pid for pid in run.pids() if b"clipo_megatron.cli" in Path(f"/proc/{pid}/cmdline").read_bytes()]
     frozen = next(pid for pid in ranks if b"\0RANK=1\0" in b"\0" + Path(f"/proc/{pid}/environ").read_bytes())
@@ -258,6 +258,6 @@ def test_a_frozen_rank_is_named_and_the_ranks_start_again(small_config, undistur
     assert f"clipo: rank 0: rank 1 of 2 (process {frozen} on " in said
     assert "has given no sign of life for" in said and "(faults.heartbeat_timeout_s = 4). The attempt ends" in said
     assert "Rank 0 of 2 ended with exit code 70" in said
-    assert "Starting the ranks again (restart 1, faults.restarts = 1)." in said
+    assert "Starting the ranks again (restart 1, faults.max_restarts = 1)." in said
     assert "resumed from" in said
     assert_same_run(output, undisturbed_pp2)

@@ -37,10 +37,10 @@ def test_losses_that_are_not_finite_change_nothing_and_end_the_run(small_config,
     output = tmp_path / "run"
     odd = ("reward.correct_reward=1.0e300", "algorithm.mini_batches=1")  # more than a float32 holds
     quick = ("checkpoint.every=1", "data.eval=[]", "clipo.enabled=false", "algorithm.kl.coefficient=0")
-    run = SmallRun(small_config, output, *odd, *quick, "optimizer.skips=1").wait(2)
+    run = SmallRun(small_config, output, *odd, *quick, "optimizer.max_skipped_updates=1").wait(2)
     said = " ".join(run.said.split())
     assert "warning: step 0: loss or gradient of the policy was not finite; 1 of its updates skipped" in said
-    assert "step 1: the last 2 updates were skipped because loss or gradient was not finite (optimizer.skips" in said
+    assert "step 1: the last 2 updates were skipped because loss or gradient was not finite (optimizer.max_skipped_updates" in said
     first, second = metrics(output)
     assert [first["policy/skipped_in_a_row"], second["policy/skipped_in_a_row"]] == [1.0, 2.0]
     assert first["policy/loss"] is None and second["policy/update_skipped"] == 1.0

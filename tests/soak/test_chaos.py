@@ -21,7 +21,7 @@ PATIENCE = (
     "rollout.sync.deadline_s=40",
     "layout.distributed_timeout_s=900",
     "serve.health_timeout_s=10",
-    "serve.restarts=8",
+    "serve.max_restarts=8",
 )
 
 

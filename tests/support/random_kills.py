@@ -22,7 +22,13 @@ from pathlib import Path
 
 from small_runs import SmallRun, assert_same_run, metrics, write_config, write_model
 
-PACE = ("checkpoint.every=2", "checkpoint.keep=3", "eval.every=4", "faults.restarts=4", "faults.heartbeat_timeout_s=20")
+PACE = (
+    "checkpoint.every=2",
+    "checkpoint.keep=3",
+    "eval.every=4",
+    "faults.max_restarts=4",
+    "faults.heartbeat_timeout_s=20",
+)
 LONGEST_S = 4.0  # between the start of a run's work and a kill
 PATIENCE_S = 600.0
 

@@ -95,7 +95,7 @@ def test_restarts_are_bounded_and_progress_counts_anew():
         supervise_again(start, restarts=2, progress=lambda: next(reached), say=said.append)
     # got further, did not, got further, did not, did not: the third in a row is one too many
     assert attempts == [0, 1, 2, 3, 4]
-    assert "attempt 0 broke" in said[0] and "restart 1, faults.restarts = 2" in said[0]
+    assert "attempt 0 broke" in said[0] and "restart 1, faults.max_restarts = 2" in said[0]
     with pytest.raises(RankError):
         supervise_again(start, restarts=0, progress=lambda: 0, say=said.append)
     assert supervise_again(lambda attempt: 130, restarts=2, progress=lambda: 0) == 130

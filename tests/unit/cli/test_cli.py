@@ -72,7 +72,7 @@ def test_settings_show_everything(capsys):
 def test_settings_of_one_section(capsys):
     assert cli.main(["settings", "algorithm.kl"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].split() == ["algorithm.kl.coefficient", "a", "number;", "default", "0.0"]
+    assert lines[0].split() == ["algorithm.kl.coefficient", "a", "number,", "at", "least", "0;", "default", "0.0"]
     assert all(line.startswith(("algorithm.kl.", " ")) for line in lines)
     assert cli.main(["settings", "algoritm"]) == 2
     assert "Did you mean algorithm?" in capsys.readouterr().err

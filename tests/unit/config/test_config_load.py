@@ -9,6 +9,7 @@ import pytest
 from clipo_megatron.config import reference
 from clipo_megatron.config.errors import ConfigError
 from clipo_megatron.config.load import load, nearest_keys
+from clipo_megatron.config.renamed import RENAMED
 from clipo_megatron.config.schema import DType, GraderMode, Level, RunConfig, SourceConfig
 
 MODEL = "model: {path: some/model}\n"
@@ -106,6 +107,7 @@ def test_nearest_key(key, nearest):
         ("rollout.temperature=[1]", ["a number was expected"]),
         ("clipo.enabled=3", ["clipo.enabled = 3", "true or false was expected"]),
         ("clipo.loss=inonce", ["one of infonce, supcon_out, supcon_in, soft_nn", "Did you mean infonce?"]),
+        ("optimizer.schedule=cosin", ["one of constant, linear, cosine", "Did you mean cosine?"]),
         ("reward.by_source.x=mth", ["reward.by_source.x = mth", "Did you mean math?"]),
         ("name=no", ["name = false", "Put it in quotes"]),
         ("clipo=3", ["clipo = 3", "a section"]),
@@ -164,9 +166,19 @@ def test_every_setting_of_the_schema_is_described():
     found = reference.settings()
     assert {"model.path", "algorithm.kl.kind", "data.train[].suffix", "name"} <= {setting.key for setting in found}
     by_key = {setting.key: setting for setting in found}
-    assert by_key["clipo.weight"].comment == "lambda" and by_key["clipo.weight"].default == 0.2
+    assert by_key["clipo.weight"].comment.startswith("lambda") and by_key["clipo.weight"].default == 0.2
     assert by_key["algorithm.kl.kind"].type == "one of k1, k2, k3"
-    assert by_key["layout.dp"].type == "a whole number, or null"
+    assert by_key["layout.dp"].type == "a whole number, at least 1, or null"
+    assert by_key["rollout.top_p"].type == "a number, above 0 and at most 1"
+    assert all(setting.comment for setting in found)
+
+
+def test_the_comment_of_a_setting_stands_behind_it_or_above_it():
+    by_key = {setting.key: setting for setting in reference.settings()}
+    assert by_key["layout.tp"].comment == "tensor-parallel ranks; divides the attention heads"
+    assert by_key["layout.dp"].comment.startswith("data-parallel replicas; null: ranks / (tp * pp)")
+    assert by_key["rollout.unfinished"].choices["drop"] == "aborted and forgotten"
+    assert by_key["reward.by_source"].choices["choice"] == r"the letter in the last \boxed{}"
 
 
 def test_configuration_imports_no_torch(write):
@@ -197,3 +209,61 @@ def test_a_list_of_plain_values(tmp_path):
     assert load(file, ["rollout.endpoints=[http://c:3]"]).rollout.endpoints == ["http://c:3"]
     with pytest.raises(ConfigError, match=r"a list, each entry text was expected. Write \[http://c:3\]"):
         load(file, ["rollout.endpoints=http://c:3"])
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        (
+            "rollout.top_p=0",
+            "rollout.top_p = 0.0: it must be above 0 and at most 1: it is a share of the probability mass.",
+        ),
+        (
+            "data.train=[{path: x, size: 0}]",
+            "data.train[0].size = 0: it must be at least 1. Correct it, or set it to null.",
+        ),
+        (
+            "optimizer.beta1=1",
+            "optimizer.beta1 = 1.0: it must be at least 0 and below 1. Correct it; the default is 0.9.",
+        ),
+        ("clipo.constant=.nan", "clipo.constant = nan: it must be a finite number. Correct it; the default is 0.0."),
+        ("serve.port=70000", "serve.port = 70000: it must be from 0 to 65535"),
+    ],
+)
+def test_numbers_out_of_range_are_refused_with_value_reason_and_remedy(write, override, message):
+    assert message in refusal(write(MODEL), override)
+
+
+OLD_FAULTS = "faults: {frozen_s: 9, stuck_s: '${faults.frozen_s}'}\n"
+
+
+def test_old_names_of_settings_are_read_and_the_new_ones_told(write, capsys):
+    file = write(MODEL + OLD_FAULTS)
+    config = load(file, ["faults.stop_s=7", "serve={unresponsive_s: 3}", "rollout.refill_rounds=2"])
+    assert (config.faults.heartbeat_timeout_s, config.faults.phase_timeout_s, config.faults.grace_period_s) == (9, 9, 7)
+    assert config.serve.health_timeout_s == 3 and config.rollout.max_refill_rounds == 2
+    told = capsys.readouterr().err.splitlines()
+    assert len(told) == 5 and "clipo: faults.stop_s is now called faults.grace_period_s" in told[1]
+
+
+def test_an_override_wins_over_the_file_whichever_name_either_uses(write):
+    assert load(write(MODEL + OLD_FAULTS), ["faults.heartbeat_timeout_s=5"]).faults.heartbeat_timeout_s == 5
+    new = write(MODEL + "faults: {heartbeat_timeout_s: 5}\n")
+    assert load(new, ["faults.frozen_s=4"]).faults.heartbeat_timeout_s == 4
+
+
+def test_a_setting_given_by_both_names_is_refused(write):
+    both = "now called faults.heartbeat_timeout_s, which is given too. Remove the old name"
+    assert both in refusal(write(MODEL + "faults: {frozen_s: 9, heartbeat_timeout_s: 9}\n"))
+    assert both in refusal(write(MODEL), "faults.frozen_s=9", "faults.heartbeat_timeout_s=9")
+
+
+def test_only_rank_0_tells_new_names(write, capsys, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    load(write(MODEL + OLD_FAULTS))
+    assert capsys.readouterr().err == ""
+
+
+def test_renamed_settings_exist_and_stay_in_their_section():
+    assert RENAMED.keys().isdisjoint(reference.keys()) and set(RENAMED.values()) <= set(reference.keys())
+    assert all(old.partition(".")[0] == new.partition(".")[0] for old, new in RENAMED.items())

@@ -6,7 +6,6 @@ from fractions import Fraction
 import pytest
 import reasoning_gym
 
-from clipo_megatron.checks.run import source_name
 from clipo_megatron.config.schema import Perturbation, SourceConfig
 from clipo_megatron.data.perturbations import PerturbationError, perturb, with_clause
 from clipo_megatron.data.sources import read
@@ -163,7 +162,7 @@ def test_sources_of_changed_problems(generator):
     for kind in KINDS:
         source = SourceConfig(generator=generator, size=40, seed=3, perturb=kind, suffix=" Box it.")
         rows = read(source)
-        assert source_name(source) == f"{generator}_{kind.value}"
+        assert source.label == f"{generator}_{kind.value}"
         assert 36 <= len(rows) <= 40
         by_number = {row.id.rpartition("/")[2]: row for row in plain}
         for row in rows:

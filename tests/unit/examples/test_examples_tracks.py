@@ -28,7 +28,7 @@ rows, fetching = sys.modules["rows"], sys.modules["fetching"]
 CHECK = """
 import json, os, shutil, sys
 from pathlib import Path
-from clipo_megatron.checks.run import check, requested_ranks
+from clipo_megatron.checks.run import check
 from clipo_megatron.config.load import load
 
 architectures, folder = Path(sys.argv[1]), Path(sys.argv[2])
@@ -53,7 +53,7 @@ for path in sys.argv[3:]:
             Path(source.path).parent.mkdir(parents=True, exist_ok=True)
             Path(source.path).touch()
     try:
-        check(config, ranks=requested_ranks(config.layout))
+        check(config, ranks=config.layout.requested_ranks)
     except ValueError as error:
         sys.exit(f"{path}: {error}")
     print(path)

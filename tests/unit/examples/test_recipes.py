@@ -11,7 +11,7 @@ import pytest
 import yaml
 from paths import EXAMPLES
 
-from clipo_megatron.checks.run import check, requested_ranks
+from clipo_megatron.checks.run import check
 from clipo_megatron.config.errors import ConfigError
 from clipo_megatron.config.load import load
 from clipo_megatron.config.schema import RunConfig
@@ -47,7 +47,7 @@ class Recipe:
     @property
     def plan(self) -> LayoutPlan:
         """As `clipo plan` judges it."""
-        ranks = requested_ranks(self.config.layout)
+        ranks = self.config.layout.requested_ranks
         dp = ranks // (self.config.layout.tp * self.config.layout.pp)
         servers = server_gpus_of(self.config, ranks)
         return judge(self.config, self.spec, dp, servers, HARDWARE["h100"], Assumptions())
@@ -83,7 +83,7 @@ def test_the_recipe_is_sound(recipe, tmp_path, monkeypatch):
         Path(source.path).touch()
     for name in ("model.safetensors", "chat_template.jinja"):
         (model / name).touch()
-    check(recipe.config, ranks=requested_ranks(recipe.config.layout))
+    check(recipe.config, ranks=recipe.config.layout.requested_ranks)
     plan, node = recipe.plan, HARDWARE["h100"].gpus_per_node
     nodes = Resources(nodes=plan.trainer_gpus // node, gpus_per_node=node)
     if not plan.colocated:
@@ -125,7 +125,7 @@ def test_the_layout_fits_as_the_table_says(recipe):
 def test_ranks_are_built_as_they_are_planned(recipe):
     """First and last rank of each stage; `clipo plan --dry-run` builds all of them, which takes a minute."""
     layout = recipe.config.layout
-    width = requested_ranks(layout) // layout.pp  # ranks of a stage
+    width = layout.requested_ranks // layout.pp  # ranks of a stage
     ranks = [stage * width + rank for stage in range(layout.pp) for rank in sorted({0, width - 1})]
     for each in build_ranks(recipe.config, recipe.spec, ranks):
         assert each.equal, each

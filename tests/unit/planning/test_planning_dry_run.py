@@ -11,7 +11,6 @@ import pytest
 import torch.distributed as dist
 from paths import ARCHITECTURES
 
-from clipo_megatron.checks.run import requested_ranks
 from clipo_megatron.cli.main import main
 from clipo_megatron.config.schema import DType, HeadKind, LayoutConfig, RunConfig
 from clipo_megatron.planning import dry_run
@@ -52,7 +51,7 @@ def test_all_ranks_in_fp32_with_a_tied_embedding_and_an_mlp_head():
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": True}
     spec = model_spec({"model_type": "llama", **sizes, **heads})
     found = list(build_ranks(config, spec))
-    assert [each.rank for each in found] == list(range(requested_ranks(config.layout)))
+    assert [each.rank for each in found] == list(range(config.layout.requested_ranks))
     assert [each.stage for each in found] == [0, 0, 0, 0, 1, 1, 1, 1]
     assert all(each.equal and each.built_bytes == 4 * each.built.total for each in found)
     assert found[4].built_head == 64 * 64 + 64 * 512

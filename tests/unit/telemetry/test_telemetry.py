@@ -100,7 +100,8 @@ def test_a_run_of_skipped_updates_ends_the_run():
     stop_on_skips(report(5.0), 5)
     with pytest.raises(NonFiniteError) as caught:
         stop_on_skips(report(6.0), 5)
-    for part in ("step 9: the last 6 updates", "optimizer.skips = 5", "policy/loss is nan", "policy/grad_norm 2.5"):
+    skipped = "optimizer.max_skipped_updates = 5"
+    for part in ("step 9: the last 6 updates", skipped, "policy/loss is nan", "policy/grad_norm 2.5"):
         assert part in str(caught.value)
 
 

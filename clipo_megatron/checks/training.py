@@ -1,0 +1,30 @@
+"""Checks of settings that make sense only together with others."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from clipo_megatron.config.errors import ConfigProblem
+from clipo_megatron.config.schema import Anchors, RunConfig
+
+
+def training_problems(config: RunConfig) -> Iterator[ConfigProblem]:
+    """Settings of `clipo`, `optimizer`, `checkpoint` and `reward` that make no sense together."""
+    optimizer, clipo, reward = config.optimizer, config.clipo, config.reward
+    if optimizer.min_learning_rate > optimizer.learning_rate:
+        reason = f"it lies above optimizer.learning_rate = {optimizer.learning_rate}"
+        yield ConfigProblem("optimizer.min_learning_rate", reason, "Lower it", optimizer.min_learning_rate)
+    if clipo.enabled and 0 < config.train.steps <= clipo.warmup_steps:
+        reason = f"the run has train.steps = {config.train.steps}, so the head would never give a bonus"
+        yield ConfigProblem("clipo.warmup_steps", reason, "Lower it", clipo.warmup_steps)
+    if clipo.enabled and clipo.anchors is Anchors.wrong and clipo.weight:
+        reason = "a bonus goes to correct anchors alone, so none would ever be paid"
+        remedy = "Set it to correct or both, or clipo.weight to 0 to train the head without a bonus"
+        yield ConfigProblem("clipo.anchors", reason, remedy, clipo.anchors)
+    if config.checkpoint.keep_best and not (config.data.eval and config.eval.every):
+        reason = "checkpoints are compared by held-out accuracy, and none is measured during training"
+        remedy = "Give data.eval problems and set eval.every, or set it to 0"
+        yield ConfigProblem("checkpoint.keep_best", reason, remedy, config.checkpoint.keep_best)
+    if not reward.correct_reward > reward.wrong_reward:
+        reason = f"a right answer must earn more than a wrong one (reward.wrong_reward = {reward.wrong_reward})"
+        yield ConfigProblem("reward.correct_reward", reason, "Raise it", reward.correct_reward)

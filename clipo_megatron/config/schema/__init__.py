@@ -1,0 +1,83 @@
+"""Every setting of a run with its type, range, default and meaning, a file a subject. Imports no torch.
+
+Durations are in seconds, lengths in tokens, memory in bytes unless a name says otherwise. The comment of a field stands
+behind it or above it; `clipo settings` shows it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from clipo_megatron.config.schema.algorithm import (
+    Aggregation,
+    AlgorithmConfig,
+    CorrectionConfig,
+    CorrectionKind,
+    CorrectionLevel,
+    CriticConfig,
+    KLConfig,
+    KLKind,
+    KLPlace,
+    PluginConfig,
+)
+from clipo_megatron.config.schema.clipo import (
+    Anchors,
+    ClipoConfig,
+    ContrastiveLossName,
+    Debias,
+    HeadKind,
+    Level,
+    Similarity,
+)
+from clipo_megatron.config.schema.data import DataConfig, GraderMode, Perturbation, RewardConfig, SourceConfig
+from clipo_megatron.config.schema.model import DType, LayoutConfig, ModelConfig
+from clipo_megatron.config.schema.report import ReportConfig, WandbConfig, WandbMode
+from clipo_megatron.config.schema.rollout import (
+    EngineKind,
+    PoolConfig,
+    RolloutConfig,
+    ServeConfig,
+    SyncConfig,
+    Transport,
+    Unfinished,
+)
+from clipo_megatron.config.schema.training import (
+    CheckpointConfig,
+    EvalConfig,
+    FaultsConfig,
+    LearningRateSchedule,
+    OptimizerConfig,
+    TrainConfig,
+)
+
+__all__ = [
+    "Aggregation", "AlgorithmConfig", "Anchors", "CheckpointConfig", "ClipoConfig", "ContrastiveLossName",
+    "CorrectionConfig", "CorrectionKind", "CorrectionLevel", "CriticConfig", "DType", "DataConfig", "Debias",
+    "EngineKind", "EvalConfig", "FaultsConfig", "GraderMode", "HeadKind", "KLConfig", "KLKind", "KLPlace",
+    "LayoutConfig", "LearningRateSchedule", "Level", "ModelConfig", "OptimizerConfig", "Perturbation", "PluginConfig",
+    "PoolConfig", "ReportConfig", "RewardConfig", "RolloutConfig", "RunConfig", "ServeConfig", "Similarity",
+    "SourceConfig", "SyncConfig", "TrainConfig", "Transport", "Unfinished", "WandbConfig", "WandbMode",
+]  # fmt: skip
+
+
+@dataclass
+class RunConfig:
+    name: str = "run"  # of the run, and by default of its folder
+    model: ModelConfig = field(default_factory=ModelConfig)
+    layout: LayoutConfig = field(default_factory=LayoutConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    serve: ServeConfig = field(default_factory=ServeConfig)
+    sglang: dict[str, Any] = field(default_factory=dict)  # any option of its server, such as mem_fraction_static: 0.8
+    vllm: dict[str, Any] = field(default_factory=dict)  # any option of its server, such as gpu_memory_utilization: 0.8
+    reward: RewardConfig = field(default_factory=RewardConfig)
+    algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
+    critic: CriticConfig = field(default_factory=CriticConfig)
+    clipo: ClipoConfig = field(default_factory=ClipoConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    faults: FaultsConfig = field(default_factory=FaultsConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    report: ReportConfig = field(default_factory=ReportConfig)

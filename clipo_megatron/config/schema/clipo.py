@@ -1,0 +1,66 @@
+"""The section `clipo`: the contrastive head and its reward (arXiv 2603.10101)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+
+from clipo_megatron.config.ranges import within
+
+
+class HeadKind(str, Enum):
+    linear = "linear"  # hidden size -> dim, without bias
+    mlp = "mlp"  # hidden size -> hidden size -> dim, ReLU
+
+
+class ContrastiveLossName(str, Enum):
+    infonce = "infonce"  # one positive, drawn at random
+    supcon_out = "supcon_out"  # mean over the positives outside the logarithm
+    supcon_in = "supcon_in"  # mean over the positives inside the logarithm
+    soft_nn = "soft_nn"  # sum over the positives inside the logarithm
+
+
+class Level(str, Enum):
+    group = "group"  # positives and negatives from the prompt's own group
+    batch = "batch"  # both from the whole batch
+    cross = "cross"  # positives from the group, negatives from the batch
+
+
+class Similarity(str, Enum):
+    cosine = "cosine"
+    neg_cosine = "neg_cosine"  # minus the cosine
+    l2 = "l2"  # 1 - distance
+
+
+class Anchors(str, Enum):
+    correct = "correct"  # correct rollouts
+    wrong = "wrong"  # wrong rollouts
+    both = "both"  # all graded rollouts
+
+
+class Debias(str, Enum):
+    none = "none"  # states as they are
+    mean = "mean"  # subtract the batch mean of the pooled states
+    layer_norm = "layer_norm"  # normalise each pooled state to mean 0, variance 1
+
+
+@dataclass
+class ClipoConfig:
+    enabled: bool = True  # train the head and add its bonus to rewards
+    head: HeadKind = HeadKind.linear  # what maps a rollout's pooled state to its embedding
+    dim: int = within(512, 1)  # size of an embedding
+    loss: ContrastiveLossName = ContrastiveLossName.infonce  # contrastive loss of an anchor
+    level: Level = Level.group  # where positives and negatives come from
+    similarity: Similarity = Similarity.cosine  # of two embeddings
+    temperature: float = within(0.05, above=0)  # that similarities are divided by
+    anchors: Anchors = Anchors.correct  # rollouts that have a loss; a bonus is paid to correct ones alone
+    weight: float = within(0.2, 0)  # lambda: the bonus is max(constant - lambda * loss, floor)
+    floor: float = within(-0.5, most=0, because="every valid rollout would get a reward for nothing")  # smallest bonus
+    constant: float = 0.0  # added to the bonus before the floor
+    calibrate: bool = False  # subtract the loss of perfect separation before it is weighed
+    debias: Debias = Debias.none  # what is taken out of pooled states before the head
+    learning_rate: float = within(1.0e-3, above=0)  # of the head
+    weight_decay: float = within(0.01, 0)  # of the head
+    warmup_steps: int = within(0, 0)  # first steps, in which the head trains and gives no bonus
+    warmup_policy: bool = True  # whether the policy trains, on the plain reward, during the warm-up
+    frozen: bool = False  # keep the head at its random initialisation

@@ -1,0 +1,58 @@
+"""The sections `model` and `layout`: which model is trained, and how ranks divide it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+from math import gcd
+from typing import Optional
+
+from clipo_megatron.config.ranges import within
+
+
+class DType(str, Enum):
+    fp32 = "fp32"
+    bf16 = "bf16"
+
+
+@dataclass
+class ModelConfig:
+    path: str = "???"  # Hugging Face folder (config.json, *.safetensors, tokenizer) or a checkpoint of `clipo convert`
+    dtype: DType = DType.bf16  # of parameters and activations; the optimizer keeps fp32 master weights
+    recompute: bool = False  # recompute every layer in the backward pass: less memory, one more forward
+    system_prompt: Optional[str] = None  # null: that of the chat template; "": none
+
+
+@dataclass
+class LayoutConfig:
+    """How ranks divide the model. Ranks = tp * pp * dp; experts divide the tp * dp ranks of a stage over ep and etp."""
+
+    tp: int = within(1, 1)  # tensor-parallel ranks; divides the attention heads
+    pp: int = within(1, 1)  # pipeline stages; divides the layers
+    first_stage_layers: Optional[int] = within(None, 1)  # layers of the first pipeline stage; null: as the others
+    last_stage_layers: Optional[int] = within(None, 1)  # layers of the last pipeline stage; null: as the others
+    ep: int = within(1, 1)  # expert-parallel ranks; divides the experts, over the tp * dp ranks of a stage
+    etp: Optional[int] = within(None, 1)  # tensor-parallel ranks of each expert; null: tp
+    # data-parallel replicas; null: ranks / (tp * pp), or as few as possible where `clipo train` starts the ranks
+    dp: Optional[int] = within(None, 1)
+    sequence_parallel: bool = False  # shard activations along the sequence outside tensor-parallel layers; needs tp > 1
+    max_tokens_per_microbatch: int = within(8192, 1)  # packed tokens of one forward; a longer rollout gets its own
+    share_prompts: Optional[bool] = None  # compute a group's prompt once; null: where the attention kernel can
+    distributed_timeout_s: float = within(2700.0, above=0)  # limit of a collective; ranks wait in one for slower ranks
+
+    @property
+    def requested_ranks(self) -> int:
+        """Ranks that the layout needs where no launcher has started any: tp * pp * dp, with as small a dp as can be."""
+        return self.tp * self.pp * (self.dp or self._fewest_replicas)
+
+    def replicas(self, ranks: int | None) -> int:
+        """Data-parallel replicas: `dp`, or what the started ranks leave over after tp * pp; at least 1."""
+        if self.dp is not None:
+            return self.dp
+        return self._fewest_replicas if ranks is None else max(1, ranks // max(1, self.tp * self.pp))
+
+    @property
+    def _fewest_replicas(self) -> int:
+        """Experts are divided over the tp * dp ranks of a stage: with fewer replicas some would have no place."""
+        experts = max(1, self.ep * (self.tp if self.etp is None else self.etp))
+        return experts // gcd(experts, max(1, self.tp))
