@@ -11,7 +11,7 @@ from functools import lru_cache
 from math import comb, inf, sqrt
 from typing import TYPE_CHECKING
 
-from clipo_megatron.checks.evaluation import MOST_SAMPLES
+from clipo_megatron.config.schema.training import MOST_SAMPLES
 
 if TYPE_CHECKING:  # numpy takes a tenth of a second to import, and every `clipo` command comes by here
     import numpy as np

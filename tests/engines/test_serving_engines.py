@@ -42,7 +42,7 @@ class Serving:
         run = {
             "model": {"path": str(model), "dtype": "fp32"},
             "rollout": {"engine": engine, "sync": {"deadline_s": 60}},
-            "serve": {"health_timeout_s": UNRESPONSIVE_S, "start_deadline_s": 3600},
+            "serve": {"health_timeout_s": UNRESPONSIVE_S, "startup_timeout_s": 3600},
             "train": {"output": str(folder / "out")},
         }
         file.write_text(json.dumps(run))

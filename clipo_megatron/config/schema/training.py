@@ -8,7 +8,7 @@ from typing import Optional
 
 from clipo_megatron.config.ranges import within
 
-MOST_SAMPLES = 1000
+MOST_SAMPLES = 1000  # of a problem: numbers of draws then stay below what float64 can hold
 
 
 class LearningRateSchedule(str, Enum):
