@@ -1,6 +1,6 @@
 """A pool of ranks for tests: processes that stay, and meet in a fresh process group for every case.
 
-Starting four ranks (torch, megatron-core) takes about 9 s; running a case on a warm pool takes what the case takes.
+Ranks are forks of a server that has imported torch and Megatron; running a case on them takes what the case takes.
 A test asks for the `ranks` fixture of conftest.py and runs a function of its own module on the first `world` ranks:
 
     results = ranks.run(train_a_little, 4, LayoutConfig(tp=2, pp=2))
@@ -19,6 +19,7 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
+import warm
 from progress import STALL_S, Progress
 
 SIZE = 4
@@ -94,7 +95,7 @@ class RankPool:
             from torch.distributed import TCPStore
 
             self._store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-        context = mp.get_context("spawn")
+        context = warm.context()
         for rank in range(self.size):
             ours, theirs = context.Pipe()
             # Not a daemon: those may not start the processes that Megatron writes checkpoints with.
@@ -136,8 +137,6 @@ class RankPool:
 
 def _serve(connection: Connection, port: int) -> None:
     """A rank's life: cases come in, results or tracebacks go out, until the other end closes."""
-    # Ranks share this machine's cores, and a GPU cannot be four ranks.
-    os.environ |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "TOKENIZERS_PARALLELISM": "false"}
     import torch
     from torch.distributed import PrefixStore, TCPStore
 

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import warm
 from progress import STALL_S, marked, wait_until
 from safetensors.torch import load_file, save_file
 from tiny_models import EOS, tiny_llama
@@ -89,29 +90,34 @@ def write_config(folder: Path, model: Path) -> Path:
 class SmallRun:
     """One `clipo train`, or another command, and everything it starts, known by a mark in their environment.
 
-    What it prints goes to a file in `logs`, or beside the output.
+    What it prints goes to a file in `logs`, or beside the output. Its processes are forks of one that has imported the
+    trainer (see `warm`); a `cold` run is started as a user starts it.
     """
 
-    def __init__(self, config: Path, output: Path, *overrides: str, command: str = "train", logs: Path | None = None):
+    def __init__(
+        self,
+        config: Path,
+        output: Path,
+        *overrides: str,
+        command: str = "train",
+        logs: Path | None = None,
+        cold: bool = False,
+    ):
         self.output, self.mark = output, uuid.uuid4().hex
         self.log = (logs or output.parent) / f"{output.name}.{self.mark[:6]}.log"
         environment = {
             **{name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")},
             "CLIPO_TEST_RUN": self.mark,
-            "OMP_NUM_THREADS": "1",
-            "CUDA_VISIBLE_DEVICES": "",
+            **warm.ONE_THREAD,
         }
+        words = [command, str(config), f"train.output={output}", *overrides]
+        self.log.touch()
+        if not cold:
+            self.process = warm.Command(words, env=environment, log=self.log)
+            return
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(
-                [
-                    sys.executable,
-                    "-m",
-                    "clipo_megatron.cli",
-                    command,
-                    str(config),
-                    f"train.output={output}",
-                    *overrides,
-                ],
+                [sys.executable, *warm.MODULE, *words],
                 env=environment,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
@@ -185,7 +191,7 @@ def undisturbed_run(config: Path, name: str, *overrides: str) -> Path:
     output = config.with_name(name)
     with once(output) as missing:
         if missing:
-            SmallRun(config, output, *overrides).wait()
+            SmallRun(config, output, *overrides, cold=True).wait()
     return output
 
 
