@@ -248,7 +248,7 @@ def test_a_missed_deadline_names_the_prompts(engine):
     begun = time.monotonic()
     with pytest.raises(EngineError, match=r"deadline of 1 s.*without an answer: .*math/0.*and 2 more"):
         list(engine.generate(ask(*[9] * 10), params, deadline_s=1))
-    assert time.monotonic() - begun < 20
+    assert time.monotonic() - begun < 60
     run(engine, ask(9), PARAMS)
 
 
@@ -264,7 +264,7 @@ def test_a_generation_ended_early_leaves_the_engine_usable(engine, how):
         generation.close()
     begun = time.monotonic()
     run(engine, ask(9, 20), PARAMS)
-    assert time.monotonic() - begun < 30
+    assert time.monotonic() - begun < 90
 
 
 def test_what_was_stopped_goes_on_from_its_tokens(make, engine, model):

@@ -69,7 +69,9 @@ WAYS: dict[str, tuple[str, Callable[[Lines], None], tuple[str, ...]]] = {
 }
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(
+    "way", [pytest.param(way, marks=() if way == "go on from tokens" else pytest.mark.full) for way in WAYS]
+)
 def test_a_run(way: str, servers: Servers, run_of_unequal_lengths: Path, tmp_path: Path):
     engine, holds, settings = WAYS[way]
     server = servers.shared(engine, run_of_unequal_lengths.parent / "model", DType.fp32)

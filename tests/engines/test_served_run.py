@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
 import torch
 from served import Servers
 from small_runs import SmallRun, metrics
@@ -27,6 +28,7 @@ def questions() -> list[str]:
     return [f"What is {n % 10} {'+-'[n % 2]} {n // 4}? Answer with only the number." for n in range(32)]
 
 
+@pytest.mark.full
 def test_five_steps_on_two_pipeline_stages_with_two_servers(servers: Servers, smollm2: Path, tmp_path: Path):
     rows = [
         {
@@ -70,6 +72,7 @@ def test_five_steps_on_two_pipeline_stages_with_two_servers(servers: Servers, sm
     print("mult_prob_error", [round(line["policy/mult_prob_error"], 5) for line in lines])
 
 
+@pytest.mark.full
 def test_greedy_tokens_of_all_engines_are_equal_but_for_ties(servers: Servers, smollm2: Path):
     tokenizer = load_tokenizer(str(smollm2))
     prompts = []

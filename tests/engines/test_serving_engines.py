@@ -110,6 +110,7 @@ def command_lines(pids: list[int]) -> str:
     return "\n".join(Path(f"/proc/{pid}/cmdline").read_text(errors="replace") for pid in pids)
 
 
+@pytest.mark.full
 def test_an_sglang_server_through_its_life(tmp_path, model):
     serving = Serving(tmp_path, model, "sglang")
     try:
@@ -152,6 +153,7 @@ def test_an_sglang_server_through_its_life(tmp_path, model):
         serving.close()
 
 
+@pytest.mark.full
 def test_a_vllm_server_with_checksums(tmp_path, model):
     serving = Serving(tmp_path, model, "vllm")
     try:
@@ -187,6 +189,7 @@ def expected_checksums(model: Path, names) -> dict[str, str]:
     return found
 
 
+@pytest.mark.full
 def test_an_option_that_the_engine_does_not_know(tmp_path, model):
     serving = Serving(tmp_path, model, "sglang", "sglang.no_such_option=1")
     try:
@@ -199,6 +202,6 @@ def test_an_option_that_the_engine_does_not_know(tmp_path, model):
 
 
 @pytest.mark.parametrize("engine", ["sglang", "vllm"])
-def test_shared_servers_start_once(servers, model, engine):
-    server = servers.shared(engine, model, DType.fp32)
-    assert server.alive and server is servers.shared(engine, model, DType.fp32)
+def test_shared_servers_start_once(servers, tiny_model, engine):
+    server = servers.shared(engine, tiny_model, DType.fp32)
+    assert server.alive and server is servers.shared(engine, tiny_model, DType.fp32)

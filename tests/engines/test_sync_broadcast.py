@@ -13,7 +13,7 @@ from aiohttp import web
 from faulty_proxy import FaultyProxy
 from ranks import RankError, RankPool
 from served import Served, Servers
-from sync_steps import harm_in_the_middle, one_more_server, plant_a_wrong_byte, push_often
+from sync_steps import harm_in_the_middle, plant_a_wrong_byte, push_often
 from tiny_models import tiny_llama, tiny_qwen2, tiny_qwen3, tiny_qwen3_moe
 
 DEADLINE_S = 24.0  # of one update, in the tests that waste a part of it
@@ -58,6 +58,7 @@ def test_every_push_arrives_to_the_bit(layout, ranks: RankPool, servers: Servers
     assert "join" in results[0][0].phases and "join" not in results[0][1].phases, "groups are formed once"
 
 
+@pytest.mark.full
 def test_what_other_families_have(ranks: RankPool, servers: Servers, family_model: Path):
     server = servers.shared("sglang", family_model, options=ROOM)
     before = held(server)
@@ -69,6 +70,7 @@ def test_what_other_families_have(ranks: RankPool, servers: Servers, family_mode
     assert [name for name in after if after[name] == before[name]] == [], "tensors that no push has changed"
 
 
+@pytest.mark.full
 def test_experts_arrive_from_the_ranks_that_hold_them(ranks: RankPool, servers: Servers, tmp_path: Path):
     """A push does not prove the server's stacked experts; a push of what it started with does, by its own checksums."""
     model = tiny_qwen3_moe(tmp_path / "model", vocab=515, head_dim=16, expert_intermediate=32)
@@ -155,16 +157,15 @@ class SaysNo(FaultyProxy):
 @pytest.mark.parametrize("rubbish", [False, True], ids=["refusal", "rubbish"])
 def test_a_refused_bucket_costs_one_attempt(rubbish, ranks: RankPool, servers: Servers, wide_model: Path):
     proxy = SaysNo(servers.shared("sglang", wide_model, options=ROOM).url, rubbish=rubbish)
-    start = time.monotonic()
     try:
         results = ranks.run(push_often, 2, str(wide_model), [proxy.url], 1, 2, 2, {"deadline_s": DEADLINE_S})
     finally:
         proxy.close()
     assert [report.attempts for report in results[1]] == [2, 1]
     assert all(report.servers == (proxy.url,) and not report.left_out for report in results[0])
-    assert time.monotonic() - start < DEADLINE_S + 10
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("fault", ["kill", "stop"])
 def test_a_server_lost_in_the_middle_of_an_update(
     fault, ranks: RankPool, servers: Servers, wide_model: Path, tmp_path: Path
@@ -192,11 +193,3 @@ def test_a_server_lost_in_the_middle_of_an_update(
     assert seconds < (DEADLINE_S / 4 if fault == "kill" else DEADLINE_S)
     assert set(second.servers) == {staying.url, lost.url} and not second.left_out, "it is back"
     assert other == second
-
-
-def test_no_server_is_an_error_that_says_what_happened(ranks: RankPool):
-    start = time.monotonic()
-    with pytest.raises(RankError) as raised:
-        ranks.run(one_more_server, 2)
-    assert str(raised.value).count("SyncError: no server took the weights of version 0 within 3 s") == 2
-    assert time.monotonic() - start < 30

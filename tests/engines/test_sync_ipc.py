@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 from ranks import RankPool
 from served import Servers
 from sync_steps import push_often
 
 
+@pytest.mark.full
 def test_a_real_server_opens_the_trainers_memory(ranks: RankPool, servers: Servers, tiny_model: Path):
     server = servers.shared("sglang", tiny_model, options={"mem_fraction_static": 0.5})
     results = ranks.run(push_often, 4, str(tiny_model), [server.url], 2, 2, 2, {}, "ipc")

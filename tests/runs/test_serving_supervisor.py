@@ -325,7 +325,7 @@ def test_a_second_signal_does_not_wait(tmp_path):
         ready_at.append(time.monotonic())
 
     assert fakes.run(scenario, signals=(signal.SIGINT, signal.SIGINT)) == 130
-    assert not alive(pids[0]) and time.monotonic() - ready_at[0] < 30
+    assert not alive(pids[0]) and time.monotonic() - ready_at[0] < 60, "it waited for stop_s"
 
 
 def test_the_log_never_holds_the_key(tmp_path):

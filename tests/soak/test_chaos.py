@@ -12,7 +12,7 @@ from served import interpreter
 from small_runs import SmallRun, metrics, steps_logged, write_config, write_model
 
 STEPS = 60
-FAULT_S = 150.0  # for one fault, and the step that it hits, to be over
+FAULT_S = 900.0  # for one fault, and the step that it hits, to be over
 PATIENCE = (
     "rollout.deadline_s=400",
     "rollout.pool.request_deadline_s=45",

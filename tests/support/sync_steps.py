@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from progress import wait_until
 from torch import Tensor
 
 from clipo_megatron.config.schema import EngineKind, PoolConfig, SyncConfig
@@ -188,10 +189,7 @@ def harm_in_the_middle(
     seconds = time.monotonic() - start
     if pool is not None:
         Path(marker).touch()
-        deadline = time.monotonic() + 200
-        while len(pool.discover()) < 2:
-            assert time.monotonic() < deadline, "the server did not come back"
-            time.sleep(0.2)
+        wait_until(lambda: len(pool.discover()) == 2, "the server to come back")
     dist.barrier()
     change(shard, 1)
     second = sync.update_weights(1)

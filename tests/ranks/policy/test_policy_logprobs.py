@@ -201,7 +201,7 @@ def test_both_ways_of_the_benchmark_compute_the_same() -> None:
 
 def test_an_eighth_of_the_memory_in_at_most_1_4_times_the_time() -> None:
     """At half the tokens of the figure that the benchmark gives by default, with the same vocabulary."""
-    figures = bench().compare(1024, 896, 151936, repeats=3, deadline_s=180)
+    figures = bench().compare(1024, 896, 151936, threads=1, repeats=2, deadline_s=3600)
     ours, full = figures["tiled"], figures["full"]
     # Logits and log_softmax alone are 1.2 GB: less would mean that nothing was measured.
     assert full["bytes"] > 1.2e9 and 64e6 < ours["bytes"] <= full["bytes"] / 8, figures

@@ -205,6 +205,6 @@ def test_the_pool_knows_the_mode():
 )
 def test_time_is_linear_in_a_hostile_text(unit):
     text = unit * (1_000_000 // len(unit))
-    begun = time.perf_counter()
+    begun = time.process_time()
     last_number(text)
-    assert time.perf_counter() - begun < 10
+    assert time.process_time() - begun < 10

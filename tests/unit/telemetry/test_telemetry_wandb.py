@@ -3,10 +3,10 @@
 import json
 import struct
 import sys
-import time
 from importlib import util
 
 import pytest
+from progress import wait_until
 
 from clipo_megatron.checks import report as checks_report
 from clipo_megatron.checks.report import report_problems
@@ -71,10 +71,11 @@ def test_a_resumed_run_is_one_run_there(tmp_path):
     sessions = sorted((tmp_path / "wandb").glob("offline-run-*/run-*.wandb"))
     assert len(sessions) == 2 and len({file.name for file in sessions}) == 1
     assert json.loads((tmp_path / "wandb" / "run.json").read_text())["id"] in sessions[0].name
-    deadline = time.monotonic() + 30  # the library's own process writes the files
-    while not all(any(r.HasField("exit") for r in read_records(file)) for file in sessions):
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
+
+    def written() -> bool:
+        return all(any(record.HasField("exit") for record in read_records(file)) for file in sessions)
+
+    wait_until(written, "the library's own process to write the files")
     records = [record for file in sessions for record in read_records(file)]
     runs = [record.run for record in records if record.HasField("run")]
     assert {(run.project, run.run_group, run.display_name) for run in runs} == {("p", "g", "mine")}
