@@ -110,7 +110,9 @@ def distance(ours: Tensor, theirs: Tensor, scale: float | None = None) -> float:
     return float((ours - theirs).abs().max() / (scale or theirs.abs().max().clamp(min=1e-30)))
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if " x " in name else pytest.mark.full) for name in LAYOUTS]
+)
 def test_every_layout_trains_the_same(name: str, one_rank: tuple[Any, ...], ranks: RankPool) -> None:
     config, share, expected = one_rank
     world, layout = LAYOUTS[name]

@@ -60,7 +60,7 @@ def test_experts_are_divided_and_come_together(tmp_path: Path, sizes: dict[str, 
     assert contents(export_model(checkpoint, tmp_path / "release")) == contents(source)
 
 
-@pytest.mark.parametrize("piece", [200, 3000])
+@pytest.mark.parametrize("piece", [pytest.param(200, marks=pytest.mark.full), 3000])
 def test_tensors_larger_than_a_piece_are_cut_and_joined(
     tmp_path: Path, piece: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
