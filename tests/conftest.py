@@ -84,27 +84,29 @@ def servers() -> Iterator[Servers]:
 
 
 @pytest.fixture(scope="session")
+def shared_folder(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Path:
+    """A folder that all worker processes of this session share."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if hasattr(request.config, "workerinput") else base) / "shared"
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny random Llama that servers share, with heads that vLLM can compute on a CPU; not to be written to."""
     return tiny_llama(tmp_path_factory.mktemp("tiny") / "model", tied=False, head_dim=32)
 
 
 @pytest.fixture(scope="session")
-def smollm2() -> Path:
+def smollm2(shared_folder: Path) -> Path:
     """The quickstart's model, fetched as the quickstart fetches it; not to be written to."""
     folder = ROOT / "models" / "SmolLM2-135M-Instruct"
     script = "import sys; from pathlib import Path; from smollm2 import fetch; fetch(Path(sys.argv[1]))"
     where = ROOT / "examples" / "quickstart"
-    subprocess.run([sys.executable, "-c", script, str(folder)], cwd=where, check=True)
-    return folder
-
-
-@pytest.fixture(scope="session")
-def shared_folder(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Path:
-    """A folder that all worker processes of this session share."""
-    base = tmp_path_factory.getbasetemp()
-    folder = (base.parent if hasattr(request.config, "workerinput") else base) / "shared"
-    folder.mkdir(exist_ok=True)
+    with once(shared_folder / "smollm2") as missing:
+        if missing:
+            subprocess.run([sys.executable, "-c", script, str(folder)], cwd=where, check=True)
     return folder
 
 
