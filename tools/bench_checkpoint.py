@@ -27,7 +27,7 @@ from clipo_megatron.checkpoint.retention import Retention
 from clipo_megatron.config.schema import DType, RunConfig
 from clipo_megatron.policy import parallel as layouts
 from clipo_megatron.policy.actor import PolicyActor
-from clipo_megatron.policy.checkpoint.state import PolicyCheckpointer
+from clipo_megatron.policy.checkpoint.state import TrainableCheckpointer
 from clipo_megatron.runtime.launch import Launch, adopt, from_environment
 from clipo_megatron.runtime.platform import platform
 
@@ -62,7 +62,7 @@ def main() -> None:
     layout = layouts.initialize(config.layout, seed=0)
     actor = PolicyActor(config, layout, needs=frozenset(), total_steps=1000)
     step = megatron_step(config, actor, *synthetic(options, actor.spec.vocab_size), share=True)
-    keeper = PolicyCheckpointer(actor.stage, actor.optimizer)
+    keeper = TrainableCheckpointer(actor.trainable)
     checkpoints = Checkpoints(
         options.folder,
         [],
@@ -72,7 +72,7 @@ def main() -> None:
         facts={},
     )
     waits: list[float] = []
-    actor.optimizer.pre_mutation_hook = lambda: waits.append(timed(checkpoints.settle))
+    actor.trainable.pre_mutation_hook = lambda: waits.append(timed(checkpoints.settle))
     number, rows, plain = 0, [], []
     step()
     for each in range(options.rounds + 1):  # the first is not counted: memory is taken, files are new

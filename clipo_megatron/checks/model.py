@@ -9,7 +9,7 @@ from typing import Any
 
 from clipo_megatron.checks.layout import division_problems
 from clipo_megatron.config.errors import ConfigProblem, spell
-from clipo_megatron.config.model_folder import hf_folder, is_checkpoint
+from clipo_megatron.config.model_folder import hf_folder, is_checkpoint, vocabulary_problem
 from clipo_megatron.config.schema import EngineKind, RunConfig
 
 ARCHITECTURES = (
@@ -141,8 +141,5 @@ def _critic(
     if limit and longest > limit:
         reason = f"it takes {limit} tokens, and a sequence can reach {longest} (prompt and rollout.max_new_tokens)"
         yield ConfigProblem(key, reason, "Choose another, or lower rollout.max_new_tokens", value)
-    words = facts.get("vocab_size")
-    if policy is not None and words != policy.get("vocab_size"):
-        reason = f"its vocab_size is {words}, and that of model.path is {policy.get('vocab_size')}"
-        remedy = "Choose a model with the policy's vocabulary, or null to start from the policy's weights"
-        yield ConfigProblem(key, f"{reason}; it reads the policy's tokens", remedy, value)
+    if policy is not None and (problem := vocabulary_problem(value, config.model.path)):
+        yield problem

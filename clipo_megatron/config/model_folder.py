@@ -10,6 +10,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+from clipo_megatron.config.errors import ConfigProblem
+
 POLICY = "policy"  # of a checkpoint: the weights, in Megatron's torch_dist
 CRITIC = "critic"  # of a checkpoint: those of a value model, if the run has one
 HF_FILES = "hf"  # of a checkpoint: config.json, tokenizer and whatever else stood beside the weights
@@ -35,6 +37,33 @@ def tokens_of(path: str | os.PathLike[str]) -> dict[int, str] | None:
             each["id"]: each["content"] for each in content.get("added_tokens", ())
         }
     except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def vocabulary_problem(path: str, policy: str) -> ConfigProblem | None:
+    """What is wrong with the tokens of the folder that a critic starts from, since it reads the policy's token ids.
+
+    Embeddings have to have one size. Tokenizers are compared where both folders have a tokenizer.json; a token that
+    only one of them has is no contradiction.
+    """
+    sizes = [_vocab_size(path), _vocab_size(policy)]
+    own, others = tokens_of(path) or {}, tokens_of(policy) or {}
+    differing = min((token for token in own.keys() & others.keys() if own[token] != others[token]), default=None)
+    if None not in sizes and sizes[0] != sizes[1]:
+        reason = f"its vocab_size is {sizes[0]}, and that of model.path is {sizes[1]}"
+    elif differing is not None:
+        reason = f"its token {differing} is {own[differing]!r}, and that of model.path is {others[differing]!r}"
+    else:
+        return None
+    remedy = "Choose a model with the policy's vocabulary, or null to start from the policy's weights"
+    return ConfigProblem("critic.path", f"{reason}; it reads the policy's tokens", remedy, path)
+
+
+def _vocab_size(path: str) -> int | None:
+    """None where the folder has no config.json that can be read, which whoever loads the model reports."""
+    try:
+        return json.loads((hf_folder(path) / "config.json").read_text(encoding="utf-8")).get("vocab_size")
+    except (OSError, ValueError, AttributeError):
         return None
 
 

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
-import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,11 +17,11 @@ from clipo_megatron.policy.batch.batching import Batcher
 from clipo_megatron.policy.batch.exchange import from_last_stage, share_from_last_stage
 from clipo_megatron.policy.contrastive import ContrastiveActor
 from clipo_megatron.policy.critic import CriticActor
-from clipo_megatron.policy.optimizer import PolicyOptimizer, data_parallel
 from clipo_megatron.policy.parallel import Layout
-from clipo_megatron.policy.pipeline import run_pipeline, summed_metrics
 from clipo_megatron.policy.policy import Policy
-from clipo_megatron.policy.train_inference_mismatch import agreement
+from clipo_megatron.policy.reference import ReferencePolicy
+from clipo_megatron.policy.train_inference_mismatch import mismatch_metrics
+from clipo_megatron.policy.trainable import Trainable
 from clipo_megatron.runtime.platform import platform
 
 
@@ -42,27 +39,19 @@ class PolicyActor(Policy):
         super().__init__(config, layout)
         self.needs = needs
         self.batcher = Batcher.of(config, layout)
-        self.model = data_parallel(self.stage, self.transformer, config.optimizer)
-        self.optimizer = PolicyOptimizer(
-            self.model, config.optimizer, dtype=config.model.dtype, total_steps=total_steps
-        )
+        self.trainable = Trainable("policy", self.stage, layout, config.optimizer, total_steps=total_steps)
         self.contrastive = (
             ContrastiveActor(self.spec.hidden_size, config.clipo, layout, seed=config.train.seed)
             if Signal.contrastive in needs and layout.is_last_stage
             else None
         )
-        # The value model, where the algorithm needs one.
         self.critic = CriticActor(config, layout) if Signal.values in needs else None
-        self._reference: list[Tensor] | None = (
-            [parameter.detach().clone() for parameter in self.stage.parameters()]
-            if Signal.reference_logprobs in needs
-            else None
-        )
+        self.reference = ReferencePolicy(self.trainable) if Signal.reference_logprobs in needs else None
         # Mean response states [b, H] float32 of this rank's rollouts that were scored last, and their rows [b]: on the
         # last stage, where the algorithm needs them or somebody wants those of the step.
         self.pooled: tuple[Tensor, Tensor] | None = None
         self.wants_states: Callable[[int], bool] = lambda step: False
-        self._skipped = self._skipped_in_a_row = 0  # updates: of this step, and since the last that was applied
+        self._skipped = 0  # updates of this step that were skipped
 
     # --- scoring -------------------------------------------------------------------------------------------------
 
@@ -111,7 +100,7 @@ class PolicyActor(Policy):
         for name, prompts in algorithm.variants(table).items():
             if prompts:
                 self._score_variant(name, prompts, micro_batches)
-        metrics = agreement(micro_batches, table, self.config.algorithm.correction, self.layout)
+        metrics = mismatch_metrics(micro_batches, table, self.config.algorithm.correction, self.layout)
         if want_entropy:
             total, count = share_from_last_stage(entropy, self.layout, sum_over_dp=True).tolist()
             metrics["policy/entropy"] = total / max(count, 1.0)
@@ -161,7 +150,7 @@ class PolicyActor(Policy):
         return from_last_stage(metrics, self.layout)
 
     def _score_reference(self, micro_batches: Sequence[MicroBatch], table: RolloutTable) -> None:
-        with self._reference_weights():
+        with self.reference.in_place():
             outputs = self._forward(micro_batches, want_pooled=False, want_entropy=False)
         scored = list(zip(micro_batches, outputs, strict=False))  # none on stages before the last
         for micro, output in scored:
@@ -176,7 +165,7 @@ class PolicyActor(Policy):
     ) -> list[dict[str, Tensor]]:
         """Outputs of the last stage a micro-batch; an empty list elsewhere."""
 
-        def collect(micro: MicroBatch, hidden: Tensor, non_loss_data: bool = True) -> dict[str, Tensor]:
+        def outputs_of(micro: MicroBatch, hidden: Tensor) -> dict[str, Tensor]:
             logprobs, entropy = self._logprobs(micro, hidden, entropy=want_entropy)
             output = {"logprobs": logprobs}
             if want_entropy:
@@ -185,8 +174,7 @@ class PolicyActor(Policy):
                 output["pooled"] = self.stage.pooled_states(hidden, micro)
             return output
 
-        with torch.no_grad():
-            return self._run(micro_batches, collect, forward_only=True)
+        return self.trainable.forward(micro_batches, outputs_of)
 
     # --- learning ------------------------------------------------------------------------------------------------
 
@@ -211,16 +199,13 @@ class PolicyActor(Policy):
             scores = self._scores(batch.micro_batches, experience.table, algorithm, scored=first)
             group_loss, score_gradient = algorithm.group_loss(scores, experience, batch.rows)
             score_gradient = score_gradient.to(platform().device)
-        self.model.zero_grad_buffer()
-        self.optimizer.inner.zero_grad()
 
-        def compute(micro: MicroBatch, hidden: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        def loss(micro: MicroBatch, hidden: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
             logprobs, entropy = self._logprobs(micro, hidden, entropy=Signal.entropy in self.needs)
-            count = torch.tensor(logprobs.numel(), dtype=torch.int, device=logprobs.device)
             if micro.demonstrated:
                 total = -(micro.weights * logprobs).sum()
                 value = total.detach()
-                return total, count, {"policy/loss": value, "policy/demonstration_loss": value}
+                return total, {"policy/loss": value, "policy/demonstration_loss": value}
             tokens = tokens_of(micro, logprobs, entropy)
             if score_gradient is not None:
                 tokens.score_gradient = score_gradient[tokens.rows]
@@ -233,23 +218,13 @@ class PolicyActor(Policy):
                 "policy/weight": micro.weights.sum(),
                 **tokens.metrics,
             }
-            return total, count, metrics
+            return total, metrics
 
-        outputs = self._run(batch.micro_batches, compute, forward_only=False)
-        sums = summed_metrics(outputs, "policy", self.layout)
-        sums["policy/loss"] = sums.get("policy/loss", 0.0) + group_loss
-        norm, applied = self.optimizer.step(finite=math.isfinite(sums["policy/loss"]))
-        self._skipped = (0 if first else self._skipped) + (not applied)
-        self._skipped_in_a_row = 0 if applied else self._skipped_in_a_row + 1
+        metrics = self.trainable.update(batch.micro_batches, loss, added_loss=group_loss)
+        self._skipped = (0 if first else self._skipped) + (metrics["policy/skipped_in_a_row"] > 0)
         if first:
-            sums["policy/first_update_kl"] = sums["policy/update_kl"]
-        return {
-            **sums,
-            "policy/grad_norm": norm,
-            "policy/update_skipped": float(self._skipped),
-            "policy/skipped_in_a_row": float(self._skipped_in_a_row),
-            "policy/learning_rate": self.optimizer.learning_rate,
-        }
+            metrics["policy/first_update_kl"] = metrics["policy/update_kl"]
+        return metrics | {"policy/update_skipped": float(self._skipped)}
 
     def learn_values(self, experience: Experience, algorithm: Algorithm) -> dict[str, float]:
         """The critic's update on a step's rollouts, whether or not the policy waits; {} without a critic.
@@ -272,16 +247,17 @@ class PolicyActor(Policy):
         Costs a forward, unless these are still the weights that were `scored`.
         """
 
-        def collect(micro: MicroBatch, hidden: Tensor, non_loss_data: bool = True) -> Tensor:
-            return algorithm.scores(tokens_of(micro, self._logprobs(micro, hidden)[0]))
-
-        with torch.no_grad():
-            if not scored:
-                parts = self._run(micro_batches, collect, forward_only=True)
-            elif self.layout.is_last_stage:
-                parts = [algorithm.scores(tokens_of(micro, micro.old_logprobs)) for micro in micro_batches]
-            else:
-                parts = []
+        if scored:
+            parts = (
+                [algorithm.scores(tokens_of(micro, micro.old_logprobs)) for micro in micro_batches]
+                if self.layout.is_last_stage
+                else []
+            )
+        else:
+            parts = self.trainable.forward(
+                micro_batches,
+                lambda micro, hidden: algorithm.scores(tokens_of(micro, self._logprobs(micro, hidden)[0])),
+            )
         return self._sum_by_rollout(micro_batches, parts, table)
 
     def _logprobs(self, micro: MicroBatch, hidden: Tensor, *, entropy: bool = False) -> tuple[Tensor, Tensor | None]:
@@ -289,49 +265,22 @@ class PolicyActor(Policy):
         temperature = self.config.rollout.temperature or 1.0
         return self.stage.logprobs(hidden, micro, temperature=temperature, entropy=entropy)
 
-    def _run(
-        self, micro_batches: Sequence[MicroBatch], last_stage: Callable[..., Any], *, forward_only: bool
-    ) -> list[Any]:
-        """Drive Megatron's pipeline schedule; `last_stage(micro, hidden)` ends each forward."""
-        return run_pipeline(self.model, micro_batches, last_stage, forward_only=forward_only)
-
-    # --- memory and the reference --------------------------------------------------------------------------------
+    # --- memory --------------------------------------------------------------------------------------------------
 
     def offload(self) -> None:
         """Free what only training needs: gradients, and optimizer state, reference policy and critic into host memory.
 
         The weights stay, so they can be exported. For servers that take turns with this rank on its GPU.
         """
-        self.optimizer.offload()
-        if self.critic is not None:
-            self.critic.offload()
-        if self._reference is not None:
-            self._reference = [tensor.cpu() for tensor in self._reference]
+        for part in (self.trainable, self.critic, self.reference):
+            if part is not None:
+                part.offload()
 
-    def restore_memory(self) -> None:
+    def onload(self) -> None:
         """Inverse of `offload`, before `score` or `update`. Gradients come back as zeros."""
-        self.optimizer.restore_memory()
-        if self.critic is not None:
-            self.critic.restore_memory()
-        if self._reference is not None:
-            self._reference = [tensor.to(platform().device) for tensor in self._reference]
-
-    @contextlib.contextmanager
-    def _reference_weights(self) -> Iterator[None]:
-        """Within, the stage computes with the reference policy's weights."""
-        self.optimizer.pre_mutation_hook()
-        self._swap_reference()
-        try:
-            yield
-        finally:
-            self._swap_reference()
-
-    @torch.no_grad()
-    def _swap_reference(self) -> None:
-        for parameter, other in zip(self.stage.parameters(), self._reference, strict=True):
-            held = parameter.data.clone()
-            parameter.data.copy_(other)
-            other.copy_(held)
+        for part in (self.trainable, self.critic, self.reference):
+            if part is not None:
+                part.onload()
 
 
 def tokens_of(micro: MicroBatch, logprobs: Tensor, entropy: Tensor | None = None) -> TokenBatch:

@@ -1,69 +1,54 @@
-"""The critic on its ranks: values of the states in rollouts, and what it learns of their returns."""
+"""The critic on its ranks: values of the states in rollouts, learned from the rollouts' returns."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from clipo_megatron.config.errors import ConfigError, ConfigProblem
-from clipo_megatron.config.model_folder import hf_folder, tokens_of
+from clipo_megatron.config.errors import ConfigError
+from clipo_megatron.config.model_folder import vocabulary_problem
 from clipo_megatron.config.schema import RunConfig
 from clipo_megatron.flow import MicroBatch
 from clipo_megatron.policy.batch.exchange import share_from_last_stage
-from clipo_megatron.policy.loading import load_stage
-from clipo_megatron.policy.model.model import TORCH_DTYPE, transformer_config
 from clipo_megatron.policy.model.value_model import ValueStage
-from clipo_megatron.policy.optimizer import PolicyOptimizer, data_parallel
 from clipo_megatron.policy.parallel import Layout
-from clipo_megatron.policy.pipeline import run_pipeline, summed_metrics
+from clipo_megatron.policy.policy import loaded_stage
+from clipo_megatron.policy.trainable import Trainable
 from clipo_megatron.runtime.platform import platform
-from clipo_megatron.weights.families import model_spec
-from clipo_megatron.weights.spec import read_config
 
 
 class CriticActor:
-    """One rank's part of a value model in the policy's layout: the same tensor, pipeline and data-parallel groups, the
-    same micro-batches. Every method is collective: all ranks call it, in the same order.
+    """One rank's part of a value model. Every method is collective: all ranks call it, in the same order.
 
-    It starts from the weights of critic.path, or the policy's, without their LM head, and a value head near zero.
+    It shares the policy's layout, process groups and micro-batches. It starts from the weights of critic.path, or the
+    policy's, without their LM head, and a value head near zero.
 
     Raises:
-        WeightsError: the folder cannot be used, or not in this layout.
-        ConfigError: it is of another vocabulary than the policy.
+        ConfigError: critic.path has another vocabulary than the policy.
+        ValueError, WeightsError: as `loaded_stage` for the folder.
     """
 
     def __init__(self, config: RunConfig, layout: Layout):
-        self.config, self.layout = config, layout
-        settings = config.critic
-        path = settings.path or config.model.path
-        if settings.path is not None:
-            same_vocabulary(settings.path, config.model.path)
-        self.spec = model_spec(read_config(hf_folder(path)))
-        transformer = transformer_config(self.spec, config.model, layout)
-        with platform().cuda_tensor_names():
-            self.stage = ValueStage(self.spec, transformer, layout, seed=config.train.seed)
-            self.stage.to(device=platform().device, dtype=TORCH_DTYPE[config.model.dtype])
-        load_stage(self.stage, path, layout)
-        self.model = data_parallel(self.stage, transformer, config.optimizer)
-        self.epochs = settings.epochs or config.algorithm.epochs
-        schedule = replace(
+        self.layout, self.clip = layout, config.critic.clip
+        path = config.critic.path or config.model.path
+        if config.critic.path and (problem := vocabulary_problem(path, config.model.path)):
+            raise ConfigError([problem])
+        build = partial(ValueStage, seed=config.train.seed)
+        self.stage = loaded_stage(build, path, config.model, layout)
+        self.spec = self.stage.spec
+        self.epochs = config.critic.epochs or config.algorithm.epochs
+        learning_rate = config.critic.learning_rate
+        settings = replace(
             config.optimizer,
-            learning_rate=settings.learning_rate,
-            min_learning_rate=min(config.optimizer.min_learning_rate, settings.learning_rate),
+            learning_rate=learning_rate,
+            min_learning_rate=min(config.optimizer.min_learning_rate, learning_rate),
         )
-        self.optimizer = PolicyOptimizer(
-            self.model,
-            schedule,
-            dtype=config.model.dtype,
-            total_steps=config.train.steps * config.algorithm.mini_batches * self.epochs,
-        )
-        self._away: list[tuple[Tensor, Tensor]] = []  # weights on the device, emptied, and their copies on the host
-        self._skipped_in_a_row = 0
+        updates = config.train.steps * config.algorithm.mini_batches * self.epochs
+        self.trainable = Trainable("critic", self.stage, layout, settings, total_steps=updates)
 
     # --- scoring -----------------------------------------------------------------------------------------------------
 
@@ -74,11 +59,10 @@ class CriticActor:
         the state with the token: the next one's "value", and behind the last token what a bootstrap continues from.
         """
 
-        def collect(micro: MicroBatch, hidden: Tensor, non_loss_data: bool = True) -> tuple[Tensor, Tensor]:
+        def values(micro: MicroBatch, hidden: Tensor) -> tuple[Tensor, Tensor]:
             return self.stage.values(hidden, micro.predict), self.stage.values(hidden, micro.states)
 
-        with torch.no_grad():
-            outputs = self._run(micro_batches, collect, forward_only=True)
+        outputs = self.trainable.forward(micro_batches, values)
         for micro, (value, after) in zip(micro_batches, outputs, strict=False):
             micro.signals |= {"value": value, "next_value": after}
 
@@ -104,37 +88,21 @@ class CriticActor:
         return metrics | {"critic/update_skipped": skipped}
 
     def update(self, micro_batches: Sequence[MicroBatch]) -> dict[str, float]:
-        """One optimizer step: half the squared distance to the returns, where the value is held within critic.clip of
-        what it was if that makes the distance larger (arXiv 1707.06347's code), weighed as the policy's tokens are.
+        """One optimizer step on half the squared distance of the values to the returns, clipped as in `value_loss` and
+        weighted as the policy's tokens are; see `Trainable.update` for the metrics."""
 
-        Returns:
-            Metrics, identical on every rank. An update whose loss or gradient is not finite is skipped.
-        """
-        clip = self.config.critic.clip
-        self.model.zero_grad_buffer()
-        self.optimizer.inner.zero_grad()
-
-        def compute(micro: MicroBatch, hidden: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        def loss(micro: MicroBatch, hidden: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
             values = self.stage.values(hidden, micro.predict)
-            per_token, held = value_loss(values, micro.signals["value"], _returns(micro), clip)
-            loss = (micro.weights * per_token).sum()
-            count = torch.tensor(values.numel(), dtype=torch.int, device=values.device)
+            per_token, clipped = value_loss(values, micro.signals["value"], _returns(micro), self.clip)
+            total = (micro.weights * per_token).sum()
             metrics = {
-                "critic/loss": loss.detach(),
+                "critic/loss": total.detach(),
                 "critic/weight": micro.weights.sum(),
-                "critic/clip_fraction": (micro.weights * held).sum(),
+                "critic/clip_fraction": (micro.weights * clipped).sum(),
             }
-            return loss, count, metrics
+            return total, metrics
 
-        sums = summed_metrics(self._run(micro_batches, compute, forward_only=False), "critic", self.layout)
-        norm, applied = self.optimizer.step(finite=math.isfinite(sums["critic/loss"]))
-        self._skipped_in_a_row = 0 if applied else self._skipped_in_a_row + 1
-        return {
-            **sums,
-            "critic/grad_norm": norm,
-            "critic/skipped_in_a_row": float(self._skipped_in_a_row),
-            "critic/learning_rate": self.optimizer.learning_rate,
-        }
+        return self.trainable.update(micro_batches, loss)
 
     def _fit(self, micro_batches: Sequence[MicroBatch]) -> dict[str, float]:
         """How well the scored values fit the returns."""
@@ -148,7 +116,7 @@ class CriticActor:
         count, *totals = share_from_last_stage(sums, self.layout, sum_over_dp=True).tolist()
         value, target, target_square, error, error_square = (total / max(count, 1.0) for total in totals)
         spread = target_square - target**2
-        # Equal returns leave rounding errors of their mean's square here.
+        # Where all returns are equal, the spread is the rounding error of the square of their mean.
         varies = spread > 1e-12 * max(target_square, 1e-12)
         return {
             "critic/value_mean": value,
@@ -156,55 +124,32 @@ class CriticActor:
             "critic/explained_variance": 1 - (error_square - error**2) / spread if varies else 0.0,
         }
 
-    def _run(
-        self, micro_batches: Sequence[MicroBatch], last_stage: Callable[..., Any], *, forward_only: bool
-    ) -> list[Any]:
-        return run_pipeline(self.model, micro_batches, last_stage, forward_only=forward_only)
-
     # --- memory ------------------------------------------------------------------------------------------------------
 
     def offload(self) -> None:
         """Free the gradients, and move weights and optimizer state into host memory: nobody exports a critic."""
-        self.optimizer.offload()
-        if self._away:
-            return
-        for buffer in (*self.model.buffers, *self.model.expert_parallel_buffers):
-            self._away.append((buffer.param_data, buffer.param_data.to("cpu", copy=True)))
-            buffer.param_data.untyped_storage().resize_(0)
+        self.trainable.offload(weights=True)
 
-    def restore_memory(self) -> None:
+    def onload(self) -> None:
         """Inverse of `offload`, before `score` or `learn`."""
-        for weights, copy in self._away:
-            weights.untyped_storage().resize_(copy.untyped_storage().size())
-            weights.copy_(copy)
-        self._away = []
-        self.optimizer.restore_memory()
-
-
-def same_vocabulary(path: str, policy: str) -> None:
-    """Hold the tokens of the folder that a critic starts from against the policy's, whose ids it reads.
-
-    Tokenizers are compared where both folders have a tokenizer.json; a token that one alone has is no contradiction.
-
-    Raises:
-        ConfigError: the embeddings differ in size, or an id is another token.
-    """
-    sizes = [read_config(hf_folder(each)).get("vocab_size") for each in (path, policy)]
-    remedy = "Choose a model with the policy's vocabulary, or null to start from the policy's weights"
-    if sizes[0] != sizes[1]:
-        reason = f"its vocab_size is {sizes[0]}, and that of model.path is {sizes[1]}; it reads the policy's tokens"
-        raise ConfigError([ConfigProblem("critic.path", reason, remedy, path)])
-    own, others = tokens_of(path), tokens_of(policy)
-    if own is None or others is None:
-        return
-    differing = min((token for token in own.keys() & others.keys() if own[token] != others[token]), default=None)
-    if differing is not None:
-        reason = f"its token {differing} is {own[differing]!r}, and that of model.path is {others[differing]!r}"
-        raise ConfigError([ConfigProblem("critic.path", f"{reason}; it reads the policy's tokens", remedy, path)])
+        self.trainable.onload()
 
 
 def value_loss(values: Tensor, old: Tensor, returns: Tensor, clip: float | None) -> tuple[Tensor, Tensor]:
-    """Loss of each token, and whether it is that of the value held within `clip` of the old one; [N] each."""
+    """PPO's loss of values, as in the code of arXiv 1707.06347.
+
+    The loss of a token is half the squared distance to its return, or that of the value held within `clip` of the old
+    one, whichever is larger.
+
+    Args:
+        values: [N] float32, of the weights in training.
+        old: [N] float32, as scored before the update.
+        returns: [N] float32.
+        clip: how far a value may move from the old one; None: as far as it likes.
+
+    Returns:
+        The loss of each token [N] float32, and whether it is that of the held value [N] bool.
+    """
     plain = (values - returns).square()
     if clip is None:
         return 0.5 * plain, torch.zeros_like(plain, dtype=torch.bool)
@@ -215,5 +160,5 @@ def value_loss(values: Tensor, old: Tensor, returns: Tensor, clip: float | None)
 
 def _returns(micro: MicroBatch) -> Tensor:
     if "return" not in micro.signals:
-        raise ValueError("the algorithm needs values, and no stage's token_advantage gives the critic `returns`")
+        raise ValueError("the algorithm needs values, and no hook's token_advantage gives the critic `returns`")
     return micro.signals["return"]

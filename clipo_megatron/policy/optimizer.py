@@ -7,8 +7,6 @@ off: `calculate_per_token_loss` turns off the first two, and `sum_gradients` kee
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,9 +14,9 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
-from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.module import MegatronModule
 
-from clipo_megatron.config.schema import DType, OptimizerConfig
+from clipo_megatron.config.schema import OptimizerConfig
 from clipo_megatron.runtime.platform import platform
 
 
@@ -27,51 +25,51 @@ def sum_gradients(model: list[torch.nn.Module], _num_tokens: Any = None, **kwarg
     finalize_model_grads(model, None, **kwargs)
 
 
-def data_parallel(stage: torch.nn.Module, config: TransformerConfig, optimizer: OptimizerConfig) -> torch.nn.Module:
+def data_parallel(stage: MegatronModule, settings: OptimizerConfig) -> DistributedDataParallel:
     """Wrap a stage so that its gradients accumulate in fp32 and reduce-scatter over data-parallel ranks."""
     wrapped = DistributedDataParallel(
-        config,
+        stage.config,
         DistributedDataParallelConfig(
             grad_reduce_in_fp32=True,
             use_distributed_optimizer=True,
-            overlap_grad_reduce=optimizer.overlap_grad_reduce,
+            overlap_grad_reduce=settings.overlap_grad_reduce,
             average_in_collective=False,
         ),
         stage,
     )
     wrapped.broadcast_params()
-    config.finalize_model_grads_func = sum_gradients
-    if optimizer.overlap_grad_reduce:
-        config.no_sync_func = wrapped.no_sync
+    stage.config.finalize_model_grads_func = sum_gradients
+    if settings.overlap_grad_reduce:
+        stage.config.no_sync_func = wrapped.no_sync
     return wrapped
 
 
-class PolicyOptimizer:
-    """Distributed AdamW with fp32 masters, gradient clipping and a learning-rate schedule.
+class DistributedAdamW:
+    """AdamW with fp32 masters, sharded over data-parallel ranks; gradient clipping and a learning-rate schedule.
 
-    A gradient that is not finite skips the update; the caller records it.
-
-    Attributes:
-        before_change: called before anything changes or moves the weights or the optimizer's state. Whoever reads them
-            in another thread, as a checkpoint does, has it wait.
+    Args:
+        model: the wrapped stage whose parameters it updates.
+        settings: learning rate, schedule, betas, clipping.
+        total_steps: updates over which the learning rate decays.
     """
 
-    def __init__(self, model: torch.nn.Module, config: OptimizerConfig, *, dtype: DType, total_steps: int):
-        self.pre_mutation_hook: Callable[[], None] = lambda: None
-        self._model, self._dtype = model, dtype
+    def __init__(self, model: DistributedDataParallel, settings: OptimizerConfig, *, total_steps: int):
+        self._model = model
+        # In fp32 the masters are the weights themselves.
+        self._has_masters = model.config.bf16
         with platform().cuda_tensor_names():
             self.inner: MegatronOptimizer = get_megatron_optimizer(
                 MegatronOptimizerConfig(
                     optimizer="adam",
-                    lr=config.learning_rate,
-                    min_lr=config.min_learning_rate,
-                    weight_decay=config.weight_decay,
-                    adam_beta1=config.beta1,
-                    adam_beta2=config.beta2,
-                    adam_eps=config.epsilon,
-                    clip_grad=config.max_grad_norm,
-                    bf16=dtype is DType.bf16,
-                    params_dtype=torch.bfloat16 if dtype is DType.bf16 else torch.float32,
+                    lr=settings.learning_rate,
+                    min_lr=settings.min_learning_rate,
+                    weight_decay=settings.weight_decay,
+                    adam_beta1=settings.beta1,
+                    adam_beta2=settings.beta2,
+                    adam_eps=settings.epsilon,
+                    clip_grad=settings.max_grad_norm,
+                    bf16=model.config.bf16,
+                    params_dtype=model.config.params_dtype,
                     use_distributed_optimizer=True,
                 ),
                 [model],
@@ -79,14 +77,14 @@ class PolicyOptimizer:
             )
         self.schedule = OptimizerParamScheduler(
             self.inner,
-            init_lr=0.0 if config.warmup_steps else config.learning_rate,
-            max_lr=config.learning_rate,
-            min_lr=config.min_learning_rate,
-            lr_warmup_steps=config.warmup_steps,
-            lr_decay_steps=max(total_steps, config.warmup_steps + 1),
-            lr_decay_style=config.schedule.value,
-            start_wd=config.weight_decay,
-            end_wd=config.weight_decay,
+            init_lr=0.0 if settings.warmup_steps else settings.learning_rate,
+            max_lr=settings.learning_rate,
+            min_lr=settings.min_learning_rate,
+            lr_warmup_steps=settings.warmup_steps,
+            lr_decay_steps=max(total_steps, settings.warmup_steps + 1),
+            lr_decay_style=settings.schedule.value,
+            start_wd=settings.weight_decay,
+            end_wd=settings.weight_decay,
             wd_incr_steps=total_steps,
             wd_incr_style="constant",
             # On resume the configuration counts, not the checkpoint's: a run may be prolonged.
@@ -96,36 +94,29 @@ class PolicyOptimizer:
 
     @property
     def learning_rate(self) -> float:
-        """Of the next update."""
+        """The learning rate of the next update."""
         return max((float(group["lr"]) for group in self.inner.param_groups), default=0.0)
 
-    def step(self, *, finite: bool = True) -> tuple[float, bool]:
-        """Apply the accumulated gradients, if they and the loss are `finite`.
-
-        Returns:
-            Global gradient norm before clipping, and whether the update was applied.
-        """
+    def gradient_norm(self) -> float:
+        """The global norm of the accumulated gradients, before clipping."""
         with platform().cuda_tensor_names():
             self.inner.prepare_grads()
-            norm = float(self.inner.get_grad_norm())
-            applied = finite and math.isfinite(norm)
-            if applied:
-                self.pre_mutation_hook()
-                self.inner.step()
-        self.schedule.step(increment=1)
-        return norm, applied
+            return float(self.inner.get_grad_norm())
+
+    def step(self) -> None:
+        """Clip the accumulated gradients and update masters and weights, but not the schedule."""
+        with platform().cuda_tensor_names():
+            self.inner.step()
 
     def offload(self) -> None:
-        """Free the gradients, and move the optimizer's state into host memory."""
-        self.pre_mutation_hook()
+        """Free the gradients, and move masters and moments into host memory."""
         self._model.offload_grad_buffers()
-        if self._dtype is DType.bf16:  # in fp32 the masters are the weights themselves
+        if self._has_masters:
             self.inner.offload_to_cpu()
 
-    def restore_memory(self) -> None:
+    def onload(self) -> None:
         """Inverse of `offload`. Gradients come back as zeros."""
-        self.pre_mutation_hook()
         self._model.restore_grad_buffers()
-        if self._dtype is DType.bf16:
+        if self._has_masters:
             with platform().cuda_tensor_names():
                 self.inner.restore_from_cpu()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from megatron.core.pipeline_parallel import get_forward_backward_func
@@ -14,16 +14,51 @@ from clipo_megatron.flow import MicroBatch
 from clipo_megatron.policy.batch.exchange import from_last_stage, share_from_last_stage
 from clipo_megatron.policy.parallel import Layout
 
+Output = TypeVar("Output")
+Loss = Callable[[MicroBatch, Tensor], tuple[Tensor, dict[str, Tensor]]]
 
-def run_pipeline(
-    model: torch.nn.Module,
-    micro_batches: Sequence[MicroBatch],
-    last_stage: Callable[..., Any],
-    *,
-    forward_only: bool,
+
+def forward(
+    model: torch.nn.Module, micro_batches: Sequence[MicroBatch], last_stage: Callable[[MicroBatch, Tensor], Output]
+) -> list[Output]:
+    """Run the micro-batches through the pipeline without gradient.
+
+    Args:
+        model: this rank's stage in Megatron's data-parallel wrapper.
+        micro_batches: in order; each rank of a replica passes the same.
+        last_stage: what is wanted of a micro-batch, from the last stage's states [T, H].
+
+    Returns:
+        One output a micro-batch on the last stage, none elsewhere.
+    """
+
+    def collect(micro: MicroBatch, hidden: Tensor, non_loss_data: bool) -> Output:
+        return last_stage(micro, hidden)
+
+    with torch.no_grad():
+        return _run(model, micro_batches, collect, forward_only=True)
+
+
+def forward_backward(
+    model: torch.nn.Module, micro_batches: Sequence[MicroBatch], loss: Loss
+) -> list[dict[str, Tensor]]:
+    """Run the micro-batches through the pipeline and add the gradients of their losses to Megatron's buffers.
+
+    Returns:
+        The metrics that `loss` gives beside each loss, on the last stage; none elsewhere.
+    """
+
+    def with_count(micro: MicroBatch, hidden: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        value, metrics = loss(micro, hidden)
+        count = torch.tensor(micro.targets.numel(), dtype=torch.int, device=hidden.device)
+        return value, count, metrics
+
+    return _run(model, micro_batches, with_count, forward_only=False)
+
+
+def _run(
+    model: torch.nn.Module, micro_batches: Sequence[MicroBatch], last_stage: Callable[..., Any], *, forward_only: bool
 ) -> list[Any]:
-    """Drive the schedule; `last_stage(micro, hidden)` ends each forward. What it gave a micro-batch; [] elsewhere."""
-
     def forward_step(batches: Iterator[MicroBatch], stage: torch.nn.Module) -> tuple[Tensor, Callable[..., Any]]:
         micro = next(batches)
         return stage(micro), partial(last_stage, micro)
@@ -40,9 +75,16 @@ def run_pipeline(
     )
 
 
-def summed_metrics(outputs: Sequence[dict[str, Tensor]], room: str, layout: Layout) -> dict[str, float]:
-    """Added up over micro-batches and data-parallel ranks, which report the same names, and divided by "<room>/weight";
-    the losses have their weights already."""
+def summed_metrics(outputs: Sequence[dict[str, Tensor]], prefix: str, layout: Layout) -> dict[str, float]:
+    """Metrics added up over micro-batches and data-parallel ranks, as weighted means of the tokens.
+
+    The sums are divided by "<prefix>/weight", the sum of all tokens' weights. Losses are not: they are weighted already.
+
+    Args:
+        outputs: metrics [] of each micro-batch on the last stage; data-parallel ranks report the same names.
+        prefix: first part of the names.
+        layout: this rank's place.
+    """
     names: list[str] = from_last_stage(sorted(set().union(*outputs)), layout)
     nothing = torch.zeros(())
     sums = torch.zeros(len(names), dtype=torch.float64)
@@ -50,6 +92,6 @@ def summed_metrics(outputs: Sequence[dict[str, Tensor]], room: str, layout: Layo
         sums += torch.stack([output.get(name, nothing).double().cpu() for name in names])
     values = share_from_last_stage(sums, layout, sum_over_dp=True).tolist()
     metrics = dict(zip(names, values, strict=True))
-    weight = metrics.pop(f"{room}/weight", 0.0)
-    losses = (f"{room}/loss", f"{room}/demonstration_loss")
+    weight = metrics.pop(f"{prefix}/weight", 0.0)
+    losses = (f"{prefix}/loss", f"{prefix}/demonstration_loss")
     return {name: value / weight if weight and name not in losses else value for name, value in metrics.items()}

@@ -1,65 +1,114 @@
-"""The policy's weights on their ranks: read from a folder or a checkpoint, and given away. Training is `actor.py`."""
+"""The policy's weights on their ranks: loaded from a folder or a checkpoint, and exported. Training is in `actor.py`."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TypeVar
 
+from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from clipo_megatron.config.model_folder import hf_folder
-from clipo_megatron.config.schema import RunConfig
-from clipo_megatron.policy.loading import load_stage
-from clipo_megatron.policy.model.model import TORCH_DTYPE, build_stages, transformer_config
+from clipo_megatron.config.schema import ModelConfig, RunConfig
+from clipo_megatron.policy.model.model import TORCH_DTYPE, PolicyStage, transformer_config
 from clipo_megatron.policy.parallel import Layout
 from clipo_megatron.runtime.platform import platform
+from clipo_megatron.weights.coverage import check_tensors, match
 from clipo_megatron.weights.export import ExportPlan, export, plan_export
-from clipo_megatron.weights.families import model_spec
+from clipo_megatron.weights.families import entries, model_spec
+from clipo_megatron.weights.formats.source import open_weights
+from clipo_megatron.weights.load import load_into
 from clipo_megatron.weights.spec import ModelSpec, read_config
+
+_LM_HEAD = "output_layer.weight"
+Stage = TypeVar("Stage", bound=PolicyStage)
 
 
 class Policy:
     """One rank's part of the policy. Every method is collective: all ranks call it, in the same order.
 
     Args:
-        config: of the run; model.path says which model it is.
-        layout: of the ranks.
-        weights: a checkpoint of that model to read them from; None: from model.path.
+        config: the run's; model.path says which model it is.
+        layout: this rank's place.
+        weights: a checkpoint of that model to read the weights from; None: from model.path.
 
     Raises:
-        ValueError: the layout divides experts as this machine's communication cannot.
+        ValueError: the layout divides experts in a way that this machine's communication cannot.
         WeightsError: the folder cannot be used, or not in this layout.
     """
 
     def __init__(self, config: RunConfig, layout: Layout, *, weights: Path | None = None):
         self.config, self.layout = config, layout
-        self.spec = model_spec(read_config(hf_folder(config.model.path)))
-        _check_experts(self.spec, layout)
-        self.stages = layout.division.stages(self.spec.num_layers)
-        self.transformer = transformer_config(self.spec, config.model, layout)
-        dtype = TORCH_DTYPE[config.model.dtype]
-        with platform().cuda_tensor_names():
-            (self.stage,) = build_stages(self.spec, self.transformer, layout)
-            self.stage.to(device=platform().device, dtype=dtype)
-        load_stage(self.stage, str(weights or config.model.path), layout)
-        # Names, shapes and owners of the Hugging Face tensors this policy exports.
-        self.export_plan: ExportPlan = plan_export(self.spec, layout.division, dtype=dtype)
+        self.stage = loaded_stage(PolicyStage, config.model.path, config.model, layout, weights=weights)
+        self.spec = self.stage.spec
+        # Names, shapes and owners of the Hugging Face tensors that this policy exports.
+        self.export_plan: ExportPlan = plan_export(self.spec, layout.division, dtype=TORCH_DTYPE[config.model.dtype])
 
     def export(self) -> Iterator[tuple[str, Tensor]]:
         """The policy's weights by Hugging Face name, whole, on every rank, bucket by bucket."""
         return export(self.export_plan, [dict(self.stage.named_parameters())], self.layout.holder)
 
     def offload(self) -> None:
-        """Free what only training needs, for servers that take turns with this rank on its GPU: of weights, nothing."""
+        """Free the memory that only training needs, for servers on the same GPU; a policy that is not trained has
+        none."""
 
-    def restore_memory(self) -> None:
+    def onload(self) -> None:
         """Inverse of `offload`."""
+
+
+def loaded_stage(
+    build: Callable[[ModelSpec, TransformerConfig, Layout], Stage],
+    folder: str,
+    settings: ModelConfig,
+    layout: Layout,
+    *,
+    weights: Path | None = None,
+) -> Stage:
+    """Build this rank's pipeline stage of a model and load its weights.
+
+    Args:
+        build: the stage's class.
+        folder: the model's Hugging Face folder, or a checkpoint.
+        settings: the precision, and whether activations are recomputed.
+        layout: this rank's place.
+        weights: a checkpoint of that model to read the weights from; None: from the folder.
+
+    Raises:
+        ValueError: the layout divides experts in a way that this machine's communication cannot.
+        WeightsError: the folder cannot be used, or not in this layout.
+    """
+    spec = model_spec(read_config(hf_folder(folder)))
+    _check_experts(spec, layout)
+    with platform().cuda_tensor_names():
+        stage = build(spec, transformer_config(spec, settings, layout), layout)
+        stage.to(device=platform().device, dtype=TORCH_DTYPE[settings.dtype])
+    _load(stage, str(weights or folder), layout)
+    return stage
 
 
 def _check_experts(spec: ModelSpec, layout: Layout) -> None:
     division = layout.division
     if spec.experts is not None and division.ep > 1 and division.expert_tp > 1 and not platform().has_gpu:
         raise ValueError(
-            f"experts over ep {division.ep} ranks cannot each be divided over etp {division.expert_tp} more on a CPU, "
-            "whose communication knows no gathering of unequal parts; set layout.etp=1"
+            f"layout.etp = {division.expert_tp}: experts over layout.ep = {division.ep} ranks cannot be divided further "
+            "on a CPU, because gloo does not gather unequal parts; set layout.etp=1"
         )
+
+
+def _load(stage: PolicyStage, folder: str, layout: Layout) -> None:
+    """Fill every parameter of a stage that the folder has weights for: all but a value head."""
+    at = layout.coordinates
+    mapping = entries(stage.spec, stage.place, at)
+    parameters = dict(stage.named_parameters())
+    if not stage.has_lm_head:
+        mapping = [entry for entry in mapping if _LM_HEAD not in entry.megatron]
+        parameters = {name: each for name, each in parameters.items() if name not in stage.own_parameters}
+    with open_weights(folder, stage.spec) as reader:
+        if layout.rank == 0:
+            check_tensors(reader, stage.spec)
+        load_into(parameters.items(), mapping, reader, at)
+    # Megatron sets this while it initialises weights at random, which we leave out; without it the gradient norm would
+    # count the shards of one rank only.
+    for name, entry in match(parameters, mapping, at):
+        parameters[name].tensor_model_parallel = entry.kind.sharded  # type: ignore[attr-defined]

@@ -13,7 +13,7 @@ from clipo_megatron.policy.batch.exchange import share_from_last_stage
 from clipo_megatron.policy.parallel import Layout
 
 
-def agreement(
+def mismatch_metrics(
     micro_batches: Sequence[MicroBatch], table: RolloutTable, correction: CorrectionConfig, layout: Layout
 ) -> dict[str, float]:
     """How far the engine's log-probs are from the trainer's, and what a correction makes of it; collective.

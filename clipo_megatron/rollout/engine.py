@@ -181,7 +181,7 @@ class Engine(Protocol):
         """Give GPU memory back; nothing is in flight. Weights released have to be loaded again. Idempotent."""
         ...
 
-    def restore_memory(self, *what: Memory) -> None:
+    def onload(self, *what: Memory) -> None:
         """Take the memory again; its contents are undefined until loaded. Idempotent."""
         ...
 

@@ -43,13 +43,13 @@ class Colocation:
     def before_push(self) -> None:
         """The servers take the memory of their weights again; its contents are to be pushed."""
         self._leave(Turn.train, "before_push")
-        self.engine.restore_memory(Memory.weights)
+        self.engine.onload(Memory.weights)
         self.turn = Turn.update
 
     def after_push(self) -> None:
         """The servers have weights; they take the memory of their cache again and can generate."""
         self._leave(Turn.update, "after_push")
-        self.engine.restore_memory(Memory.kv_cache)
+        self.engine.onload(Memory.kv_cache)
         self.turn = Turn.generate
 
     def before_generating(self) -> None:
@@ -72,7 +72,7 @@ class Trainee(Protocol):
         """Free what only training needs; the weights stay."""
         ...
 
-    def restore_memory(self) -> None:
+    def onload(self) -> None:
         """Take it again."""
         ...
 
@@ -99,7 +99,7 @@ class ColocatedSync:
         """The servers give their memory to the trainer; nothing is generated any more. Idempotent."""
         if not self._training:
             self._coordinate(lambda turns: turns.before_training())
-            self.trainee.restore_memory()
+            self.trainee.onload()
             self._training = True
 
     def update_weights(self, version: int) -> Any:

@@ -22,7 +22,7 @@ from clipo_megatron.data.splits import training_problems
 from clipo_megatron.evaluation.results import Evaluation
 from clipo_megatron.policy.actor import PolicyActor
 from clipo_megatron.policy.batch.replay import ReplayCheckpointer
-from clipo_megatron.policy.checkpoint.state import PolicyCheckpointer
+from clipo_megatron.policy.checkpoint.state import TrainableCheckpointer
 from clipo_megatron.rollout.engine import Cancelled, SamplingParams
 from clipo_megatron.runtime.platform import platform
 from clipo_megatron.runtime.run_dir import CHECKPOINTS, set_aside
@@ -200,8 +200,8 @@ class Run(Session):
                 Owner("replay", replays.state_dict, replays.load_state_dict, writes=self.is_main, gathers=True)
             )
         clipo, settings = self.config.clipo, self.config.checkpoint
-        keeper, critic = PolicyCheckpointer(actor.stage, actor.optimizer), actor.critic
-        values = PolicyCheckpointer(critic.stage, critic.optimizer) if critic else None
+        keeper, critic = TrainableCheckpointer(actor.trainable), actor.critic
+        values = TrainableCheckpointer(critic.trainable) if critic else None
         checkpoints = Checkpoints(
             self.output / CHECKPOINTS,
             owners,
@@ -223,8 +223,8 @@ class Run(Session):
             deadline_s=settings.deadline_s,
             failures=settings.max_failed_saves,
         )
-        for optimizer in (actor.optimizer, *([critic.optimizer] if critic else [])):
-            optimizer.pre_mutation_hook = checkpoints.settle
+        for each in (actor, *([critic] if critic else [])):
+            each.trainable.pre_mutation_hook = checkpoints.settle
         return checkpoints
 
     def _rng_state(self) -> dict[str, Any]:

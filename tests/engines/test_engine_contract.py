@@ -335,7 +335,7 @@ def test_a_paused_engine_generates_when_it_is_resumed(make, engine, in_flight):
 
 
 def test_memory_calls_are_harmless_where_there_is_no_gpu(make, engine, weights):
-    for call in (engine.offload, engine.restore_memory):
+    for call in (engine.offload, engine.onload):
         for what in ((Memory.kv_cache,), (Memory.weights, Memory.kv_cache)):
             for _ in range(2):
                 try:

@@ -44,7 +44,7 @@ def one_critic_update(config: RunConfig, layout_config: LayoutConfig) -> dict[st
     metrics = actor.learn_values(experience, algorithm)
     gradients = {
         bare(name): whole(parameter, shard, parameter.main_grad.view(-1)[shard.start : shard.stop])
-        for name, parameter, shard in state._shards(actor.critic.optimizer)
+        for name, parameter, shard in state._shards(actor.critic.trainable.optimizer)
     }
     return {
         "gradients": by_name(actor, gradients),

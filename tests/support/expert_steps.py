@@ -84,14 +84,14 @@ def _stages() -> int:
 
 def optimizer_state(actor: PolicyActor) -> dict[str, dict[str, Tensor]]:
     """Master parameters and moments by Hugging Face name, and how many updates were counted."""
-    shards, found = list(state._shards(actor.optimizer)), {}
+    shards, found = list(state._shards(actor.trainable.optimizer)), {}
     for kind in (state.MASTER, *state.MOMENTS):
         held = {
             bare(name): whole(parameter, shard, state._state_of(shard).get(kind)) for name, parameter, shard in shards
         }
         exported = export(actor.export_plan, [held], actor.layout.holder)
         found[kind] = {name: tensor.clone() for name, tensor in exported}
-    return {**found, "updates": {"count": torch.tensor(state._updates(actor.optimizer))}}
+    return {**found, "updates": {"count": torch.tensor(state._updates(actor.trainable.optimizer))}}
 
 
 def train_a_little(actor: PolicyActor, config: RunConfig, steps: int = 2) -> None:
@@ -123,7 +123,7 @@ def save(config: RunConfig, layout_config: LayoutConfig, folder: str, stacked: b
 def load_and_save(config: RunConfig, layout_config: LayoutConfig, folder: str, target: str = "") -> dict[str, Any]:
     """What an actor holds after loading; it is saved again where a target is named."""
     actor = actor_on(config, layout_config)
-    state.PolicyCheckpointer(actor.stage, actor.optimizer).load(Path(folder))
+    state.TrainableCheckpointer(actor.trainable).load(Path(folder))
     if target:
         _save(actor, target)
     return {**optimizer_state(actor), "exported": {name: tensor.clone() for name, tensor in actor.export()}}
@@ -131,7 +131,7 @@ def load_and_save(config: RunConfig, layout_config: LayoutConfig, folder: str, t
 
 def _save(actor: PolicyActor, folder: str) -> None:
     """The policy's part of a checkpoint, as a run writes it, but by that name."""
-    keeper, place = state.PolicyCheckpointer(actor.stage, actor.optimizer), Path(f"{folder}.checkpoints")
+    keeper, place = state.TrainableCheckpointer(actor.trainable), Path(f"{folder}.checkpoints")
     whole = Checkpoints(place, [], take_policy=keeper.take, load_policy=keeper.load, retention=Retention(), facts={})
     written = whole.save(1) / POLICY
     if dist.get_rank() == 0:
@@ -152,7 +152,7 @@ def permute_experts(actor: PolicyActor) -> None:
 
 def do_not_renormalise(actor: PolicyActor) -> None:
     """Give the router the other order of softmax and choice."""
-    actor.transformer.moe_router_pre_softmax = not actor.transformer.moe_router_pre_softmax
+    actor.stage.config.moe_router_pre_softmax = not actor.stage.config.moe_router_pre_softmax
 
 
 def forget_copies_of_experts(config: RunConfig, layout_config: LayoutConfig) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from clipo_megatron.policy import parallel as layouts
 from clipo_megatron.policy.actor import PolicyActor
 from clipo_megatron.policy.batch.exchange import build_table
 from clipo_megatron.policy.batch.replay import ReplayCheckpointer
-from clipo_megatron.policy.checkpoint.state import PolicyCheckpointer
+from clipo_megatron.policy.checkpoint.state import TrainableCheckpointer
 from clipo_megatron.policy.token_credit import assign_token_advantages
 from clipo_megatron.rewards.voting import answer_key
 
@@ -130,11 +130,15 @@ def train(
     for step in steps:
         if taking_turns:
             actor.offload()
-            facts["held"] = sum(buffer.grad_data.untyped_storage().size() for buffer in actor.model.buffers)
+            facts["held"] = sum(buffer.grad_data.untyped_storage().size() for buffer in actor.trainable.model.buffers)
             if actor.critic:
-                held = [each for buffer in actor.critic.model.buffers for each in (buffer.grad_data, buffer.param_data)]
+                held = [
+                    each
+                    for buffer in actor.critic.trainable.model.buffers
+                    for each in (buffer.grad_data, buffer.param_data)
+                ]
                 facts["critic_held"] = sum(each.untyped_storage().size() for each in held)
-            actor.restore_memory()
+            actor.onload()
         scored = scored_groups(step, vocab=actor.spec.vocab_size)[layout.rank :: layout.world]
         table, samples = build_table(scored, step=step, observe=algorithm.observe)
         mini_batches = batcher.mini_batches_of(samples, table)
@@ -185,7 +189,7 @@ def merged(results: Sequence[dict[str, Any]], name: str) -> dict[int, torch.Tens
 
 def _checkpoints(folder: Path, actor: PolicyActor, algorithm: Algorithm, layout: layouts.Layout) -> Checkpoints:
     """Those of a run, for the state that these steps have."""
-    keeper, replays = PolicyCheckpointer(actor.stage, actor.optimizer), ReplayCheckpointer(algorithm, actor.batcher)
+    keeper, replays = TrainableCheckpointer(actor.trainable), ReplayCheckpointer(algorithm, actor.batcher)
     main, head = layout.rank == 0, actor.contrastive
     owners = [
         Owner("algorithm", algorithm.state_dict, algorithm.load_state_dict, writes=main),

@@ -56,7 +56,9 @@ def one_update(config: RunConfig, layout_config: LayoutConfig, shifted: bool = T
     assign_token_advantages(experience, algorithm, actor.layout)
     credited = batcher.credit(batch, experience, algorithm)
     metrics = actor.update(credited, experience, algorithm)
-    gradients = {bare(name): _reduced(parameter, shard) for name, parameter, shard in state._shards(actor.optimizer)}
+    gradients = {
+        bare(name): _reduced(parameter, shard) for name, parameter, shard in state._shards(actor.trainable.optimizer)
+    }
     exported = export(actor.export_plan, [gradients], actor.layout.holder)
     return {
         "gradients": {name: grad.clone() for name, grad in exported},

@@ -140,7 +140,7 @@ class HostBuffer:
         return made
 
 
-class PolicySnapshot:
+class TrainableSnapshot:
     """This rank's parts of the policy's state. Nothing here is collective.
 
     Args:

@@ -29,8 +29,9 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch import Tensor
 from torch.distributed.checkpoint import FileSystemReader
 
-from clipo_megatron.policy.checkpoint.snapshot import HostBuffer, PolicySnapshot, SnapshotPlan, Whole
-from clipo_megatron.policy.optimizer import PolicyOptimizer
+from clipo_megatron.policy.checkpoint.snapshot import HostBuffer, TrainableSnapshot, SnapshotPlan, Whole
+from clipo_megatron.policy.optimizer import DistributedAdamW
+from clipo_megatron.policy.trainable import Trainable
 from clipo_megatron.runtime.platform import platform
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -38,22 +39,20 @@ MASTER = "master"  # the fp32 parameter that the optimizer updates
 _NOTHING = torch.empty(0)
 
 
-class PolicyCheckpointer:
-    """Takes the policy's state, parameters, optimizer and learning-rate schedule, and restores it.
+class TrainableCheckpointer:
+    """Takes the state of the policy or of the critic on this rank, and restores it.
 
-    Args:
-        stage: of this rank.
-        optimizer: of this rank.
+    The state is parameters, masters and moments of the optimizer, and the learning-rate schedule.
     """
 
-    def __init__(self, stage: torch.nn.Module, optimizer: PolicyOptimizer) -> None:
-        self.stage, self.optimizer = stage, optimizer
+    def __init__(self, trainable: Trainable) -> None:
+        self.stage, self.optimizer = trainable.stage, trainable.optimizer
         self._buffer = HostBuffer()
         self._wholes: list[ShardedTensor | ShardedTensorFactory] = []  # the parameters' entries
         self._plan: SnapshotPlan | None = None
         self._checked = False
 
-    def take(self) -> PolicySnapshot:
+    def take(self) -> TrainableSnapshot:
         """The state of now. It has to be copied or written before the next update.
 
         The first time it is collective: the ranks compare what they hold, every element of every tensor once.
@@ -72,7 +71,7 @@ class PolicyCheckpointer:
                 states = _state_of(shard)
                 sources += [states[key].view(-1) if states else _NOTHING for key in (MASTER, *MOMENTS)]
             fresh += [False] * (len(sources) - len(fresh))
-        return PolicySnapshot(plan.parts(sources, fresh), plan.objects, plan.common | self._common(), self._buffer)
+        return TrainableSnapshot(plan.parts(sources, fresh), plan.objects, plan.common | self._common(), self._buffer)
 
     def load(self, folder: Path) -> None:
         """Restore what was taken, in this run's layout; collective.
@@ -153,7 +152,7 @@ def _state_of(shard: _Shard, *, updates: int | None = None) -> dict[str, Tensor]
     return {MASTER: shard.main.data, **moments}
 
 
-def _in_model_shape(model: dict[str, Any], optimizer: PolicyOptimizer, fill: Any) -> dict[str, dict[str, Any]]:
+def _in_model_shape(model: dict[str, Any], optimizer: DistributedAdamW, fill: Any) -> dict[str, dict[str, Any]]:
     """Sharded tensors of the optimizer's state beside those of the parameters, [name][master | exp_avg | ...]."""
     sharded, _ = extract_sharded_tensors_and_factories(model)
     by_parameter = {id(each.data): each for each in nested_values(sharded)}
@@ -175,7 +174,7 @@ def _nowhere(parameter: torch.nn.Parameter, _shard: _Shard) -> dict[str, Tensor]
     return {key: torch.empty(parameter.shape, dtype=torch.float32, device="meta") for key in (MASTER, *MOMENTS)}
 
 
-def _shards(optimizer: PolicyOptimizer) -> Iterator[tuple[str, torch.nn.Parameter, _Shard]]:
+def _shards(optimizer: DistributedAdamW) -> Iterator[tuple[str, torch.nn.Parameter, _Shard]]:
     """Every trained parameter by name, in the same order on all data-parallel ranks."""
     for inner in optimizer.inner.chained_optimizers:
         trained = {parameter for buffer in inner.buffers for parameter in buffer.param_index_map}
@@ -185,7 +184,7 @@ def _shards(optimizer: PolicyOptimizer) -> Iterator[tuple[str, torch.nn.Paramete
                     yield name, parameter, _Shard(inner, parameter)
 
 
-def _updates(optimizer: PolicyOptimizer) -> int:
+def _updates(optimizer: DistributedAdamW) -> int:
     """How many updates Adam has counted; the same for every parameter."""
     for _, _, shard in _shards(optimizer):
         if shard.main is None:

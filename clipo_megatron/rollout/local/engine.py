@@ -102,7 +102,7 @@ class LocalEngine:
     def offload(self, *what: Memory) -> None:
         """Nothing to do: keys and values live as long as a generation, and weights stay."""
 
-    def restore_memory(self, *what: Memory) -> None:
+    def onload(self, *what: Memory) -> None:
         """Nothing to do."""
 
     def take_statistics(self) -> dict[str, float]:

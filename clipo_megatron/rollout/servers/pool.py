@@ -218,9 +218,9 @@ class ServerPool:
         """Give GPU memory back; nothing is in flight. Idempotent."""
         self._everywhere(lambda server: server.offload(what or tuple(Memory), deadline_s=_CONTROL_S))
 
-    def restore_memory(self, *what: Memory) -> None:
+    def onload(self, *what: Memory) -> None:
         """Take the memory again. Idempotent."""
-        self._everywhere(lambda server: server.restore_memory(what or tuple(Memory), deadline_s=_CONTROL_S))
+        self._everywhere(lambda server: server.onload(what or tuple(Memory), deadline_s=_CONTROL_S))
 
     def health(self) -> None:
         """Return when at least one admitted server can generate.

@@ -122,7 +122,7 @@ class Server(Protocol):
         """Give GPU memory back."""
         ...
 
-    async def restore_memory(self, what: Sequence[Memory], *, deadline_s: float) -> None:
+    async def onload(self, what: Sequence[Memory], *, deadline_s: float) -> None:
         """Take it again."""
         ...
 

@@ -115,7 +115,7 @@ class SGLangServer(HttpServer):
             await self._http.post("/release_memory_occupation", body, deadline_s=left(deadline))
             self._memory.released(missing)
 
-    async def restore_memory(self, what: Sequence[Memory], *, deadline_s: float) -> None:
+    async def onload(self, what: Sequence[Memory], *, deadline_s: float) -> None:
         """Take it again."""
         deadline = time.monotonic() + deadline_s
         state = await self.state(deadline_s=deadline_s)

@@ -140,7 +140,7 @@ class VLLMServer(HttpServer):
             await self._http.post("/release_kv_cache_memory", deadline_s=left(deadline))
             self._memory.released(missing)
 
-    async def restore_memory(self, what: Sequence[Memory], *, deadline_s: float) -> None:
+    async def onload(self, what: Sequence[Memory], *, deadline_s: float) -> None:
         """Take it again; it generates once it has all."""
         deadline = time.monotonic() + deadline_s
         boot = (await self.state(deadline_s=deadline_s)).boot

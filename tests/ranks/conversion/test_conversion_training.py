@@ -16,7 +16,7 @@ from clipo_megatron.config.errors import ConfigError
 from clipo_megatron.config.schema import DType, EngineKind, LayoutConfig
 from clipo_megatron.policy import parallel as layouts
 from clipo_megatron.policy.actor import PolicyActor
-from clipo_megatron.policy.checkpoint.state import PolicyCheckpointer
+from clipo_megatron.policy.checkpoint.state import TrainableCheckpointer
 from clipo_megatron.weights.formats.source import files_beside
 
 
@@ -36,13 +36,13 @@ def checkpointed(model: str, folder: str, sizes: dict[str, int]) -> str:
     """Save a checkpoint as a run does, in bf16 with masters that are finer than the parameters; returns its path."""
     actor = actor_of(model, sizes, DType.bf16)
     with torch.no_grad():
-        for group in actor.optimizer.inner.optimizer.param_groups:
+        for group in actor.trainable.optimizer.inner.optimizer.param_groups:
             for master in group["params"]:
                 master.add_(2.0**-20)
     checkpoints = Checkpoints(
         Path(folder),
         [],
-        take_policy=(keeper := PolicyCheckpointer(actor.stage, actor.optimizer)).take,
+        take_policy=(keeper := TrainableCheckpointer(actor.trainable)).take,
         load_policy=keeper.load,
         retention=Retention(),
         facts={},

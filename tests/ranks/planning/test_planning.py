@@ -79,13 +79,13 @@ def held(folder: str, layout_config: LayoutConfig) -> dict[str, int]:
     actor = PolicyActor(config, layout, needs=build_algorithm(config).needs, total_steps=10)
     masters = sum(
         shard.numel()
-        for inner in actor.optimizer.inner.chained_optimizers
+        for inner in actor.trainable.optimizer.inner.chained_optimizers
         for group in inner.optimizer.param_groups
         for shard in group["params"]
     )
     return {
         "parameters": sum(parameter.numel() for parameter in actor.stage.parameters()),
-        "gradients": sum(buffer.grad_data.numel() for buffer in actor.model.buffers),
+        "gradients": sum(buffer.grad_data.numel() for buffer in actor.trainable.model.buffers),
         "masters": masters,
         "pp_rank": layout.pp_rank,
     }

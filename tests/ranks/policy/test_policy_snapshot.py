@@ -17,14 +17,14 @@ from clipo_megatron.checkpoint.retention import Retention
 from clipo_megatron.config.schema import DType, LayoutConfig, RunConfig
 from clipo_megatron.policy.actor import PolicyActor
 from clipo_megatron.policy.checkpoint.snapshot import HostBuffer, boxes
-from clipo_megatron.policy.checkpoint.state import PolicyCheckpointer
+from clipo_megatron.policy.checkpoint.state import TrainableCheckpointer
 
 SHAPES = [pytest.param(1, LayoutConfig(), id="one rank"), pytest.param(4, LayoutConfig(tp=2, dp=2), id="TP2 x DP2")]
 
 
 def shards(actor: PolicyActor) -> list[torch.Tensor]:
     """All that this rank holds of masters and moments."""
-    inner = actor.optimizer.inner.optimizer
+    inner = actor.trainable.optimizer.inner.optimizer
     masters = [each for group in inner.param_groups for each in group["params"]]
     moments = [inner.state[each][name] for each in masters for name in ("exp_avg", "exp_avg_sq")]
     return [tensor.detach() for tensor in (*masters, *moments)]
@@ -40,7 +40,7 @@ def update(actor: PolicyActor, config: RunConfig, settle) -> None:
 
 
 def compute_with_the_reference(actor: PolicyActor, config: RunConfig, settle) -> None:
-    with actor._reference_weights():
+    with actor.reference.in_place():
         settle()
 
 
@@ -51,7 +51,7 @@ def free_memory(actor: PolicyActor, config: RunConfig, settle) -> None:
 
 
 def unfree_memory(actor: PolicyActor, config: RunConfig, settle) -> None:
-    actor.restore_memory()
+    actor.onload()
     for tensor in held(actor):
         tensor.neg_()
 
@@ -72,7 +72,7 @@ def saved_before(change, waits: bool, config: RunConfig, layout: LayoutConfig, f
         assert begin.wait(60)
         return copies(buffer, tensors)
 
-    keeper = PolicyCheckpointer(actor.stage, actor.optimizer)
+    keeper = TrainableCheckpointer(actor.trainable)
     checkpoints = Checkpoints(
         folder, [], take_policy=keeper.take, load_policy=keeper.load, retention=Retention(1), facts={}
     )
@@ -84,7 +84,7 @@ def saved_before(change, waits: bool, config: RunConfig, layout: LayoutConfig, f
         begin.set()
         checkpoints.settle()
 
-    actor.optimizer.pre_mutation_hook = settle if waits else lambda: None
+    actor.trainable.pre_mutation_hook = settle if waits else lambda: None
     try:
         with torch.no_grad():
             taken = [tensor.clone() for tensor in held(actor)]
@@ -92,7 +92,7 @@ def saved_before(change, waits: bool, config: RunConfig, layout: LayoutConfig, f
         change(actor, config, settle)
         settle()
     finally:
-        HostBuffer.copies, actor.optimizer.pre_mutation_hook = copies, lambda: None
+        HostBuffer.copies, actor.trainable.pre_mutation_hook = copies, lambda: None
         begin.set()
         checkpoints.wait(last=True)
     with torch.no_grad():
@@ -128,7 +128,7 @@ def test_what_changes_the_state_waits_until_it_is_copied(ranks, tmp_path, change
 
 def written_at_once(config: RunConfig, layout: LayoutConfig, folder: Path) -> tuple[bool, bool]:
     actor = actor_on(config, layout)
-    keeper = PolicyCheckpointer(actor.stage, actor.optimizer)
+    keeper = TrainableCheckpointer(actor.trainable)
     checkpoints = Checkpoints(
         folder, [], take_policy=keeper.take, load_policy=keeper.load, retention=Retention(1), facts={}
     )
@@ -152,7 +152,7 @@ def test_what_is_written_at_once_comes_back(ranks, tmp_path, world, layout):
 def took_alone(config: RunConfig, layout: LayoutConfig) -> tuple[int, int]:
     """Each rank takes the state while the others do something else; bytes of it, and of this rank's masters."""
     actor = actor_on(config, layout)
-    keeper, sizes = PolicyCheckpointer(actor.stage, actor.optimizer), []
+    keeper, sizes = TrainableCheckpointer(actor.trainable), []
     keeper.take()
     for rank in range(dist.get_world_size()):
         if dist.get_rank() == rank:
@@ -160,7 +160,7 @@ def took_alone(config: RunConfig, layout: LayoutConfig) -> tuple[int, int]:
             snapshot.copy()
             sizes.append(snapshot.nbytes)
         dist.barrier()
-    masters = actor.optimizer.inner.optimizer.param_groups
+    masters = actor.trainable.optimizer.inner.optimizer.param_groups
     return sizes[0], sum(each.nbytes for group in masters for each in group["params"])
 
 

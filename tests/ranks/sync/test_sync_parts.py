@@ -259,7 +259,7 @@ class Recorder:
     def offload(self, *what: Memory) -> None:
         self.calls.append(("release", *what))
 
-    def restore_memory(self, *what: Memory) -> None:
+    def onload(self, *what: Memory) -> None:
         self.calls.append(("restore", *what))
 
 

@@ -53,7 +53,7 @@ def small(tmp_path_factory):
 def lengths_of_schedules(config):
     """On a rank: over how many updates the learning rates of policy and critic fall."""
     actor = actor_on(config, LayoutConfig())
-    return [each.optimizer.schedule.lr_decay_steps for each in (actor, actor.critic)]
+    return [each.trainable.optimizer.schedule.lr_decay_steps for each in (actor, actor.critic)]
 
 
 def test_a_critic_falls_over_its_own_updates(small, ranks):
