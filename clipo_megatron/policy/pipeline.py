@@ -78,7 +78,7 @@ def _run(
 def summed_metrics(outputs: Sequence[dict[str, Tensor]], prefix: str, layout: Layout) -> dict[str, float]:
     """Metrics added up over micro-batches and data-parallel ranks, as weighted means of the tokens.
 
-    The sums are divided by "<prefix>/weight", the sum of all tokens' weights. Losses are not: they are weighted already.
+    The sums are divided by "<prefix>/weight", the sum of all tokens' weights. Losses are weighted already and are not.
 
     Args:
         outputs: metrics [] of each micro-batch on the last stage; data-parallel ranks report the same names.

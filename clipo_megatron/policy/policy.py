@@ -1,4 +1,4 @@
-"""The policy's weights on their ranks: loaded from a folder or a checkpoint, and exported. Training is in `actor.py`."""
+"""The policy's weights on their ranks: loaded from a folder or a checkpoint, and exported. `actor.py` trains them."""
 
 from __future__ import annotations
 
@@ -91,8 +91,8 @@ def _check_experts(spec: ModelSpec, layout: Layout) -> None:
     division = layout.division
     if spec.experts is not None and division.ep > 1 and division.expert_tp > 1 and not platform().has_gpu:
         raise ValueError(
-            f"layout.etp = {division.expert_tp}: experts over layout.ep = {division.ep} ranks cannot be divided further "
-            "on a CPU, because gloo does not gather unequal parts; set layout.etp=1"
+            f"layout.etp = {division.expert_tp}: experts over layout.ep = {division.ep} ranks cannot be divided "
+            "further on a CPU, because gloo does not gather unequal parts; set layout.etp=1"
         )
 
 

@@ -29,7 +29,7 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch import Tensor
 from torch.distributed.checkpoint import FileSystemReader
 
-from clipo_megatron.policy.checkpoint.snapshot import HostBuffer, TrainableSnapshot, SnapshotPlan, Whole
+from clipo_megatron.policy.checkpoint.snapshot import HostBuffer, SnapshotPlan, TrainableSnapshot, Whole
 from clipo_megatron.policy.optimizer import DistributedAdamW
 from clipo_megatron.policy.trainable import Trainable
 from clipo_megatron.runtime.platform import platform
