@@ -3,21 +3,20 @@
     with GraderPool(config.reward) as pool:
         for group in engine.generate(...):
             pool.submit(group)              # returns at once
-        scored = pool.collect()             # waits for what is left
+        scored = pool.collect()             # waits for the verdicts that are not in yet
 
 Every answer has a deadline. A worker that misses it is killed and replaced; so is one that crashes or runs out of
-memory. In each case, and when the grader raises, the answer is *ungraded*, with the reason; it is never wrong in
-silence.
+memory. In each case, and when the grader raises, the answer is *ungraded*, with the reason; it is never counted as
+wrong.
 """
 
 from __future__ import annotations
 
-import math
 import queue
 import threading
 import time
 from collections.abc import Iterable, Mapping
-from concurrent.futures import Future, InvalidStateError, wait
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,9 +25,6 @@ from clipo_megatron.flow import RolloutGroup, ScoredGroup, Verdict
 from clipo_megatron.rewards.answer import UnknownGraderError
 from clipo_megatron.rewards.modes import describe, mode_for
 from clipo_megatron.rewards.process import GraderFailure, GraderProcess
-
-_ATTEMPTS = 2  # a worker that fails before it starts on an answer is replaced, and the answer asked once more
-_JOIN_S = 10.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,20 +42,14 @@ class GraderStatistics:
     """What happened since the last call of `GraderPool.take_statistics`."""
 
     answers: int = 0
-    ungraded: int = 0  # of these
+    ungraded: int = 0  # of these answers
     timeouts: int = 0  # workers killed at a deadline
-    deaths: int = 0  # workers that crashed or were killed by others
+    deaths: int = 0  # workers that crashed, were killed by others, or could not be started
     seconds: float = 0.0  # of grading, summed over answers
 
 
-@dataclass(slots=True)
-class _GradingTask:
-    answer: Answer
-    verdict: Future[Verdict]
-
-
 class GraderPool:
-    """Worker processes that judge answers; see the module for the life of one.
+    """Worker processes that judge answers, one answer a process at a time.
 
     Args:
         config: mode, modes by source, number of workers, deadline of one answer, rewards of right and wrong.
@@ -78,20 +68,21 @@ class GraderPool:
         self._config = config
         self._modes = {source: GraderMode(mode).value for source, mode in config.by_source.items()}
         self._default_mode = GraderMode(config.mode).value
-        self._memory_bytes = memory_bytes
-        self._start_deadline_s = start_deadline_s
-        self._tasks: queue.SimpleQueue[_GradingTask | None] = queue.SimpleQueue()
         self._submitted: list[tuple[RolloutGroup, list[Future[Verdict]]]] = []
         self._statistics = GraderStatistics()
-        self._lock = threading.Lock()
-        self._closing = False
-        self._processes: dict[int, GraderProcess] = {}  # by thread number
-        self._threads = [
-            threading.Thread(target=self._work, args=(number,), name=f"grader-{number}", daemon=True)
-            for number in range(config.workers)
+        self._lock = threading.Lock()  # of the statistics
+        first_mode = "math" if self._default_mode == "auto" else self._default_mode
+        self._processes = [
+            GraderProcess(memory_bytes=memory_bytes, first_mode=first_mode, start_deadline_s=start_deadline_s)
+            for _ in range(config.workers)
         ]
-        for thread in self._threads:
-            thread.start()
+        self._idle: queue.SimpleQueue[GraderProcess] = queue.SimpleQueue()
+        # As many threads as processes, so a thread never waits for an idle one.
+        self._threads = ThreadPoolExecutor(config.workers, thread_name_prefix="grader")
+        self._closed = False
+        for process in self._processes:
+            self._idle.put(process)
+            self._threads.submit(process.start)
 
     def mode_of(self, data_source: str) -> str:
         """The mode in which answers of a data source are judged; never `auto`."""
@@ -101,7 +92,7 @@ class GraderPool:
     def submit(self, group: RolloutGroup) -> None:
         """Start to grade the rollouts of `group`; does not wait. `collect` returns the verdicts.
 
-        Rollouts that go on in the next step are not graded yet, and those that ended in an earlier one were.
+        Rollouts that continue in the next step are not graded yet, and those that ended in an earlier one already were.
         """
         prompt = group.prompt
         verdicts = [
@@ -122,7 +113,7 @@ class GraderPool:
         for each in self._submitted:
             (graded if all(verdict.done() for verdict in each[1]) else waiting).append(each)
         self._submitted = waiting
-        return _scored(graded)
+        return _scored([(group, [verdict.result() for verdict in verdicts]) for group, verdicts in graded])
 
     def collect(self, deadline_s: float | None = None) -> list[ScoredGroup]:
         """All groups submitted since the last call, by position, each rollout with its verdict.
@@ -135,25 +126,21 @@ class GraderPool:
             UnknownGraderError: a data source has no grader; the configuration must change.
         """
         groups, self._submitted = self._submitted, []
-        self._await([verdict for _, verdicts in groups for verdict in verdicts], deadline_s)
-        return _scored(groups)
+        found = iter(self._results([verdict for _, verdicts in groups for verdict in verdicts], deadline_s))
+        return _scored([(group, [next(found) for _ in verdicts]) for group, verdicts in groups])
 
     def grade_many(self, answers: Iterable[Answer], deadline_s: float | None = None) -> list[Verdict]:
         """Verdicts of `answers`, in their order. Arguments and exceptions as for `collect`."""
-        verdicts = [self.submit_answer(answer) for answer in answers]
-        self._await(verdicts, deadline_s)
-        return [verdict.result() for verdict in verdicts]
+        return self._results([self.submit_answer(answer) for answer in answers], deadline_s)
 
     def submit_answer(self, answer: Answer) -> Future[Verdict]:
         """Start to grade one answer; does not wait."""
-        if self._closing:
+        if self._closed:
             raise RuntimeError("the grader pool is closed; grade inside its `with` block")
-        task = _GradingTask(answer, Future())
-        self._tasks.put(task)
-        return task.verdict
+        return self._threads.submit(self._grade, answer)
 
     def take_statistics(self) -> GraderStatistics:
-        """The counts since the last call, which starts them anew."""
+        """The counts since the last call; they start again from zero."""
         with self._lock:
             taken, self._statistics = self._statistics, GraderStatistics()
         return taken
@@ -161,19 +148,18 @@ class GraderPool:
     @property
     def worker_pids(self) -> list[int]:
         """Process ids of the running workers."""
-        with self._lock:
-            return [process.pid for process in self._processes.values()]
+        return [process.pid for process in self._processes if process.pid is not None]
 
     def close(self) -> None:
-        """Kill the workers; answers that wait are ungraded. May be called twice."""
-        with self._lock:
-            self._closing = True
-            for process in self._processes.values():
-                process.interrupt()
-        for _ in self._threads:
-            self._tasks.put(None)
-        for thread in self._threads:
-            thread.join(_JOIN_S)
+        """Kill the workers; answers without a verdict are ungraded. May be called twice."""
+        if self._closed:
+            return
+        self._closed = True
+        for process in self._processes:
+            process.close()
+        self._threads.shutdown()
+        for process in self._processes:
+            process.release()
 
     def __enter__(self) -> GraderPool:
         return self
@@ -181,129 +167,65 @@ class GraderPool:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _await(self, verdicts: list[Future[Verdict]], deadline_s: float | None) -> None:
-        if deadline_s is None:
-            waves = math.ceil((len(verdicts) + self._tasks.qsize()) / self._config.workers) + 1
-            deadline_s = waves * _ATTEMPTS * (self._config.deadline_s + self._start_deadline_s)
+    def _results(self, verdicts: list[Future[Verdict]], deadline_s: float | None) -> list[Verdict]:
         late = wait(verdicts, timeout=deadline_s).not_done
         for verdict in late:
-            try:
-                verdict.set_result(self._ungraded(f"not graded within the {deadline_s:g} s of the collection"))
-            except InvalidStateError:  # it arrived between the wait and this line
-                continue
+            verdict.cancel()  # unless a worker has it already
+        reason = f"not graded within the {deadline_s:g} s of the collection" if late else ""
+        return [Verdict(None, 0.0, reason) if verdict in late else verdict.result() for verdict in verdicts]
 
-    # Below: the threads. Each owns one process, and the process dies with it.
+    # What follows runs in the threads.
 
-    def _work(self, number: int) -> None:
-        process: GraderProcess | None = None
+    def _grade(self, answer: Answer) -> Verdict:
+        process, begun = self._idle.get(), time.monotonic()
         try:
-            while not self._closing:
-                process = process or self._start(number)
-                task = self._tasks.get()
-                if task is None:
-                    break
-                if task.verdict.done():  # given up by the collection
-                    continue
-                try:
-                    process = self._grade(task, process, number)
-                except Exception as error:  # an entry that JSON cannot carry; the thread must go on
-                    process = self._discard(process, number)
-                    self._publish(task, self._ungraded(describe(error)))
+            verdict = self._verdict(self._ask(process, answer))
+        except UnknownGraderError:
+            raise
+        except GraderFailure as failure:
+            self._count_failure(failure)
+            verdict = Verdict(None, 0.0, str(failure), time.monotonic() - begun)
+        except Exception as error:  # JSON cannot carry the answer's entry
+            verdict = Verdict(None, 0.0, describe(error))
         finally:
-            self._discard(process, number)
-            self._drain()
+            self._idle.put(process)
+        self._count(answers=1, ungraded=verdict.correct is None, seconds=verdict.seconds)
+        return verdict
 
-    def _grade(self, task: _GradingTask, process: GraderProcess | None, number: int) -> GraderProcess | None:
-        """Settle `task`; returns the process if it can go on."""
-        answer, begun = task.answer, time.monotonic()
-        mode = self.mode_of(answer.data_source)
-        request = {
-            "mode": mode,
+    def _ask(self, process: GraderProcess, answer: Answer) -> dict[str, Any]:
+        mode, deadline_s = self.mode_of(answer.data_source), self._config.deadline_s
+        arguments = {
             "response": answer.response,
             "ground_truth": answer.ground_truth,
             "data_source": answer.data_source,
             "extra": dict(answer.extra) if answer.extra and mode == "reasoning_gym" else None,
-            "deadline_s": self._config.deadline_s,
         }
-        reason = "the grader process could not be started"
-        for _ in range(_ATTEMPTS):
-            process = process or self._start(number)
-            if process is None:
-                break
-            try:
-                reply = process.ask(
-                    request, deadline_s=self._config.deadline_s, start_deadline_s=self._start_deadline_s
-                )
-            except GraderFailure as failure:
-                process, reason = self._discard(process, number), str(failure)
-                self._count(timeouts=failure.timeout, deaths=not failure.timeout)
-                if failure.started or self._closing:
-                    break
-            else:
-                self._settle(task, reply)
-                return process
-        self._publish(task, self._ungraded(reason, time.monotonic() - begun))
-        return process
-
-    def _settle(self, task: _GradingTask, reply: dict[str, Any]) -> None:
-        seconds = reply["seconds"]
-        if reply["event"] == "graded":
-            correct = reply["score"] == 1.0
-            reward = self._config.correct_reward if correct else self._config.wrong_reward
-            self._publish(task, Verdict(correct, reward, "", seconds))
-        elif reply["event"] == "misconfigured":
-            if not task.verdict.done():
-                task.verdict.set_exception(UnknownGraderError(reply["reason"]))
-        else:
-            self._publish(task, self._ungraded(reply["reason"], seconds))
-
-    def _publish(self, task: _GradingTask, verdict: Verdict) -> None:
-        self._count(answers=1, ungraded=verdict.correct is None, seconds=verdict.seconds)
+        request = {"mode": mode, "deadline_s": deadline_s, "answer": arguments}
         try:
-            task.verdict.set_result(verdict)
-        except InvalidStateError:  # the collection gave it up in the meantime
-            return
+            return process.ask(request, deadline_s=deadline_s)
+        except GraderFailure as failure:
+            if failure.started or self._closed:
+                raise
+            self._count_failure(failure)
+        return process.ask(request, deadline_s=deadline_s)  # of a new process: the answer did not cause the failure
 
-    @staticmethod
-    def _ungraded(reason: str, seconds: float = 0.0) -> Verdict:
-        return Verdict(None, 0.0, reason, seconds)
+    def _verdict(self, reply: dict[str, Any]) -> Verdict:
+        if reply["event"] == "misconfigured":
+            raise UnknownGraderError(reply["reason"])
+        if reply["event"] == "failed":
+            return Verdict(None, 0.0, reply["reason"], reply["seconds"])
+        correct = reply["score"] == 1.0
+        reward = self._config.correct_reward if correct else self._config.wrong_reward
+        return Verdict(correct, reward, "", reply["seconds"])
+
+    def _count_failure(self, failure: GraderFailure) -> None:
+        if not self._closed:
+            self._count(timeouts=failure.timeout, deaths=not failure.timeout)
 
     def _count(self, **counts: float) -> None:
         with self._lock:
             for name, value in counts.items():
                 setattr(self._statistics, name, getattr(self._statistics, name) + value)
-
-    def _start(self, number: int) -> GraderProcess | None:
-        try:
-            process = GraderProcess(
-                memory_bytes=self._memory_bytes, warm="math" if self._default_mode == "auto" else self._default_mode
-            )
-        except OSError:  # no memory or no process left; the next answer tries again
-            return None
-        process.warm_up()
-        with self._lock:
-            self._processes[number] = process
-            if self._closing:
-                process.interrupt()
-        return process
-
-    def _discard(self, process: GraderProcess | None, number: int) -> None:
-        with self._lock:
-            self._processes.pop(number, None)
-        if process is not None:
-            process.kill()
-
-    def _drain(self) -> None:
-        """The last answers of a closed pool: nobody will grade them."""
-        while True:
-            try:
-                task = self._tasks.get_nowait()
-            except queue.Empty:
-                return
-            if task is None:
-                self._tasks.put(None)  # another thread's signal
-                return
-            self._publish(task, self._ungraded("the grader pool was closed"))
 
 
 def _no_verdict() -> Future[Verdict]:
@@ -312,6 +234,6 @@ def _no_verdict() -> Future[Verdict]:
     return verdict
 
 
-def _scored(groups: Iterable[tuple[RolloutGroup, list[Future[Verdict]]]]) -> list[ScoredGroup]:
-    scored = [ScoredGroup(group, [verdict.result() for verdict in verdicts]) for group, verdicts in groups]
+def _scored(graded: Iterable[tuple[RolloutGroup, list[Verdict]]]) -> list[ScoredGroup]:
+    scored = [ScoredGroup(group, verdicts) for group, verdicts in graded]
     return sorted(scored, key=lambda each: each.group.position)

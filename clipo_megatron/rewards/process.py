@@ -1,151 +1,201 @@
-"""One grader process, seen from the pool: started, asked with a deadline, killed."""
+"""A grader process as the pool sees it: asked for verdicts, killed at a deadline, started again when it is needed.
+
+Each message is one line of JSON in ASCII, whose escapes carry every Python string, null bytes and lone surrogates
+included. The process runs untrusted text through SymPy, so nothing that it sends is unpickled or executed here.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import select
 import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 from typing import Any
 
-from clipo_megatron.rewards import frames
-
 _PACKAGE_PARENT = str(Path(__file__).resolve().parents[2])
+_LONGEST_REPLY = 1 << 16  # bytes
 
 
 class GraderFailure(Exception):
-    """The process gave no verdict and must be killed.
+    """The process gave no verdict, and has been killed.
 
     Attributes:
         started: whether it had begun to grade the answer.
-        timeout: whether a deadline passed; otherwise the process ended by itself.
+        timeout: whether a deadline passed; otherwise the process could not start, or ended by itself.
     """
 
-    def __init__(self, reason: str, *, started: bool, timeout: bool):
+    def __init__(self, reason: str, *, started: bool = False, timeout: bool = False):
         super().__init__(reason)
         self.started = started
         self.timeout = timeout
 
 
 class GraderProcess:
-    """A worker and the two pipes to it. It inherits no other descriptor: no sockets, no device handles.
+    """One worker process at a time, and the two pipes to it. It inherits no other descriptor.
 
-    Create it in a thread that lives as long as the process should: the kernel ends it with that thread.
+    One thread at a time may call `ask`; `start` and `close` may be called from any thread.
+
+    Args:
+        memory_bytes: limit of the worker's address space.
+        first_mode: the grading mode whose libraries the worker loads before its first answer.
+        start_deadline_s: seconds for the worker to start and load the libraries of a mode.
     """
 
-    def __init__(self, *, memory_bytes: int, warm: str):
-        search = [_PACKAGE_PARENT, os.environ.get("PYTHONPATH", "")]
-        self._errors = tempfile.TemporaryFile()  # noqa: SIM115 - open as long as the process lives; closed in kill()
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "clipo_megatron.rewards.worker", str(memory_bytes), str(os.getpid())],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._errors,
-            bufsize=0,
-            close_fds=True,
-            env={
-                **os.environ,
-                "PYTHONPATH": os.pathsep.join(filter(None, search)),
-                "OMP_NUM_THREADS": "1",  # threads reserve address space, which is limited
-                "OPENBLAS_NUM_THREADS": "1",
-                "MPLBACKEND": "Agg",
-            },
-        )
-        self._requests, self._replies = self._process.stdin.fileno(), self._process.stdout.fileno()
-        os.set_blocking(self._requests, False)
-        os.set_blocking(self._replies, False)
-        self._first = frames.encode({"warm": warm})
-        self._loaded: set[str] = set()  # modes whose libraries are known to be loaded
+    def __init__(self, *, memory_bytes: int, first_mode: str, start_deadline_s: float):
+        self._memory_bytes = memory_bytes
+        self._first_mode = first_mode
+        self._start_deadline_s = start_deadline_s
+        self._process: subprocess.Popen | None = None
+        self._errors = tempfile.TemporaryFile()  # noqa: SIM115 - standard error of all processes; closed in close()
+        self._received = bytearray()  # of the reply that is being read
+        self._loaded: set[str] = set()  # modes whose libraries the process has loaded
+        self._closed = False
+        self._lock = threading.Lock()  # held while a process is started or killed
 
     @property
-    def pid(self) -> int:
-        """Process id."""
-        return self._process.pid
+    def pid(self) -> int | None:
+        """Id of the running process; None before the first and between two."""
+        process = self._process
+        return None if process is None else process.pid
 
-    def ask(self, request: dict[str, Any], *, deadline_s: float, start_deadline_s: float) -> dict[str, Any]:
-        """The worker's reply to `request`.
+    def start(self) -> None:
+        """Start the process unless it runs; it loads the libraries of `first_mode`, which is not waited for.
 
-        Args:
-            request: what `worker.py` reads.
-            deadline_s: seconds for grading, once the worker says that it has started.
-            start_deadline_s: seconds until then, when the process must first start or load the mode's libraries;
-                otherwise `deadline_s` holds for this too.
+        The kernel ends the process with the thread that starts it.
 
         Raises:
-            GraderFailure: a deadline passed or the process ended. It is of no further use; kill it.
+            GraderFailure: the process cannot be started, or `close` was called.
         """
-        started = False
-        if request["mode"] in self._loaded:
-            start_deadline_s = deadline_s
-        try:
-            until = time.monotonic() + start_deadline_s
-            self._write(self._first + frames.encode(request), until)
-            self._first = b""
-            frames.read(lambda size: self._read(size, until))
-            started = True
-            self._loaded.add(request["mode"])
-            until = time.monotonic() + deadline_s
-            return frames.read(lambda size: self._read(size, until))
-        except TimeoutError:
-            waited = f"{deadline_s:g} s" if started else f"{start_deadline_s:g} s of waiting for the worker to start"
-            raise GraderFailure(f"no verdict within {waited}; worker killed", started=started, timeout=True) from None
-        except (EOFError, OSError, ValueError) as error:
-            raise GraderFailure(self._epitaph(error), started=started, timeout=False) from None
-
-    def warm_up(self) -> None:
-        """Let the worker load its libraries before the first answer; does not wait for it."""
-        with contextlib.suppress(OSError):  # the first answer will notice
-            self._first = self._first[os.write(self._requests, self._first) :]
-
-    def kill(self) -> None:
-        """End the process at once and forget it. May be called twice."""
-        self._process.kill()
-        self._process.wait()
-        for stream in (self._process.stdin, self._process.stdout, self._errors):
-            stream.close()
-
-    def interrupt(self) -> None:
-        """SIGKILL without the clean-up: for another thread than the one that asks."""
-        self._process.kill()
-
-    def _write(self, data: bytes, until: float) -> None:
-        view = memoryview(data)
-        while view:
-            self._wait(self._requests, select.POLLOUT, until)
+        with self._lock:
+            if self._closed:
+                raise GraderFailure("the grader pool was closed")
+            if self._process is not None:
+                return
+            self._received.clear()
+            self._loaded.clear()
             try:
-                view = view[os.write(self._requests, view) :]
-            except BlockingIOError:
-                continue
+                process = subprocess.Popen(
+                    [sys.executable, "-m", "clipo_megatron.rewards.worker", str(self._memory_bytes), str(os.getpid())],
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    stderr=self._errors,
+                    bufsize=0,
+                    env=_environment(),
+                )
+            except OSError as error:  # no memory or no process left; the next answer tries again
+                raise GraderFailure(f"the grader process could not be started: {error}") from None
+            for pipe in (process.stdin, process.stdout):
+                os.set_blocking(pipe.fileno(), False)
+            with contextlib.suppress(OSError):  # the process ended already, which the first answer will notice
+                os.write(process.stdin.fileno(), _encode({"load": self._first_mode}))
+            self._process = process
 
-    def _read(self, size: int, until: float) -> bytes:
-        parts: list[bytes] = []
-        while size > 0:
-            self._wait(self._replies, select.POLLIN, until)
-            part = os.read(self._replies, min(size, 1 << 16))
+    def ask(self, request: dict[str, Any], *, deadline_s: float) -> dict[str, Any]:
+        """The worker's reply to `request`, which `worker.py` describes; starts a process if none runs.
+
+        Args:
+            request: a mode and an answer.
+            deadline_s: seconds for grading, and for the worker to begin once it has loaded the mode's libraries.
+
+        Raises:
+            GraderFailure: a deadline passed, or the process ended or could not be started.
+            TypeError: JSON cannot carry the request.
+        """
+        line, started, wait_s = _encode(request), False, deadline_s
+        self.start()
+        if request["mode"] not in self._loaded:
+            wait_s = self._start_deadline_s
+        try:
+            until = time.monotonic() + wait_s
+            self._send(line, until)
+            self._receive(until)
+            started, wait_s = True, deadline_s
+            self._loaded.add(request["mode"])
+            return self._receive(time.monotonic() + deadline_s)
+        except TimeoutError:
+            waited = f"{wait_s:g} s" if started else f"{wait_s:g} s of waiting for the worker to start"
+            reason, timeout = f"no verdict within {waited}; worker killed", True
+        except (EOFError, OSError, ValueError) as error:
+            reason, timeout = self._how_it_ended(error), False
+        self._kill()
+        raise GraderFailure(reason, started=started, timeout=timeout)
+
+    def close(self) -> None:
+        """Kill the process for good. A thread that waits in `ask` gets a `GraderFailure`."""
+        with self._lock:
+            self._closed = True
+            if self._process is not None:
+                self._process.kill()
+
+    def release(self) -> None:
+        """Close the files of a closed process that no thread uses any more."""
+        self._kill()
+        self._errors.close()
+
+    def _kill(self) -> None:
+        with self._lock:
+            process, self._process = self._process, None
+        if process is not None:
+            process.kill()
+            process.wait()
+            process.stdin.close()
+            process.stdout.close()
+
+    def _send(self, line: bytes, until: float) -> None:
+        view, descriptor = memoryview(line), self._process.stdin.fileno()
+        while view:
+            _wait(descriptor, select.POLLOUT, until)
+            with contextlib.suppress(BlockingIOError):
+                view = view[os.write(descriptor, view) :]
+
+    def _receive(self, until: float) -> dict[str, Any]:
+        descriptor = self._process.stdout.fileno()
+        while b"\n" not in self._received:
+            if len(self._received) > _LONGEST_REPLY:
+                raise ValueError(f"a reply of more than {_LONGEST_REPLY} bytes")
+            _wait(descriptor, select.POLLIN, until)
+            part = os.read(descriptor, _LONGEST_REPLY)
             if not part:
                 raise EOFError
-            parts.append(part)
-            size -= len(part)
-        return b"".join(parts)
+            self._received += part
+        line, _, self._received = self._received.partition(b"\n")
+        return json.loads(line)
 
-    @staticmethod
-    def _wait(descriptor: int, event: int, until: float) -> None:
-        poll = select.poll()  # select() would fail on descriptors beyond 1023
-        poll.register(descriptor, event)
-        if not poll.poll(max(0.0, until - time.monotonic()) * 1000):
-            raise TimeoutError
-
-    def _epitaph(self, error: Exception) -> str:
+    def _how_it_ended(self, error: Exception) -> str:
         try:
             code = self._process.wait(timeout=1.0)
         except subprocess.TimeoutExpired:
-            return f"grader process broke its connection ({type(error).__name__})"
+            return f"the grader process broke its connection ({type(error).__name__}: {error})"
         ended = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"exited with code {code}"
         self._errors.seek(0)
-        last_words = self._errors.read().decode(errors="replace").strip().rpartition("\n")[2][:200]
-        return f"grader process {ended}" + (f": {last_words}" if last_words else "")
+        last_line = self._errors.read().decode(errors="replace").strip().rpartition("\n")[2][:200]
+        return f"grader process {ended}" + (f": {last_line}" if last_line else "")
+
+
+def _environment() -> dict[str, str]:
+    return {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(filter(None, [_PACKAGE_PARENT, os.environ.get("PYTHONPATH", "")])),
+        "OMP_NUM_THREADS": "1",  # threads reserve address space, which is limited
+        "OPENBLAS_NUM_THREADS": "1",
+        "MPLBACKEND": "Agg",
+    }
+
+
+def _encode(message: dict[str, Any]) -> bytes:
+    """The line of a message. Values that JSON does not know (dates, fractions) become their text."""
+    return json.dumps(message, default=str).encode("ascii") + b"\n"
+
+
+def _wait(descriptor: int, event: int, until: float) -> None:
+    poll = select.poll()  # select() would fail on descriptors beyond 1023
+    poll.register(descriptor, event)
+    if not poll.poll(max(0.0, until - time.monotonic()) * 1000):
+        raise TimeoutError

@@ -1,4 +1,4 @@
-"""Three hundred answers that hang, crash or flood a grader, and the pool that outlives them."""
+"""The pool survives three hundred answers that hang, crash or flood a grader."""
 
 import random
 
@@ -11,7 +11,7 @@ DEADLINE_S = 1.0
 SLACK_S = 20.0
 GOLDS = ("3", "\\frac{3}{4}", "x^2+1", "0.75", "(1, 2)", "C")
 COUNT = 300
-HANGING_EVERY = 10  # each hang costs its deadline and a new process, so most answers only flood
+HANGING_EVERY = 20  # a hang costs its deadline and a new process, so most answers only flood; each kind comes twice
 
 
 def hostile_answers() -> list[str]:
@@ -56,7 +56,8 @@ def hostile_answers() -> list[str]:
     )
     wrappers = ("\\boxed{%s}", "<think></think>\\boxed{%s}", "\\boxed{\\boxed{%s}", "\\boxed{%s")
     return [
-        draw.choice(wrappers) % draw.choice(hanging if index % HANGING_EVERY == 0 else flooding)()
+        draw.choice(wrappers)
+        % (draw.choice(flooding) if index % HANGING_EVERY else hanging[index // HANGING_EVERY % len(hanging)])()
         for index in range(COUNT)
     ]
 

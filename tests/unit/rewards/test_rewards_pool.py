@@ -48,6 +48,13 @@ def pool():
         yield pool
 
 
+@pytest.fixture(scope="module")
+def number_pool():
+    """A pool whose workers load no library, so that a new one costs little."""
+    with GraderPool(RewardConfig(mode=GraderMode.number, workers=2, deadline_s=2.0)) as pool:
+        yield pool
+
+
 def test_groups_are_collected_by_position_with_verdict_and_reward_apart(pool):
     pool.submit(group(1, ["\\boxed{5}", "\\boxed{6}", "no box"]))
     pool.submit(group(0, ["\\boxed{C}", "\\boxed{(c)}"], gold="C", source="cais/mmlu"))
@@ -94,20 +101,28 @@ def test_a_worker_killed_while_it_grades_leaves_that_answer_ungraded():
         assert (statistics.answers, statistics.ungraded, statistics.deaths) == (4, 1, 1)
 
 
-def test_a_worker_killed_while_idle_costs_nothing(pool):
-    pool.grade_many([RIGHT] * 4)
-    for pid in pool.worker_pids:
-        os.kill(pid, signal.SIGKILL)
-    assert [v.correct for v in pool.grade_many([RIGHT, WRONG] * 4)] == [True, False] * 4
+def test_workers_killed_while_idle_are_replaced_and_inherit_no_sockets(number_pool):
+    number_pool.grade_many([RIGHT] * 4)
+    before = number_pool.worker_pids
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        os.set_inheritable(listener.fileno(), True)
+        for pid in before:
+            os.kill(pid, signal.SIGKILL)
+        assert [v.correct for v in number_pool.grade_many([RIGHT, WRONG] * 4)] == [True, False] * 4
+        assert not set(number_pool.worker_pids) & set(before)
+        for pid in number_pool.worker_pids:
+            targets = [os.readlink(f"/proc/{pid}/fd/{fd}") for fd in os.listdir(f"/proc/{pid}/fd")]
+            assert not [target for target in targets if target.startswith("socket:")]
 
 
-def test_a_stopped_worker_is_replaced_and_its_answer_graded(pool):
-    pool.grade_many([RIGHT] * 8)
-    stopped = list(pool.worker_pids)
-    for pid in stopped:
-        os.kill(pid, signal.SIGSTOP)
-    assert [v.correct for v in pool.grade_many([RIGHT, WRONG])] == [True, False]
-    wait_until(lambda: not any(psutil.pid_exists(pid) for pid in stopped), "the stopped workers gone")
+def test_a_stopped_worker_is_replaced_and_its_answer_graded(number_pool):
+    number_pool.grade_many([RIGHT] * 8)
+    stopped = number_pool.worker_pids[0]
+    os.kill(stopped, signal.SIGSTOP)
+    assert [v.correct for v in number_pool.grade_many([RIGHT, WRONG])] == [True, False]
+    wait_until(lambda: not psutil.pid_exists(stopped), "the stopped worker gone")
 
 
 def test_megabytes_and_odd_characters_arrive_whole(pool):
@@ -153,26 +168,13 @@ def test_collection_has_a_deadline_of_its_own(pool):
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
-def test_a_signal_to_every_process_of_a_job_ends_no_grader(pool, number):
-    pool.grade_many([RIGHT] * 4)
-    before = pool.worker_pids
+def test_a_signal_to_every_process_of_a_job_ends_no_grader(number_pool, number):
+    number_pool.grade_many([RIGHT] * 4)
+    before = number_pool.worker_pids
     for pid in before:
         os.kill(pid, number)
-    assert all(verdict.correct for verdict in pool.grade_many([RIGHT] * 4))
-    assert pool.worker_pids == before
-
-
-def test_workers_inherit_no_sockets(pool):
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        listener.listen()
-        os.set_inheritable(listener.fileno(), True)
-        for pid in pool.worker_pids:
-            os.kill(pid, signal.SIGKILL)
-        pool.grade_many([RIGHT] * 4)
-        for pid in pool.worker_pids:
-            targets = [os.readlink(f"/proc/{pid}/fd/{fd}") for fd in os.listdir(f"/proc/{pid}/fd")]
-            assert not [target for target in targets if target.startswith("socket:")]
+    assert all(verdict.correct for verdict in number_pool.grade_many([RIGHT] * 4))
+    assert number_pool.worker_pids == before
 
 
 def test_memory_is_limited():
@@ -206,7 +208,7 @@ import sys, time
 from clipo_megatron.config.schema import RewardConfig
 from clipo_megatron.rewards.pool import Answer, GraderPool
 pool = GraderPool(RewardConfig(workers=2, deadline_s=600.0))
-pool.grade_many([Answer("\\\\boxed{1}", "1", "math")] * 4)
+pool.grade_many([Answer("\\\\boxed{1}", "1", "math")] * 2)
 pool.submit_answer(Answer("\\\\boxed{9999999**99999999}", "0.75", "math"))
 print(*pool.worker_pids, flush=True)
 time.sleep(600)
