@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from clipo_megatron.cli.submit import add_resources, resources_of
-from clipo_megatron.slurm.errors import ScalingError
 from clipo_megatron.slurm.ladder import STRONG, WEAK, Rung, continued, folder_of, ladder, read, write
+from clipo_megatron.slurm.resources import SlurmError
 
 if TYPE_CHECKING:
     from clipo_megatron.config.schema import RunConfig
@@ -65,11 +65,11 @@ def run(options: argparse.Namespace) -> int:
     config = load(options.config, options.overrides)
     folder = folder_of(config)
     if not 0 <= options.skip < options.steps:
-        raise ScalingError(f"--skip {options.skip} of --steps {options.steps} leaves nothing to measure. Lower it.")
+        raise SlurmError(f"--skip {options.skip} of --steps {options.steps} leaves nothing to measure. Lower it.")
     if options.collect:
         rungs = read(folder)
         if not rungs:
-            raise ScalingError(f"{folder} has no ladder. Give --nodes to measure one, or correct train.output.")
+            raise SlurmError(f"{folder} has no ladder. Give --nodes to measure one, or correct train.output.")
     else:
         rungs = continued(_wanted(options, config), read(folder))
         _check(options, rungs)
@@ -83,7 +83,7 @@ def run(options: argparse.Namespace) -> int:
 
 def _wanted(options: argparse.Namespace, config: RunConfig) -> list[Rung]:
     if options.nodes is None:
-        raise ScalingError("give --nodes, such as --nodes 1,2,4,8, or --collect for a ladder that was submitted")
+        raise SlurmError("give --nodes, such as --nodes 1,2,4,8, or --collect for a ladder that was submitted")
     kinds = (WEAK, STRONG) if options.kind == "both" else (options.kind,)
     rungs = ladder(
         config,
@@ -100,7 +100,7 @@ def _numbers(option: str, text: str) -> list[int]:
     try:
         return [int(word) for word in text.split(",") if word.strip()]
     except ValueError:
-        raise ScalingError(f"{option} {text}: it takes whole numbers, such as 1,2,4,8") from None
+        raise SlurmError(f"{option} {text}: it takes whole numbers, such as 1,2,4,8") from None
 
 
 def _check(options: argparse.Namespace, rungs: Sequence[Rung]) -> None:

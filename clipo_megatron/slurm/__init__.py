@@ -1,1 +1,1 @@
-"""`clipo submit`: runs, evaluations and conversions as Slurm jobs that go on by themselves when interrupted."""
+"""`clipo submit` and `clipo scale`: runs as Slurm jobs that continue by themselves when interrupted."""

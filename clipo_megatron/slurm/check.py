@@ -1,4 +1,4 @@
-"""A job held against its configuration and the plan, before it waits in a queue."""
+"""Checks of a job before it is queued: configuration, servers and GPUs, planned memory."""
 
 from __future__ import annotations
 
@@ -11,8 +11,7 @@ from clipo_megatron.planning.architecture import find_architecture, find_critic
 from clipo_megatron.planning.errors import PlanError
 from clipo_megatron.planning.hardware import HARDWARE, Assumptions
 from clipo_megatron.planning.layouts import judge
-from clipo_megatron.slurm.errors import SubmissionError
-from clipo_megatron.slurm.resources import JobKind, Resources
+from clipo_megatron.slurm.resources import JobKind, Resources, SlurmError
 
 
 def check(
@@ -25,21 +24,22 @@ def check(
     anyway: bool,
     absent: bool = False,
 ) -> tuple[str, ...]:
-    """What the check found that is worth a line.
+    """Check a job; returns remarks for the user, a line each.
 
     Args:
-        config: as the nodes will read it.
-        resources: of the job.
-        kind: of the job.
-        config_file: that it comes from; beside it an architecture may stand in for a model that is elsewhere.
-        hardware: of the GPUs, by the planner's name.
-        anyway: let pass what does not fit.
-        absent: whether model and data may be on other machines only.
+        config: the configuration as the nodes will read it.
+        resources: what the job asks for.
+        kind: what the job does.
+        config_file: the file that the configuration comes from; an architecture beside it stands in for a model that
+            is not on this machine.
+        hardware: the GPUs, by their name in the planner's table.
+        anyway: accept a job that does not fit into memory by the plan.
+        absent: whether model and data may be missing on this machine.
 
     Raises:
-        ConfigError: the configuration is wrong, also for so many ranks.
-        SubmissionError: nodes and configuration do not go together, or the plan says that it does not fit.
-        PlanError: the model cannot be divided so.
+        ConfigError: the configuration is wrong, or does not suit the number of ranks.
+        SlurmError: nodes and configuration contradict each other, or the job does not fit by the plan.
+        PlanError: the model cannot be divided by this layout.
     """
     if kind.converts:
         return ()
@@ -53,32 +53,32 @@ def _check_servers(config: RunConfig, resources: Resources) -> None:
     local, gpus = config.rollout.engine is EngineKind.local, resources.gpus_per_node
     serve = config.serve
     if local and resources.server_nodes:
-        raise SubmissionError(
-            f"--server-nodes {resources.server_nodes}, and rollout.engine = local generates in the training processes. "
-            "Set rollout.engine=sglang, or leave --server-nodes out."
+        raise SlurmError(
+            f"--server-nodes is {resources.server_nodes}, and rollout.engine = local generates in the training "
+            "processes. Set rollout.engine=sglang, or leave --server-nodes out."
         )
     if config.rollout.endpoints and resources.server_nodes:
-        raise SubmissionError(
-            f"--server-nodes {resources.server_nodes}, and rollout.endpoints names servers that others run. Empty it, "
-            "or leave --server-nodes out."
+        raise SlurmError(
+            f"--server-nodes is {resources.server_nodes}, and rollout.endpoints names servers that run already. "
+            "Empty it, or leave --server-nodes out."
         )
     if local or config.rollout.endpoints or not gpus:
         return
     needed = serve.servers * serve.tp
     if needed > gpus:
-        raise SubmissionError(
+        raise SlurmError(
             f"serve.servers x serve.tp = {serve.servers} x {serve.tp} = {needed} GPUs on each node that serves, and "
             f"--gpus-per-node is {gpus}. Lower one of them."
         )
     if not resources.server_nodes and not config.rollout.colocated:
-        raise SubmissionError(
-            "servers and ranks would use the same GPUs without taking turns. Set rollout.colocated=true, or give the "
-            "servers nodes of their own with --server-nodes."
+        raise SlurmError(
+            "servers and ranks would use the same GPUs at the same time. Set rollout.colocated=true, so that they take "
+            "turns, or give the servers nodes of their own with --server-nodes."
         )
     if resources.server_nodes and config.rollout.colocated:
-        raise SubmissionError(
-            f"rollout.colocated = true takes turns on the trainer's GPUs, and --server-nodes {resources.server_nodes} "
-            "are others. Set it to false, or leave --server-nodes out."
+        raise SlurmError(
+            f"rollout.colocated = true lets servers and ranks take turns on the same GPUs, and --server-nodes "
+            f"{resources.server_nodes} gives the servers others. Set it to false, or leave --server-nodes out."
         )
 
 
@@ -86,13 +86,13 @@ def _check_memory(
     config: RunConfig, resources: Resources, config_file: str | Path, hardware: str, anyway: bool
 ) -> tuple[str, ...]:
     if not resources.gpus_per_node:
-        return ("no GPUs are asked for, so memory was not held against the plan",)
+        return ("no GPUs are asked for, so memory was not checked against the plan",)
     if hardware not in HARDWARE:
         raise PlanError(f"hardware {hardware!r} is not in the table; it has {', '.join(HARDWARE)}")
     spec, _ = find_architecture(config.model.path, config_file)
     dp = config.layout.replicas(resources.ranks)
     if config.rollout.engine is EngineKind.local:
-        # the plan knows servers only: that of one GPU stands for the model inside each rank
+        # The plan knows servers only: a server on one GPU stands for the local engine's model in each rank.
         planned = replace(config, rollout=replace(config.rollout, engine=EngineKind.sglang, colocated=True))
         serving = resources.ranks
     else:
@@ -101,13 +101,13 @@ def _check_memory(
     critic = find_critic(config, config_file)
     plan = judge(planned, spec, dp, serving, HARDWARE[hardware], Assumptions(), critic=critic)
     if not plan.fits and not anyway:
-        raise SubmissionError(
-            f"it does not fit by the plan: {'; '.join(plan.problems)}. `clipo plan CONFIG --gpus {resources.gpus}` "
-            "finds layouts that do; --anyway submits this one."
+        raise SlurmError(
+            f"the job does not fit by the plan: {'; '.join(plan.problems)}. "
+            f"`clipo plan CONFIG --gpus {resources.gpus}` finds layouts that do; --anyway submits this one."
         )
     fullest = max(memory.total for memory in plan.trainer)
-    word = "fits" if plan.fits else "does not fit, and is submitted anyway"
+    verdict = "fits" if plan.fits else "does not fit, and is submitted anyway"
     return (
-        f"{word}: {fullest / 1e9:.1f} GB of {plan.hardware.memory_bytes / 1e9:.0f} GB on the trainer's fullest GPU; "
+        f"{verdict}: {fullest / 1e9:.1f} GB of {plan.hardware.memory_bytes / 1e9:.0f} GB on the trainer's fullest GPU; "
         f"about {plan.time.total:.0f} s a step, {plan.tokens_per_s_per_gpu:.0f} tokens/s a GPU ({hardware})",
     )

@@ -1,13 +1,13 @@
-"""The folder of a job, train.output/jobs/<n>: what was submitted, from which code and surroundings, and its logs.
+"""The folder of a job, train.output/jobs/<n>: the configuration and script, their origin, and the logs.
 
-config.yaml      the configuration, every setting resolved, paths absolute
-job.sbatch       the script
-submission.json  when, by which commit and interpreter, with which resources; the job's number
-packages.txt     versions of the packages that submitted it
-key              of the servers, readable by its owner alone
-job.log          what the script says, over all attempts; attempts has a line for each start and end
-logs/            rank<r>.log and servers.<node>.log, over all attempts
-environment.<n>.txt, rendezvous/    of each attempt
+config.yaml        the configuration with every setting, and absolute paths
+job.sbatch         the script
+submission.json    time, commit, interpreter, resources and Slurm's job number
+packages.txt       versions of the packages in the submitting environment
+key                the servers' API key, readable by its owner alone
+job.log, attempts  the script's output, and a line for each start and end of an attempt
+logs/              rank<r>.log and servers.<node>.log, over all attempts
+environment.<n>.txt, rendezvous/    written by each attempt
 """
 
 from __future__ import annotations
@@ -29,21 +29,20 @@ import yaml
 from clipo_megatron import __version__
 from clipo_megatron.config.schema import EngineKind, RunConfig, SourceConfig
 from clipo_megatron.runtime.durable_files import write_durably
-from clipo_megatron.slurm.errors import SubmissionError
-from clipo_megatron.slurm.resources import Resources
+from clipo_megatron.slurm.resources import Resources, SlurmError
 
 JOBS, CONFIG, SCRIPT, SUBMISSION = "jobs", "config.yaml", "job.sbatch", "submission.json"
 _GIT_S = 20.0
 
 
-def settle(config: RunConfig, resources: Resources) -> RunConfig:
-    """A configuration as the job's nodes will read it: absolute paths, and as many servers as the nodes have."""
+def resolve(config: RunConfig, resources: Resources) -> RunConfig:
+    """The configuration as the job's nodes will read it: absolute paths, the number of servers, a grace period."""
     rollout, serve = config.rollout, config.serve
     servers = rollout.servers
     if rollout.engine is not EngineKind.local and not rollout.endpoints:
         servers = (resources.server_nodes or resources.nodes) * serve.servers
     grace_period_s = (
-        config.faults.grace_period_s if config.faults.grace_period_s is not None else resources.ranks_stop_s / 2
+        config.faults.grace_period_s if config.faults.grace_period_s is not None else resources.grace_period_s / 2
     )
     sync = replace(rollout.sync, folder=_absolute(rollout.sync.folder))
     return replace(
@@ -51,8 +50,8 @@ def settle(config: RunConfig, resources: Resources) -> RunConfig:
         model=replace(config.model, path=_absolute(config.model.path)),
         data=replace(
             config.data,
-            train=[_placed(source) for source in config.data.train],
-            eval=[_placed(source) for source in config.data.eval],
+            train=[_with_absolute_path(source) for source in config.data.train],
+            eval=[_with_absolute_path(source) for source in config.data.eval],
         ),
         rollout=replace(rollout, servers=servers, sync=sync),
         serve=replace(serve, python=_absolute(serve.python)),
@@ -62,27 +61,27 @@ def settle(config: RunConfig, resources: Resources) -> RunConfig:
 
 
 def next_folder(output: Path) -> Path:
-    """Of the next job of a run; not made yet."""
+    """The folder of the next job of a run; it does not exist yet."""
     taken = [int(path.name) for path in (output / JOBS).glob("*") if path.name.isdigit()]
     return output / JOBS / f"{max(taken, default=0) + 1:03d}"
 
 
-def make(folder: Path) -> None:
-    """Make a job's folder.
+def create(folder: Path) -> None:
+    """Create a job's folder.
 
     Raises:
-        SubmissionError: it cannot be made, or somebody else made it this moment.
+        SlurmError: another submission created it first, or the file system refuses.
     """
     try:
         (folder / "logs").mkdir(parents=True)
     except FileExistsError:
-        raise SubmissionError(f"{folder} was made by another `clipo submit` this moment. Submit again.") from None
+        raise SlurmError(f"{folder} was just created by another `clipo submit`. Submit again.") from None
     except OSError as error:
-        raise SubmissionError(f"{folder} cannot be made: {error}. Choose another train.output.") from error
+        raise SlurmError(f"{folder} cannot be created: {error}. Choose another train.output.") from error
 
 
 def write(folder: Path, config: RunConfig, script: str, resources: Resources, more: dict[str, Any]) -> None:
-    """Fill it, but for the job's number."""
+    """Write configuration, script and origin; `more` goes into submission.json. The job's number is not known yet."""
     write_durably(folder / CONFIG, yaml.safe_dump(_plain(config), sort_keys=False, width=10_000))
     write_durably(folder / SCRIPT, script)
     installed = sorted({f"{each.name}=={each.version}" for each in distributions()}, key=str.lower)
@@ -100,14 +99,14 @@ def write(folder: Path, config: RunConfig, script: str, resources: Resources, mo
 
 
 def write_key(folder: Path, name: str) -> None:
-    """The servers' key: the one that the environment variable `name` has, else a new one."""
+    """Write the servers' API key: the value of the environment variable `name`, else a random one."""
     descriptor = os.open(folder / "key", os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     with os.fdopen(descriptor, "w") as file:
         file.write(os.environ.get(name) or secrets.token_hex(24))
 
 
 def read_submission(folder: Path) -> dict[str, Any]:
-    """What `write` wrote; {} where there is nothing that can be read."""
+    """The contents of submission.json; {} where it is missing or damaged."""
     try:
         return json.loads((folder / SUBMISSION).read_text())
     except (OSError, ValueError):
@@ -115,12 +114,14 @@ def read_submission(folder: Path) -> dict[str, Any]:
 
 
 def _commit() -> dict[str, Any]:
-    """Of the repository that this package runs from; {} for an installed one."""
+    """Commit and changed files of the repository that this package runs from; {} for an installed package."""
     here = Path(__file__).parents[2]
     try:
         head, changed = (
-            subprocess.run(["git", *words], cwd=here, capture_output=True, text=True, check=True, timeout=_GIT_S).stdout
-            for words in (["rev-parse", "HEAD"], ["status", "--porcelain", "--untracked-files=no"])
+            subprocess.run(
+                ["git", *command], cwd=here, capture_output=True, text=True, check=True, timeout=_GIT_S
+            ).stdout
+            for command in (["rev-parse", "HEAD"], ["status", "--porcelain", "--untracked-files=no"])
         )
     except (OSError, subprocess.SubprocessError):
         return {}
@@ -128,7 +129,7 @@ def _commit() -> dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:
-    """Of a configuration, as YAML writes it."""
+    """A configuration as values that YAML can write."""
     if is_dataclass(value):
         return {each.name: _plain(getattr(value, each.name)) for each in fields(value)}
     if isinstance(value, Enum):
@@ -138,10 +139,10 @@ def _plain(value: Any) -> Any:
     return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
 
 
-def _placed(source: SourceConfig) -> SourceConfig:
+def _with_absolute_path(source: SourceConfig) -> SourceConfig:
     return replace(source, path=_absolute(source.path))
 
 
 def _absolute(path: str | None) -> str | None:
-    """Without following links: a link may be how all nodes know a place."""
+    """`path` made absolute, links kept: a link may be the name under which all nodes know a place."""
     return path if path is None else os.path.abspath(path)

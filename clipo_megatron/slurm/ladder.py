@@ -1,9 +1,9 @@
-"""The runs of a scaling experiment: one configuration on several numbers of nodes.
+"""The runs of a scaling study: one configuration on several numbers of nodes.
 
-weak      prompts a step grow with the nodes: each replica has as much to do, and a step should take as long
-strong    prompts a step stay: a step should take as much shorter as there are more nodes
+weak      prompts a step grow with the nodes: the work of a replica stays, and so should the time of a step
+strong    prompts a step stay: twice the nodes should halve the time of a step
 
-Replicas (`layout.dp`) grow with the nodes in both; TP, PP and EP stay. The smallest number of nodes is a rung of both.
+Replicas (`layout.dp`) grow with the nodes in both; TP, PP and EP stay. The run on the fewest nodes belongs to both.
 """
 
 from __future__ import annotations
@@ -15,8 +15,7 @@ from pathlib import Path
 
 from clipo_megatron.config.schema import RunConfig
 from clipo_megatron.runtime.durable_files import write_durably
-from clipo_megatron.slurm.errors import ScalingError
-from clipo_megatron.slurm.resources import Resources
+from clipo_megatron.slurm.resources import Resources, SlurmError
 
 WEAK, STRONG = "weak", "strong"
 FOLDER, LADDER = "scale", "ladder.json"  # below train.output
@@ -27,25 +26,25 @@ class Rung:
     """One run of the ladder."""
 
     name: str
-    kinds: tuple[str, ...]  # of scaling that it is a point of
-    nodes: int  # that train
-    server_nodes: int
+    kinds: tuple[str, ...]  # WEAK, STRONG or both
+    nodes: int  # nodes that train
+    server_nodes: int  # nodes that only generate
     ranks: int
-    gpus: int  # of all nodes; 0: CPUs
+    gpus: int  # GPUs of all nodes; 0: a run on CPUs
     steps: int
-    prompts: int  # a step
-    output: str
-    overrides: tuple[str, ...]  # of the configuration file, the user's first
+    prompts: int  # prompts a step
+    output: str  # train.output of the run
+    overrides: tuple[str, ...]  # settings that win over the configuration file, the user's first
     job: str | None = None  # Slurm's number, once submitted
 
     @property
     def is_first(self) -> bool:
-        """Whether it is the one that others are compared with."""
+        """Whether the other runs are compared with this one."""
         return self.name.startswith("nodes-")
 
     @property
     def units(self) -> int:
-        """What is counted: GPUs, or ranks where there are none."""
+        """The number of GPUs, or of ranks where there are none."""
         return self.gpus or self.ranks
 
 
@@ -61,20 +60,20 @@ def ladder(
     """The rungs, fewest nodes first.
 
     Args:
-        config: with the prompts a step of the smallest rung.
-        nodes: that train.
-        server_nodes: as many numbers, of the nodes that generate; or none.
-        resources: of a job on so many nodes that train and that generate.
+        config: the configuration; its prompts a step are those of the run on the fewest nodes.
+        nodes: numbers of nodes that train, rising.
+        server_nodes: as many numbers of nodes that only generate, or none.
+        resources: from (nodes, server nodes), what a job on them asks for.
         kinds: WEAK, STRONG or both.
-        steps: of each run.
+        steps: steps of each run.
 
     Raises:
-        ScalingError: numbers that give no ladder.
+        SlurmError: the numbers give no ladder.
     """
     if not nodes or list(nodes) != sorted(set(nodes)) or nodes[0] < 1:
-        raise ScalingError(f"--nodes {_listed(nodes)}: it takes different numbers in rising order, such as 1,2,4,8")
+        raise SlurmError(f"--nodes {_listed(nodes)}: give different numbers in rising order, such as 1,2,4,8")
     if server_nodes and len(server_nodes) != len(nodes):
-        raise ScalingError(
+        raise SlurmError(
             f"--server-nodes {_listed(server_nodes)} has {len(server_nodes)} numbers, and --nodes {_listed(nodes)} has "
             f"{len(nodes)}. Give one for each."
         )
@@ -85,7 +84,7 @@ def ladder(
             if kind == WEAK:
                 prompts, rest = divmod(prompts * count, first)
             if rest:
-                raise ScalingError(
+                raise SlurmError(
                     f"data.prompts_per_step = {config.data.prompts_per_step} on {first} nodes is no whole number on "
                     f"{count}. Make it a multiple of {first}."
                 )
@@ -99,7 +98,7 @@ def _rung(config: RunConfig, name: str, kinds: tuple[str, ...], resources: Resou
     model = config.layout.tp * config.layout.pp
     dp, rest = divmod(resources.ranks, model)
     if rest or not dp:
-        raise ScalingError(
+        raise SlurmError(
             f"{resources.nodes} nodes have {resources.ranks} ranks, which layout.tp x layout.pp = {model} does not "
             "divide. Change --nodes, --ranks-per-node or the layout."
         )
@@ -110,7 +109,7 @@ def _rung(config: RunConfig, name: str, kinds: tuple[str, ...], resources: Resou
         "train.steps": steps,
         "layout.dp": dp,
         "data.prompts_per_step": prompts,
-        # What is measured is training: nothing else is due while it runs.
+        # Training is measured, so nothing else should take place.
         "data.eval": [],
         "eval.at_start": False,
         "eval.every": 0,
@@ -134,21 +133,21 @@ def _rung(config: RunConfig, name: str, kinds: tuple[str, ...], resources: Resou
 
 
 def folder_of(config: RunConfig) -> Path:
-    """Where the runs of a configuration's ladder write to."""
+    """The folder below which the runs of a configuration's ladder write."""
     return Path(config.train.output).absolute() / FOLDER
 
 
 def write(folder: Path, rungs: Sequence[Rung]) -> None:
-    """Keep the ladder, with the jobs that were submitted."""
+    """Write the ladder with its jobs, so that a later call can continue it."""
     folder.mkdir(parents=True, exist_ok=True)
     write_durably(folder / LADDER, json.dumps([asdict(rung) for rung in rungs], indent=1))
 
 
 def read(folder: Path) -> list[Rung]:
-    """The ladder that was written; [] where there is none.
+    """The ladder that `write` wrote; [] where there is none.
 
     Raises:
-        ScalingError: the file is damaged.
+        SlurmError: the file is damaged.
     """
     file = folder / LADDER
     try:
@@ -159,20 +158,20 @@ def read(folder: Path) -> list[Rung]:
     except FileNotFoundError:
         return []
     except (OSError, ValueError, TypeError, KeyError) as error:
-        raise ScalingError(f"{file} cannot be read ({error}). Remove {folder}, and measure again.") from None
+        raise SlurmError(f"{file} cannot be read ({error}). Remove {folder}, and measure again.") from None
 
 
 def continued(rungs: Sequence[Rung], before: Sequence[Rung]) -> list[Rung]:
-    """Rungs with the jobs that they had in an earlier call.
+    """`rungs` with the jobs that `before`, the ladder of an earlier call, has for them.
 
     Raises:
-        ScalingError: a rung was another run then, and its figures are still there.
+        SlurmError: an earlier rung of the same name was another run, whose metrics are still there.
     """
     known = {rung.name: rung for rung in before}
     for rung in rungs:
         old = known.get(rung.name)
         if old and replace(old, job=None) != replace(rung, job=None):
-            raise ScalingError(
+            raise SlurmError(
                 f"{rung.output} belongs to another ladder, of {old.prompts} prompts and {old.steps} steps on "
                 f"{old.ranks} ranks, or of other overrides ({LADDER} there has them). Remove "
                 f"{Path(rung.output).parent}, or choose another train.output."

@@ -1,4 +1,4 @@
-"""What a run of the ladder delivered, from its metrics, and what that is against the smallest one."""
+"""Speed of a run of the ladder, read from its metrics, and its scaling efficiency."""
 
 from __future__ import annotations
 
@@ -17,28 +17,28 @@ RATE, STEP = "speed/tokens_per_s_per_rank", "time/step_s"
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """One run."""
+    """The speed of one run, over the steps that count."""
 
     rung: Rung
-    steps: int  # that count
-    seconds: float  # of a step, median
-    fastest: float  # of a step
-    slowest: float
-    tokens_per_s: float  # prompt and response tokens that train, a GPU (a rank on CPUs), over all steps that count
-    shares: dict[str, float]  # of the steps' time, by phase; "other" is what no phase covers
+    steps: int  # number of steps that count
+    seconds: float  # median time of a step
+    fastest: float  # shortest time of a step, in seconds
+    slowest: float  # longest time of a step, in seconds
+    tokens_per_s: float  # trained prompt and response tokens a second a GPU, or a rank on CPUs
+    shares: dict[str, float]  # share of the time by phase; "other" is the time that no phase covers
 
 
 def done_steps(rung: Rung) -> int:
-    """Steps that a run has logged."""
+    """Number of steps that a run has logged."""
     return len(read_lines(Path(rung.output) / METRICS))
 
 
 def measure(rung: Rung, *, skip: int) -> Measured | None:
-    """Of a run that has done all its steps; None for others.
+    """The speed of a run that has done all its steps; None for other runs.
 
     Args:
-        rung: whose output is read.
-        skip: first steps that do not count: caches are filled, kernels compiled and memory taken in them.
+        rung: the run, whose output is read.
+        skip: number of first steps that do not count: they fill caches, compile kernels and allocate memory.
     """
     lines = read_lines(Path(rung.output) / METRICS)
     counted = lines[skip:]
@@ -60,10 +60,10 @@ def measure(rung: Rung, *, skip: int) -> Measured | None:
 
 
 def efficiency(runs: Sequence[Measured], kind: str) -> dict[str, float]:
-    """Tokens a second a GPU over those of the smallest run, by the name of the run; {} without that one.
+    """Tokens a second a GPU over those of the smallest run, by name of the run; {} if the smallest was not measured.
 
-    The same for weak and strong scaling: of n times the GPUs, n times the tokens a second are due, be it with longer
-    steps' work or in shorter steps. Tokens and not seconds, since responses are not equally long in all runs.
+    This holds for weak and strong scaling: n times the GPUs should train n times the tokens a second, with more tokens
+    a step or with shorter steps. Tokens are compared and not seconds, since responses differ in length between runs.
     """
     points = sorted((run for run in runs if kind in run.rung.kinds), key=lambda run: run.rung.nodes)
     if not points or not points[0].rung.is_first:

@@ -1,4 +1,4 @@
-"""What a job asks Slurm for, and how often it may come back."""
+"""What a job asks of Slurm, and how often it may be requeued and restarted."""
 
 from __future__ import annotations
 
@@ -7,11 +7,13 @@ from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 
-from clipo_megatron.slurm.errors import SubmissionError
+
+class SlurmError(RuntimeError):
+    """A job or a scaling study cannot be submitted or read; the message says why, and what to change."""
 
 
 class JobKind(str, Enum):
-    """What a job does; the value names its work on the command line."""
+    """What a job does; the value is its name on the command line."""
 
     train = "train"
     evaluation = "eval"
@@ -20,96 +22,91 @@ class JobKind(str, Enum):
 
     @property
     def converts(self) -> bool:
-        """Whether it needs ranks but no layout of them."""
+        """Whether the job converts a model, which needs ranks but no parallel layout."""
         return self in (JobKind.to_megatron, JobKind.to_hf)
 
 
 @dataclass(frozen=True, slots=True)
 class Resources:
-    """Of one job. Durations are in seconds, but for `time`."""
+    """What one job asks for. Fields that end in _s are seconds."""
 
-    nodes: int  # that train
-    server_nodes: int = 0  # that generate, beside those; 0: the same nodes do
-    gpus_per_node: int = 0  # 0: CPUs
-    ranks_per_node: int | None = None  # None: one a GPU; without GPUs one a node
+    nodes: int  # nodes that train
+    server_nodes: int = 0  # further nodes that only generate; 0: servers share the nodes that train
+    gpus_per_node: int = 0  # 0: a run on CPUs
+    ranks_per_node: int | None = None  # None: one rank a GPU; without GPUs one a node
     cpus_per_rank: int = 1
-    time: str = ""  # Slurm's spelling, such as 24:00:00; "": the partition's default
-    partition: str = ""  # "": Slurm's default; account likewise
-    account: str = ""
-    options: tuple[str, ...] = ()  # any others of sbatch, such as --qos=high
-    setup: str = ""  # lines of shell before everything else, such as: module load gcc
-    python: str = ""  # interpreter on the nodes; "": this one, or the container's
-    container: str = ""  # image, for pyxis: a file or docker://...; "": none
-    mounts: tuple[str, ...] = ()  # of the container, HOST:INSIDE, beside those that the configuration needs
-    stop_before_s: int = 300  # the walltime: then the ranks are asked to end their step and save
-    requeues: int = 100  # of the job in all
-    restarts: int = 3  # failures in a row, without a new checkpoint between them, that are answered by a restart
-    ranks_deadline_s: int = 120  # for the other ranks to end once one has
-    nodes_deadline_s: int = 120  # for all nodes to show that they see the job's files
+    time: str = ""  # walltime of one attempt in Slurm's spelling, such as 24:00:00; "": the partition's default
+    partition: str = ""  # "": Slurm's default
+    account: str = ""  # "": Slurm's default
+    options: tuple[str, ...] = ()  # further options of sbatch, such as --qos=high
+    setup: str = ""  # shell lines that run first, such as: module load gcc
+    python: str = ""  # interpreter on the nodes; "": this one, or the container's python3
+    container: str = ""  # image for pyxis: a file or docker://...; "": no container
+    mounts: tuple[str, ...] = ()  # HOST:INSIDE, beyond the folders that the configuration needs
+    stop_before_s: int = 300  # time before the walltime at which the ranks are asked to end their step and save
+    requeues: int = 100  # most requeues of one job
+    restarts: int = 3  # most restarts in a row without a new checkpoint between them
+    ranks_deadline_s: int = 120  # time for the other ranks to end once one has ended
+    nodes_deadline_s: int = 120  # time for all nodes to show that they see the job's files
 
     @property
     def ranks_a_node(self) -> int:
-        """Of the nodes that train."""
+        """Ranks on each node that trains."""
         return self.ranks_per_node or max(1, self.gpus_per_node)
 
     @property
     def ranks(self) -> int:
-        """In all."""
         return self.nodes * self.ranks_a_node
 
     @property
-    def ranks_stop_s(self) -> int:
-        """Of the time before the walltime, what the ranks have to end their step and save."""
+    def grace_period_s(self) -> int:
+        """Seconds that the ranks have to end their step and save: four fifths of `stop_before_s`."""
         before = max(10, self.stop_before_s)
         return before - before // 5
 
     @property
     def gpus(self) -> int:
-        """Of all nodes."""
+        """GPUs of all nodes, those of servers included."""
         return (self.nodes + self.server_nodes) * self.gpus_per_node
 
     def check(self) -> None:
-        """Hold the numbers against each other.
-
-        Raises:
-            SubmissionError: one makes no sense.
-        """
+        """Raise a SlurmError if a number is out of range or contradicts another."""
         least = {"nodes": 1, "cpus_per_rank": 1, "ranks_deadline_s": 5, "nodes_deadline_s": 5}
         for name in ("server_nodes", "gpus_per_node", "requeues", "restarts", "stop_before_s"):
             least[name] = 0
         for name, limit in least.items():
             if getattr(self, name) < limit:
-                raise SubmissionError(f"{_flag(name)} {getattr(self, name)}: it must be at least {limit}. Raise it.")
+                raise SlurmError(f"{_flag(name)} {getattr(self, name)}: it must be at least {limit}. Raise it.")
         if self.ranks_per_node is not None and self.ranks_per_node < 1:
-            raise SubmissionError(f"--ranks-per-node {self.ranks_per_node}: it must be at least 1. Raise it.")
+            raise SlurmError(f"--ranks-per-node {self.ranks_per_node}: it must be at least 1. Raise it.")
         if self.gpus_per_node and self.ranks_a_node > self.gpus_per_node:
-            raise SubmissionError(
+            raise SlurmError(
                 f"--ranks-per-node {self.ranks_a_node} on --gpus-per-node {self.gpus_per_node}: each rank needs a GPU "
                 "of its own. Lower the one or raise the other."
             )
         if self.time and (seconds := walltime_s(self.time)) is not None and seconds <= self.stop_before_s:
-            raise SubmissionError(
+            raise SlurmError(
                 f"--time {self.time} is {seconds} s, and the ranks are asked to stop {self.stop_before_s} s before: "
                 "the job would never do a step. Give it more time, or lower --stop-before."
             )
         for mount in self.mounts:
             if ":" not in mount or not self.container:
-                raise SubmissionError(f"--mount {mount}: it takes HOST:INSIDE, and a --container. Correct it.")
+                raise SlurmError(f"--mount {mount}: it takes HOST:INSIDE, and a --container. Correct it.")
         for option in self.options:
             if not option.startswith("-") or "\n" in option:
-                raise SubmissionError(f"--sbatch {option}: it takes an option of sbatch, such as --sbatch=--qos=high")
+                raise SlurmError(f"--sbatch {option}: it takes an option of sbatch, such as --sbatch=--qos=high")
 
 
 def walltime_s(text: str) -> int | None:
-    """Seconds of a time limit as Slurm spells it; None for no limit.
+    """Seconds of a time limit in Slurm's spelling; None for no limit.
 
     Raises:
-        SubmissionError: it is spelt otherwise.
+        SlurmError: `text` is not such a spelling.
     """
     if text.lower() in ("infinite", "unlimited", "0"):
         return None
     if not re.fullmatch(r"(\d+-\d+(:\d+){0,2}|\d+(:\d+){0,2})", text):
-        raise SubmissionError(f"--time {text}: it takes minutes, H:MM:SS, D-HH or D-HH:MM:SS. Correct it.")
+        raise SlurmError(f"--time {text}: it takes minutes, H:MM:SS, D-HH or D-HH:MM:SS. Correct it.")
     days, dash, rest = text.rpartition("-")
     parts = [int(part) for part in rest.split(":")]
     if dash or len(parts) == 3:  # D-HH[:MM[:SS]] or HH:MM:SS
@@ -120,7 +117,7 @@ def walltime_s(text: str) -> int | None:
 
 
 def shared_paths(*paths: str | Path | None) -> list[str]:
-    """The folders that contain these, none below another: what a container has to mount."""
+    """The folders that a container must mount to see `paths`; none of them lies below another."""
     found = {str(path if (path := Path(each)).is_dir() else path.parent) for each in paths if each}
     return sorted(one for one in found if not any(one != other and one.startswith(f"{other}/") for other in found))
 

@@ -1,4 +1,4 @@
-"""A measured ladder as a table, as figures for other programs, and as a picture."""
+"""Writes a measured ladder: a table for people, JSON for programs, and a picture."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ COLOURS = dict(zip(SHOWN, ("#2563eb", "#9ca3af", "#d97706", "#b91c1c", "#059669"
 
 
 def unit_of(runs: Sequence[Measured]) -> str:
-    """What tokens a second are given for."""
+    """The unit of tokens_per_s: "GPU", or "rank" on CPUs."""
     return "GPU" if runs and runs[0].rung.gpus else "rank"
 
 
 def rows(runs: Sequence[Measured]) -> tuple[list[str], list[list[str]]]:
-    """Headings and cells, fewest nodes first."""
+    """Headings and rows of the table, fewest nodes first."""
     unit = unit_of(runs)
     weak, strong = efficiency(runs, WEAK), efficiency(runs, STRONG)
     headings = ["run", "nodes", f"{unit}s", "prompts", "s/step", "range", f"tokens/s/{unit}", "weak", "strong", *SHOWN]
@@ -44,7 +44,7 @@ def rows(runs: Sequence[Measured]) -> tuple[list[str], list[list[str]]]:
 
 
 def text(runs: Sequence[Measured]) -> str:
-    """The same for a terminal of 80 columns: figures, and below them where the time goes."""
+    """The table for a terminal of 80 columns: speeds, and below them the share of each phase."""
     headings, cells = rows(runs)
     first_phase = headings.index(SHOWN[0])
     figures = _aligned([line[:first_phase] for line in (headings, *cells)])
@@ -61,7 +61,7 @@ def _aligned(lines: Sequence[Sequence[str]]) -> str:
 
 
 def write(runs: Sequence[Measured], folder: Path) -> list[Path]:
-    """Figures and table, and the picture where matplotlib is installed; the files written."""
+    """Write JSON and table, and the picture where matplotlib is installed; returns the files written."""
     unit = unit_of(runs)
     figures: dict[str, Any] = {
         "tokens_per_s": f"prompt and response tokens that train, a {unit}",
@@ -77,10 +77,10 @@ def write(runs: Sequence[Measured], folder: Path) -> list[Path]:
 
 
 def draw(runs: Sequence[Measured], file: Path) -> bool:
-    """Tokens a second over GPUs against the straight line, and where each run's time goes.
+    """Draw tokens a second over GPUs, beside perfect scaling, and the share of each phase.
 
     Returns:
-        False without matplotlib, which is no dependency.
+        False without matplotlib, which need not be installed.
     """
     try:
         import matplotlib

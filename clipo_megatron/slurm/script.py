@@ -1,4 +1,4 @@
-"""The script of a job: one of the templates in `slurm/`, with the job's own directives and settings written into it.
+"""The script of a job: one of the templates in `scripts/`, with the job's own directives and settings filled in.
 
 Templates are shell with three kinds of lines that are replaced: `#@directives` (and `#@server-directives`),
 `#@settings` and `#@include FILE`.
@@ -11,17 +11,15 @@ import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from clipo_megatron.slurm.errors import SubmissionError
-from clipo_megatron.slurm.resources import JobKind, Resources
+from clipo_megatron.slurm.resources import JobKind, Resources, SlurmError
 
-# A link to the repository's slurm/; of an installed package, a folder with the same files.
 TEMPLATES = Path(__file__).parent / "scripts"
 
 Setting = str | int | Sequence[str]
 
 
 def template_of(kind: JobKind, resources: Resources) -> str:
-    """The file in `slurm/` that a job is made from."""
+    """File name of the template for a job."""
     if kind.converts:
         return "conversion.sbatch"
     if kind is JobKind.evaluation:
@@ -32,16 +30,16 @@ def template_of(kind: JobKind, resources: Resources) -> str:
 def render(
     template: str, *, directives: Mapping[str, Sequence[str]], settings: Mapping[str, Setting], setup: str
 ) -> str:
-    """A template as the script of one job.
+    """The script of one job.
 
     Args:
-        template: its file name.
-        directives: options of sbatch, for each kind of `#@...directives` line.
-        settings: variables of the shell; a sequence becomes an array.
-        setup: lines of shell after them.
+        template: file name of the template.
+        directives: options of sbatch, by the marker of the line that they replace.
+        settings: shell variables; a sequence becomes an array.
+        setup: shell lines that follow the settings.
 
     Raises:
-        SubmissionError: the template is not there, or a part of it.
+        SlurmError: the template, or a file that it includes, is missing.
     """
     lines: list[str] = []
     for line in _read(template).splitlines():
@@ -59,7 +57,7 @@ def render(
 
 
 def directives_of(name: str, job: Path, resources: Resources) -> dict[str, list[str]]:
-    """Options of sbatch for the nodes that train and for those that serve."""
+    """Options of sbatch by marker: for the nodes that train, and for those that only serve."""
     ranks, common = resources.ranks_a_node, []
     for option, value in (("time", resources.time), ("partition", resources.partition), ("account", resources.account)):
         common += [f"--{option}={value}"] if value else []
@@ -94,6 +92,6 @@ def _read(name: str) -> str:
     try:
         return (TEMPLATES / name).read_text()
     except OSError as error:
-        raise SubmissionError(
-            f"the scripts of jobs are not beside this package: {error}. Install it again, or run from its repository."
+        raise SlurmError(
+            f"a template of job scripts is missing: {error}. Install the package again, or run from its repository."
         ) from error

@@ -1,4 +1,4 @@
-"""A job from a configuration: settled, checked against the plan, written to its folder, and handed to Slurm."""
+"""Submits a job: resolves the configuration, checks it, writes the job's folder and calls sbatch."""
 
 from __future__ import annotations
 
@@ -17,11 +17,10 @@ from clipo_megatron.config.schema import EngineKind, RunConfig
 from clipo_megatron.runtime.durable_files import write_durably
 from clipo_megatron.slurm import folder as folders
 from clipo_megatron.slurm.check import check
-from clipo_megatron.slurm.errors import SubmissionError
-from clipo_megatron.slurm.resources import JobKind, Resources, shared_paths
+from clipo_megatron.slurm.resources import JobKind, Resources, SlurmError, shared_paths
 from clipo_megatron.slurm.script import Setting, directives_of, render, template_of
 
-_SLURM_S = 60.0  # for Slurm's controller
+_SLURM_S = 60.0  # time for Slurm's controller to answer
 OVER = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "BOOT_FAIL", "DEADLINE", "OUT_OF_MEMORY", "")
 
 
@@ -34,7 +33,7 @@ class SlurmJob:
     ranks: int
     gpus: int
     id: str | None = None  # Slurm's number; None after a dry run
-    remarks: tuple[str, ...] = ()  # of the check against the plan
+    remarks: tuple[str, ...] = ()  # what the checks found, a line each
 
 
 def submit(
@@ -51,20 +50,20 @@ def submit(
     """Submit a job.
 
     Args:
-        config_file: of the run.
-        overrides: `key=value`, as of `clipo train`.
-        resources: that it asks for.
-        kind: what it does.
-        target: of a conversion, the folder to make.
-        hardware: of the GPUs, by the planner's name.
-        anyway: submit also what does not fit into the GPUs by the plan.
-        dry_run: render and check, write and submit nothing; model and data need not be on this machine.
+        config_file: the run's YAML file.
+        overrides: `key=value` settings, as for `clipo train`.
+        resources: what the job asks for.
+        kind: what the job does.
+        target: the folder that a conversion writes.
+        hardware: the GPUs, by their name in the planner's table.
+        anyway: submit a job that does not fit into the GPUs by the plan, too.
+        dry_run: render and check only; model and data need not be on this machine.
 
     Raises:
-        ConfigError, SubmissionError, PlanError: what is wrong, and what to change.
+        ConfigError, SlurmError, PlanError: what is wrong, and what to change.
     """
     resources.check()
-    config = folders.settle(load(config_file, overrides), resources)
+    config = folders.resolve(load(config_file, overrides), resources)
     remarks = check(config, resources, kind, config_file=config_file, hardware=hardware, anyway=anyway, absent=dry_run)
     output = Path(config.train.output)
     folder = folders.next_folder(output)
@@ -79,10 +78,10 @@ def submit(
     if dry_run:
         return SlurmJob(folder, script, resources.ranks, gpus, remarks=remarks)
     if not shutil.which("sbatch"):
-        raise SubmissionError("there is no sbatch here. Submit from a login node of the cluster, or see --dry-run.")
+        raise SlurmError("there is no sbatch here. Submit from a login node of the cluster, or see --dry-run.")
     if kind is JobKind.train:
-        _refuse_a_second(output)
-    folders.make(folder)
+        _refuse_second_job(output)
+    folders.create(folder)
     folders.write(
         folder, config, script, resources, {"kind": kind.value, "overrides": list(overrides), "remarks": list(remarks)}
     )
@@ -95,14 +94,14 @@ def submit(
 
 
 def job_state(number: str) -> str:
-    """Of a job: PENDING, RUNNING, COMPLETED, FAILED, CANCELLED, TIMEOUT...; "" once Slurm has forgotten it.
+    """State of a job: PENDING, RUNNING, COMPLETED, FAILED, CANCELLED, TIMEOUT...; "" once Slurm has forgotten it.
 
     Raises:
-        SubmissionError: Slurm's controller does not answer.
+        SlurmError: Slurm's controller does not answer.
     """
     done = _ask("scontrol", "--oneliner", "show", "job", number)
     if done.returncode and "Invalid job id" not in done.stderr:
-        raise SubmissionError(f"Slurm does not say how job {number} is: {done.stderr.strip()}")
+        raise SlurmError(f"Slurm does not tell the state of job {number}: {done.stderr.strip()}. Try again later.")
     found = re.search(r"\bJobState=(\w+)", done.stdout)
     return found[1] if found else ""
 
@@ -132,9 +131,9 @@ def _settings(
     }
     if kind.converts:
         if target is None:
-            raise SubmissionError(f"--job {kind.value} needs the folder to make: --target FOLDER")
+            raise SlurmError(f"--job {kind.value} needs the folder that it writes. Give --target FOLDER.")
         found["CONVERSION"] = _conversion(config, kind, Path(os.path.abspath(target)))
-    # In a container these are where the image says, which nobody can look up from outside.
+    # Paths in a container's image cannot be looked up from outside.
     found["MUST_SEE"] = [] if resources.container else [python, *inputs]
     mounts = [*(f"{path}:{path}" for path in shared_paths(output, *inputs, target)), *resources.mounts]
     found["CONTAINER"] = (
@@ -146,16 +145,16 @@ def _settings(
 
 
 def _conversion(config: RunConfig, kind: JobKind, target: Path) -> list[str]:
-    """Arguments of `clipo convert`."""
+    """The arguments of `clipo convert`."""
     if kind is JobKind.to_megatron:
         layout = config.layout
         sizes = {"tp": layout.tp, "pp": layout.pp, "ep": layout.ep, "etp": layout.etp}
         sizes |= {"first-layers": layout.first_stage_layers, "last-layers": layout.last_stage_layers}
-        words = [f"--{name}={value}" for name, value in sizes.items() if value is not None]
-        return [kind.value, config.model.path, str(target), *words]
+        layout_options = [f"--{name}={value}" for name, value in sizes.items() if value is not None]
+        return [kind.value, config.model.path, str(target), *layout_options]
     checkpoints = sorted(Path(config.train.output, "checkpoints").glob("step_*"))
     if not checkpoints:
-        raise SubmissionError(f"{config.train.output} has no checkpoint to convert. Correct train.output.")
+        raise SlurmError(f"{config.train.output} has no checkpoint to convert. Correct train.output.")
     return [kind.value, str(checkpoints[-1]), str(target)]
 
 
@@ -166,17 +165,13 @@ def _setup(config: RunConfig, resources: Resources) -> str:
     return "\n".join(lines)
 
 
-def _refuse_a_second(output: Path) -> None:
-    """Two jobs of one run would wait for each other's lock, and one of them fail.
-
-    Raises:
-        SubmissionError: there is one already.
-    """
+def _refuse_second_job(output: Path) -> None:
+    """Raise a SlurmError if a job that trains into `output` is queued or runs: only one can hold the run's lock."""
     for folder in sorted((output / folders.JOBS).glob("*")):
         facts = folders.read_submission(folder)
         number = facts.get("job")
         if facts.get("kind") == JobKind.train.value and number and job_state(number) not in OVER:
-            raise SubmissionError(
+            raise SlurmError(
                 f"job {number} trains into {output} already, or is about to. Cancel it (scancel {number}), or choose "
                 "another train.output."
             )
@@ -186,7 +181,7 @@ def _sbatch(folder: Path) -> str:
     done = _ask("sbatch", "--parsable", str(folder / folders.SCRIPT))
     number = done.stdout.strip().partition(";")[0]
     if done.returncode or not number.isdigit():
-        raise SubmissionError(
+        raise SlurmError(
             f"sbatch refuses {folder / folders.SCRIPT}: {(done.stderr or done.stdout).strip()}. Change what it names, "
             "for example with --partition, --account, --time or --sbatch."
         )
@@ -197,4 +192,4 @@ def _ask(*command: str) -> subprocess.CompletedProcess[str]:
     try:
         return subprocess.run(command, capture_output=True, text=True, timeout=_SLURM_S)
     except (OSError, subprocess.TimeoutExpired) as error:
-        raise SubmissionError(f"{command[0]} does not answer: {error}. Try again when Slurm is well.") from error
+        raise SlurmError(f"{command[0]} does not answer: {error}. Try again when Slurm answers.") from error

@@ -1,4 +1,4 @@
-# What the scripts of a job share; `clipo submit` copies it into each. Needs bash 4.4 and Slurm's commands.
+# What the scripts of a job share; `clipo submit` copies this file into each. Needs bash 4.4 and Slurm's commands.
 
 say() { printf '%(%F %T)T  %s\n' -1 "$*"; }
 
@@ -8,7 +8,7 @@ say() { printf '%(%F %T)T  %s\n' -1 "$*"; }
 
 ranks= servers= asked= signals=0 helpers=()
 
-later() { # SECONDS SIGNAL PID: sends it then, unless this script has ended
+later() { # SECONDS SIGNAL PID: sends the signal after that time, unless this script has ended
     (sleep "$1" & trap 'kill $!' TERM; wait $! && kill "$2" "$3") >/dev/null 2>&1 &
     helpers+=($!)
 }
@@ -30,11 +30,11 @@ on_term() {
 
 on_alarm() {
     signals=$((signals + 1))
-    say "the step does not end in time and is abandoned; the next attempt goes on from the newest checkpoint"
+    say "the step does not end in time and is given up; the next attempt continues from the newest checkpoint"
     requeue
 }
 
-outlast() { # PID: its exit code, however many signals interrupt the wait
+outlast() { # PID: waits for it, however many signals interrupt the wait, and returns its exit code
     local code before known=
     while :; do
         before=$signals
@@ -48,10 +48,10 @@ outlast() { # PID: its exit code, however many signals interrupt the wait
 
 # ---- the nodes -------------------------------------------------------------------------------------------------------
 
-address_of() { # NODE: where Slurm itself reaches it
-    local said
-    said=$(scontrol --oneliner show node "$1" | grep -o 'NodeAddr=[^ ]*')
-    echo "${said#NodeAddr=}"
+address_of() { # NODE: prints the address at which Slurm reaches it
+    local answer
+    answer=$(scontrol --oneliner show node "$1" | grep -o 'NodeAddr=[^ ]*')
+    echo "${answer#NodeAddr=}"
 }
 
 begin() {
@@ -78,7 +78,7 @@ begin() {
     note started
 }
 
-check_nodes() { # NODES: each sees the files of the job and writes where the others read, or the job ends now
+check_nodes() { # NODES: ends the job unless each node sees its files, and the others what it writes
     local token=$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}.$RANDOM place missing node tries
     place=$JOB/nodes/$token
     mkdir "$place" && echo "$token" > "$place/token" || exit 1
@@ -89,7 +89,7 @@ check_nodes() { # NODES: each sees the files of the job and writes where the oth
         touch "$place/$SLURMD_NODENAME"'
     local group patience=10 # a network file system may show new names late
     for group in "${GROUPS_OF_NODES[@]}"; do
-        # --ntasks too: that of the job's own environment would win over --ntasks-per-node
+        # --ntasks too: the one in the job's environment would win over --ntasks-per-node
         timeout "$NODES_DEADLINE" srun $group --ntasks="${group##*=}" --ntasks-per-node=1 --cpus-per-task=1 --overlap --chdir=/ \
             --kill-on-bad-exit=0 bash -c "$look" look "$place" "$token" "${MUST_SEE[@]}" </dev/null || patience=1
     done
@@ -111,7 +111,7 @@ check_nodes() { # NODES: each sees the files of the job and writes where the oth
 start_servers() { # one `clipo serve` a node; they register in train.output/servers, where the ranks find them
     [[ $ENGINE == local ]] && return
     rm -f "$OUTPUT"/servers/*.json
-    # Signals are for the ranks alone: servers have to last until those have ended their step.
+    # Signals are for the ranks only: servers must live until the ranks have ended their step.
     local serve='trap "" USR1 TERM
         for each in $CLIPO_ADDRESSES; do [[ ${each%%=*} == "$SLURMD_NODENAME" ]] && host=${each#*=}; done
         exec "$@" "serve.host=$host"'
@@ -134,10 +134,10 @@ end_servers() {
     servers=
 }
 
-run_ranks() { # COMMAND: runs it on all ranks; the code is the worst rank's
+run_ranks() { # COMMAND: runs it on all ranks; returns the worst rank's exit code
     local extra=() code
     [[ $ENGINE == local ]] || extra=("rollout.sync.host=$MASTER_ADDR")
-    # A rank that is gone ends the others: at once by themselves, or after RANKS_DEADLINE seconds.
+    # When a rank ends, the others end too: by themselves, or killed after RANKS_DEADLINE seconds.
     srun ${GROUPS_OF_NODES[0]} --job-name=ranks --ntasks="$RANKS" --ntasks-per-node="$RANKS_PER_NODE" \
         --cpus-per-task="$CPUS_PER_RANK" --overlap --kill-on-bad-exit=0 --wait="$RANKS_DEADLINE" \
         --output="$JOB/logs/rank%t.log" --open-mode=append "${CONTAINER[@]}" \
@@ -145,7 +145,7 @@ run_ranks() { # COMMAND: runs it on all ranks; the code is the worst rank's
     ranks=$!
     [[ $asked == USR1 ]] && kill -USR1 "$ranks"
     if [[ -n $servers ]]; then
-        # Whichever ends first; without servers the ranks would wait for them.
+        # Wait for whichever ends first: without servers the ranks would wait forever.
         while kill -0 "$ranks" 2>/dev/null && kill -0 "$servers" 2>/dev/null; do wait -n "$ranks" "$servers"; done
         if kill -0 "$ranks" 2>/dev/null; then
             say "the servers have ended; see $JOB/logs/servers.*.log"
@@ -166,30 +166,30 @@ run_ranks() { # COMMAND: runs it on all ranks; the code is the worst rank's
 
 newest() { ls "$OUTPUT/checkpoints" 2>/dev/null | grep '^step_' | sort | tail -n 1; }
 
-note() { # OUTCOME: of this attempt, for whoever reads JOB/attempts
+note() { # OUTCOME: appends a line on this attempt to JOB/attempts
     printf '%(%FT%T)T job=%s requeues=%s nodes=%s outcome=%s newest=%s\n' -1 "$SLURM_JOB_ID" \
         "${SLURM_RESTART_COUNT:-0}" "$nodes" "$1" "$(newest)" >> "$JOB/attempts"
 }
 
-requeue() { # the job queues again, and goes on from the newest checkpoint
+requeue() { # queues the job again; it continues from the newest checkpoint
     if ((${SLURM_RESTART_COUNT:-0} >= REQUEUES)); then
-        say "the job has been requeued $SLURM_RESTART_COUNT times, as often as it may; submit it again to go on"
+        say "the job has been requeued $SLURM_RESTART_COUNT times, as often as it may; submit it again to continue"
         exit 1
     fi
     [[ $(squeue --noheader --jobs "$SLURM_JOB_ID" --format %T 2>/dev/null | head -n 1) == RUNNING ]] || {
-        say "Slurm has decided already what becomes of this job"
+        say "Slurm is ending this job already"
         await_the_end
     }
     note requeued
     say "requeueing"
     scontrol requeue "$SLURM_JOB_ID" || {
-        say "this job cannot be requeued here; submit it again to go on from $(newest)"
+        say "this job cannot be requeued here; submit it again to continue from $(newest)"
         exit 1
     }
     await_the_end
 }
 
-await_the_end() { # Slurm kills this script, KillWait after its TERM; one that ended before could make the job a failed one
+await_the_end() { # waits until Slurm kills this script; ending by itself could mark a requeued job as failed
     local seconds
     for ((seconds = 0; seconds < 600; seconds++)); do sleep 1; done
     exit 1
@@ -202,21 +202,21 @@ attempts_of() { # COMMAND: runs it until it is done, has to be requeued, or fail
         start_servers
         run_ranks "$1"
         code=$?
-        if [[ -n $asked || $code == 138 || $code == 143 ]]; then # 128 + USR1, 128 + TERM
+        if [[ -n $asked || $code == 138 || $code == 143 ]]; then # 128 + the number of USR1, TERM
             say "the ranks have ended with code $code; the newest checkpoint is $(newest)"
             ((code == 0)) || requeue
         fi
         end_servers
         case $code in
         0) note done; say "done"; exit 0 ;;
-        130) note stopped; say "stopped for good, as SIGINT asks; the state is saved"; exit 130 ;;
+        130) note stopped; say "ended by SIGINT; the state is saved"; exit 130 ;;
         esac
         note "code-$code"
         failures=$(($(cat "$JOB/failures" 2>/dev/null || echo 0) + 1))
         [[ $(newest) == "$before" ]] || failures=1
         echo "$failures" > "$JOB/failures"
         if ((code == 2)) && [[ $(newest) == "$before" ]]; then
-            say "a rank says in $JOB/logs what has to be corrected:"
+            say "what has to be corrected stands in $JOB/logs:"
             tail -n 3 "$JOB/logs/rank0.log"
             exit 2
         elif ((failures > RESTARTS)); then

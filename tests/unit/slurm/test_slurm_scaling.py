@@ -1,4 +1,4 @@
-"""Ladders of runs, and what is read off them: on the metrics of a real run, on figures that are known, on a cluster."""
+"""`clipo scale` without a cluster: ladders of runs, and what is computed from their metrics."""
 
 from __future__ import annotations
 
@@ -12,10 +12,9 @@ from small_runs import STEPS
 from clipo_megatron.cli.main import main
 from clipo_megatron.config.load import load
 from clipo_megatron.config.schema import RunConfig
-from clipo_megatron.slurm.errors import ScalingError
 from clipo_megatron.slurm.ladder import STRONG, WEAK, Rung, continued, ladder, read, write
 from clipo_megatron.slurm.measure import efficiency, measure
-from clipo_megatron.slurm.resources import Resources
+from clipo_megatron.slurm.resources import Resources, SlurmError
 
 RUNG = Rung("nodes-1", (WEAK, STRONG), 1, 0, 1, 0, STEPS, 4, "", ())
 
@@ -35,7 +34,7 @@ def config() -> RunConfig:
 # ---------------------------------------------------------------- ladders
 
 
-def test_replicas_grow_with_the_nodes_and_prompts_with_weak_scaling_alone(config):
+def test_replicas_grow_with_the_nodes_and_prompts_in_weak_scaling_only(config):
     rungs = ladder(config, [1, 2, 4], [], eight_gpus, kinds=(WEAK, STRONG), steps=5)
     assert [(rung.name, rung.prompts, rung.gpus) for rung in rungs] == [
         ("nodes-1", 32, 8),
@@ -51,7 +50,7 @@ def test_replicas_grow_with_the_nodes_and_prompts_with_weak_scaling_alone(config
     )
 
 
-def test_overrides_are_settings(config, tmp_path):
+def test_overrides_of_a_rung_are_valid_settings(config, tmp_path):
     file = tmp_path / "run.yaml"
     file.write_text("model: {path: somewhere}\ndata: {eval: [{path: exam.jsonl}]}\nclipo: {warmup_steps: 50}\n")
     (rung,) = ladder(config, [2], [1], eight_gpus, kinds=(WEAK,), steps=5)
@@ -70,27 +69,27 @@ def test_overrides_are_settings(config, tmp_path):
         ([3, 4], [], "data.prompts_per_step = 32 on 3 nodes is no whole number on 4"),
     ],
 )
-def test_numbers_that_give_no_ladder(nodes, servers, message, config):
-    with pytest.raises(ScalingError, match=message):
+def test_numbers_that_give_no_ladder_are_refused(nodes, servers, message, config):
+    with pytest.raises(SlurmError, match=message):
         ladder(config, nodes, servers, eight_gpus, kinds=(WEAK,), steps=5)
 
 
-def test_a_layout_that_does_not_divide_the_ranks(config):
+def test_a_layout_that_does_not_divide_the_ranks_is_refused(config):
     config.layout.tp = 3
-    with pytest.raises(ScalingError, match=r"1 nodes have 8 ranks, which layout\.tp x layout\.pp = 6 does not divide"):
+    with pytest.raises(SlurmError, match=r"1 nodes have 8 ranks, which layout\.tp x layout\.pp = 6 does not divide"):
         ladder(config, [1, 2], [], eight_gpus, kinds=(WEAK,), steps=5)
 
 
-def test_a_ladder_is_gone_on_with_and_not_mixed_with_another(config, tmp_path):
+def test_a_ladder_is_continued_and_never_mixed_with_another(config, tmp_path):
     rungs = ladder(config, [1, 2], [], eight_gpus, kinds=(WEAK,), steps=5)
     write(tmp_path, [replace(rungs[0], job="17"), rungs[1]])
     assert [rung.job for rung in continued(rungs, read(tmp_path))] == ["17", None]
     assert read(tmp_path / "nowhere") == []
     longer = ladder(config, [1, 2], [], eight_gpus, kinds=(WEAK,), steps=6)
-    with pytest.raises(ScalingError, match="belongs to another ladder, of 32 prompts and 5 steps on 8 ranks"):
+    with pytest.raises(SlurmError, match="belongs to another ladder, of 32 prompts and 5 steps on 8 ranks"):
         continued(longer, read(tmp_path))
     (tmp_path / "ladder.json").write_text("[{}]")
-    with pytest.raises(ScalingError, match="cannot be read"):
+    with pytest.raises(SlurmError, match="cannot be read"):
         read(tmp_path)
 
 
@@ -117,7 +116,7 @@ def measured_ladder(config, tmp_path) -> list[Rung]:
     return [write_run(rung, tmp_path / "scale", [50.0, 2.0, 4.0], rates[rung.name]) for rung in rungs]
 
 
-def test_efficiency_is_that_of_the_figures(measured_ladder):
+def test_efficiency_compares_with_the_smallest_run(measured_ladder):
     runs = [measure(rung, skip=1) for rung in measured_ladder]
     assert [run.seconds for run in runs] == [3.0] * 3, "the first step does not count"
     assert [run.tokens_per_s for run in runs] == pytest.approx([100.0, 80.0, 60.0])
@@ -127,7 +126,7 @@ def test_efficiency_is_that_of_the_figures(measured_ladder):
     assert runs[0].shares["update"] == runs[0].shares["other"] == pytest.approx(0.5)
 
 
-def test_servers_count(config, tmp_path):
+def test_the_gpus_of_servers_count(config, tmp_path):
     """A rank's 100 tokens a second, on 8 GPUs that train and 8 that generate."""
     (rung,) = ladder(config, [1], [1], eight_gpus, kinds=(WEAK,), steps=3)
     assert measure(write_run(rung, tmp_path, [1.0, 1.0], 100.0), skip=1).tokens_per_s == pytest.approx(50.0)
@@ -144,15 +143,15 @@ def run_file(measured_ladder, tmp_path) -> str:
     return str(file)
 
 
-def test_what_is_measured_is_shown_and_drawn(run_file, tmp_path, capsys):
+def test_measurements_are_printed_and_drawn(run_file, tmp_path, capsys):
     assert main(["scale", run_file, "--collect"]) == 0
-    said = capsys.readouterr().out
-    figures, shares = said.split("of the time:")
+    output = capsys.readouterr().out
+    figures, shares = output.split("of the time:")
     rows = {line.split()[0]: line.split() for line in figures.splitlines() if "%" in line}
     assert rows["weak-2"] == ["weak-2", "2", "16", "64", "3", "2", "to", "4", "80", "80%"]
     assert rows["nodes-1"][-2:] == ["100%"] * 2 and rows["strong-2"][-1] == "60%"
     assert "nodes-1         0%        0%     0%     50%    0%    50%" in shares
-    assert max(map(len, said.partition("  /")[0].splitlines())) <= 80
+    assert max(map(len, output.partition("  /")[0].splitlines())) <= 80
     table = (tmp_path / "scale" / "scale.md").read_text().splitlines()
     assert len(table) == 5 and table[4].startswith("| weak-2 | 2 | 16 | 64 |"), table
     figures = json.loads((tmp_path / "scale" / "scale.json").read_text())
@@ -163,12 +162,12 @@ def test_what_is_measured_is_shown_and_drawn(run_file, tmp_path, capsys):
     assert (tmp_path / "scale" / "scale.svg").read_bytes() == picture, "the same file for the same figures"
 
 
-def test_a_run_that_is_not_done_is_named(run_file, measured_ladder, capsys):
+def test_an_unfinished_run_is_named(run_file, measured_ladder, capsys):
     file = Path(measured_ladder[1].output) / "metrics.jsonl"
     file.write_text("".join(file.read_text().splitlines(keepends=True)[:2]))
     assert main(["scale", run_file, "--collect"]) == 1
-    said = capsys.readouterr().out
-    assert "weak-2: not measured, 2 of 3 steps are done" in said and "80%" not in said and "60%" in said
+    output = capsys.readouterr().out
+    assert "weak-2: not measured, 2 of 3 steps are done" in output and "80%" not in output and "60%" in output
 
 
 def test_other_settings_are_another_ladder(small_config, measured_ladder, run_file, tmp_path, capsys):
@@ -187,7 +186,7 @@ def test_other_settings_are_another_ladder(small_config, measured_ladder, run_fi
         (["--collect", "train.output=elsewhere"], "has no ladder"),
     ],
 )
-def test_what_cannot_be_measured_is_named(arguments, message, run_file, capsys):
+def test_impossible_requests_are_refused(arguments, message, run_file, capsys):
     assert main(["scale", run_file, *arguments]) == 2
     assert message in capsys.readouterr().err
 
@@ -195,9 +194,9 @@ def test_what_cannot_be_measured_is_named(arguments, message, run_file, capsys):
 def test_a_dry_run_checks_every_rung_and_writes_nothing(small_config, tmp_path, capsys):
     arguments = ["scale", str(small_config), f"train.output={tmp_path}/out", "--dry-run", "--ranks-per-node", "2"]
     assert main([*arguments, "--nodes", "1,2"]) == 0
-    said = capsys.readouterr().out
-    assert "nodes-1    2 ranks on 1 nodes, 4 prompts a step" in said
-    assert "weak-2     4 ranks on 2 nodes, 8 prompts a step" in said
-    assert "strong-2   4 ranks on 2 nodes, 4 prompts a step" in said and list(tmp_path.iterdir()) == []
+    output = capsys.readouterr().out
+    assert "nodes-1    2 ranks on 1 nodes, 4 prompts a step" in output
+    assert "weak-2     4 ranks on 2 nodes, 8 prompts a step" in output
+    assert "strong-2   4 ranks on 2 nodes, 4 prompts a step" in output and list(tmp_path.iterdir()) == []
     assert main([*arguments, "--nodes", "1,4", "--kind", "strong"]) == 2
     assert "there are 8 model replicas, and each needs at least one prompt" in capsys.readouterr().err

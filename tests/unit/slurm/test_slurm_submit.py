@@ -1,4 +1,4 @@
-"""`clipo submit` without a cluster: what it writes, what it refuses, and what the scripts do with signals and codes."""
+"""`clipo submit` without a cluster: the files it writes, the jobs it refuses, and how scripts react to signals."""
 
 from __future__ import annotations
 
@@ -21,8 +21,7 @@ from clipo_megatron.cli import main as cli
 from clipo_megatron.config.errors import ConfigError
 from clipo_megatron.config.load import load
 from clipo_megatron.slurm import folder as folders
-from clipo_megatron.slurm.errors import SubmissionError
-from clipo_megatron.slurm.resources import JobKind, Resources, shared_paths, walltime_s
+from clipo_megatron.slurm.resources import JobKind, Resources, SlurmError, shared_paths, walltime_s
 from clipo_megatron.slurm.script import TEMPLATES, template_of
 from clipo_megatron.slurm.submit import submit
 
@@ -52,7 +51,7 @@ def directives(script: str) -> list[str]:
 
 
 def setting(script: str, name: str) -> str:
-    """As the shell understands it."""
+    """The value of a variable, as the shell reads it."""
     lines = script[: script.index("# What the scripts of a job share")]
     show = f'{lines}\nprintf "%s\\n" "${{{name}[@]}}"'
     return subprocess.run(["bash", "-c", show], capture_output=True, text=True, check=True).stdout.strip()
@@ -83,7 +82,7 @@ def test_every_template_becomes_a_script_that_the_shell_can_read(config_file, ov
     assert lines[0] == "#!/bin/bash"
 
 
-def test_what_is_asked_for_is_what_sbatch_is_told(config_file):
+def test_resources_become_options_of_sbatch(config_file):
     asked = {
         "nodes": 3, "ranks_per_node": 2, "cpus_per_rank": 5, "time": "1-00:00:00", "partition": "gpu",
         "account": "me", "options": ("--qos=high",), "stop_before_s": 600,
@@ -130,8 +129,8 @@ def test_setup_and_odd_names_reach_the_shell_whole(config_file, tmp_path):
 
 def test_conversions_take_their_layout_from_the_configuration(config_file, tmp_path):
     script = dry(config_file, "layout.tp=2", "layout.pp=2", kind=JobKind.to_megatron, target=tmp_path / "out").script
-    words = setting(script, "CONVERSION").splitlines()
-    assert words == [
+    arguments = setting(script, "CONVERSION").splitlines()
+    assert arguments == [
         "to-megatron",
         str(config_file.parent / "model"),
         str(tmp_path / "out"),
@@ -139,9 +138,9 @@ def test_conversions_take_their_layout_from_the_configuration(config_file, tmp_p
         "--pp=2",
         "--ep=1",
     ]
-    with pytest.raises(SubmissionError, match="--target FOLDER"):
+    with pytest.raises(SlurmError, match="--target FOLDER"):
         dry(config_file, kind=JobKind.to_megatron)
-    with pytest.raises(SubmissionError, match="no checkpoint to convert"):
+    with pytest.raises(SlurmError, match="no checkpoint to convert"):
         dry(config_file, f"train.output={tmp_path}", kind=JobKind.to_hf, target=tmp_path / "out")
     for step in (3, 12):
         (tmp_path / "checkpoints" / f"step_{step:06d}").mkdir(parents=True)
@@ -149,10 +148,9 @@ def test_conversions_take_their_layout_from_the_configuration(config_file, tmp_p
     assert setting(script, "CONVERSION").splitlines()[1] == str(tmp_path / "checkpoints" / "step_000012")
 
 
-def test_the_scripts_are_those_of_the_repository_and_of_the_package():
-    assert TEMPLATES.resolve() == ROOT / "slurm"
+def test_every_template_is_used():
     used = {template_of(kind, Resources(nodes=1, server_nodes=servers)) for kind in JobKind for servers in (0, 1)}
-    assert used | {"functions.sh"} == {path.name for path in (ROOT / "slurm").iterdir()}
+    assert used | {"functions.sh"} == {path.name for path in TEMPLATES.iterdir()}
 
 
 # ---------------------------------------------------------------- refusals
@@ -167,26 +165,26 @@ def test_the_scripts_are_those_of_the_repository_and_of_the_package():
         ((), {"ranks_per_node": 3, "gpus_per_node": 2}, r"--ranks-per-node 3 on --gpus-per-node 2: each rank needs"),
         ((), {"mounts": ("/a:/a",)}, r"--mount /a:/a: .*--container"),
         ((), {"options": ("qos",)}, r"--sbatch qos: it takes an option"),
-        ((), {"server_nodes": 1}, r"--server-nodes 1, and rollout.engine = local generates"),
-        (SERVED, {"gpus_per_node": 1}, r"same GPUs without taking turns.*--server-nodes"),
+        ((), {"server_nodes": 1}, r"--server-nodes is 1, and rollout.engine = local generates"),
+        (SERVED, {"gpus_per_node": 1}, r"same GPUs at the same time.*--server-nodes"),
         ((*SERVED, "serve.tp=4"), {"gpus_per_node": 2, "server_nodes": 1}, r"serve.servers x serve.tp = 1 x 4"),
         (("layout.pp=2",), {"gpus_per_node": 1, "hardware": "abacus"}, r"hardware 'abacus' is not in the table"),
     ],
 )  # fmt: skip
-def test_what_cannot_be_is_refused_before_anything_is_queued(config_file, overrides, resources, message):
+def test_impossible_jobs_are_refused_before_anything_is_queued(config_file, overrides, resources, message):
     hardware = {"hardware": resources.pop("hardware")} if "hardware" in resources else {}
-    with pytest.raises((SubmissionError, ValueError), match=message):
+    with pytest.raises((SlurmError, ValueError), match=message):
         submit(config_file, overrides, Resources(**{"nodes": 2, **resources}), dry_run=True, **hardware)
 
 
-def test_ranks_have_to_fit_the_layout(config_file):
+def test_the_number_of_ranks_must_suit_the_layout(config_file):
     with pytest.raises(ConfigError, match=r"3 ranks were started, which tp \* pp = 1 \* 2"):
         dry(config_file, "layout.pp=2", nodes=3)
     with pytest.raises(ConfigError, match=r"layout.dp = 4"):
         dry(config_file, "layout.dp=4", nodes=2)
 
 
-def test_a_layout_that_does_not_fit_by_the_plan_is_refused_unless_told_otherwise(config_file, tmp_path):
+def test_a_layout_that_does_not_fit_by_the_plan_is_refused_without_anyway(config_file, tmp_path):
     """A model of 70 B parameters, as far as its configuration goes, on two GPUs."""
     facts = json.loads((config_file.parent / "model" / "config.json").read_text())
     facts |= {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80}
@@ -197,7 +195,7 @@ def test_a_layout_that_does_not_fit_by_the_plan_is_refused_unless_told_otherwise
         (folder / file.name).symlink_to(file)
     (folder / "config.json").unlink()
     (folder / "config.json").write_text(json.dumps(facts))
-    with pytest.raises(SubmissionError, match=r"does not fit by the plan: stage 0 .* GB of .*--anyway"):
+    with pytest.raises(SlurmError, match=r"does not fit by the plan: stage 0 .* GB of .*--anyway"):
         dry(config_file, f"model.path={folder}", gpus_per_node=1)
     (remark,) = dry(config_file, f"model.path={folder}", gpus_per_node=1, anyway=True).remarks
     assert "is submitted anyway" in remark
@@ -213,7 +211,7 @@ def test_time_limits_are_read_as_slurm_reads_them(text, seconds):
     assert walltime_s(text) == seconds
 
 
-def test_folders_to_mount_stand_once(tmp_path):
+def test_no_folder_is_mounted_twice(tmp_path):
     (tmp_path / "a" / "b").mkdir(parents=True)
     (tmp_path / "a" / "file").touch()
     assert shared_paths(tmp_path / "a" / "b", tmp_path / "a" / "file", None) == [str(tmp_path / "a")]
@@ -224,7 +222,7 @@ def test_folders_to_mount_stand_once(tmp_path):
 
 @pytest.fixture
 def slurm(tmp_path, monkeypatch):
-    """A folder for programs in the place of Slurm's; returns what writes one."""
+    """Puts programs in the place of Slurm's: call it with a name and the text of a script."""
     programs = tmp_path / "bin"
     programs.mkdir()
     monkeypatch.setenv("PATH", f"{programs}{os.pathsep}{os.environ['PATH']}")
@@ -260,7 +258,7 @@ def test_the_folder_of_a_job(config_file, tmp_path, slurm, monkeypatch, capsys):
     resolved = load(folder / "config.yaml")
     meant = load(config_file, overrides)
     assert (resolved.train.output, resolved.rollout.servers, resolved.clipo.weight) == (str(output), 3, 0.3)
-    assert resolved == folders.settle(meant, Resources(nodes=2, server_nodes=3))
+    assert resolved == folders.resolve(meant, Resources(nodes=2, server_nodes=3))
     assert resolved.faults.grace_period_s == 120  # of the 240 that are left when the ranks are asked to end
     rollout = replace(resolved.rollout, servers=meant.rollout.servers)
     back = replace(resolved, train=meant.train, rollout=rollout, faults=meant.faults)
@@ -271,28 +269,28 @@ def test_the_folder_of_a_job(config_file, tmp_path, slurm, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("state", ["PENDING", "RUNNING", "COMPLETING"])
-def test_two_jobs_do_not_train_into_one_folder(config_file, tmp_path, slurm, state):
+def test_a_second_job_for_one_output_is_refused(config_file, tmp_path, slurm, state):
     slurm("sbatch", SBATCH.format(seen=tmp_path / "seen", answer="12", code=0))
     slurm("scontrol", f"#!/bin/sh\necho JobId=12 JobState={state}\n")
     overrides = [f"train.output={tmp_path / 'run'}"]
     submit(config_file, overrides, Resources(nodes=2))
-    with pytest.raises(SubmissionError, match=r"job 12 trains into .*scancel 12"):
+    with pytest.raises(SlurmError, match=r"job 12 trains into .*scancel 12"):
         submit(config_file, overrides, Resources(nodes=2))
     assert not (tmp_path / "run" / "jobs" / "002").exists()
 
 
-def test_what_slurm_refuses_is_told(config_file, tmp_path, slurm):
+def test_a_refusal_by_sbatch_is_reported(config_file, tmp_path, slurm):
     slurm("sbatch", "#!/bin/sh\necho 'sbatch: error: invalid partition specified: x' >&2\nexit 1\n")
-    with pytest.raises(SubmissionError, match=r"sbatch refuses .*invalid partition specified: x.*--partition"):
+    with pytest.raises(SlurmError, match=r"sbatch refuses .*invalid partition specified: x.*--partition"):
         submit(config_file, [f"train.output={tmp_path / 'run'}"], Resources(nodes=2, partition="x"))
 
 
-def test_without_slurm_the_dry_run_works_and_the_rest_says_so(config_file, tmp_path, monkeypatch, capsys):
+def test_without_slurm_only_a_dry_run_works(config_file, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("PATH", str(tmp_path))
     arguments = ["submit", str(config_file), f"train.output={tmp_path / 'run'}", "--nodes", "2"]
     assert cli.main([*arguments, "--dry-run"]) == 0
     shown = capsys.readouterr().out
-    assert shown.startswith("#!/bin/bash\n") and shown.endswith("memory was not held against the plan\n")
+    assert shown.startswith("#!/bin/bash\n") and shown.endswith("memory was not checked against the plan\n")
     assert "# 2 ranks on 2 nodes; nothing was submitted\n" in shown
     assert cli.main(arguments) == 2
     assert "there is no sbatch here" in capsys.readouterr().err
@@ -367,11 +365,11 @@ def attempt(config_file, tmp_path, slurm):
 
 def end_of(process):
     try:
-        said, _ = process.communicate()
+        output, _ = process.communicate()
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
-    return process.returncode, said
+    return process.returncode, output
 
 
 @pytest.mark.parametrize(
@@ -386,38 +384,38 @@ def end_of(process):
         (["130", "0"], 130, 1),  # SIGINT ends it for good
     ],
 )
-def test_failures_are_answered_by_so_many_restarts(attempt, ends, code, steps):
-    found, said = end_of(attempt(*ends))
-    assert (found, attempt.calls().count("ranks")) == (code, steps), said
+def test_failures_are_restarted_a_limited_number_of_times(attempt, ends, code, steps):
+    found, output = end_of(attempt(*ends))
+    assert (found, attempt.calls().count("ranks")) == (code, steps), output
     assert not any(call.startswith("requeue") for call in attempt.calls())
 
 
 @pytest.mark.parametrize("end", ["138", "143"])
 def test_ranks_that_were_asked_to_stop_requeue_the_job(attempt, end):
-    code, said = end_of(attempt(end, "0"))
-    assert attempt.calls() == ["ranks", "requeue 7"], said
+    code, output = end_of(attempt(end, "0"))
+    assert attempt.calls() == ["ranks", "requeue 7"], output
     assert code == -signal.SIGKILL, "a script that ends by itself while its job is requeued can make it a failed one"
 
 
-def test_requeues_are_bounded(attempt):
-    code, said = end_of(attempt("138", restart=5, requeues=5))
-    assert (code, attempt.calls()) == (1, ["ranks"]), said
-    assert "has been requeued 5 times, as often as it may; submit it again" in said
+def test_the_number_of_requeues_is_limited(attempt):
+    code, output = end_of(attempt("138", restart=5, requeues=5))
+    assert (code, attempt.calls()) == (1, ["ranks"]), output
+    assert "has been requeued 5 times, as often as it may; submit it again" in output
 
 
-def test_a_signal_before_the_walltime_is_for_the_ranks(attempt):
+def test_the_signal_before_the_walltime_reaches_the_ranks(attempt):
     process = attempt("wait")
     wait_until(attempt.waiting.exists, "the ranks to wait")
     process.send_signal(signal.SIGUSR1)
-    _, said = end_of(process)
-    assert attempt.calls() == ["ranks", "requeue 7"], said
-    assert "the newest checkpoint is step_000099" in said
+    _, output = end_of(process)
+    assert attempt.calls() == ["ranks", "requeue 7"], output
+    assert "the newest checkpoint is step_000099" in output
 
 
 def test_a_node_that_does_not_see_the_files_ends_the_job(attempt):
-    code, said = end_of(attempt("0", missing="n2"))
-    assert (code, attempt.calls()) == (2, []), said
-    assert "these nodes cannot work for this job: n2. Put train.output" in said
+    code, output = end_of(attempt("0", missing="n2"))
+    assert (code, attempt.calls()) == (2, []), output
+    assert "these nodes cannot work for this job: n2. Put train.output" in output
 
 
 def test_secrets_stay_out_of_the_recorded_environment(attempt, monkeypatch, tmp_path):
