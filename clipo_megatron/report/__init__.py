@@ -1,1 +1,1 @@
-"""Runs as one HTML page that needs nothing else: `clipo report`. Imports no torch."""
+"""`clipo report`: one or several runs as a single HTML file. Imports no torch."""

@@ -1,6 +1,6 @@
-"""Charts as inline SVG. Colours are classes (`c0` to `c7` for groups), so that light and dark are the style's alone.
+"""Charts as inline SVG. Colours are CSS classes (`c0` to `c7` for groups), so that only style.css knows light and dark.
 
-What the pointer shows is drawn by script.js from the numbers in `data-chart`.
+script.js draws what the pointer shows, from the numbers in `data-chart`.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from clipo_megatron.report.scales import Scale, number, percent, reach, safe, ti
 WIDTH, HEIGHT = 560, 264
 LEFT, RIGHT, TOP, BOTTOM = 58, 20, 12, 42
 SLOTS = 8
-MOST_POINTS = 300  # of a line; longer ones are means over stretches of steps
-_MANY = 4  # lines whose bands, one on another, are still told apart
-SMOOTHING = 0.8  # weight of what was before, step by step
+MOST_POINTS = 300  # most points of a line; a longer one is shown as means over stretches of steps
+_MANY = 4  # most lines whose bands can still be told apart
+SMOOTHING = 0.8  # weight of the average so far at each step
 
 
 @dataclass(frozen=True)
 class Series:
-    """One line: a value a step, with what surrounds it."""
+    """One line of a chart, with an optional band or intervals."""
 
     name: str
     slot: int
@@ -30,8 +30,8 @@ class Series:
     low: Sequence[float] | None = None
     high: Sequence[float] | None = None
     dashed: bool = False
-    marks: bool = False  # a dot a point, with an interval where low and high are there
-    shift: float = 0.0  # pixels to the right, so that marks of several lines do not hide each other
+    marks: bool = False  # draw dots, with an interval where low and high are given, and no band
+    shift: float = 0.0  # pixels to the right, so that the dots of several lines do not hide each other
 
 
 def line_chart(
@@ -46,18 +46,17 @@ def line_chart(
     width: int = WIDTH,
     height: int = HEIGHT,
 ) -> str:
-    """Lines over steps.
+    """A line chart over steps, as SVG.
 
     Args:
-        series: at least one with a point.
-        y: what the vertical axis says, with its unit.
-        x: what the horizontal one says.
-        label: what it is, for those who cannot see it.
+        series: the lines, each with at least one point.
+        y: name of the vertical axis, with its unit.
+        x: name of the horizontal axis.
+        label: description for screen readers; `y` by default.
         share: values are shares, shown in percent.
-        zero: the axis shows 0.
-        smooth: whether there is a smoothed form to switch to.
-        width: of the drawing, in its own units.
-        height: likewise.
+        zero: the vertical axis includes 0.
+        smooth: draw a smoothed form too, to which the page can switch.
+        width, height: size in the drawing's own units.
     """
     series = [thinned(each) for each in series]
     shown = [v for each in series for column in (each.ys, each.low or (), each.high or ()) for v in column]
@@ -126,7 +125,7 @@ def frame(
     share_x: bool = False,
     inside: float = 0.0,
 ) -> str:
-    """Grid, ticks and what the axes say; the axes reach `inside` pixels beyond the horizontal scale."""
+    """Grid, ticks and names of the axes, which reach `inside` pixels beyond the horizontal scale."""
     parts = []
     left, right = across.start - inside, across.end + inside
     marks = ticks(up.low, up.high)
@@ -165,7 +164,7 @@ def scatter(
     width: int = WIDTH,
     height: int = HEIGHT,
 ) -> str:
-    """Dots: (x, y, slot, what the pointer shows)."""
+    """A scatter plot of points (x, y, slot of the group, text that the pointer shows)."""
     across = Scale(*reach([p[0] for p in points], share=share_x, zero=share_x), LEFT, width - RIGHT)
     up = Scale(*reach([p[1] for p in points], share=share, zero=True), height - BOTTOM, TOP)
     dots = "".join(
@@ -178,7 +177,7 @@ def scatter(
 
 
 def svg(content: str, width: int, height: int, *, label: str, facts: dict | None = None) -> str:
-    """A drawing that fills its place; `facts` are for the pointer."""
+    """An SVG element as wide as its place; `facts` are the numbers that script.js shows at the pointer."""
     data = f' data-chart="{safe(json.dumps(rounded(facts)))}"' if facts else ""
     return (
         f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{safe(label)}"{data}>'
@@ -187,12 +186,11 @@ def svg(content: str, width: int, height: int, *, label: str, facts: dict | None
 
 
 def path(points: Sequence[tuple[float, float]]) -> str:
-    """A broken line."""
     return "M" + "L".join(f"{x:.1f} {y:.1f}" for x, y in points)
 
 
 def smoothed(values: Sequence[float]) -> list[float]:
-    """Exponential moving average, corrected for its start as Adam's is."""
+    """Exponential moving average with bias correction, as in Adam."""
     found, average = [], 0.0
     for count, value in enumerate(values, start=1):
         average = SMOOTHING * average + (1 - SMOOTHING) * value
@@ -201,7 +199,7 @@ def smoothed(values: Sequence[float]) -> list[float]:
 
 
 def thinned(each: Series) -> Series:
-    """At most MOST_POINTS points: means over stretches of steps, between the least and the largest there."""
+    """The series with at most MOST_POINTS points: means of stretches of steps, with their least and largest values."""
     stretch = -(-len(each.xs) // MOST_POINTS)
     if stretch <= 1 or each.marks:
         return each
@@ -219,7 +217,7 @@ def thinned(each: Series) -> Series:
 
 
 def rounded(facts: object) -> object:
-    """Numbers to seven digits: a page need not carry more."""
+    """`facts` with all numbers rounded to seven digits, which keeps the page small."""
     if isinstance(facts, float):
         return float(f"{facts:.7g}")
     if isinstance(facts, dict):

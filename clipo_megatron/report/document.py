@@ -1,4 +1,4 @@
-"""The page: sections, the bar on top, style and script, in one file that asks the network for nothing."""
+"""The HTML document: sections, the bar on top, style and script, in one file that needs no network."""
 
 from __future__ import annotations
 
@@ -16,19 +16,14 @@ from clipo_megatron.report.representation import pairs, representation
 from clipo_megatron.report.scales import safe
 from clipo_megatron.report.timing import timing
 
-# Whatever a rollout says, nothing is fetched, sent or framed.
+# Whatever the text of a rollout contains, the page fetches, sends and frames nothing.
 _POLICY = (
     "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
 )
 
 
 def document(groups: Sequence[RunGroup], *, made: str) -> str:
-    """HTML of the page.
-
-    Args:
-        groups: what is shown; at least one.
-        made: when, as the footer says it.
-    """
+    """The HTML of the report on `groups`, at least one; `made` is the date for the footer."""
     parts = [
         held_out(groups),
         learning(groups),
@@ -38,7 +33,10 @@ def document(groups: Sequence[RunGroup], *, made: str) -> str:
         timing(groups),
     ]
     parts += [everything_else(groups), settings(groups)]
-    sections = [overview(groups), *(part for part in parts if part.body)]  # last made: it says what others missed
+    sections = [
+        overview(groups),
+        *(part for part in parts if part.body),
+    ]  # made last: it lists what the other sections could not read
     title = " vs ".join(group.label for group in groups)
     keys = "".join(
         f'<button class="key c{group.slot % SLOTS}" data-slot="{group.slot}" aria-pressed="true" '

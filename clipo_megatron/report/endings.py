@@ -1,4 +1,4 @@
-"""After which step the runs of a group, and of two groups, are held against each other while some still go on."""
+"""The step after which runs of a group, or of two groups, are compared while some of them still run."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from clipo_megatron.report.reading import Accuracy, RunRecord
 
 @dataclass(frozen=True)
 class Ending:
-    """The runs of a group that were evaluated after the same number of steps; runs without that are not in it."""
+    """The runs of a group that were evaluated after `step` steps; runs that were not are left out."""
 
     group: RunGroup
     step: int  # steps done
-    runs: tuple[RunRecord, ...]  # at least one
+    runs: tuple[RunRecord, ...]  # not empty
 
     @property
     def is_last(self) -> bool:
-        """Whether no step is to come, as far as the settings tell."""
+        """Whether the runs have done all steps that their settings ask for."""
         wanted = [run.wanted_steps for run in self.runs]
         return all(not isinstance(each, int) or self.step >= each for each in wanted)
 
@@ -28,8 +28,8 @@ class Ending:
 def ending(group: RunGroup) -> Ending | None:
     """The last step that all runs of a group have evaluated; None where nothing was evaluated.
 
-    An evaluation before training says nothing of a method, so a run that has no other is left out where others have.
-    Where no step was evaluated by all, it is the one that most have, of those the last.
+    An evaluation before training says nothing about a method, so a run that has no other is left out if others have.
+    Where no step was evaluated by all, the step that most runs have evaluated is taken, and the last of several.
     """
     evaluated = [run for run in group.runs if run.evaluations]
     trained = [run for run in evaluated if run.evaluations[-1].step > 0]
@@ -41,9 +41,10 @@ def ending(group: RunGroup) -> Ending | None:
 
 
 def endings_of(first: RunGroup, second: RunGroup) -> tuple[Ending, Ending] | None:
-    """What two groups are compared by: each at its end, and where one goes on still, after as many steps as the other.
+    """The evaluations by which two groups are compared; None where one of them was not evaluated.
 
-    None where one has not been evaluated.
+    Each group is taken at its end, but while one still runs, both after the last step that all their runs have
+    evaluated.
     """
     found = ending(first), ending(second)
     if None in found:
@@ -58,21 +59,17 @@ def endings_of(first: RunGroup, second: RunGroup) -> tuple[Ending, Ending] | Non
 
 
 def evaluation_at(run: RunRecord, step: int) -> Evaluation:
-    """The run's evaluation after so many steps.
-
-    Raises:
-        KeyError: it has none there.
-    """
+    """The run's evaluation after `step` steps; KeyError if there is none."""
     return {each.step: each for each in run.evaluations}[step]
 
 
 def accuracies_at(run: RunRecord, step: int) -> list[Accuracy]:
-    """Of each source, after so many steps."""
+    """The accuracy on each source after `step` steps."""
     return [each for each in run.accuracies if each.step == step]
 
 
 def sentences(group: RunGroup) -> list[str]:
-    """What the figures of a group at its end leave out."""
+    """Notes on runs and steps that the final accuracy of a group leaves out."""
     end = ending(group)
     if end is None or len(group.runs) < 2:
         return []
@@ -85,7 +82,7 @@ def sentences(group: RunGroup) -> list[str]:
     if any(run.evaluations[-1].step > end.step for run in end.runs):
         found.append(
             f"{group.label}: its accuracy is that after {end.step} steps, the last that all its runs have evaluated; "
-            "some have gone on."
+            "some runs are further."
         )
     return found
 

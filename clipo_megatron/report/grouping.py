@@ -1,4 +1,4 @@
-"""Runs that differ only in their seed are one group; what sets the groups apart; metrics of a group by step."""
+"""Groups of runs that differ only in their seed, their labels, and the settings in which groups differ."""
 
 from __future__ import annotations
 
@@ -12,25 +12,25 @@ from typing import Any
 
 from clipo_megatron.report.reading import PageError, RunRecord
 
-# What may differ between seeds of one group: names, places, what is told, and how it goes on after a stop.
+# Settings that may differ within a group: names, places, reporting, and what concerns interruptions.
 NOT_COMPARED = ("name", "train.seed", "train.output", "report", "checkpoint", "faults", "serve", "rollout.endpoints")
 _SEED = re.compile(r"[-_. ]*(seed|s)?[-_. =]*\d+$", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
 class Point:
-    """A metric of a group in one step."""
+    """A metric of a group at one step."""
 
     step: int
     mean: float
-    low: float  # the least of its runs
-    high: float
+    low: float  # least value over its runs
+    high: float  # largest value over its runs
     runs: int
 
 
 @dataclass(frozen=True)
 class RunGroup:
-    """Runs with the same settings but for the seed. `slot` is the group's place among all, which gives its colour."""
+    """Runs with the same settings but for the seed. `slot`, the group's place among all, gives its colour."""
 
     label: str
     slot: int
@@ -43,11 +43,11 @@ class RunGroup:
 
     @property
     def metrics(self) -> list[str]:
-        """Names, of all runs."""
+        """Names of the metrics of all runs."""
         return list({name: None for run in self.runs for name in run.metrics})
 
     def points(self, metric: str) -> list[Point]:
-        """Mean, least and largest over the group's runs, by step."""
+        """Mean, least and largest value over the group's runs, by step."""
         values = [run.values(metric) for run in self.runs]
         if len(values) == 1:
             return [Point(step, value, value, value, 1) for step, value in values[0].items()]
@@ -55,16 +55,12 @@ class RunGroup:
         found = [(step, [each[step] for each in values if step in each]) for step in steps]
         return [Point(step, sum(v) / len(v), min(v), max(v), len(v)) for step, v in found]
 
-    def total(self, metric: str) -> float:
-        """Sum over steps, mean over runs."""
-        return sum(sum(run.values(metric).values()) for run in self.runs) / len(self.runs)
-
 
 def group_runs(runs: Sequence[RunRecord]) -> list[RunGroup]:
-    """In the order in which they were given. A run whose settings are unknown stands alone.
+    """The groups of `runs`, in their order. A run whose settings are unknown is a group of its own.
 
-    Labels of groups, and of runs, are different. A group is called as its runs are, and by its folder too where another
-    group is called so; a run by its name, or by its group and its seed, or its folder, where another has that name.
+    Labels are unique. A group takes its runs' name, with its folder where another group has that name. A run takes its
+    name; where another run has it, its group's label with its seed, or with its folder.
     """
     together: dict[str, list[RunRecord]] = {}
     for number, run in enumerate(runs):
@@ -86,21 +82,21 @@ def group_runs(runs: Sequence[RunRecord]) -> list[RunGroup]:
 
 
 def against(groups: Sequence[RunGroup], name: str) -> list[RunGroup]:
-    """The same with one group first, so that the others are held against it.
+    """`groups` with the one labelled `name` first, so that the others are compared with it.
 
     Raises:
-        PageError: no group is called so.
+        PageError: no group has this label.
     """
     chosen = [group for group in groups if group.label == name]
     if not chosen:
         known = ", ".join(group.label for group in groups)
-        raise PageError(f"--against {name}: no group is called so. Give one of: {known}")
+        raise PageError(f"--against {name}: no group has this label. Give one of: {known}")
     ordered = [*chosen, *(group for group in groups if group.label != name)]
     return [replace(group, slot=slot) for slot, group in enumerate(ordered)]
 
 
 def differences(groups: Sequence[RunGroup]) -> list[tuple[str, list[Any]]]:
-    """Settings that are not the same in all groups: (key, a value a group)."""
+    """Settings that differ between groups: (key, its value in each group)."""
     settings = [flat(group.first.settings) for group in groups]
     keys = list({key: None for each in settings for key in each})
     rows = [(key, [each.get(key) for each in settings]) for key in keys if not _ignored(key)]
@@ -108,7 +104,7 @@ def differences(groups: Sequence[RunGroup]) -> list[tuple[str, list[Any]]]:
 
 
 def flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested settings by dotted key."""
+    """Nested settings as a flat mapping with dotted keys."""
     found: dict[str, Any] = {}
     for key, value in settings.items():
         if isinstance(value, Mapping) and value:
@@ -127,7 +123,7 @@ def _seed(run: RunRecord) -> int:
 
 
 def _labelled(label: str, runs: Sequence[RunRecord], names: Sequence[str]) -> tuple[RunRecord, ...]:
-    """A group's runs with labels; `names` are those of all runs on the page."""
+    """A group's runs with their labels; `names` are the names of all runs in the report."""
     if len(runs) == 1:
         return (replace(runs[0], label=label),)
     if all(names.count(run.name) == 1 for run in runs):
@@ -140,7 +136,7 @@ def _labelled(label: str, runs: Sequence[RunRecord], names: Sequence[str]) -> tu
 
 
 def _apart(paths: Sequence[Path]) -> list[str] | None:
-    """The shortest ends of the paths that are different; None where paths are the same."""
+    """The shortest endings of the paths that are all different; None where two paths are the same."""
     for depth in range(1, max(len(path.parts) for path in paths) + 1):
         ends = ["/".join(path.parts[-depth:]) for path in paths]
         if len(set(ends)) == len(ends):

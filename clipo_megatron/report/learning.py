@@ -1,4 +1,4 @@
-"""Accuracy on held-out problems, and what is learnt step by step."""
+"""The sections on held-out accuracy, learning curves and all other metrics."""
 
 from __future__ import annotations
 
@@ -8,33 +8,33 @@ from dataclasses import replace
 from clipo_megatron.report.chart import HEIGHT, RIGHT, SLOTS, WIDTH, Series, line_chart, svg
 from clipo_megatron.report.endings import accuracies_at, ending
 from clipo_megatron.report.grouping import RunGroup
-from clipo_megatron.report.metric_names import LEARNING, PLACED, other
+from clipo_megatron.report.metric_titles import LEARNING, PLACED, other
 from clipo_megatron.report.pairing import paired
 from clipo_megatron.report.parts import Section, cards, figure, metric_figure
 from clipo_megatron.report.reading import Accuracy
 from clipo_megatron.report.scales import Scale, percent, reach, safe, tick_text, ticks
 
 _ROW = 36
-_BESIDE = 9.0  # pixels from one group's bar to the next one's at the same step
+_BESIDE = 9.0  # pixels between the bars of two groups at the same step
 
 
 def held_out(groups: Sequence[RunGroup]) -> Section:
-    """Accuracy by evaluation set: over steps, and at the end with intervals."""
+    """Accuracy on each evaluation set: over steps, and at the end with intervals."""
     sources = list({a.source: None for group in groups for run in group.runs for a in run.accuracies})
     body = cards([drawn for source in sources for drawn in (_over_steps(groups, source), _at_the_end(groups, source))])
     body += paired(groups)
-    lead = "Problems that are never trained on, answered by the policy as it stood after so many steps."
+    lead = "Problems that are never trained on, answered by the policy after a number of steps."
     return Section("accuracy", "Held-out accuracy", lead, body)
 
 
 def learning(groups: Sequence[RunGroup]) -> Section:
-    """The curves to look at first."""
+    """The metrics to look at first."""
     lead = "One line a group, step by step. Point at a curve for its numbers; a name on top hides or shows its group."
     return Section("learning", "Learning curves", lead, cards([metric_figure(groups, metric) for metric in LEARNING]))
 
 
 def everything_else(groups: Sequence[RunGroup]) -> Section:
-    """All metrics that stand nowhere else, folded."""
+    """All metrics that no other section shows, folded."""
     names = [name for name in {n: None for group in groups for n in group.metrics} if name not in PLACED]
     names.sort(key=lambda name: (name.startswith("time/"), name.partition("/")[0]))
     found = [metric_figure(groups, other(name)) for name in names]
@@ -75,7 +75,7 @@ def _over_steps(groups: Sequence[RunGroup], source: str) -> str:
 
 
 def _at_the_end(groups: Sequence[RunGroup], source: str) -> str:
-    """Every run's accuracy after the last step that its group has evaluated, its interval, and the groups' means."""
+    """Accuracy of every run after the last step that its group has evaluated, with intervals and the groups' means."""
     rows: list[tuple[RunGroup, int, list[tuple[str, Accuracy]]]] = []
     for group in groups:
         if (end := ending(group)) is None:

@@ -1,4 +1,4 @@
-"""What ran, how it ended, what sets the runs apart, and what is missing."""
+"""The summary: what ran, held-out accuracy, settings that differ, and what is missing; and the list of all settings."""
 
 from __future__ import annotations
 
@@ -10,28 +10,27 @@ from typing import Any
 from clipo_megatron.report.chart import SLOTS
 from clipo_megatron.report.endings import accuracies_at, ending, sentences
 from clipo_megatron.report.grouping import NOT_COMPARED, RunGroup, differences, flat
-from clipo_megatron.report.metric_names import STEP_TIME
 from clipo_megatron.report.parts import Section, swatch, table
 from clipo_megatron.report.reading import Accuracy, RunRecord, setting
 from clipo_megatron.report.scales import number, percent, safe, seconds
+from clipo_megatron.telemetry.metric_names import STEP_TIME
 
-_MOST_ROWS = 12  # runs that are shown one by one without being asked for
+_MOST_ROWS = 12  # most rows of the table of runs that are shown unfolded
 
 
 def overview(groups: Sequence[RunGroup]) -> Section:
-    """The first screen."""
     notes = "".join(f"<li>{safe(sentence)}</li>" for group in groups for sentence in _missing(group))
     body = (
         f'<div class="tiles">{"".join(_tile(group) for group in groups)}</div>'
         f'<div class="card"><h3>Runs</h3>{_runs(groups)}</div>'
-        f'<div class="card below"><h3>What sets them apart</h3>{_differences(groups)}</div>'
+        f'<div class="card below"><h3>Settings that differ</h3>{_differences(groups)}</div>'
         + (f'<div class="card below"><h3>What is missing</h3><ul class="notes">{notes}</ul></div>' if notes else "")
     )
     return Section("summary", "Summary", _lead(groups), body)
 
 
 def settings(groups: Sequence[RunGroup]) -> Section:
-    """Every setting of every group, folded."""
+    """All settings of every group, folded."""
     parts = []
     for group in groups:
         rows = "".join(
@@ -48,27 +47,27 @@ def settings(groups: Sequence[RunGroup]) -> Section:
 
 
 def last_accuracies(run: RunRecord) -> list[Accuracy]:
-    """Of each source, the latest."""
+    """The latest accuracy on each source."""
     return list({each.source: each for each in sorted(run.accuracies, key=lambda a: a.step)}.values())
 
 
 def _missing(group: RunGroup) -> list[str]:
-    """What all runs of a group have not is said once."""
+    """Notes on what is missing; one that holds for all runs of a group stands there once."""
     whose: dict[str, list[str]] = {}
     for run in group.runs:
         for sentence in run.missing:
             whose.setdefault(sentence, []).append(run.label)
     everyone = [group.label]
-    said = [
+    notes = [
         f"{name}: {sentence}"
         for sentence, names in whose.items()
         for name in (everyone if len(names) == len(group.runs) else names)
     ]
-    return said + sentences(group)
+    return notes + sentences(group)
 
 
 def spread(values: Sequence[float]) -> str:
-    """Of several seeds: "3 seeds, 40.0% to 45.0%"."""
+    """The range over seeds, as "3 seeds, 40.0% to 45.0%"."""
     return f"{len(values)} seeds, {percent(min(values))} to {percent(max(values))}"
 
 
@@ -77,10 +76,10 @@ def _lead(groups: Sequence[RunGroup]) -> str:
     runs = "One run" if count == 1 else f"{count} runs"
     if len(groups) < count:
         runs += f" in {len(groups)} group{'s' * (len(groups) > 1)}: runs that differ only in their seed are one group, "
-        runs += "its mean a line and its least to largest run a band"
+        runs += "shown as their mean and a band from the least to the largest run"
     return safe(
-        f"{runs}. Held-out accuracies are those after the last evaluation, with a 95% interval over problems, or with "
-        "the range of the seeds."
+        f"{runs}. Held-out accuracies are those of the last evaluation, with a 95% interval over problems, or with the "
+        "range over seeds."
     )
 
 
@@ -98,7 +97,9 @@ def _tile(group: RunGroup) -> str:
         points = group.points("reward/accuracy")
         value = percent(points[-1].mean) if points else "–"
         note = (
-            f"of the rollouts of step {points[-1].step + 1} right; nothing was evaluated" if points else "no step yet"
+            f"of the rollouts of step {points[-1].step + 1} are correct; nothing was evaluated"
+            if points
+            else "no step yet"
         )
     return (
         f'<div class="tile c{group.slot % SLOTS}"><div class="what">{swatch(group)}</div>'
@@ -107,7 +108,7 @@ def _tile(group: RunGroup) -> str:
 
 
 def _overall(accuracies: Sequence[Accuracy]) -> tuple[float, tuple[float, float]]:
-    """Over the problems of all sources together."""
+    """Accuracy and interval over the problems of all sources together."""
     together = Accuracy(0, "", tuple(share for each in accuracies for share in each.shares))
     return together.mean, together.interval
 
@@ -197,7 +198,7 @@ def _spelt(value: Any) -> str:
 
 
 def _given(value: Any) -> Any:
-    """Lists of sources without what was not given."""
+    """A setting without the empty entries of nested mappings."""
     if isinstance(value, dict):
         return {key: _given(each) for key, each in value.items() if each not in (None, "", {}, [])}
     return [_given(each) for each in value] if isinstance(value, list) else value

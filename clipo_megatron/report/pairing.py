@@ -1,4 +1,4 @@
-"""What every group gained over the first one: the same seeds on the same problems."""
+"""Paired differences: what every group gained over the first one, on the same seeds and problems."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from clipo_megatron.report.reading import RunRecord
 from clipo_megatron.report.scales import number, percent, safe
 
 _TINY = 1e-9
-_SEVERAL = 2  # runs of each group, for an interval over seeds
+_SEVERAL = 2  # least number of runs of each group for an interval over seeds
 
 
 @dataclass(frozen=True)
 class Paired:
-    """Two groups on one set of problems."""
+    """The difference of two groups on one set of problems."""
 
-    problems: Comparison  # the seeds' answers taken together; its interval is over problems
-    difference: float  # of the mean accuracies, after - before
-    half: float | None  # of the 95% interval over seeds; None where a group has one run
+    problems: Comparison  # all seeds' answers taken together; its interval is over problems
+    difference: float  # difference of the mean accuracies, after - before
+    half: float | None  # half the width of the 95% interval over seeds; None where a group has one run
 
 
 def paired(groups: Sequence[RunGroup]) -> str:
@@ -37,13 +37,13 @@ def paired(groups: Sequence[RunGroup]) -> str:
     pairs, notes = [], []
     for group in others:
         try:
-            found, said = pair(first, group)
+            found, remarks = pair(first, group)
         except EvaluationError as error:
             notes.append(str(error))
             continue
         pairs += [(group, each) for each in found]
-        notes += [f"{group.label} over {first.label}: {sentence}" for sentence in said]
-    # Set by set, so that groups stand side by side; what all sets have together comes last, as it came.
+        notes += [f"{group.label} over {first.label}: {sentence}" for sentence in remarks]
+    # Sorted by set, so that groups stand side by side; the rows over all sets stay last.
     order = list(dict.fromkeys(each.problems.source for _, each in pairs))
     pairs.sort(key=lambda pair: order.index(pair[1].problems.source))
     seeds = any(each.half is not None for _, each in pairs)
@@ -53,27 +53,27 @@ def paired(groups: Sequence[RunGroup]) -> str:
     headings += ["points, 95% over seeds", "(over problems)"] if seeds else ["points, 95% over problems"]
     headings += ["gained / lost"] + ["p"] * tested
     shown = table(headings, rows, numbers=range(2, len(headings))) if rows else ""
-    told = "".join(f"<li>{safe(sentence)}</li>" for sentence in notes)
-    below = f'<ul class="notes">{told}</ul>' if told else ""
+    items = "".join(f"<li>{safe(sentence)}</li>" for sentence in notes)
+    below = f'<ul class="notes">{items}</ul>' if items else ""
     below += f'<p class="caption">{_caption(first, seeds=seeds, tested=tested)}</p>'
     return f'<div class="card below"><h3>Paired differences: against {safe(first.label)}</h3>{shown}{below}</div>'
 
 
 def pair(first: RunGroup, second: RunGroup) -> tuple[list[Paired], list[str]]:
-    """Each set, and all together, of the runs that can be paired; and sentences on which runs these are.
+    """The differences on each set and on all sets together, and notes on which runs were compared.
 
     Where both groups have two runs or more, seeds that both have are paired: what a seed draws, such as the order of
-    the problems, is then the same on both sides. Where they share fewer than two, the groups are two samples.
+    the problems, is then the same on both sides. Where they share fewer than two, the groups are unpaired samples.
 
     Raises:
-        EvaluationError: the groups were evaluated on other problems, or one was not at all.
+        EvaluationError: the groups were evaluated on different problems, or one was not evaluated.
     """
     ends = endings_of(first, second)
     if ends is None:
         raise EvaluationError(f"{first.label} and {second.label} are not compared: one of them was not evaluated")
     (before, after), notes = ends, []
     if before.step != after.step or not (before.is_last and after.is_last):
-        notes.append(_steps_said(before, after))
+        notes.append(_steps_note(before, after))
     mine, other = _by_seed(before), _by_seed(after)
     shared = sorted(mine.keys() & other.keys())
     several = min(len(before.runs), len(after.runs)) >= _SEVERAL
@@ -84,7 +84,7 @@ def pair(first: RunGroup, second: RunGroup) -> tuple[list[Paired], list[str]]:
         before = replace(before, runs=tuple(mine[seed] for seed in shared))
         after = replace(after, runs=tuple(other[seed] for seed in shared))
     elif several:
-        notes.append("their seeds are not the same, so the interval over seeds is Welch's, of two samples.")
+        notes.append("their seeds differ, so the interval over seeds is Welch's for unpaired samples.")
     whole = _together(before), _together(after)
     _refuse(before, after)
     sets = [source for source in whole[0].sources if source in whole[1].sources]
@@ -102,19 +102,19 @@ def pair(first: RunGroup, second: RunGroup) -> tuple[list[Paired], list[str]]:
 
 
 def _by_seed(end: Ending) -> dict[int, RunRecord]:
-    """Runs by their seed; empty where a seed is unknown or not of one run alone."""
+    """Runs by seed; empty where a seed is unknown or two runs have the same."""
     found = {run.seed: run for run in end.runs if run.seed is not None}
     return found if len(found) == len(end.runs) else {}
 
 
 def _figures(run: RunRecord, step: int, sets: Sequence[str]) -> dict[str, float]:
-    """Accuracy by what `comparisons` calls its rows."""
+    """Accuracies by the names that `comparisons` gives its rows."""
     kept = evaluation_at(run, step).of(sets)
     return {**kept.by_source(), "all problems": kept.accuracy, "mean of sets": kept.mean_of_sets[0]}
 
 
 def _together(end: Ending) -> Evaluation:
-    """The evaluations of a group's runs as one, in which a problem has the answers of all seeds."""
+    """The evaluations of a group's runs as one, in which each problem has the answers of all seeds."""
     problems: dict[str, ProblemResult] = {}
     for each in (evaluation_at(run, end.step) for run in end.runs):
         for name, result in each.problems.items():
@@ -125,7 +125,7 @@ def _together(end: Ending) -> Evaluation:
 
 
 def _refuse(before: Ending, after: Ending) -> None:
-    """Every run's problems are those of the first run."""
+    """Raise an EvaluationError unless all runs were evaluated on the first run's problems."""
     first = before.runs[0]
     for end in (before, after):
         for run in end.runs:
@@ -133,7 +133,7 @@ def _refuse(before: Ending, after: Ending) -> None:
             refuse_other_problems(*results, (first.label, run.label))
 
 
-def _steps_said(before: Ending, after: Ending) -> str:
+def _steps_note(before: Ending, after: Ending) -> str:
     if before.step == after.step:
         return f"both after {before.step} steps, the last that all their runs have evaluated."
     return f"after {after.step} steps over {before.step}."
@@ -142,7 +142,7 @@ def _steps_said(before: Ending, after: Ending) -> str:
 def _row(group: RunGroup, found: Paired, *, seeds: bool, tested: bool) -> list[str]:
     each = found.problems
     points = f"<b>{_signed(found.difference)}</b>"
-    over_problems = "–"  # figures that are all equal, and a single one, tell of no spread
+    over_problems = "–"  # a single figure, or figures that are all equal, have no interval
     if each.has_interval:
         over_problems = f"({_points(each.low, each.high)})" if seeds else _points(each.low, each.high)
     if not seeds:
@@ -169,18 +169,17 @@ def _points(low: float, high: float) -> str:
 
 
 def _caption(first: RunGroup, *, seeds: bool, tested: bool) -> str:
-    text = f"Each group against {safe(first.label)}, which is the first, or the one of <code>--against</code>. "
+    text = f"Each group against {safe(first.label)}, which is the first group or the one of <code>--against</code>. "
     if seeds:
         text += (
-            "The interval over seeds, Student's t of the differences seed by seed, says what training with other seeds "
-            "would give: whether a method is better. The one in brackets, the bootstrap's over problems, says what "
-            "these trained policies would do on other problems; it knows nothing of other seeds. A group of one run "
-            "has no interval over seeds. Gained and lost: problems that more than half of the answers of all seeds "
-            "solve on one side alone."
+            "The interval over seeds (Student's t of the differences seed by seed) covers training with other seeds: "
+            "it tells whether a method is better. The one in brackets (bootstrap over problems) covers these trained "
+            "policies on other problems, not other seeds. A group of one run has no interval over seeds. Gained and "
+            "lost: problems that more than half of the answers of all seeds solve on one side only."
         )
     else:
         text += (
-            "The interval is the bootstrap's over problems: it says what other problems would do, not other seeds. "
-            "Gained and lost: problems that one side alone solves."
+            "The interval (bootstrap over problems) covers other problems, not other seeds. "
+            "Gained and lost: problems that only one side solves."
         )
     return text + (" p: exact McNemar test, where each problem has one answer a side." if tested else "")

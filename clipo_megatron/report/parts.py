@@ -1,4 +1,4 @@
-"""Pieces that every section of the page is made of."""
+"""Building blocks of the sections: figures, cards, tables, curves of a metric."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from dataclasses import dataclass
 
 from clipo_megatron.report.chart import SLOTS, Series, line_chart
 from clipo_megatron.report.grouping import RunGroup
-from clipo_megatron.report.metric_names import Metric
+from clipo_megatron.report.metric_titles import Metric
 from clipo_megatron.report.scales import safe
 
 
 @dataclass(frozen=True)
 class Section:
-    """A chapter of the page; left out where its body is empty."""
+    """A section of the report, left out where its body is empty. All fields but `title` are HTML."""
 
     id: str
     title: str
@@ -22,14 +22,14 @@ class Section:
 
 
 def figure(title: str, drawing: str, caption: str, *, legend: str = "", wide: bool = False) -> str:
-    """A card with a drawing and how to read it; `caption` is HTML."""
+    """A card with a title, a drawing and a caption in HTML."""
     kind = "card wide" if wide else "card"
     under = f"<figcaption>{caption}</figcaption>" if caption else ""
     return f'<figure class="{kind}"><h3>{safe(title)}</h3>{legend}{drawing}{under}</figure>'
 
 
 def cards(parts: Sequence[str], *, narrow: bool = False) -> str:
-    """Cards side by side, as many as there is room for."""
+    """Cards side by side, as many as fit; empty parts are left out."""
     kept = [part for part in parts if part]
     return f'<div class="cards{" narrow" if narrow else ""}">{"".join(kept)}</div>' if kept else ""
 
@@ -49,7 +49,7 @@ def table(
 
 
 def swatch(group: RunGroup, name: str = "") -> str:
-    """The group's colour, and its name or another."""
+    """A group's colour, and its label or another name."""
     return f'<span class="c{group.slot % SLOTS}"><i class="swatch"></i></span> {safe(name or group.label)}'
 
 
@@ -70,7 +70,7 @@ def group_series(group: RunGroup, metric: str, *, name: str = "", dashed: bool =
 
 
 def metric_figure(groups: Sequence[RunGroup], metric: Metric) -> str:
-    """A metric of all groups that have it; empty where none has."""
+    """The curves of a metric, for all groups that have it; empty where none has."""
     series = [found for group in groups if (found := group_series(group, metric.name)) is not None]
     if not series:
         return ""
@@ -82,6 +82,6 @@ def metric_figure(groups: Sequence[RunGroup], metric: Metric) -> str:
 
 
 def stroke(name: str, *, dashed: bool = False) -> str:
-    """A piece of a legend: a line and what it stands for."""
+    """An entry of a legend: a line and its meaning."""
     pattern = ' stroke-dasharray="6 4"' if dashed else ""
     return f'<span><svg viewBox="0 0 26 10"><path class="stroke" d="M1 5H25"{pattern}/></svg>{safe(name)}</span>'

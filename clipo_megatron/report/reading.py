@@ -1,4 +1,4 @@
-"""What a run has left in its folder, and sentences on what it has not."""
+"""Reads the folder of a run, and notes what is missing there."""
 
 from __future__ import annotations
 
@@ -18,33 +18,32 @@ from clipo_megatron.telemetry.states import States, file_of, read_states, steps_
 
 
 class PageError(ValueError):
-    """No page can be made; the message says why, and what to give instead."""
+    """The report cannot be made; the message says why, and what to give instead."""
 
 
 @dataclass(frozen=True)
 class Accuracy:
-    """Held-out problems of one source after some steps."""
+    """Accuracy on the held-out problems of one source, after a number of steps."""
 
     step: int  # steps done
     source: str
-    shares: tuple[float, ...]  # one a problem: of its samples that are right
+    shares: tuple[float, ...]  # for each problem, the share of its samples that are correct
 
     @property
     def mean(self) -> float:
-        """Over problems."""
         return sum(self.shares) / len(self.shares)
 
     @property
     def interval(self) -> tuple[float, float]:
-        """95%: Wilson's for problems answered once, else 1.96 standard errors of the mean over problems."""
+        """95% interval: Wilson's for problems answered once, else 1.96 standard errors of the mean over problems."""
         if all(share in (0.0, 1.0) for share in self.shares):
             return wilson(sum(self.shares), len(self.shares))
         return spread_interval(self.shares)
 
 
-def wilson(right: float, count: int, z: float = 1.96) -> tuple[float, float]:
-    """Score interval of a proportion. Wilson, 1927."""
-    share, square = right / count, z * z / count
+def wilson(correct: float, count: int, z: float = 1.96) -> tuple[float, float]:
+    """Wilson's score interval of a proportion (1927)."""
+    share, square = correct / count, z * z / count
     middle = (share + square / 2) / (1 + square)
     reach = z * math.sqrt(share * (1 - share) / count + square / (4 * count)) / (1 + square)
     return max(0.0, middle - reach), min(1.0, middle + reach)
@@ -62,43 +61,43 @@ def spread_interval(values: tuple[float, ...], z: float = 1.96) -> tuple[float, 
 
 @dataclass
 class RunRecord:
-    """One run as it stands in its folder."""
+    """What the folder of one run contains."""
 
     folder: Path
     name: str
-    label: str  # what it is called on the page; its name until it stands among others, see grouping.py
-    settings: dict[str, Any]  # nested, as config.json has them; {} where there are none
+    label: str  # unique in the report; the name until grouping.py changes it
+    settings: dict[str, Any]  # config.json, nested; {} where it is missing or damaged
     lines: list[dict[str, Any]]  # metrics.jsonl, by step, each step once
-    accuracies: list[Accuracy]  # of the evaluations, by step and source
+    accuracies: list[Accuracy]  # from the evaluations, by step and source
     evaluations: list[Evaluation]
-    groups: list[dict[str, Any]]  # rollouts.jsonl: groups with texts
-    traces: list[dict[str, Any]]
-    state_steps: list[int]
-    missing: list[str] = field(default_factory=list)  # what it has not, as sentences about it
+    groups: list[dict[str, Any]]  # rollouts.jsonl: groups of rollouts with their texts
+    traces: list[dict[str, Any]]  # trace.jsonl, one entry a traced step
+    state_steps: list[int]  # steps whose pooled states were kept
+    missing: list[str] = field(default_factory=list)  # notes on what is missing
 
     @property
     def seed(self) -> int | None:
-        """Of training; None where it is not known."""
+        """Seed of the training; None where it is not known."""
         found = setting(self.settings, "train.seed")
         return found if isinstance(found, int) else None
 
     @property
     def wanted_steps(self) -> int | None:
-        """That the configuration asks for; None where it is not known."""
+        """Number of steps that the configuration asks for; None where it is not known."""
         return setting(self.settings, "train.steps")
 
     @property
     def has_clipo(self) -> bool:
-        """Whether there is a contrastive head."""
+        """Whether the run has a contrastive head."""
         return any("clipo/loss" in line for line in self.lines) or bool(setting(self.settings, "clipo.enabled"))
 
     @cached_property
     def metrics(self) -> list[str]:
-        """Names, in the order in which they are first seen."""
+        """Names of the metrics, in the order of their first appearance."""
         return list({name: None for line in self.lines for name in line if name != "step"})
 
     def values(self, metric: str) -> dict[int, float]:
-        """Step -> value of a metric; steps without it, or where it is not finite, are left out."""
+        """Values of a metric by step; steps where it is missing or not finite are left out."""
         return {
             line["step"]: float(value)
             for line in self.lines
@@ -106,7 +105,7 @@ class RunRecord:
         }
 
     def states(self, step: int) -> States | None:
-        """The states of a step; None, and a sentence in `missing`, where they cannot be read."""
+        """The states of a step; None, and a note in `missing`, where they cannot be read."""
         try:
             return read_states(file_of(self.folder / STATES, step))
         except ValueError as error:
@@ -114,18 +113,18 @@ class RunRecord:
             return None
 
     def texts(self, step: int) -> list[dict[str, Any]]:
-        """The groups of a step whose texts are there."""
+        """The groups of a step whose texts were kept."""
         return [group for group in self.groups if group["step"] == step]
 
 
 def read_run(folder: Path) -> RunRecord:
-    """All that is there.
+    """Read the folder of a run.
 
     Raises:
-        PageError: the folder is no run's, or cannot be read.
+        PageError: the folder is not that of a run, or cannot be read.
     """
     if not folder.is_dir():
-        raise PageError(f"{folder} is no folder. Give the folder of a run: its train.output, where metrics.jsonl is")
+        raise PageError(f"{folder} is not a folder. Give the folder of a run, its train.output, where metrics.jsonl is")
     try:
         lines = {line["step"]: line for line in read_lines(folder / METRICS)}
         has_file = (folder / METRICS).exists()
@@ -134,8 +133,7 @@ def read_run(folder: Path) -> RunRecord:
     except OSError as error:
         raise PageError(f"{folder} cannot be read: {error.strerror or error}. Give the folder of a run") from error
     if not has_file and not settings:
-        nothing = f"{folder} has no {METRICS} and no {SETTINGS} of a run"
-        raise PageError(f"{nothing}, so it is no run's. Give its train.output")
+        raise PageError(f"{folder} has neither {METRICS} nor {SETTINGS} of a run. Give the train.output of a run")
     name = str(settings.get("name") or folder.resolve().name)
     run = RunRecord(
         folder=folder,
@@ -152,12 +150,12 @@ def read_run(folder: Path) -> RunRecord:
     if no_settings:
         run.missing.append(f"{no_settings}.")
     _read_evaluations(run)
-    _say_what_is_missing(run)
+    _note_what_is_missing(run)
     return run
 
 
 def setting(settings: Mapping[str, Any], key: str) -> Any:
-    """The value of a dotted key; None where there is none."""
+    """The value of a dotted key; None where it is missing."""
     place: Any = settings
     for part in key.split("."):
         place = place.get(part) if isinstance(place, Mapping) else None
@@ -175,7 +173,7 @@ def _settings(file: Path) -> tuple[dict[str, Any], str]:
 
 
 def _read_evaluations(run: RunRecord) -> None:
-    """Those that hold together; one that was damaged costs the page itself alone."""
+    """Read the evaluations; a damaged one is left out and noted."""
     run.evaluations += read_evaluations(run.folder / EVALUATIONS)
     unread = len(list((run.folder / EVALUATIONS).glob("step_*.json"))) - len(run.evaluations)
     if unread:
@@ -187,28 +185,28 @@ def _read_evaluations(run: RunRecord) -> None:
         run.accuracies += [Accuracy(each.step, source, tuple(shares[source])) for source in sorted(shares)]
 
 
-def _say_what_is_missing(run: RunRecord) -> None:
+def _note_what_is_missing(run: RunRecord) -> None:
     done, wanted = len(run.lines), run.wanted_steps
     last = run.lines[-1]["step"] + 1 if run.lines else 0
-    say = run.missing.append
+    note = run.missing.append
     if not done:
-        say("no step is done yet, so it has no curves.")
+        note("no step is done yet, so it has no curves.")
     elif wanted and last < wanted:
-        say(f"{last} of {wanted} steps are done: it is still going, or was ended.")
+        note(f"{last} of {wanted} steps are done: it still runs, or was ended.")
     if done == 1:
-        say("one step is a point, not a curve.")
+        note("one step is a point, not a curve.")
     raw = run.folder / METRICS
     if raw.exists() and (text := raw.read_bytes()) and not text.endswith(b"\n"):
-        say(f"the last line of {METRICS} is cut short and was left out; it is being written, or was lost.")
+        note(f"the last line of {METRICS} is cut short and was left out; it is being written, or was lost.")
     if not run.accuracies:
-        say("nothing was evaluated (data.eval is empty, or no evaluation is due yet).")
+        note("nothing was evaluated (data.eval is empty, or no evaluation is due yet).")
     if done and not run.has_clipo:
-        say("it ran without CLIPO, so it has no contrastive loss, bonus, cosines or embeddings.")
+        note("it ran without CLIPO, so it has no contrastive loss, bonus, cosines or embeddings.")
     if done and not run.state_steps:
-        say("no states were kept (report.save_states = 0, or an older version), so none are mapped.")
+        note("no states were kept (report.save_states = 0, or an older version), so there are no maps.")
     elif len(run.state_steps) == 1 and done > 1:
-        say("states of one step only, so there is no before and after yet.")
+        note("states of one step only were kept so far, so there is no before and after.")
     if done and not run.groups:
-        say("no texts were kept (report.save_rollouts = 0), so no pairs are shown.")
+        note("no texts were kept (report.save_rollouts = 0), so no pairs are shown.")
     if done and not run.traces:
-        say("no step was traced (report.trace_every = 0, or an older version), so there is no timeline.")
+        note("no step was traced (report.trace_every = 0, or an older version), so there is no timeline.")

@@ -1,4 +1,4 @@
-"""Maps of pooled states and embeddings, before and after; pairs of rollouts that lie near and far."""
+"""The sections with maps of pooled states and embeddings, and with pairs of near and far rollouts."""
 
 from __future__ import annotations
 
@@ -17,29 +17,29 @@ from clipo_megatron.report.tsne import tsne
 from clipo_megatron.telemetry.states import States
 
 _SIZE = 270
-MOST_POINTS = 600  # on a map: all pairs of them are computed
-_QUESTION, _TEXT = 400, 4000  # characters shown
+MOST_POINTS = 600  # most points of a map, since t-SNE computes all pairs
+_QUESTION, _TEXT = 400, 4000  # most characters shown
 
 
 def representation(groups: Sequence[RunGroup]) -> Section:
-    """Maps of one run a group, of the first and the last recorded step."""
+    """Maps of the first run of each group, at the first and the last recorded step."""
     parts = [part for group in groups if (part := _maps_of(group))]
     lead = (
-        "t-SNE maps of single rollouts: a right one is a filled dot, a wrong one a cross. Each map is made by itself: "
-        "places and distances mean nothing from one map to the next, and within one only who is near whom. Point at a "
-        "rollout, and the others of its prompt stand out. Below each map a number that needs no map: the share of "
-        "rollouts whose nearest neighbour (by cosine, in the original space) among the others of their prompt has "
-        "their verdict, over prompts with right and wrong rollouts; in brackets what chance would give."
+        "t-SNE maps of rollouts: a correct one is a filled dot, a wrong one a cross. Only neighbourhoods within a map "
+        "mean something, not positions or distances, and maps cannot be compared with each other. Point at a rollout "
+        "to highlight the others of its prompt. Below each map stands a number from the original space: the share of "
+        "rollouts whose nearest neighbour by cosine among the others of their prompt has the same verdict, over "
+        "prompts with correct and wrong rollouts; in brackets what chance would give."
     )
     return Section("states", "Representation", lead, "".join(parts))
 
 
 def pairs(groups: Sequence[RunGroup]) -> Section:
-    """What near and far rollouts say."""
+    """Texts of pairs of rollouts that are near or far in the embedding space."""
     parts = [part for group in groups if (part := _pairs_of(group))]
     lead = (
-        "Pairs of rollouts of one prompt, by the cosine of their embeddings. Near pairs should reason alike; a right "
-        "rollout next to a wrong one is what the head has yet to tell apart, or a lucky guess."
+        "Pairs of rollouts of one prompt, by the cosine of their embeddings. Near pairs should reason alike. A correct "
+        "rollout near a wrong one is a pair that the head does not separate yet, or a lucky guess."
     )
     return Section("pairs", "Near and far rollouts", lead, "".join(parts))
 
@@ -60,7 +60,7 @@ def _maps_of(group: RunGroup) -> str:
         return ""
     legend = (
         '<div class="legend"><span><svg class="mark mark-right" viewBox="0 0 12 12"><circle cx="6" cy="6" r="4.5" '
-        'fill="currentColor"/></svg>right</span><span><svg class="mark mark-wrong" viewBox="0 0 12 12"><path '
+        'fill="currentColor"/></svg>correct</span><span><svg class="mark mark-wrong" viewBox="0 0 12 12"><path '
         'd="M2 2L10 10M10 2L2 10" stroke="currentColor" stroke-width="2"/></svg>wrong</span></div>'
     )
     maps = f'<div class="maps">{"".join(drawn)}</div>'
@@ -76,10 +76,10 @@ def _map(title: str, states: States, points: NDArray[np.float32]) -> str:
     marks = []
     for row, (x, y) in enumerate(places):
         verdict = "none" if not states.graded[row] else "right" if states.correct[row] else "wrong"
-        word = {"none": "not graded"}.get(verdict, verdict)
+        shown = {"none": "not graded", "right": "correct"}.get(verdict, verdict)
         bonus = f", bonus {number(float(states.bonus[row]))}" if states.bonus is not None and verdict == "right" else ""
         prompt = int(states.group[row])
-        tip = safe(f"{states.prompt_ids[prompt]}\n{word}{bonus}")
+        tip = safe(f"{states.prompt_ids[prompt]}\n{shown}{bonus}")
         shape = f"M{x - 3.2:.1f} {y - 3.2:.1f}l6.4 6.4M{x + 3.2:.1f} {y - 3.2:.1f}l-6.4 6.4"
         mark = f'<path d="{shape}"' if verdict == "wrong" else f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4"'
         marks.append(f'{mark} class="pt {verdict}" data-group="{prompt}" data-tip="{tip}"/>')
@@ -93,25 +93,25 @@ def _map(title: str, states: States, points: NDArray[np.float32]) -> str:
 def _agreement_text(states: States, points: NDArray[np.float32]) -> str:
     found = neighbour_agreement(points, states.group, states.correct, states.graded)
     if found is None:
-        return "No prompt here has right and wrong rollouts."
+        return "No prompt here has correct and wrong rollouts."
     share, chance, count = found
-    return f"nearest has its verdict: <b>{percent(share)}</b> ({percent(chance)}), of {count}"
+    return f"nearest has the same verdict: <b>{percent(share)}</b> ({percent(chance)}), of {count}"
 
 
 def neighbour_agreement(
     points: NDArray[np.float32], group: NDArray[np.int64], correct: NDArray[np.bool_], graded: NDArray[np.bool_]
 ) -> tuple[float, float, int] | None:
-    """How well verdicts can be told from neighbours within a prompt.
+    """How often the nearest neighbour within a prompt has the same verdict.
 
     Args:
-        points: [n, D].
-        group: [n].
-        correct: [n].
-        graded: [n]; others take no part.
+        points: the rollouts' states or embeddings, [n, D].
+        group: the index of each rollout's prompt, [n].
+        correct: the verdicts, [n].
+        graded: which rollouts have a verdict, [n]; the others are left out.
 
     Returns:
-        Share of rollouts whose nearest neighbour by cosine among those of their prompt has their verdict, what chance
-        would give, and of how many rollouts; None where no prompt has both verdicts.
+        The share of rollouts whose nearest neighbour by cosine has their verdict, the share expected by chance, and
+        the number of rollouts; None where no prompt has both verdicts.
     """
     unit = points / np.maximum(np.linalg.norm(points, axis=1, keepdims=True), 1e-12)
     same, chance, count = 0.0, 0.0, 0
@@ -151,10 +151,10 @@ def _pairs_of(group: RunGroup) -> str:
         shown = [
             _shown(title, chosen)
             for title, chosen in (
-                ("Nearest, both right", _best(found, (True, True), nearest=True)),
-                ("Farthest, both right", _best(found, (True, True), nearest=False)),
-                ("Nearest, one right and one wrong", _best(found, None, nearest=True)),
-                ("Farthest, one right and one wrong", _best(found, None, nearest=False)),
+                ("Nearest, both correct", _best(found, (True, True), nearest=True)),
+                ("Farthest, both correct", _best(found, (True, True), nearest=False)),
+                ("Nearest, one correct and one wrong", _best(found, None, nearest=True)),
+                ("Farthest, one correct and one wrong", _best(found, None, nearest=False)),
             )
             if chosen is not None
         ]
@@ -170,7 +170,7 @@ def _pairs_of(group: RunGroup) -> str:
 
 
 def _all_pairs(run: RunRecord, states: States) -> Iterator[_Pair]:
-    """Pairs of graded rollouts whose texts are there and differ."""
+    """Pairs of graded rollouts of one prompt whose texts were kept and differ."""
     unit = states.embeddings / np.maximum(np.linalg.norm(states.embeddings, axis=1, keepdims=True), 1e-12)
     for group in run.texts(states.step):
         if group.get("prompt_id") not in states.prompt_ids:
@@ -191,7 +191,7 @@ def _all_pairs(run: RunRecord, states: States) -> Iterator[_Pair]:
 
 
 def _best(found: Sequence[_Pair], verdicts: tuple[bool, bool] | None, *, nearest: bool) -> _Pair | None:
-    """The nearest or farthest pair with these verdicts; None: with different ones."""
+    """The nearest or farthest pair with these verdicts; `verdicts` None stands for different ones."""
     fitting = [p for p in found if (p.verdicts == verdicts if verdicts else p.verdicts[0] != p.verdicts[1])]
     return (max if nearest else min)(fitting, key=lambda pair: pair.cosine, default=None)
 
@@ -202,24 +202,25 @@ def _shown(title: str, pair: _Pair) -> str:
     )
     gold = pair.group.get("ground_truth")
     members = sorted(pair.members, key=lambda m: not pair.group["rollouts"][m]["correct"])
-    said = "".join(_said(pair.group["rollouts"][member], member) for member in members)
+    texts = "".join(_response(pair.group["rollouts"][member], member) for member in members)
     return (
         f'<div class="pair"><div class="head"><h3>{title}</h3>'
         f'<span class="cosine">cosine {pair.cosine:.3f}</span></div>'
-        f'<div class="question">{safe(_cut(question, _QUESTION))} <span class="gold">Right is {safe(gold)}</span></div>'
-        f'<div class="two">{said}</div></div>'
+        f'<div class="question">{safe(_cut(question, _QUESTION))} <span class="gold">Correct: {safe(gold)}</span></div>'
+        f'<div class="two">{texts}</div></div>'
     )
 
 
-def _said(rollout: dict[str, Any], member: int) -> str:
-    verdict = "right" if rollout.get("correct") else "wrong"
+def _response(rollout: dict[str, Any], member: int) -> str:
+    verdict, shown = ("right", "correct") if rollout.get("correct") else ("wrong", "wrong")
     bonus = rollout.get("bonus")
     facts = [f"rollout {member + 1}"]
     if verdict == "right" and bonus is not None:
         facts.append(f"bonus {number(bonus)}")
     facts.append(f"reward {number(rollout.get('reward'))}")
     return (
-        f'<div class="said {verdict}"><span class="badge">{verdict}</span><span class="meta">{", ".join(facts)}</span>'
+        f'<div class="response {verdict}"><span class="badge">{shown}</span>'
+        f'<span class="meta">{", ".join(facts)}</span>'
         f'<div class="text">{safe(_cut(rollout["text"], _TEXT)) or "<i>nothing</i>"}</div></div>'
     )
 

@@ -1,4 +1,4 @@
-"""Axes: round ticks, and numbers as people write them."""
+"""Scales and ticks of axes, and numbers, durations and texts formatted for the page."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _PREFIXES = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 
 @dataclass(frozen=True)
 class Scale:
-    """Values from `low` to `high` on pixels from `start` to `end`."""
+    """A linear scale from values [low, high] to pixels [start, end]."""
 
     low: float
     high: float
@@ -21,12 +21,11 @@ class Scale:
     end: float
 
     def __call__(self, value: float) -> float:
-        """The pixel of a value."""
         return self.start + (value - self.low) / (self.high - self.low) * (self.end - self.start)
 
 
 def ticks(low: float, high: float, about: int = 5) -> list[float]:
-    """Round numbers within [low, high], about so many."""
+    """About `about` round numbers within [low, high]."""
     step = _round_step((high - low) / max(about, 1))
     first = math.ceil(low / step - 1e-9)
     count = math.floor(high / step + 1e-9) - first
@@ -34,19 +33,19 @@ def ticks(low: float, high: float, about: int = 5) -> list[float]:
 
 
 def reach(values: Sequence[float], *, zero: bool = False, share: bool = False) -> tuple[float, float]:
-    """Limits of an axis that shows all values, with round ends; never empty.
+    """Round limits (low, high) of an axis that shows all values; low < high.
 
     Args:
-        values: finite; may be empty.
-        zero: 0 must be in sight.
-        share: nothing lies below 0 or above 1.
+        values: finite numbers, or none.
+        zero: the axis includes 0.
+        share: the limits stay within [0, 1].
     """
     shown = [*values, *([0.0] if zero or not values else [])]
     low, high = min(shown), max(shown)
-    if high - low <= 1e-5 * max(abs(low), abs(high)):  # else the ticks would read alike
+    if high - low <= 1e-5 * max(abs(low), abs(high)):  # otherwise the labels of ticks would be equal
         room = abs(high) * 0.1 or (0.1 if share else 1.0)
         low, high = low - (0 if zero and low == 0 else room), high + room
-    for _ in range(2):  # wider limits may take a wider step, and both ends shall be ticks
+    for _ in range(2):  # wider limits may need a wider step, and both ends must be ticks
         step = _round_step((high - low) / 5)
         low, high = math.floor(low / step + 1e-6) * step, math.ceil(high / step - 1e-6) * step
     return (max(low, 0.0), min(high, 1.0)) if share else (low, high)
@@ -58,7 +57,7 @@ def _round_step(step: float) -> float:
 
 
 def number(value: float | None, digits: int = 4) -> str:
-    """Four digits that mean something: 0.1235, 12.3k, 1.2e-7; a dash for nothing."""
+    """A number with four significant digits: 0.1235, 12.3k, 1.2e-7; a dash for None and non-finite values."""
     if value is None or not math.isfinite(value):
         return "–"
     size = abs(value)
@@ -74,12 +73,12 @@ def number(value: float | None, digits: int = 4) -> str:
 
 
 def percent(value: float, digits: int = 1) -> str:
-    """A share, as 12.5%."""
+    """A share as 12.5%."""
     return f"{100 * value:.{digits}f}%".replace("-", "−")
 
 
 def tick_text(value: float, spacing: float, *, share: bool = False) -> str:
-    """A tick's label: as many decimals as tell it from its neighbours."""
+    """The label of a tick, with as many decimals as distinguish it from its neighbours."""
     if share:
         return percent(value, max(0, 1 - math.floor(math.log10(spacing * 100) + 1e-9) - _is_one(spacing)))
     if value and (abs(value) >= 1e4 or (spacing < 1e-4 and abs(value) < 100 * spacing)):
@@ -90,13 +89,13 @@ def tick_text(value: float, spacing: float, *, share: bool = False) -> str:
 
 
 def _is_one(spacing: float) -> int:
-    """1 where a step is a power of ten times 1, 2 or 5, whose multiples need no further digit."""
+    """1 where the spacing is 1, 2 or 5 times a power of ten, whose multiples need no further digit; 0 for 2.5."""
     mantissa = spacing / 10.0 ** math.floor(math.log10(spacing) + 1e-9)
     return 0 if abs(mantissa - 2.5) < 1e-6 else 1
 
 
 def seconds(value: float) -> str:
-    """A duration as a person says it: 48 s, 3 min 10 s, 2 h 05 min."""
+    """A duration: 48 s, 3 min 10 s, 2 h 05 min."""
     whole = round(value)
     if value < 10:
         return f"{value:.1f} s"
@@ -108,7 +107,7 @@ def seconds(value: float) -> str:
 
 
 def byte_count(value: float) -> str:
-    """Memory, in binary units."""
+    """An amount of memory in binary units."""
     for unit, name in ((2**40, "TiB"), (2**30, "GiB"), (2**20, "MiB")):
         if value >= unit:
             return f"{value / unit:.3g} {name}"
@@ -116,12 +115,12 @@ def byte_count(value: float) -> str:
 
 
 def safe(text: object) -> str:
-    """Text for HTML and for attributes in double quotes. Characters that control what is shown are spelt out."""
+    """Text escaped for HTML and double-quoted attributes; control characters are written as escapes."""
     shown = str(text)
     return escape(shown if shown.isprintable() else "".join(map(_visible, shown)), quote=True)
 
 
 def _visible(character: str) -> str:
-    if character in "\n\t" or character.isprintable() or category(character) == "Zs":  # spaces of all kinds
+    if character in "\n\t" or character.isprintable() or category(character) == "Zs":  # Zs: spaces
         return character
     return f"\\x{ord(character):02x}" if ord(character) < 256 else f"\\u{ord(character):04x}"

@@ -1,4 +1,4 @@
-"""Where the time goes: phases, padding, tokens a second, one step rank by rank, memory."""
+"""The section on time and memory: phases, padding, tokens a second, a step rank by rank, peak memory."""
 
 from __future__ import annotations
 
@@ -8,37 +8,41 @@ from typing import Any
 
 from clipo_megatron.report.chart import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, WIDTH, frame, svg
 from clipo_megatron.report.grouping import RunGroup
-from clipo_megatron.report.metric_names import PADDING, STEP_TIME, TOKENS, Metric
+from clipo_megatron.report.metric_titles import PADDING, Metric
 from clipo_megatron.report.parts import Section, cards, figure, metric_figure, swatch, table
 from clipo_megatron.report.reading import RunRecord
 from clipo_megatron.report.scales import Scale, byte_count, percent, reach, safe, seconds, tick_text, ticks
+from clipo_megatron.telemetry.metric_names import PHASES, STEP_TIME, TOKENS_PER_S, phase_time
 
-PHASES = ("generate", "exchange", "score", "update", "sync", "other")
+SHOWN = (*PHASES, "other")
 MOST_RANKS = 64
 _MEANING = {
     "generate": "rollouts and their verdicts",
-    "exchange": "rollouts to the ranks that train them",
+    "exchange": "rollouts sent to the ranks that train on them",
     "score": "old log-probs, pooled states, the head",
     "update": "forward, backward, optimizer",
-    "sync": "new weights to the engine",
-    "other": "what no phase covers",
+    "sync": "weight sync to the engine",
+    "other": "time outside all phases",
 }
 
 
 def timing(groups: Sequence[RunGroup]) -> Section:
-    """Phases of all groups, then one traced step of each."""
+    """The section: phases of all groups, then one traced step of each."""
     speed = Metric(
-        TOKENS, "Tokens a second", "tokens / s / rank", "Prompt and response tokens of a step, over its time."
+        TOKENS_PER_S,
+        "Tokens a second",
+        "tokens / s / rank",
+        "Prompt and response tokens of a step, divided by its time.",
     )
     padding = Metric(
         PADDING,
         "Share of padding",
-        "tokens computed for nothing",
-        "Of the tokens of rank 0's micro-batches. Packing leaves only what tensor-parallel ranks need to divide.",
+        "padding tokens",
+        "Share of the tokens in rank 0's micro-batches. With packing only what tensor parallelism needs is left.",
         share=True,
         zero=True,
     )
-    step = Metric(STEP_TIME, "Time of a step", "s", "From the first request to the engine's new weights.", zero=True)
+    step = Metric(STEP_TIME, "Time of a step", "s", "From the first request to the end of the weight sync.", zero=True)
     most = max((sum(phase_seconds(line)) for group in groups for line in group.first.lines), default=0.0)
     curves = [metric_figure(groups, each) for each in (step, speed, padding)]
     body = cards([*(_phases(group, most) for group in groups), *curves])
@@ -57,13 +61,13 @@ def timing(groups: Sequence[RunGroup]) -> Section:
 
 
 def phase_seconds(line: dict[str, Any]) -> list[float]:
-    """Seconds of each phase of PHASES in a step's metrics; what is left over is the last."""
-    known = [float(line.get(f"time/{phase}_s") or 0.0) for phase in PHASES[:-1]]
+    """Seconds of each phase of SHOWN in a step's metrics; the last is the rest of the step."""
+    known = [float(line.get(phase_time(phase)) or 0.0) for phase in PHASES]
     return [*known, max(0.0, float(line.get(STEP_TIME) or 0.0) - sum(known))]
 
 
 def _phases(group: RunGroup, most: float) -> str:
-    """Stacked bars, a step each, or a stretch of steps where there are many; `most` seconds are in sight."""
+    """Stacked bars of the phases, one a step or a stretch of steps; the axis reaches `most` seconds."""
     run = group.first
     lines = [(line["step"] + 1, phase_seconds(line)) for line in run.lines if line.get(STEP_TIME)]
     if not lines:
@@ -81,7 +85,7 @@ def _phases(group: RunGroup, most: float) -> str:
         left, right = across(first - 0.5), across(last + 0.5)
         gap = min(2.0, (right - left) * 0.15)
         where = f"step {first}" if first == last else f"steps {first} to {last}, mean"
-        tip = "\n".join([where, *(f"{p}: {seconds(t)}" for p, t in zip(PHASES, times, strict=True) if t >= 5e-3)])
+        tip = "\n".join([where, *(f"{p}: {seconds(t)}" for p, t in zip(SHOWN, times, strict=True) if t >= 5e-3)])
         level, pieces = 0.0, []
         for number, spent in enumerate(times):
             top, bottom = up(level + spent), up(level)
@@ -92,16 +96,16 @@ def _phases(group: RunGroup, most: float) -> str:
                     f'width="{right - left - gap:.1f}" height="{bottom - top:.1f}"/>'
                 )
         parts.append(f'<g data-tip="{safe(tip)}">{"".join(pieces)}</g>')
-    total = [sum(times[number] for _, times in lines) for number in range(len(PHASES))]
+    total = [sum(times[number] for _, times in lines) for number in range(len(SHOWN))]
     whole = sum(total) or 1.0
     legend = "".join(
         f'<span title="{_MEANING[phase]}"><i class="phase{n}"></i>{phase} {percent(total[n] / whole, 0)}</span>'
-        for n, phase in enumerate(PHASES)
+        for n, phase in enumerate(SHOWN)
     )
     name = run.label
-    caption = "Stacked, a bar a step. Percentages are of all steps together."
+    caption = "One bar a step. Percentages are over all steps."
     if stretch > 1:
-        caption = f"Stacked, a bar the mean of {stretch} steps. Percentages are of all steps together."
+        caption = f"Each bar is the mean of {stretch} steps. Percentages are over all steps."
     drawing = svg("".join(parts), WIDTH, HEIGHT, label=f"phases of {name}")
     return figure(f"Phases: {name}", drawing, safe(caption), legend=f'<div class="legend">{legend}</div>')
 
@@ -110,8 +114,10 @@ def _phases(group: RunGroup, most: float) -> str:
 
 
 def chrome_trace(runs: Sequence[RunRecord]) -> dict[str, Any]:
-    """Every traced step in the Trace Event Format, which chrome://tracing and Perfetto read: a process a run, a thread
-    a rank, times in microseconds since the first span."""
+    """All traced steps in the Trace Event Format of chrome://tracing and Perfetto.
+
+    A run is a process, a rank a thread; times are microseconds since the first span.
+    """
     events: list[dict[str, Any]] = []
     for process, run in enumerate(runs):
         spans = [
@@ -161,7 +167,7 @@ def _timeline(group: RunGroup) -> str:
                 f'<text class="tick" x="{left - 8}" y="{y + row / 2 + 4:.1f}" text-anchor="end">rank {rank}</text>'
             )
         for phase, begin, finish in facts.get("spans", []):
-            number = PHASES.index(phase) if phase in PHASES else len(PHASES) - 1
+            number = SHOWN.index(phase) if phase in SHOWN else len(SHOWN) - 1
             a, b = across(begin - start), across(finish - start)
             tip = (
                 f"rank {rank}: {phase}, {seconds(finish - begin)}\nfrom {begin - start:.3f} s to {finish - start:.3f} s"
@@ -170,14 +176,14 @@ def _timeline(group: RunGroup) -> str:
                 f'<rect class="phase{number}" x="{a:.2f}" y="{y + 1}" width="{max(b - a, 0.4):.2f}" '
                 f'height="{row - 2}" rx="2" data-tip="{safe(tip)}"/>'
             )
-    legend = "".join(f'<span><i class="phase{n}"></i>{phase}</span>' for n, phase in enumerate(PHASES[:-1]))
+    legend = "".join(f'<span><i class="phase{n}"></i>{phase}</span>' for n, phase in enumerate(PHASES))
     left_out = f" The first {MOST_RANKS} of {len(trace['ranks'])} ranks." if len(trace["ranks"]) > MOST_RANKS else ""
     name = f"trace-{group.slot}"
     data = json.dumps(chrome_trace([run])).replace("</", "<\\/")
     caption = (
         f"Step {trace['step'] + 1} of {safe(run.label)}, the last one that was traced. Ranks that wait for others "
-        "leave a phase together with the one that had the most to do. Ranks on different machines are as far "
-        f"apart as their clocks.{left_out} All traced steps, for chrome://tracing or Perfetto: "
+        "leave a phase together with the slowest one. Times of ranks on different machines differ as their clocks do."
+        f"{left_out} All traced steps, for chrome://tracing or Perfetto: "
         f'<button class="switch" data-trace="{name}">Chrome trace</button>'
     )
     drawing = svg("".join(parts), width, height, label="timeline by rank")
@@ -225,8 +231,8 @@ def _memory(groups: Sequence[RunGroup]) -> str:
     if not rows:
         return ""
     caption = (
-        "The most that the tensors of a rank's GPU took, or its process where there is none, since its start. "
-        "Growth that does not end is a leak."
+        "Peak memory of the tensors on a rank's GPU since its start, or of its process on a CPU. "
+        "Growth without end is a leak."
     )
     headings = ["run", "largest", "mean of ranks", "smallest", "growth of the largest"]
     shown = table(headings, rows, numbers=(1, 2, 3, 4))

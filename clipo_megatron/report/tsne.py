@@ -1,7 +1,7 @@
-"""t-SNE, exact: a map of points in which neighbours stay neighbours. van der Maaten and Hinton, 2008.
+"""Exact t-SNE in numpy: a map of points that keeps neighbours together (van der Maaten and Hinton, 2008).
 
-Exact and in numpy: a page shows some hundred points, for which all pairs take a second or two, and nothing has to be
-installed for that. The result depends on the points alone.
+A report shows some hundred points, for which all pairs take a second or two. Nothing is random: equal points give equal
+maps.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ _TINY = 1e-12
 
 
 def tsne(points: Points, *, perplexity: float = 20.0, iterations: int = 500) -> Points:
-    """A map of `points` [n, D]: [n, 2], centred, of the size 1 at most in each direction.
+    """The map [n, 2] of `points` [n, D], centred, with coordinates in [-1, 1].
 
-    D is brought down to 50 by principal components. The perplexity is lowered where there are few points. Starts at
-    the first two principal components, so nothing is random.
+    D is reduced to 50 by principal components. Few points lower the perplexity. The first two principal components are
+    the start.
     """
     count = len(points)
     centred = principal(np.asarray(points, np.float64), 50)
@@ -39,7 +39,7 @@ def tsne(points: Points, *, perplexity: float = 20.0, iterations: int = 500) -> 
 
 
 def principal(points: Points, dimensions: int) -> Points:
-    """Coordinates [n, at most `dimensions`] along the directions of largest variance; signs are fixed."""
+    """Coordinates along at most `dimensions` principal components, [n, dimensions], with a fixed choice of signs."""
     centred = points - points.mean(0)
     if centred.shape[1] <= 2:
         return centred
@@ -50,22 +50,22 @@ def principal(points: Points, dimensions: int) -> Points:
 
 
 def squared_distances(points: Points) -> Points:
-    """[n, n] of [n, D]."""
+    """Squared distances [n, n] between points [n, D]."""
     square = (points**2).sum(1)
     return np.maximum(square[:, None] + square[None] - 2 * points @ points.T, 0.0)
 
 
 def affinities(distances: Points, perplexity: float) -> Points:
-    """Joint probabilities [n, n] of pairs: each row's Gaussian is as wide as its perplexity asks for.
+    """Joint probabilities [n, n] of pairs, from Gaussians whose widths give each row the perplexity.
 
     Args:
-        distances: [n, n], squared.
-        perplexity: 2 to the entropy in bits of every row, below n.
+        distances: squared distances, [n, n].
+        perplexity: 2 to the power of a row's entropy in bits; below n.
     """
     count = len(distances)
     apart = ~np.eye(count, dtype=bool)
     near = np.where(apart, distances, np.inf)
-    near = near - near.min(1, keepdims=True)  # leaves a row's probabilities as they are
+    near = near - near.min(1, keepdims=True)  # does not change a row's probabilities
     low, high = np.zeros((count, 1)), np.full((count, 1), np.inf)
     precision = 1.0 / np.maximum(np.where(apart, near, 0.0).sum(1, keepdims=True) / count, _TINY)
     for _ in range(60):
@@ -79,7 +79,7 @@ def affinities(distances: Points, perplexity: float) -> Points:
 
 
 def gradient(place: Points, joint: Points) -> Points:
-    """Of the divergence KL(joint || map) by the places [n, 2]; the map's pairs weigh as Student's t does."""
+    """Gradient [n, 2] of KL(joint || map) by the places, where pairs of the map have Student-t weights."""
     weights = 1.0 / (1.0 + squared_distances(place))
     np.fill_diagonal(weights, 0.0)
     force = (joint - weights / weights.sum()) * weights

@@ -9,10 +9,8 @@ from statistics import median
 
 from clipo_megatron.runtime.run_dir import METRICS
 from clipo_megatron.slurm.ladder import Rung
+from clipo_megatron.telemetry.metric_names import PHASES, STEP_TIME, TOKENS_PER_S, phase_time
 from clipo_megatron.telemetry.sinks import read_lines
-
-PHASES = ("generate", "exchange", "score", "update", "sync")
-RATE, STEP = "speed/tokens_per_s_per_rank", "time/step_s"
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,10 +42,10 @@ def measure(rung: Rung, *, skip: int) -> Measured | None:
     counted = lines[skip:]
     if len(lines) < rung.steps or not counted:
         return None
-    spent = [line[STEP] for line in counted]
+    spent = [line[STEP_TIME] for line in counted]
     total = sum(spent)
-    tokens = sum(line[RATE] * line[STEP] for line in counted) * rung.ranks
-    shares = {phase: sum(line.get(f"time/{phase}_s") or 0.0 for line in counted) / total for phase in PHASES}
+    tokens = sum(line[TOKENS_PER_S] * line[STEP_TIME] for line in counted) * rung.ranks
+    shares = {phase: sum(line.get(phase_time(phase)) or 0.0 for line in counted) / total for phase in PHASES}
     return Measured(
         rung=rung,
         steps=len(counted),

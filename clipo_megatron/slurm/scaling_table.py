@@ -10,7 +10,8 @@ from typing import Any
 
 from clipo_megatron.runtime.durable_files import write_durably
 from clipo_megatron.slurm.ladder import STRONG, WEAK
-from clipo_megatron.slurm.measure import PHASES, Measured, efficiency
+from clipo_megatron.slurm.measure import Measured, efficiency
+from clipo_megatron.telemetry.metric_names import PHASES
 
 FIGURES, TABLE, PICTURE = "scale.json", "scale.md", "scale.svg"
 SHOWN = (*PHASES, "other")

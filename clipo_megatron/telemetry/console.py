@@ -12,6 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from clipo_megatron.flow import StepReport
+from clipo_megatron.telemetry.metric_names import STEP_TIME, phase_time
 
 # (heading, metric, format) of each column of the live table; a narrow terminal leaves out the last ones
 COLUMNS: tuple[tuple[str, str, str], ...] = (
@@ -19,7 +20,7 @@ COLUMNS: tuple[tuple[str, str, str], ...] = (
     ("accuracy", "reward/accuracy", "{:.1%}"),
     ("clipo loss", "clipo/loss", "{:.3f}"),
     ("bonus", "clipo/bonus_mean", "{:+.3f}"),
-    ("s/step", "time/step_s", "{:.1f}"),
+    ("s/step", STEP_TIME, "{:.1f}"),
     ("grad norm", "policy/grad_norm", "{:.2f}"),
     ("drift", "policy/mult_prob_error", "{:.4f}"),
     ("tokens", "rollout/response_length", "{:.0f}"),
@@ -60,7 +61,7 @@ class Progress:
         """The step's line. Metrics that a step does not have show as a dash."""
         if not self.enabled:
             return
-        self._durations = [*self._durations[-9:], report.metrics.get("time/step_s", 0.0)]
+        self._durations = [*self._durations[-9:], report.metrics.get(STEP_TIME, 0.0)]
         left = (self.total - report.step - 1) * sum(self._durations) / len(self._durations)
         columns = self._columns()
         if self._shown % HEADING_EVERY == 0:
@@ -168,7 +169,7 @@ class Stopwatch:
 
     def add(self, phase: str, start: float, end: float) -> None:
         """Count a stretch of time, by this process's performance counter, to a phase."""
-        name = f"time/{phase}_s"
+        name = phase_time(phase)
         self.metrics[name] = self.metrics.get(name, 0.0) + end - start
         self.spans.append((phase, self._epoch + start, self._epoch + end))
 

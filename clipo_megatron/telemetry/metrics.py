@@ -9,6 +9,7 @@ from torch import Tensor
 
 from clipo_megatron.flow import MicroBatch, RolloutTable
 from clipo_megatron.telemetry.console import Stopwatch
+from clipo_megatron.telemetry.metric_names import STEP_TIME, TOKENS_PER_S, phase_time
 
 
 def table_metrics(table: RolloutTable, reward: Tensor, advantage: Tensor) -> dict[str, float]:
@@ -48,12 +49,12 @@ def speed_metrics(
     total = watch.total()
     tokens = sum(micro.tokens.numel() for micro in micro_batches)
     trained = int((table.prompt_length + table.response_length).sum())
-    generate = watch.metrics.get("time/generate_s", total)
-    learn = watch.metrics.get("time/score_s", 0.0) + watch.metrics.get("time/update_s", 0.0)
+    generate = watch.metrics.get(phase_time("generate"), total)
+    learn = watch.metrics.get(phase_time("score"), 0.0) + watch.metrics.get(phase_time("update"), 0.0)
     return {
         **watch.metrics,
-        "time/step_s": total,
-        "speed/tokens_per_s_per_rank": trained / total / world,
+        STEP_TIME: total,
+        TOKENS_PER_S: trained / total / world,
         "speed/generate_tokens_per_s_per_rank": float(table.response_length.sum()) / max(generate, 1e-9) / world,
         "speed/train_tokens_per_s_per_rank": trained / max(learn, 1e-9) / world,
         "speed/padding_share": sum(micro.padding for micro in micro_batches) / max(tokens, 1),

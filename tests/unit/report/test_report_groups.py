@@ -1,4 +1,4 @@
-"""Groups of seeds on the report page: which runs are paired, over what the intervals are, what runs are called."""
+"""Groups of seeds in reports: which runs are paired, what their intervals cover, how runs are labelled."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from page_runs import evaluate, write_run
+from report_runs import evaluate, write_run
 
 from clipo_megatron.cli.report import write_page
 from clipo_megatron.report.document import document
@@ -108,7 +108,7 @@ def test_runs_with_one_name_are_told_apart(tmp_path):
     page, trace = write_page([a, b, tmp_path / "two" / ".." / "two" / "s0", c], tmp_path / "page.html")
     text = html.unescape(page.read_text())
     assert "Phases: small (one), seed 0" in text and "3 runs in 2 groups" in text
-    assert "small (one): 5 of 12 steps are done" in text, "what all runs of a group have not is said once"
+    assert "small (one): 5 of 12 steps are done" in text, "a note on all runs of a group stands there once"
     named = {event["args"]["name"] for event in json.loads(trace.read_text())["traceEvents"] if event["ph"] == "M"}
     assert {"small (one), seed 0", "small (one), seed 1", "small (s0)"} <= named
     d = write_run(tmp_path / "one" / "again", name="small", steps=5)

@@ -1,4 +1,4 @@
-"""Maps of the report page: t-SNE against its own definition, and how often neighbours agree against a loop."""
+"""Maps in reports: t-SNE against its definition, and the agreement of neighbours against a plain loop."""
 
 import math
 
@@ -60,7 +60,7 @@ def test_tsne_keeps_clusters_apart_and_is_the_same_each_time():
 
 
 @pytest.mark.parametrize("points", [np.zeros((1, 4)), np.zeros((9, 4)), np.eye(3), np.eye(5)[:, :1]])
-def test_tsne_of_little(points):
+def test_tsne_of_few_or_equal_points(points):
     place = tsne(points)
     assert place.shape == (len(points), 2) and np.isfinite(place).all()
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import browser
 import numpy as np
 import pytest
-from page_runs import NASTY, write_run
+from report_runs import NASTY, write_run
 
 from clipo_megatron.cli import main as cli
 from clipo_megatron.cli.report import write_page
@@ -21,7 +21,7 @@ from clipo_megatron.evaluation.comparing import compare, comparisons
 from clipo_megatron.evaluation.results import Evaluation, ProblemResult, read_evaluations, write_evaluation
 from clipo_megatron.report.chart import MOST_POINTS, Series, smoothed, thinned
 from clipo_megatron.report.grouping import differences, group_runs
-from clipo_megatron.report.metric_names import CONTRASTIVE, LEARNING, OTHERS, PLACED, other
+from clipo_megatron.report.metric_titles import CONTRASTIVE, LEARNING, OTHERS, PLACED, other
 from clipo_megatron.report.overview import _ranks
 from clipo_megatron.report.reading import Accuracy, PageError, read_run, wilson
 from clipo_megatron.report.scales import number, percent, reach, safe, seconds, tick_text, ticks
@@ -40,7 +40,7 @@ def compared(tmp_path_factory):
 
 
 def charts(page: Path) -> dict[str, dict]:
-    """The numbers of the page's curves, by metric, or what else they are of."""
+    """The numbers of the page's curves, by the name of the metric or set."""
     found = re.findall(r'aria-label="([^"]*)" data-chart="([^"]*)"', page.read_text())
     named = {name.rpartition("(")[2].rstrip(")"): json.loads(html.unescape(facts)) for name, facts in found}
     assert len(named) == len(found)
@@ -50,7 +50,7 @@ def charts(page: Path) -> dict[str, dict]:
 # ---------------------------------------------------------------- numbers
 
 
-def test_the_numbers_are_those_of_the_metrics(compared):
+def test_curves_show_the_numbers_of_the_metrics(compared):
     runs, page, _ = compared
     lines = [[json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()] for run in runs]
     clipo, grpo = charts(page)["reward/accuracy"]["series"]
@@ -104,12 +104,12 @@ def test_seeds_are_one_group_and_settings_set_groups_apart(compared, tmp_path):
 
 
 def test_the_group_to_compare_with_is_chosen(compared, tmp_path, capsys):
-    words = ["report", *map(str, compared[0]), "-o", str(tmp_path / "page.html")]
-    assert cli.main([*words, "--against", "grpo"]) == 0
+    arguments = ["report", *map(str, compared[0]), "-o", str(tmp_path / "page.html")]
+    assert cli.main([*arguments, "--against", "grpo"]) == 0
     text = html.unescape((tmp_path / "page.html").read_text())
     assert "<h1>grpo vs clipo</h1>" in text and "Paired differences: against grpo" in text
-    assert cli.main([*words, "--against", "ppo"]) == 2
-    assert "--against ppo: no group is called so. Give one of: clipo, grpo" in capsys.readouterr().err
+    assert cli.main([*arguments, "--against", "ppo"]) == 2
+    assert "--against ppo: no group has this label. Give one of: clipo, grpo" in capsys.readouterr().err
 
 
 def test_marks_of_groups_stand_side_by_side(compared):
@@ -121,14 +121,14 @@ def test_marks_of_groups_stand_side_by_side(compared):
     assert sorted(whiskers) == sorted(places)
 
 
-def test_what_is_known_of_a_metric_is_said():
+def test_a_known_metric_has_a_caption():
     assert "rollout.window_tokens" in other("rollout/windows").caption and other("rollout/windows").share
     assert other("my/own").caption == ""
     known = [each.name for each in (*LEARNING, *CONTRASTIVE, *OTHERS)]
     assert len(set(known)) == len(known) and not {each.name for each in OTHERS} & PLACED
 
 
-def test_ranks_are_spelt_without_what_is_one(tmp_path):
+def test_ranks_are_shown_without_factors_of_one(tmp_path):
     run = read_run(write_run(tmp_path / "run"))
     found = []
     for layout in ({"tp": 2, "pp": 1, "dp": 4}, {"tp": 1, "pp": 1, "dp": 1}, {"tp": 1, "pp": 2}, {}):
@@ -139,7 +139,7 @@ def test_ranks_are_spelt_without_what_is_one(tmp_path):
     assert _ranks(run) == "–"
 
 
-def test_the_trace_is_what_chrome_reads(compared):
+def test_the_trace_has_the_format_that_chrome_reads(compared):
     events = json.loads(compared[2].read_text())["traceEvents"]
     spans = [event for event in events if event["ph"] == "X"]
     assert len(spans) == 4 * 2 * 2 and {event["pid"] for event in spans} == {0, 1, 2, 3}
@@ -150,7 +150,7 @@ def test_the_trace_is_what_chrome_reads(compared):
     assert chrome_trace([]) == {"traceEvents": [], "displayTimeUnit": "ms"}
 
 
-def test_phases_make_up_the_step():
+def test_phases_sum_to_the_step():
     line = {"time/generate_s": 1.0, "time/update_s": 2.0, "time/step_s": 3.5}
     assert phase_seconds(line) == [1.0, 0.0, 0.0, 2.0, 0.0, 0.5]
 
@@ -173,13 +173,13 @@ def missing(folder: Path) -> str:
     return html.unescape(page.read_text())
 
 
-def test_a_run_that_is_still_going(tmp_path):
+def test_a_running_run(tmp_path):
     folder = write_run(tmp_path / "run", steps=5, clipo=False)
     with (folder / "metrics.jsonl").open("a") as file:
         file.write('{"step": 5, "reward/acc')
     text = missing(folder)
     for sentence in (
-        "grpo-0: 5 of 12 steps are done: it is still going, or was ended.",
+        "grpo-0: 5 of 12 steps are done: it still runs, or was ended.",
         "grpo-0: the last line of metrics.jsonl is cut short",
         "grpo-0: nothing was evaluated",
         "grpo-0: it ran without CLIPO",
@@ -202,10 +202,10 @@ def test_a_run_of_one_step(tmp_path):
     (folder / "trace.jsonl").unlink()
     text = missing(folder)
     assert "one step is a point" in text and "no states were kept" in text and "no step was traced" in text
-    assert "right rollouts" in text
+    assert "correct rollouts" in text
 
 
-def test_broken_files_are_told_and_the_rest_is_shown(tmp_path):
+def test_broken_files_are_noted_and_the_rest_is_shown(tmp_path):
     folder = write_run(tmp_path / "run")
     (folder / "config.json").write_text("{")
     (folder / "states" / "step_000011.safetensors").write_bytes(b"no")
@@ -220,7 +220,7 @@ def test_broken_files_are_told_and_the_rest_is_shown(tmp_path):
     "damage",
     [{"samples": "x"}, {"samples": 1, "correct": 5}, {"correct": None}, {"votes": 3}, {"step": "x"}, {"step": None}],
 )
-def test_a_damaged_evaluation_costs_itself_alone(damage, tmp_path):
+def test_a_damaged_evaluation_alone_is_left_out(damage, tmp_path):
     folder = write_run(tmp_path / "run", evaluated=True)
     file = folder / "eval" / "step_000012.json"
     facts = json.loads(file.read_text())
@@ -235,21 +235,21 @@ def test_a_damaged_evaluation_costs_itself_alone(damage, tmp_path):
     assert text.count(", after 0 steps</span>") == 2, "of each set, in the table of runs"
 
 
-def test_a_models_folder_is_no_run(tmp_path, capsys):
+def test_the_folder_of_a_model_is_not_that_of_a_run(tmp_path, capsys):
     (tmp_path / "config.json").write_text('{"architectures": ["LlamaForCausalLM"], "hidden_size": 64}')
     assert cli.main(["report", str(tmp_path), "-o", str(tmp_path / "x.html")]) == 2
-    assert "has no metrics.jsonl and no config.json of a run" in capsys.readouterr().err
+    assert "has neither metrics.jsonl nor config.json of a run" in capsys.readouterr().err
     assert not (tmp_path / "x.html").exists()
     run = write_run(tmp_path / "run")
     (run / "config.json").write_text('{"hidden_size": 64}')
     assert "run: config.json is not the configuration of a run" in missing(run)
 
 
-def test_a_folder_that_is_no_run(tmp_path, capsys):
+def test_impossible_inputs_and_outputs_are_refused(tmp_path, capsys):
     assert cli.main(["report", str(tmp_path / "none")]) == 2
-    assert "none is no folder. Give the folder of a run" in capsys.readouterr().err
+    assert "none is not a folder. Give the folder of a run" in capsys.readouterr().err
     assert cli.main(["report", str(tmp_path), "-o", str(tmp_path / "x.html")]) == 2
-    assert "has no metrics.jsonl and no config.json of a run, so it is no run's" in capsys.readouterr().err
+    assert "has neither metrics.jsonl nor config.json of a run" in capsys.readouterr().err
     run = write_run(tmp_path / "run")
     assert cli.main(["report", str(run), "-o", str(tmp_path)]) == 2
     assert "is a folder. Give the file to write" in capsys.readouterr().err
@@ -259,7 +259,7 @@ def test_a_folder_that_is_no_run(tmp_path, capsys):
         read_run(run / "metrics.jsonl")
 
 
-def test_reading_needs_no_torch(compared):
+def test_a_report_needs_no_torch(compared):
     script = (
         "import sys\nfrom clipo_megatron import cli\n"
         "assert cli.main(['report', *sys.argv[2:], '-o', sys.argv[1]]) == 0\n"
@@ -279,7 +279,7 @@ const root = document.documentElement, out = {ready: root.dataset.ready, overflo
 out.wide = root.scrollWidth - root.clientWidth;
 for (const part of document.querySelectorAll("details")) part.open = true;
 out.wideOpen = root.scrollWidth - root.clientWidth;
-for (const each of document.querySelectorAll("main .card, main .tile, main svg, main .said, main .map")) {
+for (const each of document.querySelectorAll("main .card, main .tile, main svg, main .response, main .map")) {
   const box = each.getBoundingClientRect();
   if (box.right > root.clientWidth + 1 || box.left < -1) out.overflow.push(each.className.baseVal ?? each.className);
 }
@@ -327,7 +327,7 @@ def test_a_browser_shows_it_without_errors(width, compared):
 
 
 @needs_browser
-def test_the_browser_would_tell_of_errors(tmp_path):
+def test_the_browser_check_finds_errors(tmp_path):
     page = tmp_path / "page.html"
     page.write_text("<html><head></head><body><script>nothing.here()</script></body></html>")
     failures, found = browser.look(page, "return 7")
@@ -336,21 +336,21 @@ def test_the_browser_would_tell_of_errors(tmp_path):
     assert any("so it is" in failure for failure in browser.look(page, "")[0])
 
 
-def test_the_page_asks_nobody_for_anything(compared):
+def test_the_page_needs_no_network(compared):
     text = compared[1].read_text()
     assert not re.findall(r'(?:src|href)="(?!#)', text)
     assert "default-src 'none'" in text and "@import" not in text and "url(" not in text
     assert set(re.findall(r"https?://[^\s\"'<)]+", text)) <= {"http://www.w3.org/2000/svg"}
 
 
-def test_what_rollouts_say_is_text(compared):
+def test_texts_of_rollouts_are_escaped(compared):
     text = compared[1].read_text()
     assert safe(NASTY) in text and "<img src=x" not in text and "throw Error" not in text.replace(safe(NASTY), "")
     assert safe("a\N{NO-BREAK SPACE}b\u202ec\ud800") == "a\N{NO-BREAK SPACE}b\\u202ec\\ud800"
     assert safe("\x1b[31m") == "\\x1b[31m" and safe('<a b="c">') == "&lt;a b=&quot;c&quot;&gt;"
 
 
-# ---------------------------------------------------------------- axes and words
+# ---------------------------------------------------------------- axes and numbers
 
 
 def test_axes_hold_their_values_and_have_round_ticks():

@@ -1,4 +1,4 @@
-"""Made-up runs for the report page: a folder with everything that a run leaves in it."""
+"""Synthetic runs for reports: folders with every file that a run writes."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 
 from clipo_megatron.config.schema import RunConfig
 from clipo_megatron.evaluation.results import Evaluation, ProblemResult, write_evaluation
-from clipo_megatron.report.timing import PHASES
+from clipo_megatron.telemetry.metric_names import PHASES, phase_time
 from clipo_megatron.telemetry.states import States, write_states
 
 NASTY = "</script><script>throw Error('escaped?')</script> <img src=x onerror=alert(1)> \x1b[31m & \"quoted\" €"
@@ -26,7 +26,7 @@ def write_run(
     name: str | None = None,
     **facts,
 ) -> Path:
-    """A made-up run with everything in its folder."""
+    """Write the folder of a synthetic run; `facts` are settings of the optimizer."""
     folder.mkdir(parents=True)
     random = np.random.default_rng(seed + 10 * clipo)
     config = RunConfig(name=name or f"{'clipo' if clipo else 'grpo'}-{seed}")
@@ -38,7 +38,7 @@ def write_run(
     with (folder / "metrics.jsonl").open("w") as file:
         for step in range(steps):
             line = {"step": step, "reward/accuracy": random.random(), "reward/mean": random.normal(), "my/own": 1.0}
-            line |= {f"time/{phase}_s": random.random() for phase in PHASES[:-1]} | {"time/step_s": 6.0}
+            line |= {phase_time(phase): random.random() for phase in PHASES} | {"time/step_s": 6.0}
             line |= {"policy/grad_norm": None if step == 3 else random.random(), "speed/padding_share": 0.0}
             if clipo:
                 line |= {"clipo/loss": random.random(), "clipo/bonus_mean": -random.random() / 5}
@@ -71,6 +71,6 @@ def write_run(
 
 
 def evaluate(run: Path, step: int, solved: int, source: str = "set") -> None:
-    """An evaluation in which the first `solved` of 20 problems are right."""
+    """Write an evaluation in which the first `solved` of 20 problems are correct."""
     problems = {f"{source}/{n}": ProblemResult(1, int(n < solved), digest=str(n)) for n in range(20)}
     write_evaluation(run / "eval", Evaluation(step, problems))
