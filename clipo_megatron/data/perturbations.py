@@ -1,15 +1,15 @@
-"""Problems of reasoning-gym again, changed: other numbers, other names, or a clause that has no bearing on the answer.
+"""Perturbed problems of reasoning-gym: other numbers, other names, or a clause that has no bearing on the answer.
 
-A policy that has learned to solve a problem solves its changed forms; one that has learned its words or its answer does
-not. Whoever evaluates on both learns which it is. Changes follow from (seed, problem) alone:
+A policy that has learned to solve a problem also solves its perturbed forms; one that has memorised its text or answer
+does not. A perturbation is a function of (seed, problem):
 
-    numbers   the same words, every number drawn anew, and the answer with them
-    names     the same numbers, every name and thing drawn anew; the answer stays
-    clause    one sentence more, about something that the problem does not ask for; the answer stays
+    numbers   the same text, every number drawn again, and the answer with them
+    names     the same numbers, every name and thing drawn again; the answer stays
+    clause    one more sentence about something that the question does not ask for; the answer stays
 
-GSM-Symbolic (Mirzadeh et al., arXiv 2410.05229) does this by hand-made templates; its generators in reasoning-gym draw
-words and numbers in one stream, which is recorded here and played back with one kind of draws replaced. Answers come
-from the generator itself, never from the text.
+GSM-Symbolic (Mirzadeh et al., arXiv 2410.05229) has hand-made templates for this. Its generators in reasoning-gym draw
+words and numbers from one random stream, which is recorded here and replayed with one kind of draws replaced. Answers
+come from the generator, never from the text.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from typing import Any
 
 from clipo_megatron.config.schema import Perturbation
 
-_ATTEMPTS = 200  # draws until one differs as it should; templates with little choice need some
+_ATTEMPTS = 200  # most draws until one differs as it should; templates with few choices need several
 
-# What a clause is about, and the clause; `{n}` is a number of no consequence. A problem that mentions the thing gets
-# another one. None has a person in it, to whom a pronoun of the problem could then refer.
+# (thing, clause about it); `{n}` becomes a number. A problem that mentions the thing gets another clause. No clause
+# mentions a person, to whom a pronoun of the problem could then refer.
 _CLAUSES = (
     ("lighthouse", "A lighthouse {n} kilometres away was painted white last spring."),
     ("comet", "A comet could be seen from the town for {n} nights."),
@@ -40,17 +40,17 @@ _EQUATION_CLAUSES = (
 
 
 class PerturbationError(ValueError):
-    """A problem has no such changed form, as one without names; the message names the generator and the kind."""
+    """A problem has no form of this kind, such as one without names; the message names generator and kind."""
 
 
 def perturb(dataset: Any, index: int, kind: Perturbation, seed: int) -> dict[str, Any]:
-    """The entry of one problem, changed.
+    """The entry of one problem, perturbed.
 
     Args:
-        dataset: of reasoning-gym, of a generator in `config.checks.PERTURBABLE`.
-        index: of the problem.
+        dataset: a data set of reasoning-gym whose generator is in `config.checks.PERTURBABLE`.
+        index: index of the problem.
         kind: what to change.
-        seed: of the change.
+        seed: seed of the perturbation.
 
     Raises:
         PerturbationError: no draw gave a problem that differs as it should.
@@ -60,7 +60,7 @@ def perturb(dataset: Any, index: int, kind: Perturbation, seed: int) -> dict[str
 
 
 def with_clause(question: str, clauses: tuple[tuple[str, str], ...], rng: Random) -> str:
-    """One sentence more, before the sentence that asks; about a thing that the question does not mention."""
+    """The question with a clause before its last question sentence, about a thing that it does not mention."""
     fitting = [text for thing, text in clauses if thing not in question.lower()]
     clause = rng.choice(fitting).format(n=rng.randint(11, 97))
     sentences = re.split(r"(?<=[.!?])\s+(?=[A-Z$\"'])", question)
@@ -75,13 +75,13 @@ def with_clause(question: str, clauses: tuple[tuple[str, str], ...], rng: Random
 
 
 class _Recorder(Random):
-    """Draws as Random does, and keeps what was drawn, words and numbers apart."""
+    """A Random that records what was drawn, words and numbers separately."""
 
     def __init__(self, seed: int):
         super().__init__(seed)
         self.words: list[Any] = []
         self.numbers: list[Any] = []
-        self._inside = False  # of another draw: randint calls randrange
+        self._inside = False  # whether a draw is in progress, since randint calls randrange
 
     def _draw(self, draw: Callable[[], Any]) -> Any:
         if self._inside:
@@ -110,8 +110,8 @@ class _Recorder(Random):
         return self._draw(lambda: super(_Recorder, self).uniform(a, b))
 
 
-class _Player(_Recorder):
-    """Draws one kind anew and gives the other as it was recorded, one after another, as long as it lasts."""
+class _Replayer(_Recorder):
+    """Replays the recorded draws of one kind, in order and as long as they last, and draws the other kind again."""
 
     def __init__(self, seed: int, record: _Recorder, keeps_words: bool):
         super().__init__(seed)
@@ -124,9 +124,9 @@ class _Player(_Recorder):
         fresh = super()._draw(draw)
         if _is_words(fresh) is not self._keeps_words or not self._kept:
             return fresh
-        place = self.words if self._keeps_words else self.numbers
-        place[-1] = self._kept.pop(0)
-        return place[-1]
+        drawn = self.words if self._keeps_words else self.numbers
+        drawn[-1] = self._kept.pop(0)
+        return drawn[-1]
 
 
 def _is_words(drawn: Any) -> bool:
@@ -143,15 +143,15 @@ def _word_problem(dataset: Any, index: int, kind: Perturbation, rng: Random) -> 
     tail = entry["question"].removeprefix(first["question"])
     keeps_words = kind is Perturbation.numbers
     for _ in range(_ATTEMPTS):
-        player = _Player(rng.getrandbits(32), record, keeps_words)
+        replayer = _Replayer(rng.getrandbits(32), record, keeps_words)
         try:
-            found = generate(player, dataset.config.difficulty)
-        except (ValueError, ZeroDivisionError, IndexError):  # a generator that its own draws do not always suit
+            found = generate(replayer, dataset.config.difficulty)
+        except (ValueError, ZeroDivisionError, IndexError):  # some generators fail on some of their own draws
             continue
         if found["question"] == first["question"]:
             continue
         same_answer = found["answer"] == first["answer"]
-        kept = player.words == record.words if keeps_words else player.numbers == record.numbers and same_answer
+        kept = replayer.words == record.words if keeps_words else replayer.numbers == record.numbers and same_answer
         if kept and same_answer is not keeps_words:
             facts = {**entry["metadata"], **found["metadata"]}
             return {**entry, **found, "question": found["question"] + tail, "metadata": facts}
@@ -167,7 +167,7 @@ def _equation(dataset: Any, index: int, kind: Perturbation, rng: Random) -> dict
     entry = dataset[index]
     question, facts = entry["question"], entry["metadata"]
     variable, equation = facts["variable"], facts["equation"]
-    if not re.search(rf"\b{variable}\b", equation):  # the generator makes 0 = 0 now and then
+    if not re.search(rf"\b{variable}\b", equation):  # the generator sometimes makes 0 = 0
         raise PerturbationError(f"problem {index} of simple_equations has no unknown: {equation}")
     if kind is Perturbation.clause:
         return {**entry, "question": with_clause(question, _EQUATION_CLAUSES, rng)}

@@ -1,4 +1,4 @@
-"""Rows become prompts: chat template, token ids, and a limit on their length."""
+"""Turns rows into prompts: chat template, token ids, and a limit on their length."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ _PROBES: tuple[list[dict[str, str]], ...] = (
 
 @dataclass(frozen=True, slots=True)
 class PromptSet:
-    """The prompts that fit, and how many were left out for their length."""
+    """The prompts that fit, and the number of those that were too long."""
 
     prompts: list[Prompt]
     too_long: int
 
 
 def load_tokenizer(path: str | Path) -> Any:
-    """The tokenizer of a Hugging Face folder, from this machine only.
+    """The tokenizer of a Hugging Face folder on this machine.
 
     Raises:
-        DataError: it cannot be loaded, or has no chat template.
+        DataError: the tokenizer cannot be loaded, or has no chat template.
     """
     from transformers import AutoTokenizer
 
@@ -50,7 +50,7 @@ def load_tokenizer(path: str | Path) -> Any:
 def load_prompts(
     sources: Sequence[SourceConfig], tokenizer: Any, *, system_prompt: str | None, max_prompt_tokens: int
 ) -> PromptSet:
-    """Read all sources and tokenise them; see `tokenize`.
+    """Read all sources and tokenize them; see `tokenize`.
 
     Raises:
         DataError: a source cannot be read, or no prompt fits.
@@ -61,11 +61,15 @@ def load_prompts(
 def tokenize(rows: Sequence[Row], tokenizer: Any, *, system_prompt: str | None, max_prompt_tokens: int) -> PromptSet:
     """Apply the chat template with its generation prompt, and leave out prompts of more than `max_prompt_tokens`.
 
-    `system_prompt`: None keeps a row's own system turn, or else the template's default; text replaces both; "" leaves
-    no system turn at all, not even the template's default.
+    Args:
+        rows: the problems.
+        tokenizer: a Hugging Face tokenizer with a chat template.
+        system_prompt: None keeps a row's own system turn, or else the template's default; text replaces both; ""
+            removes both.
+        max_prompt_tokens: the limit.
 
     Raises:
-        DataError: there are rows and none fits; the template cannot render them.
+        DataError: there are rows and none fits, or the template cannot render a row.
     """
     renderer = ChatRenderer(tokenizer, system_prompt)
     texts, turns = [], []
@@ -76,7 +80,7 @@ def tokenize(rows: Sequence[Row], tokenizer: Any, *, system_prompt: str | None, 
             raise DataError(f"prompt {row.id}: {error}") from error
         texts.append(text)
         turns.append(messages)
-    # The template writes the special tokens itself.
+    # The template has written the special tokens already.
     ids = tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
     prompts = [
         Prompt(
@@ -100,38 +104,38 @@ def tokenize(rows: Sequence[Row], tokenizer: Any, *, system_prompt: str | None, 
 
 
 class ChatRenderer:
-    """A chat template with the run's wish about system prompts."""
+    """Renders turns by the chat template, with the run's setting of the system prompt."""
 
     def __init__(self, tokenizer: Any, system_prompt: str | None):
         self.tokenizer = tokenizer
         self.system_prompt = system_prompt
 
     def render(self, messages: Messages) -> tuple[str, tuple[Mapping[str, str], ...]]:
-        """The text that the model reads, generation prompt included, and the turns that went into it.
+        """The text for the model, generation prompt included, and the turns that it contains.
 
         Raises:
             DataError: the template refuses the turns.
         """
         if self.system_prompt is None:
             return self._apply(messages, open_turn=True), tuple(messages)
-        asked = tuple(turn for turn in messages if turn["role"] != "system")
+        turns = tuple(turn for turn in messages if turn["role"] != "system")
         if self.system_prompt:
-            asked = ({"role": "system", "content": self.system_prompt}, *asked)
-            return self._apply(asked, open_turn=True), asked
-        return self._bare(asked), asked
+            turns = ({"role": "system", "content": self.system_prompt}, *turns)
+            return self._apply(turns, open_turn=True), turns
+        return self._without_system_prompt(turns), turns
 
-    def _bare(self, messages: Messages) -> str:
-        """Render without any system prompt.
+    def _without_system_prompt(self, messages: Messages) -> str:
+        """The text without any system prompt.
 
-        Templates write their default system prompt before the first turn only. So the turns are rendered after
-        another exchange, and what that exchange alone renders to is cut off in front.
+        Templates write their default system prompt before the first turn only. So the turns are rendered after another
+        exchange, and the text of that exchange is removed.
         """
         for probe in _PROBES:
             try:
                 before = self._apply(probe, open_turn=False)
                 both = self._apply([*probe, *messages], open_turn=True)
             except DataError:
-                continue  # templates that insist on alternating turns refuse the first probe
+                continue  # a template that insists on alternating turns refuses the first probe
             if not both.startswith(before) or messages[0]["content"].strip() not in both[len(before) :]:
                 continue
             text, start = both[len(before) :], self.tokenizer.bos_token or ""

@@ -1,4 +1,4 @@
-"""Which prompts a step trains on, for ever, with a position that survives a restart."""
+"""The prompts of each step, in shuffled epochs, with a position that a checkpoint can hold."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from clipo_megatron.data.sources import DataError
 
 
 class PromptSampler:
-    """Walks through n prompts epoch after epoch, each in an order of its own, and drops none.
+    """Walks through n prompts epoch after epoch, each epoch in its own order, and drops none.
 
-    A batch may span two epochs; then it can hold a prompt twice. The order of an epoch is a function of (seed, epoch)
-    alone, the same on every machine and in every version.
+    A batch may span two epochs; then it can hold a prompt twice. The order of an epoch is a function of (seed, epoch),
+    equal on every machine and in every version.
     """
 
     def __init__(self, n: int, prompts_per_step: int, *, seed: int = 0, shuffle: bool = True):
@@ -28,7 +28,7 @@ class PromptSampler:
         self.seed = seed
         self.shuffle = shuffle
         self.epoch = 0
-        self.offset = 0  # prompts of this epoch already given
+        self.offset = 0  # number of prompts of this epoch that were drawn
         self._order = self._permutation(0)
 
     def next(self) -> list[int]:
@@ -48,11 +48,11 @@ class PromptSampler:
         return batch
 
     def state_dict(self) -> dict[str, Any]:
-        """The position, and what it is a position in."""
+        """The position, with the data and order that it belongs to."""
         return {"epoch": self.epoch, "offset": self.offset, "n": self.n, "seed": self.seed, "shuffle": self.shuffle}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a saved position; `prompts_per_step` may have changed.
+        """Continue from a saved position; `prompts_per_step` may have changed.
 
         Raises:
             DataError: the position belongs to other data or another order.
@@ -61,7 +61,7 @@ class PromptSampler:
             if state[name] != getattr(self, name):
                 raise DataError(
                     f"the saved position belongs to {name} = {state[name]}, and now {name} = {getattr(self, name)}: "
-                    "the run cannot go on where it was. Restore the data and settings, or choose a new train.output."
+                    "the run cannot be resumed. Restore the data and settings, or choose a new train.output."
                 )
         self.epoch, self.offset = int(state["epoch"]), int(state["offset"])
         self._order = self._permutation(self.epoch)
@@ -69,7 +69,7 @@ class PromptSampler:
     def _permutation(self, epoch: int) -> list[int]:
         if not self.shuffle:
             return list(range(self.n))
-        # Sorted by a hash: unlike a generator's shuffle, no library's next release can change it.
+        # Sorted by a hash: unlike the shuffle of a random generator, no release of a library can change it.
         salt = f"{self.seed}/{epoch}/"
         return sorted(
             range(self.n), key=lambda index: hashlib.blake2b(f"{salt}{index}".encode(), digest_size=8).digest()

@@ -1,7 +1,7 @@
-"""Problems as rows: parquet and jsonl files in the verl row schema, and reasoning-gym generators. Imports no torch.
+"""Reads problems: parquet and jsonl files in the verl row schema, and reasoning-gym generators. Imports no torch.
 
-A row of a file holds `data_source`, `prompt` [{role, content}, ...], `reward_model` {ground_truth, ...} and, if it
-likes, `extra_info`. Rows are numbered from 0, as their prompt ids are.
+A row of a file holds `data_source`, `prompt` [{role, content}, ...], `reward_model` {ground_truth, ...} and optionally
+`extra_info`. Rows are numbered from 0, and their prompt ids too.
 """
 
 from __future__ import annotations
@@ -17,45 +17,47 @@ from typing import Any, TypeVar
 from clipo_megatron.config.schema import Perturbation, SourceConfig
 from clipo_megatron.data.perturbations import PerturbationError, perturb
 
-Problem = TypeVar("Problem")
+AnyProblem = TypeVar("AnyProblem")  # a Row, a Prompt or whatever has `messages`
 
 ROLES = ("system", "user", "assistant", "tool")
 _COLUMNS = ("data_source", "prompt", "reward_model")
 
 
 class DataError(ValueError):
-    """A source cannot be read as it stands; the message names the file or generator, the row and the field."""
+    """A source cannot be read; the message names the file or generator, the row and the field."""
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One problem before its chat template. `extra` is the row's `extra_info`, or the generator's whole entry."""
+    """One problem before the chat template is applied."""
 
     id: str  # "<source name>/<row>"
     messages: tuple[Mapping[str, str], ...]
     data_source: str
     ground_truth: str
-    extra: Mapping[str, Any]
+    extra: Mapping[str, Any]  # the row's `extra_info`, or the generator's whole entry
 
 
 def read_all(sources: Sequence[SourceConfig]) -> list[Row]:
     """The rows of all sources, one after another.
 
     Raises:
-        DataError: from any of them; two sources of one name.
+        DataError: a source cannot be read, or two sources have the same name.
     """
     names = [source.label for source in sources]
     for name in names:
         if names.count(name) > 1:
-            raise DataError(f"{names.count(name)} sources are called {name}: prompt ids derive from it. Name each.")
+            raise DataError(
+                f"{names.count(name)} sources have the name {name}, from which prompt ids are made. Give each a name."
+            )
     return [row for source in sources for row in read(source)]
 
 
 def read(source: SourceConfig) -> list[Row]:
-    """The rows of one source, the suffix appended to the last user turn.
+    """The rows of one source, with its suffix appended to the last user turn.
 
     Raises:
-        DataError: an absent or unreadable file, a broken row, fewer rows than `size`, an unknown generator or option.
+        DataError: a missing or unreadable file, an invalid row, fewer rows than `size`, an unknown generator or option.
     """
     if source.generator is not None:
         rows = list(_generate(source))
@@ -70,24 +72,21 @@ def read(source: SourceConfig) -> list[Row]:
     return [_with_suffix(row, source.suffix) for row in rows] if source.suffix else rows
 
 
-def overlap(train: Iterable[Problem], held_out: Iterable[Problem]) -> int:
-    """How many held-out problems are also trained on: equal user turns, white space aside.
-
-    Takes Rows or Prompts; whatever has `messages`.
-    """
-    seen = {_asked(problem) for problem in train}
-    return sum(_asked(problem) in seen for problem in held_out)
+def overlap(train: Iterable[AnyProblem], held_out: Iterable[AnyProblem]) -> int:
+    """The number of held-out problems that are also trained on: user turns are equal up to white space."""
+    seen = {_question(problem) for problem in train}
+    return sum(_question(problem) in seen for problem in held_out)
 
 
-def without(train: Iterable[Problem], held_out: Iterable[Problem]) -> list[Problem]:
-    """The training problems that are not among the held-out ones; afterwards `overlap` is 0."""
-    seen = {_asked(problem) for problem in held_out}
-    return [problem for problem in train if _asked(problem) not in seen]
+def without(train: Iterable[AnyProblem], held_out: Iterable[AnyProblem]) -> list[AnyProblem]:
+    """The training problems that are not among the held-out ones."""
+    seen = {_question(problem) for problem in held_out}
+    return [problem for problem in train if _question(problem) not in seen]
 
 
-def distinct(problems: Iterable[Problem]) -> list[Problem]:
-    """The problems without exact repetitions: of equal turns and equal ground truths the first stays."""
-    first: dict[Any, Problem] = {}
+def distinct(problems: Iterable[AnyProblem]) -> list[AnyProblem]:
+    """The problems without exact repetitions; the first of several equal ones stays."""
+    first: dict[Any, AnyProblem] = {}
     for problem in problems:
         turns = tuple((turn["role"], turn["content"]) for turn in problem.messages)
         first.setdefault((problem.data_source, problem.ground_truth, turns), problem)
@@ -99,7 +98,7 @@ def source_of(problem: str) -> str:
     return problem.rpartition("/")[0]
 
 
-def _asked(problem: Any) -> tuple[str, ...]:
+def _question(problem: Any) -> tuple[str, ...]:
     return tuple(" ".join(turn["content"].split()) for turn in problem.messages if turn["role"] == "user")
 
 
@@ -157,7 +156,7 @@ def _jsonl(path: Path) -> Iterator[tuple[str, Any]]:
 
 
 def _row(record: Any, *, id: str, place: str) -> Row:
-    """One record in the verl row schema, every field that is used looked at."""
+    """The row of one record in the verl schema; a DataError if a field is missing or invalid."""
 
     def refuse(field: str, reason: str) -> DataError:
         return DataError(f"{place}, field {field}: {reason}. Correct the row.")
@@ -223,7 +222,7 @@ def _generate(source: SourceConfig) -> Iterator[Row]:
             )
     try:
         problems = create_dataset(generator, seed=source.seed, size=source.size, **source.options)
-    except Exception as error:  # generators check their options with asserts, in words
+    except Exception as error:  # generators check their options with assertions that have messages
         raise DataError(
             f"the generator {generator} refuses its options {source.options}: {error}. Correct them."
         ) from None
@@ -233,8 +232,8 @@ def _generate(source: SourceConfig) -> Iterator[Row]:
             entry = problems[number] if change is None else perturb(problems, number, change, source.seed)
             question, answer = entry["question"], entry["answer"]
         except PerturbationError:
-            continue  # the others keep their numbers, and so stay pairs of the unchanged ones
-        except Exception as error:  # third-party code, a hundred authors
+            continue  # the others keep their numbers, which pair them with the unchanged problems
+        except Exception as error:  # third-party code, which may raise anything
             reason = f"{type(error).__name__}: {error}"
             raise DataError(
                 f"the generator {generator} fails at problem {number}: {reason}. Change its options."
@@ -243,7 +242,7 @@ def _generate(source: SourceConfig) -> Iterator[Row]:
             id=f"{name}/{number}",
             messages=({"role": "user", "content": question},),
             data_source=f"reasoning_gym/{generator}",
-            # some data sets have many right answers and name none; their graders read the entry
+            # data sets with many correct answers name none; their scorers read the entry
             ground_truth="" if answer is None else str(answer),
             extra=entry,
         )

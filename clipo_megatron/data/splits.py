@@ -1,4 +1,4 @@
-"""The problems of a run: those it trains on, and those it is judged by, which are different ones."""
+"""The training problems and the held-out problems of a run, which are disjoint."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from clipo_megatron.flow import Prompt
 
 
 def held_out_problems(config: RunConfig, tokenizer: Any, say: Callable[[str], None]) -> list[Prompt]:
-    """Evaluation prompts, none of a source twice; whatever is left out is said.
+    """Evaluation prompts, none of a source twice; `say` is told what is left out.
 
     Raises:
         DataError: a source cannot be read.
@@ -23,7 +23,7 @@ def held_out_problems(config: RunConfig, tokenizer: Any, say: Callable[[str], No
 def training_problems(
     config: RunConfig, tokenizer: Any, held_out: Sequence[Prompt], say: Callable[[str], None]
 ) -> list[Prompt]:
-    """Training prompts, without those that are `held_out` unless data.hold_out is false; what is left out is said.
+    """Training prompts, without those of `held_out` unless data.hold_out is false; `say` is told what is left out.
 
     Raises:
         DataError: a source cannot be read, or nothing is left to train on.

@@ -1,8 +1,8 @@
 """Graders: is a response correct?
 
-`grade` judges one response in this process. `GraderPool` judges many in worker processes that can be killed, each
-answer with a deadline; training uses it. Importing this package costs nothing: SymPy, math-verify and reasoning-gym
-are loaded by the first answer that needs them, torch by the pool's types alone.
+`grade` judges one response in this process. `GraderPool`, which training uses, judges many in worker processes that can
+be killed, each answer with a deadline. Importing this package is cheap: SymPy, math-verify and reasoning-gym are loaded
+by the first answer that needs them, and torch with the pool.
 """
 
 from __future__ import annotations

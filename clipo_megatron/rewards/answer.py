@@ -1,6 +1,6 @@
-"""Where the final answer of a response stands, and which sources ask multiple-choice questions.
+"""Finds the final answer of a response, and tells which sources ask multiple-choice questions.
 
-Every mode judges the final answer only: a correct number somewhere in the reasoning counts for nothing.
+Every mode judges the final answer only; a correct number in the reasoning does not count.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import re
 
 
 class UnknownGraderError(ValueError):
-    """A mode or a data source for which there is no grader: a mistake of the configuration, not of an answer."""
+    """There is no grader for a mode or a data source: a mistake in the configuration, not in an answer."""
 
 
 _CHOICE_SOURCES = ("truthfulqa", "mmlu", "commonsense_qa")
@@ -30,7 +30,7 @@ def after_thinking(response: str) -> str:
 def last_boxed(text: str) -> str | None:
     r"""The content of the last `\boxed{...}` in `text`, braces balanced; None when there is none or it never closes.
 
-    `\boxed 9`, without braces, counts as 9: two worked solutions of MATH end so.
+    `\boxed 9`, without braces, counts as 9: two worked solutions of MATH end that way.
     """
     start = text.rfind("\\boxed")
     if start < 0:
@@ -48,6 +48,6 @@ def last_boxed(text: str) -> str | None:
 
 
 def gold_answer(ground_truth: str) -> str:
-    r"""The answer that a ground truth stands for: its last `\boxed{}` when it is a worked solution, else all of it."""
+    r"""The gold answer: the last `\boxed{}` of a worked solution, else the whole ground truth."""
     boxed = last_boxed(ground_truth)
     return ground_truth if boxed is None else boxed

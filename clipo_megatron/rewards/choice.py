@@ -1,7 +1,7 @@
 r"""Multiple choice: C, (C), c, "C.", \text{C}, \textbf{(C)}, "C. some text" and "C) some text" all choose C.
 
-The choice is the last `\boxed{}` after the last `</think>`; a response without a box is wrong. "A or B" chooses
-nothing.
+The choice is the last `\boxed{}` after the last `</think>`; a response without a box is wrong. "A or B" names
+no option.
 """
 
 from __future__ import annotations
@@ -40,5 +40,5 @@ def _unwrap(text: str) -> str:
     text = text.strip()
     while wrapped := _WRAPPER.match(text):
         text = wrapped.group(1).strip()
-    # \text{C. } and then words: only the head matters
+    # \text{C. } followed by text: only its content matters
     return re.sub(r"^\\(?:text|textbf|mathrm|mathbf)\s*\{([^{}]*)\}", r"\1", text).strip()

@@ -1,8 +1,8 @@
-r"""LaTeX to plain text, as far as the reference grader's rules see it: `\frac{\pi}{2}` -> "π/2", `\sqrt2` -> "√(2)".
+r"""Converts LaTeX to plain text as the reference grader does: `\frac{\pi}{2}` -> "π/2", `\sqrt2` -> "√(2)".
 
-The reference converts both answers this way before it compares them, so what matters is what is kept and what is
-dropped. Unknown macros vanish and their arguments stay as text; `\mbox{}` vanishes with its argument; a root loses
-its index; a matrix becomes "[ 1 2; 3 4 ]".
+The reference converts both answers before it compares them, so the conversion must keep and drop exactly the same.
+Unknown macros vanish and their arguments stay as text; `\mbox{}` vanishes with its argument; a root loses its index; a
+matrix becomes "[ 1 2; 3 4 ]".
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from string import ascii_lowercase, ascii_uppercase
 
 _TOKEN = re.compile(r"\\[A-Za-z]+\s*|\\.|[{}&~]|[^\\{}&~]+|\\", re.DOTALL)
 
-# these macros print their own name
+# macros that print their own name
 _NAMED = "cos sin tan arccos arcsin arctan cosh sinh tanh arccosh arcsinh arctanh ln log exp max min sup inf lim"
 _GREEK = "alpha beta gamma delta zeta eta theta iota kappa lambda mu nu xi pi rho sigma tau upsilon chi psi omega"
 _SYMBOLS = {
@@ -39,13 +39,13 @@ _SYMBOLS = {
 }
 _BOLD = {ord(c): chr(0x1D400 + i) for i, c in enumerate(ascii_uppercase + ascii_lowercase)}
 _DROPPED_WITH_ARGUMENT = {"mbox", "hspace", "vspace", "label"}
-_NEED_BRACES = {"\\frac", "\\sqrt"}  # as an argument of their own: \\frac\\sqrt33 is no LaTeX
+_NEED_BRACES = {"\\frac", "\\sqrt"}  # when they are an argument: \\frac\\sqrt33 is not LaTeX
 _KEPT_SECOND_ARGUMENT = {"textcolor"}
 _MATRICES = {"array", "pmatrix", "bmatrix", "smallmatrix", "psmallmatrix", "bsmallmatrix"}
 
 
 class LatexError(ValueError):
-    """The text is not LaTeX that this module can read (an argument is missing)."""
+    """The text is not LaTeX that this module can read: an argument is missing."""
 
 
 def latex_to_text(latex: str) -> str:

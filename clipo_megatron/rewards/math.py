@@ -1,13 +1,12 @@
-r"""Mathematical equality: math-verify, joined with the reference's rules, so that neither wrongly rejects.
+r"""Mathematical equality: an answer is correct if math-verify or the reference's rules accept it.
 
 Only the final answer counts: the last `\boxed{}` after the last `</think>`. A response without a box is wrong, even
-when the right number stands in its text: prompts ask for the box, and picking numbers out of prose rewards listing
-candidates. Several values in one box ("1 or 2") are one answer, a set, and equal only an equal set.
+when its text contains the correct number: prompts ask for the box, and accepting numbers from prose would reward lists
+of candidates. Several values in one box ("1 or 2") are a set, which equals only an equal set.
 
-An answer is correct when the reference's rules accept it (`reference.py`) or math-verify finds it equal. Leniencies of
-theirs that accept another value are taken back: "5\text{ or }6" and "5\text{ million}" are not 5, a set is not an
-ordered pair or an interval, 204_6 is not 204_5, and a small decimal is compared to six significant digits instead of
-six decimals (0.000067 is not 0.0000672).
+Leniencies of the two that accept another value are removed: "5\text{ or }6" and "5\text{ million}" are not 5, a set is
+neither an ordered pair nor an interval, 204_6 is not 204_5, and a small decimal is compared to six significant digits
+instead of six decimals (0.000067 is not 0.0000672).
 """
 
 from __future__ import annotations
@@ -32,8 +31,8 @@ _SIGNIFICANT_DIGITS = 6
 def grade(response: str, ground_truth: str, *, data_source: str, extra: Any = None) -> float:
     """1.0 if the final answer of `response` equals the gold answer, else 0.0. `extra` is not used.
 
-    Multiple-choice sources are judged as in `choice.py`. SymPy may take arbitrarily long on a hostile answer; the
-    deadline is the pool's.
+    Multiple-choice sources are judged as in `choice.py`. SymPy may take arbitrarily long on a hostile answer; only
+    the pool has a deadline.
 
     Raises:
         MemoryError, RecursionError: the answer exhausted the process; the caller counts it as ungraded.
@@ -48,10 +47,10 @@ def grade(response: str, ground_truth: str, *, data_source: str, extra: Any = No
 
 
 def agree(answer: str, gold: str, *, data_source: str = "") -> bool:
-    """Whether the final answer `answer` equals `gold`, as reference string rules or as mathematics."""
+    """Whether the final answer `answer` equals `gold`, by the reference's rules or as mathematics."""
     if not answer.strip():
         return False
-    # The reference cuts "5\\text{ or }6" at the text, as if a unit followed; only a unit may be cut.
+    # The reference cuts "5\\text{ or }6" at the text, as if a unit followed; here only a unit may be cut.
     cut = _NO_UNIT.search(answer) and not _NO_UNIT.search(gold)
     if not cut and reference.agree(answer, gold, data_source=data_source):
         return True
@@ -59,19 +58,19 @@ def agree(answer: str, gold: str, *, data_source: str = "") -> bool:
 
 
 def _spelled_out(text: str) -> str:
-    """`text` without what math-verify misreads: magnitudes as words, dollars behind the number, ties."""
+    """`text` without what math-verify misreads: magnitudes as words, dollars after the number, ties."""
     text = _MAGNITUDE.sub(lambda word: f" \\cdot 10^{{{_POWERS[word[1] or word[2]]}}}", text)
     return _TRAILING_CURRENCY.sub("", text).replace("~", " ")
 
 
 def _equal_expressions(answer: str, gold: str) -> bool:
-    if len(answer) > 2000 + 4 * len(gold):  # no spelling of the gold answer is so long; parsing it would take minutes
+    if len(answer) > 2000 + 4 * len(gold):  # longer than any form of the gold answer; parsing it would take minutes
         return False
     bases = _BASE.search(answer), _BASE.search(gold)
     if all(bases) and bases[0].group(1) != bases[1].group(1):  # 204_5 is not 204_6; math-verify drops the base
         return False
 
-    import math_verify  # a second, and SymPy with it
+    import math_verify  # takes a second, since it imports SymPy
     from sympy import FiniteSet, Interval, Tuple
 
     try:
@@ -85,7 +84,9 @@ def _equal_expressions(answer: str, gold: str) -> bool:
         )
     except (MemoryError, RecursionError):
         raise
-    except Exception:  # what cannot be compared with the gold answer is not equal to it; SymPy raises anything
+    except (
+        Exception
+    ):  # an answer that cannot be compared with the gold answer is not equal to it; SymPy raises anything
         return False
 
 

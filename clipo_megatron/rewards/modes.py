@@ -1,4 +1,4 @@
-"""The ways to judge a response, by name, and the choice among them by data source."""
+"""The grading modes by name, and the choice among them by data source."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _log = logging.getLogger(__name__)
 def mode_for(data_source: str) -> str:
     """The mode that `auto` stands for.
 
-    reasoning_gym/* its own data set, arithmetic* `number`, multiple-choice sets `choice`, everything else `math`.
+    `reasoning_gym` for "reasoning_gym/*", `number` for "arithmetic*", `choice` for multiple-choice sets, else `math`.
     """
     if data_source.startswith(reasoning_gym.PREFIX):
         return "reasoning_gym"
@@ -35,11 +35,11 @@ def mode_for(data_source: str) -> str:
 def judge(
     response: str, ground_truth: str, *, data_source: str, mode: str = "math", extra: Mapping[str, Any] | None = None
 ) -> float:
-    """1.0 or 0.0, or the exception that kept the grader from a verdict.
+    """1.0 for a correct response, 0.0 for a wrong one; exceptions of the grader are passed on.
 
     Raises:
-        UnknownGraderError: `mode` is unknown, or names reasoning-gym and `data_source` no data set of it.
-        Exception: whatever the answer provoked.
+        UnknownGraderError: `mode` is unknown, or `data_source` names no reasoning-gym data set.
+        Exception: the grader failed on this answer.
     """
     if mode == "auto":
         mode = mode_for(data_source)
@@ -59,14 +59,13 @@ def grade(
     Args:
         response: the model's text.
         ground_truth: the gold answer, or a worked solution whose last `\\boxed{}` is the answer.
-        data_source: the row's source, "openai/gsm8k"; says which sets are multiple choice, and the data set for
-            mode "reasoning_gym".
+        data_source: the row's source, such as "openai/gsm8k"; it tells which sets are multiple choice, and the data set
+            for mode "reasoning_gym".
         mode: "math", "reference", "choice", "number", "reasoning_gym", or "auto" to choose by `data_source`.
         extra: the reasoning-gym entry, for that mode.
 
     Returns:
-        1.0 correct, 0.0 wrong, None ungraded: the grader failed on this answer, which says nothing about it. The
-        failure is logged.
+        1.0 correct, 0.0 wrong, None ungraded: the grader failed on this answer, and logged why.
 
     Raises:
         UnknownGraderError: `mode` is unknown, or `data_source` names no reasoning-gym data set.

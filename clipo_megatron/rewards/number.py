@@ -3,17 +3,17 @@ r"""The last number of a response: the "flexible" extraction usual for GSM8K-lik
     So she pays 3 * $450 = $1,350.          1350
     <think>7</think> I get \boxed{-2.50}    -5/2
     3 - 5 = -2                              -2
-    9-7                                     7: nothing is computed, and the minus belongs to the subtraction
+    9-7                                     7: nothing is computed, and the minus is that of a subtraction
 
 The number is the last one after the last `</think>`, or the last one of the last `\boxed{}` there; a box without a
 number is wrong. It must equal the ground truth's number exactly, as a value: 72 = 72.0 = 72.00. Thousands commas, a
-leading sign, a trailing period, percent, dollar and degree signs and units are no part of the value: 50% is 50, not
+leading sign, a trailing period, percent, dollar and degree signs and units are not part of the value: 50% is 50, not
 0.5. A fraction or a mixed number (3/4, \frac{3}{4}, 1 1/2) is one number, and so is 1.5e3. Where the last number is
 part of something else (\sqrt{2}, 3\pi, 2^{10}, \frac{x}{2}, 5 million), the response has no readable number and is
-wrong; number words are no numbers, and neither are exponents (cm^2), indices (x_1, log_2) and names (H2O).
+wrong. Number words, exponents (cm^2), indices (x_1, log_2) and names (H2O) are not numbers.
 
-Picking a number out of prose accepts more than `math` does: whoever ends with the right number is right, whatever it
-was said to be. Use it for tasks that ask for one number, and `math` where a box is asked for.
+This accepts more than `math` does: a response that ends with the correct number is correct, whatever the number was
+said to be. Use it for tasks that ask for one number, and `math` where a box is asked for.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from typing import Any
 
 from clipo_megatron.rewards.answer import after_thinking, gold_answer, last_boxed
 
-_LONGEST_NUMERAL = 200  # characters; no task's answer is longer, and exact arithmetic stays instant
+_LONGEST_NUMERAL = 200  # characters; no task has a longer answer, and exact arithmetic stays fast
 _LARGEST_EXPONENT = 400
 # Possessive quantifiers keep a search linear in the text, whatever it is.
 _DECIMAL = r"(?:[0-9]{1,3}(?:,[0-9]{3}(?![0-9]))++|[0-9]++)(?:\.[0-9]++)?+|(?<![0-9A-Za-z.])\.[0-9]++"
@@ -53,14 +53,14 @@ _THIN_SPACE = re.compile(r"(?<=[0-9])(?:\\[,!]|\{,\}(?:\\!)?|,\\!)(?=[0-9]{3}(?!
 def grade(response: str, ground_truth: str, *, data_source: str = "", extra: Any = None) -> float:
     """1.0 if the last number of `response` equals the ground truth's last, else 0.0.
 
-    A ground truth without a number is equal to nothing. `data_source` and `extra` are not used.
+    A ground truth without a number equals no answer. `data_source` and `extra` are not used.
     """
     answer = final_number(response)
     return float(answer is not None and answer == last_number(f"={gold_answer(ground_truth)}"))
 
 
 def final_number(response: str) -> Fraction | None:
-    """The number that a response ends with (see the module's docstring); None when it gives none."""
+    """The number that a response ends with (see the module's docstring); None when there is none."""
     text = after_thinking(response)
     boxed = last_boxed(text)
     return last_number(text) if boxed is None else last_number(f"={boxed}")

@@ -1,7 +1,7 @@
-"""Problems of a reasoning-gym generator, scored by the data set that made them.
+"""Grades answers to problems of reasoning-gym by the data set that made them.
 
 The answer is the content of the last `<answer>...</answer>`, else of the last `\\boxed{}`, else the whole text after
-the last `</think>`, stripped. With or without a final period; the better score counts.
+the last `</think>`, stripped. It is scored with and without a final period, and the better score counts.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def grade(response: str, ground_truth: str, *, data_source: str, extra: Mapping[
         response: what the model wrote.
         ground_truth: the entry's "answer"; used where `extra` has none.
         data_source: "reasoning_gym/<data set>".
-        extra: the generator's entry ("question", "answer", "metadata"); most data sets need the answer only.
+        extra: the generator's entry ("question", "answer", "metadata"); most data sets need only the answer.
 
     Raises:
         UnknownGraderError: `data_source` names no data set of reasoning-gym.
@@ -51,7 +51,10 @@ def final_text(response: str) -> str:
 
 @cache
 def _scorer(name: str) -> Callable[[str, Mapping[str, Any]], float]:
-    from reasoning_gym.factory import DATASETS, get_score_answer_fn  # two seconds: it imports every generator
+    from reasoning_gym.factory import (
+        DATASETS,
+        get_score_answer_fn,
+    )  # takes two seconds, since it imports every generator
 
     if name not in DATASETS:
         raise UnknownGraderError(

@@ -1,15 +1,15 @@
-r"""The grader of the CLIPO paper's released implementation, rule for rule, so that scores compare with published ones.
+r"""The grader of the CLIPO paper's released implementation, rule by rule, for comparison with published scores.
 
-The final answer (`answer.py`) equals the gold answer when one of these says so:
+The final answer (`answer.py`) equals the gold answer when one of these rules holds:
 
 1. Multiple choice: the text before the first "." is the gold letter, exactly.
 2. The string rules of the MATH benchmark (Hendrycks et al., arXiv 2103.03874): the two strings agree after spacing,
    units, `\left`, degrees, dollars, percent signs and the spellings of fractions and roots are unified.
 3. The rules of PRM800K's grader (Lightman et al., arXiv 2305.20050): after a looser normalisation the strings agree,
-   or, element by element of a tuple, SymPy finds the difference to be zero. A fraction must stand in the gold's own
-   terms, and an integer must be written as one.
+   or, element by element of a tuple, SymPy finds the difference to be zero. A fraction must have the gold's
+   numerator and denominator, and an integer must be written as one.
 
-Known to be too strict, by design of the original: it rejects \frac{2}{4} for 1/2, 6/2 for 3, 2^{10} for 1024, {1,2}
+Known to be too strict, as the original is: it rejects \frac{2}{4} for 1/2, 6/2 for 3, 2^{10} for 1024, {1,2}
 for 2,1, and \text{C}, (C) and c for the choice C. Known to be lenient: 32.5\% for 32.5, x=5 for 5, letter case,
 5\text{ or }6 for 5 (the text counts as a unit), 3.5e-8 for 0 (a number within 1e-7 of an integer is that integer).
 One deliberate difference: `\boxed 9` without braces is read as 9, in answers and in ground truths.
@@ -44,15 +44,15 @@ def agree(answer: str, gold: str, *, data_source: str) -> bool:
     return benchmark_form(answer) == benchmark_form(gold) or _equal_by_value(answer, gold)
 
 
-# Rule 2: one spelling for each answer, by string replacement.
+# Rule 2: a normal form by string replacement.
 
 
 class _Unreadable(ValueError):
-    """The string rules give up on this answer; it is compared as it stands."""
+    """The string rules do not apply to this answer, which is compared unchanged."""
 
 
 def benchmark_form(answer: str) -> str:
-    """An answer in the one spelling that rule 2 compares."""
+    """An answer in the normal form that rule 2 compares."""
     answer = answer.strip()
     wrapped = _WRAPPED_TEXT.search(answer)
     if wrapped:
@@ -121,9 +121,9 @@ _PLAIN_SYMBOLS = {"√": "sqrt", "π": "pi", "∞": "inf", "∪": "U", "·": "*"
 _THOUSANDS = re.compile(r"(\d),(\d\d\d)($|\D)")
 _FRACTION = re.compile(r"^-?[0-9]+.?/0*[1-9][0-9]*.?$")
 _BRACKETS = "()[]"
-# Powers of powers and large exponents are left alone: SymPy would not come back.
+# Powers of powers and large exponents are not evaluated: SymPy would not return.
 _NOT_EVALUATED = re.compile(r"\^[{(]|\^[0-9]+\^|\^[0-9][0-9]+")
-# No answer needs these; a parser that evaluates Python must not see them.
+# No answer needs these characters, and a parser that evaluates Python must not see them.
 _NOT_ARITHMETIC = re.compile(r"__|[\"'`;:@\\]")
 
 
@@ -171,7 +171,7 @@ def _value_form(text: str) -> str:
 
 
 def _shorten_integer(text: str) -> str:
-    """13.0 -> 13; anything else as it is."""
+    """13.0 -> 13; any other text unchanged."""
     try:
         value = float(text)
         return str(round(value)) if abs(value - round(value)) <= 1e-7 else text
@@ -218,16 +218,16 @@ def _difference_is_zero(answer: str, gold: str) -> bool:
     if len(letters) > 2 or _NOT_EVALUATED.search(expression) or _NOT_ARITHMETIC.search(expression):
         return False
 
-    import sympy  # half a second, needed by few answers
+    import sympy  # takes half a second, and few answers need it
     from sympy.parsing import sympy_parser
 
     rules = (*sympy_parser.standard_transformations, sympy_parser.implicit_multiplication_application)
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Python and SymPy comment on odd answers: "3(4)" looks like a call
+            warnings.simplefilter("ignore")  # Python and SymPy warn about odd answers: "3(4)" looks like a call
             difference = sympy_parser.parse_expr(expression.replace("^", "**"), transformations=rules)
             return bool(sympy.simplify(difference) == 0)
     except (MemoryError, RecursionError):
         raise
-    except Exception:  # text that is no expression raises anything: SyntaxError, TokenError, TypeError ...
+    except Exception:  # text that is not an expression raises anything: SyntaxError, TokenError, TypeError ...
         return False

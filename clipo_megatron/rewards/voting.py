@@ -1,10 +1,10 @@
-r"""Which responses give the same answer, for majority votes: a key, equal where cheap rules of the grader say so.
+r"""Keys of answers for majority votes: equal where cheap rules of the grader find two answers equal.
 
     "... so \boxed{\frac12}"   and   "\boxed{1/2}"        reference, math: the benchmark's string rules make them equal
     "\boxed{(C)}"              and   "\boxed{c}"          choice
     "That is $1,350."          and   "\boxed{1350.0}"     number
 
-No algebra is done: (x+1)^2 and x^2+2x+1 stay two answers. Only wrong answers need this; right ones agree by verdict.
+No algebra is done: (x+1)^2 and x^2+2x+1 are two answers. Only wrong answers need a key; correct ones agree by verdict.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ from clipo_megatron.rewards import choice, number, reasoning_gym, reference
 from clipo_megatron.rewards.answer import after_thinking, is_choice_source, last_boxed
 from clipo_megatron.rewards.modes import mode_for
 
-_LONGEST = 500  # characters; a longer answer agrees with its exact repetitions only
+_LONGEST = 500  # characters; a longer answer agrees only with exact repetitions
 _PLAIN_NUMBER = re.compile(r"-?[0-9]{1,40}(\.[0-9]{1,40})?")
 
 
 def answer_key(response: str, *, data_source: str, mode: str) -> str | None:
-    """The answer of a response, as text that is equal for equal answers; None where it gives no answer.
+    """A text that is equal for equal answers; None where the response gives no answer.
 
     Args:
         response: the model's text.
-        data_source: of the problem.
-        mode: the grader's.
+        data_source: data source of the problem.
+        mode: grading mode.
     """
     if mode == "auto":
         mode = mode_for(data_source)
