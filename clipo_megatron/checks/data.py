@@ -8,9 +8,8 @@ from pathlib import Path
 
 from clipo_megatron.config.errors import ConfigProblem
 from clipo_megatron.config.schema import RunConfig, SourceConfig
-
-PERTURBABLE = ("gsm_symbolic", "simple_equations")  # generators whose problems have changed forms
-DATA_SUFFIXES = (".parquet", ".jsonl")
+from clipo_megatron.data.perturbations import PERTURBABLE
+from clipo_megatron.data.sources import FILE_TYPES
 
 
 def data_problems(config: RunConfig, parts: Sequence[str]) -> Iterator[ConfigProblem]:
@@ -34,7 +33,7 @@ def _source(source: SourceConfig, key: str) -> Iterator[ConfigProblem]:
         yield ConfigProblem(key, f"it has {held}", remedy, show_value=False)
     elif source.path is not None:
         path = Path(source.path)
-        if path.suffix not in DATA_SUFFIXES:
+        if path.suffix not in FILE_TYPES:
             yield ConfigProblem(f"{key}.path", "this kind of file is not read", "Use *.parquet or *.jsonl", source.path)
         elif not path.is_file():
             reason = "there is no such file" + ("" if path.is_absolute() else f" below {Path.cwd()}")

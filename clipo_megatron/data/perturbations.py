@@ -47,7 +47,7 @@ def perturb(dataset: Any, index: int, kind: Perturbation, seed: int) -> dict[str
     """The entry of one problem, perturbed.
 
     Args:
-        dataset: a data set of reasoning-gym whose generator is in `config.checks.PERTURBABLE`.
+        dataset: a data set of reasoning-gym whose generator is in PERTURBABLE.
         index: index of the problem.
         kind: what to change.
         seed: seed of the perturbation.
@@ -184,6 +184,7 @@ def _equation(dataset: Any, index: int, kind: Perturbation, rng: Random) -> dict
     raise PerturbationError(f"problem {index} of simple_equations has no form with other numbers")
 
 
+PERTURBABLE = ("gsm_symbolic", "simple_equations")  # generators whose problems can be perturbed
 _FORMS: Mapping[str, Callable[[Any, int, Perturbation, Random], dict[str, Any]]] = {
     "GSMSymbolicDataset": _word_problem,
     "SimpleEquationsDataset": _equation,

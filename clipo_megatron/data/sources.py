@@ -19,6 +19,7 @@ from clipo_megatron.data.perturbations import PerturbationError, perturb
 
 AnyProblem = TypeVar("AnyProblem")  # a Row, a Prompt or whatever has `messages`
 
+FILE_TYPES = (".parquet", ".jsonl")
 ROLES = ("system", "user", "assistant", "tool")
 _COLUMNS = ("data_source", "prompt", "reward_model")
 
@@ -113,11 +114,11 @@ def _with_suffix(row: Row, suffix: str) -> Row:
 def _read_file(source: SourceConfig, path: Path) -> Iterator[Row]:
     if not path.is_file():
         raise DataError(f"there is no file {path} (current directory: {Path.cwd()}). Correct data.train or data.eval.")
-    readers = {".parquet": _parquet, ".jsonl": _jsonl}
-    if path.suffix not in readers:
+    if path.suffix not in FILE_TYPES:
         raise DataError(f"{path} is neither *.parquet nor *.jsonl. Convert it to one of them.")
+    reader = _parquet if path.suffix == ".parquet" else _jsonl
     name = source.label
-    records = islice(readers[path.suffix](path), source.size)
+    records = islice(reader(path), source.size)
     for number, (place, record) in enumerate(records):
         yield _row(record, id=f"{name}/{number}", place=place)
 
