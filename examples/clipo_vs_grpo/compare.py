@@ -1,11 +1,10 @@
-"""GRPO and CLIPO side by side: the same policy, the same problems, several seeds, and what each learned.
+"""Compare GRPO and CLIPO: the same policy and problems, several seeds, and a table of paired differences.
 
     python examples/clipo_vs_grpo/compare.py [--seeds 5] [--arms grpo infonce] [key=value ...]
 
-Runs go to runs/clipo_vs_grpo/<arm>/seed<n>, as many at once as there are processors; those that are there already are
-not repeated, so Ctrl-C costs the runs in progress only. Settings given as key=value hold for every arm; runs made with
-others are refused, so give --home with them. The tables go to runs/clipo_vs_grpo/table.md, and `clipo report` draws the
-curves.
+Runs go to runs/clipo_vs_grpo/<arm>/seed<n>, as many at once as there are processors. Finished runs are not repeated, so
+Ctrl-C costs only the runs in progress. Settings given as key=value hold for every arm. Runs with other settings are
+refused, so give --home with them. The tables go to runs/clipo_vs_grpo/table.md, and `clipo report` draws the curves.
 """
 
 from __future__ import annotations
@@ -36,9 +35,9 @@ from clipo_megatron.runtime.run_dir import SETTINGS as CONFIG
 HERE = Path(__file__).resolve().parent
 SETTINGS = HERE / "comparison.yaml"
 HOME = HERE.parent.parent / "runs" / "clipo_vs_grpo"
-DEADLINE_S = 1200  # of one run
+DEADLINE_S = 1200  # for one run
 
-# What each arm changes. "supcon_out" is the mean over all positives: the expectation of infonce's drawn one.
+# Settings that each arm changes. "supcon_out" averages over all positives, the expectation of infonce's drawn positive.
 ARMS: dict[str, list[str]] = {
     BASELINE: ["clipo.enabled=false"],
     "infonce": [],
@@ -51,7 +50,7 @@ ARMS: dict[str, list[str]] = {
 
 
 def prepare(home: Path) -> None:
-    """The student and its problems, once."""
+    """Make the student and its problems unless they exist."""
     if not (home / "train.jsonl").exists():
         train = problems(2000, note_right=0.9, seed=2)
         known = {each.digits for each in train}
@@ -69,7 +68,7 @@ def prepare(home: Path) -> None:
 
 
 def settings(arm: str, seed: int, home: Path, overrides: Sequence[str]) -> list[str]:
-    """What `clipo train` is told of one run."""
+    """The overrides of `clipo train` for one run."""
     given = {
         "name": arm,
         "train.output": str(home / arm / f"seed{seed}"),
@@ -82,12 +81,8 @@ def settings(arm: str, seed: int, home: Path, overrides: Sequence[str]) -> list[
 
 
 def refuse_own_settings(arms: Sequence[str], overrides: Sequence[str]) -> None:
-    """Settings that make the runs what they are cannot be given for all of them.
-
-    Raises:
-        ConfigError: one of the overrides is such a setting.
-    """
-    own = {word.partition("=")[0] for arm in arms for word in settings(arm, 0, HOME, [])}
+    """Raise a ConfigError if an override sets what the arms and seeds differ in."""
+    own = {setting.partition("=")[0] for arm in arms for setting in settings(arm, 0, HOME, [])}
     for override in overrides:
         key = override.partition("=")[0].strip()
         if any(key == each or key.startswith((f"{each}.", f"{each}[")) for each in own):
@@ -95,25 +90,21 @@ def refuse_own_settings(arms: Sequence[str], overrides: Sequence[str]) -> None:
 
 
 def refuse_other_settings(output: Path, arm: str, seed: int, overrides: Sequence[str]) -> None:
-    """A run that is there is used only if it was made as it would be now; one of fewer steps goes on.
-
-    Raises:
-        ConfigError: it was made with other settings.
-    """
+    """Raise a ConfigError if the run in `output` was made with other settings; one of fewer steps can be continued."""
     file = output / CONFIG
     if not file.exists():
         return
     try:
         made = dict(_leaves(json.loads(file.read_text())))
-        home = Path(made["train.output"]).parent.parent  # it may have been moved since
-        goes_on = made["train.steps"] < _wanted(arm, home, tuple(overrides))["train.steps"]
+        home = Path(made["train.output"]).parent.parent  # the run may have been moved
+        continues = made["train.steps"] < _wanted(arm, home, tuple(overrides))["train.steps"]
     except (ValueError, KeyError, TypeError, AttributeError):
-        raise ConfigError(f"{file} is not whole. Remove {output}, and its run is made again.") from None
+        raise ConfigError(f"{file} is damaged. Remove {output} to repeat its run.") from None
     now = _wanted(arm, home, tuple(overrides)) | {"train.seed": seed, "train.output": str(home / arm / f"seed{seed}")}
-    since = dict(_leaves(asdict(RunConfig())))  # settings that came later had their defaults
+    since = dict(_leaves(asdict(RunConfig())))  # settings that did not exist yet had their defaults
     for key in sorted(made.keys() | now.keys()):
         value, other = made.get(key, since.get(key)), now.get(key)
-        if value != other and not (key == "train.steps" and goes_on):
+        if value != other and not (key == "train.steps" and continues):
             raise ConfigError(
                 f"{output} was made with {key} = {spell(value)}, and now it would be {spell(other)}. Choose another "
                 "folder with --home, or remove that one."
@@ -122,7 +113,7 @@ def refuse_other_settings(output: Path, arm: str, seed: int, overrides: Sequence
 
 @cache
 def _wanted(arm: str, home: Path, overrides: tuple[str, ...]) -> dict[str, Any]:
-    """The settings of an arm's first run, as its config.json would hold them, by key."""
+    """The settings of an arm's first run as its config.json would hold them, by dotted key."""
     config = load(SETTINGS, settings(arm, 0, home, overrides))
     return dict(_leaves(json.loads(json.dumps(asdict(config), default=str))))
 
@@ -141,10 +132,10 @@ def is_done(output: Path, steps: int) -> bool:
 
 
 def train(arm: str, seed: int, home: Path, overrides: Sequence[str]) -> None:
-    """One run, in processes of its own.
+    """Train one run in a subprocess.
 
     Raises:
-        RuntimeError: it failed, or did not end in time; its output is in the run's folder.
+        RuntimeError: the run failed, or did not end in time.
     """
     output = home / arm / f"seed{seed}"
     output.mkdir(parents=True, exist_ok=True)
@@ -162,32 +153,32 @@ def train(arm: str, seed: int, home: Path, overrides: Sequence[str]) -> None:
             ).returncode
     except subprocess.TimeoutExpired:
         raise RuntimeError(
-            f"{arm}, seed {seed} did not end within {DEADLINE_S} s. Its output is in {log}; run fewer at once with "
+            f"{arm}, seed {seed} did not end within {DEADLINE_S} s. Its output is in {log}. Run fewer at once with "
             "--at-once."
         ) from None
     if code or not is_done(output, load(SETTINGS, overrides).train.steps):
-        said = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
+        printed = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
         raise RuntimeError(
-            f"{arm}, seed {seed} ended with {code}: {said[-1].strip() if said else 'it said nothing'}. All of its "
-            f"output is in {log}."
+            f"{arm}, seed {seed} ended with {code}: {printed[-1].strip() if printed else 'no output'}. All of "
+            f"its output is in {log}."
         )
 
 
-# ---------------------------------------------------------------- all of them
+# ---------------------------------------------------------------- all runs
 
 
 def train_missing(
     home: Path, arms: Sequence[str], seeds: Iterable[int], overrides: Sequence[str], *, at_once: int
 ) -> None:
-    """Train the runs that are not there.
+    """Train the runs that are missing.
 
     Raises:
-        ConfigError: settings are wrong, or one that is there was made with others.
-        RuntimeError: a run failed. Those in progress are waited for, and no other is begun.
+        ConfigError: settings are wrong, or an existing run was made with other settings.
+        RuntimeError: a run failed. Runs in progress are waited for, and no other is started.
     """
     refuse_own_settings(arms, overrides)
     steps = load(SETTINGS, overrides).train.steps
-    # Seed by seed: a comparison that is stopped early has whole pairs.
+    # Seed by seed, so that a comparison that is stopped early has complete pairs.
     wanted = [(arm, seed) for seed in seeds for arm in arms]
     for arm, seed in wanted:
         refuse_other_settings(home / arm / f"seed{seed}", arm, seed, overrides)
@@ -214,7 +205,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Train what is missing, then print the tables.
 
     Returns:
-        0; 1: a run failed; 2: something given cannot be used; 130: Ctrl-C.
+        0: all runs are there; 1: a run failed; 2: an argument or setting is wrong; 130: Ctrl-C.
     """
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arms", nargs="+", default=list(ARMS), metavar="ARM", help=f"of {', '.join(ARMS)}; all")
@@ -225,9 +216,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--home", type=Path, default=HOME, help="folder of all runs (default: runs/clipo_vs_grpo)")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings of every run, as for `clipo train`")
     options = parser.parse_intermixed_args(arguments)
-    # Those right after --arms were taken for arms.
-    overrides = [*options.overrides, *(word for word in options.arms if "=" in word)]
-    arms = list(dict.fromkeys(word for word in options.arms if "=" not in word)) or list(ARMS)
+    # Overrides right after --arms were parsed as arms.
+    overrides = [*options.overrides, *(each for each in options.arms if "=" in each)]
+    arms = list(dict.fromkeys(each for each in options.arms if "=" not in each)) or list(ARMS)
     if strange := [each for each in arms if each not in ARMS]:
         parser.error(f"there is no arm {strange[0]}; there are {', '.join(ARMS)}")
     for name, value in (("--seeds", options.seeds), ("--at-once", options.at_once)):
@@ -236,8 +227,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     home, seeds = options.home.resolve(), range(options.seeds)
     try:
         train_missing(home, arms, seeds, overrides, at_once=options.at_once)
-        words = tables(home, arms, seeds)
-        (home / "table.md").write_text(words + "\n")
+        text = tables(home, arms, seeds)
+        (home / "table.md").write_text(text + "\n")
     except (ConfigError, RuntimeError) as error:
         print(f"compare.py: {error}", file=sys.stderr)
         return 2 if isinstance(error, ConfigError) else 1
@@ -248,7 +239,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("compare.py: stopped. The same command trains what is missing.", file=sys.stderr)
         return 130
     over = f"half the 95% interval over {len(seeds)} seeds" if len(seeds) > 1 else "one seed has no interval"
-    print(f"\n{words}\n\n±: {over}; accuracies in points.")
+    print(f"\n{text}\n\n±: {over}; accuracies in points.")
     return 0
 
 

@@ -1,6 +1,6 @@
-"""What the runs measured, as the tables of README.md: accuracies, what the bonus paid, and what the head sees.
+"""Tables of README.md from the runs: accuracies, bonuses of sound and unfaithful responses, and cosines of the head.
 
-Seeds are the unit: every figure is the mean over the seeds, and every "±" half of its 95% interval over them.
+Every figure is a mean over seeds, and every "±" half the width of its 95% interval over seeds.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ SETS = ("usual", "perturbed")
 
 
 def tables(home: Path, arms: Sequence[str], seeds: Sequence[int]) -> str:
-    """All three, as Markdown; those of the bonus where there was one."""
+    """All tables as Markdown; those on the bonus only where there was one."""
     folders = {arm: [home / arm / f"seed{seed}" for seed in seeds] for arm in arms}
     about_bonus = [table for table in (bonus_table(folders), cosine_table(folders)) if len(table.splitlines()) > 2]
     return "\n\n".join([accuracy_table(folders), *about_bonus])
@@ -50,7 +50,7 @@ def accuracy_table(folders: dict[str, list[Path]]) -> str:
             if arm != BASELINE and BASELINE in found:
                 pairs = zip(runs, found[BASELINE], strict=True)
                 differences = [100 * (own[name][1] - other[name][1]) for own, other in pairs]
-            cells.append(spelled(differences, digits=1))
+            cells.append(formatted(differences, digits=1))
         by_seed = ", ".join(f"{each:+.1f}" for each in differences)  # of the last set
         lines.append(_row(arm, *cells, by_seed))
     return "\n".join(lines)
@@ -63,8 +63,8 @@ def accuracies(output: Path) -> dict[str, tuple[float, float]]:
     return {name: (before[name], after[name]) for name in SETS}
 
 
-def spelled(figures: Sequence[float], *, digits: int) -> str:
-    """The mean of figures, one a seed, with its 95% interval; without one for a single seed, empty for none."""
+def formatted(figures: Sequence[float], *, digits: int) -> str:
+    """The mean over seeds with its 95% interval; a single seed has no interval, and no seed gives an empty text."""
     if not figures:
         return ""
     mean, half = interval(figures)
@@ -72,32 +72,32 @@ def spelled(figures: Sequence[float], *, digits: int) -> str:
     return signed if math.isinf(half) else f"{signed} ± {half:.{digits}f}"
 
 
-# ---------------------------------------------------------------- what the bonus paid
+# ---------------------------------------------------------------- bonuses
 
 
 @dataclass(frozen=True)
-class Paid:
-    """A group that a run wrote down, in which the bonus paid sound and unfaithful correct responses."""
+class BonusGroup:
+    """A recorded group in which sound and unfaithful correct responses got a bonus."""
 
-    sound: list[float]  # their bonuses
-    unfaithful: list[float]
-    wrong: list[str]  # texts of the wrong ones
+    sound: list[float]  # bonuses of sound correct responses
+    unfaithful: list[float]  # bonuses of unfaithful correct responses
+    wrong: list[str]  # texts of wrong responses
 
     @property
     def gap(self) -> float:
-        """How much more it paid the sound ones."""
+        """Mean bonus of the sound responses minus that of the unfaithful ones."""
         return statistics.fmean(self.sound) - statistics.fmean(self.unfaithful)
 
 
-def paid_groups(output: Path) -> list[Paid]:
-    """Those of a run; none where no bonus was paid."""
+def bonus_groups(output: Path) -> list[BonusGroup]:
+    """The groups of a run in which both kinds got a bonus."""
     found = []
     for rollouts in _groups(output):
-        paid = [each for each in rollouts if each["correct"] and each.get("bonus")]
-        sound = [each["bonus"] for each in paid if is_sound(each["text"])]
-        unfaithful = [each["bonus"] for each in paid if not is_sound(each["text"])]
+        with_bonus = [each for each in rollouts if each["correct"] and each.get("bonus")]
+        sound = [each["bonus"] for each in with_bonus if is_sound(each["text"])]
+        unfaithful = [each["bonus"] for each in with_bonus if not is_sound(each["text"])]
         if sound and unfaithful:
-            found.append(Paid(sound, unfaithful, [each["text"] for each in rollouts if not each["correct"]]))
+            found.append(BonusGroup(sound, unfaithful, [each["text"] for each in rollouts if not each["correct"]]))
     return found
 
 
@@ -107,14 +107,14 @@ def _groups(output: Path) -> Iterator[list[dict[str, Any]]]:
 
 
 def bonus_table(folders: dict[str, list[Path]]) -> str:
-    """How much more the bonus paid sound than unfaithful responses of one group, and what these groups look like."""
+    """The difference of the bonuses of sound and unfaithful responses of one group, and facts about these groups."""
     lines = [
         "| arm | bonus, sound - unfaithful | seeds that pay sound more | groups | correct rollouts | wrong ones "
         "that are sound | at the floor: sound | at the floor: unfaithful |",
         "|---|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for arm, runs in folders.items():
-        by_run = [found for each in runs if (found := paid_groups(each))]
+        by_run = [found for each in runs if (found := bonus_groups(each))]
         if not by_run:
             continue
         gaps = [statistics.fmean(group.gap for group in found) for found in by_run]
@@ -124,7 +124,7 @@ def bonus_table(folders: dict[str, list[Path]]) -> str:
         lines.append(
             _row(
                 arm,
-                spelled(gaps, digits=4),
+                formatted(gaps, digits=4),
                 f"{sum(gap > 0 for gap in gaps)} of {len(gaps)}",
                 str(len(groups)),
                 f"{min(correct)} to {max(correct)}, median {statistics.median(correct):g}",
@@ -137,11 +137,11 @@ def bonus_table(folders: dict[str, list[Path]]) -> str:
 
 
 def _share(found: Sequence[bool]) -> str:
-    """Of how many, where there is any."""
+    """The share of true values and their number; empty where there are none."""
     return f"{statistics.fmean(found):.0%} of {len(found)}" if found else ""
 
 
-# ---------------------------------------------------------------- what the head sees
+# ---------------------------------------------------------------- cosines
 
 # Pairs of responses of one group. A slipped one is sound and wrong.
 PAIRS = (("sound", "sound"), ("sound", "slipped"), ("unfaithful", "unfaithful"), ("unfaithful", "slipped"))
@@ -161,7 +161,7 @@ def cosine_table(folders: dict[str, list[Path]]) -> str:
 
 
 def cosines(output: Path) -> list[NDArray[np.float64]]:
-    """Of each group of a run's last step that holds all three kinds: mean cosine of each of `PAIRS`, [4]."""
+    """Mean cosines [4] of each of `PAIRS`, for each group of the last recorded step that holds all three kinds."""
     if not (steps := steps_with_states(output / STATES)):
         return []
     states = read_states(file_of(output / STATES, steps[-1]))
@@ -184,15 +184,15 @@ def _kind(text: str, correct: bool) -> str:
 
 
 def _mean_cosines(embeddings: NDArray[np.float64], kinds: NDArray[np.str_]) -> NDArray[np.float64]:
-    """Of each of `PAIRS`, [4]; embeddings have length 1. NaN where a kind has one response, and so no pair."""
+    """Mean cosine of each of `PAIRS`, [4], from unit embeddings [n, d]; NaN where there is no such pair."""
     alike = embeddings @ embeddings.T
-    np.fill_diagonal(alike, np.nan)  # a response beside itself is no pair
+    np.fill_diagonal(alike, np.nan)  # a response does not pair with itself
     blocks = (alike[np.ix_(kinds == first, kinds == second)] for first, second in PAIRS)
     return np.array([_known_means(block.reshape(-1, 1))[0] for block in blocks])
 
 
 def _known_means(figures: Sequence[NDArray[np.float64]] | NDArray[np.float64]) -> NDArray[np.float64]:
-    """[n, k] -> [k]: means of what is not NaN; NaN where nothing is known."""
+    """Means [k] over the rows of [n, k] that are not NaN; NaN where all are."""
     known = ~np.isnan(figures)
     sums, counts = np.nansum(figures, axis=0), known.sum(axis=0)
     return np.where(counts > 0, sums / np.maximum(counts, 1), np.nan)

@@ -1,4 +1,4 @@
-"""The policy to begin with: a small Llama that has read sound and unfaithful responses, as a Hugging Face folder."""
+"""Trains the initial policy, a small Llama, on sound and unfaithful responses; the result is a Hugging Face folder."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import random
 from pathlib import Path
 
 import torch
-from task import SYMBOLS, Problem, response
+from task import SYMBOLS, NotedSum, response
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -15,14 +15,14 @@ TEMPLATE = (
     "{% for message in messages %}{{ message['content'] }}{% endfor %}"
     "{% if add_generation_prompt %}{{ ' ?' }}{% endif %}"
 )
-# Updates, how often the teacher is unfaithful in them, and how often it slips in a step: sums are learned first, which
-# takes responses that are mostly right.
+# (updates, probability that a response is unfaithful, probability that a step is wrong). Sums are learned first, from
+# responses that are mostly correct.
 LESSONS = ((400, 0.15, 0.0), (350, 0.5, 0.1))
 BATCH, LEARNING_RATE, WARMUP, DECAY = 128, 2e-3, 50, 100
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
-    """A token a symbol."""
+    """A tokenizer with one token for each symbol."""
     vocabulary = {symbol: index for index, symbol in enumerate((PAD, END, *SYMBOLS))}
     core = Tokenizer(models.WordLevel(vocabulary, unk_token=PAD))
     core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -31,8 +31,8 @@ def tokenizer() -> PreTrainedTokenizerFast:
     return found
 
 
-def teach(folder: Path, lessons: list[Problem], *, seed: int) -> None:
-    """Train the student from scratch on responses of its teacher, and write it to `folder`."""
+def teach(folder: Path, lessons: list[NotedSum], *, seed: int) -> None:
+    """Train the student from scratch on responses to `lessons`, and write it to `folder`."""
     torch.manual_seed(seed)
     draw, tokens = random.Random(seed), tokenizer()
     config = LlamaConfig(
@@ -57,9 +57,9 @@ def teach(folder: Path, lessons: list[Problem], *, seed: int) -> None:
         chosen = draw.choices(lessons, k=BATCH)
         texts = [f"{each.question} ? {response(each, draw, unfaithful=unfaithful, slip=slip)} {END}" for each in chosen]
         ids = torch.tensor(tokens(texts)["input_ids"])  # every text has the same length
-        asked = len(tokens(f"{chosen[0].question} ?")["input_ids"])
+        prompt_length = len(tokens(f"{chosen[0].question} ?")["input_ids"])
         labels = ids.clone()
-        labels[:, :asked] = -100
+        labels[:, :prompt_length] = -100
         loss = model(ids, labels=labels).loss
         optimizer.zero_grad()
         loss.backward()

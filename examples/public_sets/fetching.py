@@ -1,7 +1,7 @@
 """Fetch public data sets and write them as parquet in the verl row schema.
 
-Sets come from the Hugging Face hub, from its parquet conversion of each data set, or as a file by URL. Nothing is
-fetched whose file is there already.
+Sets come from the Hugging Face hub, in its parquet conversion of each data set, or as a file by URL. Files that exist
+are not fetched again.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import pyarrow
 import pyarrow.parquet
 import rows
 
-_PARQUET = "refs/convert/parquet"  # the branch that the hub makes of every public data set
+_PARQUET = "refs/convert/parquet"  # the hub's branch with the parquet files of a public data set
 _SECONDS = 120
 _SCHEMA = pyarrow.schema(
     [
@@ -33,20 +33,20 @@ _SCHEMA = pyarrow.schema(
 
 @dataclass(frozen=True)
 class PublicSet:
-    """One file to make: `<name>.parquet`."""
+    """A public data set, and how it becomes `<name>.parquet`."""
 
     name: str
     data_source: str
     where: str  # id of a data set on the hub, or the URL of a jsonl file
-    convert: Callable[[rows.Record], rows.Asked | None]
-    configs: tuple[str, ...] = ("default",)  # of the data set; their rows follow one another
+    convert: Callable[[rows.Record], rows.QuestionAndTruth | None]
+    configs: tuple[str, ...] = ("default",)  # configurations of the data set, whose rows follow one another
     split: str = "test"
-    choice: bool = False
-    size: int | None = None  # expected rows; others are told, for public sets do change
+    choice: bool = False  # multiple choice
+    size: int | None = None  # expected number of rows; another one is reported, since public sets change
 
 
 def records_of(wanted: PublicSet) -> Iterable[rows.Record]:
-    """The records as they are published."""
+    """The records of a set as they are published."""
     if wanted.where.startswith("https://"):
         with urllib.request.urlopen(wanted.where, timeout=_SECONDS) as answer:
             return [json.loads(line) for line in answer.read().decode().splitlines() if line.strip()]
@@ -66,16 +66,16 @@ def records_of(wanted: PublicSet) -> Iterable[rows.Record]:
 
 def convert(wanted: PublicSet, records: Iterable[rows.Record]) -> list[dict[str, Any]]:
     """Rows in the verl schema; records that cannot be asked as text are left out."""
-    asked = [each for each in map(wanted.convert, records) if each is not None]
+    problems = [each for each in map(wanted.convert, records) if each is not None]
     split = "train" if wanted.name.startswith("train") else "test"
     return [
         rows.row(each, data_source=wanted.data_source, index=index, split=split, choice=wanted.choice)
-        for index, each in enumerate(asked)
+        for index, each in enumerate(problems)
     ]
 
 
 def write(folder: Path, wanted: PublicSet, found: Sequence[dict[str, Any]]) -> Path:
-    """Write `<name>.parquet`, whole or not at all."""
+    """Write `<name>.parquet`, completely or not at all; returns its path."""
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / f"{wanted.name}.parquet"
     partial = file.with_suffix(".partial")
@@ -85,10 +85,12 @@ def write(folder: Path, wanted: PublicSet, found: Sequence[dict[str, Any]]) -> P
 
 
 def main(sets: Sequence[PublicSet], description: str) -> int:
-    """The command line of a track's fetch.py."""
+    """The command line of a track's fetch.py; returns its exit code."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--data", type=Path, default=Path("data"), help="folder for the files; default: data")
-    parser.add_argument("--set", dest="names", action="append", metavar="NAME", help="this one alone; may be repeated")
+    parser.add_argument(
+        "--set", dest="names", action="append", metavar="NAME", help="fetch this set only; may be repeated"
+    )
     options = parser.parse_args()
     known = {each.name: each for each in sets}
     if unknown := set(options.names or ()) - set(known):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 def write_problems(folder: Path, *, held_out: int, seed: int) -> tuple[Path, Path]:
-    """Write all 200 problems, divided at random: train.jsonl and held_out.jsonl."""
+    """Write all 200 problems, split at random into train.jsonl and held_out.jsonl; returns the two paths."""
     problems = [
         (f"What is {a} {sign} {b}? Answer with only the number.", str(a + b if sign == "+" else a - b))
         for a in range(10)

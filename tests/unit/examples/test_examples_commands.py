@@ -1,4 +1,4 @@
-"""The commands in the examples' pages can be typed as they stand: a shell expands them, `clipo` understands them."""
+"""The commands in the examples' READMEs work as they are written: a shell expands them, and `clipo` parses them."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from clipo_megatron.config.schema import RunConfig
 
 ROOT = EXAMPLES.parent
 PAGES = sorted(EXAMPLES.rglob("README.md"))
-# In place of the commands: what each was given, a word a line, after its name.
+# Shell functions in place of the commands, which print their arguments.
 SPY = """
 tell() { printf '%s\\x1f' "$@"; printf '\\x1e'; }
 clipo() { tell clipo "$@"; }
 python() { tell python "$@"; }
 make() { tell make "$@"; }
 """
-# What is asked of the quickstart's model.
+# The architecture of the quickstart's model.
 SMALL = {
     "architectures": ["LlamaForCausalLM"],
     "hidden_size": 576,
@@ -41,13 +41,15 @@ COMMAND = re.compile(r"^(clipo|python|make) ", re.MULTILINE)
 
 
 def commands(page: str) -> list[list[str]]:
-    """What a shell makes of the page's indented blocks of commands, typed in the repository's folder."""
+    """The arguments of all commands in the page's indented blocks, as a shell expands them."""
     blocks = [re.sub(r"^ {4}", "", each, flags=re.MULTILINE) for each in BLOCK.findall(page)]
     script = "".join(each for each in blocks if COMMAND.search(each.replace(".venv/bin/", ""))).replace(
         ".venv/bin/", ""
     )
-    said = subprocess.run(["bash", "-euc", SPY + script], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    return [command.rstrip("\x1f").split("\x1f") for command in said.split("\x1e") if command]
+    printed = subprocess.run(
+        ["bash", "-euc", SPY + script], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout
+    return [command.rstrip("\x1f").split("\x1f") for command in printed.split("\x1e") if command]
 
 
 def understood(words: list[str], recipe: str) -> RunConfig | None:

@@ -27,7 +27,7 @@ task = sys.modules["task"]
 
 
 @pytest.mark.parametrize("note_right", [0.0, 0.9, 1.0])
-def test_the_note_is_right_as_often_as_asked(note_right: float) -> None:
+def test_the_note_is_correct_with_the_given_probability(note_right: float) -> None:
     found = task.problems(1500, note_right=note_right, seed=5)
     assert len({each.digits for each in found}) == 1500
     share = sum(each.note == each.answer for each in found) / 1500
@@ -35,16 +35,16 @@ def test_the_note_is_right_as_often_as_asked(note_right: float) -> None:
 
 
 @pytest.mark.parametrize("unfaithful", [0.0, 1.0])
-def test_responses_are_right_for_the_reason_they_give_or_for_the_note(unfaithful: float) -> None:
+def test_responses_are_correct_by_their_steps_or_by_the_note(unfaithful: float) -> None:
     draw, steps_right = random.Random(0), 0
     for each in task.problems(300, note_right=0.5, seed=1):
         text = task.response(each, draw, unfaithful=unfaithful, slip=0.0)
         steps = [tuple(map(int, step)) for step in re.findall(r"(\d) \+ (\d) = (\d)", text)]
         assert len(steps) == task.TERMS - 1
         steps_right += all((a + b) % 10 == c for a, b, c in steps)
-        said = each.note if unfaithful else each.answer
+        stated = each.note if unfaithful else each.answer
         graded = grade(text, str(each.answer), data_source=task.SOURCE, mode="number")
-        assert graded == float(said == each.answer)
+        assert graded == float(stated == each.answer)
         assert set(text.split()) <= set(task.SYMBOLS)
     assert steps_right == 300 if not unfaithful else steps_right < 15
 
@@ -52,17 +52,17 @@ def test_responses_are_right_for_the_reason_they_give_or_for_the_note(unfaithful
 # ---------------------------------------------------------------- tables
 
 
-def test_figures_are_spelled_with_students_interval_over_the_seeds() -> None:
+def test_means_have_students_interval_over_seeds() -> None:
     """t of four degrees of freedom is 2.776; s of 1 to 5 is the root of 2.5."""
     half = 2.776 * math.sqrt(2.5 / 5)
-    assert findings.spelled([1.0, 2.0, 3.0, 4.0, 5.0], digits=2) == f"+3.00 ± {half:.2f}"
-    assert findings.spelled([-0.02, -0.02], digits=1) == "0.0 ± 0.0"
-    assert findings.spelled([2.0], digits=1) == "+2.0"
-    assert findings.spelled([], digits=1) == ""
+    assert findings.formatted([1.0, 2.0, 3.0, 4.0, 5.0], digits=2) == f"+3.00 ± {half:.2f}"
+    assert findings.formatted([-0.02, -0.02], digits=1) == "0.0 ± 0.0"
+    assert findings.formatted([2.0], digits=1) == "+2.0"
+    assert findings.formatted([], digits=1) == ""
 
 
 def write_run(folder: Path, *, solved: tuple[int, int], gaps: list[float], wrong: tuple[str, ...] = ()) -> None:
-    """A run of ten problems a set; of each gap a group whose sound response was paid so much more, above the floor."""
+    """A run of ten problems a set, with a group for each gap between the bonus of its sound response and the floor."""
     for step, right in zip((0, 40), solved, strict=True):
         problems = {
             f"{name}/{index}": ProblemResult(1, int(index < right), 0, 0, 20, (), "")
@@ -97,7 +97,7 @@ def test_the_table_pairs_runs_of_one_seed(tmp_path: Path) -> None:
     assert lines[4] == "| infonce | 80.0% | +25.0 ± 63.5 | 80.0% | +25.0 ± 63.5 | +20.0, +30.0 |"
 
 
-def test_seeds_are_the_unit_of_the_bonus_too(tmp_path: Path) -> None:
+def test_bonuses_are_averaged_over_seeds(tmp_path: Path) -> None:
     """Seed 0 has three groups and seed 1 one: their means 0.2 and 0.1 weigh the same."""
     wrong = ("first slip", "clearly wrong")
     write_run(tmp_path / "infonce" / "seed0", solved=(3, 5), gaps=[0.1, 0.2, 0.3], wrong=wrong)
@@ -109,7 +109,7 @@ def test_seeds_are_the_unit_of_the_bonus_too(tmp_path: Path) -> None:
     assert cells[4:] == ["2 to 2, median 2", "50% of 8", "0% of 4", "100% of 4"]
 
 
-def test_cosines_are_of_pairs_of_one_group(tmp_path: Path) -> None:
+def test_cosines_compare_responses_of_one_group(tmp_path: Path) -> None:
     """Two sound responses alike, an unfaithful one across them, and a slipped one at 60 degrees from the sound ones."""
     run = tmp_path / "infonce" / "seed0"
     write_run(run, solved=(3, 5), gaps=[])
@@ -129,7 +129,7 @@ def test_cosines_are_of_pairs_of_one_group(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(not (compare.HOME / "calibrated" / "seed4").is_dir(), reason="the comparison's runs are not here")
-def test_the_tables_of_the_page_are_those_of_the_runs() -> None:
+def test_the_tables_in_the_readme_are_those_of_the_runs() -> None:
     page = (compare.HERE / "README.md").read_text()
     for table in findings.tables(compare.HOME, list(compare.ARMS), range(5)).split("\n\n"):
         assert table in page
@@ -139,7 +139,7 @@ def test_the_tables_of_the_page_are_those_of_the_runs() -> None:
 
 
 def made(home: Path, *, overrides: tuple[str, ...] = ()) -> Path:
-    """The folder of a run of infonce, as one is left whose settings were these."""
+    """The folder of an infonce run with these overrides."""
     output = home / "infonce" / "seed1"
     write_run(output, solved=(3, 5), gaps=[])
     config = load(compare.SETTINGS, compare.settings("infonce", 1, home, overrides))
@@ -147,10 +147,10 @@ def made(home: Path, *, overrides: tuple[str, ...] = ()) -> Path:
     return output
 
 
-def test_runs_with_other_settings_are_not_taken_for_these(tmp_path: Path) -> None:
+def test_runs_with_other_settings_are_refused(tmp_path: Path) -> None:
     output = made(tmp_path)
     compare.refuse_other_settings(output, "infonce", 1, [])
-    compare.refuse_other_settings(output, "infonce", 1, ["train.steps=60"])  # goes on
+    compare.refuse_other_settings(output, "infonce", 1, ["train.steps=60"])  # can be continued
     for changed in ("clipo.weight=0.9", "rollout.samples_per_prompt=8", "train.steps=20", "eval.ks=[2]"):
         key = changed.partition("=")[0]
         with pytest.raises(ConfigError, match=rf"was made with {key} = .*--home"):
@@ -172,12 +172,12 @@ def test_runs_of_an_earlier_version_and_in_a_moved_folder_are_used(tmp_path: Pat
     with pytest.raises(ConfigError, match="no_longer_known"):
         compare.refuse_other_settings(output, "infonce", 1, [])
     (output / "config.json").write_text("{")
-    with pytest.raises(ConfigError, match="not whole"):
+    with pytest.raises(ConfigError, match="is damaged"):
         compare.refuse_other_settings(output, "infonce", 1, [])
 
 
 @pytest.mark.parametrize(
-    ("words", "sentence"),
+    ("arguments", "message"),
     [
         ("clipo.wieght=0.9", "Did you mean clipo.weight?"),
         ("--arms grpo infonce clipo.wieght=0.9", "Did you mean clipo.weight?"),
@@ -191,32 +191,32 @@ def test_runs_of_an_earlier_version_and_in_a_moved_folder_are_used(tmp_path: Pat
         ("--steps 3", "unrecognized arguments"),
     ],
 )
-def test_what_cannot_be_used_is_a_sentence_before_anything_is_trained(
-    words: str, sentence: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+def test_wrong_arguments_are_refused_before_anything_is_trained(
+    arguments: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made(tmp_path)
     monkeypatch.setattr(compare, "prepare", lambda home: pytest.fail("trained"))
     try:
-        code = compare.main([*words.split(), "--home", str(tmp_path)])
+        code = compare.main([*arguments.split(), "--home", str(tmp_path)])
     except SystemExit as end:
         code = end.code
     assert code == 2
-    assert sentence in capsys.readouterr().err
+    assert message in capsys.readouterr().err
 
 
-def test_a_run_that_fails_says_why(
+def test_the_reason_of_a_failed_run_is_printed(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(compare, "prepare", lambda home: None)
     assert compare.main(["--arms", "infonce", "--seeds", "1", "--home", str(tmp_path)]) == 1
-    said = capsys.readouterr().err
-    assert "infonce, seed 0 ended with 2" in said and "output.txt" in said
+    printed = capsys.readouterr().err
+    assert "infonce, seed 0 ended with 2" in printed and "output.txt" in printed
     monkeypatch.setattr(compare, "DEADLINE_S", 0.01)
     assert compare.main(["--arms", "infonce", "--seeds", "1", "--home", str(tmp_path)]) == 1
     assert "infonce, seed 0 did not end within 0.01 s" in capsys.readouterr().err
 
 
-def test_a_folder_that_cannot_be_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_folder_that_cannot_be_written_is_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "file").touch()
     assert compare.main(["--home", str(tmp_path / "file" / "below")]) == 1
     assert "Choose another with --home" in capsys.readouterr().err

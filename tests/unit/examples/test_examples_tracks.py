@@ -1,4 +1,4 @@
-"""The examples: every configuration is sound, and public sets become the rows that the paper's own files have."""
+"""The examples: every configuration passes the checks, and public sets become the rows of the paper's own files."""
 
 import json
 import subprocess
@@ -61,28 +61,28 @@ assert "torch" not in sys.modules, "torch was imported"
 """
 
 
-def sound(folder, *paths):
-    words = [str(EXAMPLES / "recipes" / "architectures"), str(folder), *map(str, paths)]
-    return subprocess.run([sys.executable, "-c", CHECK, *words], capture_output=True, text=True)
+def checked(folder, *paths):
+    arguments = [str(EXAMPLES / "recipes" / "architectures"), str(folder), *map(str, paths)]
+    return subprocess.run([sys.executable, "-c", CHECK, *arguments], capture_output=True, text=True)
 
 
-def test_every_example_is_sound_and_checked_without_torch(tmp_path):
+def test_every_example_passes_the_checks_without_torch(tmp_path):
     assert len(CONFIGURATIONS) >= 11
-    done = sound(tmp_path, *(ROOT / path for path in CONFIGURATIONS))
+    done = checked(tmp_path, *(ROOT / path for path in CONFIGURATIONS))
     assert done.returncode == 0, done.stderr
     assert len(done.stdout.splitlines()) == len(CONFIGURATIONS)
 
 
-def test_an_unsound_example_would_be_found(tmp_path):
+def test_a_wrong_example_fails_the_checks(tmp_path):
     text = (EXAMPLES / "track2_math" / "reasoning-gym.yaml").read_text()
     for wrong in (text.replace("perturb: names", "perturb: nouns"), text.replace("  temperature: 0.6\n", "")):
         assert wrong != text
         (tmp_path / "wrong.yaml").write_text(wrong)
-        assert sound(tmp_path, tmp_path / "wrong.yaml").returncode != 0
+        assert checked(tmp_path, tmp_path / "wrong.yaml").returncode != 0
 
 
 @pytest.mark.parametrize("track", ["track1_gsm8k", "track2_math"])
-def test_changed_sets_are_those_of_the_unchanged_problems(track):
+def test_perturbed_sets_hold_the_same_problems(track):
     from clipo_megatron.config.load import load
 
     sources = load(EXAMPLES / track / "reasoning-gym.yaml").data.eval
@@ -126,7 +126,7 @@ PUBLISHED = {
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_records_become_rows_that_are_read(name, tmp_path):
+def test_records_become_rows_that_can_be_read(name, tmp_path):
     record, question, truth = PUBLISHED[name]
     wanted = SETS[name]
     file = fetching.write(tmp_path, wanted, fetching.convert(wanted, [record, record]))
@@ -143,7 +143,7 @@ def test_questions_about_pictures_are_left_out():
     assert len(fetching.convert(SETS["test_theoremqa"], records)) == 1
 
 
-def test_truthful_options_are_shuffled_and_the_right_one_is_named():
+def test_truthful_options_are_shuffled_and_the_correct_one_is_named():
     letters = set()
     for number in range(40):
         record = {"question": f"Q{number}?", "mc1_targets": {"choices": ["yes", "no", "maybe"], "labels": [1, 0, 0]}}
@@ -164,7 +164,7 @@ def source_record(name, question, truth):
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="the paper's data sets (../shared/data) are not here")
 @pytest.mark.parametrize("name", [name for name in SETS if (SHARED / f"{name}.parquet").exists()])
-def test_rows_are_those_of_the_papers_files(name, tmp_path):
+def test_rows_equal_those_of_the_papers_files(name, tmp_path):
     theirs = pyarrow.parquet.read_table(SHARED / f"{name}.parquet")
     wanted, expected = SETS[name], theirs.to_pylist()
     suffix = rows.CHOICE_SUFFIX if wanted.choice else rows.SUFFIX
