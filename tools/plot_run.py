@@ -17,11 +17,11 @@ BLUE, ORANGE, GREY = "#2563eb", "#d97706", "#6b7280"
 
 
 def draw(run: Path, out: Path) -> None:
-    """Write the picture; its format is that of the file's ending."""
+    """Write the picture, in the format of the file's suffix."""
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    plt.rcParams["svg.hashsalt"] = "clipo"  # the same file for the same run
+    plt.rcParams["svg.hashsalt"] = "clipo"  # equal runs give equal files
     lines = read_lines(run / "metrics.jsonl")
     if not lines:
         raise SystemExit(f"{run / 'metrics.jsonl'} has no steps")

@@ -1,4 +1,4 @@
-"""Runs on a real Slurm cluster of four nodes on this machine: interrupted, and equal to the bit to one that was not."""
+"""Runs on a real Slurm cluster of four nodes on this machine: interrupted, and equal to the bit to others."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`clipo scale` on four nodes of a real Slurm: submitted, waited for, measured, and gone on with."""
+"""`clipo scale` on four nodes of a real Slurm: submitted, waited for, measured, and continued."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A page in headless Chromium, without a driver: a probe is planted in a copy of it, and its findings are read back."""
+"""Opens a page in headless Chromium, without a driver: a probe in a copy of the page writes its findings there."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ _QUIET = (
     "--disable-extensions",
     "--hide-scrollbars",
 )
-# Errors are collected from the first script on; the others ask when everything has run.
+# The first script collects errors; the last one runs the probe when the page has loaded.
 _FIRST = """<script>window.failures = [];
 addEventListener("error", (e) => failures.push(String(e.message || e.target)), true);
 addEventListener("securitypolicyviolation", (e) => failures.push(e.violatedDirective + " forbids " + e.blockedURI));
-const said = console.error; console.error = (...all) => { failures.push(all.join(" ")); said(...all); };</script>"""
+const log = console.error; console.error = (...all) => { failures.push(all.join(" ")); log(...all); };</script>"""
 _LAST = """<script>addEventListener("load", () => {
 let found; try { found = (() => { %s })(); } catch (e) { failures.push("probe: " + e); }
 const out = document.createElement("pre"); out.id = "findings";
@@ -38,7 +38,7 @@ out.textContent = JSON.stringify({failures, found}); document.body.append(out);
 
 
 def find() -> str | None:
-    """Chromium's program: of the variable CLIPO_BROWSER, or the first one in the path."""
+    """Path of Chromium: the variable CLIPO_BROWSER, or the first one in PATH; None if there is none."""
     return os.environ.get("CLIPO_BROWSER") or next(filter(None, map(shutil.which, NAMES)), None)
 
 
@@ -46,7 +46,7 @@ def look(page: Path, probe: str, *, width: int = 1440, height: int = 1000) -> tu
     """Open a page and run `probe`, the body of a JavaScript function, when it has loaded.
 
     Returns:
-        What went wrong on the page and in the browser's log of it, and what the probe returned.
+        The errors on the page and in the browser's log, and the value that the probe returned.
     """
     text = page.read_text()
     assert "<head>" in text and "</body>" in text

@@ -1,4 +1,4 @@
-"""Scripts of the examples as modules: each is a program of its own, beside the modules that it imports."""
+"""Imports scripts of the examples, which are programs beside the modules that they import."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from types import ModuleType
 
 
 def module(path: Path) -> ModuleType:
-    """A script, loaded with its folder on the path."""
+    """The module of a script, loaded with its folder on sys.path."""
     sys.path.insert(0, str(path.parent))
     try:
         spec = importlib.util.spec_from_file_location(f"example_{path.parent.name}_{path.stem}", path)

@@ -59,7 +59,7 @@ PartitionName=debug Nodes=ALL Default=YES MaxTime=INFINITE State=UP OverSubscrib
 
 
 def missing() -> str:
-    """The first program of Slurm that this machine lacks, or why it cannot be run; empty if a cluster can be had."""
+    """Why no cluster can be started here, such as a missing program; empty if one can."""
     for program in PROGRAMS:
         if not shutil.which(program, path=SEARCHED):
             return f"there is no {program} here (Debian: apt-get install slurm-wlm munge)"
@@ -67,12 +67,12 @@ def missing() -> str:
 
 
 class Cluster:
-    """The four nodes. Use `environment` to talk to it.
+    """A cluster of four nodes; run Slurm's commands with its `environment`.
 
     Args:
-        folder: for state, logs and sockets; a short path, since sockets have one.
-        kill_wait_s: between SIGTERM and SIGKILL to a job that has to go.
-        unshared: folder -> nodes, on which that folder is an empty one of their own.
+        folder: folder for state, logs and sockets; a short path, since socket paths are limited.
+        kill_wait_s: seconds between SIGTERM and SIGKILL to a job that Slurm ends.
+        unshared: a folder, and the nodes on which it is replaced by an empty one.
     """
 
     def __init__(self, folder: Path, *, kill_wait_s: int = 30, unshared: tuple[Path, Sequence[str]] | None = None):
@@ -158,20 +158,20 @@ class Cluster:
         return [pid for pid in marked(f"SLURM_CONF={self.folder / 'slurm.conf'}") if pid != os.getpid()]
 
     def run(self, *command: str) -> str:
-        """What a command of Slurm says."""
+        """The output of a Slurm command, with its errors if it failed."""
         done = subprocess.run(command, env=self.environment, capture_output=True, text=True)
         return (done.stdout + (done.stderr if done.returncode else "")).strip()
 
     def state(self, job: str) -> str:
-        """Of a job: PENDING, RUNNING, COMPLETED...; "" once the controller has forgotten it."""
+        """State of a job: PENDING, RUNNING, COMPLETED...; "" once the controller has forgotten it."""
         for _ in range(10):  # on a busy machine the controller misses a call now and then
-            said = self.run("scontrol", "--oneliner", "show", "job", job)
-            if found := [word.partition("=")[2] for word in said.split() if word.startswith("JobState=")]:
+            answer = self.run("scontrol", "--oneliner", "show", "job", job)
+            if found := [word.partition("=")[2] for word in answer.split() if word.startswith("JobState=")]:
                 return found[0]
-            if "Invalid job id" in said:
+            if "Invalid job id" in answer:
                 return ""
             time.sleep(0.5)
-        raise AssertionError(f"the controller does not tell of job {job}: {said}")
+        raise AssertionError(f"the controller does not tell of job {job}: {answer}")
 
     def wait(self, job: str, *states: str) -> str:
         """Wait until a job is in one of these states, or over; its state."""

@@ -1,4 +1,4 @@
-"""Small runs as jobs of a real cluster, and what can happen to them there."""
+"""Small runs as jobs of a real cluster, and the events that can interrupt them."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ class SlurmRun:
         self.cluster, self.output = cluster, output
         self.elsewhere = output.with_name(f"{output.name}.elsewhere")
         self.elsewhere.mkdir()
-        self.said = clipo(cluster, self.elsewhere, "submit", str(config), f"train.output={output}", *arguments)
-        found = re.match(r"job (\d+): ", self.said)
-        assert found, self.said
+        self.printed = clipo(cluster, self.elsewhere, "submit", str(config), f"train.output={output}", *arguments)
+        found = re.match(r"job (\d+): ", self.printed)
+        assert found, self.printed
         self.job, self.folder = found[1], output / "jobs" / "001"
 
     @property
     def log(self) -> str:
-        """What the script said."""
+        """The script's messages."""
         file = self.folder / "job.log"
         return file.read_text() if file.exists() else ""
 
@@ -41,7 +41,7 @@ class SlurmRun:
         return f"{self.log}{logs}"
 
     def outcomes(self) -> list[str]:
-        """Of the attempts, as the job noted them."""
+        """Outcomes of the attempts, as the job noted them."""
         file = self.folder / "attempts"
         return re.findall(r"outcome=(\S+)", file.read_text()) if file.exists() else []
 
@@ -58,45 +58,45 @@ class SlurmRun:
         wait_until(reached, what, self.cluster.pids, story=lambda: self.story)
 
     def wait_for_step(self, steps: int) -> None:
-        """Until so many steps are logged."""
+        """Wait until this many steps are logged."""
         self.wait_for(lambda: steps_logged(self.output) >= steps, f"step {steps}")
 
     def begin_again(self) -> None:
-        """Until the job has been requeued; Slurm would let it wait for two minutes more."""
+        """Wait until the requeued job starts again, without Slurm's delay of two minutes."""
         self.wait_for(lambda: self.cluster.state(self.job) == "PENDING", "the job to be requeued")
         self.cluster.run("scontrol", "update", f"JobId={self.job}", "StartTime=now")
         self.wait_for(lambda: self.cluster.state(self.job) == "RUNNING", "the job to start again")
 
     def end(self, state: str = "COMPLETED") -> None:
-        """Wait for its last end."""
+        """Wait until the job has ended in `state`."""
         assert self.cluster.wait(self.job) == state, self.story
 
     # --- what happens to it --------------------------------------------------------------------------------------
 
     def requeue(self) -> None:
-        """As an administrator, or a job that is worth more, does it."""
+        """Requeue the job, as an administrator or a preemption does."""
         self.cluster.run("scontrol", "requeue", self.job)
         self.begin_again()
 
     def near_the_walltime(self) -> None:
-        """What Slurm sends some time before."""
+        """Send the signal that Slurm sends some time before the walltime."""
         self.cluster.run("scancel", "--batch", "--signal=USR1", self.job)
         self.begin_again()
 
     def cancel_the_ranks(self) -> None:
-        """The step alone; the job keeps its nodes."""
+        """Cancel the step of the ranks; the job keeps its nodes."""
         done = len(self.outcomes())
         self.wait_for(lambda: bool(self.steps("ranks")), "the ranks to start")
         self.cluster.run("scancel", *self.steps("ranks"))
         self.wait_for(lambda: len(self.outcomes()) > done, "the end of the step")
 
     def steps(self, name: str) -> list[str]:
-        """Numbers of the job's steps of that name."""
+        """Ids of the job's steps with this name."""
         command = ("squeue", "--noheader", "--steps", "--jobs", self.job, "--format", "%i %j")
         return [line.split()[0] for line in self.cluster.run(*command).splitlines() if line.split()[1:] == [name]]
 
     def lose(self, node: str) -> None:
-        """Every process that runs for the job on a node, but for Slurm's and the script."""
+        """Kill the job's processes on a node, except Slurm's and the script."""
         done = len(self.outcomes())
         self.wait_for(lambda: bool(self.pids(node)), "the ranks to start")
         for pid in self.pids(node):
@@ -105,19 +105,21 @@ class SlurmRun:
         self.wait_for(lambda: len(self.outcomes()) > done, "the end of the attempt")
 
     def pids(self, node: str) -> list[int]:
-        """Processes of the ranks on a node."""
+        """Process ids of the ranks on a node."""
         found = []
         for place in Path("/proc").iterdir():
             with contextlib.suppress(OSError):
-                words = (place / "environ").read_bytes().split(b"\0") if place.name.isdigit() else []
-                mine = f"CLIPO_JOB={self.folder}".encode() in words and f"SLURMD_NODENAME={node}".encode() in words
-                if mine and any(word.startswith(b"SLURM_STEP_NUM_TASKS=") for word in words):
+                variables = (place / "environ").read_bytes().split(b"\0") if place.name.isdigit() else []
+                mine = (
+                    f"CLIPO_JOB={self.folder}".encode() in variables and f"SLURMD_NODENAME={node}".encode() in variables
+                )
+                if mine and any(word.startswith(b"SLURM_STEP_NUM_TASKS=") for word in variables):
                     found.append(int(place.name))
         return found
 
 
 def clipo(cluster: Cluster, folder: Path, *arguments: str, code: int = 0) -> str:
-    """What a command says when it is run in a folder of the cluster."""
+    """The output of a `clipo` command that runs in a folder, with the cluster's environment."""
     done = subprocess.run(
         [sys.executable, "-m", "clipo_megatron.cli", *arguments],
         cwd=folder,

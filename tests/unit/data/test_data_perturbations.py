@@ -1,4 +1,4 @@
-"""Changed problems: their answers, worked out again from their text, and what a change leaves as it is."""
+"""Perturbed problems: their answers, computed again from their text, and what a perturbation keeps."""
 
 import re
 from fractions import Fraction
@@ -31,7 +31,7 @@ def numbers_in(text):
 
 
 def changed(dataset, kind, seed=1):
-    """Pairs of a problem and its changed form; those without one are left out."""
+    """Pairs of a problem and its perturbed form; problems without one are left out."""
     pairs = []
     for index in range(SIZE):
         try:
@@ -73,7 +73,7 @@ def worked_out(question):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_answers_of_changed_word_problems_are_right(word_problems, kind):
+def test_answers_of_perturbed_word_problems_are_correct(word_problems, kind):
     checked = 0
     for _, entry in changed(word_problems, kind):
         answer = worked_out(entry["question"])
@@ -84,7 +84,7 @@ def test_answers_of_changed_word_problems_are_right(word_problems, kind):
 
 
 def solution_of(question):
-    """Of a linear equation in the text: (right - left(0)) / (left(1) - left(0))."""
+    """The solution of the linear equation in the text: (right - left(0)) / (left(1) - left(0))."""
     left, right = re.search(r"([\w*+\- ()]+) = (-?\d+)$", question.rpartition(": ")[2]).groups()
     (variable,) = set(re.findall(r"[a-z]", left))
     at = [eval(left, {"__builtins__": {}}, {variable: Fraction(value)}) for value in (0, 1)]
@@ -92,7 +92,7 @@ def solution_of(question):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_answers_of_changed_equations_are_right(equations, kind):
+def test_answers_of_perturbed_equations_are_correct(equations, kind):
     for before, entry in changed(equations, kind):
         assert solution_of(entry["question"]) == Fraction(entry["answer"]), entry["question"]
         assert (entry["answer"] != before["answer"]) is (kind is Perturbation.numbers)
@@ -136,7 +136,7 @@ def test_a_clause_is_one_more_sentence_about_something_else(problems, request):
         assert thing not in before["question"].lower()
 
 
-def test_a_clause_stands_before_the_sentence_that_asks():
+def test_a_clause_stands_before_the_question_sentence():
     from random import Random
 
     clauses = (("comet", "A comet came {n} times."),)
@@ -147,7 +147,7 @@ def test_a_clause_stands_before_the_sentence_that_asks():
     )
 
 
-def test_changes_follow_from_the_seed(word_problems):
+def test_perturbations_depend_on_the_seed(word_problems):
     first, again, other = (changed(word_problems, Perturbation.numbers, seed) for seed in (1, 1, 2))
     assert first == again
     assert sum(a != b for a, b in zip(first, other, strict=False)) > 0.9 * SIZE
@@ -157,7 +157,7 @@ def test_changes_follow_from_the_seed(word_problems):
 
 
 @pytest.mark.parametrize("generator", ["gsm_symbolic", "simple_equations"])
-def test_sources_of_changed_problems(generator):
+def test_sources_of_perturbed_problems(generator):
     plain = read(SourceConfig(generator=generator, size=40, seed=3))
     for kind in KINDS:
         source = SourceConfig(generator=generator, size=40, seed=3, perturb=kind, suffix=" Box it.")

@@ -80,7 +80,7 @@ def test_default_system_prompt(system_prompt, text):
         ("Hi", "<s>[system] Date: today. Hi[user] Why?[assistant]"),
     ],
 )
-def test_system_block_behind_an_opening_token(system_prompt, text):
+def test_system_prompt_after_an_opening_token(system_prompt, text):
     assert rendered(ALWAYS_SYSTEM, system_prompt) == [text]
 
 
@@ -90,7 +90,7 @@ def test_alternating_turns():
         rendered(ALTERNATING, "Hi")
 
 
-def test_no_system_prompt_where_the_template_gives_no_way():
+def test_a_template_that_always_writes_a_system_prompt_is_refused():
     with pytest.raises(DataError, match=r"model.system_prompt = ''.*Write one out"):
         rendered(UNCUTTABLE, "")
 

@@ -1,4 +1,4 @@
-"""The sampler: nothing dropped, orders of its own, and a position that survives."""
+"""The sampler: it drops nothing, shuffles each epoch differently, and resumes at its position."""
 
 import pytest
 
@@ -54,6 +54,6 @@ def test_position_in_other_data_is_refused(other):
         PromptSampler(**{"n": 10, "prompts_per_step": 4, **other}).load_state_dict(state)
 
 
-def test_nothing_to_draw():
+def test_an_empty_data_set_is_refused():
     with pytest.raises(DataError):
         PromptSampler(0, 4)

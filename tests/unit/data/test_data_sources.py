@@ -1,4 +1,4 @@
-"""Sources: every kind of row is read, and a broken one stops with its file, row and field."""
+"""Sources: every kind of row is read, and the error of an invalid one names file, row and field."""
 
 import json
 
@@ -77,7 +77,7 @@ def test_size_takes_the_first_rows_and_never_fewer(tmp_path, write, name):
         ({"reward_model": {"ground_truth": "", "style": "rule"}}, "reward_model.ground_truth"),
     ],
 )
-def test_broken_row_is_located(tmp_path, write, name, changes, field):
+def test_an_invalid_row_is_located(tmp_path, write, name, changes, field):
     source = write(tmp_path / name, [record(), record(), record(**changes), record()])
     with pytest.raises(DataError) as caught:
         read(source)
@@ -89,7 +89,7 @@ def test_broken_row_is_located(tmp_path, write, name, changes, field):
     ("line", "part"),
     [("{", "not valid JSON"), ("3", "mapping of fields"), ('{"prompt": "x"}', "data_source")],
 )
-def test_broken_line_is_located(tmp_path, line, part):
+def test_an_invalid_line_is_located(tmp_path, line, part):
     path = tmp_path / "x.jsonl"
     path.write_text(f"{json.dumps(record())}\n\n{line}\n")
     with pytest.raises(DataError, match="row 1 \\(line 3\\)") as caught:
@@ -97,7 +97,7 @@ def test_broken_line_is_located(tmp_path, line, part):
     assert part in str(caught.value)
 
 
-def test_broken_files(tmp_path):
+def test_unreadable_files_are_refused(tmp_path):
     (tmp_path / "x.parquet").write_text("no parquet")
     (tmp_path / "empty.jsonl").touch()
     write_parquet(tmp_path / "short.parquet", [{"data_source": "x", "question": "y"}])
@@ -111,7 +111,7 @@ def test_broken_files(tmp_path):
             read(SourceConfig(path=str(tmp_path / name)))
 
 
-def test_numbers_are_ground_truths_too(tmp_path):
+def test_numbers_can_be_ground_truths(tmp_path):
     source = write_jsonl(tmp_path / "n.jsonl", [record(answer=18), record(answer=0.5)])
     assert [row.ground_truth for row in read(source)] == ["18", "0.5"]
 
@@ -144,7 +144,7 @@ def test_generator_without_a_single_answer():
         ({"generator": "basic_arithmetic", "options": {"min_terms": -1}}, "min_terms must be positive"),
     ],
 )
-def test_generator_refusals(settings, part):
+def test_wrong_generator_settings_are_refused(settings, part):
     with pytest.raises(DataError, match=part):
         read(SourceConfig(size=2, **settings))
 

@@ -1,4 +1,4 @@
-"""What each grader accepts and refuses, and what the public `grade` promises around them."""
+"""Answers that each grading mode accepts and refuses, and the behaviour of the public `grade`."""
 
 import json
 import subprocess
@@ -68,12 +68,12 @@ MATH_DIFFERENT = [
 
 
 @pytest.mark.parametrize(("answer", "gold"), MATH_EQUAL)
-def test_math_accepts_what_is_equal(answer, gold):
+def test_math_accepts_equal_answers(answer, gold):
     assert grade(f"\\boxed{{{answer}}}", gold, data_source="math") == 1.0
 
 
 @pytest.mark.parametrize(("answer", "gold"), MATH_DIFFERENT)
-def test_math_refuses_what_is_not(answer, gold):
+def test_math_refuses_other_answers(answer, gold):
     assert grade(f"\\boxed{{{answer}}}", gold, data_source="math") == 0.0
 
 
@@ -150,7 +150,7 @@ def test_reasoning_gym_scores_its_own_entries(name):
             assert verdict(f"{gold}.") == 1.0
 
 
-def test_reasoning_gym_needs_the_answer_only_where_the_data_set_does():
+def test_reasoning_gym_needs_only_the_answer_for_most_data_sets():
     assert grade("7", "7", data_source="reasoning_gym/chain_sum", mode="auto") == 1.0
     assert grade("8", "7", data_source="reasoning_gym/chain_sum", mode="auto") == 0.0
     assert grade("+07.0", "7", data_source="reasoning_gym/chain_sum", mode="auto") == 1.0

@@ -1,4 +1,4 @@
-"""The last number of a response: what is read as one, and what is not."""
+"""Mode `number`: which texts are read as a number, and which are not."""
 
 import time
 from fractions import Fraction
@@ -107,7 +107,7 @@ def test_a_number_is_read(text, value):
 
 
 @pytest.mark.parametrize("text", NOT_READ)
-def test_what_is_no_number_is_not_read(text):
+def test_other_texts_are_not_read_as_a_number(text):
     assert last_number(text) is None
 
 
@@ -150,7 +150,7 @@ WRONG = [
 
 
 @pytest.mark.parametrize(("response", "gold"), RIGHT)
-def test_equal_numbers_are_right(response, gold):
+def test_equal_numbers_are_correct(response, gold):
     assert grade(response, gold, data_source="openai/gsm8k", mode="number") == 1.0
 
 
@@ -159,7 +159,7 @@ def test_other_numbers_are_wrong(response, gold):
     assert grade(response, gold, data_source="openai/gsm8k", mode="number") == 0.0
 
 
-def test_auto_chooses_it_for_arithmetic_alone():
+def test_auto_chooses_it_for_arithmetic_only():
     assert mode_for("arithmetic") == mode_for("arithmetic/one_digit_sums") == "number"
     assert mode_for("openai/gsm8k") == "math"
     assert grade("so it is 5", "5", data_source="arithmetic/sums", mode="auto") == 1.0

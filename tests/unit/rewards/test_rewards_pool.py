@@ -1,4 +1,4 @@
-"""The pool under the failures it exists for: hangs, crashes, kills, stopped workers, a parent that dies."""
+"""The grader pool and its failures: answers that hang, killed and stopped workers, limits, a parent that dies."""
 
 import os
 import signal
@@ -55,7 +55,7 @@ def number_pool():
         yield pool
 
 
-def test_groups_are_collected_by_position_with_verdict_and_reward_apart(pool):
+def test_groups_are_collected_by_position_with_verdicts_and_rewards(pool):
     pool.submit(group(1, ["\\boxed{5}", "\\boxed{6}", "no box"]))
     pool.submit(group(0, ["\\boxed{C}", "\\boxed{(c)}"], gold="C", source="cais/mmlu"))
     pool.submit(group(2, ["7"], gold="7", source="reasoning_gym/chain_sum"))
@@ -142,7 +142,7 @@ def test_an_exception_in_the_grader_is_ungraded_with_its_reason(pool):
     assert "KeyError" in verdict.reason
 
 
-def test_an_entry_that_no_message_can_carry_is_ungraded_and_harms_nobody(pool):
+def test_an_entry_that_json_cannot_carry_is_ungraded(pool):
     answers = [Answer("7", "7", "reasoning_gym/chain_sum", {("a", "tuple"): 1}), RIGHT]
     verdicts = pool.grade_many(answers)
     assert [v.correct for v in verdicts] == [None, True]

@@ -1,4 +1,4 @@
-"""The compatible mode against the reference grader's own scores, and the data sets' ground truths against it."""
+"""Mode `reference` against recorded scores of the reference grader, and on the data sets' ground truths."""
 
 import json
 
@@ -31,7 +31,7 @@ def test_agrees_with_the_reference_grader_on_every_recorded_case():
 
 
 @needs_shared
-def test_every_ground_truth_of_the_data_sets_is_right_when_boxed():
+def test_every_ground_truth_of_the_data_sets_is_correct_when_boxed():
     import pyarrow.parquet
 
     files = sorted(DATA.glob("*.parquet"))
@@ -129,13 +129,13 @@ WRONG_REJECTIONS = [
 
 
 @pytest.mark.parametrize(("answer", "gold", "source"), WRONG_REJECTIONS)
-def test_what_the_reference_wrongly_rejects_is_right_in_the_mode_math(answer, gold, source):
+def test_math_accepts_what_the_reference_wrongly_rejects(answer, gold, source):
     response = f"So \\boxed{{{answer}}}."
     assert grade(response, gold, data_source=source, mode="reference") == 0.0
     assert grade(response, gold, data_source=source, mode="math") == 1.0
 
 
-def test_what_math_verify_alone_rejects_is_right_in_both_modes():
+def test_both_modes_accept_what_math_verify_alone_rejects():
     for mode in ("reference", "math"):
         assert grade("\\boxed{32.5\\%}", "32.5", data_source="math", mode=mode) == 1.0
 

@@ -1,4 +1,4 @@
-"""Which responses vote for the same answer."""
+"""Keys of answers for majority votes."""
 
 import pytest
 
@@ -35,8 +35,8 @@ def test_two_answers_are_two_keys(mode, source, responses):
 
 
 @pytest.mark.parametrize(("mode", "source", "responses"), [row for row in SAME if row[0] != "reasoning_gym"])
-def test_what_has_one_key_has_one_verdict(mode, source, responses):
-    """The grader itself finds each of them equal to what another of them says, in its kindest mode."""
+def test_responses_with_one_key_have_one_verdict(mode, source, responses):
+    """The most lenient mode accepts each response with another one's answer as the gold answer."""
     kind = {"reference": "math"}.get(mode, mode)
     verdicts = {grade(response, responses[1], data_source=source, mode=kind) for response in responses}
     assert verdicts == {1.0}
@@ -52,11 +52,11 @@ def test_what_has_one_key_has_one_verdict(mode, source, responses):
         ("reasoning_gym", "<think>a</think>"),
     ],
 )
-def test_who_gives_no_answer_has_no_vote(mode, response):
+def test_a_response_without_an_answer_has_no_key(mode, response):
     assert answer_key(response, data_source="x", mode=mode) is None
 
 
-def test_hostile_answers_cost_nothing():
+def test_keys_of_hostile_answers_are_cheap():
     for text in ("9" * 100_000, "1e999999999", "\\frac" * 50_000, "{" * 100_000, "(" * 5_000 + ")" * 5_000):
         for mode in ("math", "reference", "choice", "number"):
             answer_key(f"\\boxed{{{text}}}", data_source="x", mode=mode)
