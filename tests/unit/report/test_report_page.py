@@ -63,7 +63,10 @@ def test_curves_show_the_numbers_of_the_metrics(compared):
         assert series["high"] == pytest.approx([max(pair) for pair in pairs], rel=1e-6)
     norm = charts(page)["policy/grad_norm"]["series"][0]
     assert norm["xs"] == [step + 1 for step in range(12) if step != 3], "what was not finite is left out"
-    assert [each["name"] for each in charts(page)["cosines"]["series"]] == ["clipo, right–right", "clipo, right–wrong"]
+    assert [each["name"] for each in charts(page)["cosines"]["series"]] == [
+        "clipo, correct–correct",
+        "clipo, correct–wrong",
+    ]
     assert "my/own" in charts(page), "a metric that nobody knows is shown too"
 
 
@@ -216,19 +219,20 @@ def test_broken_files_are_noted_and_the_rest_is_shown(tmp_path):
     assert "1 of its evaluations cannot be read" in text and "Contrastive loss" in text
 
 
-@pytest.mark.parametrize(
-    "damage",
-    [{"samples": "x"}, {"samples": 1, "correct": 5}, {"correct": None}, {"votes": 3}, {"step": "x"}, {"step": None}],
-)
-def test_a_damaged_evaluation_alone_is_left_out(damage, tmp_path):
+def test_a_damaged_evaluation_alone_is_left_out(tmp_path):
     folder = write_run(tmp_path / "run", evaluated=True)
     file = folder / "eval" / "step_000012.json"
-    facts = json.loads(file.read_text())
-    if "step" in damage:
-        facts |= damage
-    else:
+    whole = file.read_text()
+    for damage in ({"samples": "x"}, {"samples": 1, "correct": 5}, {"correct": None}, {"votes": 3}):
+        facts = json.loads(whole)
         facts["problems"]["easy/0"] |= damage
-    file.write_text(json.dumps(facts))
+        file.write_text(json.dumps(facts))
+        run = read_run(folder)
+        assert "1 of its evaluations cannot be read, or are of an older version." in run.missing, damage
+        assert {each.step for each in run.evaluations} == {each.step for each in run.accuracies} == {0}
+    for step in ("x", None):
+        file.write_text(json.dumps(json.loads(whole) | {"step": step}))
+        assert [each.step for each in read_run(folder).evaluations] == [0]
     text = missing(folder)
     assert "clipo-0: 1 of its evaluations cannot be read" in text
     assert "of held-out problems after 0 steps" in text
@@ -261,7 +265,7 @@ def test_impossible_inputs_and_outputs_are_refused(tmp_path, capsys):
 
 def test_a_report_needs_no_torch(compared):
     script = (
-        "import sys\nfrom clipo_megatron import cli\n"
+        "import sys\nfrom clipo_megatron.cli import main as cli\n"
         "assert cli.main(['report', *sys.argv[2:], '-o', sys.argv[1]]) == 0\n"
         "assert 'torch' not in sys.modules and 'transformers' not in sys.modules"
     )
