@@ -9,7 +9,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from clipo_megatron.report.scales import Scale, number, percent, reach, safe, tick_text, ticks
+from clipo_megatron.report.scales import Scale, reach, safe, tick_text, ticks
 
 WIDTH, HEIGHT = 560, 264
 LEFT, RIGHT, TOP, BOTTOM = 58, 20, 12, 42
@@ -223,8 +223,3 @@ def rounded(facts: object) -> object:
     if isinstance(facts, dict):
         return {key: rounded(value) for key, value in facts.items()}
     return [rounded(value) for value in facts] if isinstance(facts, list | tuple) else facts
-
-
-def shown(value: float, *, share: bool) -> str:
-    """A value as charts and tables show it."""
-    return percent(value) if share else number(value)

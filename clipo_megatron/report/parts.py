@@ -21,17 +21,16 @@ class Section:
     body: str
 
 
-def figure(title: str, drawing: str, caption: str, *, legend: str = "", wide: bool = False) -> str:
+def figure(title: str, drawing: str, caption: str, *, legend: str = "") -> str:
     """A card with a title, a drawing and a caption in HTML."""
-    kind = "card wide" if wide else "card"
     under = f"<figcaption>{caption}</figcaption>" if caption else ""
-    return f'<figure class="{kind}"><h3>{safe(title)}</h3>{legend}{drawing}{under}</figure>'
+    return f'<figure class="card"><h3>{safe(title)}</h3>{legend}{drawing}{under}</figure>'
 
 
-def cards(parts: Sequence[str], *, narrow: bool = False) -> str:
+def cards(parts: Sequence[str]) -> str:
     """Cards side by side, as many as fit; empty parts are left out."""
     kept = [part for part in parts if part]
-    return f'<div class="cards{" narrow" if narrow else ""}">{"".join(kept)}</div>' if kept else ""
+    return f'<div class="cards">{"".join(kept)}</div>' if kept else ""
 
 
 def table(

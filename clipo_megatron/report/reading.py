@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from clipo_megatron.config.model_folder import is_run_settings
+from clipo_megatron.evaluation.estimators import mean_and_error
 from clipo_megatron.evaluation.results import Evaluation, read_evaluations
 from clipo_megatron.runtime.run_dir import EVALUATIONS, METRICS, ROLLOUTS, SETTINGS, STATES, TRACE
 from clipo_megatron.telemetry.sinks import read_lines
@@ -38,7 +39,8 @@ class Accuracy:
         """95% interval: Wilson's for problems answered once, else 1.96 standard errors of the mean over problems."""
         if all(share in (0.0, 1.0) for share in self.shares):
             return wilson(sum(self.shares), len(self.shares))
-        return spread_interval(self.shares)
+        mean, error = mean_and_error(self.shares)
+        return (0.0, 1.0) if error is None else (max(0.0, mean - 1.96 * error), min(1.0, mean + 1.96 * error))
 
 
 def wilson(correct: float, count: int, z: float = 1.96) -> tuple[float, float]:
@@ -47,16 +49,6 @@ def wilson(correct: float, count: int, z: float = 1.96) -> tuple[float, float]:
     middle = (share + square / 2) / (1 + square)
     reach = z * math.sqrt(share * (1 - share) / count + square / (4 * count)) / (1 + square)
     return max(0.0, middle - reach), min(1.0, middle + reach)
-
-
-def spread_interval(values: tuple[float, ...], z: float = 1.96) -> tuple[float, float]:
-    """`z` standard errors around the mean, within [0, 1]."""
-    count = len(values)
-    mean = sum(values) / count
-    if count < 2:
-        return 0.0, 1.0
-    error = math.sqrt(sum((value - mean) ** 2 for value in values) / (count - 1) / count)
-    return max(0.0, mean - z * error), min(1.0, mean + z * error)
 
 
 @dataclass

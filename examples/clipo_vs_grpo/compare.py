@@ -15,7 +15,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict
 from functools import cache
@@ -29,6 +29,7 @@ from clipo_megatron.config.errors import ConfigError, spell
 from clipo_megatron.config.load import load
 from clipo_megatron.config.schema import RunConfig
 from clipo_megatron.evaluation.results import read_evaluations
+from clipo_megatron.report.grouping import flat
 from clipo_megatron.runtime.run_dir import EVALUATIONS
 from clipo_megatron.runtime.run_dir import SETTINGS as CONFIG
 
@@ -95,13 +96,13 @@ def refuse_other_settings(output: Path, arm: str, seed: int, overrides: Sequence
     if not file.exists():
         return
     try:
-        made = dict(_leaves(json.loads(file.read_text())))
+        made = flat(json.loads(file.read_text()))
         home = Path(made["train.output"]).parent.parent  # the run may have been moved
         continues = made["train.steps"] < _wanted(arm, home, tuple(overrides))["train.steps"]
     except (ValueError, KeyError, TypeError, AttributeError):
         raise ConfigError(f"{file} is damaged. Remove {output} to repeat its run.") from None
     now = _wanted(arm, home, tuple(overrides)) | {"train.seed": seed, "train.output": str(home / arm / f"seed{seed}")}
-    since = dict(_leaves(asdict(RunConfig())))  # settings that did not exist yet had their defaults
+    since = flat(asdict(RunConfig()))  # settings that did not exist yet had their defaults
     for key in sorted(made.keys() | now.keys()):
         value, other = made.get(key, since.get(key)), now.get(key)
         if value != other and not (key == "train.steps" and continues):
@@ -115,15 +116,7 @@ def refuse_other_settings(output: Path, arm: str, seed: int, overrides: Sequence
 def _wanted(arm: str, home: Path, overrides: tuple[str, ...]) -> dict[str, Any]:
     """The settings of an arm's first run as its config.json would hold them, by dotted key."""
     config = load(SETTINGS, settings(arm, 0, home, overrides))
-    return dict(_leaves(json.loads(json.dumps(asdict(config), default=str))))
-
-
-def _leaves(section: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in section.items():
-        if isinstance(value, dict) and value:
-            yield from _leaves(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
+    return flat(json.loads(json.dumps(asdict(config), default=str)))
 
 
 def is_done(output: Path, steps: int) -> bool:
