@@ -20,6 +20,7 @@ import sys
 import time
 from dataclasses import asdict, fields, is_dataclass, replace
 from enum import Enum
+from functools import cache
 from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
@@ -84,8 +85,7 @@ def write(folder: Path, config: RunConfig, script: str, resources: Resources, mo
     """Write configuration, script and origin; `more` goes into submission.json. The job's number is not known yet."""
     write_durably(folder / CONFIG, yaml.safe_dump(_plain(config), sort_keys=False, width=10_000))
     write_durably(folder / SCRIPT, script)
-    installed = sorted({f"{each.name}=={each.version}" for each in distributions()}, key=str.lower)
-    write_durably(folder / "packages.txt", "\n".join(installed) + "\n")
+    write_durably(folder / "packages.txt", _installed_packages())
     facts = {
         "submitted": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "version": __version__,
@@ -113,6 +113,14 @@ def read_submission(folder: Path) -> dict[str, Any]:
         return {}
 
 
+@cache
+def _installed_packages() -> str:
+    """Name and version of each package in this environment, a line each."""
+    installed = {f"{each.name}=={each.version}\n" for each in distributions()}
+    return "".join(sorted(installed, key=str.lower))
+
+
+@cache
 def _commit() -> dict[str, Any]:
     """Commit and changed files of the repository that this package runs from; {} for an installed package."""
     here = Path(__file__).parents[2]

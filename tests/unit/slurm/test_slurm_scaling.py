@@ -63,8 +63,8 @@ def test_overrides_of_a_rung_are_valid_settings(config, tmp_path):
 @pytest.mark.parametrize(
     ("nodes", "servers", "message"),
     [
-        ([], [], "--nodes : it takes different numbers in rising order"),
-        ([2, 1], [], "--nodes 2,1: it takes different numbers"),
+        ([], [], "--nodes : give different numbers in rising order"),
+        ([2, 1], [], "--nodes 2,1: give different numbers"),
         ([1, 2], [1], "--server-nodes 1 has 1 numbers, and --nodes 1,2 has 2"),
         ([3, 4], [], "data.prompts_per_step = 32 on 3 nodes is no whole number on 4"),
     ],
