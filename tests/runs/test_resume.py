@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import warm
 from progress import end_of, wait_until
 from small_runs import (
     EVERY,
@@ -183,29 +184,24 @@ def test_a_step_that_generates_for_too_long_is_given_up_and_done_again(small_con
     """Only rank 0 asks for rollouts here, and the signal goes to rank 1, which waits for it."""
     output, mark = tmp_path / "run", tmp_path / "slow"
     store = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2"}
-    slow = {"CLIPO_SLOW_STEP": str(EVERY + 1), "CLIPO_SLOW_MARK": str(mark), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(SUPPORT / "slow_rank.py"), "train", str(small_config)]
-    command += [f"train.output={output}", PP2, "faults.grace_period_s=1"]
-    ranks = [
-        subprocess.Popen(
-            command,
-            env={**os.environ, **store, **slow, **LOCAL_RENDEZVOUS_ENV, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
+    slow = {"CLIPO_SLOW_STEP": str(EVERY + 1), "CLIPO_SLOW_MARK": str(mark), warm.IMPORT: "slow_rank"}
+    logs = [tmp_path / f"rank{rank}.log" for rank in range(2)]
+    words = ["train", str(small_config), f"train.output={output}", PP2, "faults.grace_period_s=1"]
+    ranks = []
+    for rank, log in enumerate(logs):
+        log.touch()
+        place = {**store, **LOCAL_RENDEZVOUS_ENV, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+        ranks.append(warm.Command(words, env={**os.environ, **warm.ONE_THREAD, **slow, **place}, log=log))
     try:
         wait_until(lambda: mark.exists() or any(each.poll() is not None for each in ranks), "the slow step")
-        assert mark.exists(), [each.communicate()[1] for each in ranks if each.poll() is not None]
+        assert mark.exists(), [log.read_text() for log in logs]
         ranks[1].send_signal(signal.SIGUSR1)
-        said = [each.communicate()[1] for each in ranks]
+        wait_until(lambda: all(each.poll() is not None for each in ranks), "both ranks to end")
     finally:
         for each in ranks:
             each.kill()
             each.wait()
+    said = [log.read_text() for log in logs]
     assert [each.returncode for each in ranks] == [138, 138], said
     assert f"stopped by SIGUSR1 after {EVERY + 1} of {STEPS} steps; the state is saved" in " ".join(said[0].split())
     assert steps_logged(output) == EVERY + 1

@@ -13,6 +13,7 @@ import atexit
 import contextlib
 import ctypes
 import faulthandler
+import importlib
 import multiprocessing as mp
 import os
 import signal
@@ -29,6 +30,7 @@ PRELOADED = "warm_imports"
 # Room in the server's environment for those of its forks, which are written over it.
 ROOM = {"CLIPO_TEST_ROOM": "x" * 16_384}
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "TOKENIZERS_PARALLELISM": "false"}
+IMPORT = "CLIPO_TEST_IMPORT"  # a module that changes something of the command on purpose
 MODULE = ("-m", "clipo_megatron.cli")
 
 
@@ -149,6 +151,8 @@ def _live(arguments: list[str], environment: dict[str, str]) -> NoReturn:
             setattr(sys, name, open(file, "w", buffering=1, closefd=False))  # noqa: SIM115
         if "PYTHONFAULTHANDLER" in environment:
             faulthandler.enable(2)
+        if IMPORT in environment:
+            importlib.import_module(environment[IMPORT])
         from clipo_megatron.cli.main import main
 
         sys.argv = ["clipo", *arguments]
