@@ -50,7 +50,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         if tier == "unit" and (found := STARTING_PROCESSES & (set(item.fixturenames) - set(parameters))):
             raise pytest.UsageError(f"{item.nodeid} asks for {', '.join(found)}: it belongs into another tier")
         if hasattr(config, "workerinput"):  # a worker of pytest-xdist: it gets whole files
-            item.add_marker(pytest.mark.xdist_group(tier if tier in ONE_WORKER else str(item.path)))
+            item.add_marker(pytest.mark.xdist_group(tier if tier in ONE_WORKER else item.path.name))
     if hasattr(config, "workerinput"):
         items.sort(key=lambda item: TIERS.index(item.path.relative_to(here).parts[0]))
 
