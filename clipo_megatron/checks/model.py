@@ -11,17 +11,9 @@ from clipo_megatron.checks.layout import division_problems
 from clipo_megatron.config.errors import ConfigProblem, spell
 from clipo_megatron.config.model_folder import hf_folder, is_checkpoint, vocabulary_problem
 from clipo_megatron.config.schema import EngineKind, RunConfig
+from clipo_megatron.weights.families import FAMILIES
 
-ARCHITECTURES = (
-    "LlamaForCausalLM",
-    "MistralForCausalLM",
-    "Phi3ForCausalLM",
-    "Qwen2ForCausalLM",
-    "Qwen3ForCausalLM",
-    "Qwen3MoeForCausalLM",
-)
-# Architectures all of whose layers have `sliding_window`, and what they have where config.json does not say.
-WINDOWS = {"MistralForCausalLM": 4096, "Phi3ForCausalLM": None}
+ARCHITECTURES = {family.architecture: family for family in FAMILIES.values()}
 
 
 def model_problems(config: RunConfig, replicas: int, *, trains: bool = True) -> Iterator[ConfigProblem]:
@@ -98,8 +90,9 @@ def _has_chat_template(folder: Path) -> bool:
 def _window(config: RunConfig, facts: dict[str, Any]) -> Iterator[ConfigProblem]:
     """Whether the engine computes the model's sliding window, where sequences are long enough for it to matter."""
     architecture = facts["architectures"][0]
-    window = facts.get("sliding_window", WINDOWS[architecture]) if architecture in WINDOWS else None
-    if window is None or config.rollout.engine is not EngineKind.sglang:
+    family = ARCHITECTURES[architecture]
+    window = {**family.defaults, **facts}.get("sliding_window")
+    if window is None or not family.sglang_ignores_window or config.rollout.engine is not EngineKind.sglang:
         return
     longest = config.data.max_prompt_tokens + max(config.rollout.max_new_tokens, config.eval.max_new_tokens or 0)
     if longest > window:

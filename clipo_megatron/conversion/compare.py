@@ -18,8 +18,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from clipo_megatron.weights.coverage import EMBEDDING, OUTPUT
 from clipo_megatron.weights.errors import WeightsError
+from clipo_megatron.weights.mapping import EMBEDDING, OUTPUT_LAYER
 
 # Elements that are compared at a time when two tensors are known to differ.
 _RUN = 1 << 24
@@ -152,7 +152,7 @@ _Found = Fingerprint | WeightsError | None
 
 def _look(side: Weights, names: set[str], name: str, tied: bool, cast: torch.dtype | None) -> _Found:
     if name not in names:
-        if not (tied and name == OUTPUT and EMBEDDING in names):
+        if not (tied and name == OUTPUT_LAYER and EMBEDDING in names):
             return None
         name = EMBEDDING
     try:

@@ -71,7 +71,7 @@ class FromConfig(ToMegatron):
         self.named = f"{str(stored).removeprefix('torch.')}, as config.json says"
         self.reader = ConfigAlone(self.spec, stored)  # type: ignore[assignment]
         self.units = tuple(self._divide())
-        self.facts, self.beside = {}, {}
+        self.sidecar_files = {}
 
 
 def has_weights(folder: Path) -> bool:

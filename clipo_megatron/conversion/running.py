@@ -1,4 +1,4 @@
-"""Doing a conversion: threads that take units, signals that stop them, and what is done at the end."""
+"""Doing a conversion: threads that take units, signals that stop them, and the rename at the end."""
 
 from __future__ import annotations
 
@@ -7,222 +7,158 @@ import queue
 import signal
 import threading
 import time
+import zlib
 from collections.abc import Callable, Sequence
 from concurrent import futures
 from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
 from typing import Any, TypeVar
 
-from clipo_megatron.conversion.plan import Check, Conversion, ConversionError, Record, WorkUnit
+from clipo_megatron.conversion.plan import Conversion, ConversionError, SourceFile, Tick, WorkUnit
 from clipo_megatron.conversion.progress import Meter
-from clipo_megatron.conversion.ranks import Ranks
-from clipo_megatron.conversion.work import WorkFolder, crc32_of
+from clipo_megatron.conversion.work import WorkFolder
 from clipo_megatron.runtime.durable_files import sync
 
 MOST_THREADS = 4
-_LAST_S = 30.0  # for threads to end
-STALL_S = 900.0  # without a byte read or written anywhere: the disk hangs
+STALL_S = 900.0  # without a byte read or written: the disk hangs
+_LAST_S = 30.0  # that threads get to end
+_READ_BYTES = 1 << 22
 
 Item = TypeVar("Item")
-Work = Callable[[Any, Callable[[int], None]], None]
 
 
 class Interrupted(ConversionError):
-    """A signal came. `exit_code` is the shell's, 128 + its number."""
+    """A signal stopped the conversion. `exit_code` is 128 + its number, as in a shell."""
 
-    def __init__(self, signum: int, target: object, *, shared: bool) -> None:
-        why = " (a launcher sends it to all ranks when one of them has ended)" if shared else ""
+    def __init__(self, signum: int, target: object) -> None:
         super().__init__(
-            f"stopped by {signal.Signals(signum).name}{why}; there is no {target} yet, and the same command goes on "
-            "from what is done"
+            f"stopped by {signal.Signals(signum).name}; there is no {target}, and the same command starts from the "
+            "beginning"
         )
         self.exit_code = 128 + signum
 
 
 class _Stopped(Exception):
-    """Ends a thread whose work is not wanted any more."""
+    """Ends a thread whose work is no longer wanted."""
 
 
-def convert(conversion: Conversion, *, threads: int | None = None, ranks: Ranks | None = None) -> float:
-    """Do a conversion, or what is left of it, and give the result its name. Every rank calls it.
+def convert(conversion: Conversion, *, threads: int | None = None) -> float:
+    """Do a conversion and give the result its name; return the seconds it took.
 
-    Returns:
-        Seconds it took.
+    Nothing of an attempt that fails is left. One that is killed leaves a hidden folder, which the next one removes.
 
     Raises:
-        ConversionError: it cannot be done; the target is not there, and what is done is kept for another try.
+        ConversionError: it cannot be done, and the target is not there.
     """
-    began = time.monotonic()
-    with ranks or Ranks() as ranks, _Signals() as signals:
-        meter = Meter(enabled=ranks.leads)
-        team = Team(threads, ranks, meter, signals, conversion.target)
-        work = WorkFolder(conversion.target)
-        try:
-            if ranks.leads:
-                if said := work.claim(conversion.facts):
-                    meter.say(said)
-                _make_ready(conversion, work, meter)
-            ranks.meet("ready", team.check)
-            _check_source(conversion, ranks, team)
-            _write(conversion, work, ranks, team, meter)
-            ranks.meet("written", team.check)
-            if ranks.leads:
-                conversion.finish(work.content, _all_records(conversion, work))
-                team.check()
-                work.publish()
-            ranks.meet("published", team.check)
-        except BaseException as error:
-            ranks.fail(str(error) or type(error).__name__)
-            if isinstance(error, OSError):
-                raise ConversionError(
-                    f"{conversion.target} cannot be written: {error}. The same command goes on from what is done"
-                ) from error
-            raise
-        finally:
-            meter.end()
-            work.release()
-            conversion.close()
+    began, target = time.monotonic(), conversion.target
+    meter = Meter()
+    try:
+        with _Signals() as signals, WorkFolder(target) as work:
+            team = Team(threads, meter, signals, target)
+            work.check_space(conversion.nbytes)
+            _check_source(conversion.source_files, team)
+            conversion.prepare(work.content)
+            _write(conversion, work.content, team)
+            conversion.finish(work.content)
+            team.check()
+            work.publish()
+    except OSError as error:
+        raise ConversionError(
+            f"{target} cannot be written: {error}. Nothing is left of it; mend that or choose another place, and start "
+            "again"
+        ) from error
+    finally:
+        meter.end()
+        conversion.close()
     return time.monotonic() - began
 
 
-def _make_ready(conversion: Conversion, work: WorkFolder, meter: Meter) -> None:
-    known = work.records()
-    done = [unit for unit in conversion.units if unit.name in known]
-    if done:
-        meter.say(f"going on: {len(done)} of {len(conversion.units)} parts were written before")
-    work.check_space(conversion.nbytes - sum(unit.nbytes for unit in done))
-    conversion.prepare(work.content)
-
-
-def _check_source(conversion: Conversion, ranks: Ranks, team: Team) -> None:
+def _check_source(files: Sequence[SourceFile], team: Team) -> None:
     """Compare the source's files with its manifest."""
     defects: list[str] = []
 
-    def check(item: Check, tick: Callable[[int], None]) -> None:
+    def check(file: SourceFile, tick: Tick) -> None:
         try:
-            with item.file.open("rb", buffering=0) as file:
-                size = os.fstat(file.fileno()).st_size
-                if size != item.nbytes:
-                    defects.append(f"{item.file} has {size} bytes, {item.nbytes} were written")
-                elif crc32_of(file.fileno(), 0, size, tick) != item.crc32:
-                    defects.append(f"the bytes of {item.file} are not those that were written")
+            with file.path.open("rb", buffering=0) as opened:
+                size = os.fstat(opened.fileno()).st_size
+                if size != file.nbytes:
+                    defects.append(f"{file.path} has {size} bytes, {file.nbytes} were written")
+                    return
+                code, buffer = 0, memoryview(bytearray(min(_READ_BYTES, size) or 1))
+                while count := opened.readinto(buffer):
+                    code = zlib.crc32(buffer[:count], code)
+                    tick(count)
+                if code != file.crc32:
+                    defects.append(f"the bytes of {file.path} are not those that were written")
         except OSError as error:
-            defects.append(f"{item.file} cannot be read: {error.strerror}")
+            defects.append(f"{file.path} cannot be read: {error.strerror}")
 
-    total = sum(item.nbytes for item in conversion.checks)
-    team.run("checking", ranks.share(conversion.checks), check, total)
+    team.run("checking", files, check, sum(file.nbytes for file in files))
     if defects:
         raise ConversionError("the source is damaged: " + "; ".join(sorted(defects)) + ". Restore it from a copy")
 
 
-def _write(conversion: Conversion, work: WorkFolder, ranks: Ranks, team: Team, meter: Meter) -> None:
-    known = work.records()
-    mine = ranks.share(conversion.units)
-    changed: list[str] = []
+def _write(conversion: Conversion, content: Path, team: Team) -> None:
+    def write(unit: WorkUnit, tick: Tick) -> None:
+        to_disk.add(conversion.write(unit, content, tick))
 
-    def write(unit: WorkUnit, tick: Callable[[int], None]) -> None:
-        if unit.name in known:
-            counted = 0
-
-            def within(count: int) -> None:  # metadata counts too: never beyond what the unit stands for
-                nonlocal counted
-                tick(max(min(count, unit.nbytes - counted), 0))
-                counted += count
-
-            if work.holds(known[unit.name], within):
-                tick(max(unit.nbytes - counted, 0))
-                return
-            changed.append(unit.name)
-            tick(-min(counted, unit.nbytes))
-        forcing.add(conversion.write(unit, work.content, tick))
-
-    with _Forcing(work, ranks.rank) as forcing:
-        team.run("writing", mine, write, conversion.nbytes)
-        forcing.wait()
-    if changed:
-        meter.say(f"wrote {len(changed)} parts again that had changed since they were written")
+    with _ToDisk(conversion.target) as to_disk:
+        team.run("writing", conversion.units, write, conversion.nbytes)
+        to_disk.wait()
 
 
-class _Forcing:
-    """Forces what units wrote to disk and notes them in the journal, beside the threads that write: those would only
-    wait, and a disk takes several files at once."""
+class _ToDisk:
+    """Forces written files to disk in threads of its own: the writing threads would only wait for the disk."""
 
-    def __init__(self, work: WorkFolder, rank: int) -> None:
-        self._work, self._journal, self._noting = work, work.journal(rank), threading.Lock()
+    def __init__(self, target: Path) -> None:
+        self._target = target
         self._pool = ThreadPoolExecutor(MOST_THREADS, thread_name_prefix="to disk")
         self._begun: list[Future[None]] = []
 
-    def __enter__(self) -> _Forcing:
+    def __enter__(self) -> _ToDisk:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._pool.shutdown(wait=False)
-        futures.wait(self._begun, _LAST_S)  # what was written is not lost when a conversion is stopped
-        self._journal.close()
+        self._pool.shutdown(wait=False, cancel_futures=True)
 
-    def add(self, record: Record) -> None:
-        """A unit that was written."""
-        self._begun.append(self._pool.submit(self._force, record))
+    def add(self, files: Sequence[Path]) -> None:
+        """Force files to disk, sooner or later."""
+        self._begun += [self._pool.submit(sync, file) for file in files]
 
     def wait(self) -> None:
-        """Until all of them are on disk.
+        """Wait until all files are on disk.
 
         Raises:
-            OSError: one could not be. ConversionError: the disk hangs.
+            OSError: one could not be forced. ConversionError: the disk hangs.
         """
         for each in self._begun:
             try:
                 each.result(STALL_S)
             except futures.TimeoutError:
                 raise ConversionError(
-                    f"{self._work.target} was not forced to disk within {STALL_S:.0f} s: the disk hangs. The same "
-                    "command goes on from what is done"
+                    f"{self._target} was not forced to disk within {STALL_S:.0f} s: the disk hangs. Choose another"
                 ) from None
-
-    def _force(self, record: Record) -> None:
-        for name in sorted({span.file for span in record.spans}):
-            sync(self._work.content / name)
-        with self._noting:
-            self._journal.note(record)
-
-
-def _all_records(conversion: Conversion, work: WorkFolder) -> Sequence[Record]:
-    known = work.records()
-    missing = [unit.name for unit in conversion.units if unit.name not in known]
-    if missing:
-        raise ConversionError(
-            f"the journal in {work.folder} lacks {', '.join(missing[:5])}: all ranks must see the same folder"
-        )
-    return [known[unit.name] for unit in conversion.units]
 
 
 class Team:
-    """This process's threads."""
+    """The threads of a conversion, by default one more than there are processors, up to four."""
 
     def __init__(
-        self,
-        threads: int | None,
-        ranks: Ranks,
-        meter: Meter,
-        signals: _Signals,
-        target: object,
-        stall_s: float = STALL_S,
+        self, threads: int | None, meter: Meter, signals: _Signals, target: Path, stall_s: float = STALL_S
     ) -> None:
         self.threads = threads or min(MOST_THREADS, (os.cpu_count() or 1) + 1)
-        self._ranks, self._meter, self._signals, self._target = ranks, meter, signals, target
-        self._stall_s = stall_s
+        self._meter, self._signals, self._target, self._stall_s = meter, signals, target, stall_s
 
     def check(self) -> None:
-        """Raise when the conversion is to stop."""
+        """Raise `Interrupted` if a signal has come."""
         if self._signals.came:
-            raise Interrupted(self._signals.came, self._target, shared=self._ranks.world > 1)
-        self._ranks.raise_if_lost()
+            raise Interrupted(self._signals.came, self._target)
 
-    def run(self, phase: str, items: Sequence[Item], work: Work, total: int) -> None:
-        """Do `work(item, tick)` for every item, several at a time; `total` bytes are counted over all ranks.
+    def run(self, phase: str, items: Sequence[Item], work: Callable[[Item, Tick], None], total: int) -> None:
+        """Do `work(item, tick)` for every item, several at a time, and count the `total` bytes.
 
         Raises:
-            The first error that a thread met, or what `check` raises; all threads have ended then, but for those that
-            hang in the disk.
+            The first error of a thread, or what `check` raises. All threads have ended then, unless the disk hangs.
         """
         todo: queue.SimpleQueue[Item] = queue.SimpleQueue()
         for item in items:
@@ -252,7 +188,6 @@ class Team:
                 errors.append(error)
                 stop.set()
 
-        self._ranks.count(0)
         self._meter.begin(phase, total)
         workers = [threading.Thread(target=take, daemon=True) for _ in range(min(self.threads, len(items)))]
         for worker in workers:
@@ -274,19 +209,18 @@ class Team:
             for worker in workers:
                 worker.join(0.05)
             now = done()
-            self._ranks.count(now)
-            self._meter.show(self._ranks.total)
+            self._meter.show(now)
             if now != last:
                 moved, last = time.monotonic(), now
             if time.monotonic() - moved > self._stall_s:
                 raise ConversionError(
                     f"nothing was read or written for {self._stall_s:.0f} s: the disk of the source or of "
-                    f"{self._target} hangs. The same command goes on from what is done"
+                    f"{self._target} hangs. Choose another"
                 )
 
 
 class _Signals:
-    """Ctrl-C and SIGTERM as a wish, once; a second one ends the process at once."""
+    """Notes the first SIGINT or SIGTERM, to be asked for; a second one ends the process at once."""
 
     def __init__(self) -> None:
         self.came = 0

@@ -1,7 +1,7 @@
-"""Checkpoint -> Hugging Face folder: safetensors with an index, config, tokenizer.
+"""From a checkpoint to a Hugging Face folder: safetensors with an index, config, tokenizer.
 
-Where the checkpoint knows how its source was divided over files, the output is divided so; with the same dtypes, its
-files are the source's byte for byte.
+A checkpoint that was converted knows how its source was divided over files. The output is divided in the same way, and
+its files are the source's byte for byte if the dtypes are the same.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 import threading
-import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
@@ -22,27 +21,27 @@ from clipo_megatron.config.model_folder import HF_FILES, POLICY, hf_folder, is_c
 from clipo_megatron.conversion.plan import (
     PIECE_BYTES,
     UNIT_BYTES,
-    Check,
     Conversion,
     ConversionError,
-    Record,
-    Span,
+    SourceFile,
     Tick,
     WorkUnit,
 )
-from clipo_megatron.runtime.durable_files import write_at, write_durably
-from clipo_megatron.weights.coverage import EMBEDDING, OUTPUT, check_tensors
+from clipo_megatron.runtime.durable_files import write_durably
+from clipo_megatron.weights.coverage import check_tensors
 from clipo_megatron.weights.errors import CoverageError, WeightsFolderError
 from clipo_megatron.weights.families import model_spec
 from clipo_megatron.weights.formats.manifest import manifest
 from clipo_megatron.weights.formats.reader import INDEX, SINGLE
 from clipo_megatron.weights.formats.safetensors import Header, as_bytes, build, parse
-from clipo_megatron.weights.formats.source import LAYOUT, files_beside
+from clipo_megatron.weights.formats.source import SOURCE_HEADERS, sidecar_files
 from clipo_megatron.weights.formats.torch_dist import METADATA
 from clipo_megatron.weights.formats.torch_dist_reader import TorchDistReader
+from clipo_megatron.weights.mapping import EMBEDDING, OUTPUT_LAYER
 from clipo_megatron.weights.spec import read_config
 
-SHARD_BYTES = 5_000_000_000  # of an output file, where nobody says otherwise
+SHARD_BYTES = 5_000_000_000  # largest output file, unless the user asks for another size
+_WRITE_BYTES = 1 << 18  # of one system call; larger ones cost more a byte
 _DTYPE_FIELDS = ("torch_dtype", "dtype")  # of config.json: before transformers 5, and since
 
 
@@ -55,18 +54,18 @@ class _FileTask:
 
 
 class ToHF(Conversion):
-    """Conversion of the checkpoint `source` into the Hugging Face folder `target`.
+    """The conversion of the checkpoint `source` into the Hugging Face folder `target`.
 
     Args:
         source: a checkpoint of conversion or training, or a bare torch_dist folder.
         target: folder to make.
         dtype: of the output; None: of the checkpoint.
-        shard_bytes: most of an output file; None: divided as the checkpoint's own source was, if it is known.
-        master: the optimizer's fp32 masters in place of the parameters.
-        beside: folder with config.json and tokenizer, for a checkpoint without them.
+        shard_bytes: largest output file; None: as the checkpoint's own source was divided, if that is known.
+        master: whether to export the optimizer's fp32 masters instead of the parameters.
+        hf: folder with config.json and tokenizer, for a checkpoint without them.
 
     Raises:
-        UnsupportedModel, CheckpointError, CoverageError, ConversionError: it cannot be converted, and why.
+        UnsupportedModel, WeightsFolderError, CoverageError, ConversionError: it cannot be converted, and why.
     """
 
     def __init__(
@@ -77,13 +76,13 @@ class ToHF(Conversion):
         dtype: torch.dtype | None = None,
         shard_bytes: int | None = None,
         master: bool = False,
-        beside: Path | None = None,
+        hf: Path | None = None,
     ) -> None:
         self.source, self.target, self.dtype = source, target, dtype
         self.policy = source / POLICY if is_checkpoint(source) else source
-        self.checks = tuple(self._checks(source))
-        self.beside = self._beside(source, beside)
-        config = read_config(hf_folder(beside or source))
+        self.source_files = tuple(self._source_files(source))
+        self.sidecar_files = self._sidecar_files(source, hf)
+        config = read_config(hf_folder(hf or source))
         self.spec = model_spec(config)
         self.reader = TorchDistReader(self.policy, self.spec, master=master)
         check_tensors(self.reader, self.spec)
@@ -92,66 +91,47 @@ class ToHF(Conversion):
         self.headers, self.index, self.dropped = self._layout(shard_bytes)
         self.units: Sequence[WorkUnit] = tuple(self._divide())
         self.buffers = threading.local()
-        metadata = (self.policy / METADATA).stat()
-        self.facts: Mapping[str, object] = {
-            "conversion": "to Hugging Face, 1",
-            "source": str(source.resolve()),
-            "metadata": [metadata.st_size, metadata.st_mtime_ns],
-            "beside": zlib.crc32(b"".join(self.beside.values())),
-            "headers": {name: zlib.crc32(header.bytes) for name, header in self.headers.items()},
-            "master": master,
-        }
 
     def files(self) -> dict[str, int]:
-        """Bytes of every file of weights, by name."""
         return {name: header.size for name, header in self.headers.items()}
 
     def prepare(self, content: Path) -> None:
         """Make the files in their full size, with their headers."""
         for name, header in self.headers.items():
-            descriptor = os.open(content / name, os.O_RDWR | os.O_CREAT, 0o644)
-            try:
-                os.ftruncate(descriptor, header.size)
-                write_at(descriptor, memoryview(header.bytes), 0)
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
+            with (content / name).open("wb", buffering=0) as file:
+                file.truncate(header.size)
+                file.write(header.bytes)
 
-    def write(self, unit: WorkUnit, content: Path, tick: Tick) -> Record:
-        """Write the tensors of a unit to their places."""
+    def write(self, unit: WorkUnit, content: Path, tick: Tick) -> Sequence[Path]:
         task: _FileTask = unit.content
-        header = self.headers[task.file]
-        start = end = header.tensors[task.names[0]].start
-        code = 0
-        descriptor = os.open(content / task.file, os.O_WRONLY)
+        header, path = self.headers[task.file], content / task.file
+        end = header.tensors[task.names[0]].start
+        descriptor = os.open(path, os.O_WRONLY)
         try:
             for name in task.names:
                 for piece in self._pieces(name, header):
-                    code = write_at(descriptor, piece, end, code)
-                    end += len(piece)
+                    end = _write_at(descriptor, piece, end)
                     tick(len(piece))
         finally:
             os.close(descriptor)
-        return Record(unit.name, (Span(task.file, start, end - start, code),))
+        return [path]
 
-    def finish(self, content: Path, records: Sequence[Record]) -> None:
-        """Write index, config, tokenizer and what else the source had."""
-        for name, data in self.beside.items():
+    def finish(self, content: Path) -> None:
+        for name, data in self.sidecar_files.items():
             if name == "config.json":
                 data = self._config(data)
-            if name != LAYOUT:
+            if name != SOURCE_HEADERS:
                 write_durably(content / name, data)
         if self.index is not None:
             write_durably(content / INDEX, self.index)
 
     def close(self) -> None:
-        """Close the source."""
         self.reader.close()
 
     # --- source ------------------------------------------------------------------------------------------------------
 
-    def _checks(self, source: Path) -> Iterator[Check]:
-        """Files of a checkpoint that are read; a bare torch_dist folder says nothing about its own."""
+    def _source_files(self, source: Path) -> Iterator[SourceFile]:
+        """List the files of a checkpoint that are read; a bare torch_dist folder has no manifest of its own."""
         if not is_checkpoint(source):
             if not (source / METADATA).is_file():
                 raise WeightsFolderError(
@@ -166,29 +146,29 @@ class ToHF(Conversion):
                 if size != entry["bytes"]:  # before anything tries to read it
                     found = "is missing" if size is None else f"has {size} bytes, {entry['bytes']} were written"
                     raise WeightsFolderError(f"{path} {found}: the checkpoint is damaged. Restore it from a copy")
-                yield Check(path, entry["bytes"], entry["crc32"])
+                yield SourceFile(path, entry["bytes"], entry["crc32"])
 
-    def _beside(self, source: Path, other: Path | None) -> dict[str, bytes]:
+    def _sidecar_files(self, source: Path, other: Path | None) -> dict[str, bytes]:
         if other is None and not (hf_folder(source) / "config.json").is_file():
             raise ConversionError(
                 f"{source} holds no {HF_FILES}/ with config.json and tokenizer (it is older than that, or not ours): "
                 "give the folder of the model it was trained from with --hf"
             )
-        return files_beside(other or source)
+        return sidecar_files(other or source)
 
     # --- layout ------------------------------------------------------------------------------------------------------
 
     def _stored_as(self, name: str) -> torch.dtype:
-        """Dtype of a tensor in the output."""
+        """Return the dtype of a tensor in the output."""
         return self.dtype or self.reader.view(self._origin(name)).dtype
 
     def _origin(self, name: str) -> str:
-        """A tied model's folder may hold the output layer too: it is the embedding."""
-        return EMBEDDING if self.spec.tied_embeddings and name == OUTPUT else name
+        """Return the checkpoint's name of a tensor: a tied output layer is its embedding."""
+        return EMBEDDING if self.spec.tied_embeddings and name == OUTPUT_LAYER else name
 
     def _layout(self, shard_bytes: int | None) -> tuple[dict[str, Header], str | None, list[str]]:
-        """Headers of all files, the index's text, and tensors of the source that are not in the checkpoint."""
-        if shard_bytes is None and LAYOUT in self.beside:
+        """Make the headers of all files and the index's text, and list tensors that only the source has."""
+        if shard_bytes is None and SOURCE_HEADERS in self.sidecar_files:
             return self._as_source()
         most = shard_bytes or SHARD_BYTES
         shards: list[list[tuple[str, torch.dtype, tuple[int, ...]]]] = [[]]
@@ -208,11 +188,11 @@ class ToHF(Conversion):
 
     def _as_source(self) -> tuple[dict[str, Header], str | None, list[str]]:
         try:
-            layout = json.loads(self.beside[LAYOUT])
+            layout = json.loads(self.sidecar_files[SOURCE_HEADERS])
             sources = {Path(name).name: parse(text, name) for name, text in layout["headers"].items()}
             index = layout["index"]
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise WeightsFolderError(f"{self.source}/{HF_FILES}/{LAYOUT} is damaged: {error!r}") from error
+            raise WeightsFolderError(f"{self.source}/{HF_FILES}/{SOURCE_HEADERS} is damaged: {error!r}") from error
         present = set(self.reader.names())
         headers, dropped, changed = {}, [], False
         for file, header in sources.items():
@@ -225,7 +205,9 @@ class ToHF(Conversion):
                 headers[file], changed = build(wanted), True
         missing = present - {name for header in headers.values() for name in header.tensors}
         if missing:
-            raise CoverageError([f"{HF_FILES}/{LAYOUT} has no place for tensor {name}" for name in sorted(missing)])
+            raise CoverageError(
+                [f"{HF_FILES}/{SOURCE_HEADERS} has no place for tensor {name}" for name in sorted(missing)]
+            )
         return headers, (self._index(headers) if changed else index) if index is not None else None, dropped
 
     @staticmethod
@@ -236,7 +218,7 @@ class ToHF(Conversion):
         return json.dumps(index, indent=2) + "\n"
 
     def _divide(self) -> Iterator[WorkUnit]:
-        """In turns from every file: two threads that write to one file wait for each other."""
+        """Take units from all files in turn: two threads that write to one file wait for each other."""
         files = [list(self._units(file, header)) for file, header in self.headers.items()]
         for turn in zip_longest(*files):
             yield from (unit for unit in turn if unit is not None)
@@ -257,7 +239,7 @@ class ToHF(Conversion):
     # --- tensors -----------------------------------------------------------------------------------------------------
 
     def _pieces(self, name: str, header: Header) -> Iterator[memoryview]:
-        """The bytes of a tensor in pieces; each is valid until the next is taken."""
+        """Yield the bytes of a tensor in pieces; each is valid until the next is taken."""
         view, dtype = self.reader.view(self._origin(name)), header.tensors[name].dtype
         row = prod(view.shape[1:])
         rows = max(1, PIECE_BYTES // (row * max(view.dtype.itemsize, dtype.itemsize)))
@@ -271,14 +253,14 @@ class ToHF(Conversion):
                 yield as_bytes(self._buffer("cast", dtype, count * row).copy_(read.view(-1)))
 
     def _buffer(self, use: str, dtype: torch.dtype, numel: int) -> torch.Tensor:
-        """Memory of this thread, used again for the next piece."""
+        """Return memory of this thread, which is used again for the next piece."""
         held = self.buffers.__dict__.get(use)
         if held is None or held.numel() < numel * dtype.itemsize:
             held = self.buffers.__dict__[use] = torch.empty(max(numel * dtype.itemsize, PIECE_BYTES), dtype=torch.uint8)
         return held[: numel * dtype.itemsize].view(dtype)
 
     def _config(self, data: bytes) -> bytes:
-        """config.json, saying the dtype that most of the output has."""
+        """Return config.json with the dtype that most of the output has."""
         sizes: dict[torch.dtype, int] = {}
         for header in self.headers.values():
             for stored in header.tensors.values():
@@ -290,3 +272,13 @@ class ToHF(Conversion):
             return data
         config |= dict.fromkeys(present or _DTYPE_FIELDS[:1], name)
         return (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def _write_at(descriptor: int, data: memoryview, offset: int) -> int:
+    """Write bytes to their place in an open file and return the offset behind them."""
+    for start in range(0, len(data), _WRITE_BYTES):
+        piece = data[start : start + _WRITE_BYTES]
+        while piece:
+            count = os.pwrite(descriptor, piece, offset)
+            piece, offset = piece[count:], offset + count
+    return offset

@@ -111,8 +111,8 @@ def _sum(sizes: Iterator[tuple[int, bool]]) -> Count:
 def _sizes(spec: ModelSpec, stage: PipelineStage, at: Coordinates, vocab_multiple: int) -> Iterator[tuple[int, bool]]:
     """Elements of each parameter, and whether it is an expert's."""
     for entry in entries(spec, stage, at):
-        size, _ = entry.cut(at)
-        shape = entry.kind.local_shape(entry.shapes, size)
-        if isinstance(entry.kind, Vocab):
+        size, _ = entry.shard_of(at)
+        shape = entry.sharding.local_shape(entry.shapes, size)
+        if isinstance(entry.sharding, Vocab):
             shape = (-(-shape[0] // vocab_multiple) * vocab_multiple, *shape[1:])
         yield prod(shape), bool(entry.experts)

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from clipo_megatron.rollout.servers.server import RankChecksums
 from clipo_megatron.weights.export import Bucket
-from clipo_megatron.weights.server_layout import CPU_MLP_MULTIPLE, ServedTensor, served_tensors
+from clipo_megatron.weights.families import server_tensors
+from clipo_megatron.weights.server_layout import CPU_MLP_MULTIPLE, ServerTensor
 from clipo_megatron.weights.spec import ModelSpec
 
 _SLICE_BYTES = 8 * 2**20  # of a tensor that is not contiguous, copied at once
@@ -42,8 +43,8 @@ class Sums:
         self.held: dict[Place, dict[str, str]] = {(rank, size): {} for size in self.sizes for rank in range(size)}
         self.optional: set[str] = set()
         self._hash = tile_hash if kind == "sglang on a gpu" else digest
-        self._by_source: dict[str, list[ServedTensor]] = {}
-        for tensor in served_tensors(spec, mlp_multiple=CPU_MLP_MULTIPLE if kind == "sglang on a cpu" else 1):
+        self._by_source: dict[str, list[ServerTensor]] = {}
+        for tensor in server_tensors(spec, mlp_multiple=CPU_MLP_MULTIPLE if kind == "sglang on a cpu" else 1):
             self._by_source.setdefault(tensor.sources[0], []).append(tensor)
             if tensor.optional:
                 self.optional.add(tensor.name)

@@ -12,14 +12,11 @@ from torch import Tensor
 from clipo_megatron.weights.errors import CoverageError, UnsupportedModel
 from clipo_megatron.weights.families import entries
 from clipo_megatron.weights.formats.source import Reader
-from clipo_megatron.weights.mapping import Coordinates, MappingEntry, PipelineStage
+from clipo_megatron.weights.mapping import EMBEDDING, OUTPUT_LAYER, Coordinates, MappingEntry, PipelineStage
 from clipo_megatron.weights.spec import ModelSpec
 
 # Buffers that old releases of transformers saved; they are computed from config.json.
 IGNORED = ("*.rotary_emb.inv_freq",)
-
-OUTPUT = "lm_head.weight"
-EMBEDDING = "model.embed_tokens.weight"
 
 
 def match(
@@ -40,9 +37,9 @@ def match(
             continue
         pairs.append((name, entry))
         local = tuple(parameters[name].shape)
-        size, _ = entry.cut(at)
-        if not entry.kind.fits(local, entry.shapes, size):
-            expected = entry.kind.local_shape(entry.shapes, size)
+        size, _ = entry.shard_of(at)
+        if not entry.sharding.fits(local, entry.shapes, size):
+            expected = entry.sharding.local_shape(entry.shapes, size)
             problems.append(
                 f"parameter {name} has shape {list(local)}; {sources} over {size} TP ranks give {list(expected)}"
             )
@@ -66,9 +63,9 @@ def check_tensors(reader: Reader, spec: ModelSpec) -> None:
     uses = Counter(tensor.name for entry in whole for tensor in entry.hf)
     present = set(reader.names())
     unknown = {name for name in present - set(uses) if not any(fnmatchcase(name, pattern) for pattern in IGNORED)}
-    if spec.tied_embeddings and OUTPUT in unknown and EMBEDDING in present:
+    if spec.tied_embeddings and OUTPUT_LAYER in unknown and EMBEDDING in present:
         _check_tied(reader)
-        unknown.discard(OUTPUT)
+        unknown.discard(OUTPUT_LAYER)
     problems = [f"{reader.folder} has no tensor {name}" for name in sorted(set(uses) - present)]
     problems += [f"no parameter takes tensor {name} of {reader.folder}" for name in sorted(unknown)]
     problems += [f"{count} parameters take tensor {name}" for name, count in uses.items() if count > 1]
@@ -78,12 +75,12 @@ def check_tensors(reader: Reader, spec: ModelSpec) -> None:
 
 def _check_tied(reader: Reader, rows: int = 4096) -> None:
     """Compare output layer and embedding in slices of `rows`."""
-    output, embedding = reader.view(OUTPUT), reader.view(EMBEDDING)
+    output, embedding = reader.view(OUTPUT_LAYER), reader.view(EMBEDDING)
     equal = output.shape == embedding.shape and all(
         torch.equal(output[start : start + rows], embedding[start : start + rows])
         for start in range(0, output.shape[0], rows)
     )
     if not equal:
         raise UnsupportedModel(
-            "tie_word_embeddings", True, f"{OUTPUT} differs from {EMBEDDING}; set it to false to keep both"
+            "tie_word_embeddings", True, f"{OUTPUT_LAYER} differs from {EMBEDDING}; set it to false to keep both"
         )

@@ -269,7 +269,7 @@ def _gather(
     group = holder.sharing(bucket)
     if group is None:
         return [part.unsqueeze(0) for part in local]
-    sharded = [part for part, entry in zip(local, bucket.entries, strict=True) if entry.kind.sharded]
+    sharded = [part for part, entry in zip(local, bucket.entries, strict=True) if entry.sharding.sharded]
     first = dist.get_rank(group) == 0
     parts: Iterator[Tensor] = iter(())
     if sharded:
@@ -284,7 +284,7 @@ def _gather(
     if not (to_all or first):
         return None
     return [
-        next(parts).unflatten(1, part.shape) if entry.kind.sharded else part.unsqueeze(0)
+        next(parts).unflatten(1, part.shape) if entry.sharding.sharded else part.unsqueeze(0)
         for part, entry in zip(local, bucket.entries, strict=True)
     ]
 
@@ -292,7 +292,7 @@ def _gather(
 def _rebuild(bucket: Bucket, shards: Sequence[Tensor], flat: Tensor) -> None:
     views = [view for _, view in bucket.views(flat)]
     for entry, parts in zip(bucket.entries, shards, strict=True):
-        entry.kind.unshard(parts, views[: len(entry.hf)])
+        entry.sharding.unshard(parts, views[: len(entry.hf)])
         views = views[len(entry.hf) :]
 
 

@@ -46,8 +46,8 @@ def load_into(
     with torch.no_grad():
         for name, entry in pairs:
             sources = [reader.view(tensor.name) for tensor in entry.hf]
-            size, rank = entry.cut(at)
-            entry.kind.shard(sources, parameters[name], rank=rank, size=size)
+            size, rank = entry.shard_of(at)
+            entry.sharding.shard(sources, parameters[name], rank=rank, size=size)
     tensors = tuple(tensor.name for entry in bound for tensor in entry.hf)
     return LoadReport(parameters=len(pairs), tensors=tensors, bytes_read=reader.bytes_read - before)
 

@@ -1,6 +1,6 @@
-"""The kinds of correspondence between one Megatron parameter and the Hugging Face tensors that it is made of.
+"""`Sharding`: how one Megatron parameter is made of Hugging Face (HF) tensors and divided over tensor-parallel ranks.
 
-Worked example, Llama with 4 query heads, 2 KV heads, TP 2. Megatron fuses the projections per KV group:
+Worked example: a Llama with 4 query heads and 2 KV heads, TP 2. Megatron fuses the projections per KV group:
     linear_qkv rows  [q0 q1 k0 v0 | q2 q3 k1 v1]      (each letter is head_dim rows)
     rank 0 holds      q0 q1 k0 v0, rank 1 holds q2 q3 k1 v1
 and the MLP per rank: rank r holds [gate_r; up_r], where gate_r is the r-th half of gate_proj.
@@ -11,37 +11,41 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Protocol
 
 from clipo_megatron.weights.errors import WeightsError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Shape = tuple[int, ...]
 
 
 class Source(Protocol):
-    """A full HF tensor, or a file's view of one that reads only what is indexed."""
+    """A full HF tensor, or a view of one in a file that reads only what is indexed."""
 
     @property
     def shape(self) -> Sequence[int]:
-        """Of the full tensor."""
+        """Shape of the full tensor."""
         ...
 
     def __getitem__(self, index: slice | tuple[slice, ...]) -> Tensor:
-        """The indexed part, in memory."""
+        """Return the indexed part, in memory."""
         ...
 
 
 class Sharding(ABC):
-    """One way in which a parameter is made of HF tensors and divided over `size` TP ranks."""
+    """One way to make a parameter of HF tensors and to divide it over `size` TP ranks.
+
+    A checkpoint holds what one rank without tensor parallelism would hold, whatever it was written from; `whole_shape`,
+    `slices` and `row_spans` say where things lie in it.
+    """
 
     sharded: bool = True  # whether the ranks hold different parts
 
     @abstractmethod
     def local_shape(self, shapes: Sequence[Shape], size: int) -> Shape:
-        """Shape of one rank's parameter, from the shapes of the HF tensors.
+        """Return the shape of one rank's parameter, from the shapes of the HF tensors.
 
         Raises:
             WeightsError: `size` does not divide the dimension that is cut.
@@ -49,41 +53,46 @@ class Sharding(ABC):
 
     @abstractmethod
     def shard(self, sources: Sequence[Source], target: Tensor, *, rank: int, size: int) -> None:
-        """Write rank's part into `target`, shaped `local_shape`; casts to its dtype, reads no more than it must."""
+        """Write the part of `rank`, cast, into `target` [*local_shape]; reads no more of the sources than it must."""
 
     @abstractmethod
     def unshard(self, shards: Tensor, targets: Sequence[Tensor]) -> None:
-        """Write the full HF tensors from `shards`, [size, *local_shape]; `targets` are contiguous, in rule order."""
+        """Write the full HF tensors from the parts of all ranks.
+
+        Args:
+            shards: [size, *local_shape].
+            targets: one contiguous tensor for each HF tensor, in the rule's order.
+        """
 
     def fits(self, local: Shape, shapes: Sequence[Shape], size: int) -> bool:
-        """Whether a parameter of shape `local` can hold one rank's part."""
+        """Tell whether a parameter of shape `local` can hold one rank's part."""
         return local == self.local_shape(shapes, size)
 
-    def divides(self, shapes: Sequence[Shape], size: int, parts: int) -> bool:
-        """Whether `size * parts` ranks hold the same as `size` ranks, each one's part cut into runs of rows: then a
-        part can be made bit by bit, without reading anything twice."""
+    def can_split(self, shapes: Sequence[Shape], size: int, parts: int) -> bool:
+        """Tell whether the parts of `size * parts` ranks are runs of rows of the parts of `size` ranks.
+
+        Then a part can be made in `parts` steps without reading anything twice.
+        """
         return parts == 1
 
-    # A checkpoint holds what one rank alone would (TP 1), whatever it was written from. Where things lie in it:
-
     def whole_shape(self, local: Shape, size: int) -> Shape:
-        """Shape of the tensor in a checkpoint, from that of one rank's part."""
+        """Return the shape of the checkpoint's tensor, from that of one rank's part."""
         return (local[0] * size, *local[1:]) if self.sharded else local
 
-    def pieces(self, local: Shape, shapes: Sequence[Shape], *, rank: int, size: int) -> tuple[ShardSlice, ...]:
-        """How rank's part is laid into the checkpoint's tensor; () where another rank's part is the same."""
+    def slices(self, local: Shape, shapes: Sequence[Shape], *, rank: int, size: int) -> tuple[ShardSlice, ...]:
+        """Say where the part of `rank` lies in the checkpoint's tensor; () where another rank's part is the same."""
         if not self.sharded and rank:
             return ()
         return (ShardSlice(0, local[0], (rank * local[0], *(0 for _ in local[1:]))),)
 
-    def runs(self, shapes: Sequence[Shape], source: int) -> Iterator[RowSpan]:
-        """Where the rows of one HF tensor lie in the checkpoint's tensor; columns are the same in both."""
+    def row_spans(self, shapes: Sequence[Shape], source: int) -> Iterator[RowSpan]:
+        """Say where the rows of HF tensor number `source` lie in the checkpoint's tensor; columns are the same."""
         yield RowSpan(0, 0, shapes[source][0])
 
 
 @dataclass(frozen=True, slots=True)
 class ShardSlice:
-    """Rows of one rank's part, and where they begin in the checkpoint's tensor."""
+    """Rows start .. stop-1 of one rank's part, and the offset at which they begin in the checkpoint's tensor."""
 
     start: int
     stop: int
@@ -94,9 +103,9 @@ class ShardSlice:
 class RowSpan:
     """Neighbouring rows of an HF tensor that are neighbours in the checkpoint's tensor too."""
 
-    start: int  # in the HF tensor
-    at: int  # in the checkpoint's
-    rows: int
+    start: int  # first row in the HF tensor
+    at: int  # first row in the checkpoint's tensor
+    rows: int  # number of rows
 
 
 class Replicated(Sharding):
@@ -115,12 +124,12 @@ class Replicated(Sharding):
 
 
 class RowParallel(Sharding):
-    """Cut along the input features (dim 1): o_proj, down_proj."""
+    """Divided along the input features (dim 1): o_proj, down_proj."""
 
     def whole_shape(self, local: Shape, size: int) -> Shape:
         return local[0], local[1] * size
 
-    def pieces(self, local: Shape, shapes: Sequence[Shape], *, rank: int, size: int) -> tuple[ShardSlice, ...]:
+    def slices(self, local: Shape, shapes: Sequence[Shape], *, rank: int, size: int) -> tuple[ShardSlice, ...]:
         return (ShardSlice(0, local[0], (0, rank * local[1])),)
 
     def local_shape(self, shapes: Sequence[Shape], size: int) -> Shape:
@@ -137,14 +146,14 @@ class RowParallel(Sharding):
 
 @dataclass(frozen=True)
 class Interleaved(Sharding):
-    """Cut along the output features (dim 0), after the sources were woven together in groups of rows.
+    """Divided along the output features (dim 0), after the sources were interleaved in groups of rows.
 
-    Every source is split into `groups` equal runs of rows; the parameter is run 0 of every source, run 1 of every
-    source, and so on, and rank r holds the r-th of `size` equal chunks of it. A chunk may be a part of a group.
+    Every source is split into `groups` equal runs of rows. The parameter is run 0 of every source, then run 1 of every
+    source, and so on; rank r holds the r-th of `size` equal chunks of it, and a chunk may be a part of a group.
     Biases are the one-dimensional case.
     """
 
-    groups: int | None = None  # None: as many as ranks
+    groups: int | None = None  # None: as many as there are ranks
 
     def local_shape(self, shapes: Sequence[Shape], size: int) -> Shape:
         groups = self.groups or size
@@ -152,36 +161,38 @@ class Interleaved(Sharding):
         return divide(rows, size, "rows"), *shapes[0][1:]
 
     def shard(self, sources: Sequence[Source], target: Tensor, *, rank: int, size: int) -> None:
+        import torch  # here, so that planning needs no torch
+
         groups = self.groups or size
         rows = [source.shape[0] // groups for source in sources]
         group = sum(rows)
         start = rank * target.shape[0]
         stop = start + target.shape[0]
-        # The whole groups around this rank's chunk: more ranks than groups means reading a group for a part of it.
+        # Read the whole groups around this rank's chunk; with more ranks than groups the chunk is a part of one group.
         first, last = start // group, -(-stop // group)
         runs = [
             source[first * n : last * n].unflatten(0, (last - first, n))
             for source, n in zip(sources, rows, strict=True)
         ]
-        woven = torch.cat(runs, dim=1).flatten(0, 1) if len(runs) > 1 else runs[0].flatten(0, 1)
-        target.copy_(woven[start - first * group : stop - first * group])
+        interleaved = torch.cat(runs, dim=1).flatten(0, 1) if len(runs) > 1 else runs[0].flatten(0, 1)
+        target.copy_(interleaved[start - first * group : stop - first * group])
 
     def unshard(self, shards: Tensor, targets: Sequence[Tensor]) -> None:
         groups = self.groups or shards.shape[0]
-        woven = shards.reshape(groups, -1, *shards.shape[2:])
-        runs = woven.split([target.shape[0] // groups for target in targets], dim=1)
+        interleaved = shards.reshape(groups, -1, *shards.shape[2:])
+        runs = interleaved.split([target.shape[0] // groups for target in targets], dim=1)
         for target, run in zip(targets, runs, strict=True):
             target.unflatten(0, (groups, -1)).copy_(run)
 
-    def divides(self, shapes: Sequence[Shape], size: int, parts: int) -> bool:
+    def can_split(self, shapes: Sequence[Shape], size: int, parts: int) -> bool:
         if self.groups is not None and len(shapes) > 1:
             return parts == 1 or self.groups % (size * parts) == 0
         return all(shape[0] % (size * parts) == 0 for shape in shapes)
 
-    def pieces(self, local: Shape, shapes: Sequence[Shape], *, rank: int, size: int) -> tuple[ShardSlice, ...]:
+    def slices(self, local: Shape, shapes: Sequence[Shape], *, rank: int, size: int) -> tuple[ShardSlice, ...]:
         if self.groups is not None or len(shapes) == 1:
-            return super().pieces(local, shapes, rank=rank, size=size)
-        # Woven per rank: one rank alone would hold the sources end to end.
+            return super().slices(local, shapes, rank=rank, size=size)
+        # Interleaved per rank: one rank alone would hold the sources end to end.
         found, start, at, rest = [], 0, 0, tuple(0 for _ in local[1:])
         for shape in shapes:
             rows = shape[0] // size
@@ -189,15 +200,15 @@ class Interleaved(Sharding):
             start, at = start + rows, at + shape[0]
         return tuple(found)
 
-    def runs(self, shapes: Sequence[Shape], source: int) -> Iterator[RowSpan]:
+    def row_spans(self, shapes: Sequence[Shape], source: int) -> Iterator[RowSpan]:
         groups = self.groups or 1
         rows = [shape[0] // groups for shape in shapes]
         for group in range(groups):
             yield RowSpan(group * rows[source], group * sum(rows) + sum(rows[:source]), rows[source])
 
 
-class Column(Interleaved):
-    """One source, cut along the output features (dim 0)."""
+class ColumnParallel(Interleaved):
+    """One source, divided along the output features (dim 0)."""
 
 
 class GateUp(Interleaved):
@@ -205,7 +216,7 @@ class GateUp(Interleaved):
 
 
 class QKV(Interleaved):
-    """q_proj, k_proj and v_proj: per KV head, its query heads, then k, then v.
+    """q_proj, k_proj and v_proj: for each KV head its query heads, then k, then v.
 
     With more ranks than KV heads a chunk is a part of a group; megatron-core gathers the group before attention
     (`SelfAttention.get_query_key_value_tensors`).
@@ -217,38 +228,38 @@ class QKV(Interleaved):
 
 @dataclass(frozen=True)
 class Fused(Sharding):
-    """One tensor that holds the sources of another kind end to end, the first with `rows[0]` rows, and so on.
+    """One HF tensor that holds the sources of another sharding end to end.
 
-    Fused on Hugging Face's side does not mean fused as Megatron does it: Phi-3's [q; k; v] is woven per KV head here.
+    Hugging Face and Megatron fuse differently: Phi-3's [q; k; v] is interleaved per KV head in Megatron.
     """
 
-    kind: Sharding  # one that cuts its sources along dim 0 alone
-    rows: tuple[int, ...]
+    inner: Sharding  # divides its sources along dim 0 alone
+    rows: tuple[int, ...]  # of each source
 
     def local_shape(self, shapes: Sequence[Shape], size: int) -> Shape:
-        return self.kind.local_shape(self._parts(shapes), size)
+        return self.inner.local_shape(self._parts(shapes), size)
 
     def shard(self, sources: Sequence[Source], target: Tensor, *, rank: int, size: int) -> None:
         starts = [sum(self.rows[:i]) for i in range(len(self.rows))]
         parts = [_Rows(sources[0], start, rows) for start, rows in zip(starts, self.rows, strict=True)]
-        self.kind.shard(parts, target, rank=rank, size=size)
+        self.inner.shard(parts, target, rank=rank, size=size)
 
     def unshard(self, shards: Tensor, targets: Sequence[Tensor]) -> None:
-        self.kind.unshard(shards, targets[0].split(self.rows))
+        self.inner.unshard(shards, targets[0].split(self.rows))
 
-    def divides(self, shapes: Sequence[Shape], size: int, parts: int) -> bool:
-        return self.kind.divides(self._parts(shapes), size, parts)
+    def can_split(self, shapes: Sequence[Shape], size: int, parts: int) -> bool:
+        return self.inner.can_split(self._parts(shapes), size, parts)
 
     def whole_shape(self, local: Shape, size: int) -> Shape:
-        return self.kind.whole_shape(local, size)
+        return self.inner.whole_shape(local, size)
 
-    def pieces(self, local: Shape, shapes: Sequence[Shape], *, rank: int, size: int) -> tuple[ShardSlice, ...]:
-        return self.kind.pieces(local, self._parts(shapes), rank=rank, size=size)
+    def slices(self, local: Shape, shapes: Sequence[Shape], *, rank: int, size: int) -> tuple[ShardSlice, ...]:
+        return self.inner.slices(local, self._parts(shapes), rank=rank, size=size)
 
-    def runs(self, shapes: Sequence[Shape], source: int) -> Iterator[RowSpan]:
+    def row_spans(self, shapes: Sequence[Shape], source: int) -> Iterator[RowSpan]:
         start = 0
         for part, rows in enumerate(self.rows):
-            for run in self.kind.runs(self._parts(shapes), part):
+            for run in self.inner.row_spans(self._parts(shapes), part):
                 yield RowSpan(start + run.start, run.at, run.rows)
             start += rows
 
@@ -257,7 +268,7 @@ class Fused(Sharding):
 
 
 class _Rows:
-    """A run of rows of a source, as a source of its own."""
+    """A run of rows of a source, which is a `Source` itself."""
 
     def __init__(self, source: Source, start: int, rows: int) -> None:
         self._source, self._start = source, start
@@ -269,15 +280,15 @@ class _Rows:
         return self._source[(slice(self._start + start, self._start + stop, step), *rest)]
 
 
-# Rows that each rank's part of the vocabulary is a multiple of on GPUs, whose kernels want whole tiles.
+# On GPUs each rank's part of the vocabulary is padded to a multiple of this many rows, the tile of their kernels.
 VOCAB_MULTIPLE_ON_GPUS = 64
 
 
 class Vocab(Sharding):
-    """Rows of the vocabulary, padded with zeros up to what the model's parameter holds."""
+    """A table with a row for each token, padded with zeros to the rows of the model's parameter."""
 
     def local_shape(self, shapes: Sequence[Shape], size: int) -> Shape:
-        """The smallest one; models may pad further."""
+        """Return the smallest shape; models may pad further."""
         rows, *rest = shapes[0]
         return -(-rows // size), *rest
 
@@ -302,7 +313,7 @@ class Vocab(Sharding):
 
 
 def divide(total: int, parts: int, what: str) -> int:
-    """`total / parts`, or a WeightsError that says `what` cannot be divided."""
+    """Return `total / parts`; raise a WeightsError that names `what` if there is a remainder."""
     if total % parts:
         raise WeightsError(f"{total} {what} cannot be divided into {parts} equal parts")
     return total // parts

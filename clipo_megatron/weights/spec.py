@@ -7,24 +7,24 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from clipo_megatron.weights.errors import UnsupportedModel, WeightsFolderError
 from clipo_megatron.weights.rope import LinearRope, Llama3Rope, read_rope
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 
 @dataclass(frozen=True, slots=True)
 class Experts:
-    """A mixture of experts in place of the MLP, in every layer but the `dense_layers`."""
+    """A mixture of experts in place of the MLP, in every layer except `dense_layers`."""
 
-    count: int
+    count: int  # experts of a layer
     per_token: int  # experts that a token is sent to
-    ffn_hidden_size: int  # of one expert
-    renormalised: bool  # whether the chosen experts' probabilities are made to sum to 1
-    dense_layers: frozenset[int] = frozenset()  # with a plain MLP
+    ffn_hidden_size: int  # inner features of one expert
+    renormalised: bool  # whether the chosen experts' probabilities are scaled to sum to 1
+    dense_layers: frozenset[int] = frozenset()  # indices of the layers with a plain MLP
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,17 +46,17 @@ class ModelSpec:
     tied_embeddings: bool
     qkv_bias: bool = False
     qk_norm: bool = False
-    sliding_window: int | None = None  # tokens that a token attends to, itself among them; None: all before it
+    sliding_window: int | None = None  # tokens that a token attends to, itself included; None: all before it
     experts: Experts | None = None
 
     def is_sparse(self, layer: int) -> bool:
-        """Whether a layer has experts."""
+        """Tell whether a layer has experts."""
         return self.experts is not None and layer not in self.experts.dense_layers
 
     def architecture(self) -> dict[str, Any]:
-        """All that decides the shapes of the weights or what they mean, by name, as plain JSON values.
+        """Return everything that decides the shapes of the weights or what they mean, as plain JSON values.
 
-        What a checkpoint says of its model; the length of the context is none of it.
+        Checkpoints store it to recognise their model. The length of the context is not part of it.
         """
         experts = self.experts
         return {
@@ -84,22 +84,24 @@ class ModelSpec:
 
     @property
     def query_size(self) -> int:
-        """Rows of q_proj."""
+        """Number of rows of q_proj."""
         return self.num_heads * self.head_dim
 
     @property
     def kv_size(self) -> int:
-        """Rows of k_proj and of v_proj."""
+        """Number of rows of k_proj, and of v_proj."""
         return self.num_kv_heads * self.head_dim
 
 
 def inverse_frequencies(spec: ModelSpec) -> Tensor:
-    """Angular frequency of each rotary pair in radians a token, [head_dim / 2] float32.
+    """Compute the angular frequency of each rotary pair in radians per token, [head_dim / 2] float32.
 
-    megatron-core fixes llama3's low, high and original length at 1, 4 and 8192; writing this over the `inv_freq` of its
-    rotary embedding is right for every value. Source: the scaling of Llama 3.1, also `rope_type="llama3"` of
-    transformers.
+    megatron-core fixes llama3's low and high factors and original length at 1, 4 and 8192. Overwriting the `inv_freq`
+    of its rotary embedding with this is right for all values. Source: the scaling of Llama 3.1, which is also
+    `rope_type="llama3"` in transformers.
     """
+    import torch  # here, so that reading a config.json does not need torch
+
     exponents = torch.arange(0, spec.head_dim, 2, dtype=torch.float32, device="cpu") / spec.head_dim
     frequencies = 1.0 / (spec.rope_theta**exponents)
     match spec.rope_scaling:
@@ -114,16 +116,16 @@ def inverse_frequencies(spec: ModelSpec) -> Tensor:
 
 
 def read_config(folder: str | Path) -> dict[str, Any]:
-    """config.json of a Hugging Face folder.
+    """Read config.json of a Hugging Face folder.
 
     Raises:
-        CheckpointError: there is none, or it is not a JSON object.
+        WeightsFolderError: there is none, or it is not a JSON object.
     """
     return read_config_file(Path(folder) / "config.json")
 
 
 def read_config_file(path: Path) -> dict[str, Any]:
-    """The same from a config.json under whatever name; raises the same."""
+    """Read a config.json that may have another name; raises what `read_config` does."""
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -135,9 +137,9 @@ def read_config_file(path: Path) -> dict[str, Any]:
     return config
 
 
-# Fields with which a decoder of another kind changes its mathematics, and the values that change nothing. No model that
-# is represented here reads them: whoever set one meant something that would not happen.
-_NEUTRAL: dict[str, tuple[Any, ...]] = {
+# Fields with which other decoders change their mathematics, each with the values that change nothing. The families here
+# do not read them, so a model that sets one to another value would be computed differently from what its author meant.
+NEUTRAL: dict[str, tuple[Any, ...]] = {
     "attention_multiplier": (),
     "embedding_multiplier": (1,),
     "residual_multiplier": (1,),
@@ -163,38 +165,44 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
 
 
 def decoder_spec(
-    config: Mapping[str, Any], *, qkv_bias: bool = False, qk_norm: bool = False, sliding_window: int | None = None
+    config: Mapping[str, Any], *, qkv_bias: bool = False, qk_norm: bool = False, windowed: bool = False
 ) -> ModelSpec:
-    """The fields that decoders of the Llama line share; a family adds its own checks around it.
+    """Read the fields that decoders like Llama share; fields that are left out have the defaults of `LlamaConfig`.
 
-    What a config.json leaves out has the default of `LlamaConfig`: a family with others puts them in first.
+    Args:
+        config: the contents of config.json.
+        qkv_bias: whether q, k and v have biases.
+        qk_norm: whether each head's query and key are normalised.
+        windowed: whether every layer has the sliding_window of config.json.
 
     Raises:
-        UnsupportedModel: something that Megatron would compute differently, or a field is missing.
+        UnsupportedModel: Megatron would compute a field differently, or a field is missing.
     """
     if (activation := config.get("hidden_act", "silu")) not in ("silu", "swish"):
         raise UnsupportedModel("hidden_act", activation, "only the SiLU-gated MLP is implemented")
-    refuse_if_set(config, "quantization_config", "the policy trains unquantised weights")
-    for field, neutral in _NEUTRAL.items():
+    if quantization := config.get("quantization_config"):
+        raise UnsupportedModel("quantization_config", quantization, "the policy trains unquantised weights")
+    for field, neutral in NEUTRAL.items():
         if (value := config.get(field)) is not None and value not in neutral:
             raise UnsupportedModel(
                 field, value, f"{config.get('model_type')} models do not have it, nor does the policy"
             )
+    sliding_window = config.get("sliding_window") if windowed else None
     _check_window(config, sliding_window)
-    heads, hidden = _required(config, "num_attention_heads"), _required(config, "hidden_size")
+    heads, hidden = positive_number(config, "num_attention_heads"), positive_number(config, "hidden_size")
     kv_heads = config.get("num_key_value_heads") or heads
     if heads % kv_heads:
         raise UnsupportedModel("num_key_value_heads", kv_heads, f"it must divide num_attention_heads={heads}")
     theta, scaling = read_rope(config)
     return ModelSpec(
         family=str(config.get("model_type")),
-        num_layers=_required(config, "num_hidden_layers"),
+        num_layers=positive_number(config, "num_hidden_layers"),
         hidden_size=hidden,
-        ffn_hidden_size=_required(config, "intermediate_size"),
+        ffn_hidden_size=positive_number(config, "intermediate_size"),
         num_heads=heads,
         num_kv_heads=kv_heads,
         head_dim=config.get("head_dim") or hidden // heads,
-        vocab_size=_required(config, "vocab_size"),
+        vocab_size=positive_number(config, "vocab_size"),
         rms_norm_eps=float(config.get("rms_norm_eps", 1e-6)),
         rope_theta=theta,
         rope_scaling=scaling,
@@ -206,14 +214,8 @@ def decoder_spec(
     )
 
 
-def refuse_if_set(config: Mapping[str, Any], field: str, reason: str) -> None:
-    """Raise UnsupportedModel when a flag of config.json is true (absent counts as false)."""
-    if config.get(field):
-        raise UnsupportedModel(field, config[field], reason)
-
-
 def _check_window(config: Mapping[str, Any], window: int | None) -> None:
-    """All layers see as far as the family says."""
+    """Check that all layers have the same window."""
     if window is not None and (not isinstance(window, int) or window < 1):
         raise UnsupportedModel("sliding_window", window, "a positive number of tokens is needed, or null")
     expected = "full_attention" if window is None else "sliding_attention"
@@ -222,7 +224,8 @@ def _check_window(config: Mapping[str, Any], window: int | None) -> None:
             raise UnsupportedModel("layer_types", kind, f"every layer here has {expected}")
 
 
-def _required(config: Mapping[str, Any], field: str) -> int:
+def positive_number(config: Mapping[str, Any], field: str) -> int:
+    """Read a field of config.json that must be a whole number of 1 or more."""
     value = config.get(field)
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise UnsupportedModel(field, value, "a positive whole number is needed")

@@ -1,40 +1,35 @@
-"""Model families: one module each, with `spec(config)` and `rules(spec)`.
+"""The families of models that can be trained: a module and a line each.
 
-To add one, write a module with these two functions (start from `decoder.decoder_rules`, replace the rows that differ,
-refuse every field of config.json that would change the mathematics) and list it in `FAMILIES`.
+docs/families.md shows how a family is added. Importing this package does not import torch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
+from importlib import import_module
 from typing import Any
 
 from clipo_megatron.weights.errors import UnsupportedModel
-from clipo_megatron.weights.families import llama, mistral, phi3, qwen2, qwen3, qwen3_moe
-from clipo_megatron.weights.mapping import WHOLE, Coordinates, MappingEntry, PipelineStage, Rule, bind
+from clipo_megatron.weights.families.family import Family
+from clipo_megatron.weights.mapping import WHOLE, Coordinates, MappingEntry, PipelineStage, bind
+from clipo_megatron.weights.server_layout import ServerTensor, tied_output_layer
 from clipo_megatron.weights.spec import ModelSpec
 
-
-@dataclass(frozen=True, slots=True)
-class Family:
-    """How to read a config.json of this `model_type`, and where its tensors go."""
-
-    spec: Callable[[Mapping[str, Any]], ModelSpec]
-    rules: Callable[[ModelSpec], list[Rule]]
-
-
+# By `model_type` of config.json, which is the module's name.
 FAMILIES: dict[str, Family] = {
-    "llama": Family(llama.spec, llama.rules),
-    "mistral": Family(mistral.spec, mistral.rules),
-    "phi3": Family(phi3.spec, phi3.rules),
-    "qwen2": Family(qwen2.spec, qwen2.rules),
-    "qwen3": Family(qwen3.spec, qwen3.rules),
-    "qwen3_moe": Family(qwen3_moe.spec, qwen3_moe.rules),
+    model_type: import_module(f"{__name__}.{model_type}").FAMILY
+    for model_type in (
+        "llama",
+        "mistral",
+        "phi3",
+        "qwen2",
+        "qwen3",
+        "qwen3_moe",
+    )
 }
 
-# Families that were looked at, and what of them Megatron (0.16.1) or the actor cannot compute.
-UNREPRESENTED = {
+# Families that were examined and cannot be represented, with what megatron-core 0.16.1 or the policy lacks.
+REFUSED_FAMILIES = {
     "gemma2": "it caps logits and attention scores with tanh and has norms after attention and MLP too; megatron-core "
     "has neither, and a policy without them would be another model",
     "granite": "it multiplies embeddings, residuals, attention and logits by factors that megatron-core does not have",
@@ -43,7 +38,7 @@ UNREPRESENTED = {
 
 
 def model_spec(config: Mapping[str, Any]) -> ModelSpec:
-    """Architecture facts from the contents of config.json.
+    """Read the facts of an architecture from the contents of config.json.
 
     Raises:
         UnsupportedModel: the family is unknown, or a field asks for what Megatron would compute differently.
@@ -51,12 +46,38 @@ def model_spec(config: Mapping[str, Any]) -> ModelSpec:
     name = config.get("model_type")
     if name not in FAMILIES:
         reason = f"known families are {', '.join(sorted(FAMILIES))}"
-        if name in UNREPRESENTED:
-            reason = f"{UNREPRESENTED[name]}; {reason}"
+        if name in REFUSED_FAMILIES:
+            reason = f"{REFUSED_FAMILIES[name]}; {reason}"
         raise UnsupportedModel("model_type", name, reason)
-    return FAMILIES[name].spec(config)
+    family = FAMILIES[name]
+    known = {**family.defaults, **config}
+    for field, reason in family.refused.items():
+        if known.get(field):
+            raise UnsupportedModel(field, known[field], reason)
+    return family.spec(known)
 
 
 def entries(spec: ModelSpec, stage: PipelineStage, at: Coordinates = WHOLE) -> tuple[MappingEntry, ...]:
-    """The parameters of one model chunk on one rank and the tensors that fill them, in model order."""
+    """List the parameters of one model chunk on one rank, in model order, each with the tensors that fill it."""
     return bind(FAMILIES[spec.family].rules(spec), stage, at)
+
+
+def server_tensors(spec: ModelSpec, *, mlp_multiple: int = 1) -> list[ServerTensor]:
+    """List the tensors that a rollout server of this model holds, without its experts.
+
+    Servers stack a layer's experts into two tensors, and each of the trainer's ranks sends some of them, so no rank
+    has all that such a tensor is made of: the proof of a weight sync names them as unproven.
+
+    Args:
+        spec: of the model.
+        mlp_multiple: the server pads each rank's share of the MLP's inner features with zeros to a multiple of this.
+
+    Raises:
+        UnsupportedModel: nobody has declared how servers hold this family.
+    """
+    layout = FAMILIES[spec.family].server_layout
+    if layout is None:
+        raise UnsupportedModel("model_type", spec.family, "how servers hold its tensors is not declared")
+    whole = entries(spec, PipelineStage(0, spec.num_layers, first=True, last=True))
+    held = [layout(entry, mlp_multiple) for entry in whole if not entry.experts]
+    return held + ([tied_output_layer()] if spec.tied_embeddings else [])

@@ -1,8 +1,8 @@
-"""Rules of decoders of the Llama line; families differ from it by a few rows."""
+"""The mapping rules of decoders like Llama; other families differ from them by a few rows."""
 
 from __future__ import annotations
 
-from clipo_megatron.weights.mapping import ChunkScope, Rule
+from clipo_megatron.weights.mapping import EMBEDDING, OUTPUT_LAYER, ChunkScope, Rule
 from clipo_megatron.weights.sharding import QKV, GateUp, Replicated, RowParallel, Vocab
 from clipo_megatron.weights.spec import ModelSpec
 
@@ -11,7 +11,7 @@ HF = "model.layers.{layer}."
 
 
 def decoder_rules(spec: ModelSpec) -> list[Rule]:
-    """All rules of a decoder; biases, q/k norms, experts and the output layer as the spec says."""
+    """Make all rules of a decoder, with biases, q/k norms, experts and the output layer as the spec has them."""
     return [
         *embedding_rules(spec),
         *attention_rules(spec),
@@ -22,13 +22,12 @@ def decoder_rules(spec: ModelSpec) -> list[Rule]:
 
 
 def embedding_rules(spec: ModelSpec) -> list[Rule]:
-    """The embedding, on the first chunk."""
-    table = {"model.embed_tokens.weight": (spec.vocab_size, spec.hidden_size)}
-    return [Rule("embedding.word_embeddings.weight", table, Vocab(), on=ChunkScope.FIRST)]
+    table = {EMBEDDING: (spec.vocab_size, spec.hidden_size)}
+    return [Rule("embedding.word_embeddings.weight", table, Vocab(), scope=ChunkScope.FIRST)]
 
 
 def attention_rules(spec: ModelSpec) -> list[Rule]:
-    """Input norm, projections, optional biases and q/k norms."""
+    """Make the rules of the input norm, the projections, and the biases and q/k norms if there are any."""
     hidden, query, kv = spec.hidden_size, spec.query_size, spec.kv_size
     attention, hf = MEGATRON + "self_attention.", HF + "self_attn."
     fused = {"q_proj": query, "k_proj": kv, "v_proj": kv}
@@ -57,7 +56,7 @@ def attention_rules(spec: ModelSpec) -> list[Rule]:
 
 
 def mlp_rules(spec: ModelSpec) -> list[Rule]:
-    """Norm and gated MLP of a dense layer."""
+    """Make the rules of norm and gated MLP in layers without experts."""
     hidden, ffn = spec.hidden_size, spec.ffn_hidden_size
 
     def dense(layer: int) -> bool:
@@ -86,7 +85,10 @@ def mlp_rules(spec: ModelSpec) -> list[Rule]:
 
 
 def expert_rules(spec: ModelSpec) -> list[Rule]:
-    """Norm, router and gated MLPs of a layer with experts; a checkpoint stacks the experts on a first axis."""
+    """Make the rules of norm, router and gated MLPs in layers with experts.
+
+    A checkpoint stacks the experts of a layer on a first axis.
+    """
     hidden, count, ffn = spec.hidden_size, spec.experts.count, spec.experts.ffn_hidden_size
     here, key = MEGATRON + "mlp.experts.", MEGATRON + "mlp.experts.experts."
     expert = HF + "mlp.experts.{expert}."
@@ -123,15 +125,15 @@ def expert_rules(spec: ModelSpec) -> list[Rule]:
 
 
 def output_rules(spec: ModelSpec) -> list[Rule]:
-    """Final norm and output layer, on the last chunk; a tied one is a copy of the embedding."""
-    name = "model.embed_tokens.weight" if spec.tied_embeddings else "lm_head.weight"
+    """Make the rules of the final norm and the output layer, which is a copy of the embedding if they are tied."""
+    name = EMBEDDING if spec.tied_embeddings else OUTPUT_LAYER
     table = {name: (spec.vocab_size, spec.hidden_size)}
     return [
         Rule(
             "decoder.final_layernorm.weight",
             {"model.norm.weight": (spec.hidden_size,)},
             Replicated(),
-            on=ChunkScope.LAST,
+            scope=ChunkScope.LAST,
         ),
-        Rule("output_layer.weight", table, Vocab(), on=ChunkScope.LAST, copy=spec.tied_embeddings),
+        Rule("output_layer.weight", table, Vocab(), scope=ChunkScope.LAST, copy=spec.tied_embeddings),
     ]

@@ -1,22 +1,17 @@
-"""Mistral 7B (v0.1 with its sliding window, v0.2, v0.3) and Mistral-Nemo: Llama with windows."""
+"""Mistral 7B (v0.1 with its sliding window, v0.2, v0.3) and Mistral-Nemo: Llama with a window in every layer."""
 
-from __future__ import annotations
+from functools import partial
 
-from collections.abc import Mapping
-from typing import Any
+from clipo_megatron.weights.families.family import Family
+from clipo_megatron.weights.server_layout import fused_projections
+from clipo_megatron.weights.spec import decoder_spec
 
-from clipo_megatron.weights.families.decoder import decoder_rules as rules
-from clipo_megatron.weights.spec import ModelSpec, decoder_spec, refuse_if_set
-
-__all__ = ["rules", "spec"]
-
-# What transformers takes where config.json is silent. A window of null is no window, and is not silence.
-DEFAULTS = {"num_key_value_heads": 8, "sliding_window": 4096}
-
-
-def spec(config: Mapping[str, Any]) -> ModelSpec:
-    """Architecture facts; every layer has the window."""
-    for field in ("attention_bias", "mlp_bias"):
-        refuse_if_set(config, field, "Mistral has no biases")
-    known = {**DEFAULTS, **config}
-    return decoder_spec(known, sliding_window=known["sliding_window"])
+FAMILY = Family(
+    architecture="MistralForCausalLM",
+    # A sliding_window of null means that there is none; only an absent one means 4096.
+    defaults={"num_key_value_heads": 8, "sliding_window": 4096},
+    refused=dict.fromkeys(("attention_bias", "mlp_bias"), "Mistral has no biases"),
+    spec=partial(decoder_spec, windowed=True),
+    server_layout=fused_projections,
+    sglang_ignores_window=True,
+)

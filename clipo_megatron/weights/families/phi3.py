@@ -2,27 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from functools import partial
 
 from clipo_megatron.weights.families.decoder import HF, MEGATRON, decoder_rules
+from clipo_megatron.weights.families.family import Family
 from clipo_megatron.weights.mapping import Rule, fused
-from clipo_megatron.weights.spec import ModelSpec, decoder_spec, refuse_if_set
+from clipo_megatron.weights.server_layout import fused_projections
+from clipo_megatron.weights.spec import ModelSpec, decoder_spec
 
 FUSED = {
     MEGATRON + "self_attention.linear_qkv.weight": HF + "self_attn.qkv_proj.weight",
     MEGATRON + "mlp.linear_fc1.weight": HF + "mlp.gate_up_proj.weight",
 }
-DEFAULTS = {"rms_norm_eps": 1e-5}
-
-
-def spec(config: Mapping[str, Any]) -> ModelSpec:
-    """Architecture facts; every layer has the window, if there is one."""
-    for field in ("attention_bias", "mlp_bias"):
-        refuse_if_set(config, field, "Phi-3 has no biases")
-    return decoder_spec({**DEFAULTS, **config}, sliding_window=config.get("sliding_window"))
 
 
 def rules(spec: ModelSpec) -> list[Rule]:
-    """The decoder's, two of them from fused tensors."""
+    """The rules of a decoder, two of them reading fused tensors."""
     return [fused(rule, FUSED[rule.megatron]) if rule.megatron in FUSED else rule for rule in decoder_rules(spec)]
+
+
+FAMILY = Family(
+    architecture="Phi3ForCausalLM",
+    defaults={"rms_norm_eps": 1e-5},
+    refused=dict.fromkeys(("attention_bias", "mlp_bias"), "Phi-3 has no biases"),
+    spec=partial(decoder_spec, windowed=True),
+    rules=rules,
+    server_layout=fused_projections,
+    sglang_ignores_window=True,
+)

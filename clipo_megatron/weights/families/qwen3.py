@@ -1,20 +1,15 @@
 """Qwen3 (dense): norms on each head's query and key, a head size of its own, no biases."""
 
-from __future__ import annotations
+from functools import partial
 
-from collections.abc import Mapping
-from typing import Any
+from clipo_megatron.weights.families.family import BIAS_ON_O_PROJ, WHOLE_SEQUENCE, Family
+from clipo_megatron.weights.server_layout import fused_projections
+from clipo_megatron.weights.spec import decoder_spec
 
-from clipo_megatron.weights.families.decoder import decoder_rules as rules
-from clipo_megatron.weights.spec import ModelSpec, decoder_spec, refuse_if_set
-
-__all__ = ["rules", "spec"]
-
-DEFAULTS = {"num_key_value_heads": 32, "head_dim": 128}  # what transformers takes where config.json is silent
-
-
-def spec(config: Mapping[str, Any]) -> ModelSpec:
-    """Architecture facts; refuses biases (they include o_proj's) and sliding windows that some layers would have."""
-    refuse_if_set(config, "attention_bias", "it puts a bias on o_proj, which Megatron cannot represent")
-    refuse_if_set(config, "use_sliding_window", "every layer attends to the whole sequence")
-    return decoder_spec({**DEFAULTS, **config}, qk_norm=True)
+FAMILY = Family(
+    architecture="Qwen3ForCausalLM",
+    defaults={"num_key_value_heads": 32, "head_dim": 128},
+    refused={"attention_bias": BIAS_ON_O_PROJ, "use_sliding_window": WHOLE_SEQUENCE},
+    spec=partial(decoder_spec, qk_norm=True),
+    server_layout=fused_projections,
+)

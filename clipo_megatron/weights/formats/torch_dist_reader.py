@@ -36,7 +36,7 @@ class TorchDistView(SlicedRead):
     def read_into(self, target: Tensor, start: int) -> Tensor:
         """Fill `target` [rows, ...], of the view's dtype, with the rows from `start` on."""
         stop = start + target.shape[0]
-        for run in self._place.entry.kind.runs(self._place.entry.shapes, self._place.source):
+        for run in self._place.entry.sharding.row_spans(self._place.entry.shapes, self._place.source):
             first, last = max(start, run.start), min(stop, run.start + run.rows)
             if first < last:
                 moved = RowSpan(first, run.at + first - run.start, last - first)
@@ -148,8 +148,8 @@ class TorchDistReader:
         found = self.store.tensors[key].shape
         axes = [spec.num_layers] if entry.layer is not None and len(lead) > bool(entry.experts) else []
         axes += [entry.experts] if entry.experts else []
-        if list(found[: len(axes)]) != axes or not entry.kind.fits(found[len(axes) :], entry.shapes, 1):
-            expected = [*axes, *entry.kind.local_shape(entry.shapes, 1)]
+        if list(found[: len(axes)]) != axes or not entry.sharding.fits(found[len(axes) :], entry.shapes, 1):
+            expected = [*axes, *entry.sharding.local_shape(entry.shapes, 1)]
             raise WeightsFolderError(
                 f"{self.folder}: {key} has shape {list(found)}, and the model's config.json gives {expected}"
             )

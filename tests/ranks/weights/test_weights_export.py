@@ -32,7 +32,7 @@ def loaded(folder: Path, stage: PipelineStage, *, rank: int = 0, tp: int = 1) ->
     spec = model_spec(read_config(folder))
     model = {}
     for entry in entries(spec, stage):
-        shape = list(entry.kind.local_shape(entry.shapes, tp))
+        shape = list(entry.sharding.local_shape(entry.shapes, tp))
         if shape[0] * tp >= VOCAB:
             shape[0] += 3
         model[entry.megatron[0]] = torch.full(shape, float("nan"))

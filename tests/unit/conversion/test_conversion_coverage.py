@@ -98,21 +98,21 @@ class Tally:
         self.due: dict[str, int] = {}  # ranks that each row belongs to
 
     def add(self, entry: MappingEntry, local: tuple[int, ...], at: Coordinates, replicas: int) -> None:
-        """Let the entry's kind cut numbered rows in place of the tensors, for the rank `at`."""
-        along = 1 if isinstance(entry.kind, RowParallel) else 0
+        """Let the entry's sharding divide numbered rows in place of the tensors, for the rank `at`."""
+        along = 1 if isinstance(entry.sharding, RowParallel) else 0
         sources, first = [], 1  # 0 is padding
         for shape in entry.shapes:
             sources.append(Thin(shape, along, first))
             first += shape[along]
-        size, rank = entry.cut(at)
+        size, rank = entry.shard_of(at)
         target = torch.full([n if i == along else 1 for i, n in enumerate(local)], -1, dtype=torch.int32)
-        entry.kind.shard(sources, target, rank=rank, size=size)
+        entry.sharding.shard(sources, target, rank=rank, size=size)
         assert bool((target >= 0).all()), f"{entry.megatron[0]} is not filled"
         counts = torch.bincount(target.flatten(), minlength=first).to(torch.int16)
         for tensor, source in zip(entry.hf, sources, strict=True):
             part = counts[source.first : source.first + source.length]
             self.held[tensor.name] = self.held.get(tensor.name, 0) + part
-            self.due[tensor.name] = 1 if entry.kind.sharded else replicas
+            self.due[tensor.name] = 1 if entry.sharding.sharded else replicas
 
     def wrong(self) -> list[str]:
         """Tensors of which a row is on too few or too many ranks."""

@@ -21,13 +21,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from clipo_megatron.config.model_folder import hf_folder
 from clipo_megatron.conversion.plan import ConversionError
-from clipo_megatron.weights import sharding as kinds
 from clipo_megatron.weights.coverage import check_tensors
 from clipo_megatron.weights.errors import WeightsError
 from clipo_megatron.weights.families import model_spec
 from clipo_megatron.weights.formats.manifest import manifest_defects
 from clipo_megatron.weights.formats.source import open_weights
-from clipo_megatron.weights.sharding import QKV, Column, Fused, GateUp, Replicated, RowParallel, Sharding, Vocab
+from clipo_megatron.weights.sharding import QKV, ColumnParallel, Fused, GateUp, Replicated, RowParallel, Shape, Sharding, Vocab
 from clipo_megatron.weights.spec import read_config
 
 LAYOUTS = {
@@ -143,11 +142,11 @@ def test_a_checkpoint_reads_like_its_source(tmp_path: Path, model: str) -> None:
 
 @pytest.mark.parametrize("size", [1, 2, 4])
 @pytest.mark.parametrize(
-    ("kind", "shapes"),
+    ("sharding", "shapes"),
     [
         (QKV(2), [(16, 8), (8, 8), (8, 8)]),
         (GateUp(), [(8, 8), (8, 8)]),
-        (Column(), [(8, 8)]),
+        (ColumnParallel(), [(8, 8)]),
         (RowParallel(), [(8, 8)]),
         (Replicated(), [(8,)]),
         (Fused(QKV(2), (16, 8, 8)), [(32, 8)]),
@@ -156,24 +155,24 @@ def test_a_checkpoint_reads_like_its_source(tmp_path: Path, model: str) -> None:
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, Sharding) else "",
 )
-def test_pieces_and_runs_say_what_shard_does(kind: Sharding, shapes: list[kinds.Shape], size: int) -> None:
+def test_slices_and_row_spans_agree_with_shard(sharding: Sharding, shapes: list[Shape], size: int) -> None:
     sources = [torch.randn(shape) for shape in shapes]
-    alone = torch.empty(kind.local_shape(shapes, 1))
-    kind.shard(sources, alone, rank=0, size=1)
+    alone = torch.empty(sharding.local_shape(shapes, 1))
+    sharding.shard(sources, alone, rank=0, size=1)
     together = torch.full_like(alone, torch.nan)
     for rank in range(size):
-        part = torch.empty(kind.local_shape(shapes, size))
-        kind.shard(sources, part, rank=rank, size=size)
-        assert kind.whole_shape(tuple(part.shape), size) == alone.shape
-        for piece in kind.pieces(tuple(part.shape), shapes, rank=rank, size=size):
+        part = torch.empty(sharding.local_shape(shapes, size))
+        sharding.shard(sources, part, rank=rank, size=size)
+        assert sharding.whole_shape(tuple(part.shape), size) == alone.shape
+        for piece in sharding.slices(tuple(part.shape), shapes, rank=rank, size=size):
             rows = part[piece.start : piece.stop]
             place = tuple(slice(at, at + n) for at, n in zip(piece.offset, rows.shape, strict=True))
             together[place] = rows
     assert torch.equal(together, alone)
     for number, source in enumerate(sources):
-        found = torch.cat([alone[run.at : run.at + run.rows] for run in kind.runs(shapes, number)])
+        found = torch.cat([alone[run.at : run.at + run.rows] for run in sharding.row_spans(shapes, number)])
         assert torch.equal(found, source)
-        starts = [run.start for run in kind.runs(shapes, number)]
+        starts = [run.start for run in sharding.row_spans(shapes, number)]
         assert starts == sorted(starts)
 
 

@@ -311,7 +311,7 @@ def sources_reordered(suffix: str, order: Sequence[int]) -> Callable[[Rule], Rul
 
 def woven_by_two(rule: Rule) -> Rule:
     """fc1 woven in two groups whatever TP is: right at TP 2, wrong in what TP 1 holds."""
-    return replace(rule, kind=GateUp(groups=2)) if isinstance(rule.kind, GateUp) else rule
+    return replace(rule, sharding=GateUp(groups=2)) if isinstance(rule.sharding, GateUp) else rule
 
 
 MAPPINGS: dict[str, Callable[[Rule], Rule]] = {

@@ -28,7 +28,7 @@ def empty_model(
 ) -> Tensors:
     """Parameters of one chunk as Megatron names them, filled with NaN."""
     return {
-        entry.megatron[-1 if te else 0]: torch.full(entry.kind.local_shape(entry.shapes, tp), float("nan"), dtype=dtype)
+        entry.megatron[-1 if te else 0]: torch.full(entry.sharding.local_shape(entry.shapes, tp), float("nan"), dtype=dtype)
         for entry in entries(spec, stage)
     }
 
@@ -61,7 +61,7 @@ def shard(folder: Path, files: int = 3) -> None:
 
 def unsharded(entry: MappingEntry, parts: list[Tensor]) -> list[tuple[str, Tensor]]:
     targets = [torch.full(tensor.shape, float("nan"), dtype=parts[0].dtype) for tensor in entry.hf]
-    entry.kind.unshard(torch.stack(parts), targets)
+    entry.sharding.unshard(torch.stack(parts), targets)
     return [(tensor.name, target) for tensor, target in zip(entry.hf, targets, strict=True)]
 
 

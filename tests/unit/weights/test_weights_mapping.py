@@ -8,7 +8,7 @@ from torch import Tensor
 
 from clipo_megatron.weights.errors import WeightsError
 from clipo_megatron.weights.mapping import ChunkScope, PipelineStage, Rule, bind, even_stages, fused
-from clipo_megatron.weights.sharding import QKV, Column, Fused, GateUp, Replicated, RowParallel, Sharding, Vocab
+from clipo_megatron.weights.sharding import QKV, ColumnParallel, Fused, GateUp, Replicated, RowParallel, Sharding, Vocab
 
 HIDDEN = 6
 
@@ -17,18 +17,18 @@ def random(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.randn(*shape).to(dtype)
 
 
-def shards_of(kind: Sharding, sources: list[Tensor], size: int, local: tuple[int, ...] | None = None) -> Tensor:
+def shards_of(sharding: Sharding, sources: list[Tensor], size: int, local: tuple[int, ...] | None = None) -> Tensor:
     """[size, *local], every element written or NaN."""
-    local = local or kind.local_shape([tuple(source.shape) for source in sources], size)
+    local = local or sharding.local_shape([tuple(source.shape) for source in sources], size)
     shards = torch.full((size, *local), float("nan"), dtype=sources[0].dtype)
     for rank in range(size):
-        kind.shard(sources, shards[rank], rank=rank, size=size)
+        sharding.shard(sources, shards[rank], rank=rank, size=size)
     return shards
 
 
-def restored(kind: Sharding, shards: Tensor, sources: list[Tensor]) -> list[Tensor]:
+def restored(sharding: Sharding, shards: Tensor, sources: list[Tensor]) -> list[Tensor]:
     targets = [torch.full_like(source, float("nan")) for source in sources]
-    kind.unshard(shards, targets)
+    sharding.unshard(shards, targets)
     return targets
 
 
@@ -55,7 +55,7 @@ def fused_by_loop(q: Tensor, k: Tensor, v: Tensor, heads: int, kv_heads: int, he
         (8, 1, 4, 4),  # one KV head over four ranks
         (9, 3, 5, 3),
         (4, 4, 3, 2),  # no grouping
-        (6, 2, 2, 4),  # chunks that begin inside a head's rows of another kind
+        (6, 2, 2, 4),  # chunks that begin inside a head's rows of another sharding
         (12, 4, 2, 2),
     ],
 )
@@ -64,21 +64,21 @@ def test_qkv_equals_the_loop_and_comes_back(
 ) -> None:
     rest = () if bias else (HIDDEN,)
     sources = [random(n * head_dim, *rest, dtype=dtype) for n in (heads, kv_heads, kv_heads)]
-    kind = QKV(kv_heads)
-    shards = shards_of(kind, sources, tp)
+    sharding = QKV(kv_heads)
+    shards = shards_of(sharding, sources, tp)
     expected = fused_by_loop(*sources, heads, kv_heads, head_dim)
     assert torch.equal(shards.flatten(0, 1), expected)
-    for source, back in zip(sources, restored(kind, shards, sources), strict=True):
+    for source, back in zip(sources, restored(sharding, shards, sources), strict=True):
         assert torch.equal(back, source)
 
 
 @pytest.mark.parametrize("tp", [1, 2, 4])
 def test_a_fused_tensor_is_its_parts_end_to_end(tp: int) -> None:
     q, k, v = random(16, HIDDEN), random(8, HIDDEN), random(8, HIDDEN)
-    kind, tensor = Fused(QKV(2), (16, 8, 8)), torch.cat([q, k, v])
-    shards = shards_of(kind, [tensor], tp)
+    sharding, tensor = Fused(QKV(2), (16, 8, 8)), torch.cat([q, k, v])
+    shards = shards_of(sharding, [tensor], tp)
     assert torch.equal(shards.flatten(0, 1), fused_by_loop(q, k, v, 4, 2, 4))
-    assert torch.equal(restored(kind, shards, [tensor])[0], tensor)
+    assert torch.equal(restored(sharding, shards, [tensor])[0], tensor)
     gated, both = Fused(GateUp(), (16, 16)), torch.cat([q, k, v])
     assert torch.equal(shards_of(gated, [both], tp), shards_of(GateUp(), list(both.chunk(2)), tp))
     assert torch.equal(restored(gated, shards_of(gated, [both], tp), [both])[0], both)
@@ -87,7 +87,7 @@ def test_a_fused_tensor_is_its_parts_end_to_end(tp: int) -> None:
 def test_a_rule_from_one_tensor_keeps_the_order() -> None:
     rule = Rule("m", {"a": (4, HIDDEN), "b": (2, HIDDEN), "c": (2, HIDDEN)}, QKV(2))
     one = fused(rule, "abc")
-    assert one.hf == {"abc": (8, HIDDEN)} and one.kind == Fused(rule.kind, (4, 2, 2)) and one.megatron == "m"
+    assert one.hf == {"abc": (8, HIDDEN)} and one.sharding == Fused(rule.sharding, (4, 2, 2)) and one.megatron == "m"
 
 
 def test_the_loop_notices_swapped_projections() -> None:
@@ -114,12 +114,12 @@ def test_gate_and_up_stand_beside_each_other_on_every_rank(tp: int) -> None:
 @pytest.mark.parametrize("tp", [1, 2, 4])
 def test_column_row_and_replicated(tp: int) -> None:
     weight, norm = random(8, 12), random(5)
-    columns, rows = shards_of(Column(), [weight], tp), shards_of(RowParallel(), [weight], tp)
+    columns, rows = shards_of(ColumnParallel(), [weight], tp), shards_of(RowParallel(), [weight], tp)
     assert torch.equal(torch.cat(list(columns), 0), weight)
     assert torch.equal(torch.cat(list(rows), 1), weight)
     assert torch.equal(shards_of(Replicated(), [norm], tp), norm.expand(tp, 5))
-    for kind, shards, source in ((Column(), columns, weight), (RowParallel(), rows, weight)):
-        assert torch.equal(restored(kind, shards, [source])[0], source)
+    for sharding, shards, source in ((ColumnParallel(), columns, weight), (RowParallel(), rows, weight)):
+        assert torch.equal(restored(sharding, shards, [source])[0], source)
 
 
 @pytest.mark.parametrize(
@@ -128,14 +128,14 @@ def test_column_row_and_replicated(tp: int) -> None:
 )
 def test_vocabulary_is_padded_with_zeros_and_cut_back(vocab: int, held: int, tp: int) -> None:
     table = random(vocab, HIDDEN)
-    kind = Vocab()
-    assert kind.fits((held, HIDDEN), [(vocab, HIDDEN)], tp)
-    shards = shards_of(kind, [table], tp, (held, HIDDEN))
+    sharding = Vocab()
+    assert sharding.fits((held, HIDDEN), [(vocab, HIDDEN)], tp)
+    shards = shards_of(sharding, [table], tp, (held, HIDDEN))
     flat = shards.flatten(0, 1)
     assert torch.equal(flat[:vocab], table)
     assert torch.equal(flat[vocab:], torch.zeros(held * tp - vocab, HIDDEN))
     shards[shards == 0] = 1e9  # what training leaves in the padding must not come out
-    assert torch.equal(restored(kind, shards, [table])[0], table)
+    assert torch.equal(restored(sharding, shards, [table])[0], table)
 
 
 def test_vocabulary_that_does_not_fit_is_seen() -> None:
@@ -145,33 +145,33 @@ def test_vocabulary_that_does_not_fit_is_seen() -> None:
 
 def test_shards_may_be_strided_as_a_gathered_bucket_leaves_them() -> None:
     sources = [random(n * 4, HIDDEN) for n in (4, 2, 2)]
-    kind = QKV(2)
-    shards = shards_of(kind, sources, 2)
+    sharding = QKV(2)
+    shards = shards_of(sharding, sources, 2)
     wide = torch.zeros(2, 3 + shards[0].numel() + 5)
     wide[:, 3:-5] = shards.flatten(1)
     strided = wide[:, 3:-5].unflatten(1, shards.shape[1:])
-    for source, back in zip(sources, restored(kind, strided, sources), strict=True):
+    for source, back in zip(sources, restored(sharding, strided, sources), strict=True):
         assert torch.equal(back, source)
 
 
 @pytest.mark.parametrize(
-    ("kind", "shapes"),
+    ("sharding", "shapes"),
     [
-        (Column(), [(10, 4)]),
+        (ColumnParallel(), [(10, 4)]),
         (RowParallel(), [(4, 10)]),
         (GateUp(), [(10, 4), (10, 4)]),
         (QKV(1), [(3, 4), (1, 4), (1, 4)]),
     ],
 )
-def test_sizes_that_do_not_divide_are_refused_with_both_numbers(kind: Sharding, shapes: list[tuple[int, int]]) -> None:
+def test_sizes_that_do_not_divide_are_refused_with_both_numbers(sharding: Sharding, shapes: list[tuple[int, int]]) -> None:
     with pytest.raises(WeightsError, match=r"^\d+ (rows|columns) cannot be divided into 4 equal parts$"):
-        kind.local_shape(shapes, 4)
+        sharding.local_shape(shapes, 4)
 
 
 def test_parts_are_cast_to_the_parameter() -> None:
     weight = random(4, 4)
     target = torch.empty(2, 4, dtype=torch.bfloat16)
-    Column().shard([weight], target, rank=1, size=2)
+    ColumnParallel().shard([weight], target, rank=1, size=2)
     assert torch.equal(target, weight[2:].bfloat16())
 
 
