@@ -202,7 +202,8 @@ def load(folder: str) -> tuple[Shard, dict[str, torch.Tensor]]:
     stages = even_stages(spec.num_layers, pp)
     mine = entries(spec, stages[rank])
     parameters = {
-        entry.megatron[0]: torch.empty(entry.sharding.local_shape(entry.shapes, 1), dtype=torch.bfloat16) for entry in mine
+        entry.megatron[0]: torch.empty(entry.sharding.local_shape(entry.shapes, 1), dtype=torch.bfloat16)
+        for entry in mine
     }
     with HFReader(folder) as reader:
         load_into(parameters.items(), mine, reader, Coordinates())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,8 +23,8 @@ Move weights between Hugging Face folders and Megatron checkpoints, exactly, in 
   to-hf        checkpoint, of conversion or of training -> Hugging Face folder for transformers, SGLang, vLLM
   verify       whether two folders hold the same weights, tensor by tensor
 
-Conversions run on a CPU, in one process or under torchrun, and need memory for a few tensors, not for the model. A
-conversion that was stopped or killed goes on when the same command is given again; nothing is ever overwritten.
+Conversions run on a CPU, in one process, and need memory for a few tensors, not for the model. OUT appears when it is
+complete; a conversion that was stopped or killed starts again from the beginning. Nothing is ever overwritten.
 """
 EXAMPLES = """\
 examples:
@@ -34,8 +35,8 @@ examples:
 _TO_MEGATRON = """\
 Write the checkpoint OUT from HF_DIR, a Hugging Face folder with safetensors.
 
-OUT holds policy/ (Megatron's torch_dist, a key a layer), hf/ (config, tokenizer and whatever else HF_DIR has beside its
-weights, so that HF_DIR is not needed again) and manifest.json (size and CRC-32 of every file).
+OUT holds policy/ (Megatron's torch_dist, with keys for each layer), hf/ (config, tokenizer and the other sidecar files
+of HF_DIR, which is not needed again) and manifest.json (size and CRC-32 of every file).
 
 Any layout can load the result. --tp, --pp, --vpp, --ep, --etp, --first-layers and --last-layers say how training will
 probably divide the model: each of its ranks then finds its part in few files.
@@ -45,7 +46,6 @@ examples:
   clipo convert to-megatron Llama-3.1-70B checkpoints/llama-70b --tp 8 --pp 8
   clipo convert to-megatron Qwen3-30B-A3B checkpoints/qwen3-moe --ep 8 --pp 2 --dtype bf16
   clipo convert to-megatron Llama-3.1-70B checkpoints/llama-70b --tp 8 --dry-run
-  torchrun --nproc-per-node 8 -m clipo_megatron.cli convert to-megatron Llama-3.1-70B checkpoints/llama-70b
 
 Then: clipo train run.yaml model.path=checkpoints/llama-70b
 """
@@ -53,8 +53,8 @@ _TO_HF = """\
 Write the Hugging Face folder OUT from CHECKPOINT: a checkpoint of `convert to-megatron`, or of training
 (train.output/checkpoints/step_N). Its files are first compared with its manifest.
 
-Files are divided as those of the checkpoint's own source were, and are the same byte for byte where weights and dtype
-are; or give --max-shard-gb.
+The weights are divided over files as in the checkpoint's own source, and unchanged files are the same byte for byte,
+unless you give --max-shard-gb.
 """
 _TO_HF_EXAMPLES = """\
 examples:
@@ -64,8 +64,8 @@ examples:
   clipo convert to-hf old/step_000100 release --hf Qwen2.5-7B-Instruct         checkpoints without hf/
 """
 _VERIFY = """\
-Whether A and B hold the same weights: names, shapes, dtypes and a SHA-256 of every tensor, and the facts of their
-config.json. Each is a Hugging Face folder or a checkpoint. The exit code is 1 where they differ.
+Tell whether A and B hold the same weights: names, shapes, dtypes and a SHA-256 of every tensor, and the facts of their
+config.json. Each is a Hugging Face folder or a checkpoint. The exit code is 1 if they differ.
 """
 _VERIFY_EXAMPLES = """\
 examples:
@@ -104,7 +104,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser = command("to-hf", _TO_HF, _TO_HF_EXAMPLES, _to_hf)
     parser.add_argument("source", metavar="CHECKPOINT", type=Path, help="folder with policy/ and manifest.json")
     parser.add_argument("target", metavar="OUT", type=Path, help="folder to make")
-    parser.add_argument("--max-shard-gb", metavar="GB", type=_positive, help="most of one file of weights")
+    parser.add_argument("--max-shard-gb", metavar="GB", type=_positive, help="largest file of weights")
     parser.add_argument("--master", action="store_true", help="the optimizer's fp32 weights in place of the parameters")
     parser.add_argument("--hf", metavar="DIR", type=Path, help="config and tokenizer, if the checkpoint has none")
     _add_common(parser)
@@ -120,12 +120,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
+    if (rank := os.environ.get("RANK", "0")) != "0":  # set by torchrun
+        print(f"rank {rank} has nothing to do: rank 0 alone does all of `clipo convert`", file=sys.stderr)
+        return 0
     return options.convert(options)
 
 
 def _add_common(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=DTYPES, help="cast to it on the way; default: as it is")
-    parser.add_argument("--threads", metavar="N", type=_count, help="that read and write at once; default up to 4")
+    parser.add_argument("--threads", metavar="N", type=_count, help="threads that read and write; default up to 4")
     parser.add_argument("--dry-run", action="store_true", help="print what would be written, and write nothing")
 
 
@@ -154,9 +157,9 @@ def _to_hf(options: argparse.Namespace) -> int:
         dtype=_dtype(options.dtype),
         shard_bytes=options.max_shard_gb and int(options.max_shard_gb * 1e9),
         master=options.master,
-        beside=options.hf,
+        hf=options.hf,
     )
-    if conversion.dropped and _leads():
+    if conversion.dropped:
         print(f"left out, computed from config.json: {', '.join(conversion.dropped)}")
     return _convert(options, conversion)
 
@@ -169,9 +172,8 @@ def _convert(options: argparse.Namespace, conversion: Conversion) -> int:
     from clipo_megatron.conversion.running import convert
 
     seconds = convert(conversion, threads=options.threads)
-    if _leads():
-        rate = conversion.nbytes / 1e6 / max(seconds, 1e-9)
-        print(f"{conversion.target}: {conversion.nbytes / 1e9:.2f} GB in {seconds:.1f} s, {rate:.0f} MB/s")
+    rate = conversion.nbytes / 1e6 / max(seconds, 1e-9)
+    print(f"{conversion.target}: {conversion.nbytes / 1e9:.2f} GB in {seconds:.1f} s, {rate:.0f} MB/s")
     return 0
 
 
@@ -190,12 +192,8 @@ def _verify(options: argparse.Namespace) -> int:
     )
 
 
-def _leads() -> bool:
-    return os.environ.get("RANK", "0") == "0"
-
-
 def _target(options: argparse.Namespace) -> Path:
-    """OUT with a name that hidden folders can be made of: `.` and `..` have none."""
+    """Return OUT as an absolute path: `.` and `..` have no name that the hidden folder could be called after."""
     return Path(os.path.abspath(options.target))
 
 

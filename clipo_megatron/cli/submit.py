@@ -22,7 +22,7 @@ examples:
   clipo submit run.yaml --nodes 2 --gpus-per-node 8 --container image.sqsh --mount /data:/data
   clipo submit run.yaml --nodes 2 --gpus-per-node 8 --setup 'module load gcc' --sbatch=--qos=high --dry-run
   clipo submit run.yaml --nodes 1 --gpus-per-node 8 --job eval
-  clipo submit run.yaml --nodes 1 --ranks-per-node 8 --job to-megatron --target checkpoints/start
+  clipo submit run.yaml --nodes 1 --cpus-per-rank 8 --job to-megatron --target checkpoints/start
   clipo submit run.yaml --nodes 1 --job to-hf --target release
 
 A job that runs: scancel --batch --signal=USR1 JOB saves and requeues it; scancel --signal=INT JOB saves and ends it for

@@ -111,4 +111,4 @@ def _load(stage: PolicyStage, folder: str, layout: Layout) -> None:
     # Megatron sets this while it initialises weights at random, which we leave out; without it the gradient norm would
     # count the shards of one rank only.
     for name, entry in match(parameters, mapping, at):
-        parameters[name].tensor_model_parallel = entry.kind.sharded  # type: ignore[attr-defined]
+        parameters[name].tensor_model_parallel = entry.sharding.sharded  # type: ignore[attr-defined]

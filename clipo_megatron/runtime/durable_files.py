@@ -93,17 +93,6 @@ def crc32(path: Path) -> int:
     return code
 
 
-def write_at(descriptor: int, data: memoryview, offset: int, code: int = 0) -> int:
-    """Write bytes to their place in an open file; returns the CRC-32 of them behind those that `code` is of."""
-    for start in range(0, len(data), _WRITE_BYTES):
-        piece, place = data[start : start + _WRITE_BYTES], offset + start
-        code = zlib.crc32(piece, code)
-        while piece:
-            count = os.pwrite(descriptor, piece, place)
-            piece, place = piece[count:], place + count
-    return code
-
-
 def joined_crc32(first: int, second: int, nbytes: int) -> int:
     """The CRC-32 of two runs of bytes, one after the other, by their own; `nbytes` of the second.
 

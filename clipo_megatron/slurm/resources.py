@@ -22,7 +22,7 @@ class JobKind(str, Enum):
 
     @property
     def converts(self) -> bool:
-        """Whether the job converts a model, which needs ranks but no parallel layout."""
+        """Tell whether the job is a conversion: one process on one node."""
         return self in (JobKind.to_megatron, JobKind.to_hf)
 
 

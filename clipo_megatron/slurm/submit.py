@@ -9,7 +9,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from clipo_megatron.config.load import load
@@ -63,6 +63,9 @@ def submit(
         ConfigError, SlurmError, PlanError: what is wrong, and what to change.
     """
     resources.check()
+    if kind.converts:  # in one process on one node
+        cpus = resources.ranks_a_node * resources.cpus_per_rank
+        resources = replace(resources, nodes=1, ranks_per_node=1, cpus_per_rank=cpus)
     config = folders.resolve(load(config_file, overrides), resources)
     remarks = check(config, resources, kind, config_file=config_file, hardware=hardware, anyway=anyway, absent=dry_run)
     output = Path(config.train.output)

@@ -31,7 +31,7 @@ from clipo_megatron.training.collector import Collector
 from clipo_megatron.training.session import Session
 from clipo_megatron.training.stage_context import context_of
 from clipo_megatron.training.stop_signal import Stopped
-from clipo_megatron.weights.formats.source import files_beside
+from clipo_megatron.weights.formats.source import sidecar_files
 
 
 class Run(Session):
@@ -217,7 +217,7 @@ class Run(Session):
                 "layout": {"tp": layout.tp, "pp": layout.pp, "dp": layout.dp, "ep": layout.division.ep},
             },
             say=self.reporter.say,
-            beside=files_beside(self.config.model.path) if self.is_main else None,
+            beside=sidecar_files(self.config.model.path) if self.is_main else None,
             accuracy=self.reporter.accuracies,
             asynchronous=settings.asynchronous,
             deadline_s=settings.deadline_s,

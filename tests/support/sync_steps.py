@@ -46,7 +46,8 @@ def make_shard(folder: str, tp: int, pp: int, *, ep: int = 1, dtype: torch.dtype
     spec = model_spec(read_config(folder))
     mine = entries(spec, division.stages(spec.num_layers)[pp_rank], at)
     parameters = {
-        entry.megatron[0]: torch.empty(entry.sharding.local_shape(entry.shapes, entry.shard_of(at)[0])) for entry in mine
+        entry.megatron[0]: torch.empty(entry.sharding.local_shape(entry.shapes, entry.shard_of(at)[0]))
+        for entry in mine
     }
     with HFReader(folder) as reader:
         load_into(parameters.items(), mine, reader, at)

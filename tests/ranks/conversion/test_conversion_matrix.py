@@ -103,7 +103,7 @@ def test_layout_after_layout_and_back(name: str, ranks: RankPool, tmp_path: Path
         assert len(held) == world and all(len(chunks) == vpp for chunks in held)
         assert_same(source, saved)
         policy = saved
-    convert(ToHF(policy, tmp_path / "back", beside=checkpoint))
+    convert(ToHF(policy, tmp_path / "back", hf=checkpoint))
     before, after = contents(source), contents(tmp_path / "back")
     assert before.keys() == after.keys() and len(before) >= 6
     assert [name for name in before if before[name] != after[name]] == []
@@ -150,7 +150,7 @@ def test_layers_stacked_under_one_key(family: Callable[..., Path], ranks: RankPo
     assert not any(key.startswith("decoder.layers.0.") for key in store.tensors)
     store.close()
     assert_same(source, stacked)
-    convert(ToHF(stacked, tmp_path / "back", beside=source))
+    convert(ToHF(stacked, tmp_path / "back", hf=source))
     assert contents(tmp_path / "back") == contents(source)
     # Megatron itself goes on from what was converted in this form's stead
     shutil.rmtree(stacked)

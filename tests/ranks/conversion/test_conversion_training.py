@@ -17,7 +17,7 @@ from clipo_megatron.config.schema import DType, EngineKind, LayoutConfig
 from clipo_megatron.policy import parallel as layouts
 from clipo_megatron.policy.actor import PolicyActor
 from clipo_megatron.policy.checkpoint.state import TrainableCheckpointer
-from clipo_megatron.weights.formats.source import files_beside
+from clipo_megatron.weights.formats.source import sidecar_files
 
 
 def actor_of(model: str, sizes: dict[str, int], dtype: DType = DType.fp32) -> PolicyActor:
@@ -46,7 +46,7 @@ def checkpointed(model: str, folder: str, sizes: dict[str, int]) -> str:
         load_policy=keeper.load,
         retention=Retention(),
         facts={},
-        beside=files_beside(model) if torch.distributed.get_rank() == 0 else None,
+        beside=sidecar_files(model) if torch.distributed.get_rank() == 0 else None,
     )
     return str(checkpoints.save(3))
 

@@ -26,7 +26,17 @@ from clipo_megatron.weights.errors import WeightsError
 from clipo_megatron.weights.families import model_spec
 from clipo_megatron.weights.formats.manifest import manifest_defects
 from clipo_megatron.weights.formats.source import open_weights
-from clipo_megatron.weights.sharding import QKV, ColumnParallel, Fused, GateUp, Replicated, RowParallel, Shape, Sharding, Vocab
+from clipo_megatron.weights.sharding import (
+    QKV,
+    ColumnParallel,
+    Fused,
+    GateUp,
+    Replicated,
+    RowParallel,
+    Shape,
+    Sharding,
+    Vocab,
+)
 from clipo_megatron.weights.spec import read_config
 
 LAYOUTS = {

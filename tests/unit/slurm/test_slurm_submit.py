@@ -117,7 +117,10 @@ def test_setup_and_odd_names_reach_the_shell_whole(config_file, tmp_path):
 
 
 def test_conversions_take_their_layout_from_the_configuration(config_file, tmp_path):
-    script = dry(config_file, "layout.tp=2", "layout.pp=2", kind=JobKind.to_megatron, target=tmp_path / "out").script
+    job = {"nodes": 2, "ranks_per_node": 4, "cpus_per_rank": 2, "kind": JobKind.to_megatron, "target": tmp_path / "out"}
+    script = dry(config_file, "layout.tp=2", "layout.pp=2", **job).script
+    found = directives(script)
+    assert "--nodes=1" in found and "--ntasks-per-node=1" in found and "--cpus-per-task=8" in found
     arguments = setting(script, "CONVERSION").splitlines()
     assert arguments == [
         "to-megatron",

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from clipo_megatron.runtime.durable_files import FolderWriter, StreamedFile, joined_crc32, write_at
+from clipo_megatron.runtime.durable_files import FolderWriter, StreamedFile, joined_crc32
 from clipo_megatron.weights.errors import WeightsFolderError
 from clipo_megatron.weights.formats import torch_dist
 from clipo_megatron.weights.formats.archive import MetadataUnpickler, find_elements, write_tensor
@@ -102,18 +102,6 @@ def test_checksums_of_parts_beyond_four_gigabytes() -> None:
     for _ in range(2):
         start = joined_crc32(start, quarter, 1 << 35)
     assert at_once == start
-
-
-def test_bytes_are_written_to_their_place(tmp_path: Path) -> None:
-    data = os.urandom(600_000)
-    descriptor = os.open(tmp_path / "file", os.O_RDWR | os.O_CREAT)
-    try:
-        code = write_at(descriptor, memoryview(data)[:300_000], 11)
-        code = write_at(descriptor, memoryview(data)[300_000:], 300_011, code)
-    finally:
-        os.close(descriptor)
-    assert (tmp_path / "file").read_bytes() == bytes(11) + data
-    assert code == zlib.crc32(data)
 
 
 def raw(tensor: Tensor) -> bytes:

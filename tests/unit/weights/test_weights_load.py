@@ -28,7 +28,9 @@ def empty_model(
 ) -> Tensors:
     """Parameters of one chunk as Megatron names them, filled with NaN."""
     return {
-        entry.megatron[-1 if te else 0]: torch.full(entry.sharding.local_shape(entry.shapes, tp), float("nan"), dtype=dtype)
+        entry.megatron[-1 if te else 0]: torch.full(
+            entry.sharding.local_shape(entry.shapes, tp), float("nan"), dtype=dtype
+        )
         for entry in entries(spec, stage)
     }
 

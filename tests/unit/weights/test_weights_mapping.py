@@ -163,7 +163,9 @@ def test_shards_may_be_strided_as_a_gathered_bucket_leaves_them() -> None:
         (QKV(1), [(3, 4), (1, 4), (1, 4)]),
     ],
 )
-def test_sizes_that_do_not_divide_are_refused_with_both_numbers(sharding: Sharding, shapes: list[tuple[int, int]]) -> None:
+def test_sizes_that_do_not_divide_are_refused_with_both_numbers(
+    sharding: Sharding, shapes: list[tuple[int, int]]
+) -> None:
     with pytest.raises(WeightsError, match=r"^\d+ (rows|columns) cannot be divided into 4 equal parts$"):
         sharding.local_shape(shapes, 4)
 
