@@ -62,7 +62,7 @@ def run(options: argparse.Namespace) -> int:
     from rich.console import Console
 
     from clipo_megatron.config.load import load
-    from clipo_megatron.planning.architecture import BESIDE, find_architecture, find_critic
+    from clipo_megatron.planning.architecture import ARCHITECTURES, find_architecture, find_critic
     from clipo_megatron.planning.layouts import candidates
     from clipo_megatron.planning.tables import as_json, print_plan
 
@@ -80,7 +80,7 @@ def run(options: argparse.Namespace) -> int:
     if options.json:
         print(json.dumps(as_json(spec, own, searched, assume), indent=1))
     else:
-        if source.parent.name == BESIDE:
+        if source.parent.name == ARCHITECTURES:
             console.print(f"{config.model.path} is not here; planned from {source}", style="dim", highlight=False)
         print_plan(console, config, spec, own, searched, hardware, assume)
     sound = own.fits if own else all(searched.values())

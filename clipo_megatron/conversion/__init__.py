@@ -1,10 +1,10 @@
-"""Checkpoints between Hugging Face folders and Megatron's torch_dist, as streams, safe against being killed.
+"""Checkpoints between Hugging Face folders and Megatron's torch_dist, as streams, and the proof that they are equal.
 
-    to_megatron  what a conversion to torch_dist writes     work     the hidden folder it is written in; the journal
-    to_hf        what a conversion to safetensors writes    running  threads, ranks, signals: doing it
-    commands     `clipo convert`
+    plan         a conversion as a list of units     running  threads and signals: doing it
+    to_megatron  writing torch_dist                  work     the hidden folder it is written in
+    to_hf        writing safetensors                 dry_run  what it would write, and how long that would take
+    verify       comparing two folders, with compare (tensors), logits and verdict (what is shown)
 
-A conversion is a list of units (`plan.Unit`). A unit reads tensors, writes its own spans of files, and is noted in a
-journal once they are on disk; so whoever starts the same conversion again goes on after the last unit. The result is
-renamed into its place when everything is there.
+A unit reads tensors and writes its own parts of files. The result gets its name in one rename when everything is on
+disk; a conversion that was killed starts again from the beginning.
 """

@@ -1,7 +1,7 @@
-"""Two folders of weights, tensor by tensor under their Hugging Face names: equal to the bit, or what differs and how.
+"""Compares two folders of weights, A and B, tensor by tensor under their Hugging Face names.
 
-Each tensor of each side is read once and hashed; two tensors are in memory at a time, one a side. What differs is read
-again to say by how much, and looked for under other names: a swap of two tensors is called a swap.
+Each tensor of each side is read once and hashed; one tensor of each side is in memory at a time. Tensors that differ
+are read again to say by how much, and looked for under other names, so that swapped tensors are recognised.
 """
 
 from __future__ import annotations
@@ -21,24 +21,24 @@ from torch import Tensor
 from clipo_megatron.weights.errors import WeightsError
 from clipo_megatron.weights.mapping import EMBEDDING, OUTPUT_LAYER
 
-# Elements that are compared at a time when two tensors are known to differ.
+# Number of elements that are compared at a time when two tensors are known to differ.
 _RUN = 1 << 24
 
 
 class Weights(Protocol):
-    """One side: `weights.reader.HFReader`, or whatever else gives Hugging Face tensors by name."""
+    """One side: a reader of Hugging Face tensors by name."""
 
     def names(self) -> tuple[str, ...]:
-        """Of all tensors."""
+        """Return the names of all tensors."""
         ...
 
     def get(self, name: str) -> Tensor:
-        """The whole tensor."""
+        """Return a whole tensor."""
         ...
 
 
 class DifferenceKind(Enum):
-    """How a tensor can differ."""
+    """A way in which a tensor can differ."""
 
     ONLY_A = "only in A"
     ONLY_B = "only in B"
@@ -50,13 +50,13 @@ class DifferenceKind(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Fingerprint:
-    """What stands for a tensor."""
+    """The hash of a tensor, after the cast if there was one."""
 
-    sha256: str  # of its bytes, row-major; after the cast, if there was one
-    dtype: torch.dtype  # the same
+    sha256: str  # of its bytes, row-major
+    dtype: torch.dtype
     shape: tuple[int, ...]
-    stored: torch.dtype = field(compare=False)  # before the cast
-    nbytes: int = field(compare=False)  # before the cast
+    stored_dtype: torch.dtype = field(compare=False)  # before the cast
+    stored_bytes: int = field(compare=False)  # before the cast
 
     def __str__(self) -> str:
         return f"{str(self.dtype).removeprefix('torch.')} {list(self.shape)} {self.sha256[:12]}"
@@ -70,7 +70,7 @@ class Difference:
     kind: DifferenceKind
     a: Fingerprint | None
     b: Fingerprint | None
-    detail: str  # a sentence for people
+    detail: str  # for people
 
     def __str__(self) -> str:
         return f"{self.name}: {self.detail}"
@@ -87,17 +87,17 @@ class Side:
     def add(self, found: Fingerprint) -> None:
         """Count one tensor."""
         self.tensors += 1
-        self.nbytes += found.nbytes
-        self.dtypes[str(found.stored).removeprefix("torch.")] += 1
+        self.nbytes += found.stored_bytes
+        self.dtypes[str(found.stored_dtype).removeprefix("torch.")] += 1
 
 
 @dataclass(frozen=True, slots=True)
 class TensorComparison:
-    """All of it."""
+    """The result of `compare`."""
 
     a: Side
     b: Side
-    equal: int  # tensors with the same bytes, dtype and shape on both sides
+    equal: int  # number of tensors with the same bytes, dtype and shape on both sides
     differences: tuple[Difference, ...]
 
 
@@ -113,12 +113,12 @@ def compare(
     """Compare every tensor of either side.
 
     Args:
-        a: one side; each is used by one thread at a time.
-        b: the other.
-        tied: the model's output layer is its embedding: where a side has none, its embedding stands for it.
-        cast: compare values after a cast of both sides; dtypes then count no more. None: the bytes as they are.
-        details: how many tensors that differ in value are read again to say how they differ.
-        progress: told after each tensor how many of how many are done.
+        a: one side, used by one thread at a time.
+        b: the other side, likewise.
+        tied: whether the model's output layer is its embedding, which then stands for a missing output layer.
+        cast: dtype to which both sides are cast before they are compared; None: the bytes as they are.
+        details: how many of the tensors that differ in value are read again to say how they differ.
+        progress: called after each tensor with the number of tensors done and in all.
     """
     names_a, names_b = set(a.names()), set(b.names())
     names = sorted(names_a | names_b, key=_in_model_order)
@@ -162,13 +162,15 @@ def _look(side: Weights, names: set[str], name: str, tied: bool, cast: torch.dty
 
 
 def fingerprint(tensor: Tensor, cast: torch.dtype | None = None) -> Fingerprint:
-    """Hash a tensor's bytes, after a cast if one is named."""
-    stored, nbytes = tensor.dtype, tensor.nbytes
+    """Hash a tensor's bytes, after a cast if there is one."""
+    stored_dtype, stored_bytes = tensor.dtype, tensor.nbytes
     if cast is not None:
         tensor = tensor.to(cast)
-    # as bytes, because not every dtype has an equal in numpy
+    # as bytes, because numpy does not have every dtype
     flat = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
-    return Fingerprint(hashlib.sha256(flat.numpy()).hexdigest(), tensor.dtype, tuple(tensor.shape), stored, nbytes)
+    return Fingerprint(
+        hashlib.sha256(flat.numpy()).hexdigest(), tensor.dtype, tuple(tensor.shape), stored_dtype, stored_bytes
+    )
 
 
 def _judge(
@@ -200,7 +202,7 @@ def _known_as(other: str | None, name: str) -> str:
 
 
 def _how(name: str, a: Weights, b: Weights, cast: torch.dtype | None) -> str:
-    """How many elements differ and by how much. A tied output layer that is not there is the embedding."""
+    """Say how many elements differ and by how much."""
     left, right = (_whole(side, name, cast).flatten() for side in (a, b))
     count, largest, zero, finite = 0, 0.0, True, True
     for start in range(0, left.numel(), _RUN):
@@ -225,7 +227,7 @@ def _whole(side: Weights, name: str, cast: torch.dtype | None) -> Tensor:
 
 
 def _in_model_order(name: str) -> tuple[tuple[int, int | str], ...]:
-    """Layer 10 after layer 9."""
+    """Sort layer 10 after layer 9."""
     return tuple(_pieces(name))
 
 

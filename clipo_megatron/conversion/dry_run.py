@@ -1,8 +1,8 @@
 """`clipo convert ... --dry-run`: what a conversion would write and how long that would take, without writing it.
 
-Works from config.json alone: then the tensors are those that the architecture has, in the dtype that config.json names.
-The expected time comes from a short measurement at this moment: how fast the source's disk reads (where there is a
-source) and how fast the target's writes.
+For `to-megatron` a config.json without weights is enough: the tensors are then those of its architecture, in the dtype
+that it names. The expected time follows from a short measurement of how fast the source can be read, if it is there,
+and the target's disk written.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ from clipo_megatron.weights.mapping import PipelineStage
 from clipo_megatron.weights.parallel_division import ParallelDivision
 from clipo_megatron.weights.spec import ModelSpec, read_config
 
-_PROBE_BYTES = 64 * 1024**2  # moved to measure a rate
-_PROBE_S = 3.0  # at most, each way
+_PROBE_BYTES = 64 * 1024**2  # read, and written, to measure the rates
+_PROBE_S = 3.0  # longest measurement of one rate
 _SHOWN_FILES = 12
 _BLOCK = 4 * 1024**2
 
 
 class ConfigAlone:
-    """In place of a reader: the tensors that config.json promises, all of one dtype."""
+    """Stands for a reader: the tensors of the architecture, all of one dtype."""
 
     def __init__(self, spec: ModelSpec, dtype: torch.dtype) -> None:
         whole = PipelineStage(0, spec.num_layers, first=True, last=True)
@@ -50,15 +50,15 @@ class ConfigAlone:
         }
 
     def stored(self, name: str) -> Stored:
-        """Dtype and shape of a tensor."""
+        """Return dtype and shape of a tensor."""
         return self._stored[name]
 
     def close(self) -> None:
-        """Nothing is open."""
+        """Do nothing: no file is open."""
 
 
 class FromConfig(ToMegatron):
-    """The conversion of a folder whose weights are not there. It can be planned, not done."""
+    """The conversion of a folder without weights, which can be planned but not done."""
 
     def __init__(self, source: Path, target: Path, *, division: ParallelDivision, dtype: torch.dtype | None) -> None:
         config = read_config(source)
@@ -75,28 +75,24 @@ class FromConfig(ToMegatron):
 
 
 def has_weights(folder: Path) -> bool:
-    """Whether a Hugging Face folder holds more than its config.json."""
+    """Tell whether a Hugging Face folder holds weights."""
     return (folder / SINGLE).is_file() or (folder / INDEX).is_file()
 
 
 @dataclass(frozen=True, slots=True)
 class Rates:
-    """Bytes a second, measured just now."""
+    """Bytes per second, as measured."""
 
-    read: float | None  # None: there is nothing to read yet
+    read: float | None  # None: the source has no weights to read
     write: float
 
     def seconds(self, nbytes: int) -> float:
-        """To read and to write as many bytes, one after the other: both are at times the same disk."""
+        """Return the seconds to read and write `nbytes` one after the other: it may be the same disk."""
         return nbytes / self.write + (nbytes / self.read if self.read else 0.0)
 
 
 def run(conversion: Conversion, console: Console | None = None) -> int:
-    """Print the plan of a conversion; nothing of it is left on disk.
-
-    Returns:
-        The exit code: 0, or 1 where the disk has no room for the result.
-    """
+    """Print what a conversion would do; return the exit code, 1 if the disk has no room for the result."""
     console = console or Console(highlight=False)
     try:
         files = conversion.files()
@@ -110,7 +106,7 @@ def run(conversion: Conversion, console: Console | None = None) -> int:
 
 
 def measure(sources: Sequence[Path], place: Path) -> Rates:
-    """Read the start of the largest source, and write as much to a file in `place` that is removed at once."""
+    """Read the start of the largest source file, and write as much to a temporary file in `place`."""
     read = None
     if sources:
         with max(sources, key=lambda path: path.stat().st_size).open("rb", buffering=0) as file:
@@ -161,7 +157,7 @@ def _show(conversion: Conversion, files: dict[str, int], rates: Rates, free: int
 
 
 def architecture(spec: ModelSpec) -> str:
-    """The facts of a model in a line."""
+    """Describe a model in one line."""
     words = [
         spec.family,
         f"{spec.num_layers} layers",
@@ -205,7 +201,7 @@ def _division(conversion: Conversion) -> list[tuple[str, str]]:
 
 
 def padding(spec: ModelSpec, division: ParallelDivision) -> str:
-    """Rows of the vocabulary that a checkpoint has beyond the model's: so many that the TP ranks' shares are equal."""
+    """Say how many rows pad the vocabulary in the checkpoint, so that the TP ranks have equal shares."""
     rows = -spec.vocab_size % division.tp
     if not rows:
         return "none"
@@ -232,7 +228,7 @@ def _source_files(conversion: Conversion) -> list[Path]:
 
 
 def _existing(path: Path) -> Path:
-    """The nearest folder above that is there."""
+    """Return the nearest parent folder that exists."""
     return next(folder for folder in path.absolute().parents if folder.is_dir())
 
 

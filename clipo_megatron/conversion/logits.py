@@ -1,6 +1,7 @@
-"""Logits of a folder's weights through transformers, on fixed prompts in float32: what tensors mean, not what they are.
+"""The logits of a folder's weights, computed by transformers on fixed prompts in float32.
 
-Equal tensors under another config.json give other logits: this is what notices a wrong rope or norm.
+Equal tensors under another config.json give other logits, so these show a wrong rope or norm, which no comparison of
+tensors can.
 """
 
 from __future__ import annotations
@@ -17,43 +18,43 @@ from transformers.utils import logging as library_logging
 from clipo_megatron.conversion.compare import Weights
 from clipo_megatron.weights.errors import CoverageError, WeightsError
 
-PROMPTS, LENGTH = 2, 128  # sequences, and tokens of each where the model takes as many
+PROMPTS, LENGTH = 2, 128  # number of sequences, and tokens of each unless the model takes fewer
 
 
 @dataclass(frozen=True, slots=True)
 class LogitsDifference:
-    """Of two folders' logits."""
+    """How far the logits of two folders differ."""
 
-    largest: float  # absolute difference
-    scale: float  # absolute value of A's largest logit
-    tokens: int  # that were compared
+    largest: float  # largest absolute difference
+    scale: float  # largest absolute value of A's logits
+    tokens: int  # number of tokens compared
 
     @property
     def relative(self) -> float:
-        """The largest difference, over the scale; infinite where a logit is NaN."""
+        """The largest difference divided by the scale; infinite if a logit is NaN."""
         return self.largest / self.scale if self.largest else 0.0
 
 
 def fixed_prompts(vocab_size: int, max_positions: int) -> Tensor:
-    """The same token ids for every model of a vocabulary, [PROMPTS, T]: spread over it, none of them text."""
+    """Make token ids [PROMPTS, T] spread over the vocabulary, the same for every model with the same vocabulary."""
     length = min(LENGTH, max_positions)
     return (torch.arange(PROMPTS * length) * 7919 + 11).remainder(vocab_size).view(PROMPTS, length)
 
 
 def logits(weights: Weights, config_folder: Path) -> Tensor:
-    """Logits of the fixed prompts, [PROMPTS, T, vocabulary] float32, by the model that config.json describes.
+    """Compute the logits of the fixed prompts, [PROMPTS, T, vocabulary] float32, by the model of config.json.
 
     All tensors are in memory at once, as float32.
 
     Raises:
-        CoverageError: transformers misses tensors, or does not know some; all are listed.
+        CoverageError: transformers misses tensors, or does not know some; lists all.
     """
     config = AutoConfig.from_pretrained(config_folder)
     with torch.device("meta"):
         model_class = type(AutoModelForCausalLM.from_config(config))
     state = {name: weights.get(name) for name in weights.names()}
     shown, bar = library_logging.get_verbosity(), library_logging.is_progress_bar_enabled()
-    library_logging.set_verbosity_error()  # what it would warn of is raised below
+    library_logging.set_verbosity_error()  # its warnings are raised as errors below
     library_logging.disable_progress_bar()
     try:
         model, loading = model_class.from_pretrained(
@@ -80,7 +81,7 @@ def logits(weights: Weights, config_folder: Path) -> Tensor:
 
 
 def difference(a: Tensor, b: Tensor) -> LogitsDifference:
-    """Of two results of `logits`.
+    """Compare two results of `logits`.
 
     Raises:
         WeightsError: the vocabularies differ in size.

@@ -1,4 +1,4 @@
-"""Where the facts of a model come from that is to be planned: its config.json alone."""
+"""Finds the config.json of a model that is to be planned."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from clipo_megatron.planning.errors import PlanError
 from clipo_megatron.weights.families import model_spec
 from clipo_megatron.weights.spec import ModelSpec, read_config, read_config_file
 
-BESIDE = "architectures"  # a folder beside a configuration, with the config.json of models that are not here yet
+ARCHITECTURES = "architectures"  # a folder beside a configuration, with the config.json of models that are not here yet
 
 
 def find_critic(config: RunConfig, config_file: str | Path) -> ModelSpec | None:
-    """The model that a critic starts from; None: the policy's, or there is no critic.
+    """Read the model that a critic starts from; None if it is the policy's, or if there is no critic.
 
     Raises:
-        PlanError, WeightsError: as `find_architecture`.
+        PlanError, WeightsError: as for `find_architecture`.
     """
     if config.critic.path is None or not baseline(config.algorithm).critic:
         return None
@@ -28,23 +28,22 @@ def find_critic(config: RunConfig, config_file: str | Path) -> ModelSpec | None:
 def find_architecture(
     model_path: str, config_file: str | Path, *, setting: str = "model.path"
 ) -> tuple[ModelSpec, Path]:
-    """The model of a configuration, and the file that says what it is.
+    """Read the facts of a model; return them and the file they come from.
 
-    That file is config.json in `model_path`, which `setting` gives, or, while the model is not on this machine,
-    architectures/<last part of model_path>.json beside the configuration.
+    The file is config.json in `model_path` or, while the model is not on this machine, architectures/<last part of
+    model_path>.json beside the configuration. `setting` names the path in messages.
 
     Raises:
-        PlanError: there is neither.
-        WeightsError: the file cannot be read, or is of a model that cannot be trained.
+        PlanError: neither file exists.
+        WeightsError: the file cannot be read, or describes a model that cannot be trained.
     """
     folder = hf_folder(model_path)
     if (folder / "config.json").is_file():
         return model_spec(read_config(folder)), folder / "config.json"
-    beside = Path(config_file).parent / BESIDE / f"{Path(model_path).name}.json"
-    if beside.is_file():
-        return model_spec(read_config_file(beside)), beside
+    stand_in = Path(config_file).parent / ARCHITECTURES / f"{Path(model_path).name}.json"
+    if stand_in.is_file():
+        return model_spec(read_config_file(stand_in)), stand_in
     raise PlanError(
-        f"{setting} = {model_path} has no config.json, and there is no {beside} either. A plan needs nothing else of "
-        "the model: put its config.json in one of these places, or correct "
-        f"{setting}."
+        f"{setting} = {model_path} has no config.json, and there is no {stand_in} either. A plan needs nothing else of "
+        f"the model: put its config.json in one of these places, or correct {setting}."
     )

@@ -1,4 +1,4 @@
-"""`clipo plan --dry-run`: ranks of the planned layout built for real, without memory, and held against the plan."""
+"""`clipo plan --dry-run`: builds the ranks of the planned layout without memory, and compares them with the plan."""
 
 from __future__ import annotations
 
@@ -23,20 +23,20 @@ from clipo_megatron.weights.spec import ModelSpec
 
 @dataclass(frozen=True, slots=True)
 class BuiltRank:
-    """What a rank was planned to hold, and what it holds once it is built."""
+    """What a rank was planned to hold, and what it holds when it is built."""
 
     rank: int
     stage: int
     planned: Count
     built: Count
     planned_bytes: int  # of weights
-    built_bytes: int
+    built_bytes: int  # of weights
     planned_head: int  # parameters of the contrastive head
     built_head: int
 
     @property
     def equal(self) -> bool:
-        """Whether plan and build are the same to the last parameter and byte."""
+        """Tell whether plan and build are the same to the last parameter and byte."""
         return (self.planned, self.planned_bytes, self.planned_head) == (
             self.built,
             self.built_bytes,
@@ -48,12 +48,12 @@ def build_ranks(config: RunConfig, spec: ModelSpec, ranks: Iterable[int] | None 
     """Build ranks of the configured layout one after the other, as Megatron will build them on GPUs.
 
     Parameters live on torch's meta device, which gives them shape and dtype but no memory. The contrastive head is
-    small and built for good.
+    small, and is built in memory.
 
     Args:
-        config: of the run; `layout.dp` as `requested_ranks` has it.
+        config: of the run.
         spec: of the model.
-        ranks: global ranks; None: all of them.
+        ranks: global ranks to build; None: all of them.
 
     Raises:
         PlanError: there is no such rank, or Megatron cannot build it.
@@ -88,7 +88,7 @@ def build_ranks(config: RunConfig, spec: ModelSpec, ranks: Iterable[int] | None 
 
 
 def _count(stages: Sequence[PolicyStage]) -> Count:
-    """Experts' parameters are those that data parallelism does not reduce over all replicas."""
+    """Count parameters; an expert's are those that data parallelism does not reduce over all replicas."""
     dense = expert = 0
     for stage in stages:
         for parameter in stage.parameters():
@@ -108,7 +108,7 @@ def _built_head(config: RunConfig, spec: ModelSpec) -> int:
 
 
 def report(config: RunConfig, spec: ModelSpec, ranks: Sequence[int] | None, console: Console) -> bool:
-    """Build and print, a line for ranks of a stage that are alike.
+    """Build ranks and print them, one line for all ranks of a stage that are alike.
 
     Returns:
         Whether every rank holds what was planned.
@@ -142,7 +142,7 @@ def report(config: RunConfig, spec: ModelSpec, ranks: Sequence[int] | None, cons
 
 
 def spans(numbers: Sequence[int]) -> str:
-    """Ascending numbers in short: [0, 1, 2, 7] -> "0-2, 7"."""
+    """Abbreviate ascending numbers: [0, 1, 2, 7] -> "0-2, 7"."""
     runs: list[list[int]] = []
     for number in numbers:
         if runs and number == runs[-1][-1] + 1:

@@ -1,4 +1,4 @@
-"""What GPUs can do by their makers' data sheets, and which share of it a plan assumes to be reached."""
+"""The rates of GPUs by their makers' data sheets, and the share of them that a plan assumes."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ GB = 1e9
 
 @dataclass(frozen=True, slots=True)
 class Hardware:
-    """One kind of GPU in its usual server. Rates are a GPU's, in one direction, per second."""
+    """A kind of GPU in its usual server. Rates are those of one GPU, in one direction."""
 
     name: str
     memory_bytes: float
@@ -34,8 +34,11 @@ HARDWARE: dict[str, Hardware] = {
 
 @dataclass(frozen=True, slots=True)
 class Assumptions:
-    """Shares of the hardware's rates that are reached, and what else a plan cannot know. None of them was measured by
-    this project; they are of the order that well-tuned runs report. Set your own with `clipo plan --assume`."""
+    """Shares of the hardware's rates that are reached, and other numbers that a plan cannot know.
+
+    None of them was measured by this project; they are of the order that well-tuned runs report. `clipo plan --assume`
+    sets others.
+    """
 
     train_flops: float = 0.40  # of `flops`, in forward and backward
     prefill_flops: float = 0.40  # in the servers' forward over prompts

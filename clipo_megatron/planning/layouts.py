@@ -1,4 +1,4 @@
-"""One layout judged, and the layouts that fit, cheapest first."""
+"""Judges one layout, and searches for layouts that fit."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from clipo_megatron.weights.errors import WeightsError
 from clipo_megatron.weights.parallel_division import ParallelDivision
 from clipo_megatron.weights.spec import ModelSpec
 
-# Shares of the GPUs that servers get where they do not share the trainer's.
+# Shares of all GPUs that are tried for servers with GPUs of their own.
 SERVER_SHARES = (0.25, 0.5, 0.75)
 
 
 @dataclass(frozen=True)
 class LayoutPlan:
-    """What one layout needs and takes."""
+    """The memory and the time that one layout takes."""
 
     division: ParallelDivision
     dp: int
@@ -30,39 +30,39 @@ class LayoutPlan:
     server_gpus: int
     colocated: bool
     hardware: Hardware
-    trainer: list[TrainerMemory]  # of each pipeline stage
+    trainer: list[TrainerMemory]  # one for each pipeline stage
     server: ServerMemory
     time: StepTime
-    problems: tuple[str, ...]  # why it does not fit; () if it does
+    problems: tuple[str, ...]  # reasons why it does not fit; () if it does
 
     @property
     def trainer_gpus(self) -> int:
-        """GPUs that train."""
+        """Number of GPUs that train."""
         return self.division.tp * self.division.pp * self.dp
 
     @property
     def gpus(self) -> int:
-        """GPUs in all."""
+        """Number of all GPUs."""
         return self.trainer_gpus if self.colocated else self.trainer_gpus + self.server_gpus
 
     @property
     def fits(self) -> bool:
-        """Whether every GPU has the memory."""
+        """Tell whether every GPU has enough memory."""
         return not self.problems
 
     @property
     def gpu_seconds(self) -> float:
-        """What a step costs."""
+        """Cost of a step."""
         return self.gpus * self.time.total
 
     @property
     def tokens_per_s_per_gpu(self) -> float:
-        """Tokens of a step that train, over its time and all GPUs."""
+        """Tokens that a step trains on, divided by its time and all GPUs."""
         return self.time.tokens / self.gpu_seconds
 
     @property
     def overrides(self) -> list[str]:
-        """The settings that ask for it."""
+        """The settings of a configuration that ask for this layout."""
         division = self.division
         chosen = {"layout.tp": division.tp, "layout.pp": division.pp, "layout.dp": self.dp, "serve.tp": self.server_tp}
         if not self.colocated:
@@ -88,20 +88,20 @@ def judge(
     division: ParallelDivision | None = None,
     critic: ModelSpec | None = None,
 ) -> LayoutPlan:
-    """Memory and time of a layout.
+    """Compute memory and time of a layout.
 
     Args:
-        config: whose `layout.dp` does not matter.
+        config: of the run; its `layout.dp` is not used.
         spec: of the model.
-        dp: replicas that train.
-        server_gpus: that generate; those of the trainer with `rollout.colocated`.
-        hardware: of every GPU.
-        assume: what is reached of it.
-        division: of the model; None: the configuration's.
+        dp: number of data-parallel replicas.
+        server_gpus: number of GPUs that generate; with `rollout.colocated` those of the trainer.
+        hardware: the kind of all GPUs.
+        assume: the shares of its rates that are reached.
+        division: of the model; None: as configured.
         critic: the model that a critic starts from; None: the policy's.
 
     Raises:
-        PlanError: the model cannot be divided so.
+        PlanError: the model cannot be divided in this way.
     """
     division = division or ParallelDivision.of(config.layout)
     try:
@@ -164,7 +164,7 @@ def candidates(
     *,
     critic: ModelSpec | None = None,
 ) -> list[LayoutPlan]:
-    """Layouts of so many GPUs that fit, the cheapest step first; arguments as for `judge`."""
+    """Find layouts of `gpus` GPUs that fit, the shortest step first; the other arguments are as for `judge`."""
     server_tp = _smallest_server(config, spec, hardware, assume)
     if server_tp is None:
         return []
@@ -191,14 +191,14 @@ def candidates(
 
 
 def _smallest_server(config: RunConfig, spec: ModelSpec, hardware: Hardware, assume: Assumptions) -> int | None:
-    """GPUs of the smallest server that holds the longest sequence; None: not even a whole node's does."""
+    """Return the GPUs of the smallest server that holds the longest sequence; None if a whole node does not."""
     longest = config.data.max_prompt_tokens + config.rollout.max_new_tokens
     sizes = _powers(hardware.gpus_per_node)
     return next((tp for tp in sizes if server_memory(spec, tp, hardware, assume).sequences(longest)), None)
 
 
 def _divisions(spec: ModelSpec, gpus: int, hardware: Hardware) -> Iterator[ParallelDivision]:
-    """Tensor parallel within a node, pipelines whose stages are equal but for the ends, experts over all."""
+    """Yield divisions with TP within a node, stages that are equal except for the first and last, and all EP sizes."""
     for tp in _powers(min(gpus, hardware.gpus_per_node)):
         if spec.num_heads % tp:
             continue
@@ -213,7 +213,7 @@ def _divisions(spec: ModelSpec, gpus: int, hardware: Hardware) -> Iterator[Paral
 
 
 def _ends(layers: int, pp: int) -> tuple[int | None, int | None] | None:
-    """Layers of the first and last stage, None each where all are equal; None where no layers would be left."""
+    """Return the layers of first and last stage, (None, None) if all stages are equal; None if it cannot be done."""
     if layers % pp == 0:
         return None, None
     middle = -(-layers // pp)
@@ -226,10 +226,12 @@ def _powers(most: int) -> Iterable[int]:
 
 
 def server_gpus_of(config: RunConfig, trainer_gpus: int) -> int:
-    """GPUs that generate, as a configuration has them: `serve.servers` are those of one node, `rollout.servers` all.
+    """Return the number of GPUs that generate in a configuration.
+
+    `serve.servers` counts the servers of one node, `rollout.servers` all of them.
 
     Raises:
-        PlanError: it generates in the training processes.
+        PlanError: the training processes generate themselves.
     """
     if config.rollout.engine is EngineKind.local:
         raise PlanError(

@@ -1,4 +1,4 @@
-"""Bytes on one GPU, part by part: the trainer's while it updates the policy, the server's while it generates."""
+"""The memory of one GPU, part by part: of the trainer during a policy update, and of a server while it generates."""
 
 from __future__ import annotations
 
@@ -18,47 +18,47 @@ from clipo_megatron.weights.parallel_division import ParallelDivision
 from clipo_megatron.weights.sharding import VOCAB_MULTIPLE_ON_GPUS
 from clipo_megatron.weights.spec import ModelSpec
 
-LOGITS_TILE_BYTES = 64 * 2**20  # of fp32 logits that exist at once, see policy.logprobs
+LOGITS_TILE_BYTES = 64 * 2**20  # fp32 logits that exist at a time, see policy/model/logprobs.py
 LOGITS_COPIES = 3  # logits, their exponentials, and the gradient
-BF16, FP32 = 2, 4
+BF16, FP32 = 2, 4  # bytes
 
 
 @dataclass(frozen=True, slots=True)
 class TrainerMemory:
-    """Bytes on the GPU of one rank while it updates the policy."""
+    """Bytes on the GPU of one rank during a policy update."""
 
     weights: float
     gradients: float
     optimizer: float
-    reference: float  # a second copy of the weights, for a KL to the start or a method that asks it
+    reference: float  # a second copy of the weights, for a KL to the start or a method that needs it
     critic: float  # weights, gradients and optimizer of a value model, for methods that train one
     activations: float  # of the policy or the critic, whichever has more
     logits: float
-    head: float  # the contrastive one
+    head: float  # contrastive head
     reserve: float
 
     @property
     def parts(self) -> dict[str, float]:
-        """By name."""
+        """The parts by name."""
         return {name: getattr(self, name) for name in self.__dataclass_fields__}
 
     @property
     def total(self) -> float:
-        """Of all parts."""
+        """Sum of all parts."""
         return sum(self.parts.values())
 
 
 @dataclass(frozen=True, slots=True)
 class ServerMemory:
-    """Bytes on one GPU of a server, and what they allow."""
+    """Bytes on one GPU of a server."""
 
     weights: float
-    cache: float  # what is left for keys and values
-    cache_per_token: float  # on each of its GPUs
+    cache: float  # left for keys and values
+    cache_per_token: float
     reserve: float
 
     def sequences(self, tokens: float) -> int:
-        """Sequences of so many tokens that are generated at once by one server."""
+        """Return how many sequences of `tokens` tokens the server can generate at a time."""
         return max(0, int(self.cache / (self.cache_per_token * tokens)))
 
 
@@ -71,7 +71,7 @@ def trainer_memory(
     *,
     critic: ModelSpec | None = None,
 ) -> list[TrainerMemory]:
-    """Of each pipeline stage; `critic`: the model that a critic starts from, None: the policy's.
+    """Compute the memory of each pipeline stage; `critic` is the model that a critic starts from, None: the policy's.
 
     Weights, gradients and optimizer are those of Megatron's distributed optimizer: gradients are kept in fp32 on every
     rank, masters and both moments are divided over the data-parallel ranks (arXiv 1910.02054, stage 1).
@@ -103,7 +103,7 @@ def _of_stage(
     count: Count,
     stage: int,
 ) -> TrainerMemory:
-    """Of one stage without a critic."""
+    """Compute the memory of one stage without a critic."""
     bf16 = config.model.dtype is DType.bf16
     width = BF16 if bf16 else FP32
     last = stage == division.pp - 1
@@ -126,7 +126,7 @@ def _of_stage(
 
 
 def _without_lm_head(count: Count, spec: ModelSpec, division: ParallelDivision) -> Count:
-    """Of a last stage whose LM head is a value head, which is one number a state."""
+    """Count a last stage that has a value head in place of the LM head."""
     if spec.tied_embeddings and division.pp == 1:  # the head is the embedding
         return count
     unit = division.tp * VOCAB_MULTIPLE_ON_GPUS
@@ -135,7 +135,7 @@ def _without_lm_head(count: Count, spec: ModelSpec, division: ParallelDivision) 
 
 
 def head_count(config: RunConfig, spec: ModelSpec) -> int:
-    """Parameters of the contrastive head, which ranks of the last stage hold; 0 without one."""
+    """Count the parameters of the contrastive head, which the last stage holds; 0 without one."""
     if not config.clipo.enabled:
         return 0
     inner = spec.hidden_size if config.clipo.head is HeadKind.mlp else 0
@@ -145,20 +145,19 @@ def head_count(config: RunConfig, spec: ModelSpec) -> int:
 def _activations(
     config: RunConfig, spec: ModelSpec, division: ParallelDivision, stage: int, values: int, in_flight: int
 ) -> float:
-    """Bytes that the backward needs of `in_flight` micro-batches, on one rank of a stage; `values`: bytes of one value
-    of every token of a micro-batch.
+    """Compute the bytes that one rank of a stage keeps for the backward pass of `in_flight` micro-batches.
 
-    Counted a layer: the inputs of both norms and their outputs, q, k and v, the attention's output, and the MLP's inner
-    tensors (gate and up, and their product); attention keeps no scores. After arXiv 2205.05198, for gated MLPs and
+    Each layer keeps inputs and outputs of both norms, q, k and v, the attention's output, and the MLP's inner tensors
+    (gate and up, and their product); attention keeps no scores. After arXiv 2205.05198, for gated MLPs and
     grouped-query attention. With recomputation each layer keeps its input, and one layer of one micro-batch at a time
-    all the rest.
+    keeps everything else. `values` is the number of bytes of one value for every token of a micro-batch.
     """
     layers = [
         layer
         for chunk in stage_chunks(spec.num_layers, division)[stage]
         for layer in range(chunk.offset, chunk.offset + chunk.layers)
     ]
-    shared = division.tp if config.layout.sequence_parallel else 1  # ranks that divide what TP leaves whole
+    shared = division.tp if config.layout.sequence_parallel else 1  # ranks that divide what TP alone would not
     entry = spec.hidden_size / shared
     attention = 4 * entry + (2 * spec.query_size + 2 * spec.kv_size) / division.tp
     dense = 3 * spec.ffn_hidden_size / division.tp
@@ -167,7 +166,7 @@ def _activations(
         if not spec.is_sparse(layer):
             return attention + dense
         experts = spec.experts
-        # Every rank of a stage keeps its own tokens' copies, one an expert that they are sent to.
+        # Every rank keeps a copy of its own tokens for each expert that they are sent to.
         tokens = experts.per_token / shared
         return attention + tokens * (2 * spec.hidden_size + 3 * experts.ffn_hidden_size / division.expert_tp)
 
@@ -177,7 +176,7 @@ def _activations(
 
 
 def server_memory(spec: ModelSpec, tp: int, hardware: Hardware, assume: Assumptions) -> ServerMemory:
-    """Of a server on `tp` GPUs, in bf16."""
+    """Compute the memory of a server on `tp` GPUs, in bf16."""
     weights = BF16 * whole_count(spec).total / tp
     kv_heads = max(1.0, spec.num_kv_heads / tp)  # with more GPUs than KV heads they are held more than once
     per_token = 2 * spec.num_layers * kv_heads * spec.head_dim * BF16
@@ -186,7 +185,7 @@ def server_memory(spec: ModelSpec, tp: int, hardware: Hardware, assume: Assumpti
 
 
 def step_tokens(config: RunConfig, assume: Assumptions) -> tuple[float, float]:
-    """Prompt and response tokens of a step, as they are expected; a group's prompt counts once a sample."""
+    """Return the expected prompt and response tokens of a step; each sample of a group counts its prompt."""
     rollouts = config.data.prompts_per_step * config.rollout.samples_per_prompt
     return (
         rollouts * assume.mean_prompt * config.data.max_prompt_tokens,
@@ -195,12 +194,12 @@ def step_tokens(config: RunConfig, assume: Assumptions) -> tuple[float, float]:
 
 
 def micro_batches(config: RunConfig, dp: int, assume: Assumptions) -> int:
-    """Of one replica in one optimizer step."""
+    """Return the number of micro-batches of one replica in one optimizer step."""
     tokens = sum(step_tokens(config, assume)) / max(1, config.algorithm.mini_batches)
     return max(1, -(-int(tokens) // (dp * config.layout.max_tokens_per_microbatch)))
 
 
 def flops_per_token(spec: ModelSpec, context: float) -> float:
-    """Of one forward over a token that attends to `context` others on average: 2 a parameter, and attention."""
+    """Return the FLOPs of the forward pass of one token that attends to `context` others on average."""
     seen = context if spec.sliding_window is None else min(context, spec.sliding_window)
     return 2.0 * active_count(spec) + 4.0 * spec.num_layers * spec.query_size * seen

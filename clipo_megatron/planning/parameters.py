@@ -1,4 +1,4 @@
-"""How many parameters each rank holds: counted through the weight mapping, so that it is what a rank will build."""
+"""Counts the parameters of each rank through the weight mapping, so that they are what a rank will build."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from clipo_megatron.weights.spec import ModelSpec
 
 @dataclass(frozen=True, slots=True)
 class Count:
-    """Parameters of one rank."""
+    """A number of parameters."""
 
-    dense: int  # of all that is not an expert's; the optimizer divides it over dp ranks
-    expert: int  # of experts; the optimizer divides it over dp * tp / (ep * etp) ranks
+    dense: int  # parameters of no expert; the optimizer divides them over dp ranks
+    expert: int  # parameters of experts; the optimizer divides them over dp * tp / (ep * etp) ranks
 
     @property
     def total(self) -> int:
-        """Of both."""
+        """Sum of both."""
         return self.dense + self.expert
 
     def __add__(self, other: Count) -> Count:
@@ -33,14 +33,15 @@ class Count:
 def rank_count(
     spec: ModelSpec, division: ParallelDivision, pp_rank: int, at: Coordinates | None = None, *, vocab_multiple: int = 1
 ) -> Count:
-    """Parameters of one rank.
+    """Count the parameters of one rank.
 
     Args:
         spec: of the model.
         division: of the model.
         pp_rank: the rank's pipeline stage; all its chunks are counted.
-        at: its place in the stage; None: the first. All ranks of a stage hold equally many.
-        vocab_multiple: rows a rank to which the vocabulary is padded: `VOCAB_MULTIPLE_ON_GPUS`, or 1 on a CPU.
+        at: the rank's place in the stage; None: the first. All ranks of a stage hold equally many.
+        vocab_multiple: multiple of rows to which each rank's part of the vocabulary is padded:
+            `VOCAB_MULTIPLE_ON_GPUS`, or 1 on a CPU.
 
     Raises:
         WeightsError: the division does not fit the model.
@@ -52,25 +53,25 @@ def rank_count(
 
 @lru_cache(maxsize=4096)
 def stage_chunks(num_layers: int, division: ParallelDivision) -> tuple[tuple[PipelineStage, ...], ...]:
-    """The model chunks of each pipeline rank."""
+    """Return the model chunks of each pipeline rank."""
     chunks = tuple(enumerate(division.stages(num_layers)))
     return tuple(tuple(stage for i, stage in chunks if division.owner(i) == rank) for rank in range(division.pp))
 
 
 @lru_cache(maxsize=4096)
 def stage_counts(spec: ModelSpec, division: ParallelDivision, vocab_multiple: int = 1) -> tuple[Count, ...]:
-    """`rank_count` of each pipeline rank."""
+    """Count the parameters of one rank of each pipeline stage."""
     return tuple(rank_count(spec, division, rank, vocab_multiple=vocab_multiple) for rank in range(division.pp))
 
 
 @lru_cache(maxsize=4096)
 def whole_count(spec: ModelSpec) -> Count:
-    """Parameters of the whole model, a tied output layer counted once."""
+    """Count the parameters of the whole model; a tied output layer counts once."""
     return _chunk_count(spec, PipelineStage(0, spec.num_layers, first=True, last=True), Coordinates(), 1)
 
 
 def active_count(spec: ModelSpec) -> int:
-    """Parameters that a token passes through, without the embedding's table (a look-up) and with the output layer."""
+    """Count the parameters that each token is multiplied with: the output layer, but not the embedding."""
     whole = whole_count(spec)
     table = spec.vocab_size * spec.hidden_size
     idle = 0 if spec.experts is None else whole.expert * (1 - spec.experts.per_token / spec.experts.count)
@@ -79,13 +80,13 @@ def active_count(spec: ModelSpec) -> int:
 
 @lru_cache(maxsize=65536)
 def _chunk_count(spec: ModelSpec, stage: PipelineStage, at: Coordinates, vocab_multiple: int) -> Count:
-    """Layers of one kind are alike, so one of each kind is counted: large models are planned many times over."""
-    kinds: dict[bool, list[int]] = {}
+    """Count one dense and one sparse layer, since layers of a kind are alike: plans of large models are repeated."""
+    alike: dict[bool, list[int]] = {}
     for layer in range(stage.offset, stage.offset + stage.layers):
-        kinds.setdefault(spec.is_sparse(layer), []).append(layer)
+        alike.setdefault(spec.is_sparse(layer), []).append(layer)
     ends = PipelineStage(stage.offset, 0, first=stage.first, last=stage.last)
     total = _sum(_sizes(spec, ends, at, vocab_multiple))
-    for layers in kinds.values():
+    for layers in alike.values():
         one = _layer_count(spec, _first_like(spec, layers[0]), at)
         total += Count(one.dense * len(layers), one.expert * len(layers))
     return total
@@ -97,7 +98,7 @@ def _layer_count(spec: ModelSpec, layer: int, at: Coordinates) -> Count:
 
 
 def _first_like(spec: ModelSpec, layer: int) -> int:
-    """The model's first layer of the same kind."""
+    """Return the model's first layer that is dense or sparse as `layer` is."""
     return next(each for each in range(layer + 1) if spec.is_sparse(each) == spec.is_sparse(layer))
 
 
@@ -109,7 +110,7 @@ def _sum(sizes: Iterator[tuple[int, bool]]) -> Count:
 
 
 def _sizes(spec: ModelSpec, stage: PipelineStage, at: Coordinates, vocab_multiple: int) -> Iterator[tuple[int, bool]]:
-    """Elements of each parameter, and whether it is an expert's."""
+    """Yield the number of elements of each parameter, and whether it belongs to an expert."""
     for entry in entries(spec, stage, at):
         size, _ = entry.shard_of(at)
         shape = entry.sharding.local_shape(entry.shapes, size)

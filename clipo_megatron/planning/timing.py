@@ -1,6 +1,6 @@
-"""Seconds of a step, phase by phase, from data-sheet rates and the assumed shares of them.
+"""The seconds of a step, phase by phase, from data-sheet rates and the assumed shares of them.
 
-A plan, not a promise: it is there to compare layouts and to see which phase will dominate.
+They are for comparing layouts and for seeing which phase will dominate, not for predicting a run.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ class StepTime:
     update: float
     sync: float
     sync_bytes: float
-    tokens: float  # prompt and response tokens that train
+    tokens: float  # prompt and response tokens that the step trains on
 
     @property
     def total(self) -> float:
-        """Of all phases, one after the other."""
+        """Sum of all phases, which follow each other."""
         return self.generate + self.score + self.update + self.sync
 
 
@@ -44,10 +44,10 @@ def step_time(
     *,
     critic: ModelSpec | None = None,
 ) -> StepTime:
-    """Of a layout on `division.tp * division.pp * dp` GPUs that train and `server_gpus` that generate.
+    """Compute the time of a step on `division.tp * division.pp * dp` GPUs that train and `server_gpus` that generate.
 
-    Counted are the forwards and updates that the named methods declare, as they are before any schedule ends; of
-    classes of a user's own those of GRPO. `critic`: the model that a critic starts from, None: the policy's.
+    Counts the forward passes and updates that the named methods declare, before any schedule ends; a user's own class
+    counts as GRPO. `critic` is the model that a critic starts from, None: the policy's.
     """
     algorithm, methods = config.algorithm, named_methods(config.algorithm)
     forward = _forward_seconds(config, spec, division, dp, hardware, assume)
@@ -58,7 +58,7 @@ def step_time(
 
     score = forward * (1 + needs_reference(algorithm) + sum(method.forwards for method in methods))
     update = epoch_seconds(spec, forward) * algorithm.epochs * (1 + sum(method.replays for method in methods))
-    if baseline(algorithm).aggregation is None:  # scores of all updates but the first take a forward more
+    if baseline(algorithm).aggregation is None:  # all updates but the first need a forward pass for the scores
         update += forward * (algorithm.epochs - 1 / algorithm.mini_batches)
     if baseline(algorithm).critic:
         forward = _forward_seconds(config, critic or spec, division, dp, hardware, assume)
@@ -79,7 +79,7 @@ def step_time(
 def _forward_seconds(
     config: RunConfig, spec: ModelSpec, division: ParallelDivision, dp: int, hardware: Hardware, assume: Assumptions
 ) -> float:
-    """Of one forward over a step's tokens."""
+    """Return the seconds of one forward pass over a step's tokens."""
     tokens, gpus = sum(step_tokens(config, assume)), division.tp * division.pp * dp
     length = assume.mean_prompt * config.data.max_prompt_tokens + assume.mean_response * config.rollout.max_new_tokens
     computed = tokens * flops_per_token(spec, length / 2) / (gpus * hardware.flops * assume.train_flops)
@@ -90,10 +90,10 @@ def _forward_seconds(
 def _exchange_seconds(
     spec: ModelSpec, division: ParallelDivision, tokens: float, hardware: Hardware, assume: Assumptions
 ) -> float:
-    """Of one forward over a replica's tokens: what tensor and expert parallelism send, none of it hidden.
+    """Return the seconds of communication of tensor and expert parallelism in one forward pass of a replica.
 
-    A layer gathers and scatters its tokens' states twice over the TP ranks; experts send each token's state to and
-    from `per_token` places.
+    Nothing is assumed to be hidden behind computation. A layer gathers and scatters its tokens' states twice over the
+    TP ranks; experts send each token's state to `per_token` places and back.
     """
     state = BF16 * spec.hidden_size
     layers = spec.num_layers / division.pp
@@ -110,7 +110,7 @@ def _exchange_seconds(
 def _reduction_seconds(
     spec: ModelSpec, division: ParallelDivision, dp: int, hardware: Hardware, assume: Assumptions
 ) -> float:
-    """Of one update: gradients in fp32 to the ranks that keep their masters, and new weights back."""
+    """Return the seconds that one update takes to reduce gradients in fp32 and to gather the new weights."""
     largest = max(count.total for count in stage_counts(spec, division))
     in_node = division.tp * division.pp * dp <= hardware.gpus_per_node
     rate = hardware.node_bytes_per_s if in_node else hardware.network_bytes_per_s * assume.network
@@ -118,10 +118,10 @@ def _reduction_seconds(
 
 
 def generation_seconds(config: RunConfig, spec: ModelSpec, gpus: int, hardware: Hardware, assume: Assumptions) -> float:
-    """Until the last rollout of a step is there; infinite where a server cannot hold one sequence.
+    """Return the seconds until the last rollout of a step is done; infinite if a server cannot hold one sequence.
 
-    A token of every sequence in flight costs one pass over the weights and the cache, or the FLOPs if they take longer.
-    No step is shorter than its longest response generated nearly alone.
+    One token of every sequence in flight costs one pass over the weights and the cache, or its FLOPs if they take
+    longer. No step is shorter than its longest response, generated nearly alone.
     """
     tp = config.serve.tp
     servers = gpus // tp
@@ -149,7 +149,7 @@ def generation_seconds(config: RunConfig, spec: ModelSpec, gpus: int, hardware: 
 
 
 def _touched(spec: ModelSpec, sequences: float) -> float:
-    """Share of the weights that a pass reads: all of a dense model's; of experts, those that some token is sent to."""
+    """Return the share of the weights that a pass reads: of the experts only those that some token is sent to."""
     if spec.experts is None:
         return 1.0
     whole = whole_count(spec)

@@ -1,9 +1,11 @@
-"""Weights between Hugging Face folders and Megatron models, through one declared mapping a family.
+"""The weights of a model between Hugging Face folders and Megatron, by one declared mapping for each family.
 
-    spec      facts of an architecture, from config.json     mapping   kinds of correspondence, rules, entries
-    families  the rules, one module a family                 reader    tensors of a folder, lazily
-    coverage  one to one or an error                         load      folder -> one rank's parameters
-    export    all ranks' parameters -> full tensors, live
+    spec      the facts of an architecture, from config.json
+    families  what is known of each family: its facts, its mapping rules, its layout in rollout servers
+    mapping   rules, and the entries that bind them to a model chunk      sharding  how parameters are divided
+    coverage  the check that parameters and tensors match one to one
+    load      from a folder into one rank's parameters                    export    from all ranks to full tensors, live
+    formats/  safetensors and torch_dist, read in pieces
 
 Example, filling the model chunk of one pipeline stage:
 

@@ -1,4 +1,4 @@
-"""One to one or not at all: parameters against a mapping, and a checkpoint's tensors against all stages."""
+"""The checks that a mapping matches a model's parameters, and a folder's tensors, one to one."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from clipo_megatron.weights.formats.source import Reader
 from clipo_megatron.weights.mapping import EMBEDDING, OUTPUT_LAYER, Coordinates, MappingEntry, PipelineStage
 from clipo_megatron.weights.spec import ModelSpec
 
-# Buffers that old releases of transformers saved; they are computed from config.json.
+# Buffers that old releases of transformers saved, and that config.json determines.
 IGNORED = ("*.rotary_emb.inv_freq",)
 
 
 def match(
     parameters: Mapping[str, Tensor], bound: Sequence[MappingEntry], at: Coordinates
 ) -> list[tuple[str, MappingEntry]]:
-    """Pair every parameter of one model chunk with its entry, in the entries' order. Meta tensors will do.
+    """Pair every parameter of one model chunk with its entry, in the order of the entries; needs shapes only.
 
     Raises:
-        CoverageError: parameters without entry, entries without parameter, shapes that do not fit; all are listed.
+        CoverageError: parameters without entry, entries without parameter, or shapes that do not fit; lists all.
     """
     pairs: list[tuple[str, MappingEntry]] = []
     problems: list[str] = []
@@ -51,12 +51,12 @@ def match(
 
 
 def check_tensors(reader: Reader, spec: ModelSpec) -> None:
-    """Check that the stages together use every tensor of the folder once, and that none is missing.
+    """Check that the model uses every tensor of the folder once, and that none is missing.
 
-    A tied model's folder may hold the output layer as well, if it equals the embedding bit for bit.
+    The folder of a tied model may hold the output layer too, if it equals the embedding bit for bit.
 
     Raises:
-        CoverageError: missing or unknown tensors; all are listed.
+        CoverageError: missing or unknown tensors; lists all.
         UnsupportedModel: a tied model whose output layer differs from its embedding.
     """
     whole = entries(spec, PipelineStage(offset=0, layers=spec.num_layers, first=True, last=True))
@@ -74,7 +74,7 @@ def check_tensors(reader: Reader, spec: ModelSpec) -> None:
 
 
 def _check_tied(reader: Reader, rows: int = 4096) -> None:
-    """Compare output layer and embedding in slices of `rows`."""
+    """Compare output layer and embedding, `rows` rows at a time."""
     output, embedding = reader.view(OUTPUT_LAYER), reader.view(EMBEDDING)
     equal = output.shape == embedding.shape and all(
         torch.equal(output[start : start + rows], embedding[start : start + rows])

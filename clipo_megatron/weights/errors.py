@@ -1,17 +1,14 @@
-"""What can be wrong with weights, one exception a cause. All are ValueErrors with a sentence for the user."""
+"""The exceptions of this package, one for each cause. All are ValueErrors with a sentence for the user."""
 
 from __future__ import annotations
 
 
 class WeightsError(ValueError):
-    """Base of everything below."""
+    """Base class of the others."""
 
 
 class UnsupportedModel(WeightsError):
-    """The model's config.json asks for something that Megatron would compute differently.
-
-    The message names the field and its value.
-    """
+    """config.json asks for something that Megatron would compute differently; names the field and its value."""
 
     def __init__(self, field: str, value: object, reason: str) -> None:
         super().__init__(f"config.json: {field}={value!r} is not supported: {reason}")
@@ -20,11 +17,11 @@ class UnsupportedModel(WeightsError):
 
 
 class WeightsFolderError(WeightsError):
-    """A Hugging Face folder is incomplete or damaged; the message names the file or tensor."""
+    """A Hugging Face folder or checkpoint is incomplete or damaged; names the file or tensor."""
 
 
 class CoverageError(WeightsError):
-    """Parameters and tensors do not match one to one. `problems` holds one line each, the message all of them."""
+    """Parameters and tensors do not match one to one. `problems` has a line for each, and the message has all lines."""
 
     def __init__(self, problems: list[str]) -> None:
         count = f"{len(problems)} problem{'s' if len(problems) != 1 else ''}"

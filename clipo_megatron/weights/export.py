@@ -1,9 +1,9 @@
-"""Megatron's shards, live on many ranks -> full Hugging Face tensors, in buckets, on every rank or on one a replica.
+"""Export: from Megatron's shards on many ranks to full Hugging Face tensors, in buckets, while the model is in use.
 
-The plan is computed once and is the same on every rank; `export` then follows it. A bucket holds parameters of one
-model chunk: either no expert's, or those of the experts that one expert-parallel (EP) rank holds. Its holders gather
-its tensor-parallel (TP) shards, rebuild the tensors into one flat buffer, and pass that on, to the other EP ranks and
-to the other pipeline stages (PP). `own_buckets` stops before that: holders keep what they own, to send it elsewhere.
+The plan is computed once and is the same on every rank. A bucket holds parameters of one model chunk: either no experts
+at all, or experts of one expert-parallel (EP) rank. The ranks that hold it gather its tensor-parallel (TP) shards,
+rebuild the full tensors in one flat buffer, and pass that on to the other EP ranks and pipeline stages (PP). With
+`own_buckets` they do not pass it on, but send it elsewhere, for example to rollout servers.
 """
 
 from __future__ import annotations
@@ -31,30 +31,30 @@ Group = dist.ProcessGroup
 
 @dataclass(frozen=True, slots=True)
 class Bucket:
-    """Tensors that travel together: parameters of one model chunk."""
+    """Parameters of one model chunk that travel together."""
 
     owner: int  # pipeline rank that has the chunk
-    chunk: int  # which of its chunks; 0 without virtual stages
+    chunk: int  # index of the chunk on that rank; 0 without virtual stages
     entries: tuple[MappingEntry, ...]
-    ep_rank: int | None = None  # which of the EP ranks has these experts; None: they are no experts'
+    ep_rank: int | None = None  # EP rank that has these experts; None: the parameters belong to no expert
 
     @property
     def tensors(self) -> tuple[HFTensor, ...]:
-        """In the order of the flat buffer."""
+        """The full tensors, in the order of the flat buffer."""
         return tuple(tensor for entry in self.entries for tensor in entry.hf)
 
     @property
     def numel(self) -> int:
-        """Elements of the flat buffer."""
+        """Number of elements of the flat buffer."""
         return sum(prod(tensor.shape) for tensor in self.tensors)
 
     @property
     def sender(self) -> tuple[int, int]:
-        """Pipeline rank and EP rank from which it leaves the trainer."""
+        """Pipeline rank and EP rank that send the bucket out of the trainer."""
         return self.owner, self.ep_rank or 0
 
     def views(self, flat: Tensor) -> Iterator[tuple[str, Tensor]]:
-        """Name and tensor of everything in the bucket's flat buffer [numel], in order, without a copy."""
+        """Yield name and tensor of everything in the flat buffer [numel], in order, without a copy."""
         parts = flat.split([prod(tensor.shape) for tensor in self.tensors])
         for tensor, part in zip(self.tensors, parts, strict=True):
             yield tensor.name, part.view(tensor.shape)
@@ -62,33 +62,33 @@ class Bucket:
 
 @dataclass(frozen=True, slots=True)
 class Holder:
-    """One rank among those that hold the model, and the groups in which it meets the others of its copy.
+    """One rank among those that hold the model, with the process groups of its copy of the model.
 
-    A group may be None where it would have one rank. Copies are what data parallelism makes: of experts there may be
-    fewer, or more, than of all else.
+    A group of one rank may be None. Data parallelism makes copies of the model; the number of copies of the experts may
+    differ from that of everything else.
     """
 
     at: Coordinates = WHOLE
     pp_rank: int = 0
-    copy: int = 0  # which copy of all but the experts it is of
-    expert_copy: int = 0
+    copy: int = 0  # index of its copy of everything but the experts
+    expert_copy: int = 0  # index of its copy of the experts
     tp_group: Group | None = None
     etp_group: Group | None = None  # ranks that divide the same experts
-    ep_group: Group | None = None  # ranks with different experts, at the same place of theirs
+    ep_group: Group | None = None  # ranks that hold the same part of different experts
     pp_group: Group | None = None
 
     def has(self, bucket: Bucket) -> bool:
-        """Whether this rank holds a part of the bucket."""
+        """Tell whether this rank holds a part of the bucket."""
         return self.pp_rank == bucket.owner and bucket.ep_rank in (None, self.at.ep_rank)
 
     def sharing(self, bucket: Bucket) -> Group | None:
-        """The ranks that hold the bucket together with this one."""
+        """Return the group of ranks that hold the bucket together with this one."""
         return self.tp_group if bucket.ep_rank is None else self.etp_group
 
 
 @dataclass(frozen=True, slots=True)
 class ExportPlan:
-    """What is exported, in which order and by whom."""
+    """What is exported, in which order and by which ranks."""
 
     spec: ModelSpec
     division: ParallelDivision
@@ -97,24 +97,27 @@ class ExportPlan:
 
     @property
     def tensors(self) -> tuple[HFTensor, ...]:
-        """Everything that an export yields, in order; a tied output layer is not among it."""
+        """Everything that an export yields, in order; a tied output layer is left out."""
         return tuple(tensor for bucket in self.buckets for tensor in bucket.tensors)
 
     @property
     def nbytes(self) -> int:
-        """Of all tensors."""
+        """Bytes of all tensors."""
         return sum(bucket.numel for bucket in self.buckets) * self.dtype.itemsize
 
     def stages(self, pp_rank: int) -> tuple[PipelineStage, ...]:
-        """Model chunks of a pipeline rank."""
+        """Return the model chunks of a pipeline rank."""
         return self.division.stages(self.spec.num_layers)[pp_rank :: self.division.pp]
 
 
 def plan_export(
     spec: ModelSpec, division: ParallelDivision, *, dtype: torch.dtype, bucket_bytes: int = BUCKET_BYTES
 ) -> ExportPlan:
-    """Plan the export of a model, chunk by chunk in model order: what is no expert's first, then the experts, of one
-    EP rank after the other in turn. A parameter larger than `bucket_bytes` has a bucket of its own."""
+    """Plan the export of a model.
+
+    Chunks follow each other in model order. Within one, the parameters that belong to no expert come first, then the
+    experts, buckets of the EP ranks taking turns. A parameter larger than `bucket_bytes` has a bucket of its own.
+    """
     limit = bucket_bytes // dtype.itemsize
     buckets: list[Bucket] = []
     for index, stage in enumerate(division.stages(spec.num_layers)):
@@ -137,18 +140,23 @@ def export(
 ) -> Iterator[tuple[str, Tensor]]:
     """Yield (Hugging Face name, full tensor of the plan's dtype on the parameters' device), in plan order.
 
-    A collective: all ranks that hold the model call it, with the same plan, and exhaust the iterator. `chunks` are this
-    rank's parameters by name, one mapping a model chunk. The tensors are new memory, views of one buffer a bucket: the
-    caller may keep them, and frees a bucket by dropping them. With `to_all=False` only the first rank of a copy of the
-    model (0 in TP, PP, EP and ETP) gets tensors; the others take part and yield nothing. Every wait ends with the
-    timeout that the groups were made with.
+    A collective: all ranks that hold the model call it with the same plan and exhaust the iterator. The tensors of a
+    bucket are views of one new buffer, which is freed when the caller has dropped all of them. Waits end with the
+    timeout of the groups.
 
-    Extra memory, at its peak: three buckets (a rank's part, the gathered parts, the result) beside those that the
-    caller still holds a tensor of; one bucket without TP. A bucket is `bucket_bytes`, or a larger parameter alone.
+    Peak of extra memory: three buckets (this rank's part, the gathered parts, the result), or one without TP, beside
+    the buckets whose tensors the caller still holds.
+
+    Args:
+        plan: the same on every rank.
+        chunks: this rank's parameters by name, one mapping for each of its model chunks.
+        holder: this rank.
+        to_all: whether every rank gets the tensors; otherwise only the first rank of a copy of the model (0 in TP, PP,
+            EP and ETP) gets them, and the others take part and yield nothing.
 
     Raises:
-        WeightsError: the groups are not of the plan's sizes, or the count of chunks is not the plan's.
-        CoverageError: the parameters and the plan do not match. Both are raised before anything is sent.
+        WeightsError: the groups or the number of chunks do not have the plan's sizes.
+        CoverageError: the parameters do not match the plan. Both are raised before anything is sent.
     """
     return _tensors(export_buckets(plan, chunks, holder, to_all=to_all))
 
@@ -164,7 +172,7 @@ def _tensors(buckets: Iterator[tuple[Bucket, Tensor]]) -> Iterator[tuple[str, Te
 def export_buckets(
     plan: ExportPlan, chunks: Sequence[Mapping[str, Tensor]], holder: Holder = Holder(), *, to_all: bool = True
 ) -> Iterator[tuple[Bucket, Tensor]]:
-    """As `export`, but yield (bucket, its flat buffer), new memory each."""
+    """Yield (bucket, its flat buffer in new memory); everything else is as for `export`."""
     _check_group("pp", holder.pp_group, plan.division.pp)
     if plan.spec.experts is not None:
         _check_group("ep", holder.ep_group, plan.division.ep)
@@ -179,26 +187,26 @@ def own_buckets(
     *,
     buffer: Callable[[int], Tensor],
 ) -> Iterator[tuple[Bucket, Tensor]]:
-    """Yield (bucket, flat buffer) for the buckets that leave from this rank, in plan order.
+    """Yield (bucket, flat buffer) for the buckets that this rank sends out, in plan order.
 
-    A collective of the ranks that hold a bucket together, in the first copy: the first of them gets it, the others take
-    part and yield nothing. All of them exhaust the iterator; ranks of other copies need not call it. Each tensor leaves
-    from one rank: a tied output layer is sent with the embedding.
+    A collective of the ranks that hold a bucket together, in the first copy of the model: the first of them gets the
+    bucket, the others take part and yield nothing. All exhaust the iterator; ranks of other copies need not call
+    it. Each tensor is sent by one rank; a tied output layer is sent as the embedding.
 
     Args:
         plan: the same on every rank.
         chunks: this rank's parameters, as for `export`.
-        holder: this rank; its groups over PP and EP are not used.
-        buffer: called on a bucket's first rank, with a number of elements, when its shards are gathered and are to be
-            written: a flat tensor of at least that size, of the plan's dtype, on the parameters' device. It returns
-            when that memory may be overwritten, so it is what holds the sender to its number of buffers.
+        holder: this rank; its PP and EP groups are not used.
+        buffer: called with a number of elements when the shards of a bucket have been gathered. Returns a flat tensor
+            of at least that size, of the plan's dtype, on the parameters' device, once its memory may be overwritten:
+            so it limits the number of buffers in use.
 
-    Memory beside these buffers: none without TP; with TP this rank's part and the gathered parts of one bucket, that
+    Memory beside these buffers: none without TP; with TP this rank's part and the gathered parts of one bucket, which
     is 1 + 1/tp buckets.
 
     Raises:
-        WeightsError: a group is not of the plan's size, or the count of chunks is not the plan's.
-        CoverageError: the parameters and the plan do not match. Both are raised before anything is sent.
+        WeightsError: a group or the number of chunks does not have the plan's size.
+        CoverageError: the parameters do not match the plan. Both are raised before anything is sent.
     """
     _check(plan, chunks, holder)
     return _own(plan, chunks, holder, buffer)
@@ -215,7 +223,7 @@ def _own(
         if shards is not None:
             flat = buffer(bucket.numel)[: bucket.numel]
             _rebuild(bucket, shards, flat)
-            del shards  # before the caller keeps us waiting
+            del shards  # frees them while the caller uses the buffer
             yield bucket, flat
 
 
@@ -243,7 +251,7 @@ def _stream(
     at = holder.at
     leads = to_all or not (at.tp_rank or at.ep_rank or at.etp_rank)  # the same for all ranks of a pipeline
     for bucket in plan.buckets:
-        flat: Tensor | None = None  # also lets go of the bucket before
+        flat: Tensor | None = None  # also frees the buffer of the bucket before
         across_ep = holder.pp_rank == bucket.owner and bucket.ep_rank is not None and holder.ep_group is not None
         if holder.has(bucket):
             shards = _gather(bucket, chunks[bucket.chunk], plan, holder, to_all)
@@ -264,7 +272,7 @@ def _stream(
 def _gather(
     bucket: Bucket, parameters: Mapping[str, Tensor], plan: ExportPlan, holder: Holder, to_all: bool
 ) -> list[Tensor] | None:
-    """The ranks' parts of each entry, [ranks, *local shape]; None on ranks that are to get nothing."""
+    """Gather the ranks' parts of each entry, [ranks, *local shape]; returns None on ranks that get nothing."""
     local = [parameters[entry.name_in(parameters) or ""].detach() for entry in bucket.entries]
     group = holder.sharing(bucket)
     if group is None:
@@ -297,7 +305,7 @@ def _rebuild(bucket: Bucket, shards: Sequence[Tensor], flat: Tensor) -> None:
 
 
 def _pass_on(flat: Tensor, owner: int, group: Group, to_all: bool) -> None:
-    """Bring the buffer of rank `owner` of a group to the others, or to the first alone."""
+    """Send the buffer of rank `owner` of a group to all other ranks, or only to the first one."""
     if to_all:
         dist.broadcast(_bytes(flat), group=group, group_src=owner)
     elif owner != 0 and dist.get_rank(group) == owner:
@@ -311,7 +319,7 @@ def _bytes(tensor: Tensor) -> Tensor:
 
 
 def _split(bound: Sequence[MappingEntry], limit: int) -> Iterator[tuple[MappingEntry, ...]]:
-    """Runs of entries of at most `limit` elements each, or of one entry."""
+    """Divide entries into runs of at most `limit` elements, or of one entry that is larger."""
     run: list[MappingEntry] = []
     size = 0
     for entry in bound:

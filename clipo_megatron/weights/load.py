@@ -1,4 +1,4 @@
-"""Hugging Face folder -> the parameters of one rank's model chunk, in place."""
+"""Loading: from a folder of weights into the parameters of one rank's model chunk."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from clipo_megatron.weights.mapping import Coordinates, MappingEntry
 
 @dataclass(frozen=True, slots=True)
 class LoadReport:
-    """What a load did."""
+    """What a call of `load_into` did."""
 
-    parameters: int  # written, each once
-    tensors: tuple[str, ...]  # Hugging Face names it read from
-    bytes_read: int  # from the files
+    parameters: int  # number of parameters written
+    tensors: tuple[str, ...]  # Hugging Face names of the tensors they were made of
+    bytes_read: int
 
 
 def load_into(
@@ -31,13 +31,18 @@ def load_into(
 ) -> LoadReport:
     """Fill every parameter of a model chunk with the part of the rank `at`, cast to the parameter's dtype and device.
 
-    `named_parameters` are those of the bare Megatron model (no wrapper's prefix), `bound` its `entries`. Everything
-    is checked before the first write, so that an error leaves the model as it was; memory beyond the model is one
-    parameter. Whether all tensors of the folder are used is a question to all stages: `coverage.check_tensors`.
+    Everything is checked before the first write, so that an error leaves the model as it was. Needs memory for one
+    parameter beside the model. Whether the whole model uses all tensors of the folder is for `coverage.check_tensors`.
+
+    Args:
+        named_parameters: of the bare Megatron model, without the prefix of a wrapper.
+        bound: the `entries` of the chunk on this rank.
+        reader: the open folder.
+        at: this rank.
 
     Raises:
-        CoverageError: parameters, entries and tensors do not match one to one in name and shape; all are listed.
-        CheckpointError: a file is missing or damaged.
+        CoverageError: parameters, entries and tensors do not match one to one in name and shape; lists all.
+        WeightsFolderError: a file is missing or damaged.
     """
     parameters: dict[str, Tensor] = dict(named_parameters)
     pairs = match(parameters, bound, at)
@@ -53,7 +58,7 @@ def load_into(
 
 
 def check_shapes(bound: Sequence[MappingEntry], reader: Reader) -> None:
-    """Raise a CoverageError that lists every tensor of `bound` that is missing or of another shape."""
+    """Raise a CoverageError that lists every tensor of `bound` that is missing or has another shape."""
     present = set(reader.names())
     problems: list[str] = []
     for tensor in (tensor for entry in bound for tensor in entry.hf):

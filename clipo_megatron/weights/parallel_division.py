@@ -1,4 +1,4 @@
-"""How a model's weights are divided over ranks: pipeline stages, real or virtual, and tensor and expert parallelism."""
+"""How a model's weights are divided over ranks: by pipeline stages, tensor parallelism and expert parallelism."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ from clipo_megatron.weights.mapping import Coordinates, PipelineStage, even_stag
 
 @dataclass(frozen=True, slots=True)
 class ParallelDivision:
-    """Megatron's sizes, without data parallelism: replicas hold the same weights.
+    """Megatron's parallel sizes, except for data parallelism, whose replicas hold the same weights.
 
-    The layers go to the `pp` ranks in `pp * vpp` chunks, in model order; chunk i belongs to rank i % pp, as Megatron
-    interleaves them. Experts are divided over `ep` ranks, and each of them over `etp`.
+    The layers are divided into `pp * vpp` chunks, in model order; chunk i belongs to pipeline rank i % pp, as Megatron
+    interleaves them. Experts are divided over `ep` ranks, and each expert over `etp`.
     """
 
     tp: int = 1
     pp: int = 1
-    vpp: int = 1  # chunks a pipeline rank
+    vpp: int = 1  # chunks of each pipeline rank
     ep: int = 1
     etp: int | None = None  # None: tp, as in Megatron
     first_layers: int | None = None  # on the first pipeline rank; None: as many as on the others
-    last_layers: int | None = None  # on the last
+    last_layers: int | None = None  # on the last pipeline rank; None: as many as on the others
 
     @classmethod
     def of(cls, layout: LayoutConfig, *, vpp: int = 1) -> ParallelDivision:
-        """The model's part of a configured layout."""
+        """Take the sizes from a configured layout."""
         return cls(
             tp=layout.tp,
             pp=layout.pp,
@@ -41,14 +41,14 @@ class ParallelDivision:
 
     @property
     def expert_tp(self) -> int:
-        """Ranks over which each expert is divided."""
+        """Number of ranks over which each expert is divided."""
         return self.tp if self.etp is None else self.etp
 
     def stages(self, num_layers: int) -> tuple[PipelineStage, ...]:
-        """All chunks in model order.
+        """Return all chunks in model order.
 
         Raises:
-            WeightsError: the layers cannot be divided so.
+            WeightsError: so many layers cannot be divided in this way.
         """
         if self.first_layers is None and self.last_layers is None:
             return even_stages(num_layers, self.pp * self.vpp)
@@ -59,21 +59,21 @@ class ParallelDivision:
         return tuple(PipelineStage(offsets[i], chunks[i], first=i == 0, last=i == last) for i in range(len(chunks)))
 
     def owner(self, chunk: int) -> int:
-        """Pipeline rank of a chunk, counted in model order."""
+        """Return the pipeline rank that has a chunk; chunks are numbered in model order."""
         return chunk % self.pp
 
     def dense_ranks(self) -> Iterator[Coordinates]:
-        """Everybody who holds a part of what is not an expert's, in one pipeline stage."""
+        """List the ranks of one pipeline stage between which everything but the experts is divided."""
         return (Coordinates(tp=self.tp, tp_rank=rank) for rank in range(self.tp))
 
     def expert_ranks(self) -> Iterator[Coordinates]:
-        """Everybody who holds a part of the experts, in one pipeline stage."""
+        """List the ranks of one pipeline stage between which the experts are divided."""
         for ep_rank in range(self.ep):
             for etp_rank in range(self.expert_tp):
                 yield Coordinates(ep=self.ep, ep_rank=ep_rank, etp=self.expert_tp, etp_rank=etp_rank)
 
     def _uneven(self, num_layers: int) -> list[int]:
-        """Layers of each pipeline rank."""
+        """Return the number of layers of each pipeline rank."""
         counts: list[int | None] = [None] * self.pp
         counts[0], counts[-1] = self.first_layers, self.last_layers or counts[-1]
         if self.pp == 1:

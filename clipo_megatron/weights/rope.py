@@ -1,4 +1,4 @@
-"""Rotary positions of config.json: `rope_theta` and `rope_scaling` (transformers 4), or `rope_parameters` (5)."""
+"""The rotary positions in config.json: `rope_theta` and `rope_scaling` (transformers 4), or `rope_parameters` (5)."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class LinearRope:
 
 
 ORIGINAL = "original_max_position_embeddings"
-# What each type reads, all of it required.
+# The fields that each type requires.
 _FIELDS = {
     "default": (),
     "linear": ("factor",),
@@ -43,30 +43,30 @@ _REASONS = {
 
 
 def read_rope(config: Mapping[str, Any]) -> tuple[float, Llama3Rope | LinearRope | None]:
-    """Theta and scaling.
+    """Return theta and the scaling.
 
     Raises:
-        UnsupportedModel: a type or field that would be computed differently, or two fields that disagree.
+        UnsupportedModel: a type or field would be computed differently, or two fields disagree.
     """
     field, parameters = _parameters(config)
     theta = _theta(config, field, parameters)
     for holder, name in ((config, "partial_rotary_factor"), (parameters, f"{field}.partial_rotary_factor")):
         if (share := holder.get("partial_rotary_factor")) not in (None, 1, 1.0):
             raise UnsupportedModel(name, share, "only whole heads are rotated")
-    kind = _kind(parameters)
-    if kind not in _FIELDS:
-        reason = _REASONS.get(str(kind), f"known types are {', '.join(sorted(_FIELDS))}")
-        raise UnsupportedModel(f"{field}.rope_type", kind, reason)
+    rope_type = _rope_type(parameters)
+    if rope_type not in _FIELDS:
+        reason = _REASONS.get(str(rope_type), f"known types are {', '.join(sorted(_FIELDS))}")
+        raise UnsupportedModel(f"{field}.rope_type", rope_type, reason)
     for name, value in parameters.items():
-        if value is not None and name not in (*_EVERYWHERE, *_FIELDS[kind]):
-            raise UnsupportedModel(f"{field}.{name}", value, f"rope_type {kind!r} has no such field")
-    for name in _FIELDS[kind]:
+        if value is not None and name not in (*_EVERYWHERE, *_FIELDS[rope_type]):
+            raise UnsupportedModel(f"{field}.{name}", value, f"rope_type {rope_type!r} has no such field")
+    for name in _FIELDS[rope_type]:
         if not isinstance(value := parameters.get(name), int | float) or value <= 0:
-            raise UnsupportedModel(f"{field}.{name}", value, f"rope_type {kind!r} needs it, positive")
-    if kind == "default":
+            raise UnsupportedModel(f"{field}.{name}", value, f"rope_type {rope_type!r} needs it, positive")
+    if rope_type == "default":
         return theta, None
     factor = float(parameters["factor"])
-    if kind == "linear":
+    if rope_type == "linear":
         return theta, LinearRope(factor)
     original = int(parameters[ORIGINAL])
     if config.get(ORIGINAL) not in (None, original):
@@ -80,19 +80,19 @@ def read_rope(config: Mapping[str, Any]) -> tuple[float, Llama3Rope | LinearRope
 
 
 def _parameters(config: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:
-    """The field that holds the parameters, and what it holds."""
+    """Return the name of the field that holds the parameters, and its contents."""
     new, old = config.get("rope_parameters") or {}, config.get("rope_scaling") or {}
     for field, parameters in (("rope_parameters", new), ("rope_scaling", old)):
         if not isinstance(parameters, Mapping) or any(isinstance(value, Mapping) for value in parameters.values()):
             raise UnsupportedModel(field, parameters, "all layers rotate alike, by one set of parameters")
     if new and old:
         both = [name for name in new.keys() & old.keys() if name != "type" and new[name] != old[name]]
-        if both or _kind(new) != _kind(old):
+        if both or _rope_type(new) != _rope_type(old):
             raise UnsupportedModel("rope_scaling", old, f"rope_parameters says {new!r}; remove one of the two")
     return ("rope_parameters", new) if new else ("rope_scaling", old)
 
 
-def _kind(parameters: Mapping[str, Any]) -> Any:
+def _rope_type(parameters: Mapping[str, Any]) -> Any:
     return parameters.get("rope_type", parameters.get("type", "default"))
 
 
