@@ -1,7 +1,7 @@
-"""What `torch.save` makes of one tensor, written in one pass, and looked into without loading it; and checkpoints'
-metadata, unpickled safely.
+"""The archive that `torch.save` makes of one tensor: written in one pass, and located without loading it.
 
-A saved tensor is an uncompressed zip archive: data.pkl says dtype, shape and strides, data/0 are the elements.
+It is an uncompressed zip archive: data.pkl describes dtype, shape and strides, data/0 holds the elements. Metadata of
+checkpoints are pickles too, and are read here without running what is in them.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from clipo_megatron.weights.formats.safetensors import as_bytes
 from clipo_megatron.weights.sharding import Shape
 
 _LOCAL_HEADER = 30  # bytes before the name of a member of a zip archive
-_STORAGES: dict[str, torch.dtype | None] = {  # by the name under which torch.save knows a dtype
+_STORAGES: dict[str, torch.dtype | None] = {  # dtypes by the names of torch.save
     "FloatStorage": torch.float32,
     "BFloat16Storage": torch.bfloat16,
     "HalfStorage": torch.float16,
@@ -33,13 +33,13 @@ _STORAGES: dict[str, torch.dtype | None] = {  # by the name under which torch.sa
     "IntStorage": torch.int32,
     "ByteStorage": torch.uint8,
     "BoolStorage": torch.bool,
-    "UntypedStorage": None,  # newer dtypes: told beside it
+    "UntypedStorage": None,  # newer dtypes, which are named separately
 }
 _STORAGE_NAMES = {dtype: name for name, dtype in _STORAGES.items() if dtype is not None}
-_ALIGNMENT = 64  # of elements, from the archive's beginning
-_FOLLOWED, _UTF8 = 0x0008, 0x0800  # zip's flags: a member's checksum and size come behind it; of names
+_ALIGNMENT = 64  # of the elements' offset in the archive, in bytes
+_SIZES_FOLLOW, _UTF8 = 0x0008, 0x0800  # zip's flags: checksum and size follow the member; its name is UTF-8
 _LARGEST = 0xFFFF0000  # bytes of an archive without 64-bit fields
-# What a checkpoint's metadata is made of. Pickles can run anything else, so nothing else is let in.
+# The classes that a checkpoint's metadata is made of. A pickle can name any code, so all else is kept out.
 _METADATA_MODULES = (
     "torch.distributed.checkpoint.metadata",
     "torch.distributed.checkpoint.filesystem",
@@ -56,21 +56,21 @@ _METADATA_NAMES = {
 
 @dataclass(frozen=True, slots=True)
 class Elements:
-    """A saved tensor; its elements are contiguous."""
+    """Where the contiguous elements of a saved tensor lie."""
 
     dtype: torch.dtype
     shape: Shape
-    start: int  # of the first element, in the file
+    start: int  # offset of the first element in the file
 
 
 def write_tensor(tensor: Tensor, file: StreamedFile) -> None:
-    """Append what `torch.load` and `find_elements` read as the tensor; contiguous, on the CPU.
+    """Append a contiguous tensor on the CPU in the format of `torch.save`, for `torch.load` and `find_elements`.
 
-    `torch.save` writes the same, and holds up all threads of the process while it computes checksums that the file's
-    own repeats. Here each byte is passed over once.
+    Takes 60% of the processor time of `torch.save` (docs/performance.md): each byte is read once, for the checksum of
+    the file and that of the archive.
     """
     if tensor.dtype not in _STORAGE_NAMES or tensor.nbytes >= _LARGEST:
-        torch.save(tensor.clone(), file)  # all of a tensor's memory would be written
+        torch.save(tensor.clone(), file)  # a clone, because all memory that a view shares would be written
         return
     archive = _Archive(file)
     archive.add("data.pkl", _description(tensor))
@@ -81,21 +81,21 @@ def write_tensor(tensor: Tensor, file: StreamedFile) -> None:
 
 
 class _Archive:
-    """A zip archive of uncompressed members, laid out as torch's."""
+    """Writes a zip archive of uncompressed members as torch lays them out."""
 
     def __init__(self, file: StreamedFile) -> None:
         self._file, self._start, self._directory, self._count = file, file.nbytes, b"", 0
 
     def add(self, name: str, data: bytes | memoryview) -> None:
-        """A member; its data is aligned."""
+        """Write a member with aligned data."""
         path, begin = f"archive/{name}".encode(), self._file.nbytes - self._start
         padding = -(begin + _LOCAL_HEADER + len(path) + 4) % _ALIGNMENT
         extra = b"FB" + struct.pack("<H", padding) + b"Z" * padding
-        header = struct.pack("<5H3I2H", 0, _FOLLOWED | _UTF8, 0, 0, 0, 0, 0, 0, len(path), len(extra))
+        header = struct.pack("<5H3I2H", 0, _SIZES_FOLLOW | _UTF8, 0, 0, 0, 0, 0, 0, len(path), len(extra))
         self._file.append(b"PK\x03\x04" + header + path + extra)
         sums = struct.pack("<3I", self._file.append(data), len(data), len(data))
         self._file.append(b"PK\x07\x08" + sums)
-        entry = struct.pack("<6H", 0, 0, _FOLLOWED | _UTF8, 0, 0, 0) + sums
+        entry = struct.pack("<6H", 0, 0, _SIZES_FOLLOW | _UTF8, 0, 0, 0) + sums
         entry += struct.pack("<5H2I", len(path), 0, 0, 0, 0, 0, begin)
         self._directory, self._count = self._directory + b"PK\x01\x02" + entry + path, self._count + 1
 
@@ -113,7 +113,7 @@ def _description(tensor: Tensor) -> bytes:
 
 
 class _Description:
-    """Is pickled as a call that makes a tensor of a storage."""
+    """Pickled as a call that makes a tensor of a storage."""
 
     def __init__(self, tensor: Tensor) -> None:
         self._tensor = tensor
@@ -132,14 +132,14 @@ class _Storage:
 
 
 class _TensorPickler(pickle.Pickler):
-    """Writes the description of a tensor whose elements are in data/0."""
+    """Pickles the description of a tensor whose elements are in data/0."""
 
     def persistent_id(self, obj: Any) -> tuple[Any, ...] | None:
         return ("storage", getattr(torch, obj.kind), "0", "cpu", obj.numel) if isinstance(obj, _Storage) else None
 
 
 def find_elements(descriptor: int, start: int, length: int) -> Elements:
-    """Where the elements lie of a tensor that was saved at `start` of an open file.
+    """Find the elements of the tensor that was saved in `length` bytes from `start` of an open file.
 
     Raises:
         ValueError: there is no saved tensor, or its elements are not contiguous.
@@ -156,7 +156,7 @@ def find_elements(descriptor: int, start: int, length: int) -> Elements:
         needed = (tensor.offset + prod(tensor.shape)) * tensor.dtype.itemsize
     except OSError:
         raise
-    except Exception as error:  # a changed byte of a pickle can end in any of them, MemoryError too
+    except Exception as error:  # a damaged pickle can raise any exception, even MemoryError
         raise ValueError(f"no saved tensor ({error!r})") from error
     if not tensor.contiguous or data.file_size < needed or data.compress_type != zipfile.ZIP_STORED:
         raise ValueError("the saved tensor's elements do not lie end to end")
@@ -165,10 +165,10 @@ def find_elements(descriptor: int, start: int, length: int) -> Elements:
 
 
 class MetadataUnpickler(pickle.Unpickler):
-    """Reads `.metadata`; classes that do not belong there become empty shells."""
+    """Unpickles `.metadata`; every class that does not belong there is replaced by an empty one."""
 
     def find_class(self, module: str, name: str) -> Any:
-        """The classes of metadata, and torch's dtypes."""
+        """Return a class of metadata or one of torch's dtypes."""
         if module in _METADATA_MODULES or (module, name) in _METADATA_NAMES:
             return super().find_class(module, name)
         if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
@@ -177,7 +177,7 @@ class MetadataUnpickler(pickle.Unpickler):
 
 
 class _Shell:
-    """In place of an object that nobody here needs."""
+    """Stands for an object that is not needed."""
 
     def __init__(self, *_: Any, **__: Any) -> None: ...
 
@@ -203,7 +203,7 @@ class _Saved:
 
 
 class _TensorUnpickler(pickle.Unpickler):
-    """Reads the description of a saved tensor, and calls nothing."""
+    """Reads the description of a saved tensor without calling what it names."""
 
     def persistent_load(self, pid: Any) -> tuple[str, Any]:
         _, stored, key, *_ = pid
@@ -229,7 +229,7 @@ def _describe(
 
 
 def _contents(descriptor: int, start: int, member: zipfile.ZipInfo) -> int:
-    """Where a member's bytes begin in the file: behind its header, whose name and padding vary in length."""
+    """Return where a member's bytes begin in the file: behind its header, which varies in length."""
     place = start + member.header_offset
     header = os.pread(descriptor, _LOCAL_HEADER, place)
     if header[:4] != b"PK\x03\x04":
@@ -238,7 +238,7 @@ def _contents(descriptor: int, start: int, member: zipfile.ZipInfo) -> int:
 
 
 class _Span(io.RawIOBase):
-    """A part of an open file, as a file."""
+    """A part of an open file, which can be read as a file."""
 
     def __init__(self, descriptor: int, start: int, length: int) -> None:
         self._descriptor, self._start, self._length, self._at = descriptor, start, length, 0

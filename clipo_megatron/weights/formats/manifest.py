@@ -1,4 +1,4 @@
-"""A checkpoint's manifest: size and CRC-32 of every file in it."""
+"""The manifest of a checkpoint: size and CRC-32 of each of its files."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ MANIFEST = "manifest.json"
 
 
 def manifest_defects(path: str | Path, *, contents: bool = True) -> list[str]:
-    """What a checkpoint's files are not as its manifest says, a sentence each; [] for a sound checkpoint.
+    """Compare a checkpoint's files with its manifest; return a sentence for each defect.
 
     Args:
         path: the checkpoint.
-        contents: compare the bytes, by CRC-32; else only names and sizes.
+        contents: whether to compare the bytes too, by CRC-32, and not only names and sizes.
     """
     folder = Path(path)
     try:
@@ -29,10 +29,10 @@ def manifest_defects(path: str | Path, *, contents: bool = True) -> list[str]:
 
 
 def manifest(folder: Path) -> Mapping[str, Mapping[str, int]]:
-    """Size ("bytes") and "crc32" of every file of a checkpoint, by name.
+    """Read "bytes" and "crc32" of every file of a checkpoint, by name.
 
     Raises:
-        CheckpointError: it has no manifest, so it is no complete checkpoint, or the manifest is damaged.
+        WeightsFolderError: there is no manifest, so the checkpoint is incomplete, or the manifest is damaged.
     """
     path = folder / MANIFEST
     try:
@@ -57,12 +57,12 @@ def _defect(file: Path, entry: Mapping[str, int], contents: bool) -> str:
 
 
 def read_checked(file: Path) -> bytes:
-    """A file of a checkpoint's policy/, compared with the manifest beside that folder, if there is one.
+    """Read a file of a checkpoint's policy/ and compare it with the manifest, if there is one.
 
-    For pickles: what one does when it is loaded must be what was written.
+    For pickles, which must not be loaded when they were changed.
 
     Raises:
-        CheckpointError: the file or the manifest is damaged. OSError: it cannot be read.
+        WeightsFolderError: the file or the manifest is damaged. OSError: the file cannot be read.
     """
     data, checkpoint = file.read_bytes(), file.parents[1]
     if (checkpoint / MANIFEST).is_file():

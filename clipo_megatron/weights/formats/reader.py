@@ -1,4 +1,4 @@
-"""Reading a Hugging Face folder of safetensors, one file or many, no more of it than is asked for."""
+"""Reads a Hugging Face folder of safetensors, one file or many, and no more of it than is asked for."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ import torch
 from torch import Tensor
 
 from clipo_megatron.weights.errors import WeightsFolderError
-from clipo_megatron.weights.formats.safetensors import SafetensorsFile, SlicedRead, Stored
+from clipo_megatron.weights.formats.safetensors import SafetensorsFile, SlicedRead, StoredTensor
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 
 
 class LazyTensor(SlicedRead):
-    """A tensor on disk; indexing it reads those rows alone."""
+    """A tensor on disk; indexing it reads only the rows that are asked for."""
 
     def __init__(self, reader: HFReader, file: SafetensorsFile, name: str) -> None:
         stored = file.header.tensors[name]
@@ -28,11 +28,9 @@ class LazyTensor(SlicedRead):
         self._reader, self._file, self._name = reader, file, name
 
     def rows(self, start: int, stop: int) -> Tensor:
-        """Rows start .. stop-1."""
         return self._file.read(self._name, slice(start, stop))
 
     def whole(self) -> Tensor:
-        """A tensor without rows."""
         return self._file.read(self._name)
 
     def __getitem__(self, index: slice | tuple[slice, ...]) -> Tensor:
@@ -44,12 +42,12 @@ class LazyTensor(SlicedRead):
 class HFReader:
     """The tensors of a folder by name. Use it as a context manager, or call `close`.
 
-    Files are opened when a tensor of theirs is first asked for, and read as far as is asked for; several threads may
-    do so at once. `bytes_read` counts what was indexed.
+    Files are opened when one of their tensors is first asked for. Several threads may read at a time. `bytes_read`
+    counts what was indexed.
 
     Raises:
-        CheckpointError: no safetensors, a file that the index names but the folder lacks, a damaged or truncated
-            file, a tensor that is not there; the message names file or tensor.
+        WeightsFolderError: there are no safetensors, the folder lacks a file that the index names, a file is damaged
+            or truncated, or a tensor is not there; names file or tensor.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -60,15 +58,15 @@ class HFReader:
         self._files = self._locate()
 
     def names(self) -> tuple[str, ...]:
-        """Of all tensors, sorted."""
+        """Return the names of all tensors, sorted."""
         return tuple(sorted(self._files))
 
     def get(self, name: str) -> Tensor:
-        """The whole tensor."""
+        """Read a whole tensor."""
         return self.view(name)[:]
 
     def view(self, name: str) -> LazyTensor:
-        """The tensor's shape and, by indexing, parts of it."""
+        """Return a view of a tensor, which has its shape and reads parts of it when it is indexed."""
         if name not in self._files:
             raise WeightsFolderError(f"{self.folder} has no tensor {name!r}")
         file = self._handle(self._files[name])
@@ -76,13 +74,13 @@ class HFReader:
             raise WeightsFolderError(f"{file.path} does not hold {name!r}, though {INDEX} says so")
         return LazyTensor(self, file, name)
 
-    def stored(self, name: str) -> Stored:
-        """Dtype and shape of a tensor."""
+    def stored(self, name: str) -> StoredTensor:
+        """Return dtype and shape of a tensor."""
         return self.view(name)._file.header.tensors[name]
 
     @property
     def files(self) -> dict[str, SafetensorsFile]:
-        """All files of the folder by name, opened."""
+        """All files of the folder by name; opens them."""
         return {name: self._handle(name) for name in sorted(set(self._files.values()))}
 
     def close(self) -> None:
@@ -100,7 +98,7 @@ class HFReader:
         self.close()
 
     def _locate(self) -> Mapping[str, str]:
-        """Which file holds which tensor. A single file wins over an index, as in transformers."""
+        """Return the file of each tensor. A single file takes precedence over an index, as in transformers."""
         if (self.folder / SINGLE).is_file():
             return dict.fromkeys(self._handle(SINGLE).header.tensors, SINGLE)
         index = self.folder / INDEX

@@ -1,8 +1,9 @@
-"""The safetensors format: headers as text, tensors at their offsets, read and written without mapping files.
+"""The safetensors format, read and written without mapping files into memory.
 
     8 bytes, little endian: length of the header | header: JSON, padded with spaces | tensors, end to end
 
-Reading goes through `pread`, so memory is what was asked for: pages of a mapped file count as the process's own.
+The safetensors library maps files, whose pages count as memory of the process, writes whole files at a time, and does
+not give a header's text, without which a file cannot be made again byte for byte. Here tensors are read with `pread`.
 """
 
 from __future__ import annotations
@@ -43,44 +44,44 @@ _LARGEST_READ = 1 << 30  # of one system call
 
 
 @dataclass(frozen=True, slots=True)
-class Stored:
+class StoredTensor:
     """One tensor of a file."""
 
     dtype: torch.dtype
     shape: Shape
-    start: int  # of its bytes, in the file
+    start: int  # offset of its bytes in the file
 
     @property
     def nbytes(self) -> int:
-        """Of the tensor."""
+        """Number of its bytes."""
         return prod(self.shape) * self.dtype.itemsize
 
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """What a file holds, and the header's very text: the same text over the same tensors is the same file."""
+    """The header of a file. The same text with the same tensors is the same file."""
 
     text: str
-    tensors: Mapping[str, Stored] = field(repr=False)  # in the order of their bytes
+    tensors: Mapping[str, StoredTensor] = field(repr=False)  # in the order of their bytes
     size: int  # of the whole file, in bytes
 
     @property
     def start(self) -> int:
-        """Where the first tensor's bytes begin."""
+        """Offset of the first tensor's bytes."""
         return _LENGTH + len(self.text.encode())
 
     @property
     def bytes(self) -> bytes:
-        """All that stands before the tensors."""
+        """All bytes before the tensors."""
         raw = self.text.encode()
         return len(raw).to_bytes(_LENGTH, "little") + raw
 
 
 def parse(text: str, source: object = "the header") -> Header:
-    """Read a header's text.
+    """Parse a header's text; `source` names it in messages.
 
     Raises:
-        CheckpointError: it is not a header, or its tensors do not lie end to end.
+        WeightsFolderError: it is not a header, or its tensors do not lie end to end.
     """
     try:
         entries: dict[str, Any] = json.loads(text)
@@ -90,7 +91,7 @@ def parse(text: str, source: object = "the header") -> Header:
             ((name, entry) for name, entry in entries.items() if name != "__metadata__"),
             key=lambda item: item[1]["data_offsets"],
         ):
-            stored = Stored(DTYPES[entry["dtype"]], tuple(entry["shape"]), start + entry["data_offsets"][0])
+            stored = StoredTensor(DTYPES[entry["dtype"]], tuple(entry["shape"]), start + entry["data_offsets"][0])
             if entry["data_offsets"] != [end, end + stored.nbytes]:
                 raise WeightsFolderError(f"{source} is damaged or truncated: the bytes of {name} are misplaced")
             tensors[name], end = stored, end + stored.nbytes
@@ -102,7 +103,7 @@ def parse(text: str, source: object = "the header") -> Header:
 
 
 def build(tensors: Iterable[tuple[str, torch.dtype, Shape]]) -> Header:
-    """A header as the safetensors library writes it: by falling size of the dtype, then by name."""
+    """Make a header as the safetensors library does: sorted by falling size of the dtype, then by name."""
     ordered = sorted(tensors, key=lambda tensor: (-tensor[1].itemsize, tensor[0]))
     entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
@@ -115,10 +116,10 @@ def build(tensors: Iterable[tuple[str, torch.dtype, Shape]]) -> Header:
 
 
 class SafetensorsFile:
-    """An open file and its header. Several threads may read at once.
+    """An open file and its header. Several threads may read at a time.
 
     Raises:
-        CheckpointError: the file is damaged or truncated.
+        WeightsFolderError: the file is damaged or truncated.
     """
 
     def __init__(self, path: Path) -> None:
@@ -131,7 +132,7 @@ class SafetensorsFile:
             raise
 
     def read(self, name: str, rows: slice = slice(None), *, into: Tensor | None = None) -> Tensor:
-        """Neighbouring rows of a tensor, or all of a tensor without rows."""
+        """Read neighbouring rows of a tensor, or all of a scalar, into new memory or `into`."""
         stored = self.header.tensors[name]
         if not stored.shape:
             shape, start = stored.shape, stored.start
@@ -144,7 +145,7 @@ class SafetensorsFile:
         return target
 
     def close(self) -> None:
-        """Idempotent."""
+        """Close the file. Idempotent."""
         self._file.close()
 
     def _read_header(self) -> Header:
@@ -165,15 +166,15 @@ class SafetensorsFile:
 
 
 def as_bytes(tensor: Tensor) -> memoryview:
-    """The memory of a contiguous tensor."""
+    """Return the memory of a contiguous tensor."""
     return memoryview(tensor.detach().reshape(-1).view(torch.uint8).numpy())
 
 
 def read_exactly(descriptor: int, target: Tensor, offset: int, path: object) -> None:
-    """Fill a contiguous tensor from a file.
+    """Fill a contiguous tensor with the bytes from `offset` on; `path` names the file in messages.
 
     Raises:
-        CheckpointError: the file ends before.
+        WeightsFolderError: the file ends too early.
     """
     if not target.numel():
         return
@@ -187,17 +188,17 @@ def read_exactly(descriptor: int, target: Tensor, offset: int, path: object) -> 
 
 
 class SlicedRead:
-    """Part of a tensor by Python's index, from reads of whole rows."""
+    """A tensor on disk that is indexed as in memory; subclasses read whole rows."""
 
     def __init__(self, shape: Sequence[int]) -> None:
         self.shape: Shape = tuple(shape)
 
     def rows(self, start: int, stop: int) -> Tensor:
-        """Rows start .. stop-1, in memory of their own."""
+        """Read rows start .. stop-1 into new memory."""
         raise NotImplementedError
 
     def whole(self) -> Tensor:
-        """A tensor without rows."""
+        """Read a scalar."""
         raise NotImplementedError
 
     def __getitem__(self, index: slice | tuple[slice, ...]) -> Tensor:

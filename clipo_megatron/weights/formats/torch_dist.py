@@ -1,10 +1,10 @@
-"""Reading torch_dist checkpoints (torch.distributed.checkpoint's files, as Megatron writes them) without loading them.
+"""Reads rows of tensors in torch_dist checkpoints, the format of torch.distributed.checkpoint that Megatron writes.
 
-`.metadata` says which box of which tensor lies where in which file; each box there is what `torch.save` made of it, an
-uncompressed archive. So any rows of any box can be read from their place in the file, and nothing else is.
+`.metadata` says which part of which tensor lies where in which file. Each part is an uncompressed archive of
+`torch.save`, so any of its rows can be read from their place in the file, and nothing else is read.
 
-Keys are Megatron's: one a layer ("decoder.layers.7.mlp.linear_fc2.weight"), or one for all layers, stacked on a first
-axis, as older checkpoints have it. Experts are stacked behind that.
+Keys are Megatron's: one for each layer ("decoder.layers.7.mlp.linear_fc2.weight"), or one for all layers, stacked on a
+first axis, as older checkpoints have it. The experts of a layer are stacked on the next axis.
 """
 
 from __future__ import annotations
@@ -30,31 +30,31 @@ METADATA = ".metadata"
 
 
 @dataclass(slots=True)
-class Box:
-    """A part of a tensor in a file."""
+class TensorBox:
+    """A part of a tensor, in a file."""
 
-    offset: Shape
+    offset: Shape  # in the tensor
     sizes: Shape
     file: str
-    start: int  # of what torch.save wrote, in the file
-    length: int
-    data: int | None = None  # where the elements begin in the file; None: not looked up yet
+    start: int  # offset of its archive in the file
+    length: int  # of its archive
+    data: int | None = None  # offset of its elements in the file; None: not looked up yet
 
 
 @dataclass(frozen=True, slots=True)
-class Kept:
-    """A tensor of the checkpoint."""
+class CheckpointTensor:
+    """A tensor of a checkpoint and its parts."""
 
     dtype: torch.dtype
     shape: Shape
-    boxes: tuple[Box, ...]  # by offset
+    boxes: tuple[TensorBox, ...]  # sorted by offset
 
 
 class TorchDist:
-    """The tensors of a torch_dist folder by key. Several threads may read at once.
+    """The tensors of a torch_dist folder by key. Several threads may read at a time.
 
     Raises:
-        CheckpointError: the folder is none, or damaged; the message names file and key.
+        WeightsFolderError: the folder is not of this format, or damaged; names file and key.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -66,11 +66,11 @@ class TorchDist:
     def read(self, key: str, rows: RowSpan, lead: Sequence[int] = (), *, into: Tensor) -> None:
         """Fill `into` [rows, ...] with `rows.rows` rows from row `rows.at` on.
 
-        `lead` are indices of the leading axes that are left out: layer, expert.
+        `lead` are the indices on the leading axes, layer and expert, if the tensor has them.
         """
-        kept = self.tensors[key]
+        tensor = self.tensors[key]
         axis, done = len(lead), 0
-        for box in kept.boxes:
+        for box in tensor.boxes:
             if any(not low <= at < low + size for at, low, size in zip(lead, box.offset, box.sizes, strict=False)):
                 continue
             low, size = box.offset[axis], box.sizes[axis]
@@ -82,7 +82,7 @@ class TorchDist:
                 place = place * extent + at - start
             skip = (place * size + first - low) * prod(box.sizes[axis + 1 :])
             target = into[first - rows.at : last - rows.at]
-            self._read_box(kept, key, box, axis, skip, target)
+            self._read_box(tensor, key, box, axis, skip, target)
             done += (last - first) * prod(box.sizes[axis + 1 :])
         if done != into.numel():
             raise WeightsFolderError(
@@ -97,33 +97,35 @@ class TorchDist:
                 file.close()
             self._files.clear()
 
-    def _read_box(self, kept: Kept, key: str, box: Box, axis: int, skip: int, target: Tensor) -> None:
-        """Read neighbouring rows of a box, `skip` elements behind its first, to their columns of `target`."""
+    def _read_box(
+        self, tensor: CheckpointTensor, key: str, box: TensorBox, axis: int, skip: int, target: Tensor
+    ) -> None:
+        """Read neighbouring rows of a box, from its element `skip` on, into their columns of `target`."""
         file = self._open(box.file)
         if box.data is None:
-            box.data = self._locate(kept, key, box, file)
-        start = box.data + skip * kept.dtype.itemsize
+            box.data = self._locate(tensor, key, box, file)
+        start = box.data + skip * tensor.dtype.itemsize
         path = self.folder / box.file
         rest = box.sizes[axis + 1 :]
         if tuple(target.shape[1:]) == rest and target.is_contiguous():
             read_exactly(file.fileno(), target, start, path)
             return
-        part = torch.empty((target.shape[0], *rest), dtype=kept.dtype)
+        part = torch.empty((target.shape[0], *rest), dtype=tensor.dtype)
         read_exactly(file.fileno(), part, start, path)
         column = box.offset[axis + 1]
         target[:, column : column + rest[0]].copy_(part)
 
-    def _locate(self, kept: Kept, key: str, box: Box, file: io.FileIO) -> int:
-        """Where a box's elements begin: after the header of the archive's member that holds them."""
+    def _locate(self, tensor: CheckpointTensor, key: str, box: TensorBox, file: io.FileIO) -> int:
+        """Return where a box's elements begin in its file."""
         path = self.folder / box.file
         try:
             found = find_elements(file.fileno(), box.start, box.length)
         except (ValueError, KeyError, OSError) as error:
             raise WeightsFolderError(f"{path} is damaged or truncated at {key}: {error}") from error
-        if (found.dtype, found.shape) != (kept.dtype, box.sizes):
+        if (found.dtype, found.shape) != (tensor.dtype, box.sizes):
             raise WeightsFolderError(
-                f"{path} is damaged: it holds {found.dtype} {list(found.shape)} where {METADATA} promises {kept.dtype} "
-                f"{list(box.sizes)} of {key}"
+                f"{path} is damaged: it holds {found.dtype} {list(found.shape)} where {METADATA} promises "
+                f"{tensor.dtype} {list(box.sizes)} of {key}"
             )
         return found.start
 
@@ -139,29 +141,29 @@ class TorchDist:
                     raise WeightsFolderError(f"{path} cannot be read: {error.strerror}") from error
             return self._files[name]
 
-    def _catalogue(self) -> dict[str, Kept]:
+    def _catalogue(self) -> dict[str, CheckpointTensor]:
         path = self.folder / METADATA
         try:
             metadata = MetadataUnpickler(io.BytesIO(read_checked(path))).load()
-            boxes: dict[str, list[Box]] = {}
+            boxes: dict[str, list[TensorBox]] = {}
             for index, info in metadata.storage_data.items():
                 if index.offset is not None and not getattr(info, "transform_descriptors", None):
                     boxes.setdefault(index.fqn, []).append(
-                        Box(tuple(index.offset), (), info.relative_path, info.offset, info.length)
+                        TensorBox(tuple(index.offset), (), info.relative_path, info.offset, info.length)
                     )
             tensors = {}
-            for key, kept in metadata.state_dict_metadata.items():
-                if not isinstance(kept, TensorStorageMetadata):
+            for key, tensor in metadata.state_dict_metadata.items():
+                if not isinstance(tensor, TensorStorageMetadata):
                     continue
-                sizes = {tuple(chunk.offsets): tuple(chunk.sizes) for chunk in kept.chunks}
+                sizes = {tuple(chunk.offsets): tuple(chunk.sizes) for chunk in tensor.chunks}
                 for box in boxes.get(key, []):
                     box.sizes = sizes[box.offset]
                 ordered = tuple(sorted(boxes.get(key, []), key=lambda box: box.offset))
-                tensors[key] = Kept(kept.properties.dtype, tuple(kept.size), ordered)
+                tensors[key] = CheckpointTensor(tensor.properties.dtype, tuple(tensor.size), ordered)
         except FileNotFoundError:
             raise WeightsFolderError(f"{self.folder} has no {METADATA}: it is no torch_dist checkpoint") from None
         except WeightsFolderError:
             raise
-        except Exception as error:  # a changed byte of a pickle can end in any of them, MemoryError too
+        except Exception as error:  # a damaged pickle can raise any exception, even MemoryError
             raise WeightsFolderError(f"{path} is damaged or truncated: {error!r}") from error
         return tensors

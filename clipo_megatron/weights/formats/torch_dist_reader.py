@@ -1,4 +1,4 @@
-"""The Hugging Face tensors of a torch_dist checkpoint, by name, as if it were a Hugging Face folder."""
+"""Reads a torch_dist checkpoint as if it were a Hugging Face folder: Hugging Face's tensors, by name."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from clipo_megatron.weights.mapping import MappingEntry, PipelineStage
 from clipo_megatron.weights.sharding import RowSpan, Shape
 from clipo_megatron.weights.spec import ModelSpec
 
-MASTER = "optimizer.master."  # before the key of a parameter: its fp32 master, in a training checkpoint
+MASTER = "optimizer.master."  # prefix of the keys of fp32 masters in a training checkpoint
 _LAYER = "decoder.layers."
 
 
 class TorchDistView(SlicedRead):
-    """A Hugging Face tensor in a torch_dist checkpoint; indexing it reads those rows alone."""
+    """A Hugging Face tensor in a torch_dist checkpoint; indexing it reads only the rows that are asked for."""
 
     def __init__(self, reader: TorchDistReader, place: _Place) -> None:
         super().__init__(place.shape)
@@ -30,11 +30,10 @@ class TorchDistView(SlicedRead):
         self._reader, self._place = reader, place
 
     def rows(self, start: int, stop: int) -> Tensor:
-        """Rows start .. stop-1."""
         return self.read_into(torch.empty((max(stop - start, 0), *self.shape[1:]), dtype=self.dtype), start)
 
     def read_into(self, target: Tensor, start: int) -> Tensor:
-        """Fill `target` [rows, ...], of the view's dtype, with the rows from `start` on."""
+        """Fill `target` [rows, ...], which has the view's dtype, with the rows from `start` on."""
         stop = start + target.shape[0]
         for run in self._place.entry.sharding.row_spans(self._place.entry.shapes, self._place.source):
             first, last = max(start, run.start), min(stop, run.start + run.rows)
@@ -55,9 +54,9 @@ class _Place:
     """Where a Hugging Face tensor lies in a checkpoint."""
 
     key: str
-    lead: tuple[int, ...]  # layer and expert, where they are axes
+    lead: tuple[int, ...]  # layer and expert, if the checkpoint's tensor has axes for them
     entry: MappingEntry
-    source: int  # which of the entry's tensors
+    source: int  # index among the entry's tensors
 
     @property
     def shape(self) -> Shape:
@@ -65,15 +64,15 @@ class _Place:
 
 
 class TorchDistReader:
-    """The Hugging Face tensors of a torch_dist folder by name: what `HFReader` is to a Hugging Face folder.
+    """The Hugging Face tensors of a torch_dist folder by name, with the methods of `HFReader`.
 
     Args:
-        folder: with `.metadata`.
+        folder: the folder with `.metadata`.
         spec: of the model.
-        master: read the optimizer's fp32 masters of a training checkpoint in place of the parameters.
+        master: whether to read the fp32 masters of a training checkpoint instead of the parameters.
 
     Raises:
-        CheckpointError: a damaged folder, or tensors of another model; the message names file or key.
+        WeightsFolderError: the folder is damaged, or holds another model; names file or key.
     """
 
     def __init__(self, folder: str | Path, spec: ModelSpec, *, master: bool = False) -> None:
@@ -89,26 +88,26 @@ class TorchDistReader:
         self._places = dict(self._find(spec))
 
     def names(self) -> tuple[str, ...]:
-        """Of all tensors, sorted."""
+        """Return the names of all tensors, sorted."""
         return tuple(sorted(self._places))
 
     def names_in_order(self) -> tuple[str, ...]:
-        """Of all tensors, as they follow each other in the model."""
+        """Return the names of all tensors, in model order."""
         return tuple(self._places)
 
     def get(self, name: str) -> Tensor:
-        """The whole tensor."""
+        """Read a whole tensor."""
         return self.view(name)[:]
 
     def view(self, name: str) -> TorchDistView:
-        """The tensor's shape and dtype and, by indexing, parts of it."""
+        """Return a view of a tensor, which has its shape and dtype and reads parts of it when it is indexed."""
         if name not in self._places:
             raise WeightsFolderError(f"{self.folder} has no tensor {name!r}")
         return TorchDistView(self, self._places[name])
 
     @property
     def unknown(self) -> list[str]:
-        """Keys of parameters in the folder that no rule of the model's family knows."""
+        """Keys of parameters that the model does not have."""
         used = {place.key for place in self._places.values()}
         return sorted(
             key
@@ -127,7 +126,7 @@ class TorchDistReader:
         self.close()
 
     def _find(self, spec: ModelSpec) -> Iterator[tuple[str, _Place]]:
-        """What is there; what a model needs beyond that is `coverage.check_tensors`'s question."""
+        """Find the tensors that are there; `coverage.check_tensors` tells which are missing."""
         whole = PipelineStage(offset=0, layers=spec.num_layers, first=True, last=True)
         for entry in entries(spec, whole):
             if entry.copy:

@@ -1,4 +1,4 @@
-"""What describes a torch_dist folder beside the files that hold its tensors: which part of which tensor lies where."""
+"""Writes what describes a torch_dist folder: which part of which tensor lies where in its files."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from torch.distributed.checkpoint.metadata import (
 
 from clipo_megatron.weights.formats.torch_dist import METADATA
 
-# Megatron's own description of the format.
+# Megatron's description of the format.
 _FORMAT = {
     "sharded_backend": "torch_dist",
     "sharded_backend_version": 1,
@@ -34,27 +34,27 @@ _FORMAT = {
 
 @dataclass(frozen=True, slots=True)
 class FileSpan:
-    """Where a part of a tensor, or an object if it has no offset, was written."""
+    """Where a part of a tensor was written; without `offset`, where an object was."""
 
     key: str
     file: str
-    start: int
+    start: int  # in the file
     length: int
-    offset: tuple[int, ...] | None = None
+    offset: tuple[int, ...] | None = None  # in the tensor
     sizes: tuple[int, ...] = ()
     shape: tuple[int, ...] = ()  # of the whole tensor
     dtype: torch.dtype | None = None
 
 
 def description(places: Sequence[FileSpan], common: bytes) -> dict[str, bytes]:
-    """The files that Megatron reads first, by name.
+    """Make the files that Megatron reads first, by name.
 
     Args:
-        places: of everything in the folder.
-        common: what is the same on all ranks, as `saved` makes it.
+        places: everything in the folder.
+        common: what is the same on all ranks, as made by `saved`.
 
     Raises:
-        ValueError: a tensor is not there as a whole.
+        ValueError: a part of a tensor was not written.
     """
     return {
         METADATA: pickle.dumps(_metadata(places)),
@@ -64,7 +64,7 @@ def description(places: Sequence[FileSpan], common: bytes) -> dict[str, bytes]:
 
 
 def saved(value: object) -> bytes:
-    """What `torch.save` makes of a small value."""
+    """Return what `torch.save` makes of a small value."""
     buffer = io.BytesIO()
     torch.save(value, buffer)
     return buffer.getvalue()
