@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -14,21 +13,12 @@ from clipo_megatron.weights.formats.source import Reader
 from clipo_megatron.weights.mapping import Coordinates, MappingEntry
 
 
-@dataclass(frozen=True, slots=True)
-class LoadReport:
-    """What a call of `load_into` did."""
-
-    parameters: int  # number of parameters written
-    tensors: tuple[str, ...]  # Hugging Face names of the tensors they were made of
-    bytes_read: int
-
-
 def load_into(
     named_parameters: Iterable[tuple[str, Tensor]],
     bound: Sequence[MappingEntry],
     reader: Reader,
     at: Coordinates,
-) -> LoadReport:
+) -> None:
     """Fill every parameter of a model chunk with the part of the rank `at`, cast to the parameter's dtype and device.
 
     Everything is checked before the first write, so that an error leaves the model as it was. Needs memory for one
@@ -47,14 +37,11 @@ def load_into(
     parameters: dict[str, Tensor] = dict(named_parameters)
     pairs = match(parameters, bound, at)
     check_shapes(bound, reader)
-    before = reader.bytes_read
     with torch.no_grad():
         for name, entry in pairs:
             sources = [reader.view(tensor.name) for tensor in entry.hf]
             size, rank = entry.shard_of(at)
             entry.sharding.shard(sources, parameters[name], rank=rank, size=size)
-    tensors = tuple(tensor.name for entry in bound for tensor in entry.hf)
-    return LoadReport(parameters=len(pairs), tensors=tensors, bytes_read=reader.bytes_read - before)
 
 
 def check_shapes(bound: Sequence[MappingEntry], reader: Reader) -> None:

@@ -16,7 +16,7 @@ from clipo_megatron.weights.coverage import check_tensors
 from clipo_megatron.weights.errors import CoverageError, UnsupportedModel, WeightsFolderError
 from clipo_megatron.weights.families import entries, model_spec
 from clipo_megatron.weights.formats.reader import INDEX, SINGLE, HFReader
-from clipo_megatron.weights.load import LoadReport, load_into
+from clipo_megatron.weights.load import load_into
 from clipo_megatron.weights.mapping import Coordinates, MappingEntry, PipelineStage, even_stages
 from clipo_megatron.weights.spec import ModelSpec, read_config
 
@@ -35,10 +35,12 @@ def empty_model(
     }
 
 
-def load(folder: Path, model: Tensors, stage: PipelineStage, *, rank: int = 0, tp: int = 1) -> LoadReport:
+def load(folder: Path, model: Tensors, stage: PipelineStage, *, rank: int = 0, tp: int = 1) -> int:
+    """Fill a model and return the bytes that were read."""
     spec = model_spec(read_config(folder))
     with HFReader(folder) as reader:
-        return load_into(model.items(), entries(spec, stage), reader, Coordinates(tp=tp, tp_rank=rank))
+        load_into(model.items(), entries(spec, stage), reader, Coordinates(tp=tp, tp_rank=rank))
+        return reader.bytes_read
 
 
 def whole(spec: ModelSpec) -> PipelineStage:
@@ -83,8 +85,7 @@ def test_there_and_back_in_any_layout(
     for stage in even_stages(spec.num_layers, pp):
         ranks = [empty_model(spec, stage, tp=tp, dtype=dtype, te=te) for _ in range(tp)]
         for rank, model in enumerate(ranks):
-            report = load(folder, model, stage, rank=rank, tp=tp)
-            assert report.parameters == len(model)
+            load(folder, model, stage, rank=rank, tp=tp)
             assert not any(parameter.isnan().any() for parameter in model.values())
         for entry in entries(spec, stage):
             name = entry.name_in(ranks[0])
@@ -102,10 +103,9 @@ def test_a_rank_reads_only_its_part(tmp_path: Path) -> None:
     spec = model_spec(read_config(folder))
     stage = whole(spec)
     model = empty_model(spec, stage, tp=2)
-    report = load(folder, model, stage, rank=1, tp=2)
-    assert report.bytes_read == sum(parameter.nbytes for parameter in model.values())
-    assert report.bytes_read < 0.51 * (folder / SINGLE).stat().st_size
-    assert set(report.tensors) == set(load_file(folder / SINGLE))
+    nbytes = load(folder, model, stage, rank=1, tp=2)
+    assert nbytes == sum(parameter.nbytes for parameter in model.values())
+    assert nbytes < 0.51 * (folder / SINGLE).stat().st_size
 
 
 def test_a_stage_opens_only_its_files(tmp_path: Path) -> None:
