@@ -28,18 +28,18 @@ KILLS = 20
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of three files; not to be written to."""
+    """A folder with three files of weights; read-only."""
     return shard_as_released(tiny_llama(tmp_path_factory.mktemp("source") / "hf", tied=False, vocab=263))
 
 
 @pytest.fixture(scope="module")
 def checkpoint(source: Path) -> Path:
-    """Made of `source`; not to be written to."""
+    """A conversion of `source`; read-only."""
     return import_model(source, source.with_name("checkpoint"), tp=2)
 
 
 def both_ways(source: Path, checkpoint: Path, folder: Path) -> list[tuple[object, Path]]:
-    """A function that makes the conversion, and its target, for each direction."""
+    """Return, for each direction, a function that makes the conversion, and its target."""
     back, forth = folder / "checkpoint", folder / "release"
     return [
         (lambda: ToMegatron(source, back, division=ParallelDivision(tp=2)), back),
@@ -49,14 +49,14 @@ def both_ways(source: Path, checkpoint: Path, folder: Path) -> list[tuple[object
 
 @pytest.fixture
 def small_units(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Many units even of tiny models."""
+    """Divide even tiny models into many units."""
     for module in ("to_megatron", "to_hf"):
         monkeypatch.setattr(f"clipo_megatron.conversion.{module}.UNIT_BYTES", 20_000)
         monkeypatch.setattr(f"clipo_megatron.conversion.{module}.PIECE_BYTES", 4_000)
 
 
 def _convert_in_a_fork(make: object) -> int:
-    """Start a conversion in a child of this process; returns its id."""
+    """Start a conversion in a child of this process and return its id."""
     child = os.fork()
     if child:
         return child

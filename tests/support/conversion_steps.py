@@ -1,4 +1,4 @@
-"""Converting tiny models in tests: made-up folders with awkward files, and what two folders have in common."""
+"""Helpers of conversion tests: folders with awkward files, conversions, and comparisons of folders."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ MODELS = {
 
 
 def import_model(source: Path, target: Path, *, dtype: torch.dtype | None = None, **division: int) -> Path:
-    """Hugging Face folder -> checkpoint, in this process."""
+    """Convert a Hugging Face folder into a checkpoint, in this process."""
     convert(ToMegatron(source, target, division=ParallelDivision(**division), dtype=dtype))
     return target
 
 
 def export_model(source: Path, target: Path, **options: object) -> Path:
-    """Checkpoint -> Hugging Face folder, in this process."""
+    """Convert a checkpoint into a Hugging Face folder, in this process."""
     convert(ToHF(source, target, **options))
     return target
 
@@ -60,7 +60,7 @@ def shard_as_released(folder: Path, files: int = 3) -> Path:
 
 
 def _rewrite_header(file: Path) -> None:
-    """The same tensors under a header with other spaces and order."""
+    """Give a file a header with other spaces and another order of tensors."""
     data = file.read_bytes()
     length = int.from_bytes(data[:8], "little")
     entries = json.loads(data[8 : 8 + length])
@@ -70,7 +70,7 @@ def _rewrite_header(file: Path) -> None:
 
 
 def contents(folder: Path) -> dict[str, str]:
-    """SHA-256 of every file of a folder, by name."""
+    """Return the SHA-256 of every file of a folder, by name."""
     return {
         str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
         for path in sorted(folder.rglob("*"))
@@ -79,7 +79,7 @@ def contents(folder: Path) -> dict[str, str]:
 
 
 def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
-    """All tensors of a folder's safetensors, read by the library."""
+    """Read all tensors of a folder's safetensors with the safetensors library."""
     found: dict[str, torch.Tensor] = {}
     for file in sorted(folder.glob("*.safetensors")):
         with safe_open(file, framework="pt") as opened:
@@ -90,14 +90,14 @@ def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def differing(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> list[str]:
-    """Names of tensors that are not the same to the bit in both."""
+    """Return the names of tensors that are not bitwise equal in both."""
     assert a, "nothing to compare"
     names = sorted(set(a) | set(b))
     return [name for name in names if name not in a or name not in b or not same_bits(a[name], b[name])]
 
 
 def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Equal dtype, shape and bytes."""
+    """Tell whether two tensors have equal dtype, shape and bytes."""
     return (
         a.dtype == b.dtype
         and a.shape == b.shape
@@ -106,7 +106,7 @@ def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 
 def start(*arguments: object, launcher: tuple[str, ...] = ()) -> subprocess.Popen[str]:
-    """`clipo convert ...` in a process of its own."""
+    """Start `clipo convert ...` in a process of its own."""
     command = [sys.executable, *launcher, "-m", "clipo_megatron.cli", "convert", *map(str, arguments)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     return subprocess.Popen(
@@ -115,7 +115,7 @@ def start(*arguments: object, launcher: tuple[str, ...] = ()) -> subprocess.Pope
 
 
 def ended(process: subprocess.Popen[str], *, timeout_s: float = 120.0) -> tuple[int, str]:
-    """Exit code and output of a process; kills it and its children when it takes too long."""
+    """Wait for a process and return its exit code and output; kill it and its children if it takes too long."""
     try:
         output, _ = process.communicate()
     except subprocess.TimeoutExpired:

@@ -1,4 +1,4 @@
-"""Megatron's own GPT model as one rank of a layout holds it, built without the other ranks."""
+"""Builds Megatron's own GPT model as one rank of a layout holds it, without the other ranks."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ VOCAB = 263
 
 @contextmanager
 def megatron_model(spec: ModelSpec, tp: int, pp: int, rank: int) -> Iterator[GPTModel]:
-    """Megatron's model as one rank of a layout holds it; the other ranks do not exist."""
+    """Build Megatron's model as one rank of a layout holds it; the other ranks do not exist."""
     platform().adapt("megatron.core")
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=tp * pp)
     try:

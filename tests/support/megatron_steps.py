@@ -1,4 +1,4 @@
-"""What tests do with Megatron's own checkpoints, on ranks: fill a model, save it, load it in another layout."""
+"""Steps on ranks with Megatron's own checkpoints: fill a model, save it, load it in another layout."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from clipo_megatron.weights.spec import read_config
 
 
 def chunks(folder: Path, config: LayoutConfig, vpp: int = 1, stacked: bool = False) -> list[PolicyStage]:
-    """This rank's chunks of the model that `folder`/config.json describes, fp32, full of NaN; collective."""
+    """Build this rank's chunks of the model of `folder`, in fp32 and full of NaN; collective."""
     layout = layouts.initialize(config, seed=0, vpp=vpp)
     spec = model_spec(read_config(folder))
     transformer = transformer_config(spec, ModelConfig(path="", dtype=DType.fp32), layout)
@@ -45,7 +45,7 @@ def sharded(stages: list[PolicyStage], *, stacked: bool = False) -> dict[str, An
 
 
 def save_from_hf(folder: Path, target: Path, config: LayoutConfig, vpp: int = 1, stacked: bool = False) -> None:
-    """Hugging Face folder -> Megatron's torch_dist at `target`, through a model; collective."""
+    """Load a Hugging Face folder into a model and save that as torch_dist at `target`; collective."""
     stages = chunks(folder, config, vpp, stacked)
     with HFReader(folder) as reader:
         for stage in stages:
@@ -74,7 +74,7 @@ def relay(
 
 
 def left_over(folder: Path, source: Path, config: LayoutConfig) -> tuple[set[str], set[str]]:
-    """Keys of torch_dist `source` that a model does not ask for, and keys that it does and are not there; collective.
+    """Return the keys of torch_dist `source` that a model does not ask for, and those that are missing; collective.
 
     Megatron calls the first "missing" and the second "unexpected".
     """

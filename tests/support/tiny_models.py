@@ -104,7 +104,7 @@ def tiny_qwen3_moe(
     dense_layers: tuple[int, ...] = (),
     **options: Any,
 ) -> Path:
-    """As `tiny_llama`, with Qwen3's q/k norms and experts in all but the `dense_layers`, a tensor each as released."""
+    """As `tiny_llama`, with Qwen3's q/k norms, and in all but the `dense_layers` experts with a tensor each."""
     fields = {
         "num_experts": experts,
         "num_experts_per_tok": per_token,
@@ -200,7 +200,7 @@ def _random_weights(config: PreTrainedConfig, seed: int) -> dict[str, torch.Tens
 
 
 def _as_released(weights: dict[str, torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
-    """transformers 5 stacks experts in memory; in files each has tensors of its own."""
+    """Split experts, which transformers 5 stacks in memory, into the tensors of released files."""
     for name, tensor in weights.items():
         place, _, last = name.rpartition(".")
         if not place.endswith(".experts"):

@@ -58,7 +58,7 @@ FAMILIES: dict[str, tuple[Callable[..., Path], dict[str, Any], list[Any]]] = {
 
 
 def assert_same(source: Path, policy: Path) -> None:
-    """Every tensor of a Hugging Face folder is in a torch_dist folder, and nothing else is."""
+    """Check that a torch_dist folder holds the tensors of a Hugging Face folder and nothing else."""
     with HFReader(source) as a, TorchDistReader(policy, model_spec(read_config(source))) as b:
         found = compare(a, b)
         assert [str(each) for each in found.differences] == []
@@ -67,7 +67,7 @@ def assert_same(source: Path, policy: Path) -> None:
 
 
 def in_two_files(folder: Path) -> None:
-    """As releases are: shards, an index, and headers with spaces that nobody else would write."""
+    """Divide a folder's weights as releases are, with an index and unusual spaces in the headers."""
     tensors = load_file(folder / SINGLE)
     names = list(tensors)
     shards = {"model-00001-of-00002.safetensors": names[::2], "model-00002-of-00002.safetensors": names[1::2]}
@@ -110,7 +110,7 @@ def test_layout_after_layout_and_back(name: str, ranks: RankPool, tmp_path: Path
 
 
 def test_a_checkpoint_divided_like_training(ranks: RankPool, tmp_path: Path) -> None:
-    """Conversion may cut a checkpoint for a layout of experts, and Megatron loads it in another."""
+    """Megatron loads a checkpoint that was converted for another layout of experts."""
     source = tiny_qwen3_moe(tmp_path / "source", vocab=VOCAB)
     division = ParallelDivision(tp=2, pp=2, vpp=2, ep=4, etp=1)
     convert(ToMegatron(source, tmp_path / "checkpoint", division=division))
@@ -141,7 +141,7 @@ def test_megatron_finds_neither_less_nor_more_than_it_expects(
 
 @pytest.mark.parametrize("family", [tiny_llama, tiny_qwen2, tiny_qwen3_moe])
 def test_layers_stacked_under_one_key(family: Callable[..., Path], ranks: RankPool, tmp_path: Path) -> None:
-    """The form that older checkpoints and Megatron-LM have."""
+    """Checkpoints with all layers stacked under one key, as older ones and Megatron-LM's are."""
     source = family(tmp_path / "source", vocab=VOCAB)
     stacked = tmp_path / "stacked"
     ranks.run(save_from_hf, 2, source, stacked, LayoutConfig(pp=2), 1, True)

@@ -1,4 +1,4 @@
-"""Training starts from a converted checkpoint in any layout; its own are exported without the source."""
+"""Training starts from a converted checkpoint in any layout; its own checkpoints are exported without the source."""
 
 import shutil
 from pathlib import Path
@@ -21,19 +21,19 @@ from clipo_megatron.weights.formats.source import sidecar_files
 
 
 def actor_of(model: str, sizes: dict[str, int], dtype: DType = DType.fp32) -> PolicyActor:
-    """The policy of this rank; collective."""
+    """Build the policy of this rank; collective."""
     config = configuration(model)
     config.model.dtype, config.layout = dtype, LayoutConfig(**sizes)
     return PolicyActor(config, layouts.initialize(config.layout, seed=0), needs=frozenset(), total_steps=1)
 
 
 def exported(model: str, sizes: dict[str, int]) -> dict[str, torch.Tensor]:
-    """What a policy that was loaded from `model` gives to engines."""
+    """Return the tensors that a policy loaded from `model` exports to engines."""
     return {name: tensor.clone() for name, tensor in actor_of(model, sizes).export()}
 
 
 def checkpointed(model: str, folder: str, sizes: dict[str, int]) -> str:
-    """Save a checkpoint as a run does, in bf16 with masters that are finer than the parameters; returns its path."""
+    """Save a checkpoint as a run does, in bf16 with fp32 masters that differ from it; return its path."""
     actor = actor_of(model, sizes, DType.bf16)
     with torch.no_grad():
         for group in actor.trainable.optimizer.inner.optimizer.param_groups:

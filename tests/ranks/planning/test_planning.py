@@ -1,4 +1,4 @@
-"""A plan against what is built: parameters of each rank, bytes of optimizer and activations, and the command."""
+"""Plans against what is built: parameters of each rank, bytes of optimizer and activations; and the command."""
 
 from __future__ import annotations
 
@@ -67,12 +67,12 @@ def test_large_models_have_the_parameters_that_were_published(name):
 
 
 def test_a_token_passes_through_a_tenth_of_qwen3_235b():
-    """22 B of 235 B are active, the name says; without the embedding's table."""
+    """The model's name says that 22 B of 235 B are active; the embedding is not counted."""
     assert 21e9 < active_count(architecture("qwen3-235b-a22b")) < 22e9
 
 
 def held(folder: str, layout_config: LayoutConfig) -> dict[str, int]:
-    """On a rank: what its actor holds, counted on the objects themselves."""
+    """Count, on a rank, what its actor holds."""
     config = configuration(folder)
     config.layout = layout_config
     layout = layouts.initialize(config.layout, seed=0)
@@ -112,7 +112,7 @@ def test_every_rank_holds_what_was_planned(layout, ranks: RankPool, folder: Path
 
 
 def saved_bytes(folder: str, recompute: bool) -> tuple[int, int]:
-    """On a rank: bytes that autograd keeps of one forward, each storage once, and the tokens that were packed."""
+    """Count, on a rank, the bytes that autograd keeps of one forward pass, and the tokens that were packed."""
     config = configuration(folder)
     config.model.recompute = recompute
     config.layout.max_tokens_per_microbatch = 100_000
@@ -140,7 +140,7 @@ def saved_bytes(folder: str, recompute: bool) -> tuple[int, int]:
 
 @pytest.mark.parametrize("recompute", [False, True])
 def test_activations_are_of_the_planned_size(recompute, ranks: RankPool, tmp_path: Path):
-    """A CPU's kernels keep more than is planned for: norms what they divided, attention padded copies of q, k and v."""
+    """A CPU's kernels keep more than is planned: norms their inputs, attention padded copies of q, k and v."""
     folder = tiny_llama(tmp_path / "m", hidden=256, heads=8, kv_heads=2, head_dim=32, intermediate=704, layers=6)
     ((found, tokens),) = ranks.run(saved_bytes, 1, str(folder), recompute)
     config = configuration(folder)
@@ -178,7 +178,7 @@ def test_memory_of_a_stage_is_what_the_optimizer_says():
 
 
 def test_methods_cost_what_they_declare():
-    """In memory a reference or a critic, in time their forwards, and updates: by multiples of GRPO's, of dp 1."""
+    """A reference and a critic cost memory, and their forward passes and updates cost time, as multiples of GRPO's."""
     config, spec = large_run("llama"), architecture("llama-3.1-70b")
     config.layout.tp, config.layout.pp, config.serve.tp = 8, 4, 4
 
@@ -245,7 +245,7 @@ def test_layouts_fit_and_the_settings_ask_for_them(name, gpus):
 
 
 def as_configured(config: RunConfig, spec: ModelSpec, plan: LayoutPlan) -> LayoutPlan:
-    """The layout that a plan's settings give."""
+    """Return the layout that a plan's settings ask for."""
     values = dict(each.split("=") for each in plan.overrides)
     names = {"tp", "pp", "dp", "ep", "etp", "first_stage_layers", "last_stage_layers"}
     numbers = {name: int(values[f"layout.{name}"]) for name in names if f"layout.{name}" in values}

@@ -1,4 +1,4 @@
-"""Live export: what ranks in any layout hold comes out whole, in plan order, bit for bit, wherever it should."""
+"""Live export from ranks in any layout: whole tensors, in plan order, bit for bit, on the right ranks."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ VOCAB = 263  # odd, and padded below
 
 
 def loaded(folder: Path, stage: PipelineStage, *, rank: int = 0, tp: int = 1) -> dict[str, Tensor]:
-    """One chunk's parameters, the vocabulary padded by a few rows of rubbish."""
+    """Make one chunk's parameters, with a vocabulary padded by a few rows of random numbers."""
     spec = model_spec(read_config(folder))
     model = {}
     for entry in entries(spec, stage):
@@ -126,7 +126,7 @@ def test_a_plan_for_other_groups_is_refused(tmp_path: Path) -> None:
 
 
 def groups_of(tp: int, pp: int) -> tuple[dist.ProcessGroup, dist.ProcessGroup]:
-    """Megatron's order of ranks: TP fastest. All ranks make all groups."""
+    """Make all groups in Megatron's order of ranks, in which TP changes fastest; collective."""
     mine: list[dist.ProcessGroup] = []
     for lists in (
         [[p * tp + t for t in range(tp)] for p in range(pp)],

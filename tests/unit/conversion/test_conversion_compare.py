@@ -1,4 +1,4 @@
-"""Two folders tensor by tensor: what is equal, and each way of not being so, by name and with a reason."""
+"""`compare` finds equal tensors equal, and names every kind of difference with its reason."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ EMBEDDING, OUTPUT = "model.embed_tokens.weight", "lm_head.weight"
 
 
 class InMemory:
-    """Tensors by name, as a reader gives them; `broken` cannot be read."""
+    """Stands for a reader of tensors by name; reading `broken` fails."""
 
     def __init__(self, tensors: dict[str, Tensor], broken: tuple[str, ...] = ()):
         self.tensors, self.broken, self.reads = tensors, broken, 0

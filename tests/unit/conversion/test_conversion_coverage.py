@@ -1,4 +1,4 @@
-"""70B without 70B: real configurations at TP8 x PP8 (and EP8), every rank's parameters against the mapping.
+"""The mapping against the parameters of every rank of TP8 x PP8 (and EP8), for configurations of real 70B models.
 
 Each of the 64 ranks is built as Megatron builds it, on the meta device, in a process group whose other ranks do not
 exist. `match` pairs its parameters with the entries of its coordinates. What the ranks of a stage hold is then counted
@@ -34,7 +34,7 @@ from clipo_megatron.weights.spec import ModelSpec
 
 @dataclass(frozen=True)
 class Release:
-    """What is published of a model beside its config.json: the index of its weights."""
+    """The published index of a model's weights."""
 
     file: str
     tensors: int
@@ -61,7 +61,7 @@ def config_of(release: Release) -> dict[str, Any]:
 
 @contextmanager
 def stage_of(spec: ModelSpec, division: ParallelDivision, rank: int) -> Iterator[PolicyStage]:
-    """The model chunk of one rank."""
+    """Build the model chunk of one rank."""
     config = LayoutConfig(
         tp=division.tp,
         pp=division.pp,
@@ -76,7 +76,7 @@ def stage_of(spec: ModelSpec, division: ParallelDivision, rank: int) -> Iterator
 
 
 class Thin:
-    """A full tensor, one element wide across the dimension that is cut, that holds the numbers of its rows."""
+    """Stands for a full tensor: one element wide across the divided dimension, and holding the numbers of its rows."""
 
     def __init__(self, shape: tuple[int, ...], along: int, first: int):
         self.length, self.first = shape[along], first
@@ -91,7 +91,7 @@ class Thin:
 
 
 class Tally:
-    """How many ranks hold each row of each Hugging Face tensor, and whether each should."""
+    """Counts the ranks that hold each row of each Hugging Face tensor, and those that should."""
 
     def __init__(self) -> None:
         self.held: dict[str, Tensor] = {}
@@ -115,7 +115,7 @@ class Tally:
             self.due[tensor.name] = 1 if entry.sharding.sharded else replicas
 
     def wrong(self) -> list[str]:
-        """Tensors of which a row is on too few or too many ranks."""
+        """Return the tensors of which a row is on too few or too many ranks."""
         return [name for name, counts in self.held.items() if not bool((counts == self.due[name]).all())]
 
 
@@ -123,7 +123,7 @@ Where = Callable[[ParallelDivision, int], Coordinates]
 
 
 def place(division: ParallelDivision, rank: int) -> Coordinates:
-    """Coordinates of a global rank of TP x PP: TP changes fastest. Expert parallelism divides the ranks of a stage."""
+    """Return the coordinates of a global rank; TP changes fastest, and expert parallelism divides a stage's ranks."""
     within = rank % division.tp
     return Coordinates(
         tp=division.tp,
@@ -138,7 +138,7 @@ def place(division: ParallelDivision, rank: int) -> Coordinates:
 def cover(
     spec: ModelSpec, division: ParallelDivision, *, where: Where = place, mapped: ModelSpec | None = None
 ) -> tuple[dict[str, tuple[int, ...]], list[str]]:
-    """Match every rank's parameters; shapes of the tensors they take together, and which tensors are not held once.
+    """Match every rank's parameters; return the shapes of their tensors, and the tensors that are not held once.
 
     `mapped` is what the mapping takes the model for, if not for what it is.
     """
@@ -169,7 +169,7 @@ def _check_place(built: PolicyStage, stage: PipelineStage, rank: int, division: 
 
 
 def published_tensors(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of a release's files, from transformers, which fuses a layer's experts in memory."""
+    """Return names and shapes of the tensors of a release, from the model that transformers builds."""
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config))
     tensors: dict[str, tuple[int, ...]] = {}
@@ -216,7 +216,7 @@ SMALL = {
 
 @pytest.mark.parametrize(("tp", "heads"), [(4, 8), (4, 2), (8, 2)])
 def test_a_rank_that_takes_anothers_part_is_noticed(tp: int, heads: int) -> None:
-    """The count above is sharp: with KV heads for all ranks, and with fewer."""
+    """The count above notices wrong coordinates, with KV heads for all ranks and with fewer."""
     config = config_of(RELEASES["Qwen2.5-72B"]) | SMALL | {"num_key_value_heads": heads}
     spec, division = model_spec(config), ParallelDivision(tp=tp, pp=2)
     assert cover(spec, division)[1] == []
@@ -249,7 +249,7 @@ def test_a_rank_that_takes_anothers_experts_is_noticed() -> None:
 
 
 def test_a_missing_rule_is_noticed() -> None:
-    """A model with biases against a mapping without: each of a rank's is listed by name."""
+    """A model with biases, against a mapping without: every bias of a rank is named."""
     spec = model_spec(config_of(RELEASES["Qwen2.5-72B"]) | SMALL)
     with pytest.raises(CoverageError) as caught:
         cover(spec, ParallelDivision(tp=2, pp=2), mapped=replace(spec, qkv_bias=False))
@@ -278,7 +278,7 @@ TE_LAYER = {
 
 @pytest.mark.parametrize("name", RELEASES)
 def test_names_with_transformer_engine(name: str) -> None:
-    """Of every rank, as TE's modules would be built there; it has no layers for the machines that run tests."""
+    """The names that Transformer Engine's layers would have on every rank; its layers cannot be built in tests."""
     division = RELEASES[name].division
     spec = model_spec(config_of(RELEASES[name]))
     for number, stage in enumerate(division.stages(spec.num_layers)):

@@ -1,4 +1,4 @@
-"""`clipo convert --dry-run`: the plan is what a conversion then does, and needs no weights."""
+"""`clipo convert --dry-run` prints what a conversion then does, and needs no weights."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from clipo_megatron.weights.parallel_division import ParallelDivision
 
 
 class Disk(NamedTuple):
-    """As shutil.disk_usage gives it."""
+    """The result of shutil.disk_usage."""
 
     total: int
     used: int

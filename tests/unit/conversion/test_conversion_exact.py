@@ -1,4 +1,4 @@
-"""Conversions are exact: to the bit both ways, in every layout, with the files the source had, byte for byte."""
+"""Conversions are exact in both directions and in every layout, and give back the source's files byte for byte."""
 
 import json
 import shutil

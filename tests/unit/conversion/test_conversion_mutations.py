@@ -1,4 +1,4 @@
-"""Planted faults: each must be caught by what is there to catch it, and the message must name it.
+"""Planted faults: each must be caught by the check that is meant for it, and be named.
 
 verify   the bytes of two folders, their architecture, a checkpoint against its manifest
 coverage a folder against the mapping, before a conversion writes anything
@@ -44,26 +44,26 @@ EXPERTS = LAYER + "mlp.experts."
 
 @pytest.fixture(scope="module")
 def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A Llama with as many KV heads as heads, so that q and k have one shape; not to be written to."""
+    """A Llama with as many KV heads as heads, so that q and k have one shape; read-only."""
     return tiny_llama(tmp_path_factory.mktemp("dense") / "model", tied=False, kv_heads=4, vocab=264)
 
 
 @pytest.fixture(scope="module")
 def sparse(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A mixture of experts; not to be written to."""
+    """A mixture of experts; read-only."""
     return tiny_qwen3_moe(tmp_path_factory.mktemp("sparse") / "model")
 
 
 @pytest.fixture(scope="module")
 def checkpoint(dense: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The dense model, converted; not to be written to."""
+    """The dense model, converted; read-only."""
     target = tmp_path_factory.mktemp("converted") / "checkpoint"
     convert(ToMegatron(dense, target, division=ParallelDivision(tp=2, pp=2)))
     return target
 
 
 def mutated(folder: Path, target: Path, change: Callable[[dict[str, Tensor]], None]) -> Path:
-    """A copy of a Hugging Face folder with other tensors."""
+    """Copy a Hugging Face folder with changed tensors."""
     shutil.copytree(folder, target)
     tensors = load_file(target / SINGLE)
     change(tensors)
@@ -80,7 +80,7 @@ def swap(*pairs: tuple[str, str]) -> Callable[[dict[str, Tensor]], None]:
 
 
 def differences(verdict: VerificationReport) -> dict[str, str]:
-    """Name -> what is told of it."""
+    """Return what is said of each tensor that differs, by name."""
     assert verdict.comparison is not None
     return {each.name: each.detail for each in verdict.comparison.differences}
 
@@ -108,7 +108,7 @@ def test_verify_names_a_swap(name: str, request: pytest.FixtureRequest, tmp_path
 
 
 def test_verify_finds_a_swap_that_a_checkpoint_has(dense: Path, tmp_path: Path) -> None:
-    """A conversion of the wrong folder, against the right one: through the checkpoint's own reader."""
+    """The conversion of a wrong folder is compared with the right folder, through the reader of checkpoints."""
     pair = SWAPS["q and k"][1]
     convert(ToMegatron(mutated(dense, tmp_path / "wrong", swap(*pair)), tmp_path / "checkpoint"))
     verdict = verify(dense, tmp_path / "checkpoint")
@@ -124,7 +124,7 @@ def test_a_zeroed_norm(dense: Path, tmp_path: Path) -> None:
 
 
 def test_a_wrong_theta(dense: Path, checkpoint: Path, tmp_path: Path) -> None:
-    """No tensor differs: the architecture and the logits do."""
+    """No tensor differs, but the architecture and the logits do."""
     wrong = tmp_path / "wrong"
     shutil.copytree(dense, wrong)
     config = json.loads((wrong / "config.json").read_text())
@@ -217,7 +217,7 @@ def test_a_truncated_file(lost: int, dense: Path, tmp_path: Path) -> None:
 
 
 def flip(file: Path, position: int) -> None:
-    """One bit of a file."""
+    """Flip one bit of a file."""
     data = bytearray(file.read_bytes())
     data[position] ^= 1
     file.write_bytes(data)
@@ -235,7 +235,7 @@ def test_a_flipped_bit_of_a_safetensors_file(dense: Path, tmp_path: Path) -> Non
 
 
 def test_a_flipped_bit_of_every_file_of_a_checkpoint(dense: Path, checkpoint: Path, tmp_path: Path) -> None:
-    """verify names the file by the manifest; the conversion back refuses it."""
+    """`verify` finds the file by the manifest, and the conversion back refuses it."""
     assert verify(dense, checkpoint).equal
     names = sorted(str(path.relative_to(checkpoint)) for path in checkpoint.rglob("*") if path.is_file())
     assert sum(name.endswith(".distcp") for name in names) > 4 and "hf/config.json" in names
@@ -257,7 +257,7 @@ def test_a_flipped_bit_of_every_file_of_a_checkpoint(dense: Path, checkpoint: Pa
 
 
 def test_a_flipped_bit_of_a_weight_in_a_checkpoint(dense: Path, checkpoint: Path, tmp_path: Path) -> None:
-    """Beside the file, verify names the tensor."""
+    """`verify` names the tensor as well as the file."""
     wrong = tmp_path / "wrong"
     shutil.copytree(checkpoint, wrong)
     norm = f"{LAYER}input_layernorm.weight"
@@ -297,7 +297,7 @@ def changed_rules(change: Callable[[Rule], Rule]) -> Rules:
 
 
 def sources_reordered(suffix: str, order: Sequence[int]) -> Callable[[Rule], Rule]:
-    """The tensors of the rule whose parameter ends so, in another order."""
+    """Reorder the tensors of the rule whose parameter ends with `suffix`."""
 
     def change(rule: Rule) -> Rule:
         names = (rule.megatron,) if isinstance(rule.megatron, str) else rule.megatron
@@ -309,8 +309,8 @@ def sources_reordered(suffix: str, order: Sequence[int]) -> Callable[[Rule], Rul
     return change
 
 
-def woven_by_two(rule: Rule) -> Rule:
-    """fc1 woven in two groups whatever TP is: right at TP 2, wrong in what TP 1 holds."""
+def interleaved_by_two(rule: Rule) -> Rule:
+    """Interleave fc1 in two groups for every TP size, which is right for TP 2 only."""
     return replace(rule, sharding=GateUp(groups=2)) if isinstance(rule.sharding, GateUp) else rule
 
 
@@ -318,12 +318,12 @@ MAPPINGS: dict[str, Callable[[Rule], Rule]] = {
     "q and k swapped": sources_reordered("linear_qkv.weight", (1, 0, 2)),
     "k and v swapped": sources_reordered("linear_qkv.weight", (0, 2, 1)),
     "gate and up swapped": sources_reordered("mlp.linear_fc1.weight", (1, 0)),
-    "gate and up woven": woven_by_two,
+    "gate and up interleaved": interleaved_by_two,
 }
 
 
 def megatron_logits(folder: Path, checkpoint: Path, like: Tensor) -> Tensor:
-    """Logits of the fixed prompts by megatron-core's model, filled from a checkpoint by the keys that it asks for."""
+    """Compute the logits of the fixed prompts with megatron-core's model, loaded from a checkpoint by its own keys."""
     prompts = through_transformers.fixed_prompts(like.shape[-1], 2048)
     with megatron_model(model_spec(read_config(folder)), 1, 1, 0) as built, torch.no_grad():
         sharded = built.sharded_state_dict(metadata={"non_homogeneous_layers": True})
@@ -339,7 +339,7 @@ def megatron_logits(folder: Path, checkpoint: Path, like: Tensor) -> Tensor:
 def test_the_logits_notice_a_mapping_that_undoes_itself(
     name: str, dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The round trip is perfect and verify content; Megatron, loading the checkpoint, computes something else."""
+    """The round trip is exact and `verify` finds no difference, but Megatron computes something else."""
     right = ToMegatron(dense, tmp_path / "right")
     convert(right)
     wrong_rules = changed_rules(MAPPINGS[name])

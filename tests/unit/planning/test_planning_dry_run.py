@@ -1,4 +1,4 @@
-"""Ranks of planned layouts built with Megatron, without memory: they hold what the plan says, or it is told."""
+"""Ranks of planned layouts, built by Megatron without memory, hold what the plan says, or the difference is shown."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_all_ranks_in_fp32_with_a_tied_embedding_and_an_mlp_head():
 
 @pytest.fixture
 def run_file(tmp_path: Path) -> str:
-    """A configuration whose model is not there but for its architecture."""
+    """Write a configuration whose model is absent except for its architecture."""
     (tmp_path / "architectures").mkdir()
     for name in ("llama-3.1-70b", "qwen3-235b-a22b"):
         shutil.copy(ARCHITECTURES / f"{name}.json", tmp_path / "architectures")

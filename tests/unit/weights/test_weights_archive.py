@@ -1,4 +1,4 @@
-"""Tensors as `torch.save` has them, in our writing: torch and zip read them, and every byte is counted once."""
+"""Archives of our writer: torch and zip read them, and their checksums are right."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ TENSORS = {
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, tuple[int, int]], int]:
-    """A file of all tensors behind other bytes; the place of each; its CRC-32."""
+    """Write all tensors into a file after other bytes; return it, the place of each tensor, and the CRC-32."""
     path = tmp_path_factory.mktemp("archive") / "tensors"
     places = {}
     with StreamedFile(path) as file:

@@ -1,4 +1,4 @@
-"""Mixtures of experts in the mapping: facts from config.json, what is refused, and every rank of many divisions."""
+"""Mixtures of experts: facts from config.json, refusals, and the mapping on every rank of many divisions."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def test_what_cannot_be_represented_is_refused_by_name(fields: dict[str, Any], n
 def test_every_rank_is_covered_and_all_tensors_are_held(
     world: int, vpp: int, layout: LayoutConfig, folder: Path
 ) -> None:
-    """Each tensor by as many ranks as divide or copy it."""
+    """Each tensor is held by as many ranks as divide or copy it."""
     spec = model_spec(read_config(folder))
     held: Counter[str] = Counter()
     for rank in range(world):

@@ -1,4 +1,4 @@
-"""config.json -> architecture facts: both generations of rope fields, and every refusal by name."""
+"""Reading config.json: the facts, both generations of rope fields, and every refusal by name."""
 
 from __future__ import annotations
 
@@ -228,7 +228,7 @@ def test_an_idle_sliding_window_is_no_reason_to_refuse() -> None:
 
 
 def test_what_the_configuration_lets_through_is_what_there_is() -> None:
-    """And the tests have a tiny model of each."""
+    """The check of a configuration, the families and the tests' tiny models are the same set."""
     assert set(tiny_models.ARCHITECTURES) == set(families.FAMILIES)
     assert sorted(tiny_models.ARCHITECTURES.values()) == sorted(checks_model.ARCHITECTURES)
 

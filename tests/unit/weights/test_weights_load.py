@@ -1,4 +1,4 @@
-"""Folders -> parameters: every layout, only the bytes of a rank, and no silence about what does not match."""
+"""Loading folders: in every layout, only a rank's own bytes, and an error for everything that does not match."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Tensors = dict[str, Tensor]
 def empty_model(
     spec: ModelSpec, stage: PipelineStage, *, tp: int, dtype: torch.dtype = torch.float32, te: bool = False
 ) -> Tensors:
-    """Parameters of one chunk as Megatron names them, filled with NaN."""
+    """Make the parameters of one chunk with Megatron's names, filled with NaN."""
     return {
         entry.megatron[-1 if te else 0]: torch.full(
             entry.sharding.local_shape(entry.shapes, tp), float("nan"), dtype=dtype
@@ -54,7 +54,7 @@ def rewrite(folder: Path, change: Callable[[Tensors], None]) -> None:
 
 
 def shard(folder: Path, files: int = 3) -> None:
-    """Replace the single file by several with an index."""
+    """Replace the single file by several files with an index."""
     tensors = load_file(folder / SINGLE)
     weight_map = {name: f"model-{i % files + 1:05}-of-{files:05}.safetensors" for i, name in enumerate(tensors)}
     for file in set(weight_map.values()):
@@ -149,7 +149,7 @@ def test_parameters_of_a_module_are_filled_in_place(tmp_path: Path) -> None:
 
 
 def refusal(folder: Path, change: Callable[[Tensors], None] = lambda model: None, *, tp: int = 1) -> list[str]:
-    """Problems that loading reports; the model must be untouched."""
+    """Return the problems that loading reports; the model must be unchanged."""
     spec = model_spec(read_config(folder))
     model = empty_model(spec, whole(spec), tp=tp)
     change(model)

@@ -1,4 +1,4 @@
-"""Kinds of correspondence: against explicit loops, and there and back."""
+"""Shardings against explicit loops, and their inverses."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def random(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 def shards_of(sharding: Sharding, sources: list[Tensor], size: int, local: tuple[int, ...] | None = None) -> Tensor:
-    """[size, *local], every element written or NaN."""
+    """Shard for all ranks, [size, *local]; elements that are not written stay NaN."""
     local = local or sharding.local_shape([tuple(source.shape) for source in sources], size)
     shards = torch.full((size, *local), float("nan"), dtype=sources[0].dtype)
     for rank in range(size):
@@ -33,7 +33,7 @@ def restored(sharding: Sharding, shards: Tensor, sources: list[Tensor]) -> list[
 
 
 def fused_by_loop(q: Tensor, k: Tensor, v: Tensor, heads: int, kv_heads: int, head_dim: int) -> Tensor:
-    """Megatron's order of rows, head by head: a KV group is its query heads, its key head, its value head."""
+    """Order the rows as Megatron does, head by head: for each KV group query heads, key head, value head."""
     rows = []
     for group in range(kv_heads):
         for head in range(heads):

@@ -44,7 +44,7 @@ def test_names_and_shapes_on_every_rank(
 
 
 def logits(folder: Path, tokens: Tensor) -> tuple[Tensor, Tensor]:
-    """Megatron's and those of transformers, [B, T, VOCAB] float32."""
+    """Compute Megatron's logits and those of transformers, [B, T, VOCAB] float32."""
     spec = model_spec(read_config(folder))
     with megatron_model(spec, 1, 1, 0) as built, HFReader(folder) as reader, torch.no_grad():
         stage = even_stages(spec.num_layers, 1)[0]
@@ -58,7 +58,7 @@ def logits(folder: Path, tokens: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def error(folder: Path, tokens: Tensor) -> float:
-    """Largest difference, relative to the largest logit: fp32 transformers itself is 2e-5 from fp64 at logits of 7."""
+    """Return the largest difference relative to the largest logit; fp32 itself is 2e-5 from fp64 at logits of 7."""
     ours, theirs = logits(folder, tokens)
     return float((ours - theirs).abs().max() / theirs.abs().max())
 
@@ -118,7 +118,7 @@ MUTATIONS: dict[str, Callable[[dict[str, Tensor]], None]] = {
 
 @pytest.mark.parametrize("mutation", MUTATIONS)
 def test_the_logits_notice(mutation: str, tmp_path: Path) -> None:
-    """The comparison above is sharp: Megatron with a mutated folder is far from transformers with the true one."""
+    """The comparison above notices faults: with a mutated folder Megatron is far from transformers."""
     sizes = {"heads": 4, "kv_heads": 4, "vocab": VOCAB, "seed": 3}
     true, wrong = tiny_llama(tmp_path / "true", **sizes), tiny_llama(tmp_path / "wrong", **sizes)
     tensors = load_file(wrong / SINGLE)

@@ -18,7 +18,7 @@ PAGE = (ROOT / "docs" / "families.md").read_text().partition("## Adding a family
 
 
 def block(language: str) -> str:
-    """The page's only fenced block of a language."""
+    """Return the page's only fenced block of a language."""
     (found,) = re.findall(rf"^```{language}\n(.*?)^```$", PAGE, re.DOTALL | re.MULTILINE)
     return found
 

@@ -1,4 +1,4 @@
-"""Shapes of released models, as their config.json has them: what is read from it, and how many parameters it makes."""
+"""Released models: the facts of their config.json, and their number of parameters."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ LLAMA3 = {
 
 
 def config(family: str, hidden: int, ffn: int, layers: int, heads: int, kv: int, vocab: int, **more: Any) -> dict:
-    """What all of them have; heads: of queries."""
+    """Make a config.json with the fields that all models have."""
     sizes = {"hidden_size": hidden, "intermediate_size": ffn, "num_hidden_layers": layers, "vocab_size": vocab}
     attention = {"num_attention_heads": heads, "num_key_value_heads": kv, "attention_dropout": 0.0}
     return {"model_type": family, "hidden_act": "silu", **sizes, **attention, "use_cache": True, **more}
