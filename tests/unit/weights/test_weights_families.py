@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
+import subprocess
+import sys
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -11,6 +14,7 @@ from typing import Any
 import pytest
 import tiny_models
 import torch
+from paths import ROOT
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
@@ -231,6 +235,15 @@ def test_what_the_configuration_lets_through_is_what_there_is() -> None:
     """The check of a configuration, the families and the tests' tiny models are the same set."""
     assert set(tiny_models.ARCHITECTURES) == set(families.FAMILIES)
     assert sorted(tiny_models.ARCHITECTURES.values()) == sorted(checks_model.ARCHITECTURES)
+
+
+def test_facts_and_plans_need_no_torch() -> None:
+    """`clipo plan` and the check of a configuration answer in a second or two, on a laptop without torch."""
+    script = (
+        "import sys, clipo_megatron.checks.model, clipo_megatron.planning.layouts; "
+        "assert not {'torch', 'megatron', 'transformers'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", script], env=os.environ | {"PYTHONPATH": str(ROOT)}, check=True)
 
 
 def test_a_refusal_of_gemma2_says_what_is_missing() -> None:
