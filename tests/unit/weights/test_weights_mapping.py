@@ -179,10 +179,10 @@ def test_parts_are_cast_to_the_parameter() -> None:
 
 def test_layers_are_local_on_one_side_and_global_on_the_other() -> None:
     rules = [
-        Rule("first", {"hf.first": (1,)}, Replicated(), on=ChunkScope.FIRST),
+        Rule("first", {"hf.first": (1,)}, Replicated(), scope=ChunkScope.FIRST),
         Rule(("m.{layer}", "te.{layer}"), {"hf.{layer}": (1,)}, Replicated()),
-        Rule("last", {"hf.last": (1,)}, Replicated(), on=ChunkScope.LAST),
-        Rule("copy", {"hf.first": (1,)}, Replicated(), on=ChunkScope.LAST, copy=True),
+        Rule("last", {"hf.last": (1,)}, Replicated(), scope=ChunkScope.LAST),
+        Rule("copy", {"hf.first": (1,)}, Replicated(), scope=ChunkScope.LAST, copy=True),
     ]
     first, second = (bind(rules, stage) for stage in even_stages(4, 2))
     assert [(entry.megatron, entry.hf[0].name) for entry in first] == [
