@@ -1,4 +1,4 @@
-"""The contract every rollout engine keeps: who calls what, when, and what may fail."""
+"""The contract of every rollout engine: which calls it answers, in which order, and what may fail."""
 
 from __future__ import annotations
 
@@ -17,8 +17,11 @@ class EngineError(RuntimeError):
 
 
 class EngineLostError(EngineError):
-    """Nothing is left that generates, but it may come back: `unanswered` requests can be asked again after new weights
-    were loaded. Groups that were yielded before are complete and stay valid."""
+    """Every server was lost, but servers may come back.
+
+    The `unanswered` requests can be sent again once the engine has been given weights. Groups that were yielded before
+    are complete and stay valid.
+    """
 
     def __init__(self, message: str, unanswered: Sequence[Request]):
         super().__init__(message)
@@ -26,38 +29,38 @@ class EngineLostError(EngineError):
 
 
 class Cancelled(RuntimeError):
-    """Generation was given up because the run is to end; nothing of it counts, and nothing of it runs any more."""
+    """Generation was cancelled because the run is to end. Its results are discarded, and none of it still runs."""
 
     def __init__(self) -> None:
-        super().__init__("generation was given up, because the run is to end; the same command generates again")
+        super().__init__("generation was cancelled, because the run is to end; the same command generates again")
 
 
 def never() -> bool:
-    """For generation that nobody gives up."""
+    """The default of `should_cancel`: nobody cancels."""
     return False
 
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
-    """How responses are drawn. `temperature == 0` is greedy."""
+    """How responses are sampled. `temperature == 0` is greedy."""
 
     samples: int = 1
     max_new_tokens: int = 1024
-    window_tokens: int | None = None  # by which a rollout grows at most before it finishes as "window"; None: any
+    window_tokens: int | None = None  # tokens a rollout may grow by in one step; it then finishes as "window"
     temperature: float = 1.0
     top_p: float = 1.0
-    top_k: int = 0  # 0: off
+    top_k: int = 0  # 0 keeps every token
     stop_ids: tuple[int, ...] = ()
-    seed: int = 0  # of the run; the engine derives one seed per (seed, step, prompt id, sample)
+    seed: int = 0  # the run's; the engine derives a seed from (seed, step, prompt id, sample)
     step: int = 0
-    exact_logprobs: bool = True  # those of the policy, before truncation; evaluation does not read them
+    exact_logprobs: bool = True  # log-probs must be those before truncation; evaluation does not read them
 
-    def limit(self, trained: int = 0) -> int:
-        """Tokens at which a response ends or its window does, when `trained` of them are those of earlier windows."""
+    def token_limit(self, trained: int = 0) -> int:
+        """Length at which a response ends, or its window does; its first `trained` tokens are of earlier windows."""
         return min(self.max_new_tokens, trained + (self.window_tokens or self.max_new_tokens))
 
-    def cut(self, tokens: int) -> Finish:
-        """What the finish of a response is that was ended after so many tokens."""
+    def finish_at(self, tokens: int) -> Finish:
+        """The finish of a response that reached its token limit at this length."""
         return "length" if tokens >= self.max_new_tokens else "window"
 
     def check(self) -> None:
@@ -78,13 +81,32 @@ class SamplingParams:
 class Request(NamedTuple):
     """One prompt to answer."""
 
-    position: int  # its group carries it; no other request that is unanswered has the same
+    position: int  # unique among unanswered requests; the request's group carries it
     prompt: Prompt
-    begun: tuple[Rollout, ...] = ()  # rollouts of an interrupted request: aborted ones go on from their tokens
+    begun: tuple[Rollout, ...] = ()  # partial rollouts of an interrupted request; aborted ones continue
+
+
+def name_prompts(requests: Iterable[Request]) -> str:
+    """The ids of the requests' prompts for a message, the first eight spelled out."""
+    names = [request.prompt.id for request in requests]
+    return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+
+
+def check_prompts(requests: Iterable[Request], vocabulary: int) -> None:
+    """Raise EngineError for a prompt that is empty or has a token id outside `vocabulary` (0: its size is unknown)."""
+    for request in requests:
+        tokens = request.prompt.tokens
+        if not tokens.numel():
+            raise EngineError(f"Prompt {request.prompt.id} has no tokens; give it a message.")
+        if int(tokens.min()) < 0 or (vocabulary and int(tokens.max()) >= vocabulary):
+            raise EngineError(
+                f"Prompt {request.prompt.id} has a token outside the model's vocabulary of {vocabulary} (smallest "
+                f"{int(tokens.min())}, largest {int(tokens.max())}); tokenise it with the tokenizer of the same folder."
+            )
 
 
 class Generation(Iterator[RolloutGroup]):
-    """Groups as they finish, in any order. Exhaust it, `stop`, `close` or `leave` it."""
+    """Yields groups as they finish, in any order. The caller exhausts, stops, closes or detaches it."""
 
     def __init__(self, groups: Iterator[RolloutGroup]):
         self._groups = groups
@@ -93,53 +115,55 @@ class Generation(Iterator[RolloutGroup]):
         return next(self._groups)
 
     def stop(self) -> list[RolloutGroup]:
-        """End what still runs, and return what there is of it: groups in which some rollouts are aborted.
+        """End unfinished requests and return their partial groups, in which some rollouts are aborted.
 
-        A rollout without a token yet is left out. An engine that keeps nothing of unfinished groups returns none.
+        Rollouts without a token are left out. An engine that keeps no partial rollouts returns no groups.
         """
         self.close()
         return []
 
-    def leave(self) -> None:
-        """Let what still runs go on, while the weights are updated too.
+    def detach(self) -> None:
+        """Let unfinished requests continue, across an update of the weights too.
 
-        The next `generate` yields these groups besides those of its own requests, and an `EngineLostError` of it has
-        them among its `unanswered`. Until then `stop` and `close` of this generation end them. An engine that keeps
-        nothing running raises EngineError.
+        The next `generate` also yields their groups, and lists them in `EngineLostError.unanswered` when it fails.
+        Until then `stop` and `close` of this generation end them.
+
+        Raises:
+            EngineError: this engine keeps nothing running between two steps.
         """
         raise EngineError("This engine keeps nothing running between two steps; set rollout.unfinished=drop.")
 
     def close(self) -> None:
-        """End what still runs and forget it. Idempotent."""
+        """End unfinished requests and discard them. Idempotent."""
         if close := getattr(self._groups, "close", None):
             close()
 
 
 class Memory(str, Enum):
-    """What an engine that shares its GPUs with the trainer can give back."""
+    """GPU memory that an engine can give back to a trainer on the same GPUs."""
 
     weights = "weights"
     kv_cache = "kv_cache"
 
 
 class InFlight(str, Enum):
-    """What becomes of generation in flight when an engine pauses."""
+    """What happens to requests in flight when an engine pauses."""
 
-    abort = "abort"  # it ends, with the tokens it has
-    retract = "retract"  # it waits, and goes on under the weights of then; its cache is computed again
+    abort = "abort"  # they end with the tokens they have
+    retract = "retract"  # they wait, then continue under the weights of that time with their cache recomputed
 
 
 class Engine(Protocol):
     """Generates responses with the newest weights it was given.
 
-    Lifecycle: construct -> load_weights(version=0) -> (generate | load_weights | pause .. resume)* -> close. A single
-    caller per engine; a `Generation` is exhausted, stopped, closed or left before the next one. The caller owns the
-    tensors it passes and gets.
+    Lifecycle: construct -> load_weights(version=0) -> (generate | load_weights | pause .. resume)* -> close. An engine
+    has one caller; a `Generation` is exhausted, stopped, closed or detached before the next one starts. The caller
+    owns the tensors it passes in and the tensors it gets back.
     """
 
     @property
     def version(self) -> int:
-        """Of the weights in use; -1 before the first load."""
+        """The version of the weights in use; -1 before the first load."""
         ...
 
     def generate(
@@ -150,53 +174,49 @@ class Engine(Protocol):
         deadline_s: float,
         should_cancel: Callable[[], bool] = never,
     ) -> Generation:
-        """One group a request. Token ids and log-probs are the engine's own; no text is tokenised again.
+        """Yield one group for each request. Token ids and log-probs are the engine's own; text is never re-tokenised.
 
         Args:
-            give_up: looked at about every second while a group is waited for; True ends the generation.
+            should_cancel: asked about once a second while the next group is awaited; True ends the generation.
 
         Raises:
             EngineError: when the deadline passes or generation fails; names the prompts without an answer.
-            Abandoned: `should_cancel` said so.
+            Cancelled: `should_cancel` returned True.
         """
         ...
 
     def load_weights(self, tensors: Iterable[tuple[str, Tensor]], *, version: int) -> None:
-        """Take new weights, by Hugging Face name and shape. After it returns, only the new weights generate.
+        """Replace the weights, given by Hugging Face name. After it returns, only the new weights generate.
 
         Raises:
-            EngineError: a name or shape that the model lacks, or one that never came; all are listed.
+            EngineError: lists every name or shape that does not fit the model, and every name that is missing.
         """
         ...
 
     def pause(self, in_flight: InFlight = InFlight.abort) -> None:
-        """Generate nothing until `resume`. Idempotent."""
+        """Stop generating until `resume`. Idempotent."""
         ...
 
     def resume(self) -> None:
-        """Go on after `pause`. Idempotent."""
+        """Generate again after `pause`. Idempotent."""
         ...
 
     def offload(self, *what: Memory) -> None:
-        """Give GPU memory back; nothing is in flight. Weights released have to be loaded again. Idempotent."""
+        """Give GPU memory back while nothing is in flight. Offloaded weights have to be loaded again. Idempotent."""
         ...
 
     def onload(self, *what: Memory) -> None:
-        """Take the memory again; its contents are undefined until loaded. Idempotent."""
+        """Take offloaded memory back; its contents are undefined until loaded. Idempotent."""
         ...
 
     def take_statistics(self) -> dict[str, float]:
-        """Counts of what happened since the last call, for the step's report; those of several engines add up."""
+        """Return counters since the last call, for the step's report. Counters of several engines can be added."""
         ...
 
     def health(self) -> None:
-        """Return when the engine can serve.
-
-        Raises:
-            EngineError: with the reason when it cannot.
-        """
+        """Raise EngineError, with the reason, unless the engine can serve."""
         ...
 
     def close(self) -> None:
-        """Free everything. Idempotent."""
+        """Free all resources. Idempotent."""
         ...

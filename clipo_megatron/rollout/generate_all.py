@@ -1,4 +1,4 @@
-"""Every request answered once, over as many lives of the engine as that takes."""
+"""Generates every requested group once, even when the engine is lost and given weights again in between."""
 
 from __future__ import annotations
 
@@ -19,22 +19,23 @@ from clipo_megatron.rollout.engine import (
     Generation,
     Request,
     SamplingParams,
+    name_prompts,
     never,
 )
 
-RECOVERIES = 8  # of the engine within one call of `ask`; more mean that the servers do not stay up
+MAX_RESYNCS = 8  # within one call; an engine that is lost more often does not stay up
 
 
 @dataclass(slots=True)
-class Asked:
-    """What a rank is left with after `ask`."""
+class Remainder:
+    """What `generate_all` leaves on a rank."""
 
-    unanswered: list[Request]  # by position; none unless `take` had enough
-    running: Generation | None  # that goes on with them, where they were left running
-    recoveries: int  # times that the engine was lost, on any rank
+    unanswered: list[Request]  # ordered by position; empty unless `take` stopped generation early
+    running: Generation | None  # the detached generation that continues with them, if there is one
+    resyncs: int  # how often an engine was lost, on any rank
 
 
-def ask(
+def generate_all(
     engine: Engine | None,
     requests: Sequence[Request],
     params: SamplingParams,
@@ -45,65 +46,65 @@ def ask(
     running: Sequence[Request] = (),
     unfinished: Unfinished = Unfinished.drop,
     should_cancel: Callable[[], bool] = never,
-) -> Asked:
-    """Hand groups to `take` as they finish, until all are there or `take` has enough; collective.
+) -> Remainder:
+    """Pass groups to `take` as they finish, until all are there or `take` returns True; collective.
 
-    When a rank's engine is lost, all ranks meet, call `resync` and ask again for what is unanswered. Ranks that have
-    nothing to ask take part with no requests.
+    When any rank loses its engine, all ranks call `resync` together, and the unanswered requests are sent again. Ranks
+    without requests take part too.
 
     Args:
-        engine: with the weights to use; None where there is nothing to ask.
-        requests: of this rank; positions differ.
+        engine: holds the weights to use; None on ranks that send no requests.
+        requests: this rank's requests; their positions differ.
         params: how to sample.
-        take: gets each group once; True means that no more are needed.
-        recover: collective; gives engines that came back the current weights.
-        deadline: of time.monotonic(), for everything.
-        running: requests that an earlier generation was left with; the engine yields them by itself.
-        unfinished: what becomes of requests when `take` has enough: closed, stopped, or left running. Stopped ones are
-            returned with the tokens they have, as begun.
-        give_up: whether this rank is to generate no longer; where one is, all ranks give up.
+        take: receives each group once; returns True when no more groups are needed.
+        resync: gives engines that came back the current weights; collective.
+        deadline: for everything, on the clock of time.monotonic().
+        running: requests of a detached generation, whose groups the engine yields without being asked again.
+        unfinished: what happens to requests that are unfinished when `take` returns True. Under `resume` they are
+            returned with their partial rollouts.
+        should_cancel: whether to cancel; if any rank's returns True, all ranks cancel.
 
     Raises:
-        Abandoned: on every rank, because a rank gave up; groups that `take` got count for nothing.
-        EngineError: the deadline passed, the engine failed for good, or it answered what nobody had asked.
+        Cancelled: on every rank, because one cancelled; groups that `take` received are to be discarded.
+        EngineError: the deadline passed, the engine failed for good, or it answered a request that was not open.
     """
     unanswered = {request.position: request for request in (*running, *requests)}
     if len(unanswered) < len(running) + len(requests):
         raise ValueError("two requests have the same position")
-    to_ask, enough, recoveries = list(requests), False, 0
-    part: Generation | None = None
+    to_send, enough, resyncs = list(requests), False, 0
+    detached: Generation | None = None
     while True:
         lost: EngineLostError | None = None
         cancelled = bool(unanswered) and not enough and should_cancel()
         if unanswered and not enough and not cancelled:
             try:
-                left = max(0.0, deadline - time.monotonic())
-                generation = engine.generate(to_ask, params, deadline_s=left, should_cancel=should_cancel)
+                seconds = max(0.0, deadline - time.monotonic())
+                generation = engine.generate(to_send, params, deadline_s=seconds, should_cancel=should_cancel)
                 for group in generation:
-                    _settle(group, unanswered)
+                    _mark_answered(group, unanswered)
                     if enough := take(group):
-                        part = _part(generation, unanswered, unfinished)
+                        detached = _interrupt(generation, unanswered, unfinished)
                         break
                 if unanswered and not enough:
-                    raise EngineError(f"generation ended without an answer to {_names(unanswered)}")
+                    raise EngineError(f"generation ended without an answer to {name_prompts(unanswered.values())}")
             except Cancelled:
                 cancelled = True
             except EngineLostError as error:
                 lost = error
-                # What it knows of a request, such as the tokens it has, is newer than what was asked.
+                # Its requests are newer than ours: they may hold partial rollouts.
                 unanswered |= {each.position: each for each in error.unanswered if each.position in unanswered}
-                to_ask = list(unanswered.values())
+                to_send = list(unanswered.values())
         cancelled = cancelled or (lost is not None and should_cancel())
-        anybody, overdue, abandoned = _agree(lost is not None, time.monotonic() >= deadline, cancelled)
-        if abandoned:
-            if part is not None:
-                part.close()
+        any_lost, any_overdue, any_cancelled = _any_rank(lost is not None, time.monotonic() >= deadline, cancelled)
+        if any_cancelled:
+            if detached is not None:
+                detached.close()
             raise Cancelled
-        if not anybody:
-            return Asked([unanswered[position] for position in sorted(unanswered)], part, recoveries)
-        recoveries += 1
-        if overdue or recoveries > RECOVERIES:
-            why = "rollout.deadline_s has passed" if overdue else f"that was loss {recoveries} in one generation"
+        if not any_lost:
+            return Remainder([unanswered[position] for position in sorted(unanswered)], detached, resyncs)
+        resyncs += 1
+        if any_overdue or resyncs > MAX_RESYNCS:
+            why = "rollout.deadline_s has passed" if any_overdue else f"that was loss {resyncs} in one generation"
             raise EngineError(
                 f"{lost or 'another rank lost its engine'}. Not asked again: {why}. Look at the servers' logs; the "
                 "same command goes on from the last checkpoint"
@@ -111,24 +112,24 @@ def ask(
         resync()
 
 
-def _part(generation: Generation, unanswered: dict[int, Request], unfinished: Unfinished) -> Generation | None:
-    """End or leave a generation before it is exhausted; returned if it goes on."""
+def _interrupt(generation: Generation, unanswered: dict[int, Request], unfinished: Unfinished) -> Generation | None:
+    """End or detach a generation that is not exhausted; return it if it was detached."""
     if unanswered and unfinished is Unfinished.keep_running:
-        generation.leave()
+        generation.detach()
         return generation
     if unanswered and unfinished is Unfinished.resume:
-        unanswered |= {each.position: each for each in begun(generation.stop(), unanswered.values())}
+        unanswered |= {each.position: each for each in with_partial(generation.stop(), unanswered.values())}
     generation.close()
     return None
 
 
-def begun(partial: Sequence[RolloutGroup], requests: Iterable[Request]) -> list[Request]:
-    """The requests, each with the rollouts that an interrupted generation has of it."""
+def with_partial(partial: Sequence[RolloutGroup], requests: Iterable[Request]) -> list[Request]:
+    """The requests, each with its rollouts out of the partial groups of an interrupted generation."""
     have = {group.position: tuple(group.rollouts) for group in partial}
     return [each._replace(begun=have.get(each.position, each.begun)) for each in requests]
 
 
-def _settle(group: RolloutGroup, unanswered: dict[int, Request]) -> None:
+def _mark_answered(group: RolloutGroup, unanswered: dict[int, Request]) -> None:
     request = unanswered.pop(group.position, None)
     if request is None or request.prompt.id != group.prompt.id:
         raise EngineError(
@@ -137,13 +138,8 @@ def _settle(group: RolloutGroup, unanswered: dict[int, Request]) -> None:
         )
 
 
-def _names(unanswered: dict[int, Request]) -> str:
-    names = [request.prompt.id for request in unanswered.values()]
-    return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
-
-
-def _agree(*facts: bool) -> list[bool]:
-    """Which facts hold on any rank."""
+def _any_rank(*facts: bool) -> list[bool]:
+    """For each fact, whether it holds on any rank; collective."""
     flags = torch.tensor([int(fact) for fact in facts])
     dist.all_reduce(flags, op=dist.ReduceOp.MAX)
     return flags.bool().tolist()

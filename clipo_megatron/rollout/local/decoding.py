@@ -1,6 +1,6 @@
 """One wave of the local engine: its prompts are prefilled once, then their samples are decoded together.
 
-Columns of the cache, the same for all rows of a wave (c: shared prefix, L: longest prompt, t: tokens drawn so far):
+The columns of the cache are the same for all rows of a wave (c: shared prefix, L: longest prompt, t: tokens drawn):
 
     [ shared prefix 0 .. c-1 | masked | the prompt's own tokens .. L-1 | response L .. L+t-1 ]
 """
@@ -18,18 +18,18 @@ from clipo_megatron.rollout.engine import SamplingParams
 from clipo_megatron.rollout.local.kv_cache import KVCache, PrefilledBatch, room_for
 from clipo_megatron.rollout.local.sampling import draw
 
-PREFILL_TOKENS = 4096  # of one prefill forward, padding included; a longer prompt gets its own
-_HEAD_SLICE = 2048  # rows of the LM head multiplied at once on a CPU
-_SHORTEST_SHARED_PREFIX = 8  # tokens below which a forward of its own does not pay
+PREFILL_TOKENS = 4096  # of one prefill forward, padding included; a longer prompt gets a forward of its own
+_HEAD_SLICE = 2048  # rows of the LM head that are multiplied at once on a CPU
+_MIN_SHARED_PREFIX = 8  # tokens; a shorter prefix is not worth a forward of its own
 
 
 class NonFiniteLogits(RuntimeError):
-    """The model gave NaN or infinite log-probs."""
+    """The model produced NaN or infinite log-probs."""
 
 
 @dataclass(frozen=True, slots=True)
 class Prefilled:
-    """The prompts of a wave after their prefill, in the order they came in."""
+    """The prompts of a wave after their prefill, in order."""
 
     parts: list[PrefilledBatch]
     logits: Tensor  # [P, V] after each prompt's last token
@@ -40,9 +40,9 @@ class Prefilled:
 
 @torch.inference_mode()
 def prefill(model: nn.Module, prompts: Sequence[Tensor], check: Callable[[], None]) -> Prefilled:
-    """Run every prompt ([P_i] int64 each, longest first) through the model once; `check` is called before each forward.
+    """Run every prompt ([P_i] int64, longest first) through the model once, similar lengths in one forward.
 
-    Prompts of similar length share a forward of at most `PREFILL_TOKENS`.
+    `check` is called before each forward, and may raise.
     """
     device = model.device
     shared = shared_prefix(prompts)
@@ -62,14 +62,14 @@ def prefill(model: nn.Module, prompts: Sequence[Tensor], check: Callable[[], Non
 
 
 def window_of(model: nn.Module) -> int | None:
-    """Tokens that a token attends to, itself among them, in every layer; None: all before it."""
+    """The length of the model's sliding window, the token itself included; None if attention is not limited."""
     return getattr(model.config, "sliding_window", None)
 
 
 def shared_prefix(prompts: Sequence[Tensor]) -> int:
-    """Length of the prefix that all prompts share and that is worth a forward of its own, else 0.
+    """The length of the prefix that all prompts share, or 0 if it is not worth a forward of its own.
 
-    Every prompt keeps at least one token of its own: its logits come from there.
+    Every prompt keeps at least one token of its own, whose logits are needed.
     """
     if len(prompts) < 2:
         return 0
@@ -78,11 +78,11 @@ def shared_prefix(prompts: Sequence[Tensor]) -> int:
         differs = (prompt[:shared] != prompts[0][:shared]).nonzero()
         if differs.numel():
             shared = int(differs[0])
-    return shared if shared >= _SHORTEST_SHARED_PREFIX else 0
+    return shared if shared >= _MIN_SHARED_PREFIX else 0
 
 
 def _similar_lengths(lengths: Sequence[int]) -> Iterator[tuple[int, int]]:
-    """Ranges of consecutive prompts (longest first) whose padded forward stays within `PREFILL_TOKENS`."""
+    """Ranges of consecutive prompts (longest first) that fit into a padded forward of `PREFILL_TOKENS`."""
     start = 0
     while start < len(lengths):
         stop = min(len(lengths), start + max(1, PREFILL_TOKENS // lengths[start]))
@@ -93,7 +93,7 @@ def _similar_lengths(lengths: Sequence[int]) -> Iterator[tuple[int, int]]:
 def _prefill_part(
     model: nn.Module, own: Sequence[Tensor], shared: int, prefix: KVCache | None
 ) -> tuple[PrefilledBatch, Tensor]:
-    """Prefill prompts without their shared prefix, padded on the left; states [n, H] of their last tokens."""
+    """Prefill the prompts' own tokens, padded on the left, after the prefix; also returns their last states [n, H]."""
     device, rows, width = model.device, len(own), own[0].numel()
     tokens = torch.zeros(rows, width, dtype=torch.int64)
     for row, prompt in enumerate(own):
@@ -102,13 +102,13 @@ def _prefill_part(
     column = torch.arange(width, device=device)
     positions = shared + (column - padding).clamp(min=0)
 
-    mask = None  # plain causal attention (within the model's window), for which kernels need no mask
+    mask = None  # without padding or prefix attention is plain causal, for which kernels need no mask
     window = window_of(model)
     if prefix is not None or bool(padding.any()):
         visible = (column >= padding)[:, None, :] & (column <= column[:, None])
         if window is not None:
             visible &= column > column[:, None] - window
-        visible |= torch.eye(width, dtype=torch.bool, device=device)  # a row of nothing but -inf would give NaN
+        visible |= torch.eye(width, dtype=torch.bool, device=device)  # a fully masked row would give NaN
         before = torch.ones(rows, width, shared, dtype=torch.bool, device=device)
         if window is not None:
             before &= torch.arange(shared, device=device) > positions[..., None] - window
@@ -118,7 +118,7 @@ def _prefill_part(
 
 
 def _forward(model: nn.Module, tokens: Tensor, positions: Tensor, mask: Tensor | None, cache: KVCache) -> Tensor:
-    """Final states [n, H] of the last of the given tokens [n, l]; `mask` is [n, 1, l, columns] bool, True: visible."""
+    """The last tokens' final states [n, H] for tokens [n, l]; `mask` [n, 1, l, columns] is True where visible."""
     outputs = model.get_decoder()(
         input_ids=tokens, position_ids=positions, attention_mask=mask, past_key_values=cache, use_cache=True
     )
@@ -126,10 +126,10 @@ def _forward(model: nn.Module, tokens: Tensor, positions: Tensor, mask: Tensor |
 
 
 class Head:
-    """The LM head into a buffer of its own, reused by every call.
+    """The LM head, which writes into a buffer that every call reuses.
 
-    On a CPU the vocabulary is taken in slices, which stay in the processor's cache; with the saved allocation this
-    halves the head's time at V = 49,152.
+    On a CPU it multiplies slices of the vocabulary that fit into the processor's cache. Together with the buffer this
+    halves its time at V = 49,152.
     """
 
     def __init__(self, model: nn.Module, rows: int):
@@ -138,7 +138,7 @@ class Head:
         self._buffer = weight.new_empty(rows, weight.shape[0])
 
     def __call__(self, states: Tensor) -> Tensor:
-        """Logits [n, V] of states [n, H]; valid until the next call."""
+        """Return the logits [n, V] of states [n, H]; they are valid until the next call."""
         logits = self._buffer[: states.shape[0]]
         start = 0
         for part in self._slices:
@@ -150,8 +150,15 @@ class Head:
 class DecodeBatch:
     """Rows that are decoded together: `repeats` neighbouring rows for each prompt of the wave.
 
-    `limits` has the tokens of each row at most; `uniforms` is [rows, longest limit] float64, None when greedy. `tokens`
-    (int64) and `logprobs` (float32) have the same shape and fill up from the left as `step` is called.
+    Args:
+        model: a transformers decoder.
+        prompts: the wave's prompts after their prefill.
+        repeats: how many samples of each prompt are drawn.
+        params: how to sample.
+        limits: the largest number of new tokens of each row.
+        uniforms: random numbers [rows, longest limit] float64; None if greedy.
+
+    `tokens` (int64) and `logprobs` (float32), both [rows, longest limit], fill up from the left with each `step`.
     """
 
     def __init__(
@@ -172,12 +179,12 @@ class DecodeBatch:
         self._limits = torch.tensor(limits, device=device)
         self._uniforms = None if uniforms is None else torch.from_numpy(uniforms).to(device)
         self._stop = torch.tensor(params.stop_ids, dtype=torch.int64, device=device)
-        self._live = torch.arange(count, device=device)  # batch place -> row
+        self._live = torch.arange(count, device=device)  # index in the batch -> row
         self._start(prompts, repeats)
 
     @property
     def live(self) -> int:
-        """Rows that have not finished."""
+        """The number of rows that have not finished."""
         return self._live.numel()
 
     @torch.inference_mode()
@@ -200,10 +207,13 @@ class DecodeBatch:
 
     @torch.inference_mode()
     def step(self) -> list[tuple[int, bool]]:
-        """Draw the next token of every live row; rows that end with it, as (row, whether a stop token ended it).
+        """Draw the next token of every live row.
+
+        Returns:
+            The rows that finished, each with whether a stop token ended it.
 
         Raises:
-            NonFiniteLogits: when a log-prob is not finite.
+            NonFiniteLogits: a log-prob is not finite.
         """
         if self.length:
             self._advance()
@@ -229,12 +239,12 @@ class DecodeBatch:
         return finished
 
     def _visible_now(self) -> Tensor:
-        """[live, 1, 1, columns] bool, which columns the newest token of each live row attends to."""
+        """Which columns the newest token of each live row attends to, [live, 1, 1, columns] bool."""
         live, column = self._live, self._longest + self.length - 1
         visible = self._visible[: live.numel(), :, :, : column + 1]
         if self._window is None or self._window > column:
             return visible
-        # Distances are right once the shared prefix is moved up to the prompt's own tokens.
+        # Distances are correct once the columns of the shared prefix are moved next to the prompt's own tokens.
         moved = torch.arange(column + 1, device=live.device).repeat(live.numel(), 1)
         moved[:, : self._shared] += (self._longest - self._prompt_length[live])[:, None]
         return visible & (moved > column - self._window)[:, None, None, :]
@@ -251,7 +261,7 @@ class DecodeBatch:
         self._logits = self._head(states)
 
     def _drop(self, done: Tensor) -> None:
-        """Take finished rows out by moving the last live ones into their places: no other row is copied."""
+        """Remove finished rows by moving the last live ones into their places; no other row is copied."""
         kept = int((~done).sum())
         if kept:
             holes = done[:kept].nonzero()[:, 0]

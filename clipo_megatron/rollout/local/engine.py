@@ -1,6 +1,6 @@
-"""Rollouts inside the training process: a transformers decoder, decoded in batches by a loop of our own.
+"""The local engine: a transformers decoder inside the training process, with a decoding loop of our own.
 
-What makes it faster than `generate`: a prompt is prefilled once for its G samples, the prefix that the prompts of a
+It is faster than transformers' `generate`: a prompt is prefilled once for its G samples, a prefix that the prompts of a
 wave share (system prompt, template) is prefilled once for all of them, keys and values are written in place, and
 finished rows leave the batch at once.
 """
@@ -21,6 +21,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers.initialization import no_init_weights
 
 from clipo_megatron.flow import Prompt, Rollout, RolloutGroup
+from clipo_megatron.rollout.continuation import append_tokens, if_finished, missing_samples
 from clipo_megatron.rollout.engine import (
     Cancelled,
     EngineError,
@@ -29,43 +30,43 @@ from clipo_megatron.rollout.engine import (
     Memory,
     Request,
     SamplingParams,
+    check_prompts,
+    name_prompts,
     never,
 )
 from clipo_megatron.rollout.local.decoding import DecodeBatch, NonFiniteLogits, prefill
 from clipo_megatron.rollout.local.sampling import rollout_uniforms
-from clipo_megatron.rollout.servers.response_checks import missing_samples, settled
 
-# What some families do to the logits after the LM head; Llama and Qwen2 do none of it.
+# Settings of some families that change the logits after the LM head, which the decoding loop does not do.
 _LOGIT_CHANGES = ("final_logit_softcapping", "logit_scale", "logits_scaling")
-_LISTED = 8  # names spelled out in a message before "and N more"
 
 
 class _Line(NamedTuple):
-    """Tokens that samples of one request go on from."""
+    """Tokens that one or more samples of a request continue."""
 
-    place: int  # of the request
+    index: int  # of the request in its call
     prompt: Prompt
-    tokens: Tensor  # the prompt's, and what an interrupted rollout has
+    tokens: Tensor  # [P] int64: the prompt's tokens, and those of a partial rollout
     samples: tuple[int, ...]
-    limit: int  # new tokens at most
+    limit: int  # new tokens of each sample, at most
     begun: Rollout | None = None
 
 
 class LocalEngine:
-    """The `Engine` contract by transformers, on the device and in the process of its caller.
+    """Implements the `Engine` contract with transformers, in the process and on the device of its caller.
 
-    Built from `config.json` and the tokenizer of a Hugging Face folder; no weights are read, they come through
-    `load_weights`. Same weights, same (seed, step, prompt id, sample): same response, whatever the batch (up to
-    floating-point ties, which bf16 makes likely).
+    It is built from `config.json` and the tokenizer of a Hugging Face folder; weights come only through `load_weights`.
+    The same weights and the same (seed, step, prompt id, sample) give the same response in any batch, except for
+    floating-point ties, which bf16 makes likely.
 
     Args:
         model_dir: Hugging Face folder.
-        dtype: of weights and activations; log-probs are float32 in any case.
-        device: where weights, cache and logits live. Rollouts come back on the CPU.
-        batch_size: sequences decoded at once, at least 1.
+        dtype: dtype of weights and activations; log-probs are always float32.
+        device: where weights, cache and logits live. Rollouts are returned on the CPU.
+        batch_size: how many sequences are decoded at once, at least 1.
 
     Raises:
-        EngineError: when the folder cannot be used.
+        EngineError: the folder cannot be used.
     """
 
     def __init__(self, model_dir: str | Path, *, dtype: torch.dtype, device: torch.device | str, batch_size: int = 64):
@@ -79,34 +80,30 @@ class LocalEngine:
 
     @property
     def version(self) -> int:
-        """Of the weights in use; -1 before the first load, and after one that failed."""
+        """The version of the weights in use; -1 before the first load, and after a failed one."""
         return self._version
 
     def health(self) -> None:
-        """Return when the engine can serve.
-
-        Raises:
-            EngineError: closed, or without a complete set of weights.
-        """
+        """Raise EngineError if the engine is closed or has no complete set of weights."""
         if self._model is None:
             raise EngineError("The local engine is closed; construct a new one.")
         if self._version < 0:
             raise EngineError("The local engine has no complete set of weights; call load_weights first.")
 
     def pause(self, in_flight: InFlight = InFlight.abort) -> None:
-        """Nothing to do: it generates only while its caller asks for the next group."""
+        """Does nothing: the engine generates only while its caller asks for the next group."""
 
     def resume(self) -> None:
-        """Nothing to do."""
+        """Does nothing."""
 
     def offload(self, *what: Memory) -> None:
-        """Nothing to do: keys and values live as long as a generation, and weights stay."""
+        """Does nothing: the cache lives only as long as a generation, and weights stay."""
 
     def onload(self, *what: Memory) -> None:
-        """Nothing to do."""
+        """Does nothing."""
 
     def take_statistics(self) -> dict[str, float]:
-        """There is nothing to tell: it neither retries nor waits."""
+        """Returns no counters: this engine neither retries nor waits."""
         return {}
 
     def close(self) -> None:
@@ -115,13 +112,13 @@ class LocalEngine:
         self._version = -1
 
     def load_weights(self, tensors: Iterable[tuple[str, Tensor]], *, version: int) -> None:
-        """Copy weights in, one at a time, by Hugging Face name; any floating dtype, any device.
+        """Copy weights of any floating dtype and device into the model, by Hugging Face name.
 
-        A tied `lm_head.weight` may be absent; when it comes it has to equal the embedding.
+        A tied `lm_head.weight` may be absent; if present it has to equal the embedding.
 
         Raises:
-            EngineError: names the model lacks, wrong shapes, names that came twice or never; all of them are listed.
-                The engine then serves nothing until a load succeeds.
+            EngineError: lists all unknown, duplicate and missing names and all wrong shapes. The engine cannot generate
+                until a load succeeds.
         """
         if self._model is None:
             raise EngineError("The local engine is closed; construct a new one.")
@@ -143,19 +140,20 @@ class LocalEngine:
         deadline_s: float,
         should_cancel: Callable[[], bool] = never,
     ) -> Generation:
-        """One group a request, as each finishes.
+        """See `Engine.generate`.
 
-        The deadline counts from this call, time between two yields included. Each token's forward looks at
-        `should_cancel`.
+        The deadline counts from this call and includes the caller's time between two groups. `should_cancel` is asked
+        before the forward of each token.
 
         Raises:
-            Abandoned: `should_cancel` said so.
-            EngineError: on bad parameters or prompts (at once); when the deadline passes or a forward fails, naming
-                the prompts without an answer.
+            Cancelled: `should_cancel` returned True.
+            EngineError: at once for parameters or prompts that do not fit the model; later when the deadline passes or
+                a forward fails, with the prompts that have no answer.
         """
         self.health()
         params.check()
-        self._check_prompts([request.prompt for request in requests], params)
+        check_prompts(requests, self._model.config.vocab_size)
+        self._check_lengths(requests, params)
         return Generation(self._generate(requests, params, time.monotonic() + deadline_s, deadline_s, should_cancel))
 
     def _generate(
@@ -168,43 +166,52 @@ class LocalEngine:
     ) -> Iterator[RolloutGroup]:
         unanswered = dict(enumerate(requests))
 
+        def missing() -> str:
+            return f"without an answer: {name_prompts(unanswered.values())}"
+
         def check() -> None:
             if should_cancel():
                 raise Cancelled
             if time.monotonic() >= deadline:
                 raise EngineError(
-                    f"Generation passed its deadline of {deadline_s:g} s; {_missing(unanswered.values())}. "
+                    f"Generation passed its deadline of {deadline_s:g} s; {missing()}. "
                     "Raise rollout.deadline_s, or lower rollout.max_new_tokens or data.prompts_per_step."
                 )
 
         done: list[dict[int, Rollout]] = [{} for _ in requests]
-        lines = [line for place, request in enumerate(requests) for line in _lines(place, request, params)]
-        settled_ones = (
-            (place, rollout) for place, request in enumerate(requests) for rollout in _settled(request, params)
+        lines = [line for index, request in enumerate(requests) for line in _lines(index, request, params)]
+        finished = (
+            (index, rollout)
+            for index, request in enumerate(requests)
+            for begun in request.begun
+            if (rollout := if_finished(begun, params)) is not None
         )
         decoded = (found for wave in self._waves(lines) for found in self._decode(wave, params, check))
         try:
-            for place, rollout in chain(settled_ones, decoded):
-                done[place][rollout.sample] = rollout
-                if len(done[place]) == params.samples:
-                    request = unanswered.pop(place)
-                    rollouts = [done[place][sample] for sample in sorted(done[place])]
+            for index, rollout in chain(finished, decoded):
+                done[index][rollout.sample] = rollout
+                if len(done[index]) == params.samples:
+                    request = unanswered.pop(index)
+                    rollouts = [done[index][sample] for sample in sorted(done[index])]
                     yield RolloutGroup(request.position, request.prompt, rollouts)
         except NonFiniteLogits as error:
             raise EngineError(
                 f"The weights of version {self._version} give log-probs that are not finite; "
-                f"{_missing(unanswered.values())}. Look at the last updates' gradient norms."
+                f"{missing()}. Look at the last updates' gradient norms."
             ) from error
         except (EngineError, Cancelled):
             raise
         except RuntimeError as error:
             raise EngineError(
-                f"Decoding up to {self._batch_size} sequences at once failed; {_missing(unanswered.values())}. "
+                f"Decoding up to {self._batch_size} sequences at once failed; {missing()}. "
                 f"If memory ran out, lower rollout.batch_size. The cause: {error}"
             ) from error
 
     def _waves(self, lines: list[_Line]) -> Iterator[list[_Line]]:
-        """Lines of as many samples each, longest first, as many as the batch has room for; a line of more by itself."""
+        """Group lines with the same number of samples, longest first, into waves that fill the batch.
+
+        A line with more samples than the batch has rows is a wave by itself.
+        """
         by_samples: dict[int, list[_Line]] = defaultdict(list)
         for line in sorted(lines, key=lambda line: line.tokens.numel(), reverse=True):
             by_samples[len(line.samples)].append(line)
@@ -216,7 +223,7 @@ class LocalEngine:
     def _decode(
         self, wave: list[_Line], params: SamplingParams, check: Callable[[], None]
     ) -> Iterator[tuple[int, Rollout]]:
-        """Yield (place of the request, rollout) as each sample of the wave's lines finishes."""
+        """Yield (index of the request, rollout) as each sample of the wave's lines finishes."""
         prefilled = prefill(self._model, [line.tokens for line in wave], check)
         for start in range(0, len(wave[0].samples), self._batch_size):
             rows = [(line, sample) for line in wave for sample in line.samples[start : start + self._batch_size]]
@@ -236,50 +243,34 @@ class LocalEngine:
                 check()
                 for row, stopped in batch.step():
                     line, sample = rows[row]
-                    # Clones, so that a short response does not keep the whole batch's tensors alive.
-                    tokens = batch.tokens[row, : batch.length].clone().cpu()
-                    logprobs = batch.logprobs[row, : batch.length].clone().cpu()
-                    yield line.place, self._rollout(line, sample, tokens, logprobs, params, stopped=stopped)
+                    rollout = append_tokens(
+                        line.begun,
+                        # Clones, so that a short response does not keep the whole batch's tensors alive.
+                        batch.tokens[row, : batch.length].clone().cpu(),
+                        batch.logprobs[row, : batch.length].clone().cpu(),
+                        torch.full((batch.length,), self._version),
+                        sample=sample,
+                        finish="stop" if stopped else "length",
+                        params=params,
+                        decode=self._text,
+                    )
+                    yield line.index, rollout
 
-    def _rollout(
-        self, line: _Line, sample: int, tokens: Tensor, logprobs: Tensor, params: SamplingParams, *, stopped: bool
-    ) -> Rollout:
-        """What was drawn, behind what the rollout had."""
-        versions, begun = torch.full((len(tokens),), self._version), line.begun
-        if begun is not None:
-            tokens, logprobs = torch.cat((begun.tokens, tokens)), torch.cat((begun.logprobs, logprobs))
-            versions = torch.cat((begun.versions, versions))
-        return Rollout(
-            tokens=tokens,
-            logprobs=logprobs,
-            text=self._tokenizer.decode(tokens, skip_special_tokens=True),
-            finish="stop" if stopped else params.cut(tokens.numel()),
-            versions=versions,
-            sample=sample,
-            trained=0 if begun is None else begun.trained,
-        )
+    def _text(self, tokens: Sequence[int]) -> str:
+        return self._tokenizer.decode(tokens, skip_special_tokens=True)
 
-    def _check_prompts(self, prompts: Sequence[Prompt], params: SamplingParams) -> None:
-        config = self._model.config
-        for prompt in prompts:
-            length = prompt.tokens.numel()
-            if length == 0:
-                raise EngineError(f"Prompt {prompt.id} has no tokens; give it a message.")
-            if length + params.max_new_tokens > config.max_position_embeddings:
+    def _check_lengths(self, requests: Sequence[Request], params: SamplingParams) -> None:
+        positions = self._model.config.max_position_embeddings
+        for prompt in (request.prompt for request in requests):
+            if prompt.tokens.numel() + params.max_new_tokens > positions:
                 raise EngineError(
-                    f"Prompt {prompt.id} has {length} tokens; with {params.max_new_tokens} new ones it exceeds the "
-                    f"model's {config.max_position_embeddings} positions. Lower max_new_tokens or max_prompt_tokens."
-                )
-            largest = int(prompt.tokens.max())
-            if largest >= config.vocab_size or int(prompt.tokens.min()) < 0:
-                raise EngineError(
-                    f"Prompt {prompt.id} has a token outside the model's vocabulary of {config.vocab_size} "
-                    f"(largest {largest}); tokenise it with the tokenizer of the same folder."
+                    f"Prompt {prompt.id} has {prompt.tokens.numel()} tokens; with {params.max_new_tokens} new ones it "
+                    f"exceeds the model's {positions} positions. Lower max_new_tokens or max_prompt_tokens."
                 )
 
 
 def _build(folder: Path, dtype: torch.dtype, device: torch.device) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
-    """Tokenizer and model (parameters allocated, not initialised) of a Hugging Face folder."""
+    """The tokenizer of a Hugging Face folder, and its model with parameters allocated but not initialised."""
     if not (folder / "config.json").is_file():
         raise EngineError(f"{folder} has no config.json; model.path must be a Hugging Face folder.")
     try:
@@ -302,7 +293,7 @@ def _build(folder: Path, dtype: torch.dtype, device: torch.device) -> tuple[PreT
 
 @torch.no_grad()
 def _copy_weights(model: nn.Module, tensors: Iterable[tuple[str, Tensor]]) -> list[str]:
-    """Copy tensors into the model's parameters; what is wrong with them, one sentence part each."""
+    """Copy tensors into the model's parameters; returns what does not fit, a part of a sentence each."""
     parameters = dict(_named_parts(model))
     problems: list[str] = []
     arrived: set[str] = set()
@@ -328,35 +319,24 @@ def _copy_weights(model: nn.Module, tensors: Iterable[tuple[str, Tensor]]) -> li
 
 
 def _named_parts(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Parameters as model folders name them: transformers stacks experts, in folders each has tensors of its own."""
+    """Parameters under the names of model folders, where each expert has its own tensors; transformers stacks them."""
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        place, _, last = name.rpartition(".")
-        if not place.endswith(".experts"):
+        module, _, last = name.rpartition(".")
+        if not module.endswith(".experts"):
             yield name, parameter
             continue
         for number, expert in enumerate(parameter.detach()):
             parts = ("gate_proj", "up_proj") if last == "gate_up_proj" else (last,)
             for part, tensor in zip(parts, expert.chunk(len(parts)), strict=True):
-                yield f"{place}.{number}.{part}.weight", tensor
+                yield f"{module}.{number}.{part}.weight", tensor
 
 
-def _settled(request: Request, params: SamplingParams) -> list[Rollout]:
-    """Of the rollouts that a request comes with, those that need no more tokens."""
-    return [done for rollout in request.begun if (done := settled(rollout, params)) is not None]
-
-
-def _lines(place: int, request: Request, params: SamplingParams) -> Iterator[_Line]:
-    """What is to be decoded for a request."""
+def _lines(index: int, request: Request, params: SamplingParams) -> Iterator[_Line]:
+    """The tokens from which a request's unfinished samples are decoded."""
     prompt = request.prompt
     if missing := missing_samples(request, params):
-        yield _Line(place, prompt, prompt.tokens, tuple(missing), params.limit())
-    for rollout in request.begun:
-        if settled(rollout, params) is None:
-            room = params.limit(rollout.trained) - rollout.tokens.numel()
-            yield _Line(place, prompt, torch.cat((prompt.tokens, rollout.tokens)), (rollout.sample,), room, rollout)
-
-
-def _missing(requests: Iterable[Request]) -> str:
-    names = [request.prompt.id for request in requests]
-    more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
-    return f"without an answer: {', '.join(names[:_LISTED])}{more}"
+        yield _Line(index, prompt, prompt.tokens, tuple(missing), params.token_limit())
+    for begun in request.begun:
+        if if_finished(begun, params) is None:
+            limit = params.token_limit(begun.trained) - begun.tokens.numel()
+            yield _Line(index, prompt, torch.cat((prompt.tokens, begun.tokens)), (begun.sample,), limit, begun)

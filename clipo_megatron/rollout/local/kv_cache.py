@@ -1,7 +1,7 @@
 """The key-value cache of the local engine: written in place, grown in blocks, shrunk row by row.
 
-transformers' `DynamicCache` copies all keys and values for every token. Here a token is written into room that is
-already there, and a finished row is overwritten by a live one, so that both cost in proportion to what changes.
+transformers' `DynamicCache` copies all keys and values for every token. This cache writes a token into memory that is
+already allocated and overwrites a finished row with a live one, so that only what changes is copied.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from transformers.cache_utils import Cache, DynamicLayer
 
 
 class _Layer(DynamicLayer):
-    """One layer. `store` is [2, rows, heads, room, head size], keys first; `keys` and `values` are views of it."""
+    """One layer: `keys` and `values` are views of `store`, [2, rows, heads, room, head size]."""
 
     def __init__(self, store: Tensor | None = None, rows: int = 0, length: int = 0):
         super().__init__()
@@ -49,7 +49,7 @@ class KVCache(Cache):
         super().__init__(layers=[_Layer() for _ in range(layers)] if isinstance(layers, int) else list(layers))
 
     def repeated(self, rows: int, *, room: int) -> KVCache:
-        """`rows` copies of this one-row cache, with room for `room` tokens in all."""
+        """Copy this one-row cache into `rows` rows, with memory for `room` tokens each."""
         layers = []
         for layer in self.layers:
             _, _, heads, _, size = layer.store.shape
@@ -60,9 +60,9 @@ class KVCache(Cache):
 
     @staticmethod
     def assembled(parts: Sequence[PrefilledBatch], *, repeats: int, shared: int, length: int, room: int) -> KVCache:
-        """`repeats` neighbouring rows for each row of each part, in order, `length` columns each.
+        """Assemble a cache with `repeats` neighbouring rows for each row of each part, `length` columns each.
 
-        The layout of a row is [shared prefix | zeros | its own tokens]; the zeros have to be masked.
+        A row is laid out as [shared prefix | zeros | its own tokens]; the zeros have to be masked.
         """
         prompts = sum(part.cache.layers[0].rows for part in parts)
         layers = []
@@ -82,7 +82,7 @@ class KVCache(Cache):
         return KVCache(layers)
 
     def move_rows(self, holes: Tensor, sources: Tensor, rows: int) -> None:
-        """Overwrite rows `holes` by rows `sources`, then keep the first `rows`."""
+        """Overwrite the rows `holes` with the rows `sources`, then keep the first `rows` rows."""
         for layer in self.layers:
             layer.store[:, holes] = layer.store[:, sources]
             layer._show(rows, layer.length)
@@ -90,13 +90,12 @@ class KVCache(Cache):
 
 @dataclass(frozen=True, slots=True)
 class PrefilledBatch:
-    """Prompts that were prefilled together: `cache` has one row a prompt, `shared` columns of a prefix common to all
-    prompts, then `padded` columns of the prompts' own tokens, aligned to the right."""
+    """Prompts that were prefilled together."""
 
-    cache: KVCache
-    padded: int
+    cache: KVCache  # a row for each prompt: the shared prefix, then the prompt's own tokens aligned to the right
+    padded: int  # columns of the prompts' own tokens
 
 
 def room_for(length: int) -> int:
-    """Tokens to allocate when `length` are needed: a quarter more, at least 64."""
+    """How many tokens to allocate when `length` are needed: a quarter more, and at least 64 more."""
     return length + max(64, length // 4)

@@ -1,7 +1,7 @@
-"""Drawing tokens: which uniform numbers a rollout uses, and how one of them becomes a token.
+"""Sampling: the uniform random numbers of a rollout, and how a number selects a token.
 
-The numbers of a rollout depend on (seed, step, prompt id, sample) alone, so the same policy gives the same responses
-whatever the batch, its order, and the rank that generates.
+The numbers depend only on (seed, step, prompt id, sample), so the same policy gives the same responses whatever the
+batch, its order and the rank that generates.
 """
 
 from __future__ import annotations
@@ -12,16 +12,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-_BLOCK = 256  # tokens whose probabilities are summed first, see `_inverse_cdf`
-_CPU_CHUNK = 2**19  # logits that are worked on at once on a CPU
-_TOP_P_CANDIDATES = 1024  # a full sort of the vocabulary costs about seven times as much as finding these
+_BLOCK = 256  # tokens in a block of `_inverse_cdf`
+_CPU_CHUNK = 2**19  # logits that are processed at once on a CPU
+_TOP_P_CANDIDATES = 1024  # tried first: sorting the whole vocabulary takes about seven times as long
 
 
 def rollout_uniforms(count: int, *, seed: int, step: int, prompt_id: str, sample: int) -> np.ndarray:
-    """The numbers in [0, 1) that the rollout's tokens are drawn with, [count] float64.
+    """The numbers in [0, 1) that select a rollout's tokens, [count] float64.
 
-    A longer budget extends the sequence and never changes its beginning. Philox takes the whole 128-bit hash as its
-    key, so two rollouts of a run do not share a stream by accident.
+    A larger count extends the sequence without changing its beginning. Philox takes the whole 128-bit hash as its key,
+    so that two rollouts of a run never share a sequence.
     """
     name = f"{seed}/{step}/{sample}/{prompt_id}".encode()
     key = int.from_bytes(blake2b(name, digest_size=16).digest(), "little")
@@ -35,16 +35,16 @@ def draw(
 
     Args:
         logits: [n, V], any floating dtype.
-        uniforms: [n] float64 in [0, 1); not read when greedy.
-        temperature: 0 is greedy, with log-probs under temperature 1.
-        top_k: keep the k most likely tokens; 0 keeps all.
-        top_p: of these, keep the smallest set of most likely tokens whose renormalised mass reaches top_p.
+        uniforms: [n] float64 in [0, 1); unused if greedy.
+        temperature: 0 is greedy, with log-probs of temperature 1.
+        top_k: keeps the k most likely tokens; 0 keeps all.
+        top_p: of these, keeps the smallest set of most likely tokens whose renormalised mass reaches top_p.
 
     Returns:
         Tokens [n] int64, and their log-probs [n] float32 under the temperature-scaled distribution before truncation.
     """
     rows, vocabulary = logits.shape
-    # Chunks of a few rows reuse small buffers; whole-batch ones are mapped and faulted in anew at every token.
+    # Small chunks reuse small buffers; buffers for a whole batch would be mapped anew for every token.
     chunk = max(1, _CPU_CHUNK // vocabulary) if logits.device.type == "cpu" else rows
     tokens = torch.empty(rows, dtype=torch.int64, device=logits.device)
     logprobs = torch.empty(rows, dtype=torch.float32, device=logits.device)
@@ -69,7 +69,7 @@ def _draw(logits: Tensor, uniforms: Tensor, temperature: float, top_k: int, top_
 
 
 def _draw_truncated(probs: Tensor, uniforms: Tensor, candidates: int, top_k: int, top_p: float) -> Tensor:
-    """`draw` among the `candidates` most likely tokens; rows in which they lack the mass for top_p take all tokens."""
+    """Draw among the `candidates` most likely tokens, or among all in rows where these lack the mass for top_p."""
     vocabulary = probs.shape[1]
     mass, tokens = probs.topk(min(candidates, vocabulary), dim=-1)
     total = mass.sum(-1, dtype=torch.float64) if top_k else torch.ones_like(uniforms)
@@ -78,7 +78,7 @@ def _draw_truncated(probs: Tensor, uniforms: Tensor, candidates: int, top_k: int
         mass = mass.masked_fill(before >= top_p * total[:, None], 0.0)
     drawn = tokens.gather(1, _inverse_cdf(mass, uniforms)[:, None])[:, 0]
     if not top_k and candidates < vocabulary:
-        # Row by row, so that a row's token does not depend on its neighbours even where probabilities tie.
+        # Row by row, so that a row's token does not depend on its neighbours even if probabilities tie.
         short = (mass.sum(-1, dtype=torch.float64) < top_p).nonzero()[:, 0]
         if short.numel():
             drawn[short] = _draw_truncated(probs[short], uniforms[short], vocabulary, top_k, top_p)
@@ -86,10 +86,10 @@ def _draw_truncated(probs: Tensor, uniforms: Tensor, candidates: int, top_k: int
 
 
 def _inverse_cdf(mass: Tensor, uniforms: Tensor) -> Tensor:
-    """First index at which the cumulated mass [n, V] exceeds the uniform share [n] of the row's total; [n] int64.
+    """The first index at which the cumulative mass [n, V] exceeds the share `uniforms` [n] of its total; [n] int64.
 
-    In two levels, blocks and then tokens of one block: a float64 cumulative sum over a whole vocabulary would cost
-    more than the softmax before it. An index without mass is never returned.
+    It searches the blocks first, then the tokens of one block: a float64 cumulative sum over a whole vocabulary would
+    take longer than the softmax. An index without mass is never returned.
     """
     width = mass.shape[1]
     whole = width - width % _BLOCK
@@ -104,11 +104,11 @@ def _inverse_cdf(mass: Tensor, uniforms: Tensor) -> Tensor:
     columns = block * _BLOCK + torch.arange(min(_BLOCK, width), device=mass.device)
     inside = mass.gather(1, columns.clamp(max=width - 1)).masked_fill(columns >= width, 0.0)
     index = block * _BLOCK + _first_above(inside.cumsum(-1, dtype=torch.float64), share - start)
-    return index.clamp(max=width - 1)[:, 0]  # only a row that is not finite gets past the end
+    return index.clamp(max=width - 1)[:, 0]  # only a row with a non-finite value gets past the end
 
 
 def _first_above(edges: Tensor, share: Tensor) -> Tensor:
-    """First column of non-decreasing `edges` [n, m] above `share` [n, 1], and never past the last rise."""
+    """The first column of non-decreasing `edges` [n, m] above `share` [n, 1], at most the column of the last rise."""
     below_total = torch.nextafter(edges[:, -1:], torch.zeros_like(share))
     index = torch.searchsorted(edges, torch.minimum(share, below_total), right=True)
     return index.clamp(max=edges.shape[1] - 1)

@@ -1,6 +1,6 @@
-"""Requests on their way: each is asked of one server after another until one gives a whole answer.
+"""Requests in flight: each is sent to one server after another until one gives a complete answer.
 
-Jobs run on the pool's event loop; a `PoolGeneration` hands their groups to the caller's thread.
+Requests run as tasks on the pool's event loop; a `PoolGeneration` passes their groups to the caller's thread.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ from clipo_megatron.rollout.engine import (
     Generation,
     Request,
     SamplingParams,
+    name_prompts,
     never,
 )
 from clipo_megatron.rollout.servers.http import EventLoop
-from clipo_megatron.rollout.servers.membership import Members, NoServer, PoolMember
+from clipo_megatron.rollout.servers.membership import Membership, NoServer, PoolMember
 from clipo_megatron.rollout.servers.server import Fault, Server, ServerError, sample_id
 
-GRACE_S = 15.0  # without a usable server before generation is lost
-GRACE_PERIOD_S = 30.0  # for servers to hand over what they have of unfinished requests
-_LOOK_UP_S = 0.5  # between two looks at whether generation is given up
-_ASK_AGAIN_S = 1.0  # before an abort is repeated: the request may have reached the server after it
-_LISTED = 8  # names spelled out in a message
-_REQUEST_AT_FAULT = {400, 401, 403, 413, 422}  # statuses that say nothing against the server
+GRACE_S = 15.0  # without any usable server before the engine counts as lost
+_STOP_S = 30.0  # for servers to return the partial rollouts of stopped requests
+_POLL_S = 0.5  # between two looks at whether generation was cancelled
+_ABORT_EVERY_S = 1.0  # an abort is repeated, because the request may reach the server after it
+_REQUEST_AT_FAULT = {400, 401, 403, 413, 422}  # HTTP statuses that say nothing against the server
 
 
 class PendingRequest:
@@ -43,176 +43,173 @@ class PendingRequest:
 
     def __init__(self, request: Request, params: SamplingParams, results: queue.SimpleQueue):
         self.request, self.params = request, params
-        self.results = results  # gets (job, rollouts or an exception)
-        self.words: list[str] = []  # what servers said that failed
+        self.results = results  # receives (this object, its rollouts or an exception)
+        self.errors: list[str] = []  # of failed attempts
         self.task: asyncio.Task | None = None
-        self.member: PoolMember | None = None  # that it is asked of now
-        self.name = ""  # of the call
-        self.left = False  # goes on across an update of the weights
-        self.stopping = False  # whatever there is will do
+        self.member: PoolMember | None = None  # the server of the current attempt
+        self.name = ""  # of the current attempt, see `sample_id`
+        self.detached = False  # continues across an update of the weights
+        self.stopping = False  # partial rollouts are enough
 
     @property
     def ids(self) -> list[str]:
-        """Of the samples of the call."""
+        """The ids of the samples of the current attempt."""
         return [sample_id(self.name, sample) for sample in range(self.params.samples)]
 
     def group(self, rollouts: Sequence[Rollout]) -> RolloutGroup:
-        """The request's group with these rollouts."""
         return RolloutGroup(self.request.position, self.request.prompt, list(rollouts))
 
 
 class RequestDispatcher:
-    """Runs jobs on the servers of `members`, a bounded number at a time; lives on the event loop.
+    """Sends pending requests to servers, a bounded number at a time; lives on the event loop.
 
     Args:
-        members: who may be asked.
-        config: bounds, deadlines and attempts.
-        router: answers requests in place of the members, where there is one.
-        counts: of what happened, for reports.
+        members: the servers that may be asked.
+        config: bounds, deadlines and number of attempts.
+        router: receives the requests in place of the members, if there is one.
+        counts: counters for the step's report.
     """
 
-    def __init__(self, members: Members, config: PoolConfig, *, router: Server | None, counts: Counter[str]):
+    def __init__(self, members: Membership, config: PoolConfig, *, router: Server | None, counts: Counter[str]):
         self._members, self._config, self._counts = members, config, counts
         self._router = None if router is None else PoolMember(router)
         self._slots = asyncio.Semaphore(config.concurrency)
-        self._chores: set[asyncio.Task] = set()
+        self._background: set[asyncio.Task] = set()
 
-    def start(self, job: PendingRequest) -> None:
-        """Begin a job."""
-        job.task = asyncio.create_task(self._run(job))
+    def start(self, pending: PendingRequest) -> None:
+        pending.task = asyncio.create_task(self._run(pending))
 
-    async def _run(self, job: PendingRequest) -> None:
+    async def _run(self, pending: PendingRequest) -> None:
         try:
             async with self._slots:
-                result: Any = await self._answer(job)
+                result: Any = await self._answer(pending)
         except asyncio.CancelledError:
             raise
         except BaseException as error:
             result = error
-        job.results.put((job, result))
+        pending.results.put((pending, result))
 
-    async def _answer(self, job: PendingRequest) -> list[Rollout]:
-        """A whole answer.
+    async def _answer(self, pending: PendingRequest) -> list[Rollout]:
+        """Try servers until one gives a complete answer.
 
         Raises:
-            NoServer: nobody is left to ask.
-            EngineError: so many attempts failed as are allowed.
+            NoServer: no usable server is left.
+            EngineError: all attempts failed.
         """
         tried: set[str] = set()
         for attempt in range(self._config.attempts):
             if attempt:
                 self._counts["retries"] += 1
                 await asyncio.sleep(self._config.backoff_s * 2 ** (attempt - 1) * random.uniform(0.5, 1.5))
-            member = await self._members.choose(job.request.prompt.id, excluded=tried, grace_s=GRACE_S)
+            member = await self._members.choose(pending.request.prompt.id, excluded=tried, grace_s=GRACE_S)
             member = self._router or member
             try:
-                return await self._ask(job, member)
+                return await self._attempt(pending, member)
             except ServerError as error:
-                job.words.append(str(error))
-                if job.stopping:
-                    return list(job.request.begun)
-                if error.fault is Fault.unsupported:  # nor can any other server
+                pending.errors.append(str(error))
+                if pending.stopping:
+                    return list(pending.request.begun)
+                if error.fault is Fault.unsupported:  # by all servers alike
                     raise
                 tried.add(member.url)
                 self._blame(member, error)
         raise EngineError(
-            f"Prompt {job.request.prompt.id} has no answer after {self._config.attempts} attempts: "
-            + "; ".join(job.words[-self._config.attempts :])
+            f"Prompt {pending.request.prompt.id} has no answer after {self._config.attempts} attempts: "
+            + "; ".join(pending.errors[-self._config.attempts :])
             + ". Look at the servers' logs; rollout.pool.attempts bounds the attempts."
         )
 
-    async def _ask(self, job: PendingRequest, member: PoolMember) -> list[Rollout]:
+    async def _attempt(self, pending: PendingRequest, member: PoolMember) -> list[Rollout]:
         version = self._members.version
-        job.member, job.name = member, uuid.uuid4().hex
+        pending.member, pending.name = member, uuid.uuid4().hex
         member.in_flight += 1
         self._counts["requests"] += 1
-        whole = False
+        answered = False
         try:
             rollouts = await member.server.generate(
-                job.request,
-                job.params,
+                pending.request,
+                pending.params,
                 version=version,
-                name=job.name,
+                name=pending.name,
                 deadline_s=self._config.request_deadline_s,
             )
-            whole = True
+            answered = True
         finally:
             member.in_flight -= 1
-            job.member = None
-            if not whole:  # the server may not know that nobody waits any more
-                self._chore(self._abort(member, job.ids))
+            pending.member = None
+            if not answered:  # the server may not notice that nobody waits for the answer
+                self._in_background(self._abort(member, pending.ids))
         newest = max((int(each.versions[-1]) for each in rollouts), default=-1)
-        if newest > (max(version, self._members.version + 1) if job.left else version):
+        if newest > (max(version, self._members.version + 1) if pending.detached else version):
             raise ServerError(member.url, Fault.stale, f"it answered with version {newest}, not {version}")
-        if not job.stopping and sum(each.finish != "abort" for each in rollouts) < job.params.samples:
+        if not pending.stopping and sum(each.finish != "abort" for each in rollouts) < pending.params.samples:
             raise ServerError(member.url, Fault.aborted, "the request was interrupted on the server")
-        member.strikes = 0
+        member.failures = 0
         return rollouts
 
     def _blame(self, member: PoolMember, error: ServerError) -> None:
-        """Draw the consequences of a failure for the server."""
+        """Count a failure, and suspect the server unless the request was at fault."""
         self._counts[f"fault_{error.fault.value}"] += 1
         if error.fault is Fault.aborted or error.status in _REQUEST_AT_FAULT:
             return
         if member is not self._router:
             self._members.suspect(member, error)
             return
-        for each in self._members.usable():  # which of them failed, the router does not say
+        for each in self._members.usable():  # the router does not say which of them failed
             self._members.suspect(each, error)
 
     # --- interrupting --------------------------------------------------------------------------------------------
 
-    async def cancel(self, jobs: Sequence[PendingRequest]) -> None:
-        """End jobs and forget them."""
-        for job in jobs:
-            if job.task is not None:
-                job.task.cancel()
-        await asyncio.gather(*(job.task for job in jobs if job.task is not None), return_exceptions=True)
+    async def cancel(self, requests: Sequence[PendingRequest]) -> None:
+        """End requests and discard what they have."""
+        tasks = [each.task for each in requests if each.task is not None]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
-    async def stop(self, jobs: Sequence[PendingRequest]) -> None:
-        """End jobs; those that run on a server that keeps unfinished samples put what it has among their results."""
-        for job in jobs:
-            job.stopping = True
-        waiting = {job.task: job for job in jobs if job.task is not None and not job.task.done()}
-        idle = [job for job in waiting.values() if job.member is None or not job.member.server.keeps_unfinished]
-        await self.cancel(idle)
-        deadline = time.monotonic() + GRACE_PERIOD_S
-        while running := {task for task in waiting if not task.done()}:
+    async def stop(self, requests: Sequence[PendingRequest]) -> None:
+        """End requests; those that are on a server put their partial rollouts among their results."""
+        for each in requests:
+            each.stopping = True
+        by_task = {each.task: each for each in requests if each.task is not None and not each.task.done()}
+        await self.cancel([each for each in by_task.values() if each.member is None])
+        deadline = time.monotonic() + _STOP_S
+        while running := {task for task in by_task if not task.done()}:
             if time.monotonic() >= deadline:
                 break
-            calls: dict[PoolMember, list[str]] = {}
+            ids: dict[PoolMember, list[str]] = {}
             for task in running:
-                if (member := waiting[task].member) is not None:
+                if (member := by_task[task].member) is not None:
                     for asked in self._members.all() if member is self._router else [member]:
-                        calls.setdefault(asked, []).extend(waiting[task].ids)
-            await asyncio.gather(*(self._abort(member, ids) for member, ids in calls.items()))
-            await asyncio.wait(running, timeout=_ASK_AGAIN_S)
-        await self.cancel([waiting[task] for task in waiting if not task.done()])
+                        ids.setdefault(asked, []).extend(by_task[task].ids)
+            await asyncio.gather(*(self._abort(member, theirs) for member, theirs in ids.items()))
+            await asyncio.wait(running, timeout=_ABORT_EVERY_S)
+        await self.cancel([each for task, each in by_task.items() if not task.done()])
 
-    def _chore(self, work: Coroutine[Any, Any, None]) -> None:
+    def _in_background(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.create_task(work)
-        self._chores.add(task)
-        task.add_done_callback(self._chores.discard)
+        self._background.add(task)
+        task.add_done_callback(self._background.discard)
 
-    async def last_words(self) -> str:
-        """What each server last did wrong, for messages."""
+    async def last_errors(self) -> str:
+        """Each server's last error, for messages."""
         members = [*self._members.all(), *([self._router] if self._router else [])]
-        return " ".join(f"Last word: {each.words}." for each in members if each.words)
+        return " ".join(f"Last error: {each.last_error}." for each in members if each.last_error)
 
     async def close(self) -> None:
-        """End chores, and the connections to a router."""
-        for chore in self._chores:
-            chore.cancel()
+        """End background tasks, and the connections to a router."""
+        for task in self._background:
+            task.cancel()
         if self._router is not None:
             await self._router.server.close()
 
     async def _abort(self, member: PoolMember, ids: Sequence[str]) -> None:
-        with suppress(ServerError):  # a closed connection ends a call too, only later
+        with suppress(ServerError):  # the closed connection ends the call too, only later
             await member.server.abort(ids, deadline_s=5.0)
 
 
 class PoolGeneration(Generation):
-    """Groups of the jobs of one `generate`, and of those that the one before it left running."""
+    """The groups of one `generate`, and of the requests that an earlier, detached generation took along."""
 
     def __init__(
         self,
@@ -225,49 +222,51 @@ class PoolGeneration(Generation):
         self._loop, self._dispatcher, self._should_cancel = loop, dispatcher, should_cancel
         self._deadline_s, self._deadline = deadline_s, time.monotonic() + deadline_s
         self._results: queue.SimpleQueue = queue.SimpleQueue()
-        self._pending: dict[PendingRequest, None] = {}  # not yet handed on, in order
+        self._pending: dict[PendingRequest, None] = {}  # an ordered set: those whose groups were not yielded yet
         self._ready: deque[RolloutGroup] = deque()
         self._error: EngineError | None = None
-        self.left = False
+        self.detached = False
 
-    def begin(self, requests: Sequence[Request], params: SamplingParams, left: PoolGeneration | None) -> None:
-        """Start the jobs, and take over those that `left` was left with."""
-        self._loop.run(self._begin(requests, params, left), deadline_s=60.0)
+    def begin(self, requests: Sequence[Request], params: SamplingParams, detached: PoolGeneration | None) -> None:
+        """Send the requests, and take over those of a detached generation."""
+        self._loop.run(self._begin(requests, params, detached), deadline_s=60.0)
 
-    async def _begin(self, requests: Sequence[Request], params: SamplingParams, left: PoolGeneration | None) -> None:
-        if left is not None:
-            self._pending |= left._pending
-            left._pending = {}
-            for job in self._pending:
-                job.results = self._results
+    async def _begin(
+        self, requests: Sequence[Request], params: SamplingParams, detached: PoolGeneration | None
+    ) -> None:
+        if detached is not None:
+            self._pending |= detached._pending
+            detached._pending = {}
+            for pending in self._pending:
+                pending.results = self._results
             with suppress(queue.Empty):
                 while True:
-                    self._results.put(left._results.get_nowait())
+                    self._results.put(detached._results.get_nowait())
         for request in requests:
-            job = PendingRequest(request, params, self._results)
-            self._pending[job] = None
-            self._dispatcher.start(job)
+            pending = PendingRequest(request, params, self._results)
+            self._pending[pending] = None
+            self._dispatcher.start(pending)
 
     def __next__(self) -> RolloutGroup:
         while not self._ready and self._pending and self._error is None:
             if self._should_cancel():
                 self.close()
                 raise Cancelled
-            left = self._deadline - time.monotonic()
+            seconds_left = self._deadline - time.monotonic()
             try:
-                job, result = self._results.get(timeout=max(0.0, min(left, _LOOK_UP_S)))
+                pending, result = self._results.get(timeout=max(0.0, min(seconds_left, _POLL_S)))
             except queue.Empty:
-                if left > _LOOK_UP_S:
+                if seconds_left > _POLL_S:
                     continue
                 self._fail(None)
                 break
-            if job not in self._pending:
+            if pending not in self._pending:
                 continue
             if isinstance(result, BaseException):
                 self._fail(result)
             else:
-                del self._pending[job]
-                self._ready.append(job.group(result))
+                del self._pending[pending]
+                self._ready.append(pending.group(result))
         if self._ready:
             return self._ready.popleft()
         if self._error is not None:
@@ -276,53 +275,53 @@ class PoolGeneration(Generation):
         raise StopIteration
 
     def stop(self) -> list[RolloutGroup]:
-        """End what still runs, and return what there is of it; complete groups not yet handed on are among it."""
+        """See `Generation.stop`; complete groups that were not yielded yet are among the result."""
         if self._pending:
-            self._loop.run(self._dispatcher.stop(list(self._pending)), deadline_s=GRACE_PERIOD_S + 10)
-        found = self._drain()
-        found += [job.group(job.request.begun) for job in self._pending]
+            self._loop.run(self._dispatcher.stop(list(self._pending)), deadline_s=_STOP_S + 10)
+        found = self._take_ready()
+        found += [pending.group(pending.request.begun) for pending in self._pending]
         self._pending, self._ready = {}, deque()
         return [group for group in found if group.rollouts]
 
-    def leave(self) -> None:
-        """Let what still runs go on; the pool's next `generate` takes it over."""
-        self.left = True
-        for job in self._pending:
-            job.left = True
+    def detach(self) -> None:
+        """See `Generation.detach`; the pool's next `generate` takes the requests over."""
+        self.detached = True
+        for pending in self._pending:
+            pending.detached = True
 
     def close(self) -> None:
-        """End what still runs and forget it. Idempotent."""
         if self._pending and not self._loop.closed:
             self._loop.run(self._dispatcher.cancel(list(self._pending)), deadline_s=10.0)
         self._pending, self._ready, self._error = {}, deque(), None
 
-    def _drain(self) -> list[RolloutGroup]:
-        """Groups that are there and were not handed on."""
+    def _take_ready(self) -> list[RolloutGroup]:
+        """Remove and return the groups that are complete and were not yielded yet."""
         found = list(self._ready)
         self._ready = deque()
         with suppress(queue.Empty):
             while True:
-                job, result = self._results.get_nowait()
-                if job in self._pending and not isinstance(result, BaseException):
-                    del self._pending[job]
-                    found.append(job.group(result))
+                pending, result = self._results.get_nowait()
+                if pending in self._pending and not isinstance(result, BaseException):
+                    del self._pending[pending]
+                    found.append(pending.group(result))
         return found
 
     def _fail(self, cause: BaseException | None) -> None:
-        """End everything; groups that are complete are still handed on, then the error is raised."""
+        """End all requests. Complete groups are still yielded, then the error is raised. None: the deadline passed."""
         self._loop.run(self._dispatcher.cancel(list(self._pending)), deadline_s=10.0)
-        self._ready = deque(self._drain())
+        self._ready = deque(self._take_ready())
         if not self._pending:
             return
-        missing, said = self._names(), self._words()
+        missing = f"without an answer: {name_prompts(pending.request for pending in self._pending)}"
+        last_errors = self._loop.run(self._dispatcher.last_errors(), deadline_s=10.0)
         if isinstance(cause, NoServer):
             self._error = EngineLostError(
-                f"No rollout server is left that has the weights and answers; {missing}. {said}",
-                [job.request for job in self._pending],
+                f"No rollout server is left that has the weights and answers; {missing}. {last_errors}",
+                [pending.request for pending in self._pending],
             )
         elif cause is None:
             self._error = EngineError(
-                f"Generation passed its deadline of {self._deadline_s:g} s; {missing}. {said}"
+                f"Generation passed its deadline of {self._deadline_s:g} s; {missing}. {last_errors}"
                 " Raise rollout.deadline_s, add servers, or lower rollout.max_new_tokens or data.prompts_per_step."
             )
         elif isinstance(cause, EngineError):
@@ -331,11 +330,3 @@ class PoolGeneration(Generation):
             self._error = EngineError(f"Generation failed: {type(cause).__name__}: {cause}; {missing}.")
             self._error.__cause__ = cause
         self._pending = {}
-
-    def _names(self) -> str:
-        names = [job.request.prompt.id for job in self._pending]
-        more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
-        return f"without an answer: {', '.join(names[:_LISTED])}{more}"
-
-    def _words(self) -> str:
-        return self._loop.run(self._dispatcher.last_words(), deadline_s=10.0)

@@ -1,4 +1,4 @@
-"""Weights as a Hugging Face folder that a server can read."""
+"""Writes weights as a Hugging Face folder that a server can load."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from torch import Tensor
 
 from clipo_megatron.rollout.engine import EngineError
 
-_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".index.json")
-_TIED = "lm_head.weight"  # may be absent, or there without need
+_WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".index.json")
+_TIED = "lm_head.weight"  # a model with tied embeddings may have it or lack it
 
 
 def write_folder(folder: Path, tensors: Iterable[tuple[str, Tensor]], model: Path | None) -> None:
-    """Write tensors as safetensors, and beside them everything of `model` but its own weights.
+    """Write tensors as safetensors, together with the sidecar files of the folder `model`, if given.
 
     Raises:
-        EngineError: names or shapes are not those of `model`'s weights, or came twice; all are listed.
+        EngineError: lists all names and shapes that are unknown to `model`, missing or duplicated.
     """
     expected = {} if model is None else _shapes(model)
     found: dict[str, Tensor] = {}
@@ -42,14 +42,19 @@ def write_folder(folder: Path, tensors: Iterable[tuple[str, Tensor]], model: Pat
             "exported from the same architecture as the folder's config.json."
         )
     if model is not None:
-        for path in model.iterdir():
-            if path.is_file() and not path.name.endswith(_WEIGHTS):
-                shutil.copyfile(path, folder / path.name)
+        copy_sidecar_files(model, folder)
     save_file(found, folder / "model.safetensors", metadata={"format": "pt"})
 
 
+def copy_sidecar_files(model: Path, folder: Path) -> None:
+    """Copy everything in a model's folder but its weights: config.json, the tokenizer and the like."""
+    for path in sorted(model.iterdir()):
+        if path.is_file() and not path.name.endswith(_WEIGHT_SUFFIXES):
+            shutil.copyfile(path, folder / path.name)
+
+
 def _shapes(model: Path) -> dict[str, list[int]]:
-    """Name -> shape of the weights in a folder; {} where it has no safetensors."""
+    """Maps the names of a folder's weights to their shapes; empty if it has no safetensors."""
     shapes = {}
     for path in sorted(model.glob("*.safetensors")):
         with safe_open(path, framework="pt") as weights:

@@ -1,4 +1,4 @@
-"""JSON over HTTP for clients of servers: an event loop in a thread of its own, and calls that always end."""
+"""JSON over HTTP: an event loop in its own thread, and calls to one server that always end by their deadline."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from clipo_megatron.rollout.servers.server import Fault, ServerError
 
 T = TypeVar("T")
 
-_WORDS = 300  # characters of a server's own words in a message
-_MOST_BYTES = 1 << 30  # of one answer
-_BEYOND_S = 5.0  # that a coroutine may take past the deadline it keeps itself
-_KEPT_S = 2.0  # idle connections; servers close theirs after 5 s, and lose a call that is on its way just then
+_QUOTED = 300  # characters of a server's answer that a message quotes
+_MAX_BYTES = 1 << 30  # of one answer
+_OVERTIME_S = 5.0  # for a coroutine to end after the deadline that it keeps itself
+_KEEPALIVE_S = 2.0  # servers close idle connections after 5 s, and lose a call that arrives at that moment
 
 
 class EventLoop:
-    """An asyncio loop in a daemon thread, for callers that do not await."""
+    """An asyncio loop in a daemon thread, for callers that are not coroutines."""
 
     def __init__(self, name: str = "servers"):
         self._loop = asyncio.new_event_loop()
@@ -35,7 +35,6 @@ class EventLoop:
 
     @property
     def closed(self) -> bool:
-        """Whether it no longer runs anything."""
         return self._loop.is_closed()
 
     def submit(self, coroutine: Coroutine[Any, Any, T]) -> concurrent.futures.Future[T]:
@@ -43,33 +42,35 @@ class EventLoop:
         return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
 
     def run(self, coroutine: Coroutine[Any, Any, T], *, deadline_s: float) -> T:
-        """The coroutine's result. It is expected to keep the deadline itself; if it does not, it is cancelled.
+        """Wait for the coroutine's result. It should keep the deadline itself; it is cancelled if it does not.
 
         Raises:
-            EngineError: it was not done a few seconds after its deadline.
+            EngineError: it had not ended a few seconds after its deadline.
         """
         future = self.submit(coroutine)
         try:
-            return future.result(deadline_s + _BEYOND_S)
+            return future.result(deadline_s + _OVERTIME_S)
         except concurrent.futures.TimeoutError:
             if future.done():
                 raise
             future.cancel()
             name = getattr(coroutine, "__qualname__", "a call")
-            raise EngineError(f"{name} did not end within {deadline_s + _BEYOND_S:g} s and was given up.") from None
+            raise EngineError(f"{name} did not end within {deadline_s + _OVERTIME_S:g} s and was given up.") from None
         except BaseException:
             future.cancel()
             raise
 
     def close(self) -> None:
-        """Cancel what still runs and end the thread. Idempotent."""
+        """Cancel all coroutines and end the thread. Idempotent."""
         if self._loop.is_closed():
             return
         if self._thread.is_alive():
-            with contextlib.suppress(concurrent.futures.TimeoutError):  # a task that resists ends with the thread
-                self.submit(_cancel_others()).result(_BEYOND_S)
+            with contextlib.suppress(
+                concurrent.futures.TimeoutError
+            ):  # a task that cannot be cancelled ends with the thread
+                self.submit(_cancel_others()).result(_OVERTIME_S)
             self._loop.call_soon_threadsafe(self._loop.stop)
-            self._thread.join(_BEYOND_S)
+            self._thread.join(_OVERTIME_S)
         if not self._thread.is_alive():
             self._loop.close()
 
@@ -81,8 +82,8 @@ async def _cancel_others() -> None:
     await asyncio.gather(*others, return_exceptions=True)
 
 
-async def together(calls: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
-    """Results of all calls; when one fails, the others are cancelled and their end awaited."""
+async def all_or_none(calls: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
+    """The results of all calls, run at once. When one raises, the others are cancelled before its error is raised."""
     tasks = [asyncio.ensure_future(call) for call in calls]
     try:
         return await asyncio.gather(*tasks)
@@ -93,11 +94,12 @@ async def together(calls: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
 
 
 class JsonClient:
-    """Calls to one server; each returns parsed JSON or raises `ServerError` with the right fault.
+    """Calls to one server; each returns parsed JSON or raises `ServerError` with its kind of fault.
 
     Args:
-        url: of the server, without a path.
-        api_key_env: environment variable with the key, sent as a bearer token if it is set. It is in no message.
+        url: the server's URL, without a path.
+        api_key_env: environment variable that holds the key. If set, the key is sent as a bearer token; it is removed
+            from every message.
     """
 
     def __init__(self, url: str, api_key_env: str = ""):
@@ -111,14 +113,14 @@ class JsonClient:
         return f"JsonClient({self.url!r})"
 
     async def post(self, path: str, body: Any = None, *, deadline_s: float, **query: str) -> Any:
-        """Send JSON ({} by default); the answer's JSON, None where its body is empty."""
+        """POST JSON ({} by default) and return the answer's JSON, None if its body is empty."""
         return self._parsed(path, await self._fetch("POST", path, {} if body is None else body, query, deadline_s))
 
     async def post_and_read(self, path: str, body: Any, read: Callable[[Any], T], *, deadline_s: float) -> T:
-        """Send JSON; what `read` makes of the answer's JSON, which is a large one.
+        """POST JSON, and return what `read` makes of the answer's JSON, which may be large.
 
-        A large answer is many small lists, and the garbage collector looks at all objects of the process several
-        times while they are made: ten times the work of making them. It waits until `read` has dropped them.
+        A large answer is many small lists. While they are made, garbage collection would walk all objects of the
+        process several times, ten times the work of parsing; it is off until `read` has returned.
         """
         answer = await self._fetch("POST", path, body, {}, deadline_s)
         collects = gc.isenabled()
@@ -130,15 +132,15 @@ class JsonClient:
                 gc.enable()
 
     async def get(self, path: str, *, deadline_s: float, **query: str) -> Any:
-        """The answer's JSON, None where its body is empty."""
+        """GET the answer's JSON, None if its body is empty."""
         return self._parsed(path, await self._fetch("GET", path, None, query, deadline_s))
 
     async def get_text(self, path: str, *, deadline_s: float) -> str:
-        """The answer as it is."""
+        """GET the answer as text."""
         return (await self._fetch("GET", path, None, {}, deadline_s)).decode(errors="replace")
 
     def fail(self, fault: Fault, message: str, status: int = 0) -> ServerError:
-        """An error of this server, to be raised."""
+        """Make an error of this server, with the key removed; the caller raises it."""
         return ServerError(self.url, fault, message.replace(self._key, "***") if self._key else message, status)
 
     async def close(self) -> None:
@@ -153,7 +155,7 @@ class JsonClient:
         try:
             return orjson.loads(answer)
         except orjson.JSONDecodeError:
-            raise self.fail(Fault.garbage, f"{path} answered something that is no JSON: {_shown(answer)}") from None
+            raise self.fail(Fault.garbage, f"{path} answered something that is not JSON: {_excerpt(answer)}") from None
 
     async def _fetch(self, method: str, path: str, body: Any, query: Mapping[str, str], deadline_s: float) -> bytes:
         if self._session is None or self._session.closed:
@@ -166,26 +168,26 @@ class JsonClient:
                     self.url + path,
                     params=query or None,
                     data=None if body is None else orjson.dumps(body),
-                    allow_redirects=False,  # the key goes to nobody else
+                    allow_redirects=False,  # a redirect would send the key to another host
                 ) as response,
             ):
                 parts, size = [], 0
                 async for part in response.content.iter_any():
                     parts.append(part)
                     size += len(part)
-                    if size > _MOST_BYTES:
-                        raise self.fail(Fault.garbage, f"{path} answered more than {_MOST_BYTES} bytes")
+                    if size > _MAX_BYTES:
+                        raise self.fail(Fault.garbage, f"{path} answered more than {_MAX_BYTES} bytes")
                 answer = b"".join(parts)
         except TimeoutError:
             raise self.fail(Fault.deadline, f"{path} gave no answer within {deadline_s:g} s") from None
         except (aiohttp.ClientResponseError, aiohttp.InvalidURL, UnicodeDecodeError) as error:
             reason = " ".join(str(getattr(error, "message", "") or error).split())
-            raise self.fail(Fault.garbage, f"{path} answered something that is no HTTP: {reason[:_WORDS]}") from None
+            raise self.fail(Fault.garbage, f"{path} answered something that is not HTTP: {reason[:_QUOTED]}") from None
         except (aiohttp.ClientError, OSError) as error:
             raise self.fail(Fault.refused, f"{path} was cut off: {error or type(error).__name__}") from None
         if response.status != 200:
-            words = _words_of(answer) or response.reason or ""
-            raise self.fail(Fault.status, f"{path} answered {response.status}: {words}", response.status)
+            reason = _error_message(answer) or response.reason or ""
+            raise self.fail(Fault.status, f"{path} answered {response.status}: {reason}", response.status)
         return answer
 
     def _open(self) -> aiohttp.ClientSession:
@@ -193,23 +195,23 @@ class JsonClient:
         if self._key:
             headers["Authorization"] = f"Bearer {self._key}"
         return aiohttp.ClientSession(
-            # The pool limits what is in flight.
-            connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=_KEPT_S),
-            timeout=aiohttp.ClientTimeout(total=None, sock_connect=None),  # each call has its own
+            # No limit: the pool bounds the requests in flight.
+            connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=_KEEPALIVE_S),
+            timeout=aiohttp.ClientTimeout(total=None, sock_connect=None),  # each call has its own deadline
             headers=headers,
         )
 
 
-def _words_of(answer: bytes) -> str:
-    """What a refusal says, out of its JSON where it is JSON."""
+def _error_message(answer: bytes) -> str:
+    """The message in the body of an HTTP error, which may be JSON or text."""
     try:
         found = orjson.loads(answer)
     except orjson.JSONDecodeError:
-        return _shown(answer)
+        return _excerpt(answer)
     while isinstance(found, dict) and found:
         found = next((found[key] for key in ("error", "message", "detail", "msg") if found.get(key)), str(found))
-    return " ".join(str(found).split())[:_WORDS]
+    return " ".join(str(found).split())[:_QUOTED]
 
 
-def _shown(answer: bytes) -> str:
-    return " ".join(answer[:_WORDS].decode(errors="replace").split())
+def _excerpt(answer: bytes) -> str:
+    return " ".join(answer[:_QUOTED].decode(errors="replace").split())

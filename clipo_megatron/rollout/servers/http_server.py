@@ -1,4 +1,4 @@
-"""What the clients of all engines share: which samples of a request still need tokens, and what becomes of answers."""
+"""The base class of the engines' clients: it turns a request into calls, and their answers into rollouts."""
 
 from __future__ import annotations
 
@@ -8,144 +8,136 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from clipo_megatron.flow import Rollout
+from clipo_megatron.rollout.continuation import Decode, append_tokens, if_finished, missing_samples
 from clipo_megatron.rollout.engine import Request, SamplingParams
-from clipo_megatron.rollout.servers.http import JsonClient, together
-from clipo_megatron.rollout.servers.memory_state import Released
-from clipo_megatron.rollout.servers.response_checks import (
-    BadAnswer,
-    Continuation,
-    Decode,
-    joined,
-    missing_samples,
-    settled,
-)
+from clipo_megatron.rollout.servers.http import JsonClient, all_or_none
+from clipo_megatron.rollout.servers.memory_state import MemoryState
+from clipo_megatron.rollout.servers.response_checks import Continuation
 from clipo_megatron.rollout.servers.server import BucketNames, Fault, RankChecksums, ServerError, UpdateGroup, sample_id
 
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """Samples that go on from the same tokens, asked for at once."""
+    """Samples that continue the same tokens and are asked for together."""
 
-    inputs: list[int]  # the prompt, and what the sample has so far
-    ids: list[str]  # one a sample
+    inputs: list[int]  # the prompt, and the tokens that the sample has so far
+    ids: list[str]  # one for each sample
     params: SamplingParams
-    budget: int  # tokens a sample, at most
-    version: int  # that the weights should have at least
-    end: float  # of its time, on the monotonic clock
+    budget: int  # new tokens of each sample, at most
+    version: int  # the oldest version that the weights may have
+    end: float  # deadline on the monotonic clock
 
     @property
-    def left_s(self) -> float:
-        """Seconds left."""
-        return left(self.end)
+    def seconds_left(self) -> float:
+        return seconds_until(self.end)
 
 
 class HttpServer(ABC):
-    """The part of the `Server` protocol that is the same for every engine. Calls about weights that an engine does not
-    have are refused.
+    """The part of the `Server` protocol that is the same for every engine. By default it refuses to receive weights
+    through groups or handles.
 
     Args:
-        url: of the server, or of a router that passes generation on.
-        api_key_env: environment variable with its key.
-        decode: token ids to text without special tokens; None: the engine's text, of the last piece.
+        url: URL of the server, or of a router that forwards generation calls.
+        decode: turns token ids into text without special tokens.
+        api_key_env: environment variable that holds the server's key.
         routed: whether the URL is that of a router.
     """
 
-    keeps_unfinished = True
-
-    def __init__(self, url: str, *, api_key_env: str = "", decode: Decode | None = None, routed: bool = False):
+    def __init__(self, url: str, *, decode: Decode, api_key_env: str = "", routed: bool = False):
         self._http = JsonClient(url, api_key_env)
         self._decode, self._routed = decode, routed
-        self._memory = Released()
+        self._memory = MemoryState()
 
     @property
     def url(self) -> str:
-        """Of the server."""
         return self._http.url
 
     async def close(self) -> None:
-        """Close the client's connections; the server goes on."""
+        """Close the client's connections; the server keeps running."""
         await self._http.close()
 
     # --- generation ----------------------------------------------------------------------------------------------
 
     @abstractmethod
-    async def _pieces(self, call: Call) -> list[Continuation]:
-        """The tokens of each sample, in order."""
+    async def _continue(self, call: Call) -> list[Continuation]:
+        """Generate the call's samples; returns the new tokens of each, in order."""
 
-    async def _accept(self, params: SamplingParams, deadline_s: float) -> None:  # noqa: B027
-        """Refuse parameters under which the engine's answers would not be what was asked for."""
+    async def _check_params(self, params: SamplingParams, deadline_s: float) -> None:  # noqa: B027
+        """Raise ServerError for parameters that this engine, as it was started, would not follow."""
 
     async def generate(
         self, request: Request, params: SamplingParams, *, version: int, name: str, deadline_s: float
     ) -> list[Rollout]:
-        """All rollouts of one request; see `Server.generate`."""
+        """See `Server.generate`."""
         end = time.monotonic() + deadline_s
-        await self._accept(params, deadline_s)
+        await self._check_params(params, deadline_s)
         prompt = request.prompt.tokens.tolist()
 
         async def ask(samples: Sequence[int], begun: Rollout | None = None) -> list[Rollout]:
             so_far, trained = ([], 0) if begun is None else (begun.tokens.tolist(), begun.trained)
             ids = [sample_id(name, sample) for sample in samples]
-            call = Call(prompt + so_far, ids, params, params.limit(trained) - len(so_far), version, end)
-            pieces = await self._pieces(call)
-            try:
-                found = [
-                    joined(begun, piece, each, params, self._decode)
-                    for piece, each in zip(pieces, samples, strict=True)
-                ]
-            except BadAnswer as reason:
-                raise self._http.fail(Fault.stale, f"it answered {reason}") from None
-            return [rollout for rollout in found if rollout is not None]
+            call = Call(prompt + so_far, ids, params, params.token_limit(trained) - len(so_far), version, end)
+            found = zip(await self._continue(call), samples, strict=True)
+            rollouts = [self._append(begun, new, sample, params) for new, sample in found]
+            return [rollout for rollout in rollouts if rollout is not None]
 
-        done = {rollout.sample: rollout for rollout in request.begun}
+        by_sample = {rollout.sample: rollout for rollout in request.begun}
         calls = []
-        if fresh := missing_samples(request, params):
-            calls.append(ask(fresh))
+        if missing := missing_samples(request, params):
+            calls.append(ask(missing))
         for rollout in request.begun:
-            if (finished := settled(rollout, params)) is not None:
-                done[rollout.sample] = finished
+            if (finished := if_finished(rollout, params)) is not None:
+                by_sample[rollout.sample] = finished
             else:
                 calls.append(ask([rollout.sample], rollout))
-        for rollouts in await together(calls):
-            done |= {rollout.sample: rollout for rollout in rollouts}
-        return [done[sample] for sample in sorted(done)]
+        for rollouts in await all_or_none(calls):
+            by_sample |= {rollout.sample: rollout for rollout in rollouts}
+        return [by_sample[sample] for sample in sorted(by_sample)]
+
+    def _append(self, begun: Rollout | None, new: Continuation, sample: int, params: SamplingParams) -> Rollout | None:
+        """The sample's rollout with its new tokens; None if it has no token at all."""
+        if begun is None and not new.tokens.size:
+            return None
+        if begun is not None and new.versions.size and new.versions[0] < begun.versions[-1]:
+            older, newer = int(new.versions[0]), int(begun.versions[-1])
+            raise self._http.fail(Fault.stale, f"it answered tokens of version {older} after ones of {newer}")
+        tensors = (torch.from_numpy(each) for each in (new.tokens, new.logprobs, new.versions))
+        return append_tokens(begun, *tensors, sample=sample, finish=new.finish, params=params, decode=self._decode)
 
     # --- weights -------------------------------------------------------------------------------------------------
 
     async def join_group(self, group: UpdateGroup, *, rank_offset: int, deadline_s: float) -> None:
-        """Refused."""
         raise self._lacks("process groups for weights; set rollout.sync.transport=disk")
 
     async def leave_group(self, name: str, *, deadline_s: float) -> None:
-        """Refused."""
         raise self._lacks("process groups for weights; set rollout.sync.transport=disk")
 
     async def begin_update(self, *, deadline_s: float) -> None:  # noqa: B027
-        """Nothing to do."""
+        """Nothing to prepare."""
 
     async def receive_bucket(self, group: str, bucket: BucketNames, *, last: bool, deadline_s: float) -> None:
-        """Refused."""
         raise self._lacks("buckets of weights; set rollout.sync.transport=disk")
 
     async def receive_handles(self, handles: Sequence[bytes], *, last: bool, deadline_s: float) -> None:
-        """Refused."""
         raise self._lacks("handles of weights; set rollout.sync.transport=disk")
 
     def _lacks(self, what: str) -> ServerError:
         return self._http.fail(Fault.unsupported, f"this engine is not asked for {what}")
 
 
-def left(end: float) -> float:
-    """Seconds until a moment of the monotonic clock, at least 0."""
+def seconds_until(end: float) -> float:
+    """Seconds until a moment on the monotonic clock, at least 0."""
     return max(0.0, end - time.monotonic())
 
 
 def rank_checksums(place: dict[str, Any], checksums: dict[str, Any]) -> RankChecksums:
-    """One rank's part of an answer.
+    """Checksums of one rank, out of a server's answer.
 
     Raises:
-        KeyError, TypeError, AttributeError, ValueError: it is no such part.
+        KeyError, TypeError, AttributeError, ValueError: the answer has another form.
     """
     return RankChecksums(
         int(place["tp_rank"]), int(place["tp_size"]), {str(name): str(value) for name, value in checksums.items()}

@@ -1,4 +1,4 @@
-"""What memory a server has given back: engines die of giving back twice, or of taking what they have."""
+"""Which memory a server has given back. Engines crash when they offload twice or restore what they still have."""
 
 from __future__ import annotations
 
@@ -7,30 +7,33 @@ from collections.abc import Sequence
 from clipo_megatron.rollout.engine import Memory
 
 
-class Released:
-    """Kept by a server's client, because no engine says it of itself; forgotten when the server was restarted."""
+class MemoryState:
+    """What one server has offloaded, as its client remembers it: no engine can be asked.
+
+    `boot` identifies a start of the server; after a restart nothing is offloaded.
+    """
 
     def __init__(self):
-        self._what: set[Memory] = set()
+        self._offloaded: set[Memory] = set()
         self._boot = ""
 
-    def to_release(self, what: Sequence[Memory], boot: str) -> list[Memory]:
-        """Of `what`, that which the server still has."""
-        return [each for each in what if each not in self._of(boot)]
+    def to_offload(self, what: Sequence[Memory], boot: str) -> list[Memory]:
+        """The part of `what` that the server still has."""
+        return [each for each in what if each not in self._since(boot)]
 
     def to_restore(self, what: Sequence[Memory], boot: str) -> list[Memory]:
-        """Of `what`, that which the server has given back."""
-        return [each for each in what if each in self._of(boot)]
+        """The part of `what` that the server has given back."""
+        return [each for each in what if each in self._since(boot)]
 
-    def released(self, what: Sequence[Memory]) -> None:
-        """These were given back."""
-        self._what |= set(what)
+    def offloaded(self, what: Sequence[Memory]) -> None:
+        """Record that the server gave these back."""
+        self._offloaded |= set(what)
 
     def restored(self, what: Sequence[Memory]) -> None:
-        """These were taken again."""
-        self._what -= set(what)
+        """Record that the server took these again."""
+        self._offloaded -= set(what)
 
-    def _of(self, boot: str) -> set[Memory]:
+    def _since(self, boot: str) -> set[Memory]:
         if boot != self._boot:
-            self._what, self._boot = set(), boot
-        return self._what
+            self._offloaded, self._boot = set(), boot
+        return self._offloaded

@@ -1,4 +1,4 @@
-"""The engine contract over servers: every data-parallel head has a pool and sends its own prompts."""
+"""The engine contract over servers. The first rank of each data-parallel replica has a pool for its own prompts."""
 
 from __future__ import annotations
 
@@ -9,51 +9,54 @@ import time
 from collections import Counter
 from collections.abc import Callable, Coroutine, Iterable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 from torch import Tensor
 
 from clipo_megatron.config.schema import EngineKind, PoolConfig, RunConfig
-from clipo_megatron.rollout.engine import EngineError, Generation, InFlight, Memory, Request, SamplingParams, never
+from clipo_megatron.rollout.continuation import Decode
+from clipo_megatron.rollout.engine import (
+    EngineError,
+    Generation,
+    InFlight,
+    Memory,
+    Request,
+    SamplingParams,
+    check_prompts,
+    never,
+)
 from clipo_megatron.rollout.servers.dispatch import PoolGeneration, RequestDispatcher
 from clipo_megatron.rollout.servers.hf_folder import write_folder
 from clipo_megatron.rollout.servers.http import EventLoop
-from clipo_megatron.rollout.servers.membership import PROBE_S, Members, PoolMember
+from clipo_megatron.rollout.servers.membership import STATE_S, Membership, PoolMember
 from clipo_megatron.rollout.servers.registry import FOLDER, Registry, Status
-from clipo_megatron.rollout.servers.response_checks import Decode
-from clipo_megatron.rollout.servers.server import Server, ServerError, ServerState
+from clipo_megatron.rollout.servers.server import LiveServer, Server, ServerError
 from clipo_megatron.rollout.servers.sglang import SGLangServer
 from clipo_megatron.rollout.servers.vllm import VLLMServer
 
 T = TypeVar("T")
 
 _CLIENTS = {EngineKind.sglang: SGLangServer, EngineKind.vllm: VLLMServer}
-_CONTROL_S = 120.0  # for a server to pause, go on, or move memory
-_LOOK_AGAIN_S = 1.0  # while waiting for servers to appear
-
-
-class Live(NamedTuple):
-    """A server that answers."""
-
-    server: Server
-    state: ServerState
+_CONTROL_S = 120.0  # for a server to pause, resume, or move memory
+_LOAD_S = 480.0  # for servers to load a folder of weights
+_DISCOVER_EVERY_S = 1.0  # while waiting for servers to appear
 
 
 class ServerPool:
     """The `Engine` contract over all servers of a run.
 
-    Only admitted servers get prompts: `admit` is called on every rank that has a pool once the servers have new
-    weights, and a server that was restarted gets nothing until it was given weights and admitted again.
+    Only admitted servers get prompts. `admit` is called on every rank that has a pool once servers have new weights; a
+    server that was restarted gets no prompts until it has been given weights and is admitted again.
 
     Args:
         kind: sglang or vllm.
-        decode: token ids to text, without special tokens.
-        config: bounds, deadlines and attempts.
-        endpoints: URLs of the servers; none: those in the registry.
+        decode: turns token ids into text without special tokens.
+        config: bounds, deadlines and number of attempts.
+        endpoints: URLs of the servers; if empty, the servers in the registry are used.
         registry: folder in which servers are registered.
-        router: URL that prompts go to in place of the servers.
-        api_key_env: environment variable with the servers' key.
-        model: Hugging Face folder of the model, whose vocabulary and weight names are checked.
+        router: URL that prompts are sent to in place of the servers.
+        api_key_env: environment variable that holds the servers' key.
+        model: Hugging Face folder; prompts are checked against its vocabulary, `load_weights` against its tensors.
     """
 
     def __init__(
@@ -79,7 +82,7 @@ class ServerPool:
         self._vocabulary = _vocabulary(model)
         self._counts: Counter[str] = Counter()
         self.loop = EventLoop()
-        self._members = Members(self._connect, slack=config.affinity_slack, counts=self._counts)
+        self._members = Membership(self._connect, slack=config.affinity_slack, counts=self._counts)
         self._dispatcher = RequestDispatcher(
             self._members, config, router=self._connect(router, routed=True) if router else None, counts=self._counts
         )
@@ -87,7 +90,6 @@ class ServerPool:
 
     @classmethod
     def from_config(cls, config: RunConfig, decode: Decode) -> ServerPool:
-        """The pool that a configuration asks for."""
         rollout = config.rollout
         return cls(
             rollout.engine,
@@ -103,49 +105,48 @@ class ServerPool:
     def _connect(self, url: str, **options: bool) -> Server:
         return _CLIENTS[self.kind](url, api_key_env=self._api_key_env, decode=self._decode, **options)
 
-    # --- who serves ----------------------------------------------------------------------------------------------
+    # --- servers -------------------------------------------------------------------------------------------------
 
     def urls(self) -> list[str]:
-        """Of the servers that should be there: the endpoints, or those registered as ready."""
+        """The URLs of the expected servers: the endpoints, or the servers that are registered as ready."""
         if self._endpoints or self._registry is None:
             return self._endpoints
         return [
-            entry.url.rstrip("/")
-            for entry in self._registry.entries()
-            if entry.status is Status.ready and entry.engine == self.kind.value
+            record.url.rstrip("/")
+            for record in self._registry.records()
+            if record.status is Status.ready and record.engine == self.kind.value
         ]
 
-    def discover(self, *, deadline_s: float = PROBE_S) -> list[Live]:
-        """The servers that answer now, admitted or not; asked all at once."""
-        found = self.run(self._members.live(self.urls(), deadline_s=deadline_s), deadline_s=deadline_s)
-        return [Live(member.server, state) for member, state in found]
+    def discover(self, *, deadline_s: float = STATE_S) -> list[LiveServer]:
+        """The expected servers that answer now, whether admitted or not."""
+        return self.run(self._members.live(self.urls(), deadline_s=deadline_s), deadline_s=deadline_s)
 
-    def join(self, count: int = 1, *, deadline_s: float | None = None) -> list[Live]:
-        """Wait until so many servers answer.
+    def join(self, count: int = 1, *, deadline_s: float | None = None) -> list[LiveServer]:
+        """Wait until at least `count` servers answer.
 
         Raises:
-            EngineError: fewer did in time; says what those that are expected last said.
+            EngineError: fewer answered in time; the message has each server's last error.
         """
         deadline_s = self._config.join_deadline_s if deadline_s is None else deadline_s
         deadline = time.monotonic() + deadline_s
         while len(found := self.discover()) < count:
             if time.monotonic() >= deadline:
-                words = f"{said} " if (said := self._words()) else ""
+                errors = f"{found_errors} " if (found_errors := self._last_errors()) else ""
                 where = "rollout.endpoints" if self._endpoints else f"the registry {self._registry.folder}"
                 raise EngineError(
                     f"{len(found)} of {count} rollout servers answered within {deadline_s:g} s, out of "
-                    f"{len(self.urls())} in {where}. {words}Start them with `clipo serve`, or raise "
+                    f"{len(self.urls())} in {where}. {errors}Start them with `clipo serve`, or raise "
                     "rollout.pool.join_deadline_s."
                 )
-            time.sleep(_LOOK_AGAIN_S)
+            time.sleep(_DISCOVER_EVERY_S)
         return found
 
     def admit(self, urls: Iterable[str], version: int) -> None:
-        """Send prompts to these servers and no others; they have the weights of that version."""
-        self.run(self._members.admit(list(urls), version), deadline_s=PROBE_S)
+        """Send prompts to these servers, which have the weights of this version, and to no others."""
+        self.run(self._members.admit(list(urls), version), deadline_s=STATE_S)
 
     def run(self, coroutine: Coroutine[Any, Any, T], *, deadline_s: float) -> T:
-        """Run a client's coroutine on the pool's event loop."""
+        """Run a coroutine of the servers' clients on the pool's event loop; may be called from any thread."""
         try:
             self._open()
         except EngineError:
@@ -157,7 +158,6 @@ class ServerPool:
 
     @property
     def version(self) -> int:
-        """Of the weights that generate; -1 before the first."""
         return self._members.version
 
     def generate(
@@ -168,18 +168,19 @@ class ServerPool:
         deadline_s: float,
         should_cancel: Callable[[], bool] = never,
     ) -> Generation:
-        """One group a request, as each finishes, and those of requests that the generation before was left with.
+        """See `Engine.generate`; groups of a detached generation are yielded too.
 
         Raises:
             EngineLostError: no admitted server answers, and none came back for a while.
-            EngineError: the deadline passed, a request failed on so many servers as may be asked, or a prompt is no
-                prompt of the model; names the prompts without an answer and what servers said.
-            Abandoned: `should_cancel` said so; the servers are told.
+            EngineError: the deadline passed, all attempts of a request failed, or a prompt does not fit the model; the
+                message names the prompts without an answer and the servers' last errors.
+            Cancelled: `should_cancel` returned True; the servers have been told to end the requests.
         """
         self._open()
-        self._check(requests, params)
+        params.check()
+        check_prompts(requests, self._vocabulary)  # servers crash on some of these
         before, self._generation = self._generation, None
-        if before is not None and not before.left:
+        if before is not None and not before.detached:
             before.close()
         generation = PoolGeneration(self.loop, self._dispatcher, deadline_s=deadline_s, should_cancel=should_cancel)
         generation.begin(requests, params, before)
@@ -187,56 +188,47 @@ class ServerPool:
         return generation
 
     def load_weights(self, tensors: Iterable[tuple[str, Tensor]], *, version: int) -> None:
-        """Write safetensors into a temporary folder and have all servers that answer read them.
+        """Write safetensors into a temporary folder and let all servers that answer load them.
 
-        This is the contract's plain way; training uses the transports in `sync`.
+        Training uses the transports in `sync` instead.
 
         Raises:
-            EngineError: names or shapes are not the model's, no server answers, or none could read them.
+            EngineError: names or shapes do not fit the model, no server answers, or none could load the folder.
         """
         live = self.join()
         with tempfile.TemporaryDirectory(prefix="clipo-weights-") as folder:
             write_folder(Path(folder), tensors, None if self._model is None else Path(self._model))
-            deadline_s = _CONTROL_S * 4
-            calls = (each.server.load_folder(folder, version, deadline_s=deadline_s) for each in live)
-            results = self.run(_settle(calls), deadline_s=deadline_s)
+            calls = (each.server.load_folder(folder, version, deadline_s=_LOAD_S) for each in live)
+            results = self.run(_results(calls), deadline_s=_LOAD_S)
         failures = [str(result) for result in results if isinstance(result, BaseException)]
         if len(failures) == len(live):
             raise EngineError(f"No server took the weights of version {version}: {'; '.join(failures)}")
-        urls = [each.server.url for each, result in zip(live, results, strict=True) if result is None]
+        urls = [each.url for each, result in zip(live, results, strict=True) if result is None]
         self.admit(urls, version)
 
     def pause(self, in_flight: InFlight = InFlight.abort) -> None:
-        """Generate nothing until `resume`. Idempotent."""
         self._everywhere(lambda server: server.pause(in_flight, deadline_s=_CONTROL_S))
 
     def resume(self) -> None:
-        """Go on after `pause`. Idempotent."""
         self._everywhere(lambda server: server.resume(deadline_s=_CONTROL_S))
 
     def offload(self, *what: Memory) -> None:
-        """Give GPU memory back; nothing is in flight. Idempotent."""
         self._everywhere(lambda server: server.offload(what or tuple(Memory), deadline_s=_CONTROL_S))
 
     def onload(self, *what: Memory) -> None:
-        """Take the memory again. Idempotent."""
         self._everywhere(lambda server: server.onload(what or tuple(Memory), deadline_s=_CONTROL_S))
 
     def health(self) -> None:
-        """Return when at least one admitted server can generate.
-
-        Raises:
-            EngineError: none can; says what each said.
-        """
+        """Raise EngineError, with the servers' errors, unless at least one admitted server can generate."""
         self._open()
         usable = self._members.usable()
-        results = self.run(_settle(each.server.health(deadline_s=PROBE_S) for each in usable), deadline_s=PROBE_S)
+        results = self.run(_results(each.server.health(deadline_s=STATE_S) for each in usable), deadline_s=STATE_S)
         if not any(result is None for result in results):
-            said = " ".join(str(result) for result in results) or self._words()
-            raise EngineError(f"No rollout server with weights is well. {said}")
+            errors = " ".join(str(result) for result in results) or self._last_errors()
+            raise EngineError(f"No rollout server with weights can generate. {errors}")
 
     def close(self) -> None:
-        """End what runs and the connections; the servers go on. Idempotent."""
+        """End unfinished requests and close the connections; the servers keep running. Idempotent."""
         if self.loop.closed:
             return
         if self._generation is not None:
@@ -251,7 +243,6 @@ class ServerPool:
     # --- reports -------------------------------------------------------------------------------------------------
 
     def take_statistics(self) -> dict[str, float]:
-        """What happened since the last call, for the report."""
         return self.run(self._take_statistics(), deadline_s=10.0)
 
     async def _take_statistics(self) -> dict[str, float]:
@@ -261,12 +252,12 @@ class ServerPool:
         return found
 
     def usable(self) -> list[str]:
-        """URLs of the admitted servers that requests go to now."""
+        """The URLs of the admitted servers that get requests now."""
 
-        async def look() -> list[str]:
+        async def urls() -> list[str]:
             return [member.url for member in self._members.usable()]
 
-        return self.run(look(), deadline_s=10.0)
+        return self.run(urls(), deadline_s=10.0)
 
     # --- parts ---------------------------------------------------------------------------------------------------
 
@@ -274,16 +265,16 @@ class ServerPool:
         if self.loop.closed:
             raise EngineError("The pool of servers is closed; construct a new one.")
 
-    def _words(self) -> str:
-        return self.run(self._dispatcher.last_words(), deadline_s=10.0)
+    def _last_errors(self) -> str:
+        return self.run(self._dispatcher.last_errors(), deadline_s=10.0)
 
     def _everywhere(self, call: Callable[[Server], Coroutine[Any, Any, None]]) -> None:
-        """The same call to every server that answers; one that fails must be given weights again."""
-        members = [self._members.get(live.server.url) for live in self.discover()]
-        results = self.run(_settle(call(each.server) for each in members), deadline_s=_CONTROL_S)
+        """Make the same call to every server that answers; a server that fails must be given weights again."""
+        members = [self._members.get(live.url) for live in self.discover()]
+        results = self.run(_results(call(each.server) for each in members), deadline_s=_CONTROL_S)
         errors = [result for result in results if isinstance(result, BaseException)]
         if len(errors) == len(members):
-            raise EngineError("; ".join(map(str, errors)) or f"No rollout server answers. {self._words()}")
+            raise EngineError("; ".join(map(str, errors)) or f"No rollout server answers. {self._last_errors()}")
         failed = [each for each, result in zip(members, results, strict=True) if result is not None]
         self.run(self._expel(failed, errors), deadline_s=10.0)
 
@@ -291,22 +282,9 @@ class ServerPool:
         for member, error in zip(members, errors, strict=True):
             self._members.expel(member, str(error))
 
-    def _check(self, requests: Sequence[Request], params: SamplingParams) -> None:
-        """What no server should be asked: some die of it."""
-        params.check()
-        for request in requests:
-            tokens = request.prompt.tokens
-            if not tokens.numel():
-                raise EngineError(f"Prompt {request.prompt.id} has no tokens; give it a message.")
-            if int(tokens.min()) < 0 or (self._vocabulary and int(tokens.max()) >= self._vocabulary):
-                raise EngineError(
-                    f"Prompt {request.prompt.id} has a token outside the model's vocabulary of {self._vocabulary}; "
-                    "tokenise it with the tokenizer of the same folder."
-                )
 
-
-async def _settle(calls: Iterable[Coroutine[Any, Any, None]]) -> list[Any]:
-    """None or the `ServerError` of each call."""
+async def _results(calls: Iterable[Coroutine[Any, Any, None]]) -> list[Any]:
+    """Run all calls; returns None, or the `ServerError`, of each."""
     results = await asyncio.gather(*calls, return_exceptions=True)
     for result in results:
         if isinstance(result, BaseException) and not isinstance(result, ServerError):
@@ -315,7 +293,7 @@ async def _settle(calls: Iterable[Coroutine[Any, Any, None]]) -> list[Any]:
 
 
 def _vocabulary(model: str | Path | None) -> int:
-    """Tokens that the model's embedding has; 0 where that is not known."""
+    """The number of rows of the model's embedding; 0 if it is unknown."""
     file = None if model is None else Path(model) / "config.json"
     if file is None or not file.is_file():
         return 0

@@ -1,4 +1,4 @@
-"""The servers of a run, as files in a folder: `clipo serve` writes them, the pool reads them. Imports no torch."""
+"""The servers of a run, one file each in a folder that `clipo serve` writes and the pool reads. Imports no torch."""
 
 from __future__ import annotations
 
@@ -15,60 +15,60 @@ FOLDER = "servers"  # below train.output
 
 
 class Status(str, Enum):
-    """Where a server is in its life."""
+    """The state of a server, as its supervisor sees it."""
 
     starting = "starting"
     ready = "ready"
-    failed = "failed"  # it is being started again, or was given up
+    failed = "failed"  # about to be started again, or given up
     stopped = "stopped"
 
 
 @dataclass(frozen=True, slots=True)
 class ServerRecord:
-    """One server, as the process that looks after it sees it."""
+    """One server, as its supervisor has registered it."""
 
-    name: str  # of the file; letters, digits, "-", "_" and "."
+    name: str  # names the file; letters, digits, "-", "_" and "."
     url: str
     engine: str  # "sglang" or "vllm"
     tp: int
     host: str
     pid: int
-    boot: str  # another one each time it is started
+    boot: str  # changes with each start
     status: Status
     updated_at: float = field(default_factory=time.time)  # seconds since the epoch
 
 
 class Registry:
-    """The entries in one folder. Readers and writers need no lock: each entry is replaced as a whole."""
+    """The records in one folder. Readers and writers need no lock, because each file is replaced as a whole."""
 
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
 
-    def write(self, entry: ServerRecord) -> None:
-        """Add an entry, or replace the one of that name.
+    def write(self, record: ServerRecord) -> None:
+        """Add a record, or replace the one of that name.
 
         Raises:
             ValueError: the name cannot be that of a file.
         """
-        path = self._path(entry.name)
+        path = self._path(record.name)
         self.folder.mkdir(parents=True, exist_ok=True)
-        draft = self.folder / f".{entry.name}.{os.getpid()}.{uuid.uuid4().hex}"
+        draft = self.folder / f".{record.name}.{os.getpid()}.{uuid.uuid4().hex}"
         try:
-            draft.write_text(json.dumps(asdict(entry) | {"status": entry.status.value}, indent=1) + "\n")
+            draft.write_text(json.dumps(asdict(record) | {"status": record.status.value}, indent=1) + "\n")
             os.replace(draft, path)
         finally:
             draft.unlink(missing_ok=True)
 
-    def entries(self) -> list[ServerRecord]:
-        """All entries, by name. Files that are damaged, or of something else, are passed over."""
+    def records(self) -> list[ServerRecord]:
+        """All records, ordered by name. Files that are damaged or hold something else are ignored."""
         try:
             paths = sorted(self.folder.glob("[!.]*.json"))
         except OSError:
             return []
-        return [entry for path in paths if (entry := _read(path)) is not None]
+        return [record for path in paths if (record := _read(path)) is not None]
 
     def remove(self, name: str) -> None:
-        """Take an entry out, if it is there."""
+        """Remove a record if it exists."""
         self._path(name).unlink(missing_ok=True)
 
     def _path(self, name: str) -> Path:

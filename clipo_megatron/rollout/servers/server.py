@@ -1,7 +1,7 @@
-"""What the pool and the weight sync ask of one server, whatever engine it runs.
+"""The calls that the pool and the weight sync make to one server, whatever engine it runs.
 
-Calls are coroutines of one event loop. Each has a deadline; each failure is a `ServerError` that names the server, what
-was asked of it, and what came instead.
+All calls are coroutines on one event loop. Each has a deadline, and fails with a `ServerError` that names the server,
+the call and what went wrong.
 """
 
 from __future__ import annotations
@@ -16,19 +16,19 @@ from clipo_megatron.rollout.engine import EngineError, InFlight, Memory, Request
 
 
 class Fault(str, Enum):
-    """What went wrong with a call."""
+    """How a call failed."""
 
-    refused = "refused"  # no connection, or it broke off
+    refused = "refused"  # no connection, or it broke
     deadline = "deadline"  # no answer in time
-    status = "status"  # an answer that says no
+    status = "status"  # an HTTP status other than 200, or an answer that reports failure
     garbage = "garbage"  # an answer that cannot be what was asked for
-    stale = "stale"  # an answer under weights other than those it should have
+    stale = "stale"  # an answer produced by other weights than expected
     aborted = "aborted"  # the request was interrupted on the server
-    unsupported = "unsupported"  # this engine cannot do it
+    unsupported = "unsupported"  # this engine has no such call
 
 
 class ServerError(EngineError):
-    """One call to one server failed; `status` is the HTTP status where the fault is `status`, else 0."""
+    """A call to a server failed. `status` is its HTTP status if that is the fault, else 0."""
 
     def __init__(self, url: str, fault: Fault, message: str, status: int = 0):
         super().__init__(f"{url}: {message}")
@@ -37,18 +37,35 @@ class ServerError(EngineError):
 
 @dataclass(frozen=True, slots=True)
 class ServerState:
-    """What a server says of itself."""
+    """A server's description of itself."""
 
-    model: str  # folder it was started with
-    tp: int  # ranks that hold its weights
-    version: int | None  # of its weights; None: those it was started with, or it cannot tell
-    boot: str  # differs after a restart; "" where the server cannot tell
-    engine: str  # name and release, for people
+    model: str  # the model folder that it was started with
+    tp: int  # number of ranks that hold its weights
+    version: int | None  # version of its weights; None if no trainer has updated them or it cannot tell
+    boot: str  # changes with a restart; "" if the server cannot tell
+    engine: str  # name and release, such as "SGLang 0.5.10"
+
+
+@dataclass(frozen=True, slots=True)
+class LiveServer:
+    """A server that answered, and what it answered."""
+
+    server: Server
+    state: ServerState
+
+    @property
+    def url(self) -> str:
+        return self.server.url
+
+    @property
+    def life(self) -> tuple[str, str, int]:
+        """Changes with a restart, if the server can tell."""
+        return self.url, self.state.boot, self.state.tp
 
 
 @dataclass(frozen=True, slots=True)
 class UpdateGroup:
-    """A process group of one sender (rank 0) and the ranks of all servers, for weights."""
+    """The process group through which one sender (rank 0) gives all ranks of all servers its weights."""
 
     name: str
     host: str
@@ -59,16 +76,16 @@ class UpdateGroup:
 
 @dataclass(frozen=True, slots=True)
 class BucketNames:
-    """The tensors of a flat bucket, in order: Hugging Face names, dtypes as torch spells them ("bfloat16"), shapes."""
+    """The tensors of a flat bucket, in order."""
 
-    names: tuple[str, ...]
-    dtypes: tuple[str, ...]
+    names: tuple[str, ...]  # Hugging Face names
+    dtypes: tuple[str, ...]  # without "torch.": "bfloat16"
     shapes: tuple[tuple[int, ...], ...]
 
 
 @dataclass(frozen=True, slots=True)
 class RankChecksums:
-    """Checksums of the tensors that one rank of a server holds, by the server's own parameter names."""
+    """Checksums of the tensors that one rank of a server holds, by the server's parameter names."""
 
     tp_rank: int
     tp_size: int
@@ -76,95 +93,94 @@ class RankChecksums:
 
 
 def sample_id(name: str, sample: int) -> str:
-    """What identifies one sample of a call on its server."""
+    """The id under which a server knows one sample of a call."""
     return f"{name}-{sample}"
 
 
 class Server(Protocol):
-    """One server's client. An engine that lacks a call raises `ServerError` with `Fault.unsupported`."""
+    """The client of one server. A call that the engine lacks raises `ServerError` with `Fault.unsupported`."""
 
     url: str
-    keeps_unfinished: bool  # whether an aborted request returns the tokens it has
 
     async def state(self, *, deadline_s: float) -> ServerState:
-        """What it is; also says that it answers."""
+        """Ask the server for its model, size and version."""
         ...
 
     async def health(self, *, deadline_s: float) -> None:
-        """Return when it can generate."""
+        """Return if the server can generate."""
         ...
 
     async def generate(
         self, request: Request, params: SamplingParams, *, version: int, name: str, deadline_s: float
     ) -> list[Rollout]:
-        """All rollouts of one request, in order of sample.
+        """Return all rollouts of one request, in order of sample.
 
-        `begun` rollouts that are finished are returned as they are; aborted ones go on from their tokens. `version`
-        is that of the weights it should have, newer ones are no error here; `sample_id(name, sample)` identifies a
-        sample for `abort`. After an abort, rollouts of finish "abort" are among the result, those without a token left
-        out.
+        Partial rollouts of the request continue from their tokens; finished ones are returned as they are. Tokens of
+        weights older than `version` are an error, newer ones are not. `abort` knows a sample as
+        `sample_id(name, sample)`. After an abort the rollouts that were interrupted have the finish "abort"; those
+        without a token are left out.
         """
         ...
 
     async def abort(self, ids: Sequence[str] | None = None, *, deadline_s: float) -> None:
-        """End the generation of the samples with the given ids (`sample_id`), or all of it; their calls return."""
+        """End the generation of the samples with these ids, or of all samples. Their `generate` calls then return.
+
+        Ids that the server does not know are no error.
+        """
         ...
 
     async def pause(self, in_flight: InFlight, *, deadline_s: float) -> None:
-        """Generate nothing until `resume`."""
+        """Stop generating until `resume`; under `abort` it returns when nothing is in flight."""
         ...
 
     async def resume(self, *, deadline_s: float) -> None:
-        """Go on."""
+        """Generate again after `pause`."""
         ...
 
     async def offload(self, what: Sequence[Memory], *, deadline_s: float) -> None:
-        """Give GPU memory back."""
+        """Give GPU memory back while nothing is in flight."""
         ...
 
     async def onload(self, what: Sequence[Memory], *, deadline_s: float) -> None:
-        """Take it again."""
+        """Take offloaded memory back; its contents are undefined."""
         ...
 
     async def join_group(self, group: UpdateGroup, *, rank_offset: int, deadline_s: float) -> None:
-        """Become ranks rank_offset .. rank_offset + tp - 1; returns when all members have met."""
+        """Join as ranks rank_offset .. rank_offset + tp - 1; returns when all members have joined."""
         ...
 
     async def leave_group(self, name: str, *, deadline_s: float) -> None:
-        """Forget the group."""
+        """Destroy the server's side of the group."""
         ...
 
     async def begin_update(self, *, deadline_s: float) -> None:
-        """Before the first bucket. Does nothing on a release that has no such call."""
+        """Announce the first bucket. Does nothing on a release without such a call."""
         ...
 
     async def receive_bucket(self, group: str, bucket: BucketNames, *, last: bool, deadline_s: float) -> None:
-        """Take one flat bucket that the group's rank 0 broadcasts as bytes; returns when it is loaded.
+        """Receive one flat bucket that the group's rank 0 broadcasts as bytes; returns when it is loaded.
 
-        `last`: no other bucket of this update follows, so the server may let go of what it has computed with the
-        weights before. A server that cannot do so yet is not at fault: `end_update` sees to it.
+        `last` says that no further bucket of this update follows, so the server may empty its prefix cache. If it
+        cannot do so yet, `end_update` does.
         """
         ...
 
     async def receive_handles(self, handles: Sequence[bytes], *, last: bool, deadline_s: float) -> None:
-        """Take tensors from the memory of another process on its GPUs; one payload a rank of the server.
-
-        `last` is as in `receive_bucket`.
-        """
+        """Copy a bucket out of another process's memory on the same GPUs; one payload for each rank of the server."""
         ...
 
     async def end_update(self, version: int, *, deadline_s: float) -> None:
-        """After the last bucket: caches are empty, and answers carry the version."""
+        """Empty the prefix cache and set the version that answers carry from now on."""
         ...
 
     async def load_folder(self, folder: str, version: int, *, deadline_s: float) -> None:
-        """Read all weights from safetensors."""
+        """Load all weights from the safetensors in a folder, and set their version."""
         ...
 
     async def checksums(self, *, deadline_s: float) -> list[RankChecksums]:
-        """Of the weights as they are in its memory, a rank each."""
+        """Compute checksums of the weights in the server's memory, for each of its ranks."""
         ...
 
     async def close(self) -> None:
-        """Close the client's connections; the server goes on."""
+        """Close the client's connections; the server keeps running."""
         ...

@@ -1,4 +1,4 @@
-"""Client of one SGLang server (0.5 releases), through its native HTTP interface."""
+"""The client of one SGLang server (0.5 releases), over its native HTTP interface."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 
 from clipo_megatron.rollout.engine import InFlight, Memory
-from clipo_megatron.rollout.servers.http import together
-from clipo_megatron.rollout.servers.http_server import Call, HttpServer, left, rank_checksums
+from clipo_megatron.rollout.servers.http import all_or_none
+from clipo_megatron.rollout.servers.http_server import Call, HttpServer, rank_checksums, seconds_until
 from clipo_megatron.rollout.servers.response_checks import BadAnswer, Continuation, checked, version_number
 from clipo_megatron.rollout.servers.server import (
     BucketNames,
@@ -24,110 +24,107 @@ from clipo_megatron.rollout.servers.server import (
     UpdateGroup,
 )
 
-# A prompt of so many tokens is prefilled once before its samples are asked for. Samples that arrive together would
-# each prefill it: the cache only knows what has finished.
+# Prompts of at least this many tokens are prefilled by a call of their own before their samples are asked for. Samples
+# that arrive together would each prefill the prompt, because only finished prefills are in the prefix cache.
 _PREFILL_ONCE = 64
-_EMPTY_CACHE_S = 15.0  # for the last requests to let go of the prefix cache
+_EMPTY_CACHE_S = 15.0  # for the last requests to leave the server, which then can empty its prefix cache
 
 
 class SGLangServer(HttpServer):
     """The `Server` protocol for SGLang.
 
-    The samples of a request are one HTTP call with an id a sample, because the ids that the server makes up for `n`
-    samples cannot be aborted. Log-probs are those of the temperature-scaled policy before top-p and top-k; greedy ones
-    those of temperature 1. With any stop tokens, the server ends a response at the model's own end-of-text token too.
+    The samples of a request are one HTTP call with one id for each sample, because the ids that the server itself
+    gives `n` samples cannot be aborted. Log-probs are those of the temperature-scaled policy before top-p and top-k;
+    under greedy sampling those of temperature 1. If there are stop tokens, the server also stops at the model's own
+    end-of-text token.
 
-    A router (`routed`) gets a call a sample: sglang-router takes one id a request.
+    Through a router (`routed`) each sample is a call of its own: sglang-router takes one id for each request.
     """
 
-    _cache_is_empty = False  # since the last bucket of an update
-    # --- what it is ----------------------------------------------------------------------------------------------
+    _cache_is_empty = False  # whether the last bucket of the update emptied the prefix cache
+
+    # --- state -------------------------------------------------------------------------------------------------
 
     async def state(self, *, deadline_s: float) -> ServerState:
-        """What it is; also says that it answers."""
         model = await self._get("model_info", deadline_s)
         info = await self._get("server_info", deadline_s)
         try:
             tp, path = int(info["tp_size"]) * int(info.get("pp_size", 1)), str(model["model_path"])
             release = str(info["version"])
-            boot = str(info.get("random_seed", ""))  # drawn at each start, unless it was given one
+            boot = str(info.get("random_seed", ""))  # drawn at each start, unless the command line sets it
         except (KeyError, TypeError, ValueError):
             raise self._http.fail(Fault.garbage, "/server_info lacks tp_size, version or model_path") from None
         version = version_number(model.get("weight_version"))
         return ServerState(path, tp, None if version < 0 else version, boot, f"SGLang {release}")
 
     async def health(self, *, deadline_s: float) -> None:
-        """Return when it can generate: it generates one token, or is already generating."""
+        """Return if the server can generate: it generates one token, or is already generating."""
         await self._http.get("/health_generate", deadline_s=deadline_s)
 
     # --- generation ----------------------------------------------------------------------------------------------
 
-    async def _pieces(self, call: Call) -> list[Continuation]:
+    async def _continue(self, call: Call) -> list[Continuation]:
         if self._routed and len(call.ids) > 1:
-            parts = await together([self._pieces(replace(call, ids=[each])) for each in call.ids])
-            return [piece for part in parts for piece in part]
+            answers = await all_or_none([self._continue(replace(call, ids=[each])) for each in call.ids])
+            return [continuation for answer in answers for continuation in answer]
         if len(call.ids) > 1 and len(call.inputs) >= _PREFILL_ONCE:
             once = {"input_ids": call.inputs, "sampling_params": {"max_new_tokens": 0, "temperature": 0}}
-            await self._http.post("/generate", once, deadline_s=call.left_s)
+            await self._http.post("/generate", once, deadline_s=call.seconds_left)
 
         def read(answer: Any) -> list[Continuation]:
             answers = answer if isinstance(answer, list) else [answer]
             if len(answers) != len(call.ids):
                 raise BadAnswer(f"{len(answers)} samples instead of {len(call.ids)}")
-            return [_piece(each, call) for each in answers]
+            return [_continuation(each, call) for each in answers]
 
         try:
-            pieces = await self._http.post_and_read("/generate", _generate_body(call), read, deadline_s=call.left_s)
+            found = await self._http.post_and_read(
+                "/generate", _generate_body(call), read, deadline_s=call.seconds_left
+            )
         except BadAnswer as reason:
             raise self._http.fail(Fault.garbage, f"/generate answered {reason}") from None
-        for piece in pieces:
-            if piece.versions.size and (np.diff(piece.versions).min(initial=0) < 0 or piece.versions[0] < call.version):
-                least = piece.versions.min()
+        for versions in (each.versions for each in found):
+            if versions.size and (np.diff(versions).min(initial=0) < 0 or versions[0] < call.version):
                 raise self._http.fail(
-                    Fault.stale, f"/generate answered with weights of version {least}, not {call.version}"
+                    Fault.stale, f"/generate answered with weights of version {versions.min()}, not {call.version}"
                 )
-        return pieces
+        return found
 
     async def abort(self, ids: Sequence[str] | None = None, *, deadline_s: float) -> None:
-        """End the generation of the given ids, or all of it; ids that it does not know are no error."""
         if ids is None:
             await self._http.post("/abort_request", {"abort_all": True}, deadline_s=deadline_s)
             return
-        await together([self._http.post("/abort_request", {"rid": each}, deadline_s=deadline_s) for each in ids])
+        await all_or_none([self._http.post("/abort_request", {"rid": each}, deadline_s=deadline_s) for each in ids])
 
     async def pause(self, in_flight: InFlight, *, deadline_s: float) -> None:
-        """Generate nothing until `resume`; with `abort` it returns when nothing is in flight."""
         await self._http.post("/pause_generation", {"mode": in_flight.value}, deadline_s=deadline_s)
 
     async def resume(self, *, deadline_s: float) -> None:
-        """Go on."""
         await self._http.post("/continue_generation", deadline_s=deadline_s)
 
     # --- memory --------------------------------------------------------------------------------------------------
 
     async def offload(self, what: Sequence[Memory], *, deadline_s: float) -> None:
-        """Give GPU memory back; needs a server started with --enable-memory-saver."""
+        """See `Server.offload`; the server must have been started with --enable-memory-saver."""
         deadline = time.monotonic() + deadline_s
         state = await self.state(deadline_s=deadline_s)
-        if missing := self._memory.to_release(what, state.boot):
-            await self._empty_cache(deadline)  # it dies when something is in flight
+        if missing := self._memory.to_offload(what, state.boot):
+            await self._empty_cache(deadline)  # the server crashes if something is in flight
             body = {"tags": [each.value for each in missing]}
-            await self._http.post("/release_memory_occupation", body, deadline_s=left(deadline))
-            self._memory.released(missing)
+            await self._http.post("/release_memory_occupation", body, deadline_s=seconds_until(deadline))
+            self._memory.offloaded(missing)
 
     async def onload(self, what: Sequence[Memory], *, deadline_s: float) -> None:
-        """Take it again."""
         deadline = time.monotonic() + deadline_s
         state = await self.state(deadline_s=deadline_s)
         if missing := self._memory.to_restore(what, state.boot):
             body = {"tags": [each.value for each in missing]}
-            await self._http.post("/resume_memory_occupation", body, deadline_s=left(deadline))
+            await self._http.post("/resume_memory_occupation", body, deadline_s=seconds_until(deadline))
             self._memory.restored(missing)
 
     # --- weights -------------------------------------------------------------------------------------------------
 
     async def join_group(self, group: UpdateGroup, *, rank_offset: int, deadline_s: float) -> None:
-        """Become ranks of a group; returns when all members have met."""
         body = {
             "master_address": group.host,
             "master_port": group.port,
@@ -139,14 +136,10 @@ class SGLangServer(HttpServer):
         await self._done("/init_weights_update_group", body, deadline_s)
 
     async def leave_group(self, name: str, *, deadline_s: float) -> None:
-        """Forget the group."""
         await self._done("/destroy_weights_update_group", {"group_name": name}, deadline_s)
 
     async def begin_update(self, *, deadline_s: float) -> None:
-        """Before the first bucket. Does nothing on a release that has no such call.
-
-        An update that broke off has left the server in the middle of one, where it takes buckets already.
-        """
+        """See `Server.begin_update`. After an update that was interrupted the server is ready for buckets already."""
         try:
             await self._done_if_known("/begin_weight_update", deadline_s)
         except ServerError as error:
@@ -154,7 +147,6 @@ class SGLangServer(HttpServer):
                 raise
 
     async def receive_bucket(self, group: str, bucket: BucketNames, *, last: bool, deadline_s: float) -> None:
-        """Take one flat bucket that the group's rank 0 broadcasts; returns when it is loaded."""
         body = {
             "names": bucket.names,
             "dtypes": bucket.dtypes,
@@ -165,7 +157,6 @@ class SGLangServer(HttpServer):
         await self._receive("/update_weights_from_distributed", body, last, deadline_s)
 
     async def receive_handles(self, handles: Sequence[bytes], *, last: bool, deadline_s: float) -> None:
-        """Take tensors from the memory of another process; one payload a rank of the server."""
         body = {
             "serialized_named_tensors": [base64.b64encode(each).decode() for each in handles],
             "load_format": "flattened_bucket",
@@ -173,8 +164,8 @@ class SGLangServer(HttpServer):
         await self._receive("/update_weights_from_tensor", body, last, deadline_s)
 
     async def _receive(self, path: str, body: dict[str, Any], last: bool, deadline_s: float) -> None:
-        """With the last bucket the prefix cache is emptied: a call of its own would also collect garbage, which takes
-        longer than the bucket. The call follows all the same where something was still being computed."""
+        """Send a bucket. The last one asks the server to empty its prefix cache: a separate call would also collect
+        garbage, which takes longer than the bucket. If the server was busy, the separate call follows all the same."""
         self._cache_is_empty = False
         try:
             await self._done(path, body | {"flush_cache": last}, deadline_s)
@@ -185,31 +176,29 @@ class SGLangServer(HttpServer):
             self._cache_is_empty = last
 
     async def end_update(self, version: int, *, deadline_s: float) -> None:
-        """After the last bucket: caches are empty, and answers carry the version."""
         deadline = time.monotonic() + deadline_s
         await self._done_if_known("/end_weight_update", deadline_s)
         await self._set_version(version, deadline)
 
     async def load_folder(self, folder: str, version: int, *, deadline_s: float) -> None:
-        """Read all weights from safetensors; the folder has a config.json too."""
+        """See `Server.load_folder`; the folder needs a config.json too."""
         deadline = time.monotonic() + deadline_s
         self._cache_is_empty = False
         await self._done("/update_weights_from_disk", {"model_path": folder, "flush_cache": False}, deadline_s)
         await self._set_version(version, deadline)
 
     async def _set_version(self, version: int, deadline: float) -> None:
-        """Empty the prefix cache, then give the weights their version."""
         if not self._cache_is_empty:
             await self._empty_cache(deadline)
         body = {"new_version": str(version), "abort_all_requests": False}
-        await self._done("/update_weight_version", body, left(deadline))
+        await self._done("/update_weight_version", body, seconds_until(deadline))
 
     async def _empty_cache(self, deadline: float) -> None:
-        """Succeeds only while nothing is computed; requests whose client has just gone are waited for."""
+        """Empty the prefix cache; tries again while requests that were just cancelled leave the server."""
         tries_until = min(deadline, time.monotonic() + _EMPTY_CACHE_S)
         while True:
             try:
-                await self._http.get_text("/flush_cache", deadline_s=left(deadline))  # in plain words
+                await self._http.get_text("/flush_cache", deadline_s=seconds_until(deadline))  # not JSON
                 return
             except ServerError as error:
                 if error.status != 400 or time.monotonic() >= tries_until:
@@ -217,10 +206,9 @@ class SGLangServer(HttpServer):
             await asyncio.sleep(0.1)
 
     async def checksums(self, *, deadline_s: float) -> list[RankChecksums]:
-        """Of the weights as they are in its memory, a rank each."""
         answer = await self._done("/weights_checker", {"action": "checksum"}, deadline_s)
         try:
-            found = [rank_checksums(_place(rank), rank["checksums"]) for rank in answer["ranks"]]
+            found = [rank_checksums(_parallelism(rank), rank["checksums"]) for rank in answer["ranks"]]
         except (KeyError, IndexError, TypeError, AttributeError, ValueError):
             found = []
         if not found or not all(rank.checksums for rank in found):
@@ -230,7 +218,7 @@ class SGLangServer(HttpServer):
     # --- calls ---------------------------------------------------------------------------------------------------
 
     async def _get(self, name: str, deadline_s: float) -> dict[str, Any]:
-        """`/name`, or `/get_name` as older releases have it."""
+        """GET `/name`, which older releases call `/get_name`."""
         try:
             answer = await self._http.get(f"/{name}", deadline_s=deadline_s)
         except ServerError as error:
@@ -242,11 +230,11 @@ class SGLangServer(HttpServer):
         return answer
 
     async def _done(self, path: str, body: dict[str, Any], deadline_s: float) -> dict[str, Any]:
-        """A call whose answer says whether it succeeded."""
+        """POST a call whose answer says whether it succeeded."""
         answer = await self._http.post(path, body, deadline_s=deadline_s)
         if not isinstance(answer, dict) or answer.get("success") is not True:
-            words = answer.get("message") if isinstance(answer, dict) else answer
-            raise self._http.fail(Fault.status, f"{path} did not succeed: {str(words)[:300]}")
+            reason = answer.get("message") if isinstance(answer, dict) else answer
+            raise self._http.fail(Fault.status, f"{path} did not succeed: {str(reason)[:300]}")
         return answer
 
     async def _done_if_known(self, path: str, deadline_s: float) -> None:
@@ -257,10 +245,10 @@ class SGLangServer(HttpServer):
                 raise
 
 
-def _place(rank: dict[str, Any]) -> dict[str, Any]:
-    """Where a rank stands; a list where it holds a draft model too, the target model first."""
-    place = rank["parallelism_info"]
-    return place[0] if isinstance(place, list) else place
+def _parallelism(rank: dict[str, Any]) -> dict[str, Any]:
+    """A rank's place in the server. It is a list if there is a draft model too; the target model comes first."""
+    found = rank["parallelism_info"]
+    return found[0] if isinstance(found, list) else found
 
 
 def _generate_body(call: Call) -> dict[str, Any]:
@@ -272,8 +260,8 @@ def _generate_body(call: Call) -> dict[str, Any]:
         "min_p": 0.0,
         "max_new_tokens": call.budget,
         "stop_token_ids": list(params.stop_ids),
-        "ignore_eos": not params.stop_ids,  # it would ignore stop_token_ids too
-        "no_stop_trim": True,  # the text is that of all tokens; special ones are left out in any case
+        "ignore_eos": not params.stop_ids,  # true would ignore stop_token_ids too
+        "no_stop_trim": True,
     }
     return {
         "rid": call.ids[0] if alone else call.ids,
@@ -283,7 +271,7 @@ def _generate_body(call: Call) -> dict[str, Any]:
     }
 
 
-def _piece(answer: Any, call: Call) -> Continuation:
+def _continuation(answer: Any, call: Call) -> Continuation:
     try:
         meta, tokens = answer["meta_info"], answer["output_ids"]
         rows, reason = meta["output_token_logprobs"], meta["finish_reason"]
@@ -297,7 +285,6 @@ def _piece(answer: Any, call: Call) -> Continuation:
         tokens,
         logprobs,
         _versions(meta, len(tokens)),
-        answer.get("text"),
         finish=finish,
         matched=matched,
         budget=call.budget,
@@ -306,7 +293,7 @@ def _piece(answer: Any, call: Call) -> Continuation:
 
 
 def _versions(meta: dict[str, Any], count: int) -> np.ndarray:
-    """[count] int64, out of spans; releases without spans name one version for all."""
+    """The version of each token, [count] int64. Older releases name one version instead of spans of tokens."""
     spans = meta.get("weight_versions")
     if spans is None:
         return np.full(count, version_number(meta.get("weight_version")), dtype=np.int64)
@@ -319,7 +306,7 @@ def _versions(meta: dict[str, Any], count: int) -> np.ndarray:
             versions[start:end] = version_number(span["version"])
             filled = end
     except (KeyError, TypeError):
-        raise BadAnswer("spans of versions that are none") from None
+        raise BadAnswer("malformed spans of versions") from None
     if filled != count:
         raise BadAnswer(f"spans of versions for {filled} of {count} tokens")
     return versions

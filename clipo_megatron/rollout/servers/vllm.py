@@ -1,4 +1,4 @@
-"""Client of one vLLM server, through its OpenAI completions with token ids and the calls of its development mode."""
+"""The client of one vLLM server, over OpenAI completions with token ids and the calls of its development mode."""
 
 from __future__ import annotations
 
@@ -11,39 +11,41 @@ from typing import Any
 import numpy as np
 
 from clipo_megatron.rollout.engine import InFlight, Memory, SamplingParams
-from clipo_megatron.rollout.servers.http_server import Call, HttpServer, left, rank_checksums
+from clipo_megatron.rollout.servers.http_server import Call, HttpServer, rank_checksums, seconds_until
 from clipo_megatron.rollout.servers.response_checks import BadAnswer, Continuation, checked, version_number
 from clipo_megatron.rollout.servers.server import Fault, RankChecksums, ServerError, ServerState
 
 _START_TIME = re.compile(r"^process_start_time_seconds (\S+)", re.MULTILINE)
 _PAUSE_MODE = {InFlight.abort: "abort", InFlight.retract: "keep"}
-_EMPTY_CACHE_S = 0.2  # between two attempts to empty the prefix cache
+_EMPTY_CACHE_EVERY_S = 0.2
 
 
 class VLLMServer(HttpServer):
     """The `Server` protocol for vLLM (0.32), started with VLLM_SERVER_DEV_MODE=1.
 
-    Weights come through a folder. Log-probs are asked of the engine as it was started: `--logprobs-mode
-    processed_logprobs` gives those of the temperature-scaled policy. They are renormalised over what top-p and top-k
-    left, so those have to be off unless the temperature is 1 under the default mode, `raw_logprobs`; greedy ones are
-    those of temperature 1 in both modes. What does not fit is refused.
+    Weights arrive through a folder. Which log-probs the engine reports depends on how it was started:
+
+    - `--logprobs-mode processed_logprobs`: of the temperature-scaled policy, renormalised over the tokens that top-p
+      and top-k keep, so both must be off;
+    - `raw_logprobs`, the default: of temperature 1, so the temperature must be 1.
+
+    Greedy sampling has log-probs of temperature 1 in both modes. Other parameters are refused.
     """
 
     def __init__(self, url: str, **kwargs: Any):
         super().__init__(url, **kwargs)
-        self._model = ""  # as it calls the model
+        self._model = ""  # the model's name on the server
         self._logprobs_mode: str | None = None
 
-    # --- what it is ----------------------------------------------------------------------------------------------
+    # --- state ---------------------------------------------------------------------------------------------------
 
     async def state(self, *, deadline_s: float) -> ServerState:
-        """What it is; also says that it answers."""
         deadline = time.monotonic() + deadline_s
         version = await self._version(deadline)
-        info = await self._http.get("/server_info", deadline_s=left(deadline), config_format="json")
-        models = await self._http.get("/v1/models", deadline_s=left(deadline))
-        release = await self._http.get("/version", deadline_s=left(deadline))
-        metrics = await self._http.get_text("/metrics", deadline_s=left(deadline))
+        info = await self._http.get("/server_info", deadline_s=seconds_until(deadline), config_format="json")
+        models = await self._http.get("/v1/models", deadline_s=seconds_until(deadline))
+        release = await self._http.get("/version", deadline_s=seconds_until(deadline))
+        metrics = await self._http.get_text("/metrics", deadline_s=seconds_until(deadline))
         try:
             parallel = info["vllm_config"]["parallel_config"]
             tp = int(parallel["tensor_parallel_size"]) * int(parallel["pipeline_parallel_size"])
@@ -52,23 +54,22 @@ class VLLMServer(HttpServer):
             self._model = str(models["data"][0]["id"])
             engine = f"vLLM {release['version']}"
         except (KeyError, IndexError, TypeError, ValueError):
-            raise self._http.fail(Fault.garbage, "/server_info or /v1/models lacks what describes it") from None
+            raise self._http.fail(Fault.garbage, "/server_info or /v1/models lacks a field") from None
         started = _START_TIME.search(metrics)
         return ServerState(path, tp, None if version < 0 else version, started[1] if started else "", engine)
 
     async def health(self, *, deadline_s: float) -> None:
-        """Return when its engine runs."""
         await self._http.get("/health", deadline_s=deadline_s)
 
     async def _version(self, deadline: float) -> int:
-        answer = await self._http.get("/weight_info", deadline_s=left(deadline))
+        answer = await self._http.get("/weight_info", deadline_s=seconds_until(deadline))
         return version_number(answer.get("weight_version") if isinstance(answer, dict) else None)
 
     # --- generation ----------------------------------------------------------------------------------------------
 
-    async def _pieces(self, call: Call) -> list[Continuation]:
-        # Its answer has no version. Weights change only when nothing runs, and a restarted server has lost its
-        # version: what holds before and after held in between.
+    async def _continue(self, call: Call) -> list[Continuation]:
+        # The answer has no version. Weights change only when nothing runs, and a restart resets the version: if it
+        # is the same before and after, it was the same in between.
         before = await self._version(call.end)
 
         def read(answer: Any) -> list[Continuation]:
@@ -76,22 +77,22 @@ class VLLMServer(HttpServer):
                 choices = sorted(answer["choices"], key=lambda choice: choice["index"])
                 if [choice["index"] for choice in choices] != list(range(len(call.ids))):
                     raise BadAnswer(f"{len(choices)} samples instead of {len(call.ids)}")
-                return [_piece(choice, call, before) for choice in choices]
+                return [_continuation(choice, call, before) for choice in choices]
             except (KeyError, TypeError):
                 raise BadAnswer("samples without ids, log-probs or finish reason") from None
 
         body = _completions_body(self._model, call)
         try:
-            pieces = await self._http.post_and_read("/v1/completions", body, read, deadline_s=call.left_s)
+            found = await self._http.post_and_read("/v1/completions", body, read, deadline_s=call.seconds_left)
         except BadAnswer as reason:
             raise self._http.fail(Fault.garbage, f"/v1/completions answered {reason}") from None
         after = await self._version(call.end)
         if before != after or after < call.version:
             raise self._http.fail(Fault.stale, f"it answered with weights of version {after}, not {call.version}")
-        return pieces
+        return found
 
-    async def _accept(self, params: SamplingParams, deadline_s: float) -> None:
-        """Refuse parameters under which the engine's log-probs would not be the policy's."""
+    async def _check_params(self, params: SamplingParams, deadline_s: float) -> None:
+        """Raise ServerError for parameters under which the engine's log-probs would not be the policy's."""
         if not self._model:
             await self.state(deadline_s=deadline_s)
         if params.temperature == 0 or not params.exact_logprobs:
@@ -112,69 +113,66 @@ class VLLMServer(HttpServer):
             )
 
     async def abort(self, ids: Sequence[str] | None = None, *, deadline_s: float) -> None:
-        """End the generation of the given ids, or all of it; the id of a request's first sample ends all of them."""
-        # An id has a prefix and the place among the prompts of a call added to it.
+        """See `Server.abort`. A call has the id of its first sample, which ends all samples of the call."""
+        # The server adds a prefix, and the index of the prompt within the call.
         named = [] if ids is None else [f"cmpl-{each}-0" for each in ids]
         if ids is None or named:
             await self._http.post("/abort_requests", {"request_ids": named}, deadline_s=deadline_s)
 
     async def pause(self, in_flight: InFlight, *, deadline_s: float) -> None:
-        """Generate nothing until `resume`."""
         await self._http.post("/pause", deadline_s=deadline_s, mode=_PAUSE_MODE[in_flight])
 
     async def resume(self, *, deadline_s: float) -> None:
-        """Go on."""
         await self._http.post("/resume", deadline_s=deadline_s)
 
     # --- memory --------------------------------------------------------------------------------------------------
 
     async def offload(self, what: Sequence[Memory], *, deadline_s: float) -> None:
-        """Give GPU memory back; needs a server started with --enable-sleep-mode. Weights take the cache with them."""
+        """See `Server.offload`; needs --enable-sleep-mode. Offloading the weights offloads the cache too."""
         deadline = time.monotonic() + deadline_s
         boot = (await self.state(deadline_s=deadline_s)).boot
-        missing = self._memory.to_release(what, boot)
+        missing = self._memory.to_offload(what, boot)
         if Memory.weights in missing:
-            await self._http.post("/sleep", deadline_s=left(deadline), level="2")
-            self._memory.released(tuple(Memory))
+            await self._http.post("/sleep", deadline_s=seconds_until(deadline), level="2")
+            self._memory.offloaded(tuple(Memory))
         elif missing:
-            await self._http.post("/release_kv_cache_memory", deadline_s=left(deadline))
-            self._memory.released(missing)
+            await self._http.post("/release_kv_cache_memory", deadline_s=seconds_until(deadline))
+            self._memory.offloaded(missing)
 
     async def onload(self, what: Sequence[Memory], *, deadline_s: float) -> None:
-        """Take it again; it generates once it has all."""
         deadline = time.monotonic() + deadline_s
         boot = (await self.state(deadline_s=deadline_s)).boot
         for each in self._memory.to_restore(what, boot):
-            await self._http.post("/wake_up", deadline_s=left(deadline), tags=each.value)
+            await self._http.post("/wake_up", deadline_s=seconds_until(deadline), tags=each.value)
             self._memory.restored([each])
 
     # --- weights -------------------------------------------------------------------------------------------------
 
     async def load_folder(self, folder: str, version: int, *, deadline_s: float) -> None:
-        """Read all weights from safetensors."""
         deadline = time.monotonic() + deadline_s
         body = {"method": "reload_weights", "kwargs": {"weights_path": folder}}
-        await self._http.post("/collective_rpc", body, deadline_s=left(deadline))
+        await self._http.post("/collective_rpc", body, deadline_s=seconds_until(deadline))
         try:
-            await self._http.post("/collective_rpc", {"method": "repack_output_layer"}, deadline_s=left(deadline))
+            await self._http.post(
+                "/collective_rpc", {"method": "repack_output_layer"}, deadline_s=seconds_until(deadline)
+            )
         except ServerError as error:
-            if error.fault is not Fault.status:  # without the extension; only a server on a CPU needs it
+            if error.fault is not Fault.status:  # a status means that the extension is missing; only CPUs need it
                 raise
-        await self.end_update(version, deadline_s=left(deadline))
+        await self.end_update(version, deadline_s=seconds_until(deadline))
 
     async def end_update(self, version: int, *, deadline_s: float) -> None:
-        """Caches are empty, and the server knows its version."""
         deadline = time.monotonic() + deadline_s
-        while True:  # blocks of requests that have just ended may still be held
-            answer = await self._http.post("/reset_prefix_cache", deadline_s=left(deadline))
+        while True:  # requests that have just ended may still hold blocks
+            answer = await self._http.post("/reset_prefix_cache", deadline_s=seconds_until(deadline))
             if not isinstance(answer, dict) or answer.get("success", True):
                 break
-            await asyncio.sleep(_EMPTY_CACHE_S)
+            await asyncio.sleep(_EMPTY_CACHE_EVERY_S)
         body = {"new_version": str(version)}
-        await self._http.post("/update_weight_version", body, deadline_s=left(deadline))
+        await self._http.post("/update_weight_version", body, deadline_s=seconds_until(deadline))
 
     async def checksums(self, *, deadline_s: float) -> list[RankChecksums]:
-        """Of the weights as they are in its memory, by the worker extension that `clipo serve` loads into it."""
+        """See `Server.checksums`; needs the worker extension that `clipo serve` loads."""
         try:
             answer = await self._http.post("/collective_rpc", {"method": "weight_checksums"}, deadline_s=deadline_s)
         except ServerError as error:
@@ -214,7 +212,7 @@ def _completions_body(model: str, call: Call) -> dict[str, Any]:
     }
 
 
-def _piece(choice: dict[str, Any], call: Call, version: int) -> Continuation:
+def _continuation(choice: dict[str, Any], call: Call, version: int) -> Continuation:
     tokens, logprobs = choice["token_ids"], choice["logprobs"]
     if logprobs is None and not tokens:
         logprobs = {"token_logprobs": [], "tokens": []}
@@ -224,7 +222,6 @@ def _piece(choice: dict[str, Any], call: Call, version: int) -> Continuation:
         tokens,
         logprobs["token_logprobs"],
         np.full(len(tokens), version, dtype=np.int64),
-        choice["text"],
         finish=choice["finish_reason"],
         matched=choice.get("stop_reason"),
         budget=call.budget,
