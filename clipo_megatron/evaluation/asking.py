@@ -18,7 +18,7 @@ from clipo_megatron.flow import Prompt, RolloutGroup, ScoredGroup
 from clipo_megatron.rewards.pool import GraderPool
 from clipo_megatron.rewards.voting import answer_key
 from clipo_megatron.rollout.engine import Engine, Request, SamplingParams, never
-from clipo_megatron.rollout.generate_all import ask
+from clipo_megatron.rollout.generate_all import generate_all
 
 
 def evaluate(
@@ -58,7 +58,7 @@ def evaluate(
 
     requests = [Request(index, prompts[index]) for index in mine]
     deadline = time.monotonic() + deadline_s
-    ask(engine, requests, params, take=take, resync=resync, deadline=deadline, should_cancel=should_cancel)
+    generate_all(engine, requests, params, take=take, resync=resync, deadline=deadline, should_cancel=should_cancel)
     counted = {scored.group.prompt.id: count(scored, pool) for scored in pool.collect()}
     shared: list = [None] * dist.get_world_size()
     dist.all_gather_object(shared, counted)

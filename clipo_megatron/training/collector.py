@@ -26,7 +26,7 @@ from clipo_megatron.data.sampler import PromptSampler
 from clipo_megatron.flow import Prompt, Rollout, RolloutGroup, ScoredGroup
 from clipo_megatron.rewards.pool import GraderPool
 from clipo_megatron.rollout.engine import Cancelled, Engine, EngineError, Generation, Request, SamplingParams, never
-from clipo_megatron.rollout.generate_all import ask, begun
+from clipo_megatron.rollout.generate_all import generate_all, with_partial
 from clipo_megatron.training.partial_rollouts import going_on, of_this_step, open_rollouts
 from clipo_megatron.training.prompt_assignment import choose, deal, deal_by_load, oversampled, share
 
@@ -215,7 +215,7 @@ class Collector:
         for each in whole:
             intake.take(RolloutGroup(each.position, each.prompt, list(each.begun)))
         satisfied = intake.enough()
-        asked = ask(
+        remainder = generate_all(
             self.engine,
             [] if satisfied else waiting,
             params,
@@ -230,14 +230,14 @@ class Collector:
         if satisfied:
             self._carried = waiting
         else:
-            self._left = asked.running
-            self._running = asked.unanswered if asked.running else []
-            self._carried = asked.unanswered if self._carries and not asked.running else []
-            dropped = len(asked.unanswered) - len(self._running) - len(self._carried)
+            self._left = remainder.running
+            self._running = remainder.unanswered if remainder.running else []
+            self._carried = remainder.unanswered if self._carries and not remainder.running else []
+            dropped = len(remainder.unanswered) - len(self._running) - len(self._carried)
         groups = intake.groups()
         if self._windows:
             self._carried = going_on(each.group for each in groups)
-        return groups, dropped, asked.recoveries
+        return groups, dropped, remainder.resyncs
 
     def _meet(self, held: dict[int, ScoredGroup], dropped: int, tally: _StepCounters) -> None:
         """Let every rank know where the step stands; collective."""
@@ -284,7 +284,7 @@ class Collector:
     def withdraw(self) -> None:
         """End what the engine was left running with and keep what there is of it, so that others can use the engine."""
         if self._left is not None:
-            self._carried = sorted([*self._carried, *begun(self._left.stop(), self._running)], key=_ticket)
+            self._carried = sorted([*self._carried, *with_partial(self._left.stop(), self._running)], key=_ticket)
             self._left, self._running = None, []
 
     @property

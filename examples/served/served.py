@@ -72,7 +72,7 @@ def train_while_served(serving: subprocess.Popen[bytes], arguments: list[str]) -
     output = next(word.partition("=")[2] for word in reversed(arguments) if word.startswith("train.output="))
     registry = Registry(Path(output) / FOLDER)
     begun = time.time()
-    while not any(each.status is Status.ready and each.updated_at > begun for each in registry.entries()):
+    while not any(each.status is Status.ready and each.updated_at > begun for each in registry.records()):
         if signals or serving.poll() is not None:  # setting up may take minutes, and says so itself
             return 128 + signals[0] if signals else serving.returncode
         time.sleep(0.2)

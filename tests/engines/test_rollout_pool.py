@@ -344,7 +344,7 @@ def test_rollouts_left_running_cross_an_update_and_say_so_token_by_token(
     pool = make_pool(proxies[0].url)
     params = dataclasses.replace(LONG, max_new_tokens=400)
     generation = started(pool, ask(2), params, proxies[0])
-    generation.leave()
+    generation.detach()
     pool.pause(in_flight)
     pool.load_weights(tiny_weights(tiny_model, seed=9).items(), version=4)
     pool.resume()
@@ -364,7 +364,7 @@ def test_rollouts_left_running_cross_an_update_and_say_so_token_by_token(
 def test_rollouts_left_running_are_among_the_lost(proxies, make_pool, monkeypatch):
     monkeypatch.setattr(dispatch, "GRACE_S", 1.0)
     pool = make_pool(proxies[0].url)
-    started(pool, ask(2), LONG, proxies[0]).leave()
+    started(pool, ask(2), LONG, proxies[0]).detach()
     proxies[0].down()
     with pytest.raises(EngineLostError) as caught:
         list(pool.generate(ask(2, first=5), PARAMS, deadline_s=60))

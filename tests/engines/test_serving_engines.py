@@ -62,7 +62,7 @@ class Serving:
         return file.read_text(errors="replace")
 
     def entry(self) -> ServerRecord | None:
-        found = self.registry.entries()
+        found = self.registry.records()
         return found[0] if found else None
 
     def ready(self, besides: str = "") -> ServerRecord:

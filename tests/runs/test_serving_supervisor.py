@@ -77,7 +77,7 @@ class Fakes:
         return [float(line.split()[1]) for line in file.read_text().splitlines()] if file.exists() else []
 
     def entry(self, index: int = 0) -> ServerRecord | None:
-        found = {entry.name: entry for entry in self.registry.entries()}
+        found = {entry.name: entry for entry in self.registry.records()}
         return found.get(f"server-{index}")
 
     def ready(self, index: int = 0, besides: str = "") -> ServerRecord:
@@ -134,7 +134,7 @@ def test_a_server_lives_from_start_to_signal(tmp_path):
             assert Probe(entry.url, EngineKind.vllm).generates(5)
 
     assert fakes.run(scenario) == 130
-    assert [entry.status for entry in fakes.registry.entries()] == [Status.stopped] * 2
+    assert [entry.status for entry in fakes.registry.records()] == [Status.stopped] * 2
     assert not any(map(alive, pids)) and len(pids) == 4
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     assert any("2 servers ready" in line for line in fakes.said), fakes.said
@@ -285,7 +285,7 @@ def test_one_server_given_up_leaves_the_others(tmp_path):
         fakes.ready(0)
 
     assert fakes.run(scenario) == 130
-    assert [entry.status for entry in fakes.registry.entries()] == [Status.stopped, Status.failed]
+    assert [entry.status for entry in fakes.registry.records()] == [Status.stopped, Status.failed]
 
 
 def test_a_port_that_was_taken_meanwhile_is_exchanged(tmp_path):
@@ -370,17 +370,17 @@ sys.exit(fakes.supervisor.run())
     registry = Registry(tmp_path / "servers")
 
     def ready() -> bool:
-        return [entry.status for entry in registry.entries()] == [Status.ready]
+        return [entry.status for entry in registry.records()] == [Status.ready]
 
     running = subprocess.Popen([sys.executable, "-c", script])
     try:
         wait_until(ready, "the server to be ready")
-        (before,) = registry.entries()
+        (before,) = registry.records()
         running.send_signal(signal.SIGSTOP)
         time.sleep(5.0 + 2 * UNRESPONSIVE_S)
         running.send_signal(signal.SIGCONT)
         time.sleep(2 * UNRESPONSIVE_S)
-        assert alive(before.pid) and registry.entries() == [before]
+        assert alive(before.pid) and registry.records() == [before]
     finally:
         running.kill()
         running.wait()

@@ -102,11 +102,11 @@ class Chaos:
 
     def entry(self, server: int) -> ServerRecord:
         """What `clipo serve` says of a server."""
-        return sorted(self.registry.entries(), key=lambda entry: entry.url)[server]
+        return sorted(self.registry.records(), key=lambda entry: entry.url)[server]
 
     def ready(self) -> bool:
         """Whether both servers are, and no longer in a life that was hit."""
-        entries = sorted(self.registry.entries(), key=lambda entry: entry.url)
+        entries = sorted(self.registry.records(), key=lambda entry: entry.url)
         return len(entries) == 2 and all(
             entry.status is Status.ready and entry.boot != self._dying.get(number)
             for number, entry in enumerate(entries)

@@ -119,7 +119,7 @@ class _Interrupted(Generation):
         self.close()
         return [RolloutGroup(each.position, each.prompt, list(each.begun)) for each in have if each.begun]
 
-    def leave(self) -> None:
+    def detach(self) -> None:
         self.engine.left = dict(self.open)
 
     def close(self) -> None:

@@ -24,17 +24,17 @@ def test_what_was_written_is_read(registry):
     other = dataclasses.replace(ENTRY, name="server-1", status=Status.starting)
     registry.write(other)
     registry.write(ENTRY)
-    assert registry.entries() == [ENTRY, other]
+    assert registry.records() == [ENTRY, other]
     registry.write(dataclasses.replace(ENTRY, boot="b" * 32))
-    assert [entry.boot for entry in registry.entries()] == ["b" * 32, "a" * 32]
+    assert [entry.boot for entry in registry.records()] == ["b" * 32, "a" * 32]
     registry.remove("server-0")
     registry.remove("server-0")
-    assert registry.entries() == [other]
+    assert registry.records() == [other]
     assert sorted(path.name for path in registry.folder.iterdir()) == ["server-1.json"]
 
 
 def test_a_folder_that_is_not_there_has_no_entries(registry):
-    assert registry.entries() == []
+    assert registry.records() == []
     registry.remove("server-0")
 
 
@@ -59,14 +59,14 @@ def test_damaged_and_foreign_files_are_passed_over(registry, text):
     (registry.folder / "binary.json").write_bytes(b"\xff\xfe\x00")
     (registry.folder / "folder.json").mkdir()
     (registry.folder / "server-2.json").symlink_to(registry.folder / "nowhere")
-    assert [entry.name for entry in registry.entries()] == ["server-1"]
+    assert [entry.name for entry in registry.records()] == ["server-1"]
 
 
 def test_an_entry_with_more_than_is_known_is_read(registry):
     registry.folder.mkdir()
     found = dataclasses.asdict(ENTRY) | {"colour": "blue"}
     (registry.folder / "server-0.json").write_text(json.dumps(found))
-    assert registry.entries() == [ENTRY]
+    assert registry.records() == [ENTRY]
 
 
 @pytest.mark.parametrize("name", ["", ".hidden", "../up", "a/b", "a b"])
@@ -90,7 +90,7 @@ def test_a_reader_never_sees_half_an_entry(registry):
     writer.start()
     reads = 0
     while not done.is_set():
-        assert [entry.name for entry in registry.entries()] == ["server-0"]
+        assert [entry.name for entry in registry.records()] == ["server-0"]
         reads += 1
     writer.join()
     assert reads > 10

@@ -16,7 +16,7 @@ from small_runs import (
 from clipo_megatron.flow import Rollout, RolloutGroup
 from clipo_megatron.rollout.engine import Request, SamplingParams
 from clipo_megatron.rollout.local.engine import LocalEngine
-from clipo_megatron.rollout.servers.response_checks import Continuation, joined, settled
+from clipo_megatron.rollout.continuation import append_tokens, if_finished
 from clipo_megatron.training.partial_rollouts import going_on, open_rollouts
 from clipo_megatron.training.prompt_assignment import deal_by_load
 
@@ -28,16 +28,16 @@ def model(tmp_path_factory) -> Path:
 
 def test_where_a_window_ends() -> None:
     params = SamplingParams(max_new_tokens=10, window_tokens=4)
-    assert [params.limit(trained) for trained in (0, 4, 8)] == [4, 8, 10]
-    assert [params.cut(tokens) for tokens in (4, 8, 10)] == ["window", "window", "length"]
-    assert replace(params, window_tokens=None).limit() == 10
+    assert [params.token_limit(trained) for trained in (0, 4, 8)] == [4, 8, 10]
+    assert [params.finish_at(tokens) for tokens in (4, 8, 10)] == ["window", "window", "length"]
+    assert replace(params, window_tokens=None).token_limit() == 10
     tokens = torch.arange(6)
     begun = Rollout(tokens, torch.zeros(6), "", "abort", torch.zeros(6).long(), 1, trained=4)
-    assert settled(begun, params) is None, "it was interrupted within its second window"
-    piece = Continuation(torch.arange(2).numpy(), torch.zeros(2).numpy(), torch.ones(2).long().numpy(), "length", "")
-    whole = joined(begun, piece, 1, params, None)
+    assert if_finished(begun, params) is None, "it was interrupted within its second window"
+    added = torch.arange(2), torch.zeros(2), torch.ones(2).long()
+    whole = append_tokens(begun, *added, sample=1, finish="length", params=params, decode=str)
     assert (whole.finish, whole.trained, whole.tokens.numel()) == ("window", 4, 8)
-    assert settled(replace(whole, finish="abort"), params) == whole
+    assert if_finished(replace(whole, finish="abort"), params) == whole
 
 
 def test_rollouts_still_open_are_counted() -> None:
