@@ -54,13 +54,13 @@ def main() -> None:
     plain = Ranks(plain_rank, 1 + len(options.servers), nbytes)
     trainer = Ranks(trainer_rank, options.pp, options.model, options.servers, options.bucket_mb)
     try:
-        figures: dict[str, list[Any]] = {"plain": [], "update": [], "proven": []}
-        figures["first"] = [trainer.ask(("push", True))]  # forms the groups, and takes the memory that senders keep
+        figures: dict[str, list[Any]] = {"plain": [], "update": [], "verified": []}
+        figures["first"] = [trainer.ask(("update", True))]  # forms the groups, and takes the memory that senders keep
         for _ in range(options.rounds):
             figures["plain"].append(plain.ask(())[0])
-            figures["update"].append(trainer.ask(("push", False)))
+            figures["update"].append(trainer.ask(("update", False)))
             figures["plain"].append(plain.ask(())[0])
-            figures["proven"].append(trainer.ask(("push", True)))
+            figures["verified"].append(trainer.ask(("update", True)))
     finally:
         plain.close()
         trainer.close()
@@ -68,7 +68,7 @@ def main() -> None:
 
 
 def show(figures: dict[str, list[Any]], options: argparse.Namespace) -> None:
-    reports = {kind: [ranks[0][0] for ranks in figures[kind]] for kind in ("update", "proven")}
+    reports = {kind: [ranks[0][0] for ranks in figures[kind]] for kind in ("update", "verified")}
     nbytes = reports["update"][0].nbytes
     plain, used = (statistics.median(each) for each in zip(*figures["plain"], strict=True))
     facts: dict[str, Any] = {
@@ -85,7 +85,7 @@ def show(figures: dict[str, list[Any]], options: argparse.Namespace) -> None:
     )
     print(f"plain broadcast     {plain:6.3f} s  {nbytes / plain / 1e6:6.0f} MB/s")
     print(f"  into used memory  {used:6.3f} s  {nbytes / used / 1e6:6.0f} MB/s")
-    for kind, words in (("update", "update"), ("proven", "with checksums")):
+    for kind, words in (("update", "update"), ("verified", "with checksums")):
         seconds = statistics.median(report.seconds for report in reports[kind])
         phases = {
             name: statistics.median(report.phases.get(name, 0.0) for report in reports[kind])
@@ -99,7 +99,7 @@ def show(figures: dict[str, list[Any]], options: argparse.Namespace) -> None:
         )
     bucket = options.bucket_mb * 2**20
     for rank in range(options.pp):
-        peak = max(ranks[rank][1] for kind in ("first", "update", "proven") for ranks in figures[kind])
+        peak = max(ranks[rank][1] for kind in ("first", "update", "verified") for ranks in figures[kind])
         facts[f"peak_buckets_rank{rank}"] = peak / bucket
         print(f"rank {rank}: peak extra memory {peak / 2**20:.0f} MiB, {peak / bucket:.2f} buckets")
     if options.json:
@@ -172,7 +172,7 @@ def plain_rank(nbytes: int) -> Any:
 
 
 def trainer_rank(model: str, urls: list[str], bucket_mb: int) -> Any:
-    """Changes its weights and pushes them; the report, and by how many bytes this process grew meanwhile."""
+    """Update the servers to changed weights; yields the report and by how many bytes this process has grown."""
     from clipo_megatron.config.schema import EngineKind
     from clipo_megatron.rollout.servers.pool import ServerPool
     from clipo_megatron.sync.broadcast import BroadcastSync
@@ -184,12 +184,12 @@ def trainer_rank(model: str, urls: list[str], bucket_mb: int) -> Any:
     sync = BroadcastSync(shard, pool, SyncConfig(bucket_mb=bucket_mb), in_flight=InFlight.retract, join_deadline_s=60.0)
     answer, version = None, 0
     while True:
-        _, proven = yield answer
+        _, verified = yield answer
         version += 1
         with torch.no_grad():
             for parameter in parameters.values():
                 parameter.mul_(1.0 + 0.01 * version)
-        sync.config.verify_every = int(proven)
+        sync.config.verify_every = int(verified)
         before = reset_peak()
         report = sync.update_weights(version)
         answer = (report, peak() - before)

@@ -1,4 +1,4 @@
-"""The servers of one update: what is asked of all of them at once, how long each may take, and who is to blame."""
+"""One attempt to update a set of servers: calls to all of them at once, their deadlines, and which server failed."""
 
 from __future__ import annotations
 
@@ -8,65 +8,52 @@ from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
-from clipo_megatron.rollout.servers.server import Fault, Server, ServerError, ServerState
+from clipo_megatron.rollout.servers.server import Fault, LiveServer, ServerError
 
 T = TypeVar("T")
 
 
-class Servers(Protocol):
-    """What the coordinator needs of the pool; `admit` is called on every rank that has one."""
+class UpdatableServers(Protocol):
+    """The part of the pool that the weight sync uses. `admit` is called on every rank that has a pool."""
 
-    def discover(self) -> Sequence[tuple[Server, ServerState]]:
-        """Servers that answer now."""
+    def discover(self) -> Sequence[LiveServer]:
+        """The servers that answer now."""
         ...
 
     def run(self, coroutine: Coroutine[Any, Any, T], *, deadline_s: float) -> T:
-        """Run a coroutine on the loop that the servers' clients live in; from any thread."""
+        """Run a coroutine on the event loop of the servers' clients; may be called from any thread."""
         ...
 
     def admit(self, urls: Sequence[str], version: int) -> None:
-        """These, and no others, have the weights of this version."""
+        """Send prompts to these servers, which have the weights of this version, and to no others."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
-class SyncTarget:
-    """A server as it was found at the start of an attempt."""
-
-    server: Server
-    state: ServerState
-
-    @property
-    def url(self) -> str:
-        """Names it."""
-        return self.server.url
-
-    @property
-    def life(self) -> tuple[str, str, int]:
-        """Differs after a restart, where the server can tell."""
-        return self.url, self.state.boot, self.state.tp
-
-
-@dataclass(frozen=True, slots=True)
-class Limits:
-    """How the deadline of an update is divided: in the worst case one call stalls, and the others get another try."""
+class UpdateDeadlines:
+    """Divides the deadline of an update, so that after one stalled call the other servers get another attempt."""
 
     total_s: float
 
     @property
     def call_s(self) -> float:
-        """For one call to one server, for the members of a group to meet, and for one broadcast."""
+        """For one call to one server, for the members of a group to join, and for one broadcast."""
         return self.total_s / 4
 
     @property
-    def settle_s(self) -> float:
-        """After a group broke, for the servers in it to notice and answer."""
+    def notice_s(self) -> float:
+        """For the servers of a broken group to notice and answer."""
         return max(1.0, self.total_s / 20)
 
 
 class UpdateFailed(Exception):
-    """Servers failed in a phase. `blamed`: those to leave out, with the reason. `silent`: they no longer answer, rather
-    than say no. `answers`: what the others answered."""
+    """Servers failed in a phase of an update.
+
+    Attributes:
+        blamed: the servers to leave out, each with the reason.
+        silent: whether they no longer answer, rather than refuse.
+        answers: what the other servers answered.
+    """
 
     def __init__(self, phase: str, blamed: Mapping[str, str], *, silent: bool, answers: Mapping[str, Any]):
         super().__init__("; ".join(blamed.values()))
@@ -74,73 +61,73 @@ class UpdateFailed(Exception):
 
 
 class Attempt:
-    """One pass over a set of servers. `on_failure` is called as soon as the first of them fails."""
+    """One pass over a set of servers. `on_failure` is called whenever one of them fails."""
 
-    def __init__(self, members: Sequence[SyncTarget], limits: Limits, on_failure: Callable[[], None]):
-        self.members, self.limits = tuple(members), limits
+    def __init__(self, targets: Sequence[LiveServer], deadlines: UpdateDeadlines, on_failure: Callable[[], None]):
+        self.targets, self.deadlines = tuple(targets), deadlines
         self.seconds: dict[str, float] = {}
         self.failed = False
         self._on_failure = on_failure
-        self._end = time.monotonic() + limits.total_s
+        self._end = time.monotonic() + deadlines.total_s
 
-    def deadline(self, *, settling: bool = False) -> float:
-        """Seconds that a call starting now may take; `settling`: it ends with a group's, a little later."""
-        call = self.limits.call_s + (self.limits.settle_s if settling else 0.0)
+    def deadline(self, *, in_group: bool = False) -> float:
+        """Seconds that a call starting now may take; `in_group`: the call fails only after its process group does."""
+        call = self.deadlines.call_s + (self.deadlines.notice_s if in_group else 0.0)
         return max(0.1, min(call, self._end - time.monotonic()))
 
     async def each(
-        self, phase: str, call: Callable[[SyncTarget], Awaitable[T]], *, grouped: bool = False
+        self, phase: str, call: Callable[[LiveServer], Awaitable[T]], *, grouped: bool = False
     ) -> dict[str, T]:
-        """Ask all members at once, and wait until the last has answered or failed.
+        """Call all servers at once, and wait until each has answered or failed.
 
         Args:
-            phase: what it is called in reports.
-            call: of one member; keeps to `deadline`.
-            grouped: the members share a process group, so that one that fails takes others with it.
+            phase: the phase's name in reports.
+            call: calls one server, within `deadline`.
+            grouped: whether the servers share a process group, in which one that fails makes others fail.
 
         Returns:
-            Their answers by URL.
+            The answers by URL.
 
         Raises:
-            UpdateFailed: at least one failed.
+            UpdateFailed: at least one server failed.
         """
         start = time.monotonic()
         failures: dict[str, tuple[float, Exception]] = {}
 
         answers: dict[str, T] = {}
 
-        async def one(member: SyncTarget) -> None:
+        async def one(target: LiveServer) -> None:
             try:
-                answers[member.url] = await call(member)
+                answers[target.url] = await call(target)
             except Exception as error:
-                failures[member.url] = (time.monotonic(), error)
+                failures[target.url] = (time.monotonic(), error)
                 self.failed = True
                 self._on_failure()
 
-        await asyncio.gather(*(one(member) for member in self.members))
+        await asyncio.gather(*(one(target) for target in self.targets))
         self.seconds[phase] = self.seconds.get(phase, 0.0) + time.monotonic() - start
         if failures:
             blamed, silent = _blame(failures, grouped)
-            words = {url: f"{phase}: {_words(failures[url][1])}" for url in blamed}
-            raise UpdateFailed(phase, words, silent=silent, answers=answers)
+            reasons = {url: f"{phase}: {_describe(failures[url][1])}" for url in blamed}
+            raise UpdateFailed(phase, reasons, silent=silent, answers=answers)
         return answers
 
 
 def _blame(failures: Mapping[str, tuple[float, Exception]], grouped: bool) -> tuple[set[str], bool]:
-    """Whom to leave out, and whether they are silent.
+    """The servers to leave out, and whether they are silent.
 
-    In a group, one that still answers, if only to say no, may be another one's victim: then the silent are to blame,
-    and where all answer, the one that failed first.
+    In a group, a server that answers with a failure may be the victim of another. So the silent servers are to blame;
+    if all answer, the one that failed first.
     """
-    silent = {url for url, (_, error) in failures.items() if not _says_no(error)}
+    silent = {url for url, (_, error) in failures.items() if not _is_refusal(error)}
     if not grouped:
         return set(failures), bool(silent)
     return silent or {min(failures, key=lambda url: failures[url][0])}, bool(silent)
 
 
-def _says_no(error: Exception) -> bool:
+def _is_refusal(error: Exception) -> bool:
     return isinstance(error, ServerError) and error.fault is Fault.status
 
 
-def _words(error: Exception) -> str:
+def _describe(error: Exception) -> str:
     return str(error) if isinstance(error, ServerError) else f"{type(error).__name__}: {error}"

@@ -1,9 +1,8 @@
 """Weights to servers through process groups that trainer ranks and servers share: each byte is sent once.
 
-The first TP rank of every pipeline stage, and of those with the same experts (in the first copy), is rank 0 of a group
-of its own, whose other members are the ranks of all servers. It gathers a bucket of its parameters, broadcasts it, and
-gathers the next one meanwhile.
-The coordinator tells the servers which bucket comes next, in one order for all of them (`send_order`).
+In the first copy of the model, the first TP rank of every pipeline stage, and of the ranks with the same experts, is a
+sender. A sender is rank 0 of a group of its own, whose other members are the ranks of all servers. It broadcasts one
+bucket while it gathers the next. The coordinator tells all servers, in one order (`send_order`), which bucket is next.
 """
 
 from __future__ import annotations
@@ -22,229 +21,227 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from clipo_megatron.rollout.servers.server import BucketNames, ServerError, UpdateGroup
+from clipo_megatron.rollout.servers.server import BucketNames, LiveServer, ServerError, UpdateGroup
 from clipo_megatron.runtime.platform import SharedGroup, SharedGroupError, open_store, platform
-from clipo_megatron.sync.attempt import Attempt, SyncTarget
+from clipo_megatron.sync.attempt import Attempt
 from clipo_megatron.sync.checksums import Sums
 from clipo_megatron.sync.consensus import share
-from clipo_megatron.sync.served import Order, ServedSync
+from clipo_megatron.sync.served import AttemptPlan, ServedSync
 from clipo_megatron.sync.shard import Shard, send_order
-from clipo_megatron.weights.export import ExportPlan
 from clipo_megatron.weights.mapping import HFTensor
 
 
 class BroadcastSync(ServedSync):
-    """Transport `broadcast`; see the module. Groups live on until a server comes, goes or fails."""
+    """Transport `broadcast`; see the module. Groups are kept until a server joins, leaves or fails."""
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
-        self._order = send_order(self.plan)
-        self._names = [_names(bucket.tensors, self.plan.dtype) for bucket in self._order]
-        self._bell: _Bell | None = None
-        self._group: SharedGroup | None = None  # of this sender and all servers
-        self._groups: dict[tuple[int, int], UpdateGroup] = {}  # of all senders; coordinator only
-        self._memory: list[Tensor] = []  # of the sender's two buffers, kept: memory not yet touched is slow
+        self._order = send_order(self.export_plan)
+        self._names = [_names(bucket.tensors, self.export_plan.dtype) for bucket in self._order]
+        self._signal: _AttemptSignal | None = None
+        self._group: SharedGroup | None = None  # this sender's group
+        self._groups: dict[tuple[int, int], UpdateGroup] = {}  # the groups of all senders; coordinator only
+        self._buffers: list[Tensor] = []  # the sender's two buffers, kept because new memory is slow at first use
 
     def close(self) -> None:
-        """Leave the groups; the servers notice. Idempotent."""
+        """Leave the groups, which the servers notice. Idempotent."""
         super().close()
         self._leave()
-        self._memory.clear()
+        self._buffers.clear()
 
-    def _transfer(self, order: Order, attempt: Attempt | None) -> Sums | None:
-        self._hang_bell(order.number)
-        if order.regroup:
-            self._meet(order, attempt)
+    def _transfer(self, plan: AttemptPlan, attempt: Attempt | None) -> Sums | None:
+        self._open_signal(plan.number)
+        if plan.regroup:
+            self._join_groups(plan, attempt)
         sums: list[Sums | None] = [None]
 
         def send() -> None:
             if self.shard.takes_part:
-                sums[0] = self._send(order)
+                sums[0] = self._send(plan)
 
         async def receive(attempt: Attempt) -> None:
-            await self._receive(attempt, order.version)
+            await self._receive(attempt, plan.version)
 
-        self._together(send, receive, attempt, reused=not order.regroup)
+        self._run_phase(send, receive, attempt, reused=not plan.regroup)
         return sums[0]
 
     # --- groups --------------------------------------------------------------------------------------------------
 
-    def _meet(self, order: Order, attempt: Attempt | None) -> None:
-        """New groups of each sender with all servers; collective."""
+    def _join_groups(self, plan: AttemptPlan, attempt: Attempt | None) -> None:
+        """Form a new group of each sender with all servers; collective."""
         former, self._groups = self._groups, {}
         self._leave()
 
         def open_group() -> tuple[tuple[int, int], UpdateGroup] | None:
             if not self.shard.is_sender:
                 return None
-            name = f"clipo-{uuid.uuid4().hex[:8]}-{order.number}-{'-'.join(map(str, self.shard.sender))}"
+            name = f"clipo-{uuid.uuid4().hex[:8]}-{plan.number}-{'-'.join(map(str, self.shard.sender))}"
             host = _address_towards(self.config.host)
-            world = 1 + order.ranks
-            self._group = platform().share_group(name, world=world, host=host, timeout_s=self.limits.call_s)
+            world = 1 + plan.ranks
+            self._group = platform().share_group(name, world=world, host=host, timeout_s=self.deadlines.call_s)
             return self.shard.sender, UpdateGroup(name, host, self._group.port, world, platform().backend)
 
-        opened = self._together(open_group, None, attempt)
+        opened = self._run_phase(open_group, None, attempt)
         self._groups = dict(sorted(each for each in opened if each is not None))
 
         def join() -> None:
             if self._group is not None:
-                self._group.join(self._bell.stopped)
+                self._group.join(self._signal.stopped)
 
         async def join_servers(attempt: Attempt) -> None:
-            offsets = accumulate((member.state.tp for member in attempt.members), initial=1)
-            offset = dict(zip((member.url for member in attempt.members), offsets, strict=False))
+            offsets = accumulate((target.state.tp for target in attempt.targets), initial=1)
+            offset = dict(zip((target.url for target in attempt.targets), offsets, strict=False))
 
-            async def join_all(member: SyncTarget) -> None:
+            async def join_all(target: LiveServer) -> None:
                 for group in former.values():
-                    with contextlib.suppress(ServerError):  # it may be another life of the server
-                        await member.server.leave_group(group.name, deadline_s=self.limits.settle_s)
+                    with contextlib.suppress(ServerError):  # a restarted server has no such group
+                        await target.server.leave_group(group.name, deadline_s=self.deadlines.notice_s)
                 for group in self._groups.values():
-                    await member.server.join_group(
-                        group, rank_offset=offset[member.url], deadline_s=attempt.deadline(settling=True)
+                    await target.server.join_group(
+                        group, rank_offset=offset[target.url], deadline_s=attempt.deadline(in_group=True)
                     )
 
             await attempt.each("join", join_all, grouped=True)
 
-        self._together(join, join_servers, attempt)
+        self._run_phase(join, join_servers, attempt)
 
     def _leave(self) -> None:
         if self._group is not None:
             self._group.close()
             self._group = None
 
-    # --- an attempt ----------------------------------------------------------------------------------------------
+    # --- buckets -------------------------------------------------------------------------------------------------
 
-    def _send(self, order: Order) -> Sums | None:
-        """This stage's part; on ranks other than the sender, to help it gather."""
-        sums = Sums(self.shard.spec, order.tp_sizes, order.kind) if order.verify and self.shard.is_sender else None
-        memory, self._memory = self._memory, []  # what a failure leaves in flight is not used again
-        lane = _Lane(self._group, self._bell, self.plan, self.shard, memory)
-        going = False
-        for bucket, flat in self.shard.own_buckets(self.plan, lane.buffer):
-            if not lane.failure and not going:
-                going = self._bell.wait_to_go(self.limits.total_s)
-                if not going:
-                    lane.failure = f"attempt {order.number} was given up before the first bucket"
-            if not lane.failure:
-                lane.send(flat)
+    def _send(self, plan: AttemptPlan) -> Sums | None:
+        """Send this rank's buckets; ranks that are no senders help to gather them."""
+        sums = Sums(self.shard.spec, plan.tp_sizes, plan.kind) if plan.verify and self.shard.is_sender else None
+        buffers, self._buffers = self._buffers, []  # after a failure they may be in flight and are not reused
+        wire = _DoubleBuffer(self._group, self._signal, self.shard, self.shard.largest(self.export_plan), buffers)
+        started = False
+        for bucket, flat in self.shard.own_buckets(self.export_plan, wire.next_buffer):
+            if not wire.failure and not started:
+                started = self._signal.wait_for_start(self.deadlines.total_s)
+                if not started:
+                    wire.failure = f"attempt {plan.number} was cancelled before the first bucket"
+            if not wire.failure:
+                wire.send(flat)
                 if sums is not None:
                     sums.add(bucket, flat)
             elif not self.shard.gathers:
-                break  # nobody waits for this rank to gather the rest
-        lane.finish()
-        if lane.failure:
+                break  # no other rank needs this one to gather the rest
+        wire.finish()
+        if wire.failure:
             self._leave()
-            raise SharedGroupError(lane.failure)
-        self._memory = lane.memory
+            raise SharedGroupError(wire.failure)
+        self._buffers = wire.buffers
         return sums
 
     async def _receive(self, attempt: Attempt, version: int) -> None:
-        """The coordinator's side: every server takes the same buckets in the same order, one after the other."""
+        """Coordinator only: let every server receive all buckets, one after the other in the same order."""
 
-        async def take(member: SyncTarget) -> None:
-            for place, (bucket, names) in enumerate(zip(self._order, self._names, strict=True), start=1):
+        async def receive_all(target: LiveServer) -> None:
+            for number, (bucket, names) in enumerate(zip(self._order, self._names, strict=True), start=1):
                 if attempt.failed:
                     return
-                group, last = self._groups[bucket.sender].name, place == len(self._order)
-                await member.server.receive_bucket(group, names, last=last, deadline_s=attempt.deadline(settling=True))
+                group, last = self._groups[bucket.sender].name, number == len(self._order)
+                await target.server.receive_bucket(group, names, last=last, deadline_s=attempt.deadline(in_group=True))
 
         await attempt.each("pause", lambda each: each.server.pause(self.in_flight, deadline_s=attempt.deadline()))
         await attempt.each("begin", lambda each: each.server.begin_update(deadline_s=attempt.deadline()))
-        self._bell.go()
-        await attempt.each("buckets", take, grouped=True)
+        self._signal.start()
+        await attempt.each("buckets", receive_all, grouped=True)
         await attempt.each("end", lambda each: each.server.end_update(version, deadline_s=attempt.deadline()))
 
-    # --- hearing of each other -----------------------------------------------------------------------------------
+    # --- signals between the ranks -------------------------------------------------------------------------------
 
-    def _hang_bell(self, number: int) -> None:
-        if self._bell is None:
+    def _open_signal(self, number: int) -> None:
+        if self._signal is None:
             host = self.config.host
-            store = open_store(host, world=1, timeout_s=self.limits.call_s) if self.shard.is_coordinator else None
+            store = open_store(host, world=1, timeout_s=self.deadlines.call_s) if self.shard.is_coordinator else None
             port = share(lambda: store.port)
-            self._bell = _Bell(store or dist.TCPStore(host, port, timeout=timedelta(seconds=self.limits.call_s)))
-        self._bell.number = number
+            self._signal = _AttemptSignal(
+                store or dist.TCPStore(host, port, timeout=timedelta(seconds=self.deadlines.call_s))
+            )
+        self._signal.number = number
 
     def _on_failure(self) -> None:
-        self._bell.stop()
-
-    def _should_cancel(self) -> None:
-        if self._bell is not None:
-            self._bell.stop()
+        if self._signal is not None:
+            self._signal.stop()
 
 
-class _Bell:
-    """By which senders hear the coordinator, and it them, in the middle of an attempt."""
+class _AttemptSignal:
+    """Lets the coordinator start the senders, and any rank stop all others, during an attempt."""
 
     def __init__(self, store: dist.Store):
         self._store = store
         self.number = 0  # of the attempt
 
-    def go(self) -> None:
-        """Servers are ready to receive."""
-        self._store.set(f"{self.number}/go", "")
+    def start(self) -> None:
+        """Tell the senders that the servers are ready to receive."""
+        self._store.set(f"{self.number}/start", "")
 
     def stop(self) -> None:
-        """The attempt has failed."""
+        """Tell all ranks that the attempt has failed."""
         self._store.set(f"{self.number}/stop", "")
 
     def stopped(self) -> bool:
         return self._store.check([f"{self.number}/stop"])
 
-    def wait_to_go(self, deadline_s: float) -> bool:
-        """Whether to go; False: the attempt has failed."""
+    def wait_for_start(self, deadline_s: float) -> bool:
+        """Wait until the servers are ready; False if the attempt failed instead or the deadline passed."""
         end = time.monotonic() + deadline_s
-        while not self._store.check([f"{self.number}/go"]):
+        while not self._store.check([f"{self.number}/start"]):
             if self.stopped() or time.monotonic() > end:
                 return False
             time.sleep(0.002)
         return True
 
 
-class _Lane:
-    """A sender's two buffers: one is on the wire while the other is filled. After a failure nothing is sent any more,
-    but the buffers can still be filled: other ranks may have to gather to the end.
+class _DoubleBuffer:
+    """A sender's two buffers: one is on the wire while the other is filled.
 
-    A failure is kept as text. The error itself would hold, by its traceback, what was in flight, and that the group:
-    its connections would stay open until Python next collects cycles, and servers at their other end would wait for it.
+    After a failure nothing more is sent, but the buffers can still be filled, because other ranks may have to gather to
+    the end. The failure is kept as text: the error's traceback would keep the group alive and its connections open, and
+    the servers would wait for it.
     """
 
-    def __init__(self, group: SharedGroup | None, bell: _Bell, plan: ExportPlan, shard: Shard, memory: list[Tensor]):
+    def __init__(
+        self, group: SharedGroup | None, signal: _AttemptSignal, shard: Shard, numel: int, buffers: list[Tensor]
+    ):
         self.failure = ""
-        self._group, self._bell = group, bell
-        self._size = shard.largest(plan)
-        self._dtype, self._shard = plan.dtype, shard
-        self._buffers: deque[tuple[Tensor, dist.Work | None]] = deque((each, None) for each in memory)  # oldest first
+        self._group, self._signal, self._shard, self._numel = group, signal, shard, numel
+        self._slots: deque[tuple[Tensor, dist.Work | None]] = deque((each, None) for each in buffers)  # oldest first
 
-    def buffer(self, numel: int) -> Tensor:
-        """Memory for the next bucket."""
-        if len(self._buffers) < 2:
-            self._buffers.append((torch.empty(self._size, dtype=self._dtype, device=self._shard.device), None))
+    def next_buffer(self, numel: int) -> Tensor:
+        """Return memory for the next bucket, once what it held before was sent."""
+        if len(self._slots) < 2:
+            self._slots.append((torch.empty(self._numel, dtype=self._shard.dtype, device=self._shard.device), None))
         else:
-            flat, work = self._buffers.popleft()
+            flat, work = self._slots.popleft()
             self._wait(work)
-            self._buffers.append((flat, None))
-        return self._buffers[-1][0]
+            self._slots.append((flat, None))
+        return self._slots[-1][0]
 
     def send(self, flat: Tensor) -> None:
         """Start to send what was written to the newest buffer."""
-        whole, _ = self._buffers.pop()
-        self._buffers.append((whole, self._group.broadcast(flat)))
+        whole, _ = self._slots.pop()
+        self._slots.append((whole, self._group.broadcast(flat)))
 
     def finish(self) -> None:
-        """Return when everything has arrived, or cannot arrive any more."""
-        for _, work in self._buffers:
+        """Wait until everything was sent, or the group has failed."""
+        for _, work in self._slots:
             self._wait(work)
 
     @property
-    def memory(self) -> list[Tensor]:
-        """The buffers, once nothing is in flight."""
-        return [flat for flat, _ in self._buffers]
+    def buffers(self) -> list[Tensor]:
+        """Both buffers, for reuse once nothing is in flight."""
+        return [flat for flat, _ in self._slots]
 
     def _wait(self, work: dist.Work | None) -> None:
         if work is None or self.failure:
             return
         try:
-            self._group.wait(work, self._bell.stopped)
+            self._group.wait(work, self._signal.stopped)
         except SharedGroupError as error:
             self.failure = str(error)
 
@@ -259,7 +256,7 @@ def _names(tensors: Sequence[HFTensor], dtype: torch.dtype) -> BucketNames:
 
 
 def _address_towards(host: str) -> str:
-    """This machine's address as a machine at `host` sees it; `host` itself where that is this machine."""
+    """This machine's address as seen from `host`; `host` itself if that is this machine."""
     family, _, _, _, address = socket.getaddrinfo(host, 9, type=socket.SOCK_DGRAM)[0]
     with socket.socket(family, socket.SOCK_DGRAM) as probe:
         probe.connect(address)  # sends nothing

@@ -1,4 +1,4 @@
-"""Proof of a sync: the trainer's own checksum of every tensor as a server holds it, against the server's."""
+"""Verifies an update: compares the trainer's checksum of every tensor, cut as a server holds it, with the server's."""
 
 from __future__ import annotations
 
@@ -15,32 +15,32 @@ from clipo_megatron.weights.families import server_tensors
 from clipo_megatron.weights.server_layout import CPU_MLP_MULTIPLE, ServerTensor
 from clipo_megatron.weights.spec import ModelSpec
 
-_SLICE_BYTES = 8 * 2**20  # of a tensor that is not contiguous, copied at once
+_SLICE_BYTES = 8 * 2**20  # of a non-contiguous tensor that are copied at once
 
-# SGLang on a GPU has a hash of its own (`tile_hash`), on a CPU it pads the MLP; all else is `digest` of what it is.
-Kind = Literal["sglang on a gpu", "sglang on a cpu", "plain"]
-Place = tuple[int, int]  # a server's rank and how many it has
+# How servers compute checksums. SGLang on a GPU has a hash of its own (`tile_hash`), SGLang on a CPU pads the MLP; all
+# others compute the plain `digest`.
+ChecksumKind = Literal["sglang on a gpu", "sglang on a cpu", "plain"]
+ServerRank = tuple[int, int]  # a rank of a server, and the server's number of ranks
 
-
-_EMPTY = hashlib.sha256().hexdigest()[:16]
+_EMPTY = hashlib.sha256().hexdigest()[:16]  # the digest of no bytes
 
 
 class ChecksumError(RuntimeError):
-    """A server holds a tensor that is not the trainer's; the message names the server, the tensor and both sums."""
+    """A server's tensor differs from the trainer's; the message names the server, the tensor and both checksums."""
 
 
 class Sums:
-    """Checksums of what this rank sent, collected bucket by bucket for every size of server.
+    """Checksums of the tensors that this rank sent, added bucket by bucket, for servers of every size.
 
     Args:
-        spec: of the model.
-        sizes: numbers of ranks that the servers have.
-        kind: of the servers.
+        spec: the model's specification.
+        sizes: the different numbers of ranks that servers have.
+        kind: how the servers compute checksums.
     """
 
-    def __init__(self, spec: ModelSpec, sizes: Iterable[int], kind: Kind = "plain"):
+    def __init__(self, spec: ModelSpec, sizes: Iterable[int], kind: ChecksumKind = "plain"):
         self.sizes = tuple(sizes)
-        self.held: dict[Place, dict[str, str]] = {(rank, size): {} for size in self.sizes for rank in range(size)}
+        self.held: dict[ServerRank, dict[str, str]] = {(rank, size): {} for size in self.sizes for rank in range(size)}
         self.optional: set[str] = set()
         self._hash = tile_hash if kind == "sglang on a gpu" else digest
         self._by_source: dict[str, list[ServerTensor]] = {}
@@ -50,9 +50,9 @@ class Sums:
                 self.optional.add(tensor.name)
 
     def add(self, bucket: Bucket, flat: Tensor) -> None:
-        """Take the checksums of everything that the tensors of a bucket [numel] are part of.
+        """Compute the checksums of all server tensors that a bucket [numel] contributes to.
 
-        The tensors that a server fuses are one parameter of the trainer's, so they are in the same bucket.
+        Tensors that a server fuses are one parameter in the trainer, so they are in the same bucket.
         """
         tensors = dict(bucket.views(flat))
         for name in tensors:
@@ -67,36 +67,38 @@ class Sums:
                     held[served.name] = self._hash(served.cut(sources, rank, size))
 
     def merged(self, others: Iterable[Sums | None]) -> Sums:
-        """With those of the other senders, which sent other tensors."""
+        """Add the checksums of the other senders, which sent other tensors."""
         for other in others:
-            for place, held in other.held.items() if other is not None else ():
-                self.held[place] |= held
+            for rank, held in other.held.items() if other is not None else ():
+                self.held[rank] |= held
         return self
 
     def __getstate__(self) -> dict[str, object]:
-        return {"held": self.held, "optional": self.optional, "sizes": self.sizes}  # what travels between ranks
+        return {"held": self.held, "optional": self.optional, "sizes": self.sizes}  # sent between ranks
 
 
 def compare(url: str, ranks: Sequence[RankChecksums], sums: Sums) -> list[str]:
     """Compare a server's checksums with the trainer's.
 
     Returns:
-        What could not be compared, a line each: tensors of the server that the trainer knows nothing of, and tensors
-        that the server was sent and does not name.
+        A line for each tensor that could not be compared: the trainer cannot tell what it is made of, the server holds
+        it in another form, or the server was sent it and does not list it.
 
     Raises:
         ChecksumError: at least one tensor differs.
     """
-    unproven, seen = [], set()
+    unverified, seen = [], set()
     wrong: list[str] = []
     for rank in ranks:
         mine = sums.held.get((rank.tp_rank, rank.tp_size), {})
         seen |= rank.checksums.keys()
         for name, value in sorted(rank.checksums.items()):
             if name not in mine:
-                unproven.append(f"{name} of {url}: the trainer does not know what it is made of")
+                unverified.append(f"{name} of {url}: the trainer does not know what it is made of")
             elif value == _EMPTY != mine[name]:
-                unproven.append(f"{name} of {url}: the server holds it in another form, and its checksum is of nothing")
+                unverified.append(
+                    f"{name} of {url}: the server holds it in another form, and its checksum covers no bytes"
+                )
             elif value != mine[name]:
                 wrong.append(
                     f"{url}, rank {rank.tp_rank} of {rank.tp_size}: {name} has checksum {value}, "
@@ -109,11 +111,11 @@ def compare(url: str, ranks: Sequence[RankChecksums], sums: Sums) -> list[str]:
             "that updates this server, or for another model or precision in it"
         )
     expected = set().union(*sums.held.values()) - sums.optional if sums.held else set()
-    return unproven + [f"{name}: {url} does not name it" for name in sorted(expected - seen)]
+    return unverified + [f"{name}: {url} does not name it" for name in sorted(expected - seen)]
 
 
 def digest(parts: Sequence[Tensor]) -> str:
-    """First 8 bytes of the SHA-256 over the parts' bytes, as hex: SGLang's checksum of a tensor on a CPU."""
+    """SGLang's checksum of a tensor on a CPU: the first 8 bytes of the SHA-256 over the parts' bytes, in hex."""
     state = hashlib.sha256()
     for part in parts:
         for piece in _contiguous(part.cpu()):
@@ -122,7 +124,7 @@ def digest(parts: Sequence[Tensor]) -> str:
 
 
 def _contiguous(part: Tensor) -> Iterable[Tensor]:
-    """The part, or copies of slices of its rows where it is not contiguous."""
+    """The part itself, or copies of slices of its rows if it is not contiguous."""
     if part.is_contiguous():
         return [part]
     rows = max(1, _SLICE_BYTES // max(1, part[0].nbytes))
@@ -130,16 +132,16 @@ def _contiguous(part: Tensor) -> Iterable[Tensor]:
 
 
 _MASK = 0xFFFFFFFF
-_TILE = 8192  # words of 4 bytes hashed to one number
-_AT_ONCE = 128 * _TILE  # words; in flight each takes some 8-byte numbers
+_TILE = 8192  # words of 4 bytes that are hashed to one number
+_AT_ONCE = 128 * _TILE  # words, each of which needs several 8-byte numbers meanwhile
 
 
 def tile_hash(parts: Sequence[Tensor], seed: int = 0x243F6A88) -> str:
-    """SGLang's checksum of a tensor on a GPU, in plain torch on whatever device the parts are on.
+    """SGLang's checksum of a tensor on a GPU, in plain torch on the device of the parts.
 
-    Every 32-bit word is mixed with its place under two seeds, the results are summed within tiles of 8,192 words and
-    mixed again; the sum of the tiles' 64-bit numbers is mixed a last time (MurmurHash3's and SplitMix64's finalisers).
-    Never compared with a server on a GPU: only with another program for the same formula.
+    Every 32-bit word is mixed with its index under two seeds; the results are summed within tiles of 8,192 words and
+    mixed again; the sum of the tiles' 64-bit numbers is mixed once more (finalisers of MurmurHash3 and SplitMix64).
+    It was tested against another program for the same formula, never against a server on a GPU.
     """
     data = torch.cat([part.contiguous().view(-1).view(torch.uint8) for part in parts])
     data = torch.nn.functional.pad(data, (0, -data.numel() % 4)).view(torch.int32)
@@ -149,10 +151,10 @@ def tile_hash(parts: Sequence[Tensor], seed: int = 0x243F6A88) -> str:
     total = 0
     for start in range(0, data.numel(), _AT_ONCE):
         words = data[start : start + _AT_ONCE].to(torch.int64) & _MASK
-        place = torch.arange(start, start + words.numel(), device=words.device)
+        index = torch.arange(start, start + words.numel(), device=words.device)
         halves = []
         for first, factor, turn in ((seeds[0], 0x27D4EB2D, 15), (seeds[1], 0x165667B1, 13)):
-            salt = ((place * factor + first) & _MASK) ^ ((place << turn | place >> (32 - turn)) & _MASK)
+            salt = ((index * factor + first) & _MASK) ^ ((index << turn | index >> (32 - turn)) & _MASK)
             mixed = torch.nn.functional.pad(_mix32(words ^ salt), (0, -words.numel() % _TILE))
             halves.append(_mix32((mixed.view(-1, _TILE).sum(dim=1) & _MASK) ^ (4 * data.numel() & _MASK)))
         total += sum(high << 32 | low for high, low in zip(*(half.tolist() for half in halves), strict=True))
@@ -160,7 +162,7 @@ def tile_hash(parts: Sequence[Tensor], seed: int = 0x243F6A88) -> str:
 
 
 def _mix32(x: Tensor) -> Tensor:
-    """On int64 that holds 32 unsigned bits."""
+    """MurmurHash3's finaliser, on int64 that holds 32 unsigned bits."""
     x = x ^ x >> 16
     x = _times(x, 0x85EBCA6B)
     x = x ^ x >> 13
@@ -169,7 +171,7 @@ def _mix32(x: Tensor) -> Tensor:
 
 
 def _times(x: Tensor, factor: int) -> Tensor:
-    """Product of 32 bits, modulo 2^32, without leaving int64."""
+    """The product modulo 2^32, without overflow of int64."""
     return ((x & 0xFFFF) * factor + ((((x >> 16) * factor) & 0xFFFF) << 16)) & _MASK
 
 

@@ -1,4 +1,4 @@
-"""The order in which servers and trainer take turns with the memory of GPUs that they share."""
+"""Servers and trainer on the same GPUs: who holds the memory when."""
 
 from __future__ import annotations
 
@@ -13,67 +13,63 @@ from clipo_megatron.rollout.engine import Engine, EngineError, Memory
 
 
 class Turn(str, Enum):
-    """Who has the memory."""
+    """What the shared memory is used for."""
 
-    generate = "generate"  # the servers have all of theirs
-    train = "train"  # the servers have given theirs back
-    update = "update"  # the servers have room for weights, and none for a cache
+    generate = "generate"  # the servers have weights and cache
+    train = "train"  # the servers have offloaded both
+    update = "update"  # the servers have memory for weights, and none for a cache
 
 
 class WrongTurn(RuntimeError):
-    """Something was asked for out of turn; the message says what comes next."""
+    """A call came out of turn; the message says which call comes next."""
 
 
 class Colocation:
-    """Moves the memory of an engine that shares its GPUs: generate -> train -> update -> generate.
+    """Offloads and restores the memory of an engine that shares its GPUs: generate -> train -> update -> generate.
 
-    Weights and cache are released before training; weights are restored, undefined, before they are pushed, and the
-    cache after that. A run whose servers gave their memory back before the policy was built begins with `Turn.train`.
+    Weights and cache are offloaded before training. The memory of the weights is restored before an update, the memory
+    of the cache after it. A run whose servers offloaded before the policy was built begins with `Turn.train`.
     """
 
     def __init__(self, engine: Engine, turn: Turn = Turn.generate):
         self.engine, self.turn = engine, turn
 
     def before_training(self) -> None:
-        """Nothing is in flight; the servers give back what they can."""
+        """Offload weights and cache; nothing may be in flight."""
         self._leave(Turn.generate, "before_training")
         self.engine.offload(Memory.kv_cache, Memory.weights)
         self.turn = Turn.train
 
-    def before_push(self) -> None:
-        """The servers take the memory of their weights again; its contents are to be pushed."""
-        self._leave(Turn.train, "before_push")
+    def before_update(self) -> None:
+        """Restore the memory of the weights, whose contents are undefined until the update."""
+        self._leave(Turn.train, "before_update")
         self.engine.onload(Memory.weights)
         self.turn = Turn.update
 
-    def after_push(self) -> None:
-        """The servers have weights; they take the memory of their cache again and can generate."""
-        self._leave(Turn.update, "after_push")
+    def after_update(self) -> None:
+        """Restore the memory of the cache, so that the servers can generate."""
+        self._leave(Turn.update, "after_update")
         self.engine.onload(Memory.kv_cache)
         self.turn = Turn.generate
 
-    def before_generating(self) -> None:
-        """Raise unless the servers have weights and cache."""
-        self._leave(Turn.generate, "before_generating")
-
-    def _leave(self, turn: Turn, asked: str) -> None:
-        following = {Turn.generate: "before_training", Turn.train: "before_push", Turn.update: "after_push"}
+    def _leave(self, turn: Turn, call: str) -> None:
+        following = {Turn.generate: "before_training", Turn.train: "before_update", Turn.update: "after_update"}
         if self.turn is not turn:
             raise WrongTurn(
-                f"{asked} was called while the servers' memory is in turn '{self.turn.value}'; "
+                f"{call} was called while the servers' memory is in turn '{self.turn.value}'; "
                 f"{following[self.turn]} comes next"
             )
 
 
-class Trainee(Protocol):
-    """Whoever holds the policy on the shared GPUs: a `Policy`."""
+class TrainerMemory(Protocol):
+    """The part of a `Policy` that moves its memory on the shared GPUs."""
 
     def offload(self) -> None:
-        """Free what only training needs; the weights stay."""
+        """Free everything that only training needs; the weights stay."""
         ...
 
     def onload(self) -> None:
-        """Take it again."""
+        """Allocate it again."""
         ...
 
 
@@ -81,56 +77,55 @@ class ColocatedSync:
     """A weight sync whose servers share their GPUs with the trainer: `offload` before training,
     `update_weights` after it.
 
-    All methods are collective. The coordinator (global rank 0) moves the servers' memory, every rank its own, and
-    nobody goes on before the memory is there. The servers must have given theirs back before this is made.
+    All methods are collective. The coordinator (global rank 0) moves the servers' memory and every rank its own; no
+    rank continues before the memory is there. The servers must have offloaded before this is constructed.
 
     Args:
-        sync: what brings the weights over.
-        trainee: this rank's actor; it has its memory now.
-        engine: the coordinator's pool of servers.
+        sync: transfers the weights.
+        policy: this rank's policy, which has its memory now.
+        engine: the pool of servers; used on the coordinator only.
     """
 
-    def __init__(self, sync: Any, trainee: Trainee, engine: Engine | None):
-        self.sync, self.trainee = sync, trainee
-        self._turns = Colocation(engine, Turn.train) if dist.get_rank() == 0 else None
-        self._training = True  # whose turn it is, known to every rank
+    def __init__(self, sync: Any, policy: TrainerMemory, engine: Engine | None):
+        self.sync, self.policy = sync, policy
+        self._colocation = Colocation(engine, Turn.train) if dist.get_rank() == 0 else None
+        self._training = True  # the turn, as every rank knows it
 
     def offload(self) -> None:
-        """The servers give their memory to the trainer; nothing is generated any more. Idempotent."""
+        """Move the servers' memory to the trainer; nothing may be in flight. Idempotent."""
         if not self._training:
-            self._coordinate(lambda turns: turns.before_training())
-            self.trainee.onload()
+            self._coordinate(lambda colocation: colocation.before_training())
+            self.policy.onload()
             self._training = True
 
     def update_weights(self, version: int) -> Any:
-        """The trainer gives memory back, the servers get weights, and then room for their cache."""
+        """Offload the trainer, update the servers' weights, then restore the servers' cache."""
         if self._training:
-            self.trainee.offload()
-        else:  # servers that came back in the middle of a generation; they hold memory, the trainer does not
-            self._coordinate(lambda turns: turns.before_training())
+            self.policy.offload()
+        else:  # servers came back during generation: they hold memory, and the trainer does not
+            self._coordinate(lambda colocation: colocation.before_training())
         self._training = False
-        self._coordinate(lambda turns: turns.before_push())
+        self._coordinate(lambda colocation: colocation.before_update())
         report = self.sync.update_weights(version)
-        self._coordinate(lambda turns: turns.after_push())
+        self._coordinate(lambda colocation: colocation.after_update())
         return report
 
     def close(self) -> None:
-        """As the sync's. Idempotent."""
         self.sync.close()
 
     def _coordinate(self, action: Callable[[Colocation], None]) -> None:
-        """Meet, let the coordinator act, and learn whether it could.
+        """Wait for all ranks, then let the coordinator act.
 
         Raises:
-            EngineError: it could not; on every rank.
+            EngineError: on every rank, because the coordinator's action failed.
         """
-        dist.all_reduce(torch.zeros(1))  # on the CPU: everybody has arrived
-        words: list[str] = [""]
-        if self._turns is not None:
+        dist.all_reduce(torch.zeros(1))  # on the CPU: every rank has arrived
+        failure: list[str] = [""]
+        if self._colocation is not None:
             try:
-                action(self._turns)
+                action(self._colocation)
             except (EngineError, WrongTurn) as error:
-                words[0] = str(error)
-        dist.broadcast_object_list(words, src=0)
-        if words[0]:
-            raise EngineError(f"the servers' memory could not be moved: {words[0]}")
+                failure[0] = str(error)
+        dist.broadcast_object_list(failure, src=0)
+        if failure[0]:
+            raise EngineError(f"the servers' memory could not be moved: {failure[0]}")

@@ -1,4 +1,4 @@
-"""How the ranks of an update agree: rank 0, the coordinator, decides; the others tell it what they did, and obey."""
+"""Decisions of an update: ranks report what happened to rank 0, the coordinator, whose decision all ranks follow."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ T = TypeVar("T")
 
 
 class SyncError(RuntimeError):
-    """No server has the new weights; the message says what happened to each."""
+    """No server has the new weights; the message says what happened to each server."""
 
 
 def share(decide: Callable[[], T]) -> T:
-    """The coordinator's decision, on every rank. If it cannot decide, nobody goes on. Collective.
+    """Return the coordinator's decision on every rank; collective.
 
     Raises:
-        SyncError: deciding raised, on the coordinator.
+        SyncError: on every rank, because `decide` raised on the coordinator.
     """
     box: list[Any] = [None, ""]
     cause: Exception | None = None
@@ -34,7 +34,7 @@ def share(decide: Callable[[], T]) -> T:
 
 
 def gather(mine: T) -> list[T]:
-    """Everybody's, in order of rank, on the coordinator; [] elsewhere. Collective."""
+    """Return the values of all ranks, in order, on the coordinator and [] elsewhere; collective."""
     everyone: list[Any] | None = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
     dist.gather_object(mine, everyone, dst=0)
     return everyone or []

@@ -1,8 +1,8 @@
-"""Weights to servers through a folder that trainer and servers share: safetensors, one file a bucket.
+"""Weights to servers through a shared folder of safetensors, one file for each bucket.
 
-Every sender writes what it owns, with one bucket in memory. When all files are there, the coordinator adds an index and
-what else a model folder has, and gives the folder its name, so that a folder of a version is whole or not there. Then
-it has the servers read it, one version at a time; the folder of the version before goes when nobody needs it any more.
+Every sender writes its own buckets, with one of them in memory. When all files are written, the coordinator adds an
+index and the model's sidecar files and renames the folder, so that a version's folder is complete or absent. Then the
+servers load it. The folder of the previous version is removed after the update.
 """
 
 from __future__ import annotations
@@ -17,22 +17,23 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from clipo_megatron.rollout.servers.hf_folder import copy_sidecar_files
 from clipo_megatron.sync.attempt import Attempt
 from clipo_megatron.sync.checksums import Sums
-from clipo_megatron.sync.served import Order, ServedSync
+from clipo_megatron.sync.served import AttemptPlan, ServedSync
 
 _VERSION = re.compile(r"v(\d+)(\.tmp)?")
 _INDEX = "model.safetensors.index.json"
-_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".index.json")  # what the folder has of its own
 
 
 class DiskSync(ServedSync):
     """Transport `disk`; see the module.
 
     Args:
-        model: the model's Hugging Face folder, for config.json, the tokenizer and the like.
+        model: the model's Hugging Face folder, whose sidecar files are copied.
         folder: where versions are written; trainer and servers see it under the same path.
-        args: as for `ServedSync`, and `kwargs` too.
+        args: positional arguments of `ServedSync`.
+        kwargs: keyword arguments of `ServedSync`.
     """
 
     def __init__(self, *args: Any, model: str | Path, folder: str | Path, **kwargs: Any):
@@ -41,63 +42,63 @@ class DiskSync(ServedSync):
         self._memory: Tensor | None = None
 
     def _begin(self, version: int) -> None:
-        """Write the version's folder; what runs that broke off have left is removed."""
+        """Write the version's folder, and remove what interrupted runs have left."""
         draft = self.folder / f"v{version}.tmp"
 
         def prepare() -> None:
             if self.shard.is_coordinator:
                 self.folder.mkdir(parents=True, exist_ok=True)
-                self._remove(keep=self._newest())  # servers may be reading that one
+                self._remove(keep=self._newest())  # servers may be loading it
                 draft.mkdir()
 
         def complete() -> None:
             if self.shard.is_coordinator:
                 self._complete(draft, [each for part in written for each in part])
                 target = self.folder / f"v{version}"
-                shutil.rmtree(target, ignore_errors=True)  # of a run that has pushed this version before
+                shutil.rmtree(target, ignore_errors=True)  # written by an earlier run
                 draft.rename(target)
 
-        self._together(prepare, None, None)
-        written = self._together(lambda: self._write(draft), None, None)
-        self._together(complete, None, None)
+        self._run_phase(prepare, None, None)
+        written = self._run_phase(lambda: self._write(draft), None, None)
+        self._run_phase(complete, None, None)
 
     def _finish(self, version: int) -> None:
         if self.shard.is_coordinator:
             self._remove(keep=version)
 
-    def _transfer(self, order: Order, attempt: Attempt | None) -> Sums | None:
-        folder = str(self.folder / f"v{order.version}")
+    def _transfer(self, plan: AttemptPlan, attempt: Attempt | None) -> Sums | None:
+        folder = str(self.folder / f"v{plan.version}")
         sums: list[Sums | None] = [None]
 
         def hash_own() -> None:
-            if order.verify and self.shard.takes_part:
-                sums[0] = Sums(self.shard.spec, order.tp_sizes, order.kind)
-                for bucket, flat in self.shard.own_buckets(self.plan, self._buffer):
+            if plan.verify and self.shard.takes_part:
+                sums[0] = Sums(self.shard.spec, plan.tp_sizes, plan.kind)
+                for bucket, flat in self.shard.own_buckets(self.export_plan, self._buffer):
                     sums[0].add(bucket, flat)
             self._memory = None
 
         async def load(attempt: Attempt) -> None:
-            limit = self.limits.total_s / 2  # its one long call
+            limit = self.deadlines.total_s / 2  # loading is the one long call of the attempt
             await attempt.each("pause", lambda each: each.server.pause(self.in_flight, deadline_s=attempt.deadline()))
-            await attempt.each("load", lambda each: each.server.load_folder(folder, order.version, deadline_s=limit))
+            await attempt.each("load", lambda each: each.server.load_folder(folder, plan.version, deadline_s=limit))
 
-        self._together(hash_own, load, attempt)
+        self._run_phase(hash_own, load, attempt)
         return sums[0]
 
     # --- files ---------------------------------------------------------------------------------------------------
 
     def _buffer(self, numel: int) -> Tensor:
-        """One bucket, for every one in turn: each is written before the next is gathered."""
+        """The memory of one bucket, which every bucket reuses: each is written before the next is gathered."""
         if self._memory is None:
-            size = self.shard.largest(self.plan)
-            self._memory = torch.empty(size, dtype=self.plan.dtype, device=self.shard.device)
+            size = self.shard.largest(self.export_plan)
+            self._memory = torch.empty(size, dtype=self.export_plan.dtype, device=self.shard.device)
         return self._memory
 
     def _write(self, draft: Path) -> list[tuple[str, list[str], int]]:
-        """This rank's files: name, tensors, bytes."""
+        """Write this rank's buckets; returns the name, tensor names and bytes of each file."""
         files: list[tuple[str, list[str], int]] = []
         if self.shard.takes_part:
-            for bucket, flat in self.shard.own_buckets(self.plan, self._buffer):
+            for bucket, flat in self.shard.own_buckets(self.export_plan, self._buffer):
                 tensors = {name: tensor.cpu() for name, tensor in bucket.views(flat)}
                 stage, experts = self.shard.sender
                 name = f"model-{stage}-{experts}-{len(files):05d}.safetensors"
@@ -106,18 +107,16 @@ class DiskSync(ServedSync):
         return files
 
     def _complete(self, draft: Path, files: list[tuple[str, list[str], int]]) -> None:
-        """Make a model folder of the files."""
+        """Add the index of the files, and the sidecar files."""
         index = {
             "metadata": {"total_size": sum(nbytes for _, _, nbytes in files)},
             "weight_map": {tensor: name for name, tensors, _ in files for tensor in tensors},
         }
         (draft / _INDEX).write_text(json.dumps(index))
-        for file in sorted(self.model.iterdir()):
-            if file.is_file() and not file.name.endswith(_WEIGHTS):
-                shutil.copyfile(file, draft / file.name)
+        copy_sidecar_files(self.model, draft)
 
     def _versions(self) -> list[tuple[int, bool, Path]]:
-        """What stands in the folder: version, whether it is whole, path."""
+        """The folders of versions: version, whether the folder is complete, path."""
         found = []
         for path in self.folder.iterdir():
             if match := _VERSION.fullmatch(path.name):
@@ -125,12 +124,12 @@ class DiskSync(ServedSync):
         return sorted(found)
 
     def _newest(self) -> int:
-        """The version written last, by the clock: a run that goes on from a checkpoint counts anew. -1: none."""
-        whole = [(path.stat().st_mtime, version) for version, whole, path in self._versions() if whole]
-        return max(whole)[1] if whole else -1
+        """The version that was written last, by the clock, because a resumed run counts versions anew; -1 if none."""
+        complete = [(path.stat().st_mtime, version) for version, complete, path in self._versions() if complete]
+        return max(complete)[1] if complete else -1
 
     def _remove(self, keep: int) -> None:
-        """Remove drafts, and whole versions but one."""
-        for version, whole, path in self._versions():
-            if not whole or version != keep:
+        """Remove incomplete folders, and complete ones of other versions."""
+        for version, complete, path in self._versions():
+            if not complete or version != keep:
                 shutil.rmtree(path, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""Weights into an engine of the same process."""
+"""Weight sync with an engine in the same process."""
 
 from __future__ import annotations
 
@@ -11,25 +11,25 @@ from clipo_megatron.rollout.engine import Engine
 
 
 class WeightSource(Protocol):
-    """Whoever can export the policy: a collective over the ranks of a replica."""
+    """Something that exports the policy's weights."""
 
     def export(self) -> Iterator[tuple[str, Tensor]]:
-        """Hugging Face names and whole tensors."""
+        """Yield whole tensors by Hugging Face name; collective over the ranks of a replica."""
         ...
 
 
 class InProcessSync:
-    """Streams the export of the policy into the engine, bucket by bucket; every rank of a replica has an engine."""
+    """Streams the policy's weights into the engine of each rank."""
 
     def __init__(self, source: WeightSource, engine: Engine):
         self.source, self.engine = source, engine
 
     def update_weights(self, version: int) -> None:
-        """Give the engine the newest weights. After it returns, only these generate."""
+        """Load the newest weights into the engine; after it returns, only these generate."""
         self.engine.load_weights(self.source.export(), version=version)
 
     def offload(self) -> None:
-        """Nothing to do: engine and policy both fit."""
+        """Does nothing: engine and policy fit into memory together."""
 
     def close(self) -> None:
-        """Nothing to free."""
+        """Does nothing."""

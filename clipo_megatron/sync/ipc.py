@@ -1,12 +1,11 @@
 """Weights to servers on the trainer's own GPUs: the servers open the trainer's memory, and nothing is sent.
 
-Every trainer rank gets each bucket whole (`weights.export`) in its own GPU's memory. A server with t ranks
-stands on the GPUs of t neighbouring trainer ranks; each of its ranks is handed what opens the bucket of the trainer
-rank on its GPU, and takes its share of the tensors from there. Buckets go one after the other: a bucket's memory is
-needed until all servers have answered.
+Every trainer rank gathers each whole bucket (`weights.export`) into its GPU's memory. A server with t ranks shares the
+GPUs of t neighbouring trainer ranks; each of its ranks gets a handle to the bucket on its GPU and copies its share of
+the tensors. A bucket's memory is needed until all servers have answered, so buckets follow one after the other.
 
-On a CPU the same is done with shared memory, which any process of the machine can open. That is what tests run; memory
-handles of GPUs, and which rank of a server stands on which GPU, were never tried on GPUs.
+On a CPU the handles are those of shared memory, which any process of the machine can open. Tests cover this case;
+handles of GPU memory, and the order of a server's ranks on the GPUs, were never tried on GPUs.
 """
 
 from __future__ import annotations
@@ -21,63 +20,64 @@ import torch
 from torch import Tensor
 from torch import multiprocessing as shared_memory
 
-from clipo_megatron.sync.attempt import Attempt, SyncTarget
+from clipo_megatron.rollout.servers.server import LiveServer
+from clipo_megatron.sync.attempt import Attempt
 from clipo_megatron.sync.checksums import Sums
-from clipo_megatron.sync.served import Order, ServedSync
+from clipo_megatron.sync.served import AttemptPlan, ServedSync
 from clipo_megatron.weights.export import Bucket, export_buckets
 
-# Where SGLang has the class that its unpickler expects in place of ours.
+# The class that SGLang's unpickler allows; ours is renamed to it.
 _THEIRS = b"csglang.srt.weight_sync.tensor_bucket\nFlattenedTensorMetadata\n"
 
 
 class IpcSync(ServedSync):
     """Transport `ipc`; see the module."""
 
-    def _transfer(self, order: Order, attempt: Attempt | None) -> Sums | None:
+    def _transfer(self, plan: AttemptPlan, attempt: Attempt | None) -> Sums | None:
         sums = None
-        if order.verify and self.shard.takes_part:
-            sums = Sums(self.shard.spec, order.tp_sizes, order.kind)
+        if plan.verify and self.shard.takes_part:
+            sums = Sums(self.shard.spec, plan.tp_sizes, plan.kind)
 
         async def begin(attempt: Attempt) -> None:
             await attempt.each("pause", lambda each: each.server.pause(self.in_flight, deadline_s=attempt.deadline()))
             await attempt.each("begin", lambda each: each.server.begin_update(deadline_s=attempt.deadline()))
 
         async def end(attempt: Attempt) -> None:
-            version = order.version
+            version = plan.version
             await attempt.each("end", lambda each: each.server.end_update(version, deadline_s=attempt.deadline()))
 
-        self._together(lambda: None, begin, attempt)
-        for place, (bucket, flat) in enumerate(self._buckets(), start=1):
-            self._hand_over(bucket, flat, attempt, last=place == len(self.plan.buckets))
+        self._run_phase(lambda: None, begin, attempt)
+        for number, (bucket, flat) in enumerate(self._buckets(), start=1):
+            self._hand_over(bucket, flat, attempt, last=number == len(self.export_plan.buckets))
             if sums is not None and self.shard.rank == 0:
                 sums.add(bucket, flat)
-        self._together(lambda: None, end, attempt)
+        self._run_phase(lambda: None, end, attempt)
         return sums
 
     def _buckets(self) -> Iterator[tuple[Bucket, Tensor]]:
-        return export_buckets(self.plan, self.shard.chunks(), self.shard.holder)
+        return export_buckets(self.export_plan, self.shard.chunks(), self.shard.holder)
 
     def _hand_over(self, bucket: Bucket, flat: Tensor, attempt: Attempt | None, *, last: bool) -> None:
-        """Have all servers take one bucket; collective."""
-        payloads = self._together(lambda: payload(bucket, flat), None, attempt)
+        """Let all servers copy one bucket; collective."""
+        payloads = self._run_phase(lambda: payload(bucket, flat), None, attempt)
 
         async def take(attempt: Attempt) -> None:
-            places = accumulate((member.state.tp for member in self._members), initial=0)
-            place = dict(zip((member.url for member in self._members), places, strict=False))
+            offsets = accumulate((target.state.tp for target in self._targets), initial=0)
+            first_rank = dict(zip((target.url for target in self._targets), offsets, strict=False))
 
-            async def one(member: SyncTarget) -> None:
-                first = place[member.url]
-                theirs = payloads[first : first + member.state.tp]
-                await member.server.receive_handles(theirs, last=last, deadline_s=attempt.deadline())
+            async def one(target: LiveServer) -> None:
+                first = first_rank[target.url]
+                theirs = payloads[first : first + target.state.tp]
+                await target.server.receive_handles(theirs, last=last, deadline_s=attempt.deadline())
 
             await attempt.each("buckets", one)
 
-        self._together(lambda: None, take, attempt)
+        self._run_phase(lambda: None, take, attempt)
 
 
 @dataclass
 class FlattenedTensorMetadata:
-    """Stands for SGLang's class of this name: one tensor's place, in bytes, in a flat bucket."""
+    """Stands in for SGLang's class of this name: one tensor's byte range in a flat bucket."""
 
     name: str
     shape: torch.Size
@@ -88,10 +88,10 @@ class FlattenedTensorMetadata:
 
 
 def payload(bucket: Bucket, flat: Tensor) -> bytes:
-    """What opens a bucket's flat buffer [numel] in another process, and says what is in it.
+    """A pickle that opens a bucket's flat buffer [numel] in another process and describes its tensors.
 
-    SGLang unpickles it with a list of what it allows; ours is renamed to the one class of its own on that list. The
-    memory must live until the other process is done with it.
+    SGLang unpickles allowed classes only, so our metadata class is renamed to theirs. The memory must live until the
+    other process has copied it.
     """
     metadata, start = [], 0
     for name, tensor in bucket.views(flat):
@@ -100,10 +100,10 @@ def payload(bucket: Bucket, flat: Tensor) -> bytes:
         start = end
     stream = io.BytesIO()
     before = shared_memory.get_sharing_strategy()
-    # By name, not by descriptor: the reader is no child of this process.
+    # Shared by file name, not by descriptor, because the reader is not a child of this process.
     shared_memory.set_sharing_strategy("file_system")
     try:
-        # This protocol names classes in plain lines, which can be exchanged.
+        # Protocol 2 names classes in plain lines, which can be replaced.
         ForkingPickler(stream, 2).dump({"flattened_tensor": flat.view(torch.uint8), "metadata": metadata})
     finally:
         shared_memory.set_sharing_strategy(before)

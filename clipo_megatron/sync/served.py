@@ -1,4 +1,4 @@
-"""What all transports to servers share: attempts until somebody has the new weights, and agreement among all ranks."""
+"""The base of all transports to servers: attempts until at least one server has the new weights."""
 
 from __future__ import annotations
 
@@ -14,38 +14,38 @@ from typing import Any, TypeVar
 
 from clipo_megatron.config.schema import SyncConfig
 from clipo_megatron.rollout.engine import EngineError, InFlight
-from clipo_megatron.rollout.servers.server import Fault, RankChecksums, ServerError
+from clipo_megatron.rollout.servers.server import Fault, LiveServer, RankChecksums, ServerError
 from clipo_megatron.runtime.platform import SharedGroupError, platform
-from clipo_megatron.sync.attempt import Attempt, Limits, Servers, SyncTarget, UpdateFailed
-from clipo_megatron.sync.checksums import ChecksumError, Kind, Sums, compare
+from clipo_megatron.sync.attempt import Attempt, UpdatableServers, UpdateDeadlines, UpdateFailed
+from clipo_megatron.sync.checksums import ChecksumError, ChecksumKind, Sums, compare
 from clipo_megatron.sync.consensus import SyncError, gather, share
 from clipo_megatron.sync.shard import Shard
 
 T = TypeVar("T")
 
-_LOOK_EVERY_S = 1.0  # while no server is there
-_TRIES_A_SERVER = 2  # attempts of one update that one server may spoil before it is not asked again
-_TRIES_UNBLAMED = 3  # attempts of one update that may fail without anybody to blame
+_DISCOVER_EVERY_S = 1.0  # while no server answers
+_MAX_FAILURES_A_SERVER = 2  # failed attempts of one update after which a server is left out for good
+_MAX_UNEXPLAINED = 3  # attempts of one update that may fail without a server to blame
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class SyncReport:
-    """What an update was like; the same on every rank."""
+    """The outcome of an update, the same on every rank."""
 
     version: int
     seconds: float
-    nbytes: int  # of tensors, counted once
-    servers: tuple[str, ...]  # that have the new weights
-    left_out: Mapping[str, str]  # server -> what happened to it
+    nbytes: int  # of all tensors, each counted once
+    servers: tuple[str, ...]  # URLs of the servers that have the new weights
+    left_out: Mapping[str, str]  # URL of a server that failed -> the reason
     attempts: int
-    phases: Mapping[str, float] = field(default_factory=dict)  # name -> seconds, of the attempt that succeeded
-    unproven: tuple[str, ...] = ()  # tensors of the servers that the trainer has no checksum for
+    phases: Mapping[str, float] = field(default_factory=dict)  # phase -> seconds, of the successful attempt
+    unverified: tuple[str, ...] = ()  # tensors of servers that could not be compared
 
     @property
     def metrics(self) -> dict[str, float]:
-        """For the step's report."""
+        """The values for the step's report."""
         return {
             "sync/seconds": self.seconds,
             "sync/bytes_per_second": self.nbytes / max(self.seconds, 1e-9),
@@ -57,58 +57,58 @@ class SyncReport:
 
 
 @dataclass(frozen=True, slots=True)
-class Order:
-    """What every rank must know of an attempt before it begins."""
+class AttemptPlan:
+    """What every rank has to know about an attempt before it begins."""
 
-    number: int  # of the attempt, counted over all updates
+    number: int  # counted over all updates
     version: int
-    tp_sizes: tuple[int, ...]  # of the servers, each size once
+    tp_sizes: tuple[int, ...]  # the servers' numbers of ranks, each once
     ranks: int  # of all servers together
-    regroup: bool  # whether the servers are not those of the last update
+    regroup: bool  # whether the servers differ from those of the last update
     verify: bool
-    kind: Kind  # how the servers compute checksums
+    kind: ChecksumKind
 
 
 @dataclass(frozen=True, slots=True)
-class _Verdict:
+class _PhaseOutcome:
     failed: bool = False
-    fatal: str = ""  # a fault of the trainer's own: no further attempt
-    mismatch: str = ""  # a checksum that is not the trainer's
+    fatal: str = ""  # an error of the trainer itself, after which there is no further attempt
+    mismatch: str = ""  # a server's checksum differs from the trainer's
 
 
 @dataclass
-class _UpdateCounters:
-    """What the coordinator remembers of one update."""
+class _UpdateState:
+    """What the coordinator remembers during one update."""
 
-    left_out: dict[str, str] = field(default_factory=dict)
-    blamed: Counter[tuple[str, str, int]] = field(default_factory=Counter)
-    unblamed: int = 0
-    nobody_since: float | None = None
-    last_words: str = "no server was found"
+    left_out: dict[str, str] = field(default_factory=dict)  # URL -> reason
+    failures: Counter[tuple[str, str, int]] = field(default_factory=Counter)  # by `LiveServer.life`
+    unexplained: int = 0  # failed attempts without a server to blame
+    nobody_since: float | None = None  # when no server was left to ask
+    last_error: str = "no server was found"
 
 
 class _AttemptFailed(Exception):
-    """Not this time; another attempt follows."""
+    """The attempt failed, and another one follows."""
 
 
 class ServedSync(ABC):
-    """Gives servers the newest weights. `update_weights` is collective over all ranks of the default group.
+    """Gives servers the newest weights.
 
-    The coordinator, global rank 0, alone talks to the servers. The others send what they own, or take part in the
-    agreement on how it ended.
+    Only the coordinator, global rank 0, talks to the servers. The other ranks send their part of the weights, or only
+    take part in the decision how an attempt ended.
 
     Args:
         shard: this rank's part of the policy.
-        servers: the pool; None on ranks that have none. The coordinator has one.
-        config: `rollout.sync`.
-        in_flight: what becomes of generation in flight.
-        join_deadline_s: how long to wait for a server when there is none.
+        servers: the pool of servers; None on ranks other than the coordinator that have none.
+        config: the settings `rollout.sync`.
+        in_flight: what happens to requests in flight.
+        join_deadline_s: how long to wait for a server if none answers.
     """
 
     def __init__(
         self,
         shard: Shard,
-        servers: Servers | None,
+        servers: UpdatableServers | None,
         config: SyncConfig,
         *,
         in_flight: InFlight = InFlight.abort,
@@ -118,136 +118,129 @@ class ServedSync(ABC):
             raise ValueError("rank 0 coordinates the update of the servers, and has no pool of servers")
         self.shard, self.servers, self.config = shard, servers, config
         self.in_flight, self.join_deadline_s = in_flight, join_deadline_s
-        self.limits = Limits(config.deadline_s)
-        self.plan = shard.plan(config.bucket_mb * 2**20)
+        self.deadlines = UpdateDeadlines(config.deadline_s)
+        self.export_plan = shard.plan(config.bucket_mb * 2**20)
         self._attempts, self._updates = 0, 0
-        self._members: tuple[SyncTarget, ...] = ()  # of the current attempt; coordinator only
-        self._formed: tuple[Any, ...] | None = None  # who was updated last, if nothing broke since
-        self._last_version: int | None = None
-        self._tally = _UpdateCounters()
+        self._targets: tuple[LiveServer, ...] = ()  # the servers of the current attempt; coordinator only
+        self._formed: tuple[Any, ...] | None = None  # the servers of the last update, if nothing has failed since
+        self._state = _UpdateState()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="update of the servers")
 
     @abstractmethod
-    def _transfer(self, order: Order, attempt: Attempt | None) -> Sums | None:
-        """Bring the weights to all servers, from pausing them to the end of their update; collective.
+    def _transfer(self, plan: AttemptPlan, attempt: Attempt | None) -> Sums | None:
+        """Pause all servers, transfer the weights, and end the servers' update; collective.
 
         Returns:
-            The checksums of what this rank sent, where `order.verify`.
+            The checksums of what this rank sent, if `plan.verify`.
         """
 
-    def _begin(self, version: int) -> None:  # noqa: B027  (a transport need not have anything to do)
-        """Before the first attempt of an update; collective."""
+    def _begin(self, version: int) -> None:  # noqa: B027
+        """Called before the first attempt of an update; collective."""
 
     def _finish(self, version: int) -> None:  # noqa: B027
-        """After an update that succeeded; collective."""
+        """Called after a successful update; collective."""
 
     def update_weights(self, version: int) -> SyncReport:
-        """Update all servers that answer, and leave out those that fail; collective.
+        """Update all servers that answer, and leave out those that fail; collective over all ranks.
 
         Returns:
             The same report on every rank.
 
         Raises:
-            SyncError: no server could be updated, and none came within `join_deadline_s`; on every rank.
-            ChecksumError: a server holds a tensor that is not the trainer's; on every rank.
+            SyncError: on every rank, because no server could be updated and none joined within `join_deadline_s`.
+            ChecksumError: on every rank, because a server's tensor differs from the trainer's.
         """
         start = time.monotonic()
-        self._tally = _UpdateCounters()
+        self._state = _UpdateState()
         self._begin(version)
-        tries = 0
+        attempts = 0
         while True:
-            order = share(lambda: self._next_order(version))
-            if isinstance(order, str):
-                raise SyncError(order)
-            if order is None:
+            plan = share(lambda: self._plan_attempt(version))
+            if isinstance(plan, str):
+                raise SyncError(plan)
+            if plan is None:
                 continue
-            tries += 1
-            attempt = self._new_attempt() if self.shard.is_coordinator else None
+            attempts += 1
+            attempt = None
+            if self.shard.is_coordinator:
+                attempt = Attempt(self._targets, self.deadlines, self._on_failure)
             try:
-                sums = self._transfer(order, attempt)
-                unproven = self._prove(order, attempt, sums)
+                sums = self._transfer(plan, attempt)
+                unverified = self._verify_and_resume(plan, attempt, sums)
                 break
             except _AttemptFailed:
                 self._formed = None
         self._finish(version)
         self._updates += 1
-        self._last_version = version
         report = share(
             lambda: SyncReport(
                 version=version,
                 seconds=time.monotonic() - start,
-                nbytes=self.plan.nbytes,
-                servers=tuple(member.url for member in attempt.members),
-                left_out=dict(self._tally.left_out),
-                attempts=tries,
+                nbytes=self.export_plan.nbytes,
+                servers=tuple(target.url for target in attempt.targets),
+                left_out=dict(self._state.left_out),
+                attempts=attempts,
                 phases=dict(attempt.seconds),
-                unproven=unproven,
+                unverified=unverified,
             )
         )
         if self.shard.is_coordinator:
-            self._formed = self._signature(self._members) if len(attempt.members) == len(self._members) else None
+            self._formed = _lives(self._targets) if len(attempt.targets) == len(self._targets) else None
         if self.servers is not None:
             self.servers.admit(report.servers, version)
         return report
 
     def offload(self) -> None:  # noqa: B027
-        """Nothing to do: the servers have GPUs of their own."""
+        """Does nothing: the servers have GPUs of their own."""
 
     def close(self) -> None:
-        """Free what the updates hold. Idempotent."""
+        """Free what is kept between updates. Idempotent."""
         self._thread.shutdown(wait=False, cancel_futures=True)
 
     # --- attempts ------------------------------------------------------------------------------------------------
 
-    def _next_order(self, version: int) -> Order | str | None:
-        """Coordinator only: the next attempt; None: nobody is there yet; text: it is of no use to go on."""
-        tally = self._tally
-        if tally.unblamed >= _TRIES_UNBLAMED:
-            return f"version {version} reached no server in {tally.unblamed} attempts: {tally.last_words}"
+    def _plan_attempt(self, version: int) -> AttemptPlan | str | None:
+        """Coordinator only: the next attempt, None if no server answers yet, or the reason why there is no attempt."""
+        state = self._state
+        if state.unexplained >= _MAX_UNEXPLAINED:
+            return f"version {version} reached no server in {state.unexplained} attempts: {state.last_error}"
         try:
-            found = [SyncTarget(*each) for each in self.servers.discover()]
+            found = self.servers.discover()
         except EngineError as error:
-            found, tally.last_words = [], str(error)
-        members = [member for member in found if not tally.blamed[member.life]]
-        if not members:
+            found, state.last_error = [], str(error)
+        targets = [target for target in found if not state.failures[target.life]]
+        if not targets:
             now = time.monotonic()
-            tally.nobody_since = tally.nobody_since or now
-            members = [member for member in found if tally.blamed[member.life] < _TRIES_A_SERVER]
-            if not members and now - tally.nobody_since > self.join_deadline_s:
-                words = "; ".join(f"{url}: {reason}" for url, reason in tally.left_out.items()) or tally.last_words
+            state.nobody_since = state.nobody_since or now
+            targets = [target for target in found if state.failures[target.life] < _MAX_FAILURES_A_SERVER]
+            if not targets and now - state.nobody_since > self.join_deadline_s:
+                reasons = "; ".join(f"{url}: {reason}" for url, reason in state.left_out.items()) or state.last_error
                 return (
                     f"no server took the weights of version {version} within {self.join_deadline_s:.0f} s "
-                    f"(rollout.pool.join_deadline_s): {words}"
+                    f"(rollout.pool.join_deadline_s): {reasons}"
                 )
-            if not members:
-                time.sleep(_LOOK_EVERY_S)
+            if not targets:
+                time.sleep(_DISCOVER_EVERY_S)
                 return None
-        for member in members:
-            tally.left_out.pop(member.url, None)
-        self._members = tuple(sorted(members, key=lambda member: member.url))
+        for target in targets:
+            state.left_out.pop(target.url, None)
+        self._targets = tuple(sorted(targets, key=lambda target: target.url))
         self._attempts += 1
         every = self.config.verify_every
-        return Order(
+        return AttemptPlan(
             number=self._attempts,
             version=version,
-            tp_sizes=tuple(sorted({member.state.tp for member in members})),
-            ranks=sum(member.state.tp for member in members),
-            regroup=self._formed is None or self._formed != self._signature(self._members),
+            tp_sizes=tuple(sorted({target.state.tp for target in targets})),
+            ranks=sum(target.state.tp for target in targets),
+            regroup=self._formed is None or self._formed != _lives(self._targets),
             verify=every > 0 and self._updates % every == 0,
-            kind=_kind(members),
+            kind=_checksum_kind(targets),
         )
 
-    def _signature(self, members: tuple[SyncTarget, ...]) -> tuple[Any, ...]:
-        """Of a set of servers that have not been restarted since they were last updated."""
-        return tuple(member.life for member in members)
-
-    def _new_attempt(self) -> Attempt:
-        return Attempt(self._members, self.limits, self._on_failure)
-
     def _on_failure(self) -> None:  # noqa: B027
-        """A server failed, and others may be waiting for it; on the coordinator, in the thread of the clients."""
+        """Called when a server (in the clients' thread) or this rank has failed and others may be waiting for it."""
 
-    def _together(
+    def _run_phase(
         self,
         mine: Callable[[], T],
         drive: Callable[[Attempt], Coroutine[Any, Any, Any]] | None,
@@ -255,20 +248,23 @@ class ServedSync(ABC):
         *,
         reused: bool = False,
     ) -> list[T]:
-        """Run `mine` on every rank while the coordinator drives the servers; agree on how it went.
+        """Run `mine` on every rank while the coordinator drives the servers, and decide how it went; collective.
 
         Args:
             mine: this rank's part.
-            drive: what the coordinator does with the servers meanwhile, in another thread.
-            attempt: the coordinator's; None elsewhere.
-            reused: the servers' groups are those of an earlier update. What is wrong may then be the group.
+            drive: the coordinator's calls to the servers, made meanwhile in another thread.
+            attempt: the attempt on the coordinator; None elsewhere.
+            reused: whether the servers' groups are those of an earlier update, so that a group may be at fault.
 
         Returns:
             What `mine` returned on each rank, on the coordinator; [] elsewhere.
+
+        Raises:
+            SyncError, ChecksumError: on every rank.
         """
         future: Future[Any] | None = None
         if attempt is not None and drive is not None:
-            future = self._thread.submit(self.servers.run, drive(attempt), deadline_s=2 * self.limits.total_s)
+            future = self._thread.submit(self.servers.run, drive(attempt), deadline_s=2 * self.deadlines.total_s)
         result, broken, fatal, cause = None, "", "", None
         try:
             result = mine()
@@ -277,7 +273,7 @@ class ServedSync(ABC):
         except Exception as error:
             fatal, cause = f"rank {self.shard.rank}: {type(error).__name__}: {error}", error
         if broken or fatal:
-            self._should_cancel()
+            self._on_failure()
         refused: UpdateFailed | None = None
         mismatch = ""
         if future is not None:
@@ -291,88 +287,92 @@ class ServedSync(ABC):
                 fatal, cause = fatal or f"rank 0: {type(error).__name__}: {error}", cause or error
         gathered = gather((result, broken, fatal))
 
-        def judge() -> _Verdict:
+        def decide() -> _PhaseOutcome:
             fatals = [each for _, _, each in gathered if each]
             breaks = [each for _, each, _ in gathered if each]
             if fatals or mismatch:
-                return _Verdict(fatal="; ".join(fatals), mismatch=mismatch)
+                return _PhaseOutcome(fatal="; ".join(fatals), mismatch=mismatch)
             if not refused and not breaks:
-                return _Verdict()
-            self._remember(refused, breaks, reused)
-            return _Verdict(failed=True)
+                return _PhaseOutcome()
+            self._record_failure(refused, breaks, reused)
+            return _PhaseOutcome(failed=True)
 
-        verdict = share(judge)
-        if verdict.fatal:
-            raise SyncError(f"the update of the servers failed: {verdict.fatal}") from cause
-        if verdict.mismatch:
-            raise cause if isinstance(cause, ChecksumError) else ChecksumError(verdict.mismatch)
-        if verdict.failed:
+        outcome = share(decide)
+        if outcome.fatal:
+            raise SyncError(f"the update of the servers failed: {outcome.fatal}") from cause
+        if outcome.mismatch:
+            raise cause if isinstance(cause, ChecksumError) else ChecksumError(outcome.mismatch)
+        if outcome.failed:
             raise _AttemptFailed
         return [each for each, _, _ in gathered]
 
-    def _remember(self, refused: UpdateFailed | None, breaks: list[str], reused: bool) -> None:
-        """Leave out whoever is to blame for a failed attempt."""
-        tally = self._tally
-        tally.last_words = str(refused) if refused else breaks[0]
+    def _record_failure(self, refused: UpdateFailed | None, breaks: list[str], reused: bool) -> None:
+        """Leave out the servers that are to blame for a failed attempt."""
+        state = self._state
+        state.last_error = str(refused) if refused else breaks[0]
         blamed = {} if refused is None or (reused and not refused.silent) else refused.blamed
-        tally.unblamed += not blamed
+        state.unexplained += not blamed
         self._leave_out(blamed)
 
     def _leave_out(self, blamed: Mapping[str, str]) -> None:
-        self._tally.left_out |= blamed
-        self._tally.blamed.update(member.life for member in self._members if member.url in blamed)
+        self._state.left_out |= blamed
+        self._state.failures.update(target.life for target in self._targets if target.url in blamed)
         for reason in blamed.values():
-            log.warning("left out of the update: %s", reason)
+            log.warning("left out of the weight update: %s", reason)
 
-    def _should_cancel(self) -> None:  # noqa: B027
-        """This rank's part failed: whoever waits for it should know."""
-
-    def _prove(self, order: Order, attempt: Attempt | None, sums: Sums | None) -> tuple[str, ...]:
-        """Compare checksums, then let the servers go on; those that fail here are left out. Collective."""
+    def _verify_and_resume(self, plan: AttemptPlan, attempt: Attempt | None, sums: Sums | None) -> tuple[str, ...]:
+        """Compare checksums, then let the servers generate; collective. Servers that fail here are left out."""
         gathered = gather(sums)
-        unproven: set[str] = set()
+        unverified: set[str] = set()
 
-        async def prove(attempt: Attempt) -> None:
-            if order.verify:
-                held = await self._surviving(attempt, "verify", partial(_checksums, attempt))
-                mine = Sums(self.shard.spec, order.tp_sizes).merged(gathered)
+        async def verify(attempt: Attempt) -> None:
+            if plan.verify:
+                held = await self._each_surviving(attempt, "verify", partial(_checksums, attempt))
+                mine = Sums(self.shard.spec, plan.tp_sizes).merged(gathered)
                 for url, ranks in held.items():
                     if ranks is None:
-                        unproven.add(f"{url}: everything; this server cannot compute checksums")
+                        unverified.add(f"{url}: everything; this server cannot compute checksums")
                     else:
-                        unproven.update(compare(url, ranks, mine))
-            await self._surviving(attempt, "resume", lambda member: member.server.resume(deadline_s=attempt.deadline()))
+                        unverified.update(compare(url, ranks, mine))
+            await self._each_surviving(
+                attempt, "resume", lambda target: target.server.resume(deadline_s=attempt.deadline())
+            )
 
-        self._together(lambda: None, prove, attempt)
-        return tuple(sorted(unproven))
+        self._run_phase(lambda: None, verify, attempt)
+        return tuple(sorted(unverified))
 
-    async def _surviving(self, attempt: Attempt, phase: str, call: Callable[[SyncTarget], Any]) -> dict[str, Any]:
-        """As `Attempt.each`, but those that fail are left out and the others go on.
+    async def _each_surviving(self, attempt: Attempt, phase: str, call: Callable[[LiveServer], Any]) -> dict[str, Any]:
+        """Like `Attempt.each`, but servers that fail are left out and the others continue.
 
         Raises:
-            UpdateFailed: all failed.
+            UpdateFailed: all servers failed.
         """
         try:
             return await attempt.each(phase, call)
         except UpdateFailed as error:
-            attempt.members = tuple(member for member in attempt.members if member.url not in error.blamed)
-            if not attempt.members:
+            attempt.targets = tuple(target for target in attempt.targets if target.url not in error.blamed)
+            if not attempt.targets:
                 raise
             self._leave_out(error.blamed)
             return error.answers
 
 
-def _kind(members: Sequence[SyncTarget]) -> Kind:
-    """Servers and trainer compute on the same kind of device, and all servers run the same engine."""
-    if not all(member.state.engine.startswith("SGLang") for member in members):
+def _lives(targets: Sequence[LiveServer]) -> tuple[Any, ...]:
+    """Changes when a server joins, leaves or is restarted."""
+    return tuple(target.life for target in targets)
+
+
+def _checksum_kind(targets: Sequence[LiveServer]) -> ChecksumKind:
+    """Assumes that servers and trainer run on the same kind of device, and all servers with the same engine."""
+    if not all(target.state.engine.startswith("SGLang") for target in targets):
         return "plain"
     return "sglang on a gpu" if platform().has_gpu else "sglang on a cpu"
 
 
-async def _checksums(attempt: Attempt, member: SyncTarget) -> list[RankChecksums] | None:
-    """A server's; None where it has no such call."""
+async def _checksums(attempt: Attempt, target: LiveServer) -> list[RankChecksums] | None:
+    """A server's checksums; None if it has no such call."""
     try:
-        return await member.server.checksums(deadline_s=attempt.deadline())
+        return await target.server.checksums(deadline_s=attempt.deadline())
     except ServerError as error:
         if error.fault is Fault.unsupported:
             return None

@@ -13,7 +13,7 @@ from aiohttp import web
 from faulty_proxy import FaultyProxy
 from ranks import RankError, RankPool
 from served import Served, Servers
-from sync_steps import harm_in_the_middle, plant_a_wrong_byte, push_often
+from sync_steps import harm_in_the_middle, one_more_server, plant_a_wrong_byte, update_repeatedly
 from tiny_models import tiny_llama, tiny_qwen2, tiny_qwen3, tiny_qwen3_moe
 
 DEADLINE_S = 24.0  # of one update, in the tests that waste a part of it
@@ -47,14 +47,14 @@ def held(server: Served) -> dict[str, str]:
 @pytest.mark.parametrize(
     "layout", [(1, 1, 1), (1, 2, 1), (2, 2, 1), (1, 2, 2)], ids="tp{0[0]} pp{0[1]} dp{0[2]}".format
 )
-def test_every_push_arrives_to_the_bit(layout, ranks: RankPool, servers: Servers, wide_model: Path):
+def test_every_update_arrives_to_the_bit(layout, ranks: RankPool, servers: Servers, wide_model: Path):
     tp, pp, dp = layout
     server = servers.shared("sglang", wide_model, options=ROOM)
-    results = ranks.run(push_often, tp * pp * dp, str(wide_model), [server.url], tp, pp, 3, {})
+    results = ranks.run(update_repeatedly, tp * pp * dp, str(wide_model), [server.url], tp, pp, 3, {})
     assert all(each == results[0] for each in results), "ranks were told different things"
     for version, report in enumerate(results[0]):
         assert report.version == version and report.servers == (server.url,) and report.attempts == 1
-        assert not report.left_out and not report.unproven and report.phases["verify"] > 0
+        assert not report.left_out and not report.unverified and report.phases["verify"] > 0
     assert "join" in results[0][0].phases and "join" not in results[0][1].phases, "groups are formed once"
 
 
@@ -62,25 +62,25 @@ def test_every_push_arrives_to_the_bit(layout, ranks: RankPool, servers: Servers
 def test_what_other_families_have(ranks: RankPool, servers: Servers, family_model: Path):
     server = servers.shared("sglang", family_model, options=ROOM)
     before = held(server)
-    (reports, _) = ranks.run(push_often, 2, str(family_model), [server.url], 1, 2, 2, {})
-    assert not reports[-1].unproven
+    (reports, _) = ranks.run(update_repeatedly, 2, str(family_model), [server.url], 1, 2, 2, {})
+    assert not reports[-1].unverified
     after = held(server)
     biased = "model.layers.3.self_attn.qkv_proj.bias" in after
     assert biased != ("model.layers.3.self_attn.k_norm.weight" in after) and "lm_head.weight" in after
-    assert [name for name in after if after[name] == before[name]] == [], "tensors that no push has changed"
+    assert [name for name in after if after[name] == before[name]] == [], "tensors that no update has changed"
 
 
 @pytest.mark.full
 def test_experts_arrive_from_the_ranks_that_hold_them(ranks: RankPool, servers: Servers, tmp_path: Path):
-    """A push does not prove the server's stacked experts; a push of what it started with does, by its own checksums."""
+    """The trainer cannot verify the server's stacked experts, so their arrival shows in the server's own checksums."""
     model = tiny_qwen3_moe(tmp_path / "model", vocab=515, head_dim=16, expert_intermediate=32)
     server = servers.shared("sglang", model, options=ROOM)
     before = held(server)
-    (reports, *_) = ranks.run(push_often, 4, str(model), [server.url], 1, 2, 2, {}, "broadcast", "sglang", 2)
+    (reports, *_) = ranks.run(update_repeatedly, 4, str(model), [server.url], 1, 2, 2, {}, "broadcast", "sglang", 2)
     after = held(server)
-    assert reports[-1].unproven and all(".experts." in line for line in reports[-1].unproven)
-    assert [name for name in after if after[name] == before[name]] == [], "tensors that no push has changed"
-    ranks.run(push_often, 4, str(model), [server.url], 1, 2, 1, {}, "broadcast", "sglang", 2, False)
+    assert reports[-1].unverified and all(".experts." in line for line in reports[-1].unverified)
+    assert [name for name in after if after[name] == before[name]] == [], "tensors that no update has changed"
+    ranks.run(update_repeatedly, 4, str(model), [server.url], 1, 2, 1, {}, "broadcast", "sglang", 2, False)
     assert held(server) == before
 
 
@@ -107,7 +107,7 @@ class OlderRelease(FaultyProxy):
 def test_a_release_without_begin_and_end(ranks: RankPool, servers: Servers, wide_model: Path):
     proxy = OlderRelease(servers.shared("sglang", wide_model, options=ROOM).url)
     try:
-        (reports,) = ranks.run(push_often, 1, str(wide_model), [proxy.url], 1, 1, 2, {})
+        (reports,) = ranks.run(update_repeatedly, 1, str(wide_model), [proxy.url], 1, 1, 2, {})
     finally:
         proxy.close()
     assert [report.attempts for report in reports] == [1, 1]
@@ -131,7 +131,7 @@ class StillBusy(FaultyProxy):
 def test_a_cache_that_the_last_bucket_could_not_empty_is_emptied(ranks: RankPool, servers: Servers, wide_model: Path):
     proxy = StillBusy(servers.shared("sglang", wide_model, options=ROOM).url)
     try:
-        (reports,) = ranks.run(push_often, 1, str(wide_model), [proxy.url], 1, 1, 2, {})
+        (reports,) = ranks.run(update_repeatedly, 1, str(wide_model), [proxy.url], 1, 1, 2, {})
     finally:
         proxy.close()
     assert [report.attempts for report in reports] == [1, 1], "the weights have arrived: nothing is sent again"
@@ -158,7 +158,7 @@ class SaysNo(FaultyProxy):
 def test_a_refused_bucket_costs_one_attempt(rubbish, ranks: RankPool, servers: Servers, wide_model: Path):
     proxy = SaysNo(servers.shared("sglang", wide_model, options=ROOM).url, rubbish=rubbish)
     try:
-        results = ranks.run(push_often, 2, str(wide_model), [proxy.url], 1, 2, 2, {"deadline_s": DEADLINE_S})
+        results = ranks.run(update_repeatedly, 2, str(wide_model), [proxy.url], 1, 2, 2, {"deadline_s": DEADLINE_S})
     finally:
         proxy.close()
     assert [report.attempts for report in results[1]] == [2, 1]
@@ -172,7 +172,7 @@ def test_a_server_lost_in_the_middle_of_an_update(
 ):
     staying, lost = (servers.own("sglang", wide_model, options=ROOM).begin() for _ in range(2))
     staying.wait(), lost.wait()
-    marker = tmp_path / "first push is over"
+    marker = tmp_path / "first update is over"
     with ThreadPoolExecutor(1) as thread:
         work = thread.submit(
             ranks.run, harm_in_the_middle, 2, str(wide_model), [staying.url, lost.url], fault, lost.process.pid,

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from ranks import RankPool
 from served import Servers
-from sync_steps import push_often
+from sync_steps import update_repeatedly
 
 
 @pytest.mark.full
@@ -20,14 +20,14 @@ def test_both_engines_read_it(engine, ranks: RankPool, servers: Servers, tiny_mo
     (folder / "v3").mkdir()
     (folder / "notes").mkdir()  # nobody else's business
     settings = {"folder": str(folder), "model": str(tiny_model)}
-    results = ranks.run(push_often, 2, str(tiny_model), [server.url], 1, 2, 2, settings, "disk", engine)
+    results = ranks.run(update_repeatedly, 2, str(tiny_model), [server.url], 1, 2, 2, settings, "disk", engine)
     assert results[0] == results[1]
     for report in results[0]:
         assert report.servers == (server.url,) and not report.left_out
         if engine == "vllm":  # on a CPU it packs the matrices of linear layers, and keeps nothing to look at
-            packed = [name for name in report.unproven if "_proj.weight of" in name or "lm_head.weight of" in name]
-            assert report.unproven == tuple(packed) and len(packed) <= 17
+            packed = [name for name in report.unverified if "_proj.weight of" in name or "lm_head.weight of" in name]
+            assert report.unverified == tuple(packed) and len(packed) <= 17
         else:
-            assert not report.unproven
+            assert not report.unverified
         assert report.phases["load"] > 0 and report.phases["verify"] > 0
     assert sorted(path.name for path in folder.iterdir()) == ["notes", "v1"]

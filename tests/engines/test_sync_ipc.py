@@ -7,14 +7,14 @@ from pathlib import Path
 import pytest
 from ranks import RankPool
 from served import Servers
-from sync_steps import push_often
+from sync_steps import update_repeatedly
 
 
 @pytest.mark.full
 def test_a_real_server_opens_the_trainers_memory(ranks: RankPool, servers: Servers, tiny_model: Path):
     server = servers.shared("sglang", tiny_model, options={"mem_fraction_static": 0.5})
-    results = ranks.run(push_often, 4, str(tiny_model), [server.url], 2, 2, 2, {}, "ipc")
+    results = ranks.run(update_repeatedly, 4, str(tiny_model), [server.url], 2, 2, 2, {}, "ipc")
     assert all(each == results[0] for each in results)
     for report in results[0]:
         assert report.servers == (server.url,) and report.attempts == 1
-        assert not report.left_out and not report.unproven and report.phases["verify"] > 0
+        assert not report.left_out and not report.unverified and report.phases["verify"] > 0

@@ -1,4 +1,4 @@
-"""What ranks do in tests of the weight sync: hold a model without Megatron around it, change it, push it to servers."""
+"""What ranks do in tests of the weight sync: hold a model without Megatron around it, change it, send it to servers."""
 
 from __future__ import annotations
 
@@ -89,25 +89,25 @@ def change(shard: Shard, version: int) -> None:
             parameter.mul_(1.0 + 0.01 * (version + 1) + 0.001 * (index % 7))
 
 
-def push_often(
+def update_repeatedly(
     folder: str,
     urls: list[str],
     tp: int,
     pp: int,
-    pushes: int,
+    updates: int,
     settings: dict[str, Any],
     transport: str = "broadcast",
     engine: str = "sglang",
     ep: int = 1,
     changing: bool = True,
 ) -> list[SyncReport]:
-    """Several pushes of changing weights, or of the folder's; reports, after checking what the pool was told."""
+    """Update several times, with changing weights or the folder's; checks the pool's version, returns the reports."""
     shard = make_shard(folder, tp, pp, ep=ep)
     pool = make_pool(shard, urls, engine)
     sync = make_sync(transport, shard, pool, settings)
     reports = []
     try:
-        for version in range(pushes):
+        for version in range(updates):
             if changing:
                 change(shard, version)
             reports.append(sync.update_weights(version))
@@ -136,7 +136,7 @@ def plant_a_wrong_byte(folder: str, urls: list[str]) -> None:
     pool = make_pool(shard, urls)
     sync = make_sync("broadcast", shard, pool, {})
     name = "model.layers.2.self_attn.o_proj.weight"
-    bucket = next(each for each in sync.plan.buckets if name in {tensor.name for tensor in each.tensors})
+    bucket = next(each for each in sync.export_plan.buckets if name in {tensor.name for tensor in each.tensors})
 
     sync.update_weights(0)
     if shard.holder.pp_rank == bucket.owner:
@@ -172,7 +172,8 @@ def exported(shard: Shard, name: str) -> Tensor:
 def harm_in_the_middle(
     folder: str, urls: list[str], fault: str, group: int, marker: str, deadline_s: float
 ) -> tuple[float, SyncReport, SyncReport]:
-    """Two stages push; a server is killed or stopped before its second bucket. Then push again once all are back."""
+    """Two stages update two servers, of which one is killed or stopped before its second bucket. Once both are back,
+    they are updated again."""
     shard = make_shard(folder, 1, 2)
     pool = make_pool(shard, urls)
     sync = make_sync("broadcast", shard, pool, {"deadline_s": deadline_s})
@@ -233,7 +234,7 @@ def write_and_compare(folder: str, target: str, tp: int, pp: int, ep: int = 1) -
     )
     change(shard, 5)
     sync._begin(5)
-    whole = export(sync.plan, shard.chunks(), shard.holder)
+    whole = export(sync.export_plan, shard.chunks(), shard.holder)
     return {name: tensor.clone() for name, tensor in whole}
 
 

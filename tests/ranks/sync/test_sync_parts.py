@@ -1,4 +1,4 @@
-"""Parts of the weight sync without a server: who sends what, checksums, blame, and the turns of colocated servers."""
+"""Parts of the weight sync without a server: senders, checksums, which server is blamed, turns of colocated servers."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from sync_steps import own_against_export
 from tiny_models import tiny_llama, tiny_phi3, tiny_qwen2, tiny_qwen3, tiny_qwen3_moe
 
 from clipo_megatron.rollout.engine import Memory
-from clipo_megatron.rollout.servers.server import Fault, RankChecksums, ServerError, ServerState
+from clipo_megatron.rollout.servers.server import Fault, LiveServer, RankChecksums, ServerError, ServerState
 from clipo_megatron.sync import checksums
-from clipo_megatron.sync.attempt import Attempt, Limits, SyncTarget, UpdateFailed
-from clipo_megatron.sync.checksums import ChecksumError, Kind, Sums, compare, digest, tile_hash
+from clipo_megatron.sync.attempt import Attempt, UpdateDeadlines, UpdateFailed
+from clipo_megatron.sync.checksums import ChecksumError, ChecksumKind, Sums, compare, digest, tile_hash
 from clipo_megatron.sync.colocation import Colocation, WrongTurn
 from clipo_megatron.sync.shard import send_order
 from clipo_megatron.weights.export import Bucket, plan_export
@@ -114,7 +114,7 @@ def test_digest_of_parts_is_that_of_the_whole():
     assert digest([tensor[:, 10:20]]) == expected == digest([tensor[:7, 10:20], tensor[7:, 10:20].contiguous()])
 
 
-def sums_of(folder: Path, sizes: list[int], kind: Kind = "plain") -> tuple[Sums, dict[str, torch.Tensor]]:
+def sums_of(folder: Path, sizes: list[int], kind: ChecksumKind = "plain") -> tuple[Sums, dict[str, torch.Tensor]]:
     """Of a folder's own tensors in fp32, all in one bucket."""
     spec = model_spec(read_config(folder))
     weights = load_file(folder / "model.safetensors")
@@ -203,8 +203,12 @@ def test_comparison(tmp_path: Path):
     ranks[1].checksums["model.some_cache"] = "0" * 16
     for rank in ranks:
         del rank.checksums["model.norm.weight"]
-    unproven = compare("http://a", ranks, sums)
-    assert len(unproven) == 2 and "model.some_cache of http://a" in unproven[0] and "model.norm.weight" in unproven[1]
+    unverified = compare("http://a", ranks, sums)
+    assert (
+        len(unverified) == 2
+        and "model.some_cache of http://a" in unverified[0]
+        and "model.norm.weight" in unverified[1]
+    )
     name = "model.layers.0.mlp.down_proj.weight"
     mine, ranks[1].checksums[name] = ranks[1].checksums[name], "f" * 16
     with pytest.raises(ChecksumError, match=f"http://a, rank 1 of 2: {name} has checksum f*, the trainer's has {mine}"):
@@ -229,15 +233,15 @@ class Named:
     ],
 )
 def test_who_is_to_blame_in_a_group(faults, blamed):
-    members = [SyncTarget(Named(url), ServerState("m", 1, 0, "", "x")) for url in ("a", "b", "c")]
+    servers = [LiveServer(Named(url), ServerState("m", 1, 0, "", "x")) for url in ("a", "b", "c")]
     heard = []
-    attempt = Attempt(members, Limits(10.0), lambda: heard.append(attempt.failed))
+    attempt = Attempt(servers, UpdateDeadlines(10.0), lambda: heard.append(attempt.failed))
 
-    async def call(member: SyncTarget) -> str:
-        if member.url in faults:
-            fault, after = faults[member.url]
+    async def call(target: LiveServer) -> str:
+        if target.url in faults:
+            fault, after = faults[target.url]
             await asyncio.sleep(after)
-            raise ServerError(member.url, fault, "planted")
+            raise ServerError(target.url, fault, "planted")
         return "fine"
 
     with pytest.raises(UpdateFailed) as raised:
@@ -257,7 +261,7 @@ class Recorder:
         self.calls: list[tuple] = []
 
     def offload(self, *what: Memory) -> None:
-        self.calls.append(("release", *what))
+        self.calls.append(("offload", *what))
 
     def onload(self, *what: Memory) -> None:
         self.calls.append(("restore", *what))
@@ -267,20 +271,25 @@ def test_turns_of_colocated_servers():
     engine = Recorder()
     turns = Colocation(engine)
     for _ in range(2):
-        turns.before_generating()
         turns.before_training()
-        turns.before_push()
-        turns.after_push()
+        turns.before_update()
+        turns.after_update()
     assert engine.calls == 2 * [
-        ("release", Memory.kv_cache, Memory.weights), ("restore", Memory.weights), ("restore", Memory.kv_cache),
+        ("offload", Memory.kv_cache, Memory.weights), ("restore", Memory.weights), ("restore", Memory.kv_cache),
     ]  # fmt: skip
 
 
 @pytest.mark.parametrize(
-    "before, wrong", [("", "before_push"), ("", "after_push"), ("before_training", "before_generating"),
-                      ("before_training", "after_push"), ("before_training before_push", "before_generating"),
-                      ("before_training before_push", "before_training")],
-)  # fmt: skip
+    "before, wrong",
+    [
+        ("", "before_update"),
+        ("", "after_update"),
+        ("before_training", "before_training"),
+        ("before_training", "after_update"),
+        ("before_training before_update", "before_update"),
+        ("before_training before_update", "before_training"),
+    ],
+)
 def test_wrong_turns_are_refused(before, wrong):
     engine = Recorder()
     turns = Colocation(engine)
