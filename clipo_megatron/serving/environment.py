@@ -1,7 +1,7 @@
-"""An engine's own virtual environment, set up once on machines without a GPU, and the choice of its interpreter.
+"""Finds the Python that runs an engine, and sets up an engine's own virtual environment on machines without a GPU.
 
-Engines and trainer want different versions of the same packages, so an engine never shares the trainer's environment.
-Where there are GPUs, users install stock SGLang or vLLM as its documentation says, and `serve.python` names it.
+Engines and trainer need different versions of the same packages, so an engine never shares the trainer's environment.
+On machines with GPUs, users install SGLang or vLLM as its documentation says and name it in `serve.python`.
 
     python -m clipo_megatron.serving.environment sglang vllm        (what `make engines` runs)
 """
@@ -28,12 +28,12 @@ from clipo_megatron.runtime.launch import dies_with_this_process
 from clipo_megatron.serving.errors import ServingError
 
 REQUIREMENTS = Path(__file__).with_name("requirements")
-FOLDER_VARIABLE, PIP_OPTIONS_VARIABLE = "CLIPO_ENVIRONMENTS", "CLIPO_PIP_OPTIONS"
+FOLDER_VARIABLE, OPTIONS_VARIABLE = "CLIPO_ENVIRONMENTS", "CLIPO_PIP_OPTIONS"
 DEADLINE_S = 3600.0
-COMPLETE = "complete.json"  # written last: without it the folder is an interrupted build
-_TELL_EVERY_S = 15.0
+COMPLETE = "complete.json"  # written last; a folder without it is an interrupted setup
+_REPORT_EVERY_S = 15.0
 _TAIL_LINES = 15
-_STEPS = 1  # of the recipe in `_build`; raise it when they change, and every environment is made anew
+_REVISION = 1  # of the steps in `_build`; raise it to have every environment made anew
 
 Say = Callable[[str], None]
 
@@ -44,12 +44,12 @@ def _print(line: str) -> None:
 
 @dataclass(frozen=True)
 class Recipe:
-    """How an environment is made: pinned packages, and a program that only runs when they are enough."""
+    """How an environment is made: pinned packages, and a program that shows that they are enough."""
 
     name: str
-    requirements: Path  # one `package==version` a line; torch, the first, is installed with what it depends on
-    proof: str  # Python source
-    minutes: float  # that it takes on two cores, for the message
+    requirements: Path  # one `package==version` a line; torch, the first, is installed with its dependencies
+    proof: str  # Python source, run in the new environment
+    minutes: float  # roughly, on two cores
     gigabytes: float
 
     @cached_property
@@ -60,19 +60,18 @@ class Recipe:
 
     @property
     def folder(self) -> Path:
-        """Where it stands or would stand. Other pins, steps or Pythons have another name: nothing is ever changed."""
+        """The environment's folder. Other pins, steps or Pythons have another folder: none is ever changed."""
         python = f"{sys.implementation.cache_tag} {sys.platform} {os.uname().machine}"
-        facts = json.dumps([_STEPS, python, self.pins, self.proof])
+        facts = json.dumps([_REVISION, python, self.pins, self.proof])
         return root() / f"{self.name}-{hashlib.sha256(facts.encode()).hexdigest()[:12]}"
 
     @property
     def python(self) -> Path:
-        """Its interpreter."""
         return self.folder / "bin" / "python"
 
     @property
     def is_ready(self) -> bool:
-        """Whether it stands complete. The interpreter it was made from may have gone since."""
+        """Whether the environment is complete, and the Python that it was made from still exists."""
         return (self.folder / COMPLETE).is_file() and self.python.exists()
 
 
@@ -91,10 +90,10 @@ def root(environment: Mapping[str, str] = os.environ) -> Path:
 
 
 def ensure(recipe: Recipe, *, say: Say = _print, deadline_s: float = DEADLINE_S) -> Path:
-    """The interpreter of a complete environment; makes it when there is none. One process makes it, others wait.
+    """Return the Python of the recipe's environment, which is set up first if need be, by one process at a time.
 
     Raises:
-        ServingError: it cannot be made, or not in time.
+        ServingError: it could not be set up, or not in time.
     """
     if recipe.is_ready:
         return recipe.python
@@ -106,14 +105,14 @@ def ensure(recipe: Recipe, *, say: Say = _print, deadline_s: float = DEADLINE_S)
             f"{recipe.folder.parent} cannot be made: {error}. Name another folder in {FOLDER_VARIABLE}."
         ) from error
     with _only_builder(recipe, deadline, say):
-        if not recipe.is_ready:  # made while this process waited
+        if not recipe.is_ready:  # it may have been made while this process waited
             _build(recipe, deadline, say)
     return recipe.python
 
 
 @contextmanager
 def _only_builder(recipe: Recipe, deadline: float, say: Say) -> Iterator[None]:
-    """Hold the recipe's lock. The kernel lets go of it when its holder dies."""
+    """Hold the recipe's lock, which the kernel releases when its holder dies."""
     file = recipe.folder.with_suffix(".lock")
     with file.open("a+") as lock:
         told = False
@@ -141,43 +140,46 @@ def _build(recipe: Recipe, deadline: float, say: Say) -> None:
         f"Setting up {recipe.name} in {folder}: once, about {recipe.minutes:.0f} minutes and "
         f"{recipe.gigabytes:.1f} GB of disk."
     )
-    begun = time.monotonic()
-    _clear(folder)  # what an interrupted build left
+    started = time.monotonic()
+    _clear(folder)  # what an interrupted setup has left
     log.unlink(missing_ok=True)
-    options = os.environ.get(PIP_OPTIONS_VARIABLE, "").split()
-    pip = [str(recipe.python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *options]
+    options = os.environ.get(OPTIONS_VARIABLE, "").split()
+    # What a server imports is compiled when it is first imported; compiling everything takes longer than installing it.
+    pip = [str(recipe.python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-compile"]
     first, *others = recipe.pins
     # Virtual environments cannot be moved: this one is made where it stays, and is complete with its last file.
     steps: list[tuple[str, Sequence[str]]] = [
         ("making the environment", [sys.executable, "-m", "venv", str(folder)]),
-        (f"installing {first}", [*pip, first]),
-        (f"installing {len(others)} more packages", [*pip, "--no-deps", *others]),
+        (f"installing {first}", [*pip, *options, first]),
+        (f"installing {len(others)} more packages", [*pip, *options, "--no-deps", *others]),
         ("trying it", [str(recipe.python), "-c", recipe.proof]),
     ]
     try:
         for what, command in steps:
-            _run(command, what, recipe, log, begun, deadline, say)
+            _run(command, what, recipe, log, started, deadline, say)
     except BaseException:
         _clear(folder)
         raise
-    seconds = time.monotonic() - begun
-    stamp = folder / f".{COMPLETE}"
-    stamp.write_text(json.dumps({"pins": recipe.pins, "seconds": round(seconds, 1)}, indent=1))
-    os.replace(stamp, folder / COMPLETE)
+    seconds = time.monotonic() - started
+    draft = folder / f".{COMPLETE}"
+    draft.write_text(json.dumps({"pins": recipe.pins, "seconds": round(seconds, 1)}, indent=1))
+    os.replace(draft, folder / COMPLETE)
     say(f"{recipe.name} is set up, after {seconds:.0f} s.")
 
 
 def _clear(folder: Path) -> None:
-    """Remove an incomplete environment; what pip or venv had started in it goes first, or it would write it anew."""
-    for place in Path("/proc").glob("[0-9]*"):
+    """Remove an incomplete environment. Processes that pip or venv started in it are killed first: they still write."""
+    for process in Path("/proc").glob("[0-9]*"):
         with suppress(OSError):
-            if (place / "cmdline").read_bytes().startswith(f"{folder}/bin/".encode()):
-                os.kill(int(place.name), signal.SIGKILL)
+            if (process / "cmdline").read_bytes().startswith(f"{folder}/bin/".encode()):
+                os.kill(int(process.name), signal.SIGKILL)
     shutil.rmtree(folder, ignore_errors=True)
 
 
-def _run(command: Sequence[str], what: str, recipe: Recipe, log: Path, begun: float, deadline: float, say: Say) -> None:
-    """One step, which ends with this process; tells how far it is."""
+def _run(
+    command: Sequence[str], what: str, recipe: Recipe, log: Path, started: float, deadline: float, say: Say
+) -> None:
+    """Run one step as a child that dies with this process, and report every few seconds that it still runs."""
     with log.open("ab") as output:
         process = subprocess.Popen(
             command,
@@ -189,17 +191,17 @@ def _run(command: Sequence[str], what: str, recipe: Recipe, log: Path, begun: fl
         )
     try:
         while True:
-            left = deadline - time.monotonic()
+            seconds_left = deadline - time.monotonic()
             try:
-                code = process.wait(timeout=max(0.0, min(left, _TELL_EVERY_S)))
+                code = process.wait(timeout=max(0.0, min(seconds_left, _REPORT_EVERY_S)))
                 break
             except subprocess.TimeoutExpired:
-                if left <= _TELL_EVERY_S:
+                if seconds_left <= _REPORT_EVERY_S:
                     raise ServingError(
                         f"setting up {recipe.name} did not end in time, while {what}. {log} holds what pip says; a "
                         "slow network may need another try, which starts over."
                     ) from None
-                say(f"  {what}: {time.monotonic() - begun:.0f} s of about {60 * recipe.minutes:.0f} s")
+                say(f"  {what}: {time.monotonic() - started:.0f} s of about {60 * recipe.minutes:.0f} s")
     finally:
         if process.poll() is None:
             process.kill()
@@ -209,13 +211,13 @@ def _run(command: Sequence[str], what: str, recipe: Recipe, log: Path, begun: fl
         tail = "\n".join(f"  | {line}" for line in lines) or "  | (nothing)"
         raise ServingError(
             f"{recipe.name} could not be set up: {what} failed with exit code {code}. Check the network and the disk; "
-            f"{PIP_OPTIONS_VARIABLE} hands options to pip. The end of {log}:\n{tail}"
+            f"{OPTIONS_VARIABLE} hands options to pip. The end of {log}:\n{tail}"
         )
 
 
 def interpreter(engine: str, given: str | None, *, gpus: int, say: Say = _print) -> Path:
-    """The Python that runs an engine: the `given` one, else this one if it has the engine, else, without a GPU, that of
-    its own environment, which is set up if need be.
+    """Return the Python that runs an engine: the `given` one, or this one if it has the engine, or, without a GPU, that
+    of the engine's own environment, which is set up if need be.
 
     Raises:
         ServingError: there is none.
@@ -240,7 +242,7 @@ def interpreter(engine: str, given: str | None, *, gpus: int, say: Say = _print)
 
 
 def importable(engine: str) -> bool:
-    """Whether this interpreter has the engine."""
+    """Whether this Python has the engine."""
     return util.find_spec(engine) is not None
 
 
