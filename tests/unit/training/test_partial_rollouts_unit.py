@@ -14,9 +14,9 @@ from small_runs import (
 )
 
 from clipo_megatron.flow import Rollout, RolloutGroup
+from clipo_megatron.rollout.continuation import append_tokens, if_finished
 from clipo_megatron.rollout.engine import Request, SamplingParams
 from clipo_megatron.rollout.local.engine import LocalEngine
-from clipo_megatron.rollout.continuation import append_tokens, if_finished
 from clipo_megatron.training.partial_rollouts import going_on, open_rollouts
 from clipo_megatron.training.prompt_assignment import deal_by_load
 
