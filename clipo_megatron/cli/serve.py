@@ -18,7 +18,7 @@ from clipo_megatron.serving.commands import ServerSlot, api_key, server_command,
 from clipo_megatron.serving.gpus import gpus
 from clipo_megatron.serving.probes import Probe
 from clipo_megatron.serving.process import REDACTED
-from clipo_megatron.serving.supervisor import Patience, Supervisor, Wanted, host_name, only_one
+from clipo_megatron.serving.supervisor import ServerLimits, ServerSpec, Supervisor, host_name, only_one
 
 DESCRIPTION = """\
 Run the servers that generate for the training that CONFIG describes, until Ctrl-C.
@@ -60,40 +60,40 @@ def serve(config: RunConfig) -> int:
         ServingError: they cannot be set up, started or kept.
     """
     found, _ = gpus()
-    places, key = _places(config, found), api_key(config)
+    slots, key = _slots(config, found), api_key(config)
     folder = Path(config.train.output).absolute()
     # What is wrong with the options shows before an environment is set up, which takes minutes.
-    for place in places:
-        server_command(config, place, python=Path("python"), key=key, scratch=folder)
+    for slot in slots:
+        server_command(config, slot, python=Path("python"), key=key, scratch=folder)
     with only_one(folder / FOLDER):
         python = environment.interpreter(config.rollout.engine.value, config.serve.python, gpus=len(found))
-        wanted = [_wanted(config, place, python, key, folder) for place in places]
-        patience = Patience(
-            start_s=config.serve.startup_timeout_s,
+        specs = [_spec(config, slot, python, key, folder) for slot in slots]
+        limits = ServerLimits(
+            startup_timeout_s=config.serve.startup_timeout_s,
             health_timeout_s=config.serve.health_timeout_s,
             # An update may keep an engine busy for as long as updates may take.
-            engine_silent_s=max(config.serve.health_timeout_s, config.rollout.sync.deadline_s),
-            restarts=config.serve.max_restarts,
+            engine_timeout_s=max(config.serve.health_timeout_s, config.rollout.sync.deadline_s),
+            max_restarts=config.serve.max_restarts,
         )
         secrets = [key] if key else []
-        return Supervisor(wanted, Registry(folder / FOLDER), patience, secrets=secrets).run()
+        return Supervisor(specs, Registry(folder / FOLDER), limits, secrets=secrets).run()
 
 
 def report_check(config: RunConfig) -> int:
     """Print what `serve` would start, and start nothing."""
     found, reason = gpus()
-    places, key = _places(config, found), api_key(config)
+    slots, key = _slots(config, found), api_key(config)
     engine = config.rollout.engine.value
-    print(f"{config.name}: {len(places)} {engine} server{'s' * (len(places) > 1)} for {config.train.output}")
+    print(f"{config.name}: {len(slots)} {engine} server{'s' * (len(slots) > 1)} for {config.train.output}")
     print(f"  GPUs         {len(found) or f'none ({reason})'}")
     python, remark = _planned_interpreter(engine, config.serve.python, len(found))
     print(f"  interpreter  {python}{remark}")
     named = config.rollout.api_key_env
     print(f"  key          {f'from {named}' if key else 'none: only this machine reaches the servers'}")
-    for place in places:
-        command = server_command(config, place, python=python, key=key, scratch=Path("PRIVATE"))
+    for slot in slots:
+        command = server_command(config, slot, python=python, key=key, scratch=Path("PRIVATE"))
         words = {name: REDACTED if key and value == key else value for name, value in command.environment.items()}
-        print(f"\nserver {place.index}, {url(config.serve.host, place.port)}")
+        print(f"\nserver {slot.index}, {url(config.serve.host, slot.port)}")
         print("  " + " ".join(f"{name}={shlex.quote(value)}" for name, value in sorted(words.items())))
         print("  " + shlex.join(command.arguments))
     return 0
@@ -107,7 +107,7 @@ def _planned_interpreter(engine: str, given: str | None, count: int) -> tuple[Pa
     return environment.interpreter(engine, given, gpus=count), ""
 
 
-def _places(config: RunConfig, found: list[str]) -> list[ServerSlot]:
+def _slots(config: RunConfig, found: list[str]) -> list[ServerSlot]:
     """Where each server runs.
 
     Raises:
@@ -156,11 +156,11 @@ def _visible(count: int) -> list[str]:
     return [str(index) for index in range(count)] if chosen is None else [name for name in chosen.split(",") if name]
 
 
-def _wanted(config: RunConfig, place: ServerSlot, python: Path, key: str | None, folder: Path) -> Wanted:
-    name = f"server-{host_name()}-{place.index}"  # machines may share the folder
-    entry = ServerRecord(
+def _spec(config: RunConfig, slot: ServerSlot, python: Path, key: str | None, folder: Path) -> ServerSpec:
+    name = f"server-{host_name()}-{slot.index}"  # machines may share the folder
+    record = ServerRecord(
         name=name,
-        url=url(config.serve.host, place.port),
+        url=url(config.serve.host, slot.port),
         engine=config.rollout.engine.value,
         tp=config.serve.tp,
         host=host_name(),
@@ -168,11 +168,11 @@ def _wanted(config: RunConfig, place: ServerSlot, python: Path, key: str | None,
         boot="",
         status=Status.starting,
     )
-    return Wanted(
-        entry=entry,
-        port=place.port,
+    return ServerSpec(
+        record=record,
+        port=slot.port,
         command=lambda port, scratch: server_command(
-            config, replace(place, port=port), python=python, key=key, scratch=scratch
+            config, replace(slot, port=port), python=python, key=key, scratch=scratch
         ),
         url=lambda port: url(config.serve.host, port),
         probe=lambda address: Probe(address, config.rollout.engine, key),

@@ -1,1 +1,1 @@
-"""Servers of generation engines: their environments, command lines, and the supervisor behind `clipo serve`."""
+"""Runs the servers of generation engines: their environments, command lines and supervisor. Imports no torch."""

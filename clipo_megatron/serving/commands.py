@@ -1,6 +1,6 @@
-"""What starts one server: its arguments and environment, made from the configuration. Pure, but for the key's file.
+"""Builds the command line and environment of a server from the configuration.
 
-Defaults of ours, per engine; then the section `sglang` or `vllm` of the configuration, option by option.
+Each engine has our defaults, which the configuration's section `sglang` or `vllm` overrides option by option.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from clipo_megatron.runtime.launch import cores
 
 HERE = Path(__file__).parent
 DTYPES = {DType.fp32: "float32", DType.bf16: "bfloat16"}
-CPU_CACHE_TOKENS = 16_384  # that an SGLang server on a CPU keeps keys and values of
+CPU_CACHE_TOKENS = 16_384  # size of the key-value cache of an SGLang server on a CPU
 CPU_CACHE_GIB = 1  # the same for vLLM
 
-# A bucket of weights is received into new memory. Taking that from the system each time, and giving it back, is half of
-# the time of an update on a CPU; glibc keeps it with these.
+# A bucket of weights is received into new memory. Getting it from the system and giving it back takes half of the time
+# of an update on a CPU; with these settings glibc keeps it.
 KEEP_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(8 * 2**30)}
 
-# Options that other settings decide -> which
+# Options of the engines -> the setting that decides them
 DECIDED = {
     "model_path": "model.path",
     "model": "model.path",
@@ -44,27 +44,27 @@ DECIDED = {
 
 @dataclass(frozen=True, slots=True)
 class ServerCommand:
-    """One server to start."""
+    """How to start one server."""
 
     arguments: tuple[str, ...]
-    environment: Mapping[str, str]  # on top of the parent's
-    secret_file: tuple[Path, str] | None = None  # to be written for it, readable by its user alone, and its text
+    environment: Mapping[str, str]  # added to the parent's
+    secret_file: tuple[Path, str] | None = None  # path and text of a file to write, readable by its user only
 
 
 @dataclass(frozen=True, slots=True)
 class ServerSlot:
-    """Where one server of several runs."""
+    """The port and GPUs of one of the servers."""
 
     index: int  # among the servers of this `clipo serve`
     port: int
-    devices: tuple[str, ...] = ()  # the GPUs that it may see, by the driver's numbers; none: the CPU
+    devices: tuple[str, ...] = ()  # the driver's numbers of its GPUs; empty: it runs on the CPU
 
 
 def api_key(config: RunConfig, environment: Mapping[str, str] = os.environ) -> str | None:
-    """The servers' key.
+    """The servers' key, None if there is none.
 
     Raises:
-        ConfigError: servers that others can reach would have none.
+        ConfigError: other machines could reach the servers without a key.
     """
     name = config.rollout.api_key_env
     key = environment.get(name) if name else None
@@ -78,7 +78,7 @@ def api_key(config: RunConfig, environment: Mapping[str, str] = os.environ) -> s
 
 
 def is_loopback(host: str) -> bool:
-    """Whether only this machine reaches the address."""
+    """Whether only this machine can reach the address."""
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
@@ -86,45 +86,45 @@ def is_loopback(host: str) -> bool:
 
 
 def url(host: str, port: int) -> str:
-    """Under which the trainer finds a server that listens on `host`."""
+    """The URL under which the trainer reaches a server that listens on `host`."""
     try:
         address = ipaddress.ip_address(host)
     except ValueError:
         return f"http://{host}:{port}"
-    if address.is_unspecified:  # it listens on every address; others know it by name
+    if address.is_unspecified:  # it listens on every address; other machines use its name
         return f"http://{socket.getfqdn()}:{port}"
     return f"http://[{host}]:{port}" if address.version == 6 else f"http://{host}:{port}"
 
 
 def server_command(
-    config: RunConfig, place: ServerSlot, *, python: Path, key: str | None = None, scratch: Path | None = None
+    config: RunConfig, slot: ServerSlot, *, python: Path, key: str | None = None, scratch: Path | None = None
 ) -> ServerCommand:
-    """What starts the server at `place`; `scratch` is a folder for the file that tells SGLang its key.
+    """The command that starts the server of `slot`. SGLang reads its key from a file in the folder `scratch`.
 
     Raises:
-        ConfigError: an option that another setting decides, or a value that is no option's.
+        ConfigError: the configuration gives an option that another setting decides, or names no engine with a server.
     """
     if config.rollout.engine == EngineKind.sglang:
-        return _sglang(config, place, python, key, scratch)
+        return _sglang(config, slot, python, key, scratch)
     if config.rollout.engine == EngineKind.vllm:
-        return _vllm(config, place, python, key)
+        return _vllm(config, slot, python, key)
     raise ConfigError(
         f"rollout.engine = {config.rollout.engine.value} runs in the training processes and has no server. Set "
         "rollout.engine to sglang or vllm."
     )
 
 
-def _sglang(config: RunConfig, place: ServerSlot, python: Path, key: str | None, scratch: Path | None) -> ServerCommand:
+def _sglang(config: RunConfig, slot: ServerSlot, python: Path, key: str | None, scratch: Path | None) -> ServerCommand:
     options: dict[str, Any] = {
         "model_path": config.model.path,
         "host": config.serve.host,
-        "port": place.port,
+        "port": slot.port,
         "tp_size": config.serve.tp,
         "dtype": DTYPES[config.serve.dtype or config.model.dtype],
-        "log_level_http": "warning",  # not a line a request
+        "log_level_http": "warning",  # do not log every request
     }
-    environment = _environment(config, place)
-    if place.devices:
+    environment = _environment(config, slot)
+    if slot.devices:
         options |= {"enable_memory_saver": config.rollout.colocated}
     else:
         options |= {
@@ -132,75 +132,75 @@ def _sglang(config: RunConfig, place: ServerSlot, python: Path, key: str | None,
             "attention_backend": "torch_native",
             "sampling_backend": "pytorch",
             "disable_overlap_schedule": True,
-            "sleep_on_idle": True,  # else it polls with a whole core
-            "skip_server_warmup": True,  # the supervisor's first question is one
-            "mem_fraction_static": 0.5,  # a limit: what others take meanwhile counts towards it
+            "sleep_on_idle": True,  # otherwise it polls, which takes a whole core
+            "skip_server_warmup": True,  # the supervisor's first health check warms it up
+            "mem_fraction_static": 0.5,  # memory that other processes take counts towards it
             "max_total_tokens": CPU_CACHE_TOKENS,
         }
         environment |= {"SGLANG_USE_CPU_ENGINE": "1", "PYTHONPATH": str(HERE / "stand_ins"), **KEEP_MEMORY}
     secret = None
     if key:
-        # On the command line everybody on the machine could read it.
+        # Every user of the machine can read command lines.
         if scratch is None:
             raise ValueError("a key needs a folder for its file")
-        file = scratch / f"server-{place.index}.yaml"
+        file = scratch / f"server-{slot.index}.yaml"
         secret, options["config"] = (file, f"api-key: {json.dumps(key)}\n"), str(file)
     flags = _flags(options | _given(config.sglang, "sglang"), negatable=False)
     return ServerCommand((str(python), "-m", "sglang.launch_server", *flags), environment, secret)
 
 
-def _vllm(config: RunConfig, place: ServerSlot, python: Path, key: str | None) -> ServerCommand:
+def _vllm(config: RunConfig, slot: ServerSlot, python: Path, key: str | None) -> ServerCommand:
     options: dict[str, Any] = {
         "model": config.model.path,
         "host": config.serve.host,
-        "port": place.port,
+        "port": slot.port,
         "tensor_parallel_size": config.serve.tp,
         "dtype": DTYPES[config.serve.dtype or config.model.dtype],
-        "seed": config.train.seed + place.index,  # else all servers draw alike
+        "seed": config.train.seed + slot.index,  # otherwise all servers would sample the same
         "max_model_len": _longest(config),
-        "logprobs_mode": "processed_logprobs",  # of the policy that was sampled from
+        "logprobs_mode": "processed_logprobs",  # those of the temperature-scaled policy
         "worker_extension_cls": "clipo_weights.WeightChecksums",
         "uvicorn_log_level": "warning",
-        **({"enable_sleep_mode": True} if config.rollout.colocated and place.devices else {}),
-        **({} if place.devices else {"enforce_eager": True}),
+        **({"enable_sleep_mode": True} if config.rollout.colocated and slot.devices else {}),
+        **({} if slot.devices else {"enforce_eager": True}),
     }
-    environment = _environment(config, place) | {
+    environment = _environment(config, slot) | {
         "PYTHONPATH": str(HERE / "vllm_extension"),
-        "VLLM_SERVER_DEV_MODE": "1",  # calls that change weights
+        "VLLM_SERVER_DEV_MODE": "1",  # enables the calls that change weights
         "VLLM_NO_USAGE_STATS": "1",
         **({"VLLM_API_KEY": key} if key else {}),
     }
-    if not place.devices:
+    if not slot.devices:
         environment |= {"VLLM_CPU_KVCACHE_SPACE": str(CPU_CACHE_GIB), "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
     flags = _flags(options | _given(config.vllm, "vllm"), negatable=True)
     return ServerCommand((str(python), "-m", "vllm.entrypoints.openai.api_server", *flags), environment)
 
 
-def _environment(config: RunConfig, place: ServerSlot) -> dict[str, str]:
-    """What both engines are told: fetch nothing, report to nobody, leave the other servers their cores or GPUs."""
+def _environment(config: RunConfig, slot: ServerSlot) -> dict[str, str]:
+    """The variables for both engines: no downloads, no usage reports, and only this server's cores or GPUs."""
     common = {
         "HF_HUB_OFFLINE": "1",
         "TRANSFORMERS_OFFLINE": "1",
         "DO_NOT_TRACK": "1",
-        "PYTHONUNBUFFERED": "1",  # the log is complete when the server is killed
+        "PYTHONUNBUFFERED": "1",  # the log is complete even if the server is killed
         "PYTHONPATH": "",
-        "PYTHONSAFEPATH": "1",  # nothing out of the folder that this was started in
+        "PYTHONSAFEPATH": "1",  # import nothing from the current folder
     }
-    if place.devices:
+    if slot.devices:
         from clipo_megatron.runtime.platform import VISIBLE_DEVICES
 
-        return common | {VISIBLE_DEVICES: ",".join(place.devices)}
+        return common | {VISIBLE_DEVICES: ",".join(slot.devices)}
     threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, cores() // config.serve.servers))
     return common | {"OMP_NUM_THREADS": threads}
 
 
 def _longest(config: RunConfig) -> int:
-    """Tokens of the longest sequence that the run can ask for."""
+    """The number of tokens of the longest sequence that the run can ask for."""
     return config.data.max_prompt_tokens + max(config.rollout.max_new_tokens, config.eval.max_new_tokens or 0)
 
 
 def _given(section: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """The user's options, spelled as ours are."""
+    """The user's options, spelled like our defaults."""
     options = {}
     for key, value in section.items():
         plain = str(key).lstrip("-").replace("-", "_")
@@ -211,7 +211,7 @@ def _given(section: Mapping[str, Any], name: str) -> dict[str, Any]:
 
 
 def _flags(options: Mapping[str, Any], *, negatable: bool) -> list[str]:
-    """Options as a command line: true is a bare flag, false `--no-x` or nothing, null nothing, a dict is JSON."""
+    """Options as words: true becomes a flag, false `--no-flag` if `negatable`, dicts become JSON, None is left out."""
     words = []
     for name, value in options.items():
         flag = f"--{name.replace('_', '-')}"

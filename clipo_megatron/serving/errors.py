@@ -1,7 +1,7 @@
-"""What the user of `clipo serve` can correct."""
+"""Errors that the user of `clipo serve` can correct."""
 
 from __future__ import annotations
 
 
 class ServingError(RuntimeError):
-    """A server cannot be set up, started or kept alive; the message says why, and what to do."""
+    """A server cannot be set up, started or kept alive; the message has the reason and the remedy."""

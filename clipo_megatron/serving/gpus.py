@@ -1,4 +1,4 @@
-"""Which GPUs the driver of this machine shows. Asks no torch, so that `clipo serve` stays small."""
+"""Lists this machine's GPUs with nvidia-smi, so that `clipo serve` need not import torch."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ _DEADLINE_S = 20
 
 
 def gpus() -> tuple[list[str], str]:
-    """Name, memory and driver of each GPU, or why there are none."""
+    """The name, memory and driver of each GPU, and the reason if there are none."""
     if not shutil.which("nvidia-smi"):
         return [], "no NVIDIA driver"
     command = ["nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader"]

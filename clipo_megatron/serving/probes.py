@@ -1,8 +1,8 @@
-"""Three questions to a running server, from the lightest to the heaviest. Plain blocking HTTP; no client is needed.
+"""Three health checks of a running server, over blocking HTTP.
 
-`answers` is about the process that speaks HTTP: it answers from memory even while the engine loads weights, is paused
-or works on long prompts. `engine_answers` goes through the engine's own loop, which such work may hold up for
-as long as it takes. `generates` is only true when a token came out.
+`answers` checks the HTTP process, which answers even while the engine loads weights, is paused or prefills long
+prompts. `engine_answers` checks the engine's own loop, which such work may block. `generates` checks that the server
+can generate. The supervisor does not use the pool's client, which would load torch into `clipo serve`.
 """
 
 from __future__ import annotations
@@ -14,30 +14,30 @@ from dataclasses import dataclass, field
 
 from clipo_megatron.config.schema import EngineKind
 
-# The first path that a release knows (404: it does not) is asked.
-_LIGHT = {EngineKind.sglang: ("/model_info",), EngineKind.vllm: ("/version",)}
+# Of several paths, a release that does not know the first (404) is asked the next.
+_HTTP = {EngineKind.sglang: ("/model_info",), EngineKind.vllm: ("/version",)}
 _ENGINE = {EngineKind.sglang: ("/server_info", "/get_server_info"), EngineKind.vllm: ("/is_sleeping",)}
 _GENERATES = {EngineKind.sglang: ("/health_generate",), EngineKind.vllm: ("/health",)}
 
 
 @dataclass(frozen=True, slots=True)
 class Probe:
-    """Asks one server."""
+    """The health checks of one server."""
 
     url: str
     engine: EngineKind
     key: str | None = field(default=None, repr=False)
 
     def answers(self, timeout_s: float) -> bool:
-        """Whether its HTTP process says anything at all."""
-        return self._status(_LIGHT[self.engine][0], timeout_s) is not None
+        """Whether its HTTP process answers at all, if only with an error."""
+        return self._status(_HTTP[self.engine][0], timeout_s) is not None
 
     def engine_answers(self, timeout_s: float) -> bool:
-        """Whether its engine says anything."""
+        """Whether its engine answers."""
         return self._good(_ENGINE[self.engine], timeout_s)
 
     def generates(self, timeout_s: float) -> bool:
-        """Whether it is ready. SGLang generates a token for this; vLLM listens only when it can."""
+        """Whether it can generate: SGLang generates a token; vLLM listens only once it can."""
         return self._good(_GENERATES[self.engine], timeout_s)
 
     def _good(self, paths: tuple[str, ...], timeout_s: float) -> bool:
@@ -48,7 +48,7 @@ class Probe:
         return status is not None and status < 300
 
     def _status(self, path: str, timeout_s: float) -> int | None:
-        """None: no answer, or none in time."""
+        """The HTTP status, None if there is no answer in time."""
         headers = {"Authorization": f"Bearer {self.key}"} if self.key else {}
         request = urllib.request.Request(self.url + path, headers=headers)
         try:
@@ -61,5 +61,5 @@ class Probe:
             return None
 
 
-# Servers are asked directly, whatever proxy the environment names for other traffic.
+# Without the proxies that the environment may name for other traffic.
 _OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))

@@ -1,4 +1,4 @@
-"""One server's processes: started together, watched through their leader, killed together, and never orphaned."""
+"""The processes of one server, which are started and killed together and never outlive the supervisor."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from clipo_megatron.serving.commands import ServerCommand
 
 REDACTED = "<redacted>"
 TAIL_LINES = 25
-_GONE_S = 10.0  # that killed processes may take to be gone
+_KILL_S = 10.0  # for killed processes to disappear
 _TAIL_BYTES = 64_000
 
-# What the guard of a server runs: it hears nothing until this process is gone, or says that it has ended the group. The
-# kernel's own tie to a parent holds the leader alone, and not every engine's other processes follow that.
+# The guard process of a server kills the process group if the supervisor disappears, which closes the pipe, without
+# having sent a byte. A parent-death signal would end the leader only, and some engines' other processes would remain.
 _GUARD = """
 import os, signal, sys
 if not sys.stdin.buffer.read(1):
@@ -29,12 +29,12 @@ if not sys.stdin.buffer.read(1):
 
 
 class ServerProcess:
-    """A running server. It ends with this process, however that ends.
+    """A running server, which ends with this process, however that ends.
 
     Args:
-        command: what to start.
-        log: file that gets its output, after what stands there.
-        secrets: words that are replaced in the output.
+        command: the command to start.
+        log: file to which the output is appended.
+        secrets: words that are redacted in the output.
     """
 
     def __init__(self, command: ServerCommand, log: Path, *, secrets: Sequence[str] = ()):
@@ -53,7 +53,7 @@ class ServerProcess:
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
-            process_group=0,  # all that it starts can be killed with it
+            process_group=0,  # so that everything it starts can be killed with it
         )
         self._guard = subprocess.Popen(
             [sys.executable, "-I", "-S", "-c", _GUARD, str(self.pid)],
@@ -69,40 +69,40 @@ class ServerProcess:
 
     @property
     def pid(self) -> int:
-        """Of the leader, and of the process group."""
+        """The id of the leader and of the process group."""
         return self._process.pid
 
-    def ended(self) -> int | None:
-        """The leader's exit code (minus the signal's number), None while it runs."""
+    def exit_code(self) -> int | None:
+        """The leader's exit code (negative: killed by that signal), None while it runs."""
         return self._process.poll()
 
     def forget_secret(self) -> None:
-        """Delete the file with the key; the server has read it."""
+        """Delete the file with the key, once the server has read it."""
         if self._secret_file:
             self._secret_file.unlink(missing_ok=True)
             self._secret_file = None
 
     def members(self) -> dict[int, str]:
-        """Processes of its group that are alive -> their state as /proc spells it ("T": stopped)."""
+        """The live processes of the group, each with its state as /proc spells it ("T": stopped)."""
         found = {}
-        for place in Path("/proc").glob("[0-9]*"):
+        for process in Path("/proc").glob("[0-9]*"):
             try:
-                state, _parent, group = (place / "stat").read_text().rpartition(")")[2].split()[:3]
+                state, _parent, group = (process / "stat").read_text().rpartition(")")[2].split()[:3]
             except (OSError, ValueError):
                 continue
             if group == str(self.pid) and state not in "ZX":
-                found[int(place.name)] = state
+                found[int(process.name)] = state
         return found
 
     def terminate(self) -> None:
-        """Ask the leader to end; it ends the others."""
+        """Send SIGTERM to the leader, which ends the others."""
         with contextlib.suppress(ProcessLookupError):
             if self._process.poll() is None:
                 os.kill(self.pid, signal.SIGTERM)
 
     def kill(self) -> None:
-        """SIGKILL to the whole group, stopped processes included; returns when all are gone."""
-        deadline = time.monotonic() + _GONE_S
+        """Send SIGKILL to the whole group, and wait until all its processes are gone."""
+        deadline = time.monotonic() + _KILL_S
         while True:
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(self.pid, signal.SIGKILL)
@@ -112,14 +112,14 @@ class ServerProcess:
             time.sleep(0.02)
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(timeout=1.0)
-        with contextlib.suppress(OSError, ValueError, subprocess.TimeoutExpired):  # it is told again at each kill
-            self._guard.communicate(b".", timeout=_GONE_S)
+        with contextlib.suppress(OSError, ValueError, subprocess.TimeoutExpired):  # an earlier kill may have ended it
+            self._guard.communicate(b".", timeout=_KILL_S)
         self._copier.join(1.0)
         self.forget_secret()
 
     def tail(self) -> str:
-        """The end of what this start of the server wrote."""
-        self._copier.join(0.5 if self.ended() is not None else 0.0)
+        """The last lines that this start of the server wrote."""
+        self._copier.join(0.5 if self.exit_code() is not None else 0.0)
         try:
             with self.log.open("rb") as written:
                 written.seek(max(self._log_start, self.log.stat().st_size - _TAIL_BYTES))
@@ -130,7 +130,7 @@ class ServerProcess:
 
 
 def _copy(source, log: Path, secrets: Sequence[bytes]) -> None:
-    """Line by line into the log, without the secrets; ends when every process has closed its end."""
+    """Copy lines into the log with secrets redacted, until all processes have closed the pipe."""
     with source, log.open("ab", buffering=0) as file:
         for line in source:
             for word in secrets:

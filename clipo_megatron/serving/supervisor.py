@@ -1,8 +1,8 @@
-"""Keeps servers running: starts them, waits until they are ready, registers them, and starts them again when they fail.
+"""Keeps servers running: starts them, waits until they are ready, registers them, and restarts them when they fail.
 
-A server has failed when its leader ended, when its HTTP process says nothing for `health_timeout_s`, when one of its
-processes has been stopped for so long, or when its engine says nothing for `engine_silent_s`: that is longer than any
-update of weights may take, so a server that is busy is left alone.
+A server has failed when its leader exits, when its HTTP process does not answer for `health_timeout_s`, when one of its
+processes has been stopped for as long, or when its engine does not answer for `engine_timeout_s`. That is longer than
+any update of the weights may take, so a busy server is left alone.
 """
 
 from __future__ import annotations
@@ -31,87 +31,87 @@ from clipo_megatron.serving.process import ServerProcess
 
 Say = Callable[[str], None]
 
-USAGE_EXIT = 2  # how a program ends whose options are wrong: trying again would not help
+USAGE_EXIT = 2  # exit code of a program with wrong options, which would fail again
 _TICK_S = 0.1
-_LOOK_S = 1.0  # between two looks at the states of a server's processes
-_TELL_EVERY_S = 30.0
-_STARTING_PROBE_S, _LIGHT_PROBE_S, _ENGINE_PROBE_S = 0.5, 2.0, 10.0  # between two questions, at most
-_READY_TIMEOUT_S = 30.0  # SGLang gives a health check 20 s by itself
-_ABSENCE_S = 5.0  # without a tick: this process itself was stopped
-_LONGEST_BACKOFF_S = 60.0
+_STATES_EVERY_S = 1.0  # the states of a server's processes are read
+_REPORT_EVERY_S = 30.0  # that a server is still starting
+_START_PROBE_S, _HTTP_PROBE_S, _ENGINE_PROBE_S = 0.5, 2.0, 10.0  # between two probes, at most
+_READY_TIMEOUT_S = 30.0  # of a probe; SGLang's own health check takes up to 20 s
+_PAUSED_S = 5.0  # without a tick: this process itself was stopped
+_MAX_BACKOFF_S = 60.0
 
 
 @dataclass(frozen=True, slots=True)
-class Patience:
-    """How long things may take, in seconds, and how often they may fail."""
+class ServerLimits:
+    """How long a server may take, in seconds, and how often it may fail."""
 
-    start_s: float  # until a server is ready
-    health_timeout_s: float  # for its HTTP process to say something
-    engine_silent_s: float  # for its engine
+    start_deadline_s: float  # until it is ready
+    health_timeout_s: float  # for its HTTP process to answer
+    engine_timeout_s: float  # for its engine to answer
     restarts: int  # failed starts in a row
     backoff_s: float = 1.0  # after the first failed start; doubles with each further one
-    stop_s: float = 10.0  # to end by itself when asked to
+    grace_period_s: float = 10.0  # to end by itself after SIGTERM
 
 
 @dataclass(slots=True)
-class Wanted:
-    """One server that shall run. `command` makes its command line for a port, `probe` asks it, given its URL."""
+class ServerSpec:
+    """A server to keep running."""
 
-    entry: ServerRecord  # url and port as first chosen
+    record: ServerRecord  # with the URL and port that were chosen first
     port: int
-    command: Callable[[int, Path], ServerCommand]
-    url: Callable[[int], str]
-    probe: Callable[[str], Probe]
+    command: Callable[[int, Path], ServerCommand]  # (port, scratch folder) -> how to start it
+    url: Callable[[int], str]  # port -> URL
+    probe: Callable[[str], Probe]  # URL -> its health checks
     log: Path
-    host: str = "127.0.0.1"  # that it listens on
+    host: str = "127.0.0.1"  # the address that it listens on
     port_is_fixed: bool = False
 
 
 @dataclass(slots=True)
-class _Server:
-    """A wanted server and how it is doing."""
+class _SupervisedServer:
+    """A server and its current state."""
 
-    wanted: Wanted
-    entry: ServerRecord
+    spec: ServerSpec
+    record: ServerRecord
     port: int
     process: ServerProcess | None = None
-    watches: list[_Watch] = field(default_factory=list)
+    probes: list[_ProbeLoop] = field(default_factory=list)
     ready: bool = False
     failed_starts: int = 0  # in a row
     retry_at: float | None = 0.0  # None: given up
-    told_at: float = 0.0
-    looked_at: float = 0.0
+    reported_at: float = 0.0
+    states_read_at: float = 0.0
     stopped_since: float | None = None  # when one of its processes was first seen stopped
 
 
-class _Watch(threading.Thread):
-    """Asks one question again and again, and remembers when the answer was last yes."""
+class _ProbeLoop(threading.Thread):
+    """Repeats one health check, and remembers when it last succeeded."""
 
-    def __init__(self, question: Callable[[float], bool], every_s: float, timeout_s: float):
+    def __init__(self, probe: Callable[[float], bool], every_s: float, timeout_s: float):
         super().__init__(daemon=True)
-        self._question, self._every_s, self._timeout_s = question, every_s, timeout_s
-        self._over = threading.Event()
-        self.last_yes = time.monotonic()
-        self.ever = False
+        self._probe, self._every_s, self._timeout_s = probe, every_s, timeout_s
+        self._ended = threading.Event()
+        self._last_success = time.monotonic()
+        self.ever_succeeded = False
 
     def run(self) -> None:
-        while not self._over.is_set():
-            if self._question(self._timeout_s):
-                self.last_yes, self.ever = time.monotonic(), True
-            self._over.wait(self._every_s)
+        while not self._ended.is_set():
+            if self._probe(self._timeout_s):
+                self._last_success, self.ever_succeeded = time.monotonic(), True
+            self._ended.wait(self._every_s)
 
     def end(self) -> None:
-        """Ask no more; does not wait for an answer that is under way."""
-        self._over.set()
+        """Start no further check; does not wait for the current one."""
+        self._ended.set()
 
-    def forgive(self) -> None:
+    def reset(self) -> None:
         """Count silence from now on."""
-        self.last_yes = time.monotonic()
+        self._last_success = time.monotonic()
 
     @property
     def silent_s(self) -> float:
-        """Since the last yes, or since it began to ask."""
-        return time.monotonic() - self.last_yes
+        """Seconds since the last success, or since the first check."""
+        return time.monotonic() - self._last_success
 
 
 def _print(line: str) -> None:
@@ -119,53 +119,53 @@ def _print(line: str) -> None:
 
 
 class Supervisor:
-    """Runs servers until it is told to stop, or none is left that can be started.
+    """Runs servers until a signal stops it, or until no server is left that can be started.
 
     Args:
-        wanted: what to run.
-        registry: where the trainer finds them.
-        patience: see there.
-        secrets: words to be kept out of the servers' logs.
-        say: gets one line a change.
+        specs: the servers to run.
+        registry: where they are registered for the trainer.
+        limits: deadlines and numbers of attempts, the same for all servers.
+        secrets: words to keep out of the servers' logs.
+        say: receives one line for each change.
     """
 
     def __init__(
         self,
-        wanted: Sequence[Wanted],
+        specs: Sequence[ServerSpec],
         registry: Registry,
-        patience: Patience,
+        limits: ServerLimits,
         *,
         secrets: Sequence[str] = (),
         say: Say = _print,
     ):
-        self._servers = [_Server(each, each.entry, each.port) for each in wanted]
-        self._registry, self._patience, self._secrets, self._say = registry, patience, tuple(secrets), say
+        self._servers = [_SupervisedServer(spec, spec.record, spec.port) for spec in specs]
+        self._registry, self._limits, self._secrets, self._say = registry, limits, tuple(secrets), say
         self._signals: queue.SimpleQueue[int] = queue.SimpleQueue()
-        self._last_words = ""
+        self._last_failure = ""
         self._ticked_at = time.monotonic()
 
     def run(self) -> int:
-        """From the main thread, for the signals.
+        """Run the servers; must be called from the main thread, which receives signals.
 
         Returns:
             128 + the number of the signal that ended it.
 
         Raises:
-            ServingError: no server is left that can be started; with the end of the last one's log.
+            ServingError: no server is left that can be started; has the end of the last one's log.
         """
         handlers = {
             number: signal.signal(number, lambda number, _frame: self._signals.put(number))
             for number in (signal.SIGINT, signal.SIGTERM)
-            if number == signal.SIGINT or signal.getsignal(number) is not signal.SIG_IGN  # as a job's script starts it
+            if number == signal.SIGINT or signal.getsignal(number) is not signal.SIG_IGN  # job scripts may ignore it
         }
         try:
             with tempfile.TemporaryDirectory(prefix="clipo-serve-") as scratch:
                 while self._signals.empty():
-                    self._notice_absence()
+                    self._notice_pause()
                     for server in self._servers:
-                        self._tend(server, Path(scratch))
+                        self._check(server, Path(scratch))
                     if all(server.retry_at is None for server in self._servers):
-                        raise ServingError(self._last_words)
+                        raise ServingError(self._last_failure)
                     time.sleep(_TICK_S)
                 number = self._signals.get()
                 self._say(f"Stopping {_count(len(self._servers), 'server')}. The same signal again kills them.")
@@ -177,160 +177,162 @@ class Supervisor:
                 for number, handler in handlers.items():
                     signal.signal(number, handler)
 
-    def _notice_absence(self) -> None:
-        """A process that was stopped (Ctrl-Z) has heard nobody, and must not blame the servers for it."""
+    def _notice_pause(self) -> None:
+        """If this process itself was stopped (Ctrl-Z), the servers are not to blame for the silence."""
         now = time.monotonic()
-        if now - self._ticked_at > _ABSENCE_S:
+        if now - self._ticked_at > _PAUSED_S:
             for server in self._servers:
                 server.stopped_since = None
-                for watch in server.watches:
-                    watch.forgive()
+                for probe in server.probes:
+                    probe.reset()
         self._ticked_at = now
 
     # --- one server ----------------------------------------------------------------------------------------------
 
-    def _tend(self, server: _Server, scratch: Path) -> None:
+    def _check(self, server: _SupervisedServer, scratch: Path) -> None:
         now = time.monotonic()
         if server.process is None:
             if server.retry_at is not None and now >= server.retry_at:
                 self._start(server, scratch)
             return
-        code = server.process.ended()
+        code = server.process.exit_code()
         if code is not None:
-            self._failed(server, _how(code), hopeless=code == USAGE_EXIT and not server.ready)
+            self._failed(server, _describe_exit(code), hopeless=code == USAGE_EXIT and not server.ready)
         elif not server.ready:
-            self._await(server, now)
-        elif reason := self._hangs(server, now):
+            self._check_start(server, now)
+        elif reason := self._why_hanging(server, now):
             self._failed(server, reason)
 
-    def _start(self, server: _Server, scratch: Path) -> None:
-        wanted = server.wanted
-        if not wanted.port_is_fixed and not _is_free(wanted.host, server.port):
+    def _start(self, server: _SupervisedServer, scratch: Path) -> None:
+        spec = server.spec
+        if not spec.port_is_fixed and not _is_free(spec.host, server.port):
             server.port = free_port()
-        url = wanted.url(server.port)
-        self._say(f"{server.entry.name}: starting on {url}, log {wanted.log}")
-        command = wanted.command(server.port, scratch)
+        url = spec.url(server.port)
+        self._say(f"{server.record.name}: starting on {url}, log {spec.log}")
+        command = spec.command(server.port, scratch)
         try:
-            server.process = ServerProcess(command, wanted.log, secrets=self._secrets)
+            server.process = ServerProcess(command, spec.log, secrets=self._secrets)
         except OSError as error:
             raise ServingError(f"{command.arguments[0]} cannot be run: {error}. Correct serve.python.") from error
-        self._write(server, Status.starting, url=url, pid=server.process.pid, boot=uuid.uuid4().hex)
+        self._register(server, Status.starting, url=url, pid=server.process.pid, boot=uuid.uuid4().hex)
         server.ready, server.stopped_since = False, None
-        server.told_at = time.monotonic()
-        server.watches = [_Watch(wanted.probe(url).generates, _STARTING_PROBE_S, _READY_TIMEOUT_S)]
-        server.watches[0].start()
+        server.reported_at = time.monotonic()
+        server.probes = [_ProbeLoop(spec.probe(url).generates, _START_PROBE_S, _READY_TIMEOUT_S)]
+        server.probes[0].start()
 
-    def _await(self, server: _Server, now: float) -> None:
+    def _check_start(self, server: _SupervisedServer, now: float) -> None:
         seconds = now - server.process.started_at
-        if server.watches[0].ever:
+        if server.probes[0].ever_succeeded:
             self._became_ready(server, seconds)
-        elif reason := self._is_stopped(server, now):
+        elif reason := self._why_stopped(server, now):
             self._failed(server, reason)
-        elif seconds > self._patience.start_s:
-            self._failed(server, f"was not ready after {self._patience.start_s:.0f} s")
-        elif now - server.told_at > _TELL_EVERY_S:
-            server.told_at = now
-            self._say(f"{server.entry.name}: starting for {seconds:.0f} s, of {self._patience.start_s:.0f} s at most")
+        elif seconds > self._limits.start_deadline_s:
+            self._failed(server, f"was not ready after {self._limits.start_deadline_s:.0f} s")
+        elif now - server.reported_at > _REPORT_EVERY_S:
+            server.reported_at = now
+            self._say(
+                f"{server.record.name}: starting for {seconds:.0f} s, of {self._limits.start_deadline_s:.0f} s at most"
+            )
 
-    def _became_ready(self, server: _Server, seconds: float) -> None:
+    def _became_ready(self, server: _SupervisedServer, seconds: float) -> None:
         server.process.forget_secret()
-        server.watches[0].end()
-        probe = server.wanted.probe(server.entry.url)
-        light, engine = self._patience.health_timeout_s, self._patience.engine_silent_s
-        # An answer counts whenever it comes: one that is late by less than the limit shows that the server lives.
-        server.watches = [
-            _Watch(probe.answers, min(_LIGHT_PROBE_S, light / 5), light),
-            _Watch(probe.engine_answers, min(_ENGINE_PROBE_S, engine / 5), engine),
+        server.probes[0].end()
+        checks = server.spec.probe(server.record.url)
+        http, engine = self._limits.health_timeout_s, self._limits.engine_timeout_s
+        # A check waits as long as the limit itself, because a late answer shows too that the server is alive.
+        server.probes = [
+            _ProbeLoop(checks.answers, min(_HTTP_PROBE_S, http / 5), http),
+            _ProbeLoop(checks.engine_answers, min(_ENGINE_PROBE_S, engine / 5), engine),
         ]
-        for watch in server.watches:
-            watch.start()
+        for probe in server.probes:
+            probe.start()
         server.ready, server.failed_starts = True, 0
-        self._write(server, Status.ready)
-        self._say(f"{server.entry.name}: ready after {seconds:.0f} s")
+        self._register(server, Status.ready)
+        self._say(f"{server.record.name}: ready after {seconds:.0f} s")
         if all(each.ready for each in self._servers):
             self._say(f"{_count(len(self._servers), 'server')} ready. Ctrl-C stops.")
 
-    def _hangs(self, server: _Server, now: float) -> str | None:
-        """Why a ready server must be given up, if it must."""
-        patience, (light, engine) = self._patience, server.watches
-        if light.silent_s > patience.health_timeout_s:
-            return f"has not answered for {light.silent_s:.0f} s"
-        if engine.silent_s > patience.engine_silent_s:
+    def _why_hanging(self, server: _SupervisedServer, now: float) -> str | None:
+        """The reason why a ready server counts as hanging, None if it does not."""
+        limits, (http, engine) = self._limits, server.probes
+        if http.silent_s > limits.health_timeout_s:
+            return f"has not answered for {http.silent_s:.0f} s"
+        if engine.silent_s > limits.engine_timeout_s:
             return f"answers, but its engine has not for {engine.silent_s:.0f} s"
-        return self._is_stopped(server, now)
+        return self._why_stopped(server, now)
 
-    def _is_stopped(self, server: _Server, now: float) -> str | None:
-        """Whether one of its processes was stopped, and for how long."""
-        if now - server.looked_at > _LOOK_S:
-            server.looked_at = now
+    def _why_stopped(self, server: _SupervisedServer, now: float) -> str | None:
+        """The reason why a server counts as stopped, None if no process of it was stopped for too long."""
+        if now - server.states_read_at > _STATES_EVERY_S:
+            server.states_read_at = now
             if "T" not in server.process.members().values():
                 server.stopped_since = None
             elif server.stopped_since is None:
                 server.stopped_since = now
-        if server.stopped_since is not None and now - server.stopped_since > self._patience.health_timeout_s:
+        if server.stopped_since is not None and now - server.stopped_since > self._limits.health_timeout_s:
             return f"has a process that has been stopped for {now - server.stopped_since:.0f} s"
         return None
 
-    def _failed(self, server: _Server, how: str, *, hopeless: bool = False) -> None:
-        """Kill what is left, and decide when to start it again."""
-        name, was_ready, tail = server.entry.name, server.ready, server.process.tail()
-        self._forget(server)
-        self._write(server, Status.failed)
+    def _failed(self, server: _SupervisedServer, how: str, *, hopeless: bool = False) -> None:
+        """Kill what is left of a server, and decide whether and when to start it again."""
+        name, was_ready, tail = server.record.name, server.ready, server.process.tail()
+        self._end_processes(server)
+        self._register(server, Status.failed)
         if was_ready:
             server.retry_at = time.monotonic()
             self._say(f"{name}: {how}; starting it again")
             return
         server.failed_starts += 1
-        if not hopeless and server.failed_starts <= self._patience.restarts:
-            wait = min(_LONGEST_BACKOFF_S, self._patience.backoff_s * 2 ** (server.failed_starts - 1))
+        if not hopeless and server.failed_starts <= self._limits.restarts:
+            wait = min(_MAX_BACKOFF_S, self._limits.backoff_s * 2 ** (server.failed_starts - 1))
             server.retry_at = time.monotonic() + wait
-            tries = f"try {server.failed_starts + 1} of {self._patience.restarts + 1}"
+            tries = f"try {server.failed_starts + 1} of {self._limits.restarts + 1}"
             self._say(f"{name}: {how} while starting; {tries} in {wait:.0f} s")
             return
         server.retry_at = None
         why = "its options are wrong" if hopeless else f"it failed {_count(server.failed_starts, 'time')} in a row"
-        self._last_words = f"{name} cannot be started: {why}. At last it {how}. The end of {server.wanted.log}:\n{tail}"
+        self._last_failure = f"{name} cannot be started: {why}. Last, it {how}. The end of {server.spec.log}:\n{tail}"
         if any(each.retry_at is not None for each in self._servers):
-            self._say(f"{self._last_words}\nThe other servers go on.")
+            self._say(f"{self._last_failure}\nThe other servers go on.")
 
-    def _forget(self, server: _Server) -> None:
-        """End its process group, and the questions."""
-        for watch in server.watches:
-            watch.end()
-        server.watches, server.ready = [], False
+    def _end_processes(self, server: _SupervisedServer) -> None:
+        """Kill a server's process group, and end its health checks."""
+        for probe in server.probes:
+            probe.end()
+        server.probes, server.ready = [], False
         if server.process is not None:
             server.process.kill()
             server.process = None
 
-    def _write(self, server: _Server, status: Status, **changes: str | int) -> None:
-        server.entry = replace(server.entry, status=status, updated_at=time.time(), **changes)
-        with contextlib.suppress(OSError):  # a full disk must not stop the servers; the next change is written again
-            self._registry.write(server.entry)
+    def _register(self, server: _SupervisedServer, status: Status, **changes: str | int) -> None:
+        server.record = replace(server.record, status=status, updated_at=time.time(), **changes)
+        with contextlib.suppress(OSError):  # a full disk must not stop the servers
+            self._registry.write(server.record)
 
-    # --- all of them ---------------------------------------------------------------------------------------------
+    # --- all servers ---------------------------------------------------------------------------------------------
 
     def _end(self) -> None:
-        """Ask all to end, kill those that do not, and say so in the registry."""
+        """Send SIGTERM to all servers, kill those that do not end, and register them as stopped."""
         running = [server for server in self._servers if server.process is not None]
         for server in running:
             server.process.terminate()
-        deadline = time.monotonic() + self._patience.stop_s
+        deadline = time.monotonic() + self._limits.grace_period_s
         while time.monotonic() < deadline and self._signals.empty():
-            if all(server.process.ended() is not None for server in running):
+            if all(server.process.exit_code() is not None for server in running):
                 break
             time.sleep(_TICK_S)
         for server in self._servers:
-            self._forget(server)
+            self._end_processes(server)
             if server.retry_at is not None:
-                self._write(server, Status.stopped)
+                self._register(server, Status.stopped)
 
 
 @contextlib.contextmanager
 def only_one(folder: Path) -> Iterator[None]:
-    """Hold the registry's folder against a second `clipo serve` of this machine.
+    """Lock the registry's folder against a second `clipo serve` on this machine.
 
     Raises:
-        ServingError: there is one, or the folder cannot be written to.
+        ServingError: another one holds the lock, or the folder cannot be written to.
     """
     file = folder / f".{host_name()}.lock"
     try:
@@ -357,13 +359,13 @@ def only_one(folder: Path) -> Iterator[None]:
 
 
 def host_name() -> str:
-    """Of this machine, fit for a file's name; Slurm's where it runs us, since several nodes may be one machine."""
+    """A name of this machine for file names. Under Slurm it is the node's name, because nodes may share a machine."""
     short = (os.environ.get("SLURMD_NODENAME") or socket.gethostname()).partition(".")[0]
     return "".join(char if char.isalnum() or char in "-_" else "-" for char in short) or "host"
 
 
 def _is_free(host: str, port: int) -> bool:
-    """Whether nothing listens there. Connections that are only winding down do not count."""
+    """Whether nothing listens on the port. Connections in TIME_WAIT do not count."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family, socket.SOCK_STREAM) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -374,7 +376,7 @@ def _is_free(host: str, port: int) -> bool:
     return True
 
 
-def _how(code: int) -> str:
+def _describe_exit(code: int) -> str:
     if code >= 0:
         return f"ended with exit code {code}"
     try:

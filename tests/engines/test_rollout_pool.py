@@ -428,14 +428,14 @@ def test_the_key_is_sent_and_never_shown(proxies, make_pool, monkeypatch, caplog
 
 def test_servers_are_found_in_the_registry(served, make_pool, tmp_path):
     registry = Registry(tmp_path / "servers")
-    entry = ServerRecord("server-0", served.url, "sglang", 1, "here", 1, "b", Status.starting)
+    record = ServerRecord("server-0", served.url, "sglang", 1, "here", 1, "b", Status.starting)
     pool = make_pool(registry=registry.folder, admit=False)
-    registry.write(entry)
-    registry.write(dataclasses.replace(entry, name="server-1", url="http://127.0.0.1:9", status=Status.ready))
-    registry.write(dataclasses.replace(entry, name="server-2", engine="vllm", status=Status.ready))
+    registry.write(record)
+    registry.write(dataclasses.replace(record, name="server-1", url="http://127.0.0.1:9", status=Status.ready))
+    registry.write(dataclasses.replace(record, name="server-2", engine="vllm", status=Status.ready))
     with pytest.raises(EngineError, match=r"0 of 1 rollout servers answered within 1 s.*127\.0\.0\.1:9"):
         pool.join(1, deadline_s=1)
-    ready = dataclasses.replace(entry, status=Status.ready)
+    ready = dataclasses.replace(record, status=Status.ready)
     threading.Timer(1.0, registry.write, [ready]).start()
     (live,) = pool.join(1, deadline_s=20)
     assert live.server.url == served.url and live.state.engine.startswith("SGLang 0.5") and live.state.tp == 1

@@ -61,22 +61,22 @@ class Serving:
         (file,) = (self.said.parent / "out" / "logs").iterdir()
         return file.read_text(errors="replace")
 
-    def entry(self) -> ServerRecord | None:
+    def record(self) -> ServerRecord | None:
         found = self.registry.records()
         return found[0] if found else None
 
     def ready(self, besides: str = "") -> ServerRecord:
         def is_ready() -> bool:
             assert self.process.poll() is None, self.said.read_text()
-            entry = self.entry()
-            return entry is not None and entry.status is Status.ready and entry.boot != besides
+            record = self.record()
+            return record is not None and record.status is Status.ready and record.boot != besides
 
         wait_until(is_ready, "a ready server")
-        return self.entry()
+        return self.record()
 
     def post(self, path: str, body: dict, key: str | None = KEY) -> tuple[int, dict]:
         headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
-        request = urllib.request.Request(self.entry().url + path, json.dumps(body).encode(), headers)
+        request = urllib.request.Request(self.record().url + path, json.dumps(body).encode(), headers)
         try:
             with urllib.request.urlopen(request) as answer:
                 text = answer.read()
@@ -85,13 +85,13 @@ class Serving:
         return answer.status, json.loads(text) if text.startswith(b"{") else {}
 
     def probe(self) -> Probe:
-        return Probe(self.entry().url, EngineKind(self.engine), KEY)
+        return Probe(self.record().url, EngineKind(self.engine), KEY)
 
     def close(self) -> None:
         self.process.kill()
         self.process.wait()
-        if (entry := self.entry()) is not None:
-            wait_until(lambda: group(entry.pid) == [], "its processes to die with it")
+        if (record := self.record()) is not None:
+            wait_until(lambda: group(record.pid) == [], "its processes to die with it")
 
 
 def group(leader: int) -> list[int]:
@@ -129,7 +129,7 @@ def test_an_sglang_server_through_its_life(tmp_path, model):
         assert serving.post("/pause_generation", {"mode": "retract"})[0] == 200
         assert serving.probe().answers(10) and serving.probe().engine_answers(20)
         time.sleep(1.3 * UNRESPONSIVE_S)
-        assert serving.entry() == first and group(first.pid)
+        assert serving.record() == first and group(first.pid)
         assert serving.post("/continue_generation", {})[0] == 200
         assert serving.post("/generate", request)[1]["output_ids"] == answer["output_ids"]
 
@@ -147,7 +147,7 @@ def test_an_sglang_server_through_its_life(tmp_path, model):
 
         serving.process.send_signal(signal.SIGINT)
         assert end_of(serving.process) == 130
-        assert group(third.pid) == [] and serving.entry().status is Status.stopped
+        assert group(third.pid) == [] and serving.record().status is Status.stopped
         assert KEY not in serving.log and "<redacted>" in serving.log, "SGLang prints its settings"
     finally:
         serving.close()
@@ -157,12 +157,12 @@ def test_an_sglang_server_through_its_life(tmp_path, model):
 def test_a_vllm_server_with_checksums(tmp_path, model):
     serving = Serving(tmp_path, model, "vllm")
     try:
-        entry = serving.ready()
+        record = serving.ready()
         assert serving.post("/v1/completions", {"prompt": [5, 6], "max_tokens": 3}, key=None)[0] == 401
         status, answer = serving.post("/v1/completions", {"prompt": [5, 6], "max_tokens": 3, "model": str(model)})
         assert status == 200 and answer["usage"]["completion_tokens"] <= 3
         assert serving.probe().engine_answers(20)
-        members = group(entry.pid)
+        members = group(record.pid)
         assert KEY not in command_lines(members) + serving.log
 
         status, answer = serving.post("/collective_rpc", {"method": "weight_checksums"})
@@ -196,7 +196,7 @@ def test_an_option_that_the_engine_does_not_know(tmp_path, model):
         assert end_of(serving.process) == 2
         assert "its options are wrong" in serving.said.read_text()
         assert "unrecognized arguments: --no-such-option 1" in serving.said.read_text()
-        assert serving.entry().status is Status.failed
+        assert serving.record().status is Status.failed
     finally:
         serving.close()
 

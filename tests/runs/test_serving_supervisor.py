@@ -21,20 +21,20 @@ from clipo_megatron.serving.commands import ServerCommand
 from clipo_megatron.serving.errors import ServingError
 from clipo_megatron.serving.probes import Probe
 from clipo_megatron.serving.process import ServerProcess
-from clipo_megatron.serving.supervisor import Patience, Supervisor, Wanted, only_one
+from clipo_megatron.serving.supervisor import ServerLimits, Supervisor, ServerSpec, only_one
 
 
 PROGRAM = SUPPORT / "fake_server.py"
 UNRESPONSIVE_S = 4.0  # a loaded machine may be slow to answer for a second or two
-PATIENCE = Patience(
-    start_s=30, health_timeout_s=UNRESPONSIVE_S, engine_silent_s=2 * UNRESPONSIVE_S, restarts=2, backoff_s=0.2, stop_s=1.0
+LIMITS = ServerLimits(
+    start_deadline_s=30, health_timeout_s=UNRESPONSIVE_S, engine_timeout_s=2 * UNRESPONSIVE_S, restarts=2, backoff_s=0.2, grace_period_s=1.0
 )
 
 
 class Fakes:
     """Some fake servers under one supervisor, which runs in this thread while a scenario acts on it from another."""
 
-    def __init__(self, tmp_path: Path, count: int = 1, patience: Patience = PATIENCE, secret: str = ""):
+    def __init__(self, tmp_path: Path, count: int = 1, limits: ServerLimits = LIMITS, secret: str = ""):
         self.said: list[str] = []
         self.folders = [tmp_path / f"server-{index}" for index in range(count)]
         for folder in self.folders:
@@ -42,20 +42,20 @@ class Fakes:
         self.registry = Registry(tmp_path / "servers")
         self.logs = [tmp_path / "logs" / f"{index}.log" for index in range(count)]
         self.supervisor = Supervisor(
-            [self._wanted(index) for index in range(count)],
+            [self._spec(index) for index in range(count)],
             self.registry,
-            patience,
+            limits,
             secrets=[secret],
             say=self.said.append,
         )
 
-    def _wanted(self, index: int) -> Wanted:
+    def _spec(self, index: int) -> ServerSpec:
         def url(port: int) -> str:
             return f"http://127.0.0.1:{port}"
 
         port, folder = free_port(), self.folders[index]
-        return Wanted(
-            entry=ServerRecord(f"server-{index}", url(port), "vllm", 1, "here", 0, "", Status.starting),
+        return ServerSpec(
+            record=ServerRecord(f"server-{index}", url(port), "vllm", 1, "here", 0, "", Status.starting),
             port=port,
             command=lambda port, _scratch: ServerCommand(
                 (sys.executable, "-S", str(PROGRAM), str(port), str(folder)), {}
@@ -76,19 +76,19 @@ class Fakes:
         file = self.folders[index] / "starts"
         return [float(line.split()[1]) for line in file.read_text().splitlines()] if file.exists() else []
 
-    def entry(self, index: int = 0) -> ServerRecord | None:
-        found = {entry.name: entry for entry in self.registry.records()}
+    def record(self, index: int = 0) -> ServerRecord | None:
+        found = {record.name: record for record in self.registry.records()}
         return found.get(f"server-{index}")
 
     def ready(self, index: int = 0, besides: str = "") -> ServerRecord:
-        """Its entry once it is ready, under another boot than `besides`."""
+        """Its record once it is ready, with another boot than `besides`."""
 
         def is_ready() -> bool:
-            entry = self.entry(index)
-            return entry is not None and entry.status is Status.ready and entry.boot != besides
+            record = self.record(index)
+            return record is not None and record.status is Status.ready and record.boot != besides
 
         wait_until(is_ready, "a server to be ready")
-        return self.entry(index)
+        return self.record(index)
 
     def child(self, index: int = 0) -> int:
         return int((self.folders[index] / "child").read_text())
@@ -129,12 +129,12 @@ def test_a_server_lives_from_start_to_signal(tmp_path):
 
     def scenario():
         for index in (0, 1):
-            entry = fakes.ready(index)
-            pids.extend([entry.pid, fakes.child(index)])
-            assert Probe(entry.url, EngineKind.vllm).generates(5)
+            record = fakes.ready(index)
+            pids.extend([record.pid, fakes.child(index)])
+            assert Probe(record.url, EngineKind.vllm).generates(5)
 
     assert fakes.run(scenario) == 130
-    assert [entry.status for entry in fakes.registry.records()] == [Status.stopped] * 2
+    assert [record.status for record in fakes.registry.records()] == [Status.stopped] * 2
     assert not any(map(alive, pids)) and len(pids) == 4
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     assert any("2 servers ready" in line for line in fakes.said), fakes.said
@@ -178,14 +178,14 @@ def test_deaths_of_a_server_that_was_ready_are_not_counted(tmp_path):
 
     def scenario():
         boot = ""
-        for _ in range(PATIENCE.restarts + 3):
-            entry = fakes.ready(besides=boot)
-            boot = entry.boot
-            os.killpg(entry.pid, signal.SIGKILL)
+        for _ in range(LIMITS.restarts + 3):
+            record = fakes.ready(besides=boot)
+            boot = record.boot
+            os.killpg(record.pid, signal.SIGKILL)
         fakes.ready(besides=boot)
 
     assert fakes.run(scenario) == 130
-    assert len(fakes.starts()) == PATIENCE.restarts + 4
+    assert len(fakes.starts()) == LIMITS.restarts + 4
 
 
 @pytest.mark.parametrize("how", ["stopped", "child stopped", "deaf"])
@@ -221,14 +221,14 @@ def test_a_busy_engine_is_left_alone_for_as_long_as_it_may_take(tmp_path):
         assert alive(before.pid), "its HTTP process answers"
         fakes.untell("busy")
         time.sleep(1.2 * UNRESPONSIVE_S)
-        assert fakes.entry() == before and alive(before.pid)
+        assert fakes.record() == before and alive(before.pid)
         fakes.tell("busy")
         wait_until(lambda: not alive(before.pid), "the silent engine to be killed")
         fakes.untell("busy")
         fakes.ready(besides=before.boot)
 
-    patience = Patience(start_s=30, health_timeout_s=UNRESPONSIVE_S, engine_silent_s=3 * UNRESPONSIVE_S, restarts=2)
-    fakes.supervisor._patience = patience
+    limits = ServerLimits(start_deadline_s=30, health_timeout_s=UNRESPONSIVE_S, engine_timeout_s=3 * UNRESPONSIVE_S, restarts=2)
+    fakes.supervisor._patience = limits
     assert fakes.run(scenario) == 130
     assert any("its engine has not" in line for line in fakes.said), fakes.said
 
@@ -240,8 +240,8 @@ def test_failed_starts_are_tried_again_later_and_later_then_given_up(tmp_path):
         fakes.run(lambda: None, signals=())
     starts = fakes.starts()
     first, second = (later - earlier for earlier, later in pairwise(starts))
-    assert len(starts) == PATIENCE.restarts + 1 and first >= 0.2 and second >= 0.4
-    assert fakes.entry().status is Status.failed
+    assert len(starts) == LIMITS.restarts + 1 and first >= 0.2 and second >= 0.4
+    assert fakes.record().status is Status.failed
 
 
 def test_wrong_options_are_not_tried_again(tmp_path):
@@ -257,8 +257,8 @@ def test_a_server_that_is_stopped_while_it_starts_is_started_again(tmp_path):
     fakes.tell("start-slowly")
 
     def scenario():
-        wait_until(lambda: (entry := fakes.entry()) is not None and alive(entry.pid), "a server to be starting")
-        before = fakes.entry()
+        wait_until(lambda: (record := fakes.record()) is not None and alive(record.pid), "a server to be starting")
+        before = fakes.record()
         os.killpg(before.pid, signal.SIGSTOP)
         fakes.untell("start-slowly")
         fakes.ready(besides=before.boot)
@@ -268,8 +268,8 @@ def test_a_server_that_is_stopped_while_it_starts_is_started_again(tmp_path):
 
 
 def test_a_start_has_a_deadline(tmp_path):
-    patience = Patience(start_s=1.5, health_timeout_s=1, engine_silent_s=1, restarts=0)
-    fakes = Fakes(tmp_path, patience=patience)
+    limits = ServerLimits(start_deadline_s=1.5, health_timeout_s=1, engine_timeout_s=1, restarts=0)
+    fakes = Fakes(tmp_path, limits=limits)
     fakes.tell("start-slowly")
     with pytest.raises(ServingError, match="was not ready after 2 s"):
         fakes.run(lambda: None, signals=())
@@ -285,7 +285,7 @@ def test_one_server_given_up_leaves_the_others(tmp_path):
         fakes.ready(0)
 
     assert fakes.run(scenario) == 130
-    assert [entry.status for entry in fakes.registry.records()] == [Status.stopped, Status.failed]
+    assert [record.status for record in fakes.registry.records()] == [Status.stopped, Status.failed]
 
 
 def test_a_port_that_was_taken_meanwhile_is_exchanged(tmp_path):
@@ -316,7 +316,7 @@ def test_a_server_that_ignores_the_request_to_end_is_killed(tmp_path):
 
 
 def test_a_second_signal_does_not_wait(tmp_path):
-    fakes = Fakes(tmp_path, patience=Patience(30, 30, 30, 2, stop_s=60.0))
+    fakes = Fakes(tmp_path, limits=ServerLimits(30, 30, 30, 2, grace_period_s=60.0))
     fakes.tell("stubborn")
     pids, ready_at = [], []
 
@@ -370,7 +370,7 @@ sys.exit(fakes.supervisor.run())
     registry = Registry(tmp_path / "servers")
 
     def ready() -> bool:
-        return [entry.status for entry in registry.records()] == [Status.ready]
+        return [record.status for record in registry.records()] == [Status.ready]
 
     running = subprocess.Popen([sys.executable, "-c", script])
     try:

@@ -93,31 +93,31 @@ class Chaos:
 
     def stand_between(self) -> None:
         """Put a gate before each server; they keep their addresses when they are started again."""
-        self.gates = [Gate(self.entry(number).url, self, number) for number in range(2)]
+        self.gates = [Gate(self.record(number).url, self, number) for number in range(2)]
 
     @property
     def urls(self) -> list[str]:
         """Where the trainer finds the servers."""
         return [gate.url for gate in self.gates]
 
-    def entry(self, server: int) -> ServerRecord:
+    def record(self, server: int) -> ServerRecord:
         """What `clipo serve` says of a server."""
-        return sorted(self.registry.records(), key=lambda entry: entry.url)[server]
+        return sorted(self.registry.records(), key=lambda record: record.url)[server]
 
     def ready(self) -> bool:
         """Whether both servers are, and no longer in a life that was hit."""
-        entries = sorted(self.registry.records(), key=lambda entry: entry.url)
+        entries = sorted(self.registry.records(), key=lambda record: record.url)
         return len(entries) == 2 and all(
-            entry.status is Status.ready and entry.boot != self._dying.get(number)
-            for number, entry in enumerate(entries)
+            record.status is Status.ready and record.boot != self._dying.get(number)
+            for number, record in enumerate(entries)
         )
 
     def strike(self, fault: Fault) -> None:
         """Send the signal to all processes of the server."""
-        entry = self.entry(fault.server)
-        self._dying[fault.server] = entry.boot
+        record = self.record(fault.server)
+        self._dying[fault.server] = record.boot
         with contextlib.suppress(ProcessLookupError):
-            os.killpg(entry.pid, SIGNALS[fault.what])
+            os.killpg(record.pid, SIGNALS[fault.what])
         self.struck.append(fault)
 
     def arm(self, fault: Fault) -> Iterator[None]:
@@ -132,8 +132,8 @@ class Chaos:
         while len(self.struck) == struck:
             yield
         if fault.when == "starts":
-            boot = self.entry(fault.server).boot
-            while (entry := self.entry(fault.server)).boot == boot or entry.status is not Status.starting:
+            boot = self.record(fault.server).boot
+            while (record := self.record(fault.server)).boot == boot or record.status is not Status.starting:
                 yield
             strike_at = time.monotonic() + fault.wait_s
             while time.monotonic() < strike_at:

@@ -85,11 +85,11 @@ class Served:
     @property
     def alive(self) -> bool:
         """Whether its leader runs, and answers."""
-        return self.process is not None and self.process.ended() is None and self.probe.answers(5.0)
+        return self.process is not None and self.process.exit_code() is None and self.probe.answers(5.0)
 
     def begin(self) -> Served:
         """Start it, on the same port each time, and do not wait."""
-        assert self.process is None or self.process.ended() is not None, "it is running"
+        assert self.process is None or self.process.exit_code() is not None, "it is running"
         python = interpreter(self.engine)
         command = server_command(
             self.config, ServerSlot(0, self.port), python=python, key=self.key, scratch=self.folder
@@ -101,7 +101,7 @@ class Served:
         """Wait until it generates."""
 
         def generates() -> bool:
-            assert self.process.ended() is None, f"the server ended:\n{self.process.tail()}"
+            assert self.process.exit_code() is None, f"the server ended:\n{self.process.tail()}"
             return self.probe.generates(10.0)
 
         wait_until(generates, "the server to generate", self.process.members, story=self.process.tail)

@@ -1,5 +1,5 @@
 """A folder for the PYTHONPATH of an SGLang server on a machine without a GPU.
 
-SGLang imports names from packages for GPUs and images at start, whatever it serves; with its CPU settings it uses none
-of them. They are not installed there: what is in this folder takes their places.
+At its start SGLang imports names from packages for GPUs and images, which it does not use on a CPU. The modules in this
+folder take the place of these packages, which are not installed.
 """

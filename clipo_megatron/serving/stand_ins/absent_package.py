@@ -1,6 +1,4 @@
-"""Packages in which every module and every name exists, and none can be used: whoever calls one is told that it is
-missing, instead of getting a wrong number.
-"""
+"""Stand-ins for packages that are not installed: every name can be imported, and calling one raises an error."""
 
 from __future__ import annotations
 
@@ -12,7 +10,7 @@ from typing import Any, NoReturn
 
 
 class Missing:
-    """A name that would be a function, a class, or a table of them."""
+    """A name of a package that is not installed, such as a function or class."""
 
     def __init__(self, name: str):
         self._name = name
@@ -21,7 +19,7 @@ class Missing:
         return missing(self._name, attribute)
 
     def __call__(self, *_arguments: Any, **_options: Any) -> NoReturn:
-        """Raises NotImplementedError, whatever it is asked."""
+        """Raise NotImplementedError."""
         package = self._name.partition(".")[0]
         raise NotImplementedError(
             f"{self._name} was called, and the package {package} is not installed: this server was set up to serve "
@@ -30,7 +28,7 @@ class Missing:
 
 
 def missing(owner: str, attribute: str) -> Missing:
-    """The attribute of a missing thing, which is missing too; but Python's own protocols are really absent."""
+    """The attribute of a missing name, which is missing too. Attributes of Python's own protocols do not exist."""
     if attribute.startswith("__"):
         raise AttributeError(f"{owner} has no {attribute}")
     return Missing(f"{owner}.{attribute}")
@@ -52,9 +50,9 @@ class _Submodules(MetaPathFinder, Loader):
         return _AbsentModule(spec.name)
 
     def exec_module(self, module: ModuleType) -> None:
-        """There is nothing to run."""
+        """Does nothing."""
 
 
 def pretend(package: str) -> None:
-    """Make every submodule of a package importable; called by the package itself."""
+    """Make every submodule of a package importable; the package itself calls this."""
     sys.meta_path.append(_Submodules(package))

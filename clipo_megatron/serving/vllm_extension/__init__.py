@@ -1,1 +1,1 @@
-"""A folder for the PYTHONPATH of a vLLM server: what its workers load besides vLLM."""
+"""A folder for the PYTHONPATH of a vLLM server, from which its workers load an extension."""

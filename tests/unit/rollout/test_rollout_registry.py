@@ -1,4 +1,4 @@
-"""The registry: entries are whole or not there, and what is no entry is passed over."""
+"""The registry: entries are whole or not there, and what is no record is passed over."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 
 from clipo_megatron.rollout.servers.registry import Registry, ServerRecord, Status
 
-ENTRY = ServerRecord("server-0", "http://127.0.0.1:30000", "sglang", 2, "node1", 4242, "a" * 32, Status.ready, 1000.5)
+RECORD = ServerRecord("server-0", "http://127.0.0.1:30000", "sglang", 2, "node1", 4242, "a" * 32, Status.ready, 1000.5)
 
 
 @pytest.fixture
@@ -21,12 +21,12 @@ def registry(tmp_path) -> Registry:
 
 
 def test_what_was_written_is_read(registry):
-    other = dataclasses.replace(ENTRY, name="server-1", status=Status.starting)
+    other = dataclasses.replace(RECORD, name="server-1", status=Status.starting)
     registry.write(other)
-    registry.write(ENTRY)
-    assert registry.records() == [ENTRY, other]
-    registry.write(dataclasses.replace(ENTRY, boot="b" * 32))
-    assert [entry.boot for entry in registry.records()] == ["b" * 32, "a" * 32]
+    registry.write(RECORD)
+    assert registry.records() == [RECORD, other]
+    registry.write(dataclasses.replace(RECORD, boot="b" * 32))
+    assert [record.boot for record in registry.records()] == ["b" * 32, "a" * 32]
     registry.remove("server-0")
     registry.remove("server-0")
     assert registry.records() == [other]
@@ -40,57 +40,57 @@ def test_a_folder_that_is_not_there_has_no_entries(registry):
 
 DAMAGED = {
     "empty": "",
-    "cut": json.dumps(dataclasses.asdict(ENTRY))[:60],
+    "cut": json.dumps(dataclasses.asdict(RECORD))[:60],
     "a list": "[1, 2]",
-    "a field less": json.dumps({k: v for k, v in dataclasses.asdict(ENTRY).items() if k != "boot"}),
-    "a wrong type": json.dumps(dataclasses.asdict(ENTRY) | {"tp": "2"}),
-    "a truth value": json.dumps(dataclasses.asdict(ENTRY) | {"tp": True}),
-    "an unknown status": json.dumps(dataclasses.asdict(ENTRY) | {"status": "happy"}),
-    "no time": json.dumps(dataclasses.asdict(ENTRY) | {"updated_at": "yesterday"}),
-    "another name": json.dumps(dataclasses.asdict(ENTRY) | {"name": "server-9"}),
+    "a field less": json.dumps({k: v for k, v in dataclasses.asdict(RECORD).items() if k != "boot"}),
+    "a wrong type": json.dumps(dataclasses.asdict(RECORD) | {"tp": "2"}),
+    "a truth value": json.dumps(dataclasses.asdict(RECORD) | {"tp": True}),
+    "an unknown status": json.dumps(dataclasses.asdict(RECORD) | {"status": "happy"}),
+    "no time": json.dumps(dataclasses.asdict(RECORD) | {"updated_at": "yesterday"}),
+    "another name": json.dumps(dataclasses.asdict(RECORD) | {"name": "server-9"}),
 }
 
 
 @pytest.mark.parametrize("text", DAMAGED.values(), ids=DAMAGED)
 def test_damaged_and_foreign_files_are_passed_over(registry, text):
-    registry.write(dataclasses.replace(ENTRY, name="server-1"))
+    registry.write(dataclasses.replace(RECORD, name="server-1"))
     (registry.folder / "server-0.json").write_text(text)
     (registry.folder / "notes.txt").write_text("hello")
     (registry.folder / "binary.json").write_bytes(b"\xff\xfe\x00")
     (registry.folder / "folder.json").mkdir()
     (registry.folder / "server-2.json").symlink_to(registry.folder / "nowhere")
-    assert [entry.name for entry in registry.records()] == ["server-1"]
+    assert [record.name for record in registry.records()] == ["server-1"]
 
 
 def test_an_entry_with_more_than_is_known_is_read(registry):
     registry.folder.mkdir()
-    found = dataclasses.asdict(ENTRY) | {"colour": "blue"}
+    found = dataclasses.asdict(RECORD) | {"colour": "blue"}
     (registry.folder / "server-0.json").write_text(json.dumps(found))
-    assert registry.records() == [ENTRY]
+    assert registry.records() == [RECORD]
 
 
 @pytest.mark.parametrize("name", ["", ".hidden", "../up", "a/b", "a b"])
 def test_names_that_are_no_file_names_are_refused(registry, name):
     with pytest.raises(ValueError, match="cannot name a server"):
-        registry.write(dataclasses.replace(ENTRY, name=name))
+        registry.write(dataclasses.replace(RECORD, name=name))
     with pytest.raises(ValueError, match="cannot name a server"):
         registry.remove(name)
 
 
 def test_a_reader_never_sees_half_an_entry(registry):
-    registry.write(ENTRY)
+    registry.write(RECORD)
     done = threading.Event()
 
     def write() -> None:
         for number in range(300):
-            registry.write(dataclasses.replace(ENTRY, url="http://" + "x" * (number * 37 % 5000), pid=number))
+            registry.write(dataclasses.replace(RECORD, url="http://" + "x" * (number * 37 % 5000), pid=number))
         done.set()
 
     writer = threading.Thread(target=write)
     writer.start()
     reads = 0
     while not done.is_set():
-        assert [entry.name for entry in registry.records()] == ["server-0"]
+        assert [record.name for record in registry.records()] == ["server-0"]
         reads += 1
     writer.join()
     assert reads > 10

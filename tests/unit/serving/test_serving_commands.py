@@ -209,9 +209,9 @@ def test_refusals(run_file, capsys, monkeypatch, words, part):
 def test_more_gpus_than_there_are(run_file, monkeypatch):
     run = load(run_file, ["serve.servers=3", "serve.tp=2"])
     with pytest.raises(ConfigError, match=r"3 x 2 = 6 GPUs, and this machine offers 4"):
-        command._places(run, ["a GPU"] * 4)
+        command._slots(run, ["a GPU"] * 4)
     run.serve.servers = 2
-    assert [place.devices for place in command._places(run, ["a GPU"] * 4)] == [("0", "1"), ("2", "3")]
+    assert [slot.devices for slot in command._slots(run, ["a GPU"] * 4)] == [("0", "1"), ("2", "3")]
 
 
 def test_serve_help_teaches(capsys):

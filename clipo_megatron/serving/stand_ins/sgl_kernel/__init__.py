@@ -1,8 +1,8 @@
-"""SGLang's GPU kernels, absent."""
+"""Stands in for SGLang's GPU kernels."""
 
 from absent_package import Missing, missing, pretend
 
-__version__ = "0.4.10"  # SGLang compares it with the oldest release that it accepts
+__version__ = "0.4.10"  # SGLang checks that it is new enough
 pretend(__name__)
 
 

@@ -1,4 +1,4 @@
-"""Torch's image functions, absent: their builds want the very build of torch that they were made for."""
+"""Stands in for torchvision, whose builds need the exact build of torch that they were made for."""
 
 from absent_package import Missing, missing, pretend
 
