@@ -28,7 +28,7 @@ GRACE_PERIOD_S = 30.0  # for the servers to end
 
 
 def main() -> int:
-    """Exit code of the training, or of the serving if that ended first."""
+    """Serve and train; returns the exit code of the training, or of the server if it ended first."""
     model, output = ROOT / "models" / "SmolLM2-135M-Instruct", ROOT / "runs" / "served"
     fetch(model)
     train, held_out = write_problems(output / "data", held_out=64, seed=0)
@@ -54,7 +54,7 @@ def main() -> int:
 
 
 def start(command: str, arguments: list[str]) -> subprocess.Popen[bytes]:
-    """One `clipo` command. Ctrl-C does not reach it by itself: the server has to outlive the trainer's last step."""
+    """Start a `clipo` command that Ctrl-C does not reach: the server has to outlive the trainer's last step."""
     return subprocess.Popen(
         [sys.executable, "-m", "clipo_megatron.cli", command, *arguments],
         process_group=0,
@@ -63,7 +63,7 @@ def start(command: str, arguments: list[str]) -> subprocess.Popen[bytes]:
 
 
 def train_while_served(serving: subprocess.Popen[bytes], arguments: list[str]) -> int:
-    """Train once the servers run. The trainer finds them in the run's folder, and waits for them there."""
+    """Train once a server is ready, pass signals on to the trainer, and return the exit code."""
     from clipo_megatron.rollout.servers.registry import FOLDER, Registry, Status
 
     signals: list[int] = []
@@ -73,7 +73,7 @@ def train_while_served(serving: subprocess.Popen[bytes], arguments: list[str]) -
     registry = Registry(Path(output) / FOLDER)
     begun = time.time()
     while not any(each.status is Status.ready and each.updated_at > begun for each in registry.records()):
-        if signals or serving.poll() is not None:  # setting up may take minutes, and says so itself
+        if signals or serving.poll() is not None:  # setting up may take minutes; `clipo serve` reports it
             return 128 + signals[0] if signals else serving.returncode
         time.sleep(0.2)
     training, handed_on = start("train", arguments), 0

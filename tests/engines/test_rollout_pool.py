@@ -1,4 +1,4 @@
-"""The pool against a real SGLang server, reached through proxies that break things: every request is answered once."""
+"""The pool against a real SGLang server behind faulty proxies: every request is answered once."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def proxies(served) -> Iterator[list[FaultyProxy]]:
 
 @pytest.fixture
 def make_pool(tiny_model, weights) -> Iterator[Callable[..., ServerPool]]:
-    """Pools with the model's weights in version 3; `admit=False` leaves that out."""
+    """Makes pools whose server has the model's weights as version 3, unless `admit=False`."""
     pools = []
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)
 
@@ -76,7 +76,7 @@ def ask(count: int, *, tokens: int = 12, first: int = 0) -> list[Request]:
 
 
 def check_answers(requests: list[Request], groups: list[RolloutGroup], params: SamplingParams = PARAMS) -> None:
-    """Every request once, each answer whole."""
+    """Check that every request was answered once, and completely."""
     assert Counter(group.position for group in groups) == Counter(request.position for request in requests)
     asked = {request.position: request.prompt.id for request in requests}
     for group in groups:
@@ -110,7 +110,7 @@ def test_a_fault_of_one_call_costs_no_answer(fault, proxies, make_pool):
     assert statistics["rollout/requests"] == 8 + statistics["rollout/retries"]
 
 
-def test_generation_that_is_given_up_ends_within_seconds(proxies, make_pool):
+def test_cancelled_generation_ends_within_seconds(proxies, make_pool):
     pool = make_pool(*(proxy.url for proxy in proxies))
     for proxy in proxies:
         proxy.plan(["stall"])
@@ -147,7 +147,7 @@ def test_what_no_server_can_answer_is_an_error_that_says_why(fault, proxies, mak
     message = str(caught.value)
     assert "math/0" in message and "math/1" in message
     assert any(proxy.url in message for proxy in proxies)
-    words = {"error 500": "planted trouble", "garbage": "no HTTP", "one sample less": "2 samples", "stale": "version"}
+    words = {"error 500": "planted trouble", "garbage": "not HTTP", "one sample less": "2 samples", "stale": "version"}
     assert words[fault] in message
 
 
@@ -182,7 +182,7 @@ def test_without_any_server_generation_is_lost_and_can_be_asked_again(proxies, m
     unanswered = list(caught.value.unanswered)
     assert unanswered and len(groups) >= 3
     assert sorted(each.position for each in (*groups, *unanswered)) == list(range(30))
-    with pytest.raises(EngineError, match="No rollout server with weights is well"):
+    with pytest.raises(EngineError, match="No rollout server with weights can generate"):
         pool.health()
     for proxy in proxies:
         proxy.up()
@@ -195,7 +195,7 @@ def test_without_any_server_generation_is_lost_and_can_be_asked_again(proxies, m
 def test_servers_with_other_weights_get_no_prompts(served, proxies, make_pool, monkeypatch):
     monkeypatch.setattr(dispatch, "GRACE_S", 300.0)
     pool = make_pool(proxies[0].url)
-    other = make_pool(served.url, version=5)  # another run pushes its weights to the same server
+    other = make_pool(served.url, version=5)  # another run updates the same server
     begun = time.monotonic()
     with pytest.raises(EngineLostError, match="its weights are version 5, not version 3") as caught:
         list(pool.generate(ask(3), PARAMS, deadline_s=600))
@@ -210,7 +210,7 @@ def test_nothing_is_asked_before_servers_are_admitted(proxies, make_pool):
     with pytest.raises(EngineLostError):
         list(pool.generate(ask(2), PARAMS, deadline_s=30))
     live = pool.join(1, deadline_s=10)
-    pool.admit([live[0].server.url], 77)  # but it has not got these weights
+    pool.admit([live[0].server.url], 77)  # although it does not have these weights
     with pytest.raises(EngineLostError, match="not version 77"):
         list(pool.generate(ask(2), PARAMS, deadline_s=30))
     assert proxies[0].calls == 0
@@ -257,7 +257,7 @@ def test_idle_servers_take_what_a_busy_one_cannot(proxies, make_pool):
 
 
 def started(pool: ServerPool, requests: list[Request], params: SamplingParams, proxy: FaultyProxy):
-    """A generation whose requests are all on the server, with some tokens there."""
+    """Start a generation and wait until the server has all its requests and some tokens."""
     generation = pool.generate(requests, params, deadline_s=200)
     wait_until(lambda: proxy.in_flight == len(requests), "all requests to be on the server")
     time.sleep(0.3)
@@ -267,7 +267,7 @@ def started(pool: ServerPool, requests: list[Request], params: SamplingParams, p
 def test_stopped_rollouts_keep_their_tokens_and_go_on(proxies, make_pool, tiny_model):
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)
     pool = make_pool(proxies[0].url)
-    requests = ask(2) + ask(1, tokens=100, first=2)  # one that is prefilled by itself
+    requests = ask(2) + ask(1, tokens=100, first=2)  # long enough to be prefilled by a call of its own
     generation = started(pool, requests, LONG, proxies[0])
     partial = generation.stop()
     assert list(generation) == [] and generation.stop() == []
@@ -329,7 +329,7 @@ def test_closing_a_generation_frees_the_server_and_spares_other_pools(served, pr
 
 
 def running(served: Served) -> int:
-    """Requests that the server computes."""
+    """How many requests the server computes."""
     import json
     from urllib.request import urlopen
 
@@ -338,7 +338,7 @@ def running(served: Served) -> int:
 
 
 @pytest.mark.parametrize("in_flight", [InFlight.retract])
-def test_rollouts_left_running_cross_an_update_and_say_so_token_by_token(
+def test_detached_rollouts_cross_an_update_and_name_each_tokens_version(
     proxies, make_pool, tiny_model, in_flight, weights
 ):
     pool = make_pool(proxies[0].url)
@@ -361,7 +361,7 @@ def test_rollouts_left_running_cross_an_update_and_say_so_token_by_token(
     assert list(generation) == []
 
 
-def test_rollouts_left_running_are_among_the_lost(proxies, make_pool, monkeypatch):
+def test_detached_rollouts_are_among_the_unanswered(proxies, make_pool, monkeypatch):
     monkeypatch.setattr(dispatch, "GRACE_S", 1.0)
     pool = make_pool(proxies[0].url)
     started(pool, ask(2), LONG, proxies[0]).detach()
@@ -446,7 +446,7 @@ def test_a_router_gets_the_prompts_and_servers_the_rest(served, proxies, make_po
     pool = make_pool(server.url, router=router.url)
     router.plan(["stale", "cut", "", "error 500"])
     check_answers(ask(8), list(pool.generate(ask(8), PARAMS, deadline_s=100)))
-    assert server.calls == 0 and router.calls > 8 * PARAMS.samples  # a sample a call, and what failed again
+    assert server.calls == 0 and router.calls > 8 * PARAMS.samples  # one call for each sample, and the retries
     generation = started(pool, ask(2), LONG, router)
     assert sorted(group.position for group in generation.stop()) == [0, 1]
     router.down()

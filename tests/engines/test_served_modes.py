@@ -1,4 +1,4 @@
-"""Whole runs on two ranks against real servers, once for each way to collect, to sync and to share GPUs."""
+"""Whole runs on two ranks against real servers, for each way of collecting rollouts, syncing and sharing GPUs."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ Lines = list[dict[str, float]]
 
 @pytest.fixture(scope="module")
 def run_of_unequal_lengths(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small run whose answers end early or late, so that some are unfinished when others are enough."""
+    """A small run whose responses differ in length, so that some are unfinished when the step has enough."""
     folder = tmp_path_factory.mktemp("unequal")
-    model = write_model(folder / "model", head_dim=32)  # vLLM on a CPU takes no less
+    model = write_model(folder / "model", head_dim=32)  # the least that vLLM supports on a CPU
     weights = load_file(model / "model.safetensors")
     weights["model.embed_tokens.weight"][EOS] *= 0.45
     save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
@@ -38,7 +38,7 @@ def run_of_unequal_lengths(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def carried(lines: Lines) -> None:
-    """Rollouts that one step began and another one finished, some under two versions of the weights."""
+    """Some rollouts began in one step and finished in another, under two versions of the weights."""
     assert any(line["rollout/carried_prompts"] > 0 for line in lines)
     assert any(line["rollout/mixed_versions"] > 0 for line in lines)
     assert any(line["off_policy/effective_samples"] < 1 for line in lines)
@@ -46,20 +46,20 @@ def carried(lines: Lines) -> None:
 
 
 def refilled(lines: Lines) -> None:
-    """Groups that teach nothing were replaced, and nothing is of old weights."""
+    """Zero-advantage groups were replaced, and all rollouts come from the newest weights."""
     assert any(line["rollout/refilled_groups"] > 0 for line in lines)
     assert all(line["rollout/version_lag"] == 0 for line in lines)
 
 
 def plain(lines: Lines) -> None:
-    """Everything is of the newest weights."""
+    """All rollouts come from the newest weights."""
     assert all(line["rollout/version_lag"] == 0 and line["rollout/mixed_versions"] == 0 for line in lines)
 
 
 WAYS: dict[str, tuple[str, Callable[[Lines], None], tuple[str, ...]]] = {
     "go on from tokens": ("sglang", carried, ("rollout.over_sampling=2", "rollout.unfinished=resume")),
     "keep running": ("sglang", carried, ("rollout.over_sampling=2", "rollout.unfinished=keep_running")),
-    "refill on two heads": (
+    "refill on two replicas": (
         "sglang",
         refilled,
         ("rollout.over_sampling=1.5", "rollout.max_refill_rounds=2", "layout.pp=1", "layout.dp=2"),
@@ -88,7 +88,7 @@ def test_a_run(way: str, servers: Servers, run_of_unequal_lengths: Path, tmp_pat
     lines = metrics(tmp_path / "run")
     assert [line["step"] for line in lines] == list(range(STEPS))
     assert all(line["sync/servers"] == 1 for line in lines)
-    # Of rollouts of the newest weights alone; there may be none in a step.
+    # Only rollouts from the newest weights count, and a step may have none.
     assert all(line.get("policy/mult_prob_error", 1.0) <= 1.01 for line in lines)
     holds(lines)
     evaluations = sorted((tmp_path / "run" / "eval").glob("step_*.json"))

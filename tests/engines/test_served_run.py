@@ -1,4 +1,4 @@
-"""SmolLM2 against real servers: a run on two pipeline stages with two of them, and what three engines say greedily."""
+"""SmolLM2 on real servers: a run on two pipeline stages with two servers, and greedy decoding by three engines."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from clipo_megatron.rollout.local.engine import LocalEngine
 from clipo_megatron.rollout.servers.pool import ServerPool
 
 STEPS = 5
-# Two floating-point programs may disagree about which of two logits is larger when they are as near as this.
+# Two floating-point programs may disagree about which of two logits is larger if they differ by less than this.
 TIE = 2e-3
 
 
 def questions() -> list[str]:
-    """32 problems of the quickstart's kind."""
+    """32 problems like the quickstart's."""
     return [f"What is {n % 10} {'+-'[n % 2]} {n // 4}? Answer with only the number." for n in range(32)]
 
 
@@ -46,7 +46,7 @@ def test_five_steps_on_two_pipeline_stages_with_two_servers(servers: Servers, sm
         "data": {"train": [{"path": str(tmp_path / "practice.jsonl")}], "prompts_per_step": 6},
         "rollout": {"engine": "sglang", "samples_per_prompt": 8, "max_new_tokens": 12},
         "optimizer": {"learning_rate": 1e-4},
-        # A step whose groups are all right or all wrong has weights to change, and to push, all the same.
+        # A step whose groups are all right or all wrong must still change the weights and update the servers.
         "algorithm": {"entropy_coefficient": 1e-4},
         "train": {"steps": STEPS},
         "checkpoint": {"every": 0},
@@ -62,7 +62,7 @@ def test_five_steps_on_two_pipeline_stages_with_two_servers(servers: Servers, sm
     lines = metrics(tmp_path / "run")
     assert [line["step"] for line in lines] == list(range(STEPS))
     for line in lines:
-        # A checksum that differed would have ended the run: `verify_every` is 1.
+        # `verify_every` is 1: a different checksum would have ended the run.
         assert line["sync/servers"] == 2
         assert line["sync/verify_s"] > 0
         assert line["policy/mult_prob_error"] <= 1.05
@@ -99,19 +99,21 @@ def test_greedy_tokens_of_all_engines_are_equal_but_for_ties(servers: Servers, s
         finally:
             server.stop()
         for request in prompts:
-            ties += agree(model, request.prompt.tokens, expected[request.position], found[request.position], kind)
-    print(f"{ties} of {2 * len(prompts)} answers part at a tie")
+            ties += differ_at_a_tie(
+                model, request.prompt.tokens, expected[request.position], found[request.position], kind
+            )
+    print(f"{ties} of {2 * len(prompts)} answers differ at a tie")
     assert ties <= 6
 
 
 def answers(engine, prompts: list[Request], params: SamplingParams) -> dict[int, list[int]]:
-    """Tokens by position."""
+    """The tokens of each answer, by position."""
     groups = engine.generate(prompts, params, deadline_s=200)
     return {group.position: group.rollouts[0].tokens.tolist() for group in groups}
 
 
-def agree(model, prompt: torch.Tensor, expected: list[int], found: list[int], kind: str) -> bool:
-    """Whether two answers part, which they may only where the two tokens are as likely."""
+def differ_at_a_tie(model, prompt: torch.Tensor, expected: list[int], found: list[int], kind: str) -> bool:
+    """Whether two answers differ, which is allowed only where the two tokens are equally likely."""
     if expected == found:
         return False
     place = next((n for n, pair in enumerate(zip(expected, found, strict=False)) if pair[0] != pair[1]), None)
@@ -119,5 +121,5 @@ def agree(model, prompt: torch.Tensor, expected: list[int], found: list[int], ki
     with torch.no_grad():
         logits = model(torch.tensor([[*prompt.tolist(), *expected[:place]]])).logits[0, -1]
     gap = float(logits[expected[place]] - logits[found[place]])
-    assert abs(gap) <= TIE, f"{kind} parts from local at token {place}, where the logits are {gap:.4f} apart"
+    assert abs(gap) <= TIE, f"{kind} differs from local at token {place}, where the logits are {gap:.4f} apart"
     return True

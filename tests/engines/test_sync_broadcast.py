@@ -1,4 +1,4 @@
-"""Weights by broadcast into real SGLang servers: equal to the bit, from every layout, whatever happens to a server."""
+"""Weight updates by broadcast into real SGLang servers: equal to the bit, from every layout, despite faults."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from served import Served, Servers
 from sync_steps import harm_in_the_middle, one_more_server, plant_a_wrong_byte, update_repeatedly
 from tiny_models import tiny_llama, tiny_qwen2, tiny_qwen3, tiny_qwen3_moe
 
-DEADLINE_S = 24.0  # of one update, in the tests that waste a part of it
-ROOM = {"mem_fraction_static": 0.5}  # others on the machine take memory while a server starts
+DEADLINE_S = 24.0  # of one update, in tests where a fault uses up a part of it
+ROOM = {"mem_fraction_static": 0.5}  # other processes take memory while a server starts
 
 
 @pytest.fixture(scope="session")
 def wide_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A Llama of a few buckets a stage, its vocabulary padded by the servers."""
+    """A Llama with several buckets in each stage, whose vocabulary the servers pad."""
     return tiny_llama(
         tmp_path_factory.mktemp("wide") / "model",
         hidden=256, heads=4, kv_heads=2, head_dim=64, intermediate=704, layers=4, vocab=1003,
@@ -31,7 +31,7 @@ def wide_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session", params=[tiny_qwen2, tiny_qwen3])
 def family_model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A Qwen2: biases, and an output layer of its own; a Qwen3: norms of queries and keys."""
+    """A Qwen2 has biases and an untied output layer, a Qwen3 norms of queries and keys."""
     return request.param(tmp_path_factory.mktemp("family") / "model", tied=False, vocab=515, head_dim=16)
 
 
@@ -94,7 +94,7 @@ def test_a_wrong_byte_is_found_and_named(ranks: RankPool, servers: Servers, wide
 
 
 class OlderRelease(FaultyProxy):
-    """A release that knows no begin and end of an update: both answer 404, and buckets are taken without them."""
+    """An older release, which answers 404 to the calls that begin and end an update."""
 
     async def _pass_on(self, request: web.Request, sent: bytes) -> web.StreamResponse:
         answer = await super()._pass_on(request, sent)
@@ -115,7 +115,7 @@ def test_a_release_without_begin_and_end(ranks: RankPool, servers: Servers, wide
 
 
 class StillBusy(FaultyProxy):
-    """Loads every bucket, and says of the last that requests were running: its cache was not emptied."""
+    """A server that could not empty its cache after the last bucket, because requests were running."""
 
     async def _pass_on(self, request: web.Request, sent: bytes) -> web.StreamResponse:
         self.happened["flushed by a call"] += request.path == "/flush_cache"
@@ -138,8 +138,8 @@ def test_a_cache_that_the_last_bucket_could_not_empty_is_emptied(ranks: RankPool
     assert proxy.happened == {"not flushed": 2, "flushed by a call": 2}
 
 
-class SaysNo(FaultyProxy):
-    """Refuses the second bucket of the first update, or answers rubbish to it, and is well again."""
+class RefusesOnce(FaultyProxy):
+    """A server that once refuses a bucket, the second of the first update, or answers rubbish to it."""
 
     def __init__(self, target: str, *, rubbish: bool):
         super().__init__(target)
@@ -156,7 +156,7 @@ class SaysNo(FaultyProxy):
 
 @pytest.mark.parametrize("rubbish", [False, True], ids=["refusal", "rubbish"])
 def test_a_refused_bucket_costs_one_attempt(rubbish, ranks: RankPool, servers: Servers, wide_model: Path):
-    proxy = SaysNo(servers.shared("sglang", wide_model, options=ROOM).url, rubbish=rubbish)
+    proxy = RefusesOnce(servers.shared("sglang", wide_model, options=ROOM).url, rubbish=rubbish)
     try:
         results = ranks.run(update_repeatedly, 2, str(wide_model), [proxy.url], 1, 2, 2, {"deadline_s": DEADLINE_S})
     finally:

@@ -1,4 +1,4 @@
-"""Weights by way of a folder: whole or not there, read by SGLang and vLLM, proven, and cleaned up."""
+"""Weight updates through a folder: complete or absent, loaded by SGLang and vLLM, verified, and removed."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from sync_steps import update_repeatedly
 
 @pytest.mark.full
 @pytest.mark.parametrize("engine", ["sglang", "vllm"])
-def test_both_engines_read_it(engine, ranks: RankPool, servers: Servers, tiny_model: Path, tmp_path: Path):
+def test_both_engines_load_the_folder(engine, ranks: RankPool, servers: Servers, tiny_model: Path, tmp_path: Path):
     server = servers.shared(engine, tiny_model, options={"mem_fraction_static": 0.5} if engine == "sglang" else None)
     folder = tmp_path / "weights"
-    (folder / "v7.tmp").mkdir(parents=True)  # of a run that was killed
+    (folder / "v7.tmp").mkdir(parents=True)  # left by a killed run
     (folder / "v7.tmp" / "model-stage0-00000.safetensors").write_bytes(b"half")
     (folder / "v3").mkdir()
-    (folder / "notes").mkdir()  # nobody else's business
+    (folder / "notes").mkdir()  # a folder that is no version
     settings = {"folder": str(folder), "model": str(tiny_model)}
     results = ranks.run(update_repeatedly, 2, str(tiny_model), [server.url], 1, 2, 2, settings, "disk", engine)
     assert results[0] == results[1]
     for report in results[0]:
         assert report.servers == (server.url,) and not report.left_out
-        if engine == "vllm":  # on a CPU it packs the matrices of linear layers, and keeps nothing to look at
+        if engine == "vllm":  # on a CPU it packs the weights of linear layers, so they cannot be compared
             packed = [name for name in report.unverified if "_proj.weight of" in name or "lm_head.weight of" in name]
             assert report.unverified == tuple(packed) and len(packed) <= 17
         else:

@@ -1,4 +1,4 @@
-"""Weights by memory that a server opens: on a CPU shared memory stands for the memory of a GPU."""
+"""Weight updates through memory that a server opens; on a CPU, shared memory stands in for GPU memory."""
 
 from __future__ import annotations
 
