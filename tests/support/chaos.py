@@ -1,7 +1,7 @@
-"""Faults on purpose, one a step: what breaks servers of a run, at the moment when it hurts.
+"""Planted faults of a run's servers, one in each step, each at a chosen moment.
 
-The trainer reaches each server through a proxy, which knows what a server is doing from the calls that pass. Generation
-is held until the fault of its step is armed, so that a step cannot slip by while a server is started again.
+The trainer reaches each server through a proxy, which sees from the calls what the server is doing. The proxy holds
+generation until the step's fault is armed, so that no step passes while a server restarts.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from faulty_proxy import GENERATION, FaultyProxy
 from clipo_megatron.rollout.servers.registry import FOLDER, Registry, ServerRecord, Status
 
 SIGNALS = {"kill": signal.SIGKILL, "stop": signal.SIGSTOP}
-# What is on its way to a server when a signal hits it.
+# The calls during which a signal hits a server.
 MOMENTS = {
     "generates": ("/generate",),
     "is updated": (
@@ -40,17 +40,17 @@ ANSWERS = ("garbage", "no json", "half", "stale", "error 500", "other ids", "one
 class Fault:
     """One fault of one server."""
 
-    what: str  # kill | stop | refuse | slow | stall, or a lie of the proxy's
+    what: str  # kill | stop | refuse | slow | stall, or a key of faulty_proxy.LIES
     when: str  # generates | is updated | starts
     server: int
-    wait_s: float = 0.0  # after the moment has come
+    wait_s: float = 0.0  # delay after the moment has come
 
     def __str__(self) -> str:
         return f"{self.what} server {self.server} while it {self.when} (+{self.wait_s:.2f} s)"
 
 
 def draw_faults(seed: int) -> list[Fault]:
-    """Every kind of fault at least once, in an order and on servers that the seed decides."""
+    """Every kind of fault at least once; the seed decides their order and servers."""
     dice = random.Random(seed)
     kinds = [(what, when) for what in SIGNALS for when in ("generates", "is updated", "starts")] * 2
     kinds += [("refuse", "generates")] * 2 + [("slow", "generates"), ("stall", "generates")]
@@ -62,7 +62,7 @@ def draw_faults(seed: int) -> list[Fault]:
 
 
 class Gate(FaultyProxy):
-    """A proxy that holds generation until its step may go, and fires a signal when its moment comes."""
+    """A proxy that holds generation until the step may start, and fires a signal at the fault's moment."""
 
     def __init__(self, target: str, chaos: Chaos, number: int):
         self.chaos, self.number = chaos, number
@@ -81,35 +81,35 @@ class Gate(FaultyProxy):
 
 
 class Chaos:
-    """Two gates before two servers of `clipo serve`, and the hand that breaks them."""
+    """Two gates before two servers of `clipo serve`, and the faults of both."""
 
     def __init__(self, output: Path, seed: int):
         self.registry = Registry(output / FOLDER)
         self.dice = random.Random(seed + 1)
         self.open = False
         self.struck: list[Fault] = []
-        self._dying: dict[int, str] = {}  # server -> the life of it that was hit
+        self._dying: dict[int, str] = {}  # server -> the boot that was hit
         self.gates: list[Gate] = []
 
     def stand_between(self) -> None:
-        """Put a gate before each server; they keep their addresses when they are started again."""
+        """Put a gate before each server; servers keep their addresses when they restart."""
         self.gates = [Gate(self.record(number).url, self, number) for number in range(2)]
 
     @property
     def urls(self) -> list[str]:
-        """Where the trainer finds the servers."""
+        """The URLs under which the trainer reaches the servers."""
         return [gate.url for gate in self.gates]
 
     def record(self, server: int) -> ServerRecord:
-        """What `clipo serve` says of a server."""
+        """The record that `clipo serve` wrote of a server."""
         return sorted(self.registry.records(), key=lambda record: record.url)[server]
 
     def ready(self) -> bool:
-        """Whether both servers are, and no longer in a life that was hit."""
-        entries = sorted(self.registry.records(), key=lambda record: record.url)
-        return len(entries) == 2 and all(
+        """Whether both servers are ready, and restarted since they were hit."""
+        records = sorted(self.registry.records(), key=lambda record: record.url)
+        return len(records) == 2 and all(
             record.status is Status.ready and record.boot != self._dying.get(number)
-            for number, record in enumerate(entries)
+            for number, record in enumerate(records)
         )
 
     def strike(self, fault: Fault) -> None:
@@ -121,7 +121,7 @@ class Chaos:
         self.struck.append(fault)
 
     def arm(self, fault: Fault) -> Iterator[None]:
-        """Let a fault happen in the step that is let go; goes on when it has happened."""
+        """Arm a fault for the current step; yields until it has happened."""
         gate = self.gates[fault.server]
         if fault.what not in SIGNALS:
             yield from self._disturb(fault, gate)
@@ -163,5 +163,5 @@ class Chaos:
 
 
 def rollouts(output: Path) -> list[dict]:
-    """Lines of rollouts.jsonl."""
+    """The lines of rollouts.jsonl."""
     return [json.loads(line) for line in (output / "rollouts.jsonl").read_text().splitlines()]

@@ -1,12 +1,12 @@
-"""A program that starts, answers and fails as a server of an engine may: for tests of the supervisor alone.
+"""A program that starts, answers and fails like the server of an engine, for tests of the supervisor.
 
-    python fake_server.py PORT FOLDER      behaves as the files in FOLDER say, which may come and go:
+    python fake_server.py PORT FOLDER      behaves as the files in FOLDER say, which may be added and removed:
 
     exit-N      ends with code N at once             start-slowly   is never ready
     busy        its engine does not answer           deaf           its HTTP process does not answer
     stubborn    ignores SIGTERM                      say-WORD       prints the word at its start
 
-It appends a line to FOLDER/starts each time, and has a child process, whose id is in FOLDER/child.
+At each start it appends a line to FOLDER/starts. It has a child process, whose id is in FOLDER/child.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Answers(BaseHTTPRequestHandler):
         self.end_headers()
 
     def log_message(self, *_arguments):
-        """Nothing."""
+        """Log nothing."""
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""A proxy before a real server that breaks what it is told to break: connections, bytes, or what an answer says."""
+"""A proxy before a real server that breaks connections, bytes or the contents of answers, as planned."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ GENERATION = ("/generate", "/v1/completions")
 
 
 def _sample(change: Callable[[dict], None]) -> Callable[[Any], Any]:
-    """Change the last sample of an answer of SGLang."""
+    """Changes the last sample of an SGLang answer."""
 
     def changed(answer: Any) -> Any:
         change(answer[-1] if isinstance(answer, list) else answer)
@@ -48,7 +48,7 @@ def _abort(sample: dict) -> None:
     meta["weight_versions"][-1]["end"] -= 1
 
 
-# What an answer of SGLang is turned into; each is still JSON.
+# Changes of an SGLang answer that leave it valid JSON.
 LIES: dict[str, Callable[[Any], Any]] = {
     "another object": lambda answer: {"hello": 1},
     "nothing": lambda answer: None,
@@ -73,17 +73,18 @@ FAULTS = {
 
 
 class FaultyProxy:
-    """Passes everything on to `target`, but for planned faults in generation calls.
+    """Forwards all calls to `target`, with planned faults in generation calls.
 
-    Faults are planned one a call with `plan`; calls without a plan go through. `down` refuses connections until `up`.
+    `plan` sets the fault of each following call; calls without a fault are forwarded. `down` refuses connections until
+    `up`.
     """
 
     def __init__(self, target: str, *, delay_s: float = 1.0):
         self.target, self.delay_s = target, delay_s
         self.happened: Counter[str] = Counter()
-        self.calls = 0  # of generation that came in
-        self.in_flight = self.most_in_flight = 0  # of these
-        self.headers: list[dict[str, str]] = []  # of all calls
+        self.calls = 0  # generation calls so far
+        self.in_flight = self.most_in_flight = 0  # generation calls
+        self.headers: list[dict[str, str]] = []  # of every call
         self._planned: list[str] = []
         self._always: str | None = None
         self._loop = EventLoop("proxy")
@@ -96,21 +97,20 @@ class FaultyProxy:
         self.up()
 
     def plan(self, faults: Iterable[str]) -> None:
-        """What happens to the next generation calls, one each; "" for nothing."""
+        """Plan the faults of the next generation calls, one each; "" is none."""
         faults = list(faults)
         assert set(faults) <= FAULTS | {""}, faults
         self._planned += faults
 
     def always(self, fault: str | None) -> None:
-        """What happens to every generation call without a plan."""
+        """Set the fault of every generation call without a plan."""
         self._always = fault
 
     def down(self) -> None:
-        """Refuse connections, and cut those that there are."""
+        """Refuse connections, and cut existing ones."""
         self._loop.run(self._down(), deadline_s=20)
 
     def up(self) -> None:
-        """Listen."""
         self._loop.run(self._up(), deadline_s=20)
 
     def close(self) -> None:

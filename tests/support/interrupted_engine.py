@@ -1,7 +1,7 @@
-"""An engine that really generates, through the local engine, and is interrupted on purpose.
+"""The local engine with planned interruptions.
 
-It can do what servers can: go on from begun rollouts, hand out what it has when it is stopped, go on with requests
-while the weights change, and be lost; at moments drawn from a seed. It counts what it is asked and what it answers.
+Like servers it continues partial rollouts, returns them when it is stopped, continues requests across an update of the
+weights, and is lost, at moments that are drawn from a seed. It records the requests it gets and answers.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from clipo_megatron.rollout.local.engine import LocalEngine
 
 
 class InterruptedEngine:
-    """`loss`: probability of being lost before each group; `limit`: losses in all."""
+    """Is lost with probability `loss` before each group, at most `limit` times."""
 
     def __init__(self, engine: LocalEngine, seed: int, *, loss: float = 0.0, limit: int = 1 << 30):
         self.engine, self.random = engine, random.Random(seed)
         self.loss, self.limit = loss, limit
         self.up = True
-        self.left: dict[int, Request] = {}
-        self.asked: list[int] = []  # positions, in order, once for each time they are sent
+        self.detached: dict[int, Request] = {}
+        self.asked: list[int] = []  # positions in order, once for each time they were sent
         self.answered: list[int] = []
         self.losses = self.stops = self.resumed = 0
 
@@ -51,20 +51,20 @@ class InterruptedEngine:
         deadline_s: float,
         should_cancel: Callable[[], bool] = never,
     ) -> Generation:
-        open_ = {request.position: request for request in (*self.left.values(), *requests)}
-        assert len(open_) == len(self.left) + len(requests)
+        open_ = {request.position: request for request in (*self.detached.values(), *requests)}
+        assert len(open_) == len(self.detached) + len(requests)
         self.asked += [request.position for request in requests]
-        self.left = {}
+        self.detached = {}
         return _Interrupted(self, open_, params, deadline_s, should_cancel)
 
     def complete(self, request: Request, params: SamplingParams, deadline_s: float) -> RolloutGroup:
-        """All rollouts of a request; those begun go on from their tokens, under the weights of now."""
+        """Generate all rollouts of a request; partial ones continue under the current weights."""
         self.resumed += sum(each.finish == "abort" for each in request.begun)
         (group,) = self.engine.generate([request], params, deadline_s=deadline_s)
         return group
 
     def interrupt(self, request: Request, params: SamplingParams) -> Request:
-        """The request as it is when it is interrupted at a random moment: some rollouts done, some begun, some not."""
+        """Interrupt the request at a random moment, when some rollouts are complete, some partial and some missing."""
         begun = []
         for rollout in self.complete(request, params, 60.0).rollouts:
             had = max((each.tokens.numel() for each in request.begun if each.sample == rollout.sample), default=0)
@@ -120,9 +120,9 @@ class _Interrupted(Generation):
         return [RolloutGroup(each.position, each.prompt, list(each.begun)) for each in have if each.begun]
 
     def detach(self) -> None:
-        self.engine.left = dict(self.open)
+        self.engine.detached = dict(self.open)
 
     def close(self) -> None:
         self.open = {}
-        self.engine.left = {}
+        self.engine.detached = {}
         super().close()

@@ -1,7 +1,7 @@
-"""Real servers for tests, started as `clipo serve` starts them: shared ones, and ones that a test may harm.
+"""Real servers for tests, started like those of `clipo serve`: shared ones, and ones that a test may harm.
 
-`make test` sets the engines' environments up before pytest starts. Without them the tests fail, and say so; with
-CLIPO_TESTS_WITHOUT_ENGINES=1 they are skipped.
+`make test` sets up the engines' environments before pytest starts. Without them the tests fail, or are skipped with
+CLIPO_TESTS_WITHOUT_ENGINES=1.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ from clipo_megatron.serving.probes import Probe
 from clipo_megatron.serving.process import ServerProcess
 
 WITHOUT = "CLIPO_TESTS_WITHOUT_ENGINES"
-MOST_SHARED = 3  # servers kept for later tests; SmolLM2 takes 2 to 3 GB in each
+MAX_SHARED = 3  # servers kept for later tests; one of SmolLM2 takes 2 to 3 GB
 
 
 def interpreter(engine: str) -> Path:
-    """Of the engine's environment, which `make test` has set up."""
+    """The Python of the engine's environment."""
     recipe = RECIPES[engine]
     if not recipe.is_ready:
         if os.environ.get(WITHOUT) == "1":
@@ -49,10 +49,10 @@ class Served:
 
     Args:
         engine: "sglang" or "vllm".
-        model: folder.
-        dtype: of its weights.
-        options: of the engine, as in the section of its name.
-        key: that clients have to name.
+        model: the model's folder.
+        dtype: dtype of the weights.
+        options: the engine's options, as in the configuration section of its name.
+        key: the API key that clients must send.
     """
 
     def __init__(
@@ -78,17 +78,17 @@ class Served:
 
     @property
     def log(self) -> str:
-        """What it wrote so far."""
+        """The output so far."""
         file = self.folder / "server.log"
         return file.read_text(errors="replace") if file.exists() else ""
 
     @property
     def alive(self) -> bool:
-        """Whether its leader runs, and answers."""
+        """Whether its leader runs and answers."""
         return self.process is not None and self.process.exit_code() is None and self.probe.answers(5.0)
 
     def begin(self) -> Served:
-        """Start it, on the same port each time, and do not wait."""
+        """Start it, on the same port each time, without waiting until it is ready."""
         assert self.process is None or self.process.exit_code() is not None, "it is running"
         python = interpreter(self.engine)
         command = server_command(
@@ -116,20 +116,19 @@ class Served:
             raise
 
     def kill(self) -> None:
-        """SIGKILL to all its processes; they are gone when this returns."""
+        """Send SIGKILL to all its processes and wait until they are gone."""
         if self.process is not None:
             self.process.kill()
 
     def suspend(self) -> None:
-        """SIGSTOP to all its processes."""
+        """Send SIGSTOP to all its processes."""
         os.killpg(self.process.pid, signal.SIGSTOP)
 
     def resume(self) -> None:
-        """SIGCONT to all its processes."""
+        """Send SIGCONT to all its processes."""
         os.killpg(self.process.pid, signal.SIGCONT)
 
     def stop(self) -> None:
-        """End it, and all it holds."""
         self.kill()
 
 
@@ -143,26 +142,26 @@ class Servers:
     def shared(
         self, engine: str, model: str | Path, dtype: DType = DType.bf16, options: dict[str, Any] | None = None
     ) -> Served:
-        """The session's server of that kind, started when first asked for. Leave it as you found it, but for weights:
-        whoever relies on them loads them first."""
+        """The session's server of that kind, started at the first call. A test may change only its weights, and loads
+        the weights that it relies on."""
         key = (engine, str(model), dtype, repr(sorted((options or {}).items())))
         found = self._shared.pop(key, None)
         if found is not None and not found.alive:
             found.stop()
             found = None
-        while len(self._shared) >= MOST_SHARED:
+        while len(self._shared) >= MAX_SHARED:
             self._shared.pop(next(iter(self._shared))).stop()
-        self._shared[key] = found or Served(engine, model, dtype, options).start()  # the newest used comes last
+        self._shared[key] = found or Served(engine, model, dtype, options).start()  # the last used comes last
         return self._shared[key]
 
     def own(self, *args: Any, **kwargs: Any) -> Served:
-        """A `Served` of the caller's own, not started yet; what is left of it is killed when the session ends."""
+        """A server of the caller's own, not started yet; it is killed at the end of the session if it still runs."""
         self._own = [each for each in self._own if each.process is None or each.process.members()]
         self._own.append(Served(*args, **kwargs))
         return self._own[-1]
 
     def close(self) -> None:
-        """Kill them all."""
+        """Kill all servers."""
         for each in (*self._shared.values(), *self._own):
             each.stop()
         self._shared.clear()

@@ -1,4 +1,4 @@
-"""What ranks do in tests of the weight sync: hold a model without Megatron around it, change it, send it to servers."""
+"""What ranks do in tests of the weight sync: hold a model without Megatron, change it, and send it to servers."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ Change = Callable[[dict[str, Tensor], int], None]
 
 
 def make_shard(folder: str, tp: int, pp: int, *, ep: int = 1, dtype: torch.dtype = torch.bfloat16) -> Shard:
-    """This rank's part of a folder's weights in fp32, exported in `dtype`. Ranks as Megatron orders them."""
+    """This rank's part of a folder's weights in fp32, exported in `dtype`; ranks are ordered like Megatron's."""
     rank, world = dist.get_rank(), dist.get_world_size()
     width = world // pp  # ranks of a stage
     pp_rank, place = divmod(rank, width)
@@ -65,7 +65,7 @@ def make_shard(folder: str, tp: int, pp: int, *, ep: int = 1, dtype: torch.dtype
 
 
 def _neighbours(size: int, stride: int) -> dist.ProcessGroup | None:
-    """Groups of `size` ranks, each `stride` from the next: the one with this rank in it; None where it is alone."""
+    """This rank's group of `size` ranks that are `stride` apart; None if it is alone."""
     found = None
     for first in range(dist.get_world_size() if size > 1 else 0):
         if first // stride % size == 0:
@@ -76,14 +76,14 @@ def _neighbours(size: int, stride: int) -> dist.ProcessGroup | None:
 
 
 def make_pool(shard: Shard, urls: list[str], engine: str = "sglang") -> ServerPool | None:
-    """On the first rank of every replica, as in a run."""
+    """The pool on the first rank of every replica, as in a run; None on other ranks."""
     if shard.holder.at.tp_rank or shard.holder.pp_rank:
         return None
     return ServerPool(EngineKind(engine), decode=str, config=PoolConfig(), endpoints=urls)
 
 
 def change(shard: Shard, version: int) -> None:
-    """Every parameter becomes another one, all by different factors."""
+    """Multiply the parameters by different factors."""
     with torch.no_grad():
         for index, parameter in enumerate(shard.chunks()[0].values()):
             parameter.mul_(1.0 + 0.01 * (version + 1) + 0.001 * (index % 7))
@@ -131,7 +131,7 @@ def make_sync(transport: str, shard: Shard, pool: ServerPool | None, settings: d
 
 
 def plant_a_wrong_byte(folder: str, urls: list[str]) -> None:
-    """One bit of one byte changes on the wire, in a tensor of the second stage."""
+    """Flip one bit on the wire, in a tensor of the second stage."""
     shard = make_shard(folder, 1, 2)
     pool = make_pool(shard, urls)
     sync = make_sync("broadcast", shard, pool, {})
@@ -200,7 +200,7 @@ def harm_in_the_middle(
 
 
 def harm_before_bucket(pool: ServerPool, url: str, count: int, harm: Callable[[], None]) -> None:
-    """Call `harm` when a server is about to be asked for its bucket number `count`."""
+    """Call `harm` when a server is about to receive its bucket number `count`."""
     server = next(live.server for live in pool.discover() if live.server.url == url)
     receive, asked = server.receive_bucket, []
 
@@ -213,8 +213,8 @@ def harm_before_bucket(pool: ServerPool, url: str, count: int, harm: Callable[[]
     server.receive_bucket = harmful
 
 
-def one_more_server() -> None:
-    """Nothing listens at this address."""
+def update_without_servers() -> None:
+    """Update when nothing listens at the server's address."""
     from tiny_models import tiny_llama
 
     folder = tiny_llama(Path(tempfile.mkdtemp(prefix="alone-")))
@@ -227,7 +227,7 @@ def one_more_server() -> None:
 
 
 def write_and_compare(folder: str, target: str, tp: int, pp: int, ep: int = 1) -> dict[str, Tensor]:
-    """All ranks write a version; what an export of everything gives."""
+    """Let all ranks write a version; returns the export of all weights."""
     shard = make_shard(folder, tp, pp, ep=ep)
     sync = DiskSync(
         shard, make_pool(shard, ["http://127.0.0.1:9"]), SyncConfig(bucket_mb=1), model=folder, folder=target
@@ -239,7 +239,7 @@ def write_and_compare(folder: str, target: str, tp: int, pp: int, ep: int = 1) -
 
 
 def own_against_export(folder: str, tp: int, pp: int, ep: int = 1) -> dict[str, int]:
-    """Every sender's own buckets are the bits of the export; the count of times that each tensor was sent."""
+    """Compare every sender's buckets with the export; returns how often this rank sent each tensor."""
     shard = make_shard(folder, tp, pp, ep=ep)
     plan = shard.plan(96 * 1024)
     whole = {name: tensor.clone() for name, tensor in export(plan, shard.chunks(), shard.holder)}
