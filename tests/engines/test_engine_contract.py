@@ -29,7 +29,7 @@ VERSIONS = itertools.count(1)
 
 @pytest.fixture(scope="module", params=[kind.value for kind in EngineKind])
 def make(request, servers, tiny_model) -> Iterator[Callable[[], Engine]]:
-    """Makes engines of one kind; servers are shared, so a new engine finds whatever weights are there."""
+    """Makes engines of one kind; servers are shared, so a new engine may find other weights."""
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)
     made: list[Engine] = []
 
@@ -72,7 +72,7 @@ def model(tiny_model):
 
 @pytest.fixture
 def engine(only, weights) -> Engine:
-    """With the model's weights, under a version that was never there before."""
+    """Loads the model's weights under a new version."""
     only.load_weights(weights.items(), version=next(VERSIONS))
     return only
 
@@ -92,7 +92,7 @@ def run(engine: Engine, requests: list[Request], params: SamplingParams) -> list
 
 
 def expected_logprobs(model, prompt: torch.Tensor, response: torch.Tensor, temperature: float) -> torch.Tensor:
-    """[R, V], by one plain forward."""
+    """Logits [R, V] by one plain forward."""
     with torch.no_grad():
         logits = model(torch.cat((prompt, response))[None]).logits[0, prompt.numel() - 1 : -1]
     return (logits / temperature).log_softmax(-1)

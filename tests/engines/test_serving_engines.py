@@ -1,4 +1,4 @@
-"""`clipo serve` with real servers: they come up, fail, come back, keep their key to themselves, and end."""
+"""`clipo serve` with real servers: they start, fail, restart, keep their key secret, and end."""
 
 import hashlib
 import json
@@ -95,7 +95,7 @@ class Serving:
 
 
 def group(leader: int) -> list[int]:
-    """Living processes of a process group."""
+    """The live processes of a process group."""
     found = []
     for place in Path("/proc").glob("[0-9]*"):
         try:

@@ -23,7 +23,7 @@ PACKAGES = ("tiny-base", "tiny-engine")
 
 
 def write_wheel(folder: Path, name: str) -> None:
-    """A package of one module that says its own name."""
+    """Write a package of one module, which contains its own name."""
     module = name.replace("-", "_")
     info = f"{module}-1.0.dist-info"
     files = {
@@ -49,7 +49,7 @@ def recipe(tmp_path, monkeypatch) -> Recipe:
 
 
 def in_another_process(recipe: Recipe) -> subprocess.Popen:
-    """`ensure`, as a command."""
+    """Run `ensure` in another process."""
     script = (
         "import sys\nfrom pathlib import Path\nfrom clipo_megatron.serving.environment import Recipe, ensure\n"
         "print(ensure(Recipe('tiny', Path(sys.argv[1]), sys.argv[2], 0.1, 0.1)))"
@@ -59,7 +59,7 @@ def in_another_process(recipe: Recipe) -> subprocess.Popen:
 
 
 def processes_in(folder: Path) -> list[int]:
-    """Whatever runs out of a folder."""
+    """The processes whose program or arguments name a folder."""
     found = []
     for place in Path("/proc").glob("[0-9]*"):
         try:
@@ -157,7 +157,7 @@ def test_a_deadline_leaves_nothing_running(recipe):
     assert not processes_in(endless.python) and not endless.folder.exists()
 
 
-def test_whose_interpreter(recipe, monkeypatch):
+def test_the_choice_of_the_interpreter(recipe, monkeypatch):
     monkeypatch.setitem(environment.RECIPES, "tiny", recipe)
     assert interpreter("tiny", "sh", gpus=0).name == "sh"
     with pytest.raises(ServingError, match=r"serve\.python = no/such/python is no program"):

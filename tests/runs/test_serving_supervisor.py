@@ -1,4 +1,4 @@
-"""The supervisor, on cheap real processes: servers are restarted, given up or left alone, each when it should be."""
+"""The supervisor with small real processes: when servers are restarted, given up or left alone."""
 
 from paths import SUPPORT
 import os
@@ -140,13 +140,13 @@ def test_a_server_lives_from_start_to_signal(tmp_path):
     assert any("2 servers ready" in line for line in fakes.said), fakes.said
 
 
-def test_sigterm_is_told_from_sigint(tmp_path):
+def test_the_result_names_the_signal(tmp_path):
     fakes = Fakes(tmp_path)
     assert fakes.run(lambda: fakes.ready(), signals=(signal.SIGTERM,)) == 143
 
 
 def test_a_signal_that_was_ignored_before_is_left_alone(tmp_path):
-    """As in a job of Slurm, which sends SIGTERM to the ranks and to the servers that these still need."""
+    """As in a Slurm job, which sends SIGTERM to the ranks and also to the servers that they still need."""
     fakes = Fakes(tmp_path)
     before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
     try:
@@ -233,7 +233,7 @@ def test_a_busy_engine_is_left_alone_for_as_long_as_it_may_take(tmp_path):
     assert any("its engine has not" in line for line in fakes.said), fakes.said
 
 
-def test_failed_starts_are_tried_again_later_and_later_then_given_up(tmp_path):
+def test_failed_starts_back_off_and_end(tmp_path):
     fakes = Fakes(tmp_path)
     fakes.tell("exit-7")
     with pytest.raises(ServingError, match=r"(?s)failed 3 times in a row.*exit code 7.*something is wrong"):
@@ -288,7 +288,7 @@ def test_one_server_given_up_leaves_the_others(tmp_path):
     assert [record.status for record in fakes.registry.records()] == [Status.stopped, Status.failed]
 
 
-def test_a_port_that_was_taken_meanwhile_is_exchanged(tmp_path):
+def test_a_port_that_was_taken_meanwhile_is_replaced(tmp_path):
     fakes = Fakes(tmp_path)
     thief = socket.socket()
 
@@ -335,7 +335,7 @@ def test_the_log_never_holds_the_key(tmp_path):
     assert fakes.logs[0].read_text() == "the word is <redacted>!\n"
 
 
-def test_the_file_with_the_key_is_private_and_goes(tmp_path):
+def test_the_file_with_the_key_is_private_and_removed(tmp_path):
     file = tmp_path / "key.yaml"
     command = ServerCommand((sys.executable, "-c", "import time; time.sleep(60)"), {}, (file, "api-key: x\n"))
     process = ServerProcess(command, tmp_path / "log")
@@ -347,7 +347,7 @@ def test_the_file_with_the_key_is_private_and_goes(tmp_path):
         process.kill()
 
 
-def test_one_clipo_serve_a_machine_and_run(tmp_path):
+def test_a_second_clipo_serve_of_a_run_is_refused(tmp_path):
     with (
         only_one(tmp_path / "servers"),
         pytest.raises(ServingError, match=f"process {os.getpid()} runs servers"),

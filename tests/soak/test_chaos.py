@@ -1,4 +1,4 @@
-"""A run whose servers are killed, stopped, cut off and made to lie: nothing is lost, and nothing counts twice."""
+"""A run whose servers are killed, stopped, disconnected and made to answer wrongly loses and repeats nothing."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from served import interpreter
 from small_runs import SmallRun, metrics, steps_logged, write_config, write_model
 
 STEPS = 60
-FAULT_S = 900.0  # for one fault, and the step that it hits, to be over
-PATIENCE = (
+FAULT_S = 900.0  # for a fault and its step to end
+DEADLINES = (
     "rollout.deadline_s=400",
     "rollout.pool.request_deadline_s=45",
     "rollout.pool.attempts=8",
@@ -33,7 +33,7 @@ def test_a_run_outlives_its_servers(tmp_path: Path):
     interpreter("sglang")
     config = write_config(tmp_path, write_model(tmp_path / "model", intermediate=128))
     output = tmp_path / "run"
-    served = ("rollout.engine=sglang", f"train.output={output}", *PATIENCE)
+    served = ("rollout.engine=sglang", f"train.output={output}", *DEADLINES)
     servers = SmallRun(config, tmp_path / "serve", "serve.servers=2", *served, command="serve")
     chaos, run = Chaos(output, seed), None
     try:
@@ -80,7 +80,7 @@ def let_it_happen(chaos: Chaos, fault: Fault, run: SmallRun) -> None:
 
 
 def everything_once(output: Path) -> None:
-    """Every step happened once, with every rollout of every prompt once, from the weights of that step."""
+    """Check that every step has every rollout of its prompts once, from the weights of that step."""
     assert [line["step"] for line in metrics(output)] == list(range(STEPS))
     groups = rollouts(output)
     assert [group["step"] for group in groups] == [step for step in range(STEPS) for _ in range(4)]

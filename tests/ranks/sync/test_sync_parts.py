@@ -65,7 +65,7 @@ def test_stages_alternate(tmp_path: Path):
 
 
 def reference_tile_hash(data: bytes, seed: int = 0x243F6A88) -> str:
-    """The same formula, a word at a time in whole numbers."""
+    """The same formula, one word at a time, with Python integers."""
     data += bytes(-len(data) % 4)
     words = [int.from_bytes(data[i : i + 4], "little") for i in range(0, len(data), 4)]
     if not words:
@@ -115,7 +115,7 @@ def test_digest_of_parts_is_that_of_the_whole():
 
 
 def sums_of(folder: Path, sizes: list[int], kind: ChecksumKind = "plain") -> tuple[Sums, dict[str, torch.Tensor]]:
-    """Of a folder's own tensors in fp32, all in one bucket."""
+    """The checksums of a folder's tensors in fp32, all in one bucket."""
     spec = model_spec(read_config(folder))
     weights = load_file(folder / "model.safetensors")
     bucket = Bucket(0, 0, tuple(each for each in entries(spec, even_stages(spec.num_layers, 1)[0]) if not each.copy))
@@ -173,7 +173,7 @@ def test_norms_of_queries_and_keys_are_the_same_on_every_rank(tmp_path: Path):
     }
 
 
-def test_of_a_mixture_of_experts_all_but_the_experts_is_known(tmp_path: Path):
+def test_all_but_the_experts_of_a_mixture_can_be_compared(tmp_path: Path):
     sums, weights = sums_of(tiny_qwen3_moe(tmp_path / "model", dense_layers=(1,)), [1])
     held = sums.held[0, 1]
     assert held["model.layers.0.mlp.gate.weight"] == sha(weights["model.layers.0.mlp.gate.weight"])

@@ -55,7 +55,7 @@ def engine_of(folder: Path, *, batch_size: int = 64, dtype: torch.dtype = torch.
 
 
 def chat_prompts(folder: Path, texts: list[str]) -> list[Request]:
-    """Prompts with the template's beginning in common, and of different lengths."""
+    """Prompts of different lengths that share the beginning of the template."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
     prompts = []
     for row, text in enumerate(texts):
@@ -86,7 +86,7 @@ def run(engine: LocalEngine, prompts, **params) -> list[RolloutGroup]:
 
 
 def alone(model, prompt: torch.Tensor, response: torch.Tensor, temperature: float) -> torch.Tensor:
-    """Log-probs [R] of a response by one plain forward of its own."""
+    """Log-probs [R] of a response by one plain forward."""
     with torch.no_grad():
         logits = model(torch.cat((prompt, response))[None]).logits[0, prompt.numel() - 1 : -1].float()
     return (logits / temperature).log_softmax(-1).gather(1, response[:, None])[:, 0]
@@ -266,7 +266,7 @@ def test_a_stop_token_at_the_last_place_is_a_stop(llama):
 
 
 def test_no_token_is_computed_twice_or_after_its_end(llama):
-    """The prefix once a wave, each prompt once, each response token but the last once."""
+    """Each prefix, prompt and response token is computed once, except for a response's last token."""
     engine, prompts = engine_of(llama), chat_prompts(llama, ["same size a", "same size b", "same size c"])
     tokens = []
     engine._model.get_input_embeddings().register_forward_hook(lambda _, inputs, __: tokens.append(inputs[0].numel()))

@@ -1,4 +1,4 @@
-"""The registry: entries are whole or not there, and what is no record is passed over."""
+"""The registry: records are complete or absent, and other files are ignored."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def registry(tmp_path) -> Registry:
     return Registry(tmp_path / "servers")
 
 
-def test_what_was_written_is_read(registry):
+def test_records_are_read_as_written(registry):
     other = dataclasses.replace(RECORD, name="server-1", status=Status.starting)
     registry.write(other)
     registry.write(RECORD)
@@ -33,7 +33,7 @@ def test_what_was_written_is_read(registry):
     assert sorted(path.name for path in registry.folder.iterdir()) == ["server-1.json"]
 
 
-def test_a_folder_that_is_not_there_has_no_entries(registry):
+def test_an_absent_folder_has_no_records(registry):
     assert registry.records() == []
     registry.remove("server-0")
 
@@ -52,7 +52,7 @@ DAMAGED = {
 
 
 @pytest.mark.parametrize("text", DAMAGED.values(), ids=DAMAGED)
-def test_damaged_and_foreign_files_are_passed_over(registry, text):
+def test_damaged_and_foreign_files_are_ignored(registry, text):
     registry.write(dataclasses.replace(RECORD, name="server-1"))
     (registry.folder / "server-0.json").write_text(text)
     (registry.folder / "notes.txt").write_text("hello")
@@ -62,7 +62,7 @@ def test_damaged_and_foreign_files_are_passed_over(registry, text):
     assert [record.name for record in registry.records()] == ["server-1"]
 
 
-def test_an_entry_with_more_than_is_known_is_read(registry):
+def test_unknown_fields_of_a_record_are_ignored(registry):
     registry.folder.mkdir()
     found = dataclasses.asdict(RECORD) | {"colour": "blue"}
     (registry.folder / "server-0.json").write_text(json.dumps(found))
@@ -77,7 +77,7 @@ def test_names_that_are_no_file_names_are_refused(registry, name):
         registry.remove(name)
 
 
-def test_a_reader_never_sees_half_an_entry(registry):
+def test_a_reader_never_sees_half_a_record(registry):
     registry.write(RECORD)
     done = threading.Event()
 

@@ -1,4 +1,4 @@
-"""What a configuration becomes: command lines, environments, addresses, refusals."""
+"""From a configuration to command lines, environments and addresses, and what is refused."""
 
 import json
 from pathlib import Path
@@ -26,7 +26,7 @@ def config(engine: str, **sections) -> RunConfig:
 
 
 def flags(words) -> dict[str, list[str]]:
-    """Flag -> the words after it."""
+    """The words after each flag."""
     found: dict[str, list[str]] = {}
     for word in words:
         if word.startswith("--"):
@@ -115,7 +115,7 @@ def test_options_of_the_engine_pass_through_and_win():
     assert json.loads(found["--json-model-override-args"][0]) == options["json_model_override_args"]
 
 
-def test_vllm_takes_no_for_an_answer():
+def test_false_becomes_a_negated_flag_of_vllm():
     run = config("vllm", vllm={"enforce_eager": False, "enable_prefix_caching": False})
     found = flags(server_command(run, ServerSlot(0, 1), python=PYTHON).arguments)
     assert found["--no-enforce-eager"] == found["--no-enable-prefix-caching"] == [] and "--enforce-eager" not in found
