@@ -92,7 +92,7 @@ def run(engine: Engine, requests: list[Request], params: SamplingParams) -> list
 
 
 def expected_logprobs(model, prompt: torch.Tensor, response: torch.Tensor, temperature: float) -> torch.Tensor:
-    """Logits [R, V] by one plain forward."""
+    """Log-probs [R, V] by one plain forward."""
     with torch.no_grad():
         logits = model(torch.cat((prompt, response))[None]).logits[0, prompt.numel() - 1 : -1]
     return (logits / temperature).log_softmax(-1)

@@ -22,7 +22,7 @@ def frequencies(logits: torch.Tensor, count: int, **params) -> torch.Tensor:
 
 
 def truncated(logits: torch.Tensor, top_k: int, top_p: float) -> torch.Tensor:
-    """The tokens that the definition of top-k and top-p keeps, one by one."""
+    """The distribution after top-k and top-p, computed token by token from their definition."""
     probs = logits.double().softmax(-1)
     order = probs.argsort(descending=True, stable=True).tolist()
     kept = order[:top_k] if top_k else order
