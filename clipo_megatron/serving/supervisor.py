@@ -45,10 +45,10 @@ _MAX_BACKOFF_S = 60.0
 class ServerLimits:
     """How long a server may take, in seconds, and how often it may fail."""
 
-    start_deadline_s: float  # until it is ready
+    startup_timeout_s: float  # until it is ready
     health_timeout_s: float  # for its HTTP process to answer
     engine_timeout_s: float  # for its engine to answer
-    restarts: int  # failed starts in a row
+    max_restarts: int  # failed starts in a row
     backoff_s: float = 1.0  # after the first failed start; doubles with each further one
     grace_period_s: float = 10.0  # to end by itself after SIGTERM
 
@@ -226,12 +226,12 @@ class Supervisor:
             self._became_ready(server, seconds)
         elif reason := self._why_stopped(server, now):
             self._failed(server, reason)
-        elif seconds > self._limits.start_deadline_s:
-            self._failed(server, f"was not ready after {self._limits.start_deadline_s:.0f} s")
+        elif seconds > self._limits.startup_timeout_s:
+            self._failed(server, f"was not ready after {self._limits.startup_timeout_s:.0f} s")
         elif now - server.reported_at > _REPORT_EVERY_S:
             server.reported_at = now
             self._say(
-                f"{server.record.name}: starting for {seconds:.0f} s, of {self._limits.start_deadline_s:.0f} s at most"
+                f"{server.record.name}: starting for {seconds:.0f} s, of {self._limits.startup_timeout_s:.0f} s at most"
             )
 
     def _became_ready(self, server: _SupervisedServer, seconds: float) -> None:
@@ -283,10 +283,10 @@ class Supervisor:
             self._say(f"{name}: {how}; starting it again")
             return
         server.failed_starts += 1
-        if not hopeless and server.failed_starts <= self._limits.restarts:
+        if not hopeless and server.failed_starts <= self._limits.max_restarts:
             wait = min(_MAX_BACKOFF_S, self._limits.backoff_s * 2 ** (server.failed_starts - 1))
             server.retry_at = time.monotonic() + wait
-            tries = f"try {server.failed_starts + 1} of {self._limits.restarts + 1}"
+            tries = f"try {server.failed_starts + 1} of {self._limits.max_restarts + 1}"
             self._say(f"{name}: {how} while starting; {tries} in {wait:.0f} s")
             return
         server.retry_at = None

@@ -13,7 +13,7 @@ from aiohttp import web
 from faulty_proxy import FaultyProxy
 from ranks import RankError, RankPool
 from served import Served, Servers
-from sync_steps import harm_in_the_middle, plant_a_wrong_byte, update_repeatedly, update_without_servers
+from sync_steps import harm_in_the_middle, plant_a_wrong_byte, update_repeatedly
 from tiny_models import tiny_llama, tiny_qwen2, tiny_qwen3, tiny_qwen3_moe
 
 DEADLINE_S = 24.0  # of one update, in tests where a fault uses up a part of it

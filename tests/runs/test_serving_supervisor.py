@@ -27,7 +27,12 @@ from clipo_megatron.serving.supervisor import ServerLimits, Supervisor, ServerSp
 PROGRAM = SUPPORT / "fake_server.py"
 UNRESPONSIVE_S = 4.0  # a loaded machine may be slow to answer for a second or two
 LIMITS = ServerLimits(
-    start_deadline_s=30, health_timeout_s=UNRESPONSIVE_S, engine_timeout_s=2 * UNRESPONSIVE_S, restarts=2, backoff_s=0.2, grace_period_s=1.0
+    startup_timeout_s=30,
+    health_timeout_s=UNRESPONSIVE_S,
+    engine_timeout_s=2 * UNRESPONSIVE_S,
+    max_restarts=2,
+    backoff_s=0.2,
+    grace_period_s=1.0,
 )
 
 
@@ -178,14 +183,14 @@ def test_deaths_of_a_server_that_was_ready_are_not_counted(tmp_path):
 
     def scenario():
         boot = ""
-        for _ in range(LIMITS.restarts + 3):
+        for _ in range(LIMITS.max_restarts + 3):
             record = fakes.ready(besides=boot)
             boot = record.boot
             os.killpg(record.pid, signal.SIGKILL)
         fakes.ready(besides=boot)
 
     assert fakes.run(scenario) == 130
-    assert len(fakes.starts()) == LIMITS.restarts + 4
+    assert len(fakes.starts()) == LIMITS.max_restarts + 4
 
 
 @pytest.mark.parametrize("how", ["stopped", "child stopped", "deaf"])
@@ -227,7 +232,9 @@ def test_a_busy_engine_is_left_alone_for_as_long_as_it_may_take(tmp_path):
         fakes.untell("busy")
         fakes.ready(besides=before.boot)
 
-    limits = ServerLimits(start_deadline_s=30, health_timeout_s=UNRESPONSIVE_S, engine_timeout_s=3 * UNRESPONSIVE_S, restarts=2)
+    limits = ServerLimits(
+        startup_timeout_s=30, health_timeout_s=UNRESPONSIVE_S, engine_timeout_s=3 * UNRESPONSIVE_S, max_restarts=2
+    )
     fakes.supervisor._patience = limits
     assert fakes.run(scenario) == 130
     assert any("its engine has not" in line for line in fakes.said), fakes.said
@@ -240,7 +247,7 @@ def test_failed_starts_back_off_and_end(tmp_path):
         fakes.run(lambda: None, signals=())
     starts = fakes.starts()
     first, second = (later - earlier for earlier, later in pairwise(starts))
-    assert len(starts) == LIMITS.restarts + 1 and first >= 0.2 and second >= 0.4
+    assert len(starts) == LIMITS.max_restarts + 1 and first >= 0.2 and second >= 0.4
     assert fakes.record().status is Status.failed
 
 
@@ -268,7 +275,7 @@ def test_a_server_that_is_stopped_while_it_starts_is_started_again(tmp_path):
 
 
 def test_a_start_has_a_deadline(tmp_path):
-    limits = ServerLimits(start_deadline_s=1.5, health_timeout_s=1, engine_timeout_s=1, restarts=0)
+    limits = ServerLimits(startup_timeout_s=1.5, health_timeout_s=1, engine_timeout_s=1, max_restarts=0)
     fakes = Fakes(tmp_path, limits=limits)
     fakes.tell("start-slowly")
     with pytest.raises(ServingError, match="was not ready after 2 s"):
