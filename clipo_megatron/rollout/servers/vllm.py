@@ -167,6 +167,8 @@ class VLLMServer(HttpServer):
             answer = await self._http.post("/reset_prefix_cache", deadline_s=seconds_until(deadline))
             if not isinstance(answer, dict) or answer.get("success", True):
                 break
+            if not seconds_until(deadline):
+                raise self._http.fail(Fault.deadline, f"requests held its prefix cache for {deadline_s:g} s")
             await asyncio.sleep(_EMPTY_CACHE_EVERY_S)
         body = {"new_version": str(version)}
         await self._http.post("/update_weight_version", body, deadline_s=seconds_until(deadline))
