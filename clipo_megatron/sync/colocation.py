@@ -25,9 +25,9 @@ class WrongTurn(RuntimeError):
 
 
 class Colocation:
-    """Offloads and restores the memory of an engine that shares its GPUs: generate -> train -> update -> generate.
+    """Offloads and onloads the memory of an engine that shares its GPUs: generate -> train -> update -> generate.
 
-    Weights and cache are offloaded before training. The memory of the weights is restored before an update, the memory
+    Weights and cache are offloaded before training. The memory of the weights is onloaded before an update, the memory
     of the cache after it. A run whose servers offloaded before the policy was built begins with `Turn.train`.
     """
 
@@ -41,13 +41,13 @@ class Colocation:
         self.turn = Turn.train
 
     def before_update(self) -> None:
-        """Restore the memory of the weights, whose contents are undefined until the update."""
+        """Onload the memory of the weights, whose contents are undefined until the update."""
         self._leave(Turn.train, "before_update")
         self.engine.onload(Memory.weights)
         self.turn = Turn.update
 
     def after_update(self) -> None:
-        """Restore the memory of the cache, so that the servers can generate."""
+        """Onload the memory of the cache, so that the servers can generate."""
         self._leave(Turn.update, "after_update")
         self.engine.onload(Memory.kv_cache)
         self.turn = Turn.generate
@@ -99,7 +99,7 @@ class ColocatedSync:
             self._training = True
 
     def update_weights(self, version: int) -> Any:
-        """Offload the trainer, update the servers' weights, then restore the servers' cache."""
+        """Offload the trainer, update the servers' weights, then onload the servers' cache."""
         if self._training:
             self.policy.offload()
         else:  # servers came back during generation: they hold memory, and the trainer does not

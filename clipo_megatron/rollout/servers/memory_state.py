@@ -1,4 +1,4 @@
-"""Which memory a server has given back. Engines crash when they offload twice or restore what they still have."""
+"""Which memory a server has given back. Engines crash when they offload twice or onload what they still have."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class MemoryState:
         """The part of `what` that the server still has."""
         return [each for each in what if each not in self._since(boot)]
 
-    def to_restore(self, what: Sequence[Memory], boot: str) -> list[Memory]:
+    def to_onload(self, what: Sequence[Memory], boot: str) -> list[Memory]:
         """The part of `what` that the server has given back."""
         return [each for each in what if each in self._since(boot)]
 
@@ -29,7 +29,7 @@ class MemoryState:
         """Record that the server gave these back."""
         self._offloaded |= set(what)
 
-    def restored(self, what: Sequence[Memory]) -> None:
+    def onloaded(self, what: Sequence[Memory]) -> None:
         """Record that the server took these again."""
         self._offloaded -= set(what)
 

@@ -117,10 +117,10 @@ class SGLangServer(HttpServer):
     async def onload(self, what: Sequence[Memory], *, deadline_s: float) -> None:
         deadline = time.monotonic() + deadline_s
         state = await self.state(deadline_s=deadline_s)
-        if missing := self._memory.to_restore(what, state.boot):
+        if missing := self._memory.to_onload(what, state.boot):
             body = {"tags": [each.value for each in missing]}
             await self._http.post("/resume_memory_occupation", body, deadline_s=seconds_until(deadline))
-            self._memory.restored(missing)
+            self._memory.onloaded(missing)
 
     # --- weights -------------------------------------------------------------------------------------------------
 

@@ -142,9 +142,9 @@ class VLLMServer(HttpServer):
     async def onload(self, what: Sequence[Memory], *, deadline_s: float) -> None:
         deadline = time.monotonic() + deadline_s
         boot = (await self.state(deadline_s=deadline_s)).boot
-        for each in self._memory.to_restore(what, boot):
+        for each in self._memory.to_onload(what, boot):
             await self._http.post("/wake_up", deadline_s=seconds_until(deadline), tags=each.value)
-            self._memory.restored([each])
+            self._memory.onloaded([each])
 
     # --- weights -------------------------------------------------------------------------------------------------
 

@@ -264,7 +264,7 @@ class Recorder:
         self.calls.append(("offload", *what))
 
     def onload(self, *what: Memory) -> None:
-        self.calls.append(("restore", *what))
+        self.calls.append(("onload", *what))
 
 
 def test_turns_of_colocated_servers():
@@ -275,7 +275,7 @@ def test_turns_of_colocated_servers():
         turns.before_update()
         turns.after_update()
     assert engine.calls == 2 * [
-        ("offload", Memory.kv_cache, Memory.weights), ("restore", Memory.weights), ("restore", Memory.kv_cache),
+        ("offload", Memory.kv_cache, Memory.weights), ("onload", Memory.weights), ("onload", Memory.kv_cache),
     ]  # fmt: skip
 
 
