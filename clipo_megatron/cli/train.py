@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from clipo_megatron.cli.ranks import on_ranks
 
 if TYPE_CHECKING:
-    from clipo_megatron.config.schema import RunConfig
+    from clipo_megatron.config.schema import RunConfig, SourceConfig
+    from clipo_megatron.data.sources import Row
     from clipo_megatron.runtime.launch import Launch
 
+TRIED = 8  # problems of a generator that --check makes
 DESCRIPTION = """\
 Train a model as CONFIG, a YAML file, says. `key=value` overrides settings; values are YAML.
 
@@ -55,12 +59,13 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _report(config: RunConfig, place: Launch | None) -> int:
-    """Read the data and print what the run would do."""
-    from clipo_megatron.data.sources import DataError, overlap, read_all, without
+    """Read the data and print what the run would do. Of a generator some problems are made, to see that it can."""
+    from clipo_megatron.data.sources import DataError, overlap, without
 
-    found, held_out = read_all(config.data.train), read_all(config.data.eval)
+    found, made = _read(config.data.train)
+    held_out, made_held_out = _read(config.data.eval)
     train = without(found, held_out) if config.data.hold_out else found
-    if not train:
+    if not train and not made:
         raise DataError(
             f"all {len(found)} training problems are also held out, and data.hold_out leaves those out of training. "
             "Give other problems, or set data.hold_out=false."
@@ -68,16 +73,27 @@ def _report(config: RunConfig, place: Launch | None) -> int:
     if place is not None and place.rank != 0:
         return 0
     layout, ranks = config.layout, place.world if place else config.layout.requested_ranks
-    replicas = layout.replicas(ranks)
     print(f"{config.name}: the configuration is sound.")
-    print(f"  ranks     {ranks} = tp {layout.tp} x pp {layout.pp} x dp {replicas}")
+    print(f"  ranks     {ranks} = tp {layout.tp} x pp {layout.pp} x dp {layout.replicas(ranks)}")
     prompts, samples = config.data.prompts_per_step, config.rollout.samples_per_prompt
     print(f"  a step    {prompts} prompts x {samples} samples = {prompts * samples} rollouts")
-    epochs = config.train.steps * prompts / len(train)
-    print(f"  training  {len(train)} problems, {config.train.steps} steps = {epochs:.3g} epochs")
-    shared = f", {overlap(train, held_out)} of them also trained on" if held_out else ""
+    problems = len(train) + made
+    epochs = config.train.steps * prompts / problems
+    print(f"  training  {problems} problems, {config.train.steps} steps = {epochs:.3g} epochs")
+    of_files = " of files" if made or made_held_out else ""
+    shared = f", {overlap(train, held_out)}{of_files} also trained on" if held_out else ""
     left_out = len(found) - len(train)
     shared += f"; {left_out} training problems are among them and left out" if left_out else ""
-    print(f"  held out  {len(held_out)} problems{shared}")
+    print(f"  held out  {len(held_out) + made_held_out} problems{shared}")
     print(f"  output    {config.train.output}")
     return 0
+
+
+def _read(sources: Sequence[SourceConfig]) -> tuple[list[Row], int]:
+    """The rows of all files, and the number of problems that generators will make."""
+    from clipo_megatron.data.sources import read_all
+
+    generated = [source for source in sources if source.generator]
+    read_all([replace(source, size=min(source.size or 0, TRIED)) for source in generated])
+    rows = read_all([source for source in sources if not source.generator])
+    return rows, sum(source.size or 0 for source in generated)
