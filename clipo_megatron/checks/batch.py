@@ -33,7 +33,7 @@ def batch_problems(config: RunConfig, ranks: int | None) -> Iterator[ConfigProbl
 
 
 def _mini_batches(config: RunConfig, replicas: int) -> Iterator[ConfigProblem]:
-    """Whether every replica gets a rollout of every mini-batch."""
+    """Mini-batches with fewer rollouts than there are replicas."""
     prompts, mini = config.data.prompts_per_step, config.algorithm.mini_batches
     # With windows a prompt may have a single rollout that has not ended before.
     windows, samples = config.rollout.window_tokens is not None, config.rollout.samples_per_prompt

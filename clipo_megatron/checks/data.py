@@ -13,6 +13,7 @@ from clipo_megatron.data.sources import FILE_TYPES
 
 
 def data_problems(config: RunConfig, parts: Sequence[str]) -> Iterator[ConfigProblem]:
+    """Problems of the sources in these `parts`, which are "train" and "eval"."""
     if "train" in parts and not config.data.train:
         remedy = "Add a source, such as `data.train=[{path: train.parquet}]`"
         yield ConfigProblem("data.train", "there is nothing to train on", remedy, show_value=False)

@@ -9,7 +9,7 @@ from clipo_megatron.config.schema import RunConfig
 
 
 def evaluation_problems(config: RunConfig) -> Iterator[ConfigProblem]:
-    """How evaluation samples, and which k's its figures are for."""
+    """Samples that would all be the same, and k of pass@k that there are too few samples for."""
     settings = config.eval
     if settings.samples > 1 and settings.temperature == 0:
         reason = "eval.temperature is 0, so all samples of a problem would be the same greedy answer"

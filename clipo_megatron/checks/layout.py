@@ -36,7 +36,7 @@ def _multiples(near: int, unit: int) -> str:
 
 
 def division_problems(layout: LayoutConfig, facts: dict[str, Any], replicas: int) -> Iterator[ConfigProblem]:
-    """Problems of dividing the model of a config.json, with `replicas` data-parallel ranks."""
+    """Problems of dividing the model whose config.json has these `facts`, with `replicas` data-parallel replicas."""
     yield from _tensors(layout, facts)
     yield from _stages(layout, int(facts.get("num_hidden_layers", 0)))
     yield from _experts(layout, facts, replicas)
@@ -47,7 +47,7 @@ def _tensors(layout: LayoutConfig, facts: dict[str, Any]) -> Iterator[ConfigProb
     groups = int(facts.get("num_key_value_heads") or heads)
 
     def fits(size: int) -> bool:
-        # fewer key-value heads than ranks: each is replicated on tp / groups of them
+        # With fewer key-value heads than ranks, each head is replicated on tp / groups of them.
         return heads % size == 0 and wide % size == 0 and (groups % size == 0 or size % groups == 0)
 
     if layout.tp > 1 and not fits(layout.tp):

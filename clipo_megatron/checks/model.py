@@ -1,4 +1,4 @@
-"""Cross-checks of model folders: the policy's, and that of critic.path, with the layout and the engine."""
+"""Checks of the folders of policy and critic: whether they are models, and fit the layout and the engine."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ ARCHITECTURES = {family.architecture: family for family in FAMILIES.values()}
 
 
 def model_problems(config: RunConfig, replicas: int, *, trains: bool = True) -> Iterator[ConfigProblem]:
-    """Problems of the policy's folder, and of the critic's if it `trains`, on `replicas` data-parallel ranks."""
+    """Problems of the policy's folder, and if it `trains` of the critic's, in a layout of `replicas` replicas."""
     facts = yield from _policy(config)
     divided = [] if facts is None else list(division_problems(config.layout, facts, replicas))
     yield from divided
@@ -44,7 +44,7 @@ def _policy(config: RunConfig) -> Generator[ConfigProblem, None, dict[str, Any] 
 
 
 def _folder(key: str, value: str, remedy: str) -> Generator[ConfigProblem, None, dict[str, Any] | None]:
-    """Problems of a folder by itself; returns its config.json, None where that cannot be gone by."""
+    """Problems of a folder by itself. Returns the content of its config.json; None if other checks cannot use it."""
     weights = Path(value)
     if not weights.is_dir():
         reason = "there is no such folder" + ("" if weights.is_absolute() else f" below {Path.cwd()}")
@@ -52,7 +52,7 @@ def _folder(key: str, value: str, remedy: str) -> Generator[ConfigProblem, None,
         return None
     file = hf_folder(weights) / "config.json"
     if is_checkpoint(weights) and not file.is_file():
-        reason = "it is a checkpoint without hf/config.json, from before those were kept"
+        reason = "it is a checkpoint without hf/config.json, of a version that did not save it"
         yield ConfigProblem(
             key, reason, "Convert it (clipo convert to-hf CHECKPOINT OUT --hf MODEL) and give OUT", value
         )
@@ -88,7 +88,7 @@ def _has_chat_template(folder: Path) -> bool:
 
 
 def _window(config: RunConfig, facts: dict[str, Any]) -> Iterator[ConfigProblem]:
-    """Whether the engine computes the model's sliding window, where sequences are long enough for it to matter."""
+    """SGLang ignores the sliding window of these models, which matters once sequences are longer than it."""
     architecture = facts["architectures"][0]
     family = ARCHITECTURES[architecture]
     window = {**family.defaults, **facts}.get("sliding_window")
@@ -102,7 +102,7 @@ def _window(config: RunConfig, facts: dict[str, Any]) -> Iterator[ConfigProblem]
 
 
 def _positions(config: RunConfig, facts: dict[str, Any]) -> Iterator[ConfigProblem]:
-    """Whether the model takes sequences as long as they can become."""
+    """Whether the longest possible sequence has more tokens than the model has positions."""
     longest, limit = config.data.max_prompt_tokens, facts.get("max_position_embeddings")
     for setting, new_tokens in (
         ("rollout.max_new_tokens", config.rollout.max_new_tokens),
@@ -118,7 +118,10 @@ def _positions(config: RunConfig, facts: dict[str, Any]) -> Iterator[ConfigProbl
 def _critic(
     config: RunConfig, replicas: int, policy: dict[str, Any] | None, said: list[ConfigProblem]
 ) -> Iterator[ConfigProblem]:
-    """Whether the critic can read the policy's tokens and be laid out as it is; `said`: of the policy's division."""
+    """Whether the critic can read the policy's tokens and be divided as the policy is.
+
+    Problems that the policy's own division has, `said`, are not repeated.
+    """
     key, value = "critic.path", config.critic.path
     if value is None:
         return

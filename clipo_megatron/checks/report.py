@@ -1,4 +1,4 @@
-"""What would be found missing only when the first metrics are written."""
+"""Checks of the section `report`: what would otherwise fail when the first metrics are written."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from clipo_megatron.config.schema import RunConfig, WandbMode
 
 
 def report_problems(config: RunConfig) -> Iterator[ConfigProblem]:
-    """Sinks whose package is not installed, and names that they do not take."""
+    """Packages that are not installed, and names of projects that Weights & Biases does not take."""
     report = config.report
     if report.tensorboard and util.find_spec("tensorboard") is None:
         reason = "the package tensorboard is not installed"

@@ -1,4 +1,4 @@
-"""Cross-checks of engines, servers, weight transport, what a step asks for, and the off-policy correction."""
+"""Checks of the engine, its servers, the transport of weights, over-sampling, and the off-policy correction."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from urllib.parse import urlsplit
 from clipo_megatron.config.errors import ConfigProblem
 from clipo_megatron.config.schema import CorrectionKind, EngineKind, RunConfig, Transport, Unfinished
 
-# engine -> transports, the default first
+# The transports that an engine can receive weights by, the default first.
 TRANSPORTS = {
     EngineKind.local: (Transport.in_process,),
     EngineKind.sglang: (Transport.broadcast, Transport.disk, Transport.ipc),
@@ -21,7 +21,6 @@ LAST_PORT = 65535
 
 
 def rollout_problems(config: RunConfig) -> Iterator[ConfigProblem]:
-    """All problems of these settings."""
     yield from _transport(config)
     yield from _addresses(config)
     yield from _asking(config)
@@ -37,7 +36,7 @@ def transport_of(config: RunConfig) -> Transport:
 
 
 def is_loopback(host: str) -> bool:
-    """Whether an address is this machine's own only; a name that is not localhost counts as elsewhere."""
+    """Whether an address can be reached from this machine alone; names other than localhost count as reachable."""
     if host == "localhost":
         return True
     try:
@@ -73,7 +72,7 @@ def _addresses(config: RunConfig) -> Iterator[ConfigProblem]:
         key = "rollout.endpoints" if rollout.endpoints else "rollout.router"
         yield ConfigProblem(key, reason, "Remove it, or set rollout.engine to sglang or vllm", show_value=False)
         return
-    outside = []  # settings with addresses beyond this machine
+    outside = []  # (setting, address) of those beyond this machine
     for key, url in urls:
         if (host := _host(url)) is None:
             remedy = "Give an address such as http://127.0.0.1:30000"
@@ -82,7 +81,7 @@ def _addresses(config: RunConfig) -> Iterator[ConfigProblem]:
             outside.append((key, url))
     for url, count in Counter(url.rstrip("/") for url in rollout.endpoints).items():
         if count > 1:
-            reason = f"{url} stands there {count} times, and each server is asked and given weights once"
+            reason = f"{url} is listed {count} times, and each server is asked and given weights once"
             yield ConfigProblem("rollout.endpoints", reason, "List it once", show_value=False)
     if rollout.engine is EngineKind.local:
         return
@@ -118,7 +117,7 @@ def _host(url: str) -> str | None:
 
 
 def _asking(config: RunConfig) -> Iterator[ConfigProblem]:
-    """What a step asks for beyond its quota, and what becomes of it."""
+    """Over-sampling, and what becomes of rollouts that a step does not wait for."""
     rollout = config.rollout
     if rollout.unfinished is Unfinished.drop:
         return
@@ -146,18 +145,17 @@ def _sampling(config: RunConfig) -> Iterator[ConfigProblem]:
 
 
 def _deadlines(config: RunConfig) -> Iterator[ConfigProblem]:
-    """Ranks that are done wait in a collective for those that generate or give servers their weights."""
     rollout, patience = config.rollout, config.layout.distributed_timeout_s
-    key, unit = "layout.distributed_timeout_s", "ranks that are done wait in a collective for those that are not"
+    key, wait = "layout.distributed_timeout_s", "ranks that are done wait in a collective for those that are not"
     if rollout.deadline_s >= patience:
-        reason = f"{unit}, and a step's rollouts may take rollout.deadline_s = {rollout.deadline_s:g}"
+        reason = f"{wait}, and a step's rollouts may take rollout.deadline_s = {rollout.deadline_s:g}"
         yield ConfigProblem(key, reason, "Raise it, or lower rollout.deadline_s", patience)
     if rollout.engine is EngineKind.local:
         return
     joining, update = rollout.pool.join_deadline_s, rollout.sync.deadline_s
     if joining + update >= patience:
         reason = (
-            f"{unit}, and an update of the servers may take rollout.pool.join_deadline_s + rollout.sync.deadline_s = "
+            f"{wait}, and a weight sync may take rollout.pool.join_deadline_s + rollout.sync.deadline_s = "
             f"{joining:g} + {update:g} = {joining + update:g}"
         )
         yield ConfigProblem(key, reason, "Raise it, or lower one of these", patience)

@@ -1,4 +1,4 @@
-"""Cross-checks of rollout.window_tokens."""
+"""Checks of rollout.window_tokens."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from clipo_megatron.config.schema import RunConfig
 
 
 def window_problems(config: RunConfig) -> Iterator[ConfigProblem]:
-    """What rollouts that grow from step to step go with; `checks` holds mini-batches against the replicas."""
+    """Settings that do not work with rollouts that grow from step to step."""
     rollout, algorithm = config.rollout, config.algorithm
     key, window = "rollout.window_tokens", rollout.window_tokens
     if window is None:

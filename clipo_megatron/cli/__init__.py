@@ -1,1 +1,1 @@
-"""`clipo`: the command line, a file a command."""
+"""The command line `clipo`; each command is a file of its own."""

@@ -1,4 +1,4 @@
-"""`python -m clipo_megatron.cli`, which torchrun and Slurm start ranks with."""
+"""Runs the command line as `python -m clipo_megatron.cli`, which is how torchrun and Slurm start ranks."""
 
 import sys
 

@@ -37,13 +37,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("first", metavar="A.json", type=Path, help="a result of `clipo eval`, or of a run's eval/")
     parser.add_argument("second", metavar="B.json", type=Path, help="another one, of the same problems")
     add_sets(parser)
-    parser.add_argument("--seed", type=int, default=0, help="of the bootstrap; default 0")
-    parser.add_argument("--resamples", type=int, default=RESAMPLES, help=f"of the bootstrap; default {RESAMPLES}")
-    parser.add_argument("--json", metavar="FILE", type=Path, help="write the figures there too")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the bootstrap; default 0")
+    parser.add_argument("--resamples", type=int, default=RESAMPLES, help=f"bootstrap samples; default {RESAMPLES}")
+    parser.add_argument("--json", metavar="FILE", type=Path, help="also write the figures to this file")
 
 
 def run(options: argparse.Namespace) -> int:
-    """Print the comparison.
+    """Print the comparison, and write it where --json says.
 
     Raises:
         EvaluationError: a file holds no result, or the problems differ.
@@ -76,7 +76,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _sampling(result: Evaluation) -> tuple[float, ...]:
-    """What decides how good answers are; not the seed of the draws, nor for which k figures are given."""
+    """The settings of sampling that decide how good answers are."""
     how = result.settings
     return how.samples, how.temperature, how.top_p, how.top_k, how.max_new_tokens
 

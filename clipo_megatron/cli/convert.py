@@ -92,7 +92,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     for name, words in (
         ("tp", "tensor-parallel ranks"),
         ("pp", "pipeline ranks"),
-        ("vpp", "model chunks a pipeline rank"),
+        ("vpp", "model chunks of each pipeline rank"),
         ("ep", "expert-parallel ranks"),
     ):
         parser.add_argument(f"--{name}", metavar="N", type=_count, default=1, help=words)
@@ -112,9 +112,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser = command("verify", _VERIFY, _VERIFY_EXAMPLES, _verify)
     parser.add_argument("a", metavar="A", type=Path)
     parser.add_argument("b", metavar="B", type=Path)
-    parser.add_argument("--dtype", choices=DTYPES, help="compare after a cast to it")
+    parser.add_argument("--dtype", choices=DTYPES, help="dtype to cast to before comparing")
     parser.add_argument("--logits", action="store_true", help="also compare logits, through transformers")
-    parser.add_argument("--tolerance", type=_positive, help="of the logits, relative to the largest")
+    parser.add_argument("--tolerance", type=_positive, help="largest difference of logits, relative to the largest")
     parser.add_argument("--show", metavar="N", type=int, default=20, help="differences to list; default 20")
     parser.add_argument("--json", action="store_true", help="print JSON")
 

@@ -32,7 +32,7 @@ OPTIONAL = {
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One line of the table. `remark` says what it means for a run; empty when it means nothing unusual."""
+    """One line of the table. `remark` says what it means for a run, if that is unusual."""
 
     section: str
     what: str
@@ -50,7 +50,7 @@ def run(_options: argparse.Namespace) -> int:
 
 
 def examine(console: Console | None = None) -> None:
-    """Print all findings as one table."""
+    """Print all findings as a table, to the terminal by default."""
     table = Table(box=None, pad_edge=False, show_header=False)
     table.add_column(no_wrap=True)
     for _ in range(2):
@@ -67,7 +67,7 @@ def examine(console: Console | None = None) -> None:
 
 
 def findings() -> list[Finding]:
-    """Everything the doctor knows, in the order of the table."""
+    """All findings, in the order of the table."""
     return [*_machine(), *_packages(), *_servers(), *_launchers(), *_would_be_used()]
 
 
@@ -100,7 +100,7 @@ def _packages() -> list[Finding]:
 
 
 def version(distribution: str) -> str | None:
-    """Installed version of a distribution, None when it is absent."""
+    """The installed version of a distribution, or None."""
     try:
         return metadata.version(distribution)
     except metadata.PackageNotFoundError:
@@ -108,7 +108,7 @@ def version(distribution: str) -> str | None:
 
 
 def _servers() -> list[Finding]:
-    """Whether `clipo serve` can run each engine here, and with what."""
+    """Whether `clipo serve` can run each engine on this machine, and with which interpreter."""
     on_cpu = not gpus()[0]
     return [Finding("servers", recipe.name, *_engine(recipe, on_cpu)) for recipe in RECIPES.values()]
 
@@ -158,7 +158,7 @@ def _would_be_used() -> list[Finding]:
 
 
 def _optimizer() -> str:
-    """Megatron takes the first of these that it can import."""
+    """The optimizer's implementation: Megatron takes the first of these packages that it can import."""
     if _importable("transformer_engine"):
         return "FusedAdam of transformer-engine"
     return "FusedAdam of apex" if _importable("apex") else "AdamW of torch"

@@ -14,11 +14,10 @@ from clipo_megatron.config.load import load
 from clipo_megatron.config.model_folder import is_checkpoint, is_run_settings
 from clipo_megatron.config.schema import RunConfig, SourceConfig
 from clipo_megatron.evaluation.errors import EvaluationError
+from clipo_megatron.runtime.run_dir import CHECKPOINTS, SETTINGS
 
-_SETTINGS = "config.json"  # of a run's output folder, and of a model
-_CHECKPOINTS = "checkpoints"  # of a run's output folder
 _YAML = (".yaml", ".yml")
-_MOST_NAMED = 8  # checkpoints in a refusal
+_MOST_NAMED = 8  # checkpoints that an error message lists
 DESCRIPTION = """\
 How many held-out problems a model solves. TARGET is one of
 
@@ -45,7 +44,7 @@ examples:
 
 @dataclass(frozen=True)
 class Target:
-    """What is to be evaluated. `checkpoint` None: the newest of the run, or the model where there is none."""
+    """What is to be evaluated: a checkpoint, or without one the newest of the run, or else the run's model."""
 
     config: RunConfig
     checkpoint: Path | None
@@ -61,7 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def add_sets(parser: argparse.ArgumentParser) -> None:
     """Give a parser --set, whose values are `options.sets`."""
     parser.add_argument(
-        "--set", dest="sets", action="append", default=[], metavar="NAME", help="this set alone; may be repeated"
+        "--set", dest="sets", action="append", default=[], metavar="NAME", help="only this set; may be repeated"
     )
 
 
@@ -83,17 +82,17 @@ def run(options: argparse.Namespace) -> int:
 
 
 def words_of(options: argparse.Namespace) -> list[str]:
-    """The arguments again, for the ranks that `clipo eval` starts."""
+    """The arguments once more, as words for the ranks that `clipo eval` starts."""
     sets = [word for name in options.sets for word in ("--set", name)]
     return [options.config, *options.overrides, *sets, *(["--output", options.output] if options.output else [])]
 
 
 def find_target(options: argparse.Namespace) -> Target:
-    """What the arguments of `clipo eval` mean.
+    """The configuration and the checkpoint that the arguments mean.
 
     Raises:
         ConfigError: the configuration cannot be used.
-        EvaluationError: the target is none, or there is nothing to evaluate on.
+        EvaluationError: TARGET cannot be evaluated, or there are no problems to evaluate on.
     """
     place = Path(options.config)
     checkpoint = place if is_checkpoint(place) else None
@@ -115,10 +114,10 @@ def find_target(options: argparse.Namespace) -> Target:
 
 
 def _refuse_no_target(place: Path) -> None:
-    """Say which checkpoints there are where a path means one, or all of them."""
+    """Refuse a path that does not exist or holds several checkpoints; the message names those there are."""
     beside = place if place.is_dir() else place.parent
     names = sorted(path.name for path in beside.glob("step_*") if is_checkpoint(path))
-    if place.name == _CHECKPOINTS and names:
+    if place.name == CHECKPOINTS and names:
         raise EvaluationError(
             f"{place} holds the checkpoints {_among(names)}. Give one of these, or {place.absolute().parent} for the "
             "newest."
@@ -126,7 +125,7 @@ def _refuse_no_target(place: Path) -> None:
     if place.exists() or place.suffix in _YAML:
         return
     there = f"{beside} has {_among(names)}" if names else f"{beside} has no checkpoint"
-    if beside.name == _CHECKPOINTS:
+    if beside.name == CHECKPOINTS:
         raise EvaluationError(f"there is no checkpoint {place}: {there}. Choose one that is there.")
     raise EvaluationError(f"there is no {place}. Give a YAML file, a run's output folder, or a checkpoint's folder.")
 
@@ -136,7 +135,7 @@ def _among(names: Sequence[str]) -> str:
 
 
 def _refuse_no_file(file: Path) -> None:
-    """Before hours of answers: where their figures are to go must take them."""
+    """Refuse a result file that cannot be written, before hours of generation."""
     if file.is_dir():
         raise EvaluationError(f"--output {file} is a folder. Name a file, such as {file / 'result.json'}.")
     try:
@@ -148,8 +147,12 @@ def _refuse_no_file(file: Path) -> None:
 
 
 def _settings_of(folder: Path, target: Path) -> Path:
-    """The resolved configuration in a run's output folder."""
-    file = folder / _SETTINGS
+    """The file with the resolved configuration in a run's output folder.
+
+    Raises:
+        EvaluationError: there is none, or it is a model's.
+    """
+    file = folder / SETTINGS
     try:
         facts = json.loads(file.read_text())
         if not isinstance(facts, dict):

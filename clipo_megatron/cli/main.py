@@ -22,7 +22,7 @@ COMMANDS = {
     "submit": "the same as a Slurm job that survives its walltime, preemption and lost ranks",
     "scale": "that job on several numbers of nodes, and what each GPU delivers there",
     "eval": "how many held-out problems a checkpoint solves: pass@1, pass@k, maj@k, set by set",
-    "compare": "two such results, problem by problem: which is better, and could that be luck",
+    "compare": "two such results, problem by problem: which is better, and whether that could be luck",
     "report": "runs as one HTML page: curves, accuracies, representation, texts, time",
     "serve": "run the servers that generate for it, SGLang or vLLM",
     "convert": "move weights between Hugging Face and Megatron, in any layout, and verify them",

@@ -25,7 +25,7 @@ _CLIPO = "clipo.enabled puts the contrastive head and its reward on top of any m
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("names", metavar="METHOD", nargs="*", help="only these, such as dapo hapo")
+    parser.add_argument("names", metavar="METHOD", nargs="*", help="show only these, such as dapo hapo")
 
 
 def run(options: argparse.Namespace) -> int:

@@ -1,4 +1,4 @@
-"""`clipo report`: runs as one HTML page."""
+"""`clipo report`: writes one HTML page about one or several runs."""
 
 from __future__ import annotations
 
@@ -49,18 +49,18 @@ def run(options: argparse.Namespace) -> int:
 
 
 def write_page(folders: list[Path], out: Path, *, against: str | None = None) -> list[Path]:
-    """Read runs and write the page, and beside it the trace of those that have one.
+    """Write the page about some runs, and beside it the traced steps of those that have any.
 
     Args:
-        folders: of the runs; one that is given twice is read once.
-        out: the page.
-        against: label of the group that comes first; None leaves the order.
+        folders: the runs' output folders; one that is given twice is read once.
+        out: the page to write.
+        against: label of the group that the others are held against; None: the first.
 
     Returns:
-        What was written.
+        The files that were written.
 
     Raises:
-        PageError: a folder is no run's, no group is called so, or the page cannot be written; says which and why.
+        PageError: a folder is not a run's, no group has that label, or the page cannot be written.
     """
     from clipo_megatron.report import grouping
     from clipo_megatron.report.document import document

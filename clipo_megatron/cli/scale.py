@@ -1,4 +1,4 @@
-"""`clipo scale`: its arguments; submits the ladder, waits for it, and shows what it measured."""
+"""`clipo scale`: submits a run on several numbers of nodes, waits, and compares what was measured."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _LONGEST_POLL_S = 30.0
 DESCRIPTION = """\
 Measure what more nodes give: submit the same run on several numbers of nodes, wait, and compare tokens a second a GPU.
 
-Weak scaling: prompts a step grow with the nodes, from data.prompts_per_step on the fewest. Strong scaling: they stay.
+Weak scaling: a step's prompts grow with the nodes, from data.prompts_per_step on the fewest. Strong scaling: they stay.
 layout.dp follows the nodes, TP, PP and EP stay. Runs are short, evaluate nothing, and their checkpoints are removed.
 Everything lands in train.output/scale: scale.md, scale.json, and scale.svg where matplotlib is installed. Called again,
 it measures only what is missing; Ctrl-C leaves the jobs in the queue.
@@ -40,14 +40,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", metavar="CONFIG", help="YAML file, the one that training gets")
     parser.add_argument("overrides", metavar="key=value", nargs="*", help="settings that win over the file")
     parser.add_argument("--nodes", metavar="N,N", help="numbers of nodes that train, such as 1,2,4,8")
-    parser.add_argument(
-        "--server-nodes", metavar="N,N", default="", help="as many numbers, of nodes that only generate"
-    )
-    parser.add_argument("--kind", choices=(WEAK, STRONG, "both"), default="both", help="of scaling; default both")
-    parser.add_argument("--steps", metavar="N", type=int, default=6, help="of each run; default 6")
-    parser.add_argument("--skip", metavar="N", type=int, default=1, help="first steps that do not count; default 1")
+    parser.add_argument("--server-nodes", metavar="N,N", default="", help="as many numbers of nodes that only generate")
+    parser.add_argument("--kind", choices=(WEAK, STRONG, "both"), default="both", help="kind of scaling; default both")
+    parser.add_argument("--steps", metavar="N", type=int, default=6, help="steps of each run; default 6")
+    parser.add_argument("--skip", metavar="N", type=int, default=1, help="first steps to leave out; default 1")
     parser.add_argument("--one-by-one", action="store_true", help="no two runs at the same time")
-    parser.add_argument("--wait", metavar="HOURS", type=float, default=24.0, help="for the jobs; default 24")
+    parser.add_argument("--wait", metavar="HOURS", type=float, default=24.0, help="wait for the jobs; default 24")
     parser.add_argument("--collect", action="store_true", help="submit nothing; show what is measured")
     parser.add_argument("--dry-run", action="store_true", help="show and check the ladder, and submit nothing")
     add_resources(parser)
@@ -104,7 +102,7 @@ def _numbers(option: str, text: str) -> list[int]:
 
 
 def _check(options: argparse.Namespace, rungs: Sequence[Rung]) -> None:
-    """All of them, before the first is queued."""
+    """Check all jobs before the first is queued, and print them."""
     from clipo_megatron.slurm.submit import submit
 
     for rung in rungs:
@@ -117,7 +115,7 @@ def _check(options: argparse.Namespace, rungs: Sequence[Rung]) -> None:
 
 
 def _submit(options: argparse.Namespace, rungs: list[Rung], folder: Path) -> list[Rung]:
-    """Rungs that are neither measured nor in the queue."""
+    """Submit the rungs that are neither measured nor in the queue. Returns all of them, with their jobs."""
     from clipo_megatron.slurm.measure import done_steps
     from clipo_megatron.slurm.submit import OVER, job_state, submit
 
@@ -130,14 +128,14 @@ def _submit(options: argparse.Namespace, rungs: list[Rung], folder: Path) -> lis
             resources = replace(resources, options=(*resources.options, f"--dependency=afterany:{':'.join(earlier)}"))
         job = submit(options.config, rung.overrides, resources, hardware=options.hardware, anyway=options.anyway)
         rungs[index] = replace(rung, job=job.id)
-        write(folder, rungs)  # each at once: whatever happens next, its number is known
+        write(folder, rungs)  # at once, so that the number of the job is never lost
         print(f"{rung.name:<10} job {job.id}, {job.folder / 'job.log'}")
     write(folder, rungs)
     return rungs
 
 
 def _wait(rungs: Sequence[Rung], deadline: float) -> list[Rung]:
-    """Until no job is in the queue, or the deadline. Returns the rungs that are done: all steps, and the job over."""
+    """Wait until the queue has none of the jobs, or for the deadline. Returns the rungs whose jobs did all steps."""
     from clipo_megatron.slurm.measure import done_steps
     from clipo_megatron.slurm.submit import OVER, job_state
 

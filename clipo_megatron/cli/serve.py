@@ -1,4 +1,4 @@
-"""`clipo serve`: runs the servers that generate for a training."""
+"""`clipo serve`: starts the servers that generate for a training run, and keeps them running."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from clipo_megatron.serving.process import REDACTED
 from clipo_megatron.serving.supervisor import ServerLimits, ServerSpec, Supervisor, host_name, only_one
 
 DESCRIPTION = """\
-Run the servers that generate for the training that CONFIG describes, until Ctrl-C.
+Run the servers that generate for the training run that CONFIG describes, until Ctrl-C.
 
 They are started as `model`, `rollout` and `serve` say, with any further options of the sections `sglang` and `vllm`,
 registered in train.output/servers, where `clipo train` finds them, and started again when they die or hang. Their logs
@@ -56,13 +56,13 @@ def serve(config: RunConfig) -> int:
         128 + the signal's number.
 
     Raises:
-        ConfigError: the configuration asks for servers that cannot be.
-        ServingError: they cannot be set up, started or kept.
+        ConfigError: the configuration asks for servers that cannot run.
+        ServingError: they cannot be set up or started, or fail too often.
     """
     found, _ = gpus()
     slots, key = _slots(config, found), api_key(config)
     folder = Path(config.train.output).absolute()
-    # What is wrong with the options shows before an environment is set up, which takes minutes.
+    # Wrong options are refused before an environment is set up, which takes minutes.
     for slot in slots:
         server_command(config, slot, python=Path("python"), key=key, scratch=folder)
     with only_one(folder / FOLDER):
@@ -71,7 +71,7 @@ def serve(config: RunConfig) -> int:
         limits = ServerLimits(
             startup_timeout_s=config.serve.startup_timeout_s,
             health_timeout_s=config.serve.health_timeout_s,
-            # An update may keep an engine busy for as long as updates may take.
+            # A weight sync may keep an engine busy until its deadline.
             engine_timeout_s=max(config.serve.health_timeout_s, config.rollout.sync.deadline_s),
             max_restarts=config.serve.max_restarts,
         )
@@ -100,7 +100,7 @@ def report_check(config: RunConfig) -> int:
 
 
 def _planned_interpreter(engine: str, given: str | None, count: int) -> tuple[Path, str]:
-    """As `environment.interpreter` chooses, but sets nothing up."""
+    """The interpreter that `environment.interpreter` would choose, and a remark; sets nothing up."""
     recipe = environment.RECIPES[engine]
     if given is None and count == 0 and not recipe.is_ready and not environment.importable(engine):
         return recipe.python, f" (to be set up: about {recipe.minutes:.0f} minutes, {recipe.gigabytes:.1f} GB)"
@@ -108,7 +108,7 @@ def _planned_interpreter(engine: str, given: str | None, count: int) -> tuple[Pa
 
 
 def _slots(config: RunConfig, found: list[str]) -> list[ServerSlot]:
-    """Where each server runs.
+    """The port and the GPUs of each server.
 
     Raises:
         ConfigError: see `serve`.
@@ -147,7 +147,7 @@ def _slots(config: RunConfig, found: list[str]) -> list[ServerSlot]:
 
 
 def _visible(count: int) -> list[str]:
-    """The GPUs that this process may use, by the driver's names."""
+    """The GPUs that this process may use, by the driver's numbers or names, out of `count`."""
     if not count:
         return []
     from clipo_megatron.runtime.platform import VISIBLE_DEVICES

@@ -18,7 +18,7 @@ examples:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("section", metavar="SECTION", nargs="?", help="such as rollout, or algorithm.kl")
+    parser.add_argument("section", metavar="SECTION", nargs="?", help="show only this, such as rollout or algorithm.kl")
 
 
 def run(options: argparse.Namespace) -> int:

@@ -1,4 +1,4 @@
-"""`clipo submit`: its arguments, and what it prints."""
+"""`clipo submit`: submits a configuration to Slurm."""
 
 from __future__ import annotations
 
@@ -36,44 +36,52 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--nodes", metavar="N", type=int, required=True, help="nodes that train")
     parser.add_argument("--server-nodes", metavar="N", type=int, default=0, help="nodes that only generate")
     add_resources(parser)
-    parser.add_argument("--job", choices=[kind.value for kind in JobKind], default="train", help="default train")
-    parser.add_argument("--target", metavar="FOLDER", type=Path, help="of a conversion")
+    kinds = [kind.value for kind in JobKind]
+    parser.add_argument("--job", choices=kinds, default="train", help="what the job does; default train")
+    parser.add_argument("--target", metavar="FOLDER", type=Path, help="folder that a conversion writes")
     parser.add_argument("--dry-run", action="store_true", help="check, print the script, and submit nothing")
 
 
 def add_resources(parser: argparse.ArgumentParser) -> None:
-    """Give a parser the arguments of `resources_of`, and --hardware and --anyway."""
+    """Give a parser the arguments that `resources_of` reads, and --hardware and --anyway."""
     default = Resources(nodes=1)
-    parser.add_argument("--gpus-per-node", metavar="N", type=int, default=0, help="default 0: a run on CPUs")
-    parser.add_argument("--ranks-per-node", metavar="N", type=int, help="default: one a GPU, or one a node")
-    parser.add_argument("--cpus-per-rank", metavar="N", type=int, default=1, help="default 1")
-    parser.add_argument("--time", default="", help="walltime of one attempt, such as 24:00:00")
-    parser.add_argument("--partition", default="", help="default: Slurm's")
-    parser.add_argument("--account", default="", help="default: Slurm's")
-    parser.add_argument("--sbatch", metavar="=OPTION", action="append", default=[], help="any other option of sbatch")
-    parser.add_argument("--setup", metavar="SHELL", default="", help="shell lines before everything else")
-    parser.add_argument("--python", default="", help="interpreter on the nodes; default: this one")
-    parser.add_argument("--container", metavar="IMAGE", default="", help="image for pyxis, a file or docker://NAME")
-    parser.add_argument("--mount", metavar="HOST:INSIDE", action="append", default=[], help="of the container")
-    parser.add_argument(
-        "--stop-before", metavar="SECONDS", type=int, default=default.stop_before_s,
-        help=f"save so long before the walltime, longer than a step takes; default {default.stop_before_s}",
-    )  # fmt: skip
-    parser.add_argument("--requeues", metavar="N", type=int, default=default.requeues, help="at most; default 100")
-    parser.add_argument(
-        "--restarts", metavar="N", type=int, default=default.restarts,
-        help=f"failures in a row without a new checkpoint that end the job; default {default.restarts}",
-    )  # fmt: skip
-    parser.add_argument(
-        "--ranks-deadline", metavar="SECONDS", type=int, default=default.ranks_deadline_s,
-        help=f"for the other ranks to end once one has; default {default.ranks_deadline_s}",
-    )  # fmt: skip
-    parser.add_argument("--hardware", default="h100", help="GPUs that the plan reckons with; default h100")
-    parser.add_argument("--anyway", action="store_true", help="submit also what the plan says does not fit")
+
+    def number(name: str, metavar: str, value: int | None, help: str) -> None:
+        told = "" if value is None else f"; default {value}"
+        parser.add_argument(name, metavar=metavar, type=int, default=value, help=help + told)
+
+    def text(name: str, metavar: str, help: str) -> None:
+        parser.add_argument(name, metavar=metavar, default="", help=help)
+
+    def repeated(name: str, metavar: str, help: str) -> None:
+        parser.add_argument(name, metavar=metavar, action="append", default=[], help=f"{help}; may be repeated")
+
+    number("--gpus-per-node", "N", 0, "GPUs of each node; 0: a run on CPUs")
+    number("--ranks-per-node", "N", None, "ranks on each node; default: one for each GPU, or one without GPUs")
+    number("--cpus-per-rank", "N", 1, "CPU cores of each rank")
+    text("--time", "TIME", "walltime of one attempt, such as 24:00:00")
+    text("--partition", "NAME", "Slurm partition; default: Slurm's own")
+    text("--account", "NAME", "Slurm account; default: Slurm's own")
+    repeated("--sbatch", "=OPTION", "another option of sbatch")
+    text("--setup", "SHELL", "shell commands that each node runs first")
+    text("--python", "FILE", "interpreter on the nodes; default: this one")
+    text("--container", "IMAGE", "image for pyxis, a file or docker://NAME")
+    repeated("--mount", "HOST:INSIDE", "folder of the node, and where the container has it")
+    number(
+        "--stop-before",
+        "SECONDS",
+        default.stop_before_s,
+        "seconds before the walltime to save at; more than a step takes",
+    )
+    number("--requeues", "N", default.requeues, "most times that the job queues again")
+    number("--restarts", "N", default.restarts, "failures in a row without a new checkpoint that end the job")
+    number("--ranks-deadline", "SECONDS", default.ranks_deadline_s, "for the other ranks to end once one has")
+    parser.add_argument("--hardware", metavar="GPU", default="h100", help="GPUs that the plan assumes; default h100")
+    parser.add_argument("--anyway", action="store_true", help="submit even what does not fit according to the plan")
 
 
 def resources_of(options: argparse.Namespace, nodes: int, server_nodes: int) -> Resources:
-    """What a job on so many nodes asks for, as the command line says."""
+    """The resources of a job on this number of nodes, with everything else from the command line."""
     return Resources(
         nodes=nodes,
         server_nodes=server_nodes,
@@ -96,7 +104,7 @@ def resources_of(options: argparse.Namespace, nodes: int, server_nodes: int) -> 
 
 
 def run(options: argparse.Namespace) -> int:
-    """Submit, and say where everything is."""
+    """Submit the job and print where its files are; with --dry-run print its script instead."""
     from clipo_megatron.slurm.submit import submit
 
     job = submit(

@@ -1,4 +1,4 @@
-"""What a wrong configuration looks like to its author: every problem at once, each with value, reason and remedy."""
+"""The error of a wrong configuration: all problems at once, each with its value, the reason and a remedy."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from dataclasses import dataclass
 class ConfigProblem:
     """One thing that is wrong. Reads `key = value: reason. Remedy.`"""
 
-    key: str  # dotted, "" when the problem is no single setting's
+    key: str  # dotted; "" if the problem is not that of a single setting
     reason: str
     remedy: str
     value: object = None
     show_value: bool = True
-    absent: bool = False  # a folder or file is not on this machine, where it may not have to be
+    absent: bool = False  # whether it is only that a file or folder is not on this machine
 
     def __str__(self) -> str:
         subject = f"{self.key} = {spell(self.value)}" if self.show_value else self.key
@@ -24,7 +24,7 @@ class ConfigProblem:
 
 
 class ConfigError(ValueError):
-    """The configuration cannot be run; the message lists all problems found, `problems` holds them."""
+    """A configuration that cannot be run. The message lists all problems found, and `problems` holds them."""
 
     def __init__(self, problems: Sequence[ConfigProblem] | str, *, origin: str = ""):
         self.problems = () if isinstance(problems, str) else tuple(problems)
@@ -40,7 +40,7 @@ class ConfigError(ValueError):
 
 
 def spell(value: object) -> str:
-    """A value as it would stand in the YAML file, cut to a readable length."""
+    """A value as a YAML file would have it, cut to 80 characters."""
     if value is None:
         return "null"
     if isinstance(value, bool):

@@ -1,4 +1,4 @@
-"""A configuration file and its overrides, checked key by key and turned into a RunConfig. Imports no torch."""
+"""Reads a configuration file and its overrides, checks every key and value, and builds a RunConfig. Imports no torch."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from clipo_megatron.config.errors import ConfigError, ConfigProblem, spell
 from clipo_megatron.config.ranges import range_problems
 from clipo_megatron.config.schema import RunConfig
 
-# What the same thing is called elsewhere, for the nearest key of a setting that does not exist.
+# Names that other projects have for settings of ours: suggested when such a name is given.
 _OTHER_NAMES = {
     "lr": "optimizer.learning_rate",
     "clip_grad": "optimizer.max_grad_norm",
@@ -71,9 +71,9 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
 
 
 def nearest_keys(key: str) -> list[str]:
-    """Valid keys that the author of an unknown key may have meant, best first, at most three.
+    """Up to three settings that an unknown key may stand for, the likeliest first.
 
-    A right name in the wrong section comes before a misspelt one: `model.tp` -> `layout.tp`.
+    A known name in another section comes before a similar name: `model.tp` -> `layout.tp`.
     """
     plain = re.sub(r"\[\d+\]", "[]", key)
     leaf, known = _leaf(plain), reference.keys()
@@ -110,7 +110,7 @@ def _read(path: Path) -> dict[str, Any]:
             f"{path} is not UTF-8 text ({error.reason} at byte {error.start}). Save it as UTF-8."
         ) from None
     except (PermissionError, OSError) as error:
-        # OmegaConf reports a file of bare text or a number as OSError
+        # For a file with a bare text or number OmegaConf raises an OSError without a number.
         if error.errno is None:
             raise ConfigError(
                 f"{path} holds no settings but a bare value. Write `section:` with its keys below."
@@ -139,7 +139,7 @@ def _first_line(error: Exception) -> str:
 
 
 def _apply(content: dict[str, Any], override: str) -> list[ConfigProblem]:
-    """Write one `key=value` into the plain content."""
+    """Write one `key=value` into the content of the file. Returns the problem if that is not possible."""
     key, equals, text = override.partition("=")
     key = key.strip()
     if not equals or not key:
@@ -190,7 +190,7 @@ def _dotted(parts: Sequence[str]) -> str:
 
 
 def _inspect(section: type, content: dict[Any, Any], prefix: str) -> Iterator[ConfigProblem]:
-    """Hold plain content against a section of the schema, one problem for each key that does not fit."""
+    """Yield a problem for each key of a section's content whose name or type is not that of the schema."""
     hints = reference.hints(section)
     for name, value in content.items():
         key = f"{prefix}{name}"
@@ -260,7 +260,7 @@ def _inspect_leaf(section: type, name: str, annotation: Any, value: Any, key: st
     inner = reference.unwrap_optional(annotation)[0]
     bad = isinstance(value, dict) != expected.startswith("a mapping")
     bad |= isinstance(value, list) != expected.startswith("a list")
-    # OmegaConf would turn `name: no` (a truth value in YAML) into "False", and any number into a truth value
+    # OmegaConf would turn `name: no` (false in YAML) into the text "False", and any number into true or false.
     bad |= (inner is str and isinstance(value, bool)) or (
         inner is bool and isinstance(value, (int, float)) and not isinstance(value, bool)
     )
@@ -272,7 +272,7 @@ def _inspect_leaf(section: type, name: str, annotation: Any, value: Any, key: st
         except OmegaConfBaseException as error:  # a malformed ${...}
             yield ConfigProblem(key, _first_line(error), "Write a reference as ${section.setting}", value)
     if bad:
-        default = getattr(section, name, reference.MANDATORY)  # defaults of plain fields are class attributes
+        default = getattr(section, name, reference.MANDATORY)  # a dataclass has plain defaults as class attributes
         fallback = "Correct it" if default == reference.MANDATORY else f"Correct it; the default is {spell(default)}"
         yield ConfigProblem(key, f"{expected} was expected", _type_remedy(expected, value) or fallback, value)
 

@@ -1,6 +1,6 @@
-"""What a model's path may be: a Hugging Face folder, or a checkpoint that has its Hugging Face files in it.
+"""Folders of models: Hugging Face folders, and checkpoints with the Hugging Face files of their model in them.
 
-A run's output folder keeps its configuration under the name that a model's has, so `is_run_settings` tells them apart.
+The configurations of a run and of a model are both called config.json; `is_run_settings` tells them apart.
 """
 
 from __future__ import annotations
@@ -12,23 +12,24 @@ from typing import Any
 
 from clipo_megatron.config.errors import ConfigProblem
 
-POLICY = "policy"  # of a checkpoint: the weights, in Megatron's torch_dist
-CRITIC = "critic"  # of a checkpoint: those of a value model, if the run has one
-HF_FILES = "hf"  # of a checkpoint: config.json, tokenizer and whatever else stood beside the weights
+# What a checkpoint's folder holds.
+POLICY = "policy"  # the policy's weights, in Megatron's torch_dist
+CRITIC = "critic"  # the value model's weights, if the run has one
+HF_FILES = "hf"  # config.json, the tokenizer and other files that stood beside the source's weights
 
 
 def is_checkpoint(path: str | os.PathLike[str]) -> bool:
-    """Whether a folder is a checkpoint, of conversion or of training."""
+    """Whether a folder is a checkpoint that `clipo convert` or a training run has written."""
     return (Path(path) / POLICY / "metadata.json").is_file()
 
 
 def hf_folder(path: str | os.PathLike[str]) -> Path:
-    """Where a model's config.json and tokenizer are."""
+    """The folder with a model's config.json and tokenizer."""
     return Path(path) / HF_FILES if is_checkpoint(path) else Path(path)
 
 
 def tokens_of(path: str | os.PathLike[str]) -> dict[int, str] | None:
-    """Text of each token id, as a model's tokenizer.json has it; None where there is no such file that can be read."""
+    """The text of each token id in a model's tokenizer.json; None if there is no such file, or it cannot be read."""
     try:
         content = json.loads((hf_folder(path) / "tokenizer.json").read_text(encoding="utf-8"))
         words = content["model"]["vocab"]
@@ -60,7 +61,7 @@ def vocabulary_problem(path: str, policy: str) -> ConfigProblem | None:
 
 
 def _vocab_size(path: str) -> int | None:
-    """None where the folder has no config.json that can be read, which whoever loads the model reports."""
+    """The `vocab_size` of a model's config.json; None if that cannot be read, which loading the model reports."""
     try:
         return json.loads((hf_folder(path) / "config.json").read_text(encoding="utf-8")).get("vocab_size")
     except (OSError, ValueError, AttributeError):
@@ -68,5 +69,5 @@ def _vocab_size(path: str) -> int | None:
 
 
 def is_run_settings(facts: Any) -> bool:
-    """Whether what a config.json holds is a run's resolved configuration, and not a model's."""
+    """Whether the content of a config.json is a run's resolved configuration rather than a model's."""
     return isinstance(facts, dict) and "data" in facts and "train" in facts

@@ -23,7 +23,7 @@ MANDATORY = "???"  # OmegaConf's mark of a value that has to be given
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """One leaf of the schema. Inside a list of sections the key reads `data.train[].path`."""
+    """A setting as the schema declares it. In a list of sections its key reads `data.train[].path`."""
 
     key: str
     annotation: Any
@@ -33,7 +33,7 @@ class Setting:
 
     @property
     def section(self) -> str:
-        """The first part of the key; "" for settings of the run itself."""
+        """The first part of the key; "" for settings that stand in no section."""
         return self.key.partition(".")[0] if "." in self.key else ""
 
     @property
@@ -47,7 +47,7 @@ class Setting:
 
     @property
     def choices(self) -> dict[str, str]:
-        """What each value of a choice means; those without a comment are left out."""
+        """The meaning of each value of a choice, where the schema explains it."""
         inner = choices_by_name(self.annotation) or unwrap_optional(self.annotation)[0]
         if not (isinstance(inner, type) and issubclass(inner, Enum)):
             return {}
@@ -57,13 +57,13 @@ class Setting:
 
 @cache
 def settings() -> tuple[Setting, ...]:
-    """Every setting, in the order of the schema."""
+    """All settings, in the order of the schema."""
     return tuple(_walk(RunConfig, ""))
 
 
 @cache
 def keys() -> tuple[str, ...]:
-    """Every dotted key, sections included."""
+    """The dotted keys of all settings and sections."""
     found: dict[str, None] = {}
     for setting in settings():
         parts = setting.key.split(".")
@@ -75,7 +75,7 @@ def keys() -> tuple[str, ...]:
 
 @cache
 def hints(section: type) -> Mapping[str, Any]:
-    """Resolved annotations of a section, by field name."""
+    """The types of a section's fields, by field name."""
     return types.MappingProxyType(typing.get_type_hints(section))
 
 
@@ -88,7 +88,7 @@ def unwrap_optional(annotation: Any) -> tuple[Any, bool]:
 
 
 def list_section(annotation: Any) -> type | None:
-    """The section class X of `list[X]`, None for every other annotation."""
+    """The class X of a `list[X]` of sections; None for other annotations."""
     arguments = typing.get_args(annotation)
     if typing.get_origin(annotation) is list and is_dataclass(arguments[0]):
         return arguments[0]
@@ -96,7 +96,7 @@ def list_section(annotation: Any) -> type | None:
 
 
 def choices_by_name(annotation: Any) -> type[Enum] | None:
-    """The enum E of `dict[str, E]`, None for every other annotation."""
+    """The enum E of a `dict[str, E]`; None for other annotations."""
     arguments = typing.get_args(annotation)
     if typing.get_origin(annotation) is dict and isinstance(arguments[1], type) and issubclass(arguments[1], Enum):
         return arguments[1]
@@ -104,7 +104,7 @@ def choices_by_name(annotation: Any) -> type[Enum] | None:
 
 
 def describe(annotation: Any) -> str:
-    """An annotation in words that a user can act on."""
+    """An annotation in words, such as "a whole number, or null"."""
     inner, optional = unwrap_optional(annotation)
     plain = {int: "a whole number", float: "a number", bool: "true or false", str: "text", Any: "anything"}
     if inner in plain:

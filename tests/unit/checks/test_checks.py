@@ -300,7 +300,7 @@ def test_sound_ways_to_get_rollouts(config, settings, monkeypatch):
         ({**SGLANG, "rollout__endpoints": ["http://127.0.0.1:99999"]}, "rollout.endpoints[0]", "http://127.0.0.1"),
         ({**SGLANG, "rollout__endpoints": [HERE + "/v1"]}, "rollout.endpoints[0]", "without a path"),
         ({**SGLANG, "rollout__router": "localhost"}, "rollout.router", "no http or https URL"),
-        ({**SGLANG, "rollout__endpoints": [HERE, HERE + "/"]}, "rollout.endpoints", "stands there 2 times"),
+        ({**SGLANG, "rollout__endpoints": [HERE, HERE + "/"]}, "rollout.endpoints", "listed 2 times"),
         ({**SGLANG, "rollout__endpoints": [ELSEWHERE]}, "rollout.endpoints[0]", "CLIPO_API_KEY"),
         ({**SGLANG, "rollout__endpoints": [ELSEWHERE]}, "rollout.sync.host", "cannot reach the trainer"),
         ({**SGLANG, "rollout__router": "https://10.0.0.7:1"}, "rollout.router", "CLIPO_API_KEY"),
