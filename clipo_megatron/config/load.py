@@ -1,4 +1,4 @@
-"""Reads a configuration file and its overrides, checks every key and value, and builds a RunConfig. Imports no torch."""
+"""Reads a configuration file and its overrides, checks every key and value, and builds a RunConfig, without torch."""
 
 from __future__ import annotations
 
