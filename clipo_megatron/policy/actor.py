@@ -1,4 +1,4 @@
-"""The policy in training on its ranks: scores rollouts and learns from them."""
+"""The policy in training on its ranks: it scores rollouts and learns from them."""
 
 from __future__ import annotations
 
@@ -26,13 +26,18 @@ from clipo_megatron.runtime.platform import platform
 
 
 class PolicyActor(Policy):
-    """The policy with all that training needs: optimizer, contrastive head, critic, reference policy.
+    """The policy with what trains it: optimizer, and as needed contrastive head, critic and reference policy.
 
     Args:
-        config: of the run.
-        layout: of the ranks.
-        needs: of the algorithm.
-        total_steps: updates of the policy, as the schedule of its learning rate counts them.
+        config: the run's.
+        layout: this rank's place.
+        needs: the signals that the algorithm needs.
+        total_steps: updates in the whole run, over which the learning rate decays.
+
+    Attributes:
+        pooled: on the last stage, if the algorithm needs mean response states or `wants_states` asks for them: those
+            of this rank's rollouts that were scored last, [b, H] float32, and their rows in the table, [b].
+        wants_states: whether mean response states of a step are kept, whatever the algorithm needs.
     """
 
     def __init__(self, config: RunConfig, layout: Layout, *, needs: frozenset[str], total_steps: int):
@@ -47,8 +52,6 @@ class PolicyActor(Policy):
         )
         self.critic = CriticActor(config, layout) if Signal.values in needs else None
         self.reference = ReferencePolicy(self.trainable) if Signal.reference_logprobs in needs else None
-        # Mean response states [b, H] float32 of this rank's rollouts that were scored last, and their rows [b]: on the
-        # last stage, where the algorithm needs them or somebody wants those of the step.
         self.pooled: tuple[Tensor, Tensor] | None = None
         self.wants_states: Callable[[int], bool] = lambda step: False
         self._skipped = 0  # updates of this step that were skipped
@@ -56,21 +59,19 @@ class PolicyActor(Policy):
     # --- scoring -------------------------------------------------------------------------------------------------
 
     def score(self, micro_batches: Sequence[MicroBatch], table: RolloutTable, algorithm: Algorithm) -> dict[str, float]:
-        """Forwards without gradient over the step's rollouts: one, and one more for the reference policy and for each
-        variant of the prompts, if the algorithm needs them.
+        """Score the step's rollouts before the policy is updated on them.
 
-        The critic's forward is one more.
-
-        Fills, on the last stage, `old_logprobs` (and `reference_logprobs`, `signals`) of every micro-batch, and on
-        every rank the table's signals that the algorithm needs.
+        Costs one forward, and another each for the reference policy, the critic and every variant of the prompts, if
+        the algorithm needs them. On the last stage it fills `old_logprobs`, and as needed `reference_logprobs` and
+        `signals`, of every micro-batch; on every rank the signals of the table that the algorithm needs.
 
         Args:
             micro_batches: all of the step, in order; each rank of a replica passes the same.
-            table: the step's facts, updated in place.
-            algorithm: that of the step.
+            table: the step's facts; its signals are filled in place.
+            algorithm: the step's.
 
         Returns:
-            Metrics of the forward, identical on every rank.
+            Metrics, identical on every rank: entropy, and how far engine and trainer disagree.
         """
         pooled, entropy = [], torch.zeros(2)
         contrastive = Signal.contrastive in self.needs
@@ -107,7 +108,13 @@ class PolicyActor(Policy):
         return metrics
 
     def _rows_of(self, parts: Sequence[Tensor], rows: Sequence[Tensor], table: RolloutTable) -> Tensor:
-        """What last stages know of the rows [n] of each part [n, ...], added up: [B, ...] float64, on every rank."""
+        """Sums over the table's rows, [B, ...] float64 on every rank, of what each last stage holds.
+
+        Args:
+            parts: values [n, ...] of each micro-batch; empty on other stages.
+            rows: for each of them, the rows of the table [n] that its values belong to.
+            table: the step's.
+        """
         trailing = from_last_stage(tuple(parts[0].shape[1:]) if parts else (), self.layout)
         total = torch.zeros(table.size, *trailing, dtype=torch.float64, device=platform().device)
         for part, own in zip(parts, rows, strict=False):
@@ -117,11 +124,14 @@ class PolicyActor(Policy):
     def _sum_by_rollout(
         self, micro_batches: Sequence[MicroBatch], values: Sequence[Tensor], table: RolloutTable
     ) -> Tensor:
-        """Sum over each rollout of its tokens' values, [N] or [N, C] a micro-batch; [B] or [B, C] float64."""
+        """Add up the tokens' values, [N] or [N, C] a micro-batch, of each rollout: [B] or [B, C] float64."""
         return self._rows_of(values, [micro.rows[micro.rollout] for micro in micro_batches], table)
 
     def _score_variant(self, name: str, prompts: Mapping[int, Tensor], micro_batches: Sequence[MicroBatch]) -> None:
-        """The same responses behind other prompts, by group; their log-probs become the signal `name`."""
+        """Score the same responses after other prompts; the log-probs become the micro-batches' signal `name`.
+
+        `prompts` has the tokens [P] of each group whose prompt is another one.
+        """
         others = [
             self.batcher.pack(
                 [replace(sample, prompt=prompts.get(sample.group, sample.prompt)) for sample in micro.samples]
@@ -142,8 +152,10 @@ class PolicyActor(Policy):
         table.signals["contrastive_valid"] = result[1] > 0
 
     def contrastive_metrics(self, table: RolloutTable, bonus: Tensor | None) -> dict[str, float]:
-        """What the contrastive head did in this step, the same on every rank; {} without one, or before the first
-        `bonus` ([B] float32, what its losses paid)."""
+        """Metrics of the contrastive head in this step, identical on every rank; {} if there is none, or no bonus.
+
+        `bonus` [B] float32 is what the contrastive losses added to the rewards.
+        """
         if Signal.contrastive not in self.needs or bonus is None:
             return {}
         metrics = self.contrastive.metrics(table, bonus) if self.contrastive is not None else {}
@@ -152,7 +164,7 @@ class PolicyActor(Policy):
     def _score_reference(self, micro_batches: Sequence[MicroBatch], table: RolloutTable) -> None:
         with self.reference.in_place():
             outputs = self._forward(micro_batches, want_pooled=False, want_entropy=False)
-        scored = list(zip(micro_batches, outputs, strict=False))  # none on stages before the last
+        scored = list(zip(micro_batches, outputs, strict=False))  # empty on stages before the last
         for micro, output in scored:
             micro.reference_logprobs = output["logprobs"]
         if Signal.reference_kl in self.needs:
@@ -163,7 +175,10 @@ class PolicyActor(Policy):
     def _forward(
         self, micro_batches: Sequence[MicroBatch], *, want_pooled: bool, want_entropy: bool
     ) -> list[dict[str, Tensor]]:
-        """Outputs of the last stage a micro-batch; an empty list elsewhere."""
+        """Run a forward; returns a dict for each micro-batch on the last stage, an empty list elsewhere.
+
+        "logprobs" [N] float32; if wanted, "entropy" [N] float32 and "pooled" [K, H] float32.
+        """
 
         def outputs_of(micro: MicroBatch, hidden: Tensor) -> dict[str, Tensor]:
             logprobs, entropy = self._logprobs(micro, hidden, entropy=want_entropy)
@@ -185,14 +200,14 @@ class PolicyActor(Policy):
 
         Args:
             batch: as the batcher credits it: with advantages, weights and old log-probs on the last stage.
-            experience: that it is a part of.
+            experience: the step's; the mini-batch is a part of it.
             algorithm: its `objective`, summed over all ranks, is the loss.
             first: whether the weights are still those that were scored; then KL(old || new) must be 0, and is
                 reported as "policy/first_update_kl".
 
         Returns:
-            Metrics, identical on every rank. An update whose loss or gradient is not finite is skipped:
-            "policy/update_skipped" counts those of the step, "policy/skipped_in_a_row" the latest without one between.
+            Metrics, identical on every rank: see `Trainable.update`. "policy/update_skipped" counts the step's updates
+            that were skipped because the loss or a gradient was not finite.
         """
         group_loss, score_gradient = 0.0, None
         if algorithm.has_group_loss:
@@ -227,10 +242,10 @@ class PolicyActor(Policy):
         return metrics | {"policy/update_skipped": float(self._skipped)}
 
     def learn_values(self, experience: Experience, algorithm: Algorithm) -> dict[str, float]:
-        """The critic's update on a step's rollouts, whether or not the policy waits; {} without a critic.
+        """Update the critic on a step's rollouts, also in steps in which the policy is not updated.
 
         Returns:
-            Metrics, identical on every rank: see `CriticActor.learn`.
+            The metrics of `CriticActor.learn`; {} without a critic.
         """
         if self.critic is None:
             return {}
@@ -242,9 +257,9 @@ class PolicyActor(Policy):
     def _scores(
         self, micro_batches: Sequence[MicroBatch], table: RolloutTable, algorithm: Algorithm, *, scored: bool
     ) -> Tensor:
-        """Scores of every rollout under the weights of now, [B, C] float64, on every rank.
+        """Scores of every rollout under the current weights, [B, C] float64, on every rank.
 
-        Costs a forward, unless these are still the weights that were `scored`.
+        Costs a forward, unless the rollouts were `scored` under these very weights.
         """
 
         if scored:
@@ -261,23 +276,24 @@ class PolicyActor(Policy):
         return self._sum_by_rollout(micro_batches, parts, table)
 
     def _logprobs(self, micro: MicroBatch, hidden: Tensor, *, entropy: bool = False) -> tuple[Tensor, Tensor | None]:
-        """Log-probs of a micro-batch's targets, and entropies, [N] float32 each, under the sampling temperature."""
+        """Log-probs of a micro-batch's targets at the sampling temperature, and entropies if asked for, [N] float32."""
         temperature = self.config.rollout.temperature or 1.0
         return self.stage.logprobs(hidden, micro, temperature=temperature, entropy=entropy)
 
     # --- memory --------------------------------------------------------------------------------------------------
 
     def offload(self) -> None:
-        """Free what only training needs: gradients, and optimizer state, reference policy and critic into host memory.
+        """Free the memory that only training needs, for servers that take turns with this rank on its GPU.
 
-        The weights stay, so they can be exported. For servers that take turns with this rank on its GPU.
+        Gradients are freed; optimizer state, reference policy and critic go to host memory. The policy's weights stay,
+        so that they can be exported.
         """
         for part in (self.trainable, self.critic, self.reference):
             if part is not None:
                 part.offload()
 
     def onload(self) -> None:
-        """Inverse of `offload`, before `score` or `update`. Gradients come back as zeros."""
+        """Inverse of `offload`; due before `score` or `update`. Gradients come back as zeros."""
         for part in (self.trainable, self.critic, self.reference):
             if part is not None:
                 part.onload()

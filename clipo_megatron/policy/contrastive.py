@@ -1,8 +1,9 @@
 """The contrastive head on the last pipeline stage, replicated over tensor- and data-parallel ranks.
 
-Embeddings, not states, cross the network: d numbers a rollout. Each rank takes the loss of its own rollouts as anchors
-against everybody's embeddings; the gradient with respect to the embeddings is summed over data-parallel ranks and
-flows back through each rank's own rows, so the head's gradient is the global batch's on every rank.
+Embeddings, not states, cross the network: d numbers a rollout. Each rank computes the loss of its own rollouts, as
+anchors, against the embeddings of the whole batch. The gradient with respect to the embeddings is summed over
+data-parallel ranks and flows back through each rank's own rows; summed once more, the head's gradient is that of the
+global batch on every rank.
 """
 
 from __future__ import annotations
@@ -26,8 +27,8 @@ class ContrastiveActor:
     """Trains the head and scores rollouts with it; lives on last-stage ranks only.
 
     Attributes:
-        embeddings: [B, d] float32, of the last batch.
-        skipped: whether the head's last update was left out, because a gradient was not finite.
+        embeddings: [B, d] float32, of the batch that was scored last.
+        skipped: whether the head's last update was skipped because a gradient was not finite.
     """
 
     def __init__(self, hidden_size: int, config: ClipoConfig, layout: Layout, *, seed: int):
@@ -47,12 +48,13 @@ class ContrastiveActor:
         """Score the batch with the head as it stands, then train the head one step on it.
 
         Args:
-            pooled: [b, H] float32, states of this rank's rollouts.
+            pooled: [b, H] float32, mean response states of this rank's rollouts.
             rows: [b] int64, their rows in the table.
             table: the global batch, B rows.
 
         Returns:
-            Loss [B] float32 and validity [B] bool over the global batch, before the step.
+            Each rollout's loss as an anchor [B] float32, and whether it has one [B] bool, under the head before the
+            step.
         """
         size, device = table.size, pooled.device
         graded = table.graded.to(device)
@@ -92,8 +94,8 @@ class ContrastiveActor:
         return loss, valid > 0
 
     def metrics(self, table: RolloutTable, bonus: Tensor) -> dict[str, float]:
-        """The numbers to watch about the last batch; `bonus` [B] float32 is what its losses paid."""
-        graded = table.graded  # an ungraded rollout is neither right nor wrong
+        """Metrics of the last batch; `bonus` [B] float32 is what the losses added to its rewards."""
+        graded = table.graded
         numbers = statistics(
             table.correct[graded],
             table.group[graded],
@@ -115,13 +117,13 @@ class ContrastiveActor:
         gradients = [parameter.grad for parameter in self.head.parameters()]
         for gradient in gradients:
             self._sum(gradient)
-        # The same on every rank that has the head: the gradients are sums over all of them.
+        # All ranks with the head decide alike: the gradients are sums over all of them.
         self.skipped = not all(bool(gradient.isfinite().all()) for gradient in gradients)
         if not self.skipped:
             self.optimizer.step()
 
     def _global_mean(self, pooled: Tensor) -> Tensor:
-        """Mean state over all ranks' rows, [H]."""
+        """The mean state [H] over the rows of all ranks."""
         total = torch.cat([pooled.sum(0), pooled.new_tensor([pooled.shape[0]])])
         self._sum(total)
         return total[:-1] / total[-1].clamp(min=1)
@@ -132,7 +134,7 @@ class ContrastiveActor:
             dist.all_reduce(tensor, group=self.layout.dp_group)
 
     def state_dict(self) -> dict[str, Any]:
-        """Head and optimizer."""
+        """The state of head and optimizer."""
         return {"head": self.head.state_dict(), "optimizer": self.optimizer.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

@@ -53,10 +53,11 @@ class CriticActor:
     # --- scoring -----------------------------------------------------------------------------------------------------
 
     def score(self, micro_batches: Sequence[MicroBatch]) -> None:
-        """A forward without gradient. Fills, on the last stage, [N] float32 each of every micro-batch:
+        """Value the rollouts' states in a forward without gradient.
 
-        signals["value"], the value of the state that predicts each response token, and signals["next_value"], that of
-        the state with the token: the next one's "value", and behind the last token what a bootstrap continues from.
+        On the last stage every micro-batch gets signals["value"] [N] float32, the value of the state that predicts each
+        response token, and signals["next_value"] [N] float32, the value of the state after the token. The latter is the
+        "value" of the token that follows; after the last one it is what a bootstrap continues from.
         """
 
         def values(micro: MicroBatch, hidden: Tensor) -> tuple[Tensor, Tensor]:
@@ -131,7 +132,7 @@ class CriticActor:
         self.trainable.offload(weights=True)
 
     def onload(self) -> None:
-        """Inverse of `offload`, before `score` or `learn`."""
+        """Inverse of `offload`; due before `score` or `learn`."""
         self.trainable.onload()
 
 

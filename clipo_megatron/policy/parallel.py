@@ -1,4 +1,4 @@
-"""Where this rank stands in TP x PP x DP and among the experts, and the process groups it talks through."""
+"""This rank's place in tensor, pipeline, data and expert parallelism, and its process groups."""
 
 from __future__ import annotations
 
@@ -17,25 +17,25 @@ from clipo_megatron.weights.parallel_division import ParallelDivision
 
 @dataclass(frozen=True)
 class Layout:
-    """One rank's coordinates. Megatron's order of ranks: TP changes fastest, then DP, then PP.
+    """One rank's coordinates and groups. In Megatron's order of ranks TP changes fastest, then DP, then PP.
 
-    Experts divide the TP x DP ranks of a pipeline stage anew: ETP changes fastest, then EP, then copies.
+    Experts divide the TP x DP ranks of a pipeline stage in their own way: ETP changes fastest, then EP, then copies.
     """
 
     division: ParallelDivision
-    dp: int
+    dp: int  # replicas
     tp_rank: int
     pp_rank: int
     dp_rank: int
     ep_rank: int
     etp_rank: int
     edp_rank: int  # which copy of the experts
-    rank: int
+    rank: int  # global
     sequence_parallel: bool
     tp_group: dist.ProcessGroup
     pp_group: dist.ProcessGroup
     dp_group: dist.ProcessGroup
-    replica_group: dist.ProcessGroup  # the tp * pp ranks that hold one copy of all but the experts
+    replica_group: dist.ProcessGroup  # the tp * pp ranks that hold one copy of everything but the experts
     ep_group: dist.ProcessGroup
     etp_group: dist.ProcessGroup
 
@@ -55,7 +55,7 @@ class Layout:
 
     @property
     def coordinates(self) -> Coordinates:
-        """This rank's place among those that hold its pipeline stage together."""
+        """This rank's place among the ranks that hold its pipeline stage together."""
         return Coordinates(
             tp=self.tp,
             tp_rank=self.tp_rank,
@@ -67,7 +67,7 @@ class Layout:
 
     @property
     def holder(self) -> Holder:
-        """This rank as one that holds a part of the weights."""
+        """This rank as the holder of a part of the weights, for the export; groups of one rank are left out."""
 
         def several(group: dist.ProcessGroup) -> dist.ProcessGroup | None:
             return group if dist.get_world_size(group) > 1 else None
@@ -90,31 +90,34 @@ class Layout:
 
     @property
     def is_last_stage(self) -> bool:
-        """Holds the final norm, the LM head and the contrastive head."""
+        """Whether this rank holds the final norm, the LM head and the contrastive head."""
         return self.pp_rank == self.pp - 1
 
     @property
     def is_head(self) -> bool:
-        """Leads its model replica: the rank that asks servers for rollouts and receives what the replica trains."""
+        """Whether this rank leads its replica: it requests rollouts, and receives what the replica trains."""
         return self.tp_rank == 0 and self.pp_rank == 0
 
     def head_of(self, dp_rank: int) -> int:
-        """Global rank of the head of a replica."""
+        """The global rank of a replica's head."""
         return dp_rank * self.tp
 
     @property
     def last_stage_rank(self) -> int:
-        """Global rank of the last stage in this rank's pipeline."""
+        """The global rank of the last stage of this rank's pipeline."""
         return dist.get_global_rank(self.pp_group, self.pp - 1)
 
 
 def initialize(config: LayoutConfig, *, seed: int, vpp: int = 1) -> Layout:
-    """Divide the ranks of the (initialised) default process group.
+    """Divide the ranks of the default process group, which is initialised already.
 
-    `vpp` is the number of model chunks a pipeline rank; the schedule that trains knows only one.
+    Args:
+        config: the sizes of the division.
+        seed: Megatron's generator's.
+        vpp: model chunks a pipeline rank; training knows only one.
 
     Raises:
-        ValueError: when tp * pp, or ep * etp * pp, does not divide the number of ranks.
+        ValueError: tp * pp, or ep * etp * pp, does not divide the number of ranks.
     """
     platform().adapt("megatron.core")
     division = ParallelDivision.of(config, vpp=vpp)
@@ -160,7 +163,7 @@ def initialize(config: LayoutConfig, *, seed: int, vpp: int = 1) -> Layout:
 
 
 def shutdown() -> None:
-    """Leave every group. Idempotent."""
+    """Leave all process groups. Idempotent."""
     if parallel_state.is_initialized():
         parallel_state.destroy_model_parallel()
     if dist.is_initialized():

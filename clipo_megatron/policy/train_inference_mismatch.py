@@ -1,4 +1,4 @@
-"""How far the engine's log-probs are from the trainer's: the numbers that are always watched."""
+"""Train-inference mismatch: how far the engine's log-probs are from the trainer's. It is measured in every step."""
 
 from __future__ import annotations
 
@@ -16,13 +16,22 @@ from clipo_megatron.policy.parallel import Layout
 def mismatch_metrics(
     micro_batches: Sequence[MicroBatch], table: RolloutTable, correction: CorrectionConfig, layout: Layout
 ) -> dict[str, float]:
-    """How far the engine's log-probs are from the trainer's, and what a correction makes of it; collective.
+    """Compare the engine's log-probs with the trainer's, and describe the importance weights of a correction.
 
-    policy/mult_prob_error       mean of exp(|log pi_train - log pi_rollout|) over the tokens of fresh rollouts:
-                                 same weights on both sides, so what is beyond 1 is precision, or an error
+    Collective. The metrics are identical on every rank:
+
+    policy/mult_prob_error       mean of exp(|log pi_train - log pi_rollout|) over the tokens of fresh rollouts: both
+                                 sides have the same weights, so anything above 1 is rounding, or a bug
     policy/rollout_kl            mean of log pi_rollout - log pi_train over the same tokens
-    off_policy/mult_prob_error   as above, over all tokens: those of older weights too
+    off_policy/mult_prob_error   as policy/mult_prob_error, over all tokens, also those of older weights
     off_policy/rollout_kl        k3 estimate of KL(rollout || train) over all tokens
+    off_policy/...               what `correction_metrics` reports, if importance weights are corrected
+
+    Args:
+        micro_batches: the step's, scored.
+        table: the step's facts.
+        correction: how importance weights are corrected.
+        layout: this rank's place.
     """
     sums = torch.zeros(5 + len(SUMS), dtype=torch.float64)
     if layout.is_last_stage:

@@ -1,7 +1,7 @@
-"""The only room that says "cuda", "nccl" and "gloo": a Platform with a CUDA and a CPU side.
+"""What this process computes on and communicates through: the only module that says "cuda", "nccl" and "gloo".
 
-Everything else asks `platform()` for a device, a backend or a clock. Megatron-core is written for CUDA alone;
-`Platform.adapt` gives its modules a view of torch in which the calls they make mean something on a CPU.
+All other modules ask `platform()` for a device, a backend or a clock. Megatron-core is written for CUDA only;
+`Platform.adapt` gives its modules a view of torch in which the calls that they make work on a CPU.
 """
 
 from __future__ import annotations
@@ -24,32 +24,32 @@ import torch.distributed as dist
 
 from clipo_megatron.runtime.ports import listen
 
-# Names the GPUs that a process may use, by the numbers that the driver gives them.
+# The environment variable with the GPUs that a process may use, by the numbers that the driver gives them.
 VISIBLE_DEVICES = "CUDA_VISIBLE_DEVICES"
 
-# Ranks on one machine meet on loopback, whatever its name resolves to.
+# Environment with which ranks on one machine meet on loopback, whatever the machine's name resolves to.
 LOCAL_RENDEZVOUS_ENV = {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"}
 
 
 @dataclass(frozen=True)
 class Platform:
-    """What this process computes on and talks through."""
+    """The device of this process, and the backend of its collectives."""
 
     name: str  # "cuda" or "cpu"
     device: torch.device
-    backend: str  # of torch.distributed
+    backend: str  # of torch.distributed: "nccl" or "gloo"
 
     @property
     def has_gpu(self) -> bool:
-        """Whether kernels for GPUs can run."""
+        """Whether this process has a GPU."""
         return self.name == "cuda"
 
     def init_process_group(
         self, rank: int, world_size: int, *, timeout_s: float, store: dist.Store | None = None
     ) -> None:
-        """Join the world; collectives that take longer than `timeout_s` raise.
+        """Join the default process group; collectives that take longer than `timeout_s` raise.
 
-        A GPU world also gets a CPU backend, so that small facts (lengths, verdicts) travel without the GPU.
+        On GPUs it has a CPU backend as well, so that small facts (lengths, verdicts) travel without the GPU.
         """
         backend = f"cuda:{self.backend},cpu:gloo" if self.has_gpu else self.backend
         dist.init_process_group(
@@ -58,42 +58,44 @@ class Platform:
         )  # fmt: skip
 
     def host_group(self, *, timeout_s: float) -> dist.ProcessGroup:
-        """A group of all ranks that talks through host memory, apart from every other; collective.
+        """Make a group of all ranks that communicates through host memory; collective.
 
-        For a thread: its collectives need not be in the order of other threads'.
+        It is for one thread, whose collectives then need no common order with those of other threads.
         """
         return dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
 
     def own_store(self, name: str) -> dist.Store | None:
-        """The ranks' key-value store on a connection of its own, for a thread; None where there is one rank."""
+        """Connect to the ranks' key-value store once more, for a thread; None where there is only one rank."""
         if dist.get_world_size() == 1:
             return None
         return dist.PrefixStore(name, dist.distributed_c10d._get_default_store().clone())
 
     def share_group(self, name: str, *, world: int, host: str, timeout_s: float) -> SharedGroup:
-        """Open a process group beside the default one, as its rank 0; the others find it at host and the result's port.
+        """Open another process group as its rank 0; the others find it at `host` and the result's port.
 
         Args:
-            name: of the group, the same for all members.
-            world: number of members, this one included.
-            host: address of this machine that the others reach; nothing listens on any other.
-            timeout_s: for every wait of the group: to meet, and for each broadcast.
+            name: the group's, the same for all members.
+            world: number of members, including this one.
+            host: address of this machine that the others can reach, and the only one that is listened on.
+            timeout_s: limit of every wait: for the members to meet, and for each broadcast.
         """
         return SharedGroup(self, name, world=world, host=host, timeout_s=timeout_s)
 
     def synchronize(self) -> None:
-        """Wait for queued kernels, so that a clock read afterwards tells the truth."""
+        """Wait for queued kernels, so that a clock that is read afterwards includes them."""
         if self.has_gpu:
             torch.cuda.synchronize()
 
     def now(self) -> Any:
-        """What this thread has queued so far, for `copying`."""
+        """An event after all that this thread has queued so far, for `copying`."""
         return torch.cuda.current_stream().record_event() if self.has_gpu else None
 
     @contextlib.contextmanager
     def copying(self, since: Any) -> Iterator[None]:
-        """Within, in any thread, copies to host memory hold what was queued until `since = now()`, and run beside what
-        was queued later; at the end they are done."""
+        """Within, in any thread, copies to host memory wait for what was queued before the event `since` from `now`.
+
+        They run at the same time as what was queued later, and are complete at the end of the context.
+        """
         if not self.has_gpu:
             yield
             return
@@ -104,13 +106,13 @@ class Platform:
         stream.synchronize()
 
     def peak_memory(self) -> int:
-        """Bytes: the most that tensors held on the GPU, or this process in main memory; since its start."""
+        """The most bytes that tensors held on the GPU since the process started; on a CPU, its peak resident memory."""
         if self.has_gpu:
             return torch.cuda.max_memory_allocated()
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
     def rng_state(self) -> dict[str, torch.Tensor]:
-        """State of the default generators, for checkpoints."""
+        """The state of the default random number generators, for checkpoints."""
         state = {"cpu": torch.get_rng_state()}
         if self.has_gpu:
             state["cuda"] = torch.cuda.get_rng_state()
@@ -123,10 +125,10 @@ class Platform:
             torch.cuda.set_rng_state(state["cuda"])
 
     def adapt(self, package: str) -> None:
-        """Make the loaded modules of `package` (a CUDA-only library) run here. Does nothing where CUDA is present.
+        """Make the loaded modules of `package`, a library for CUDA only, run on a CPU. Does nothing on a GPU.
 
-        Each module's global `torch` becomes a view of torch whose `torch.cuda` answers for the CPU and whose factory
-        functions put `device="cuda"` on the CPU. torch itself, and every other library's view of it, stay as they are.
+        Each module's global `torch` becomes a view of torch whose `torch.cuda` stands for the CPU and whose factory
+        functions take `device="cuda"` for the CPU. torch itself, and other libraries' use of it, stay as they are.
         """
         if self.has_gpu:
             return
@@ -137,7 +139,7 @@ class Platform:
 
     @contextlib.contextmanager
     def cuda_tensor_names(self) -> Iterator[None]:
-        """Within, CPU tensors answer `.type()` and `.cuda()` as CUDA ones do: Megatron's optimizers ask for both."""
+        """The most bytes that tensors held on the GPU since the start; on a CPU, the peak resident memory."""
         if self.has_gpu:
             yield
             return
@@ -157,7 +159,7 @@ class Platform:
 
 
 def open_store(host: str, *, world: int, timeout_s: float) -> dist.TCPStore:
-    """A key-value store of this process for `world` clients, at a free port of `host` and of no other address."""
+    """Open a key-value store for `world` clients, which listens on a free port of `host` and on no other address."""
     with listen(host) as listener:
         return dist.TCPStore(
             host, listener.getsockname()[1], world, is_master=True, timeout=timedelta(seconds=timeout_s),
@@ -166,15 +168,15 @@ def open_store(host: str, *, world: int, timeout_s: float) -> dist.TCPStore:
 
 
 class SharedGroupError(RuntimeError):
-    """Members of a shared group did not meet, or a broadcast to them broke off; the group is of no further use."""
+    """Members of a shared group did not meet, or a broadcast to them failed; the group cannot be used any more."""
 
 
 class SharedGroup:
     """Rank 0's end of a process group whose other members are processes of another program, such as an engine's.
 
-    It owes nothing to the default group: it has a rendezvous of its own, and `close` never waits, whatever became of
-    the others. Members in another release of torch may join; what has to agree is how torch derives the keys of the
-    rendezvous from the group's name, and that is the same from 2.6 on.
+    It does not depend on the default group: it has its own rendezvous, and `close` never waits for other members.
+    Members may run another release of torch; only the way in which torch derives the keys of the rendezvous from the
+    group's name has to agree, and it has not changed since 2.6.
     """
 
     def __init__(self, platform: Platform, name: str, *, world: int, host: str, timeout_s: float):
@@ -186,13 +188,13 @@ class SharedGroup:
         self._works: list[dist.Work] = []
 
     def join(self, stop: Callable[[], bool] = lambda: False) -> None:
-        """Meet the others.
+        """Wait until all members have joined.
 
         Raises:
-            SharedGroupError: they did not all come in time, or `stop` said that nobody waits for this any more.
+            SharedGroupError: they did not all join in time, or `stop` returned true.
         """
         met: list[Any] = []
-        failure: list[str] = []  # as text: the error itself would hold what it failed with
+        failure: list[str] = []  # as text, because the exception would keep the store alive
 
         def meet(store: dist.Store) -> None:
             try:
@@ -200,19 +202,19 @@ class SharedGroup:
             except BaseException as error:
                 failure.append(str(error))
 
-        # In a thread of its own, because there is no way to interrupt it: it ends with its timeout.
+        # In its own thread, because it cannot be interrupted; it ends with its timeout.
         thread = threading.Thread(target=meet, args=(self._store,), name=f"join {self.name}", daemon=True)
         thread.start()
         while thread.is_alive():
             thread.join(0.05)
             if thread.is_alive() and stop():
-                raise SharedGroupError(f"group {self.name}: given up before its {self.world} members had met")
+                raise SharedGroupError(f"group {self.name}: cancelled before its {self.world} members had met")
         if failure:
             raise SharedGroupError(f"group {self.name}: its {self.world} members did not meet: {failure[0]}")
         self._group = met[0]
 
     def broadcast(self, tensor: torch.Tensor) -> dist.Work:
-        """Start to send a contiguous tensor to all members, as bytes; it must stay as it is until `wait` returns."""
+        """Start to send a contiguous tensor to all members, as bytes; it must not change until `wait` returns."""
         options = dist.BroadcastOptions()
         options.rootRank, options.rootTensor = 0, 0
         options.timeout = timedelta(seconds=self._timeout_s)
@@ -221,27 +223,27 @@ class SharedGroup:
         return work
 
     def wait(self, work: dist.Work, stop: Callable[[], bool] = lambda: False) -> None:
-        """Return when a broadcast is done; on a GPU the kernels that follow wait for it as well.
+        """Return when a broadcast is done; on a GPU, kernels that are queued afterwards wait for it as well.
 
         Raises:
-            SharedGroupError: it broke off, it took longer than the group's timeout, or `stop` said to give up.
+            SharedGroupError: it failed, it took longer than the group's timeout, or `stop` returned true.
         """
         start = time.monotonic()
         try:
             while not self._done(work):
                 if stop():
-                    raise SharedGroupError(f"group {self.name}: given up in the middle of a broadcast")
+                    raise SharedGroupError(f"group {self.name}: cancelled in the middle of a broadcast")
                 if time.monotonic() - start > self._timeout_s + 5.0:  # its own timeout comes first
-                    raise SharedGroupError(f"group {self.name}: no end of a broadcast in {self._timeout_s:.0f} s")
+                    raise SharedGroupError(f"group {self.name}: a broadcast did not end in {self._timeout_s:.0f} s")
             work.wait()
         except SharedGroupError:
             raise
         except Exception as error:
-            raise SharedGroupError(f"group {self.name}: a broadcast broke off: {str(error).splitlines()[0]}") from error
+            raise SharedGroupError(f"group {self.name}: a broadcast failed: {str(error).splitlines()[0]}") from error
         self._works.remove(work)
 
     def close(self) -> None:
-        """Leave at once, also in the middle of a broadcast. Idempotent."""
+        """Leave the group at once, even in the middle of a broadcast. Idempotent."""
         group, works, store = self._group, self._works, self._store
         self._group, self._works, self._store = None, [], None
         if group is None:
@@ -249,12 +251,12 @@ class SharedGroup:
         if self._platform.has_gpu:
             group.abort()
             return
-        # gloo cannot interrupt what is in flight, and its group can only be freed afterwards: others wait for that.
+        # gloo cannot interrupt a broadcast, and the group can only be freed after it: a thread waits for that.
         threading.Thread(target=_outlive, args=([group, store], works), name=f"leave {self.name}", daemon=True).start()
 
     def _connect(self, store: dist.Store) -> Any:
         kind = "cuda" if self._platform.has_gpu else "cpu"
-        # What torch's own way to a group from an address makes of its name.
+        # The prefixes that `init_process_group` derives from a group's name, which the other members use.
         for prefix in (self.name, f"{self.name}/", f"{kind}/"):
             store = dist.PrefixStore(prefix, store)
         timeout = timedelta(seconds=self._timeout_s)
@@ -272,13 +274,13 @@ class SharedGroup:
             if not work.is_completed():
                 time.sleep(0.001)
             return work.is_completed()
-        with contextlib.suppress(RuntimeError):  # not yet, or it broke off: the caller's wait says which
+        with contextlib.suppress(RuntimeError):  # it is not done, or it failed: the caller's `work.wait` tells
             work.wait(timedelta(milliseconds=100))
         return work.is_completed()
 
 
 def _outlive(holders: list[Any], works: list[dist.Work]) -> None:
-    """Drop a group once nothing of it is in flight."""
+    """Free a group once none of its broadcasts is in flight."""
     for work in works:
         with contextlib.suppress(RuntimeError):
             work.wait()
@@ -288,7 +290,7 @@ def _outlive(holders: list[Any], works: list[dist.Work]) -> None:
 
 @cache
 def platform() -> Platform:
-    """The platform of this process: its GPU (chosen by LOCAL_RANK) where there is one, else the CPU."""
+    """The platform of this process: the GPU of its LOCAL_RANK if there is one, otherwise the CPU."""
     if torch.cuda.is_available():
         index = int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count()
         torch.cuda.set_device(index)
@@ -297,10 +299,10 @@ def platform() -> Platform:
 
 
 class _CudaOnCpu(types.ModuleType):
-    """Stands for `torch.cuda` on a machine without it: synchronous, stateless, one device named "cpu"."""
+    """Stands for `torch.cuda` on a machine without GPUs: synchronous, without state, with one device named "cpu"."""
 
     class Stream:
-        """A stream that everything is already done on."""
+        """A stream on which everything is done already."""
 
         def __init__(self, *_: Any, **__: Any) -> None: ...
 
@@ -309,7 +311,7 @@ class _CudaOnCpu(types.ModuleType):
         def synchronize(self) -> None: ...
 
         def record_event(self, *_: Any) -> _CudaOnCpu.Stream:
-            """An event that has happened."""
+            """An event that has happened already."""
             return self
 
     @staticmethod
@@ -354,7 +356,7 @@ class _CudaOnCpu(types.ModuleType):
 
 @cache
 def _torch_without_cuda() -> types.ModuleType:
-    """A module that is torch but for its `cuda` and the factories that are given `device="cuda"`."""
+    """A module like torch, with another `cuda`, and with factories that take `device="cuda"` for the CPU."""
 
     class TorchOnCpu(types.ModuleType):
         def __getattr__(self, name: str) -> Any:

@@ -1,13 +1,13 @@
-"""The policy's state as it was at one moment, written as torch_dist by whoever has the time.
+"""The state of a model in training at one moment, which any thread can write in Megatron's torch_dist format.
 
-Megatron says which rank keeps which part of which tensor; that stays, so it is asked once (`SnapshotPlan`). Where
-data-parallel ranks hold a stretch of elements each, as of an optimizer's state, every rank keeps its own, as
-boxes. The parts are copied to host memory, all into one buffer that is kept for the next time, or written from where
-they are. The format is the one that Megatron reads:
+Megatron decides which rank writes which part of which tensor. That never changes, so `SnapshotPlan` asks it once. Of
+the optimizer's state each data-parallel rank holds a run of every tensor's elements; it writes that run, cut into
+boxes. The parts are copied into one buffer in host memory, which the next snapshot reuses, or written from where they
+are. The folder has the files that Megatron reads:
 
-    .metadata          which part of which tensor lies where in which file
+    .metadata          where each part of each tensor lies: file, position, length
     __<rank>_0.distcp  an archive of each part, one after the other
-    common.pt          what is the same on all ranks
+    common.pt          state that is the same on all ranks
     metadata.json      the name of the format
 """
 
@@ -38,71 +38,74 @@ _ALIGNMENT = 64  # bytes, of the parts in the buffer
 
 @dataclass(frozen=True, slots=True)
 class TensorPart:
-    """A part of a tensor of the checkpoint."""
+    """A box of a tensor of the checkpoint, and its elements."""
 
     key: str
-    data: Tensor  # of the size of the part, with leading axes of size 1 where the tensor is stacked
-    offset: tuple[int, ...]
+    data: Tensor  # the box, with leading axes of size 1 where the tensor is stacked
+    offset: tuple[int, ...]  # of the box in the whole tensor
     shape: tuple[int, ...]  # of the whole tensor
-    fresh: bool = False  # whether the tensor is the snapshot's alone
+    is_copy: bool = False  # whether nothing else uses the elements' memory
 
 
 @dataclass(frozen=True, slots=True)
-class Whole:
-    """A tensor of Megatron's state dict and how much of it this rank has."""
+class SourceTensor:
+    """A tensor of Megatron's state dict, and which of its elements this rank has."""
 
-    entry: ShardedTensor | ShardedTensorFactory  # not yet split by its factory, if it has one
-    span: tuple[int, int] | None = (
-        None  # elements [start, stop), which no other data-parallel rank has; None: all of it
-    )
+    entry: ShardedTensor | ShardedTensorFactory  # before its factory, if it has one, splits it
+    # Elements [start, stop), which no other data-parallel rank has; None: all elements, as the other ranks have.
+    span: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True, slots=True)
-class _Planned:
-    """Where a part's elements lie in the tensor that they are a part of here."""
+class _PlannedPart:
+    """A box of a tensor of the checkpoint, and where its elements lie in a tensor on this rank."""
 
     key: str
-    offset: tuple[int, ...]
-    shape: tuple[int, ...]
-    source: int
-    start: int  # elements behind the source's first
+    offset: tuple[int, ...]  # of the box in the whole tensor
+    shape: tuple[int, ...]  # of the whole tensor
+    source: int  # index of the tensor on this rank
+    start: int  # the box's first element, counted from the source's first
     sizes: tuple[int, ...]
     strides: tuple[int, ...]
 
 
 class SnapshotPlan:
-    """Which parts of which of this rank's tensors it writes, whatever they hold at that time.
+    """Which parts of its tensors this rank writes; their contents may change from one snapshot to the next.
 
     Args:
-        wholes: every tensor.
-        sharded: the same, split by factories, and Megatron's objects.
-        common: what is the same on all ranks.
+        sources: every tensor of the state.
+        sharded: the same tensors, split by their factories, and Megatron's objects.
+        common: state that is the same on all ranks.
+
+    Attributes:
+        objects: what else this rank writes, by key.
+        has_fixed_objects: whether these never change, so that the plan holds for every snapshot.
     """
 
-    def __init__(self, wholes: Sequence[Whole], sharded: dict[str, Any], common: dict[str, Any]) -> None:
+    def __init__(self, sources: Sequence[SourceTensor], sharded: dict[str, Any], common: dict[str, Any]) -> None:
         self.common = common
-        self._parts: list[_Planned] = []
+        self._parts: list[_PlannedPart] = []
         keys = set()
-        for source, whole in enumerate(wholes):
-            entry = whole.entry
+        for index, source in enumerate(sources):
+            entry = source.entry
             for tensor in nested_values({"": entry.build() if isinstance(entry, ShardedTensorFactory) else entry}):
                 keys.add(tensor.key)
-                if _is_mine(tensor, by_span=whole.span is not None):
-                    self._parts += _planned(tensor, entry.data, source, whole.span)
+                if _is_mine(tensor, by_span=source.span is not None):
+                    self._parts += _planned(tensor, entry.data, index, source.span)
         if lost := keys ^ {each.key for each in nested_values(sharded) if isinstance(each, ShardedTensor)}:
-            raise ValueError(f"{min(lost)} is in one of two forms of Megatron's state dict only")
+            raise ValueError(f"{min(lost)} is in only one of the two forms of Megatron's state dict, whole and split")
         mine = [each for each in nested_values(sharded) if isinstance(each, ShardedObject) and _is_mine(each)]
-        # Small states of layers, which are stored as lists; nearly all of them are nothing.
+        # Extra states of layers, stored as lists of one; nearly all of them are None.
         nothing = saved([None])
         self.objects = {each.unique_key: nothing if each.data is None else saved([each.data]) for each in mine}
-        self.lasts = all(each.data is None for each in mine)
+        self.has_fixed_objects = all(each.data is None for each in mine)
 
-    def parts(self, sources: Sequence[Tensor], fresh: Sequence[bool]) -> list[TensorPart]:
-        """The parts of the tensors that the plan was made for, as they are now.
+    def parts(self, sources: Sequence[Tensor], are_copies: Sequence[bool]) -> list[TensorPart]:
+        """The parts of the planned tensors, as views of these.
 
         Args:
-            sources: the tensors in the plan's order; of those with a span, the span alone, flat.
-            fresh: whether each is the snapshot's alone.
+            sources: the tensors in the plan's order; of a tensor with a span, the elements of the span, flat.
+            are_copies: for each, whether nothing else uses its memory.
         """
         return [
             TensorPart(
@@ -112,26 +115,26 @@ class SnapshotPlan:
                 ),
                 each.offset,
                 each.shape,
-                fresh[each.source],
+                are_copies[each.source],
             )
             for each in self._parts
         ]
 
 
 class HostBuffer:
-    """Host memory that copies are made to; grows when it has to, and never shrinks."""
+    """Host memory for copies of tensors, reused from one snapshot to the next. It grows as needed and never shrinks."""
 
     def __init__(self) -> None:
         self._bytes = torch.empty(0, dtype=torch.uint8)
 
     def copies(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """A copy of each tensor, under way on a GPU. Copies made before are overwritten."""
+        """Copy each tensor, overwriting earlier copies. On a GPU the copies are still under way on return."""
         starts, size = [], 0
         for tensor in tensors:
             starts.append(size)
             size += -(-tensor.nbytes // _ALIGNMENT) * _ALIGNMENT
         if self._bytes.numel() < size:
-            self._bytes = torch.empty(0, dtype=torch.uint8)  # first let go of the old one
+            self._bytes = torch.empty(0, dtype=torch.uint8)  # frees the old buffer first
             self._bytes = torch.empty(size, dtype=torch.uint8, pin_memory=platform().has_gpu)
         made = []
         for tensor, start in zip(tensors, starts, strict=True):
@@ -141,13 +144,13 @@ class HostBuffer:
 
 
 class TrainableSnapshot:
-    """This rank's parts of the policy's state. Nothing here is collective.
+    """This rank's parts of a model's state in training. No method is collective.
 
     Args:
-        parts: where they are now.
-        objects: what else is written, by key.
-        common: what is the same on all ranks.
-        buffer: that `copy` copies into.
+        parts: views of the tensors in training, or copies.
+        objects: what else this rank writes, by key.
+        common: state that is the same on all ranks.
+        buffer: the memory that `copy` copies into.
     """
 
     def __init__(
@@ -157,19 +160,19 @@ class TrainableSnapshot:
         self._since, self._rank = platform().now(), dist.get_rank()
 
     def copy(self) -> None:
-        """Copy to host memory, in any thread; what was copied for the snapshot before is overwritten."""
-        shared = [part for part in self._parts if not part.fresh]
+        """Copy the parts to host memory, in any thread, over the copies of the snapshot before."""
+        shared = [part for part in self._parts if not part.is_copy]
         with platform().copying(self._since):
             copies = iter(self._buffer.copies([part.data for part in shared]))
-        self._parts = [part if part.fresh else replace(part, data=next(copies), fresh=True) for part in self._parts]
+        self._parts = [part if part.is_copy else replace(part, data=next(copies), is_copy=True) for part in self._parts]
 
     @property
     def nbytes(self) -> int:
-        """Of this rank's tensors."""
+        """Bytes of this rank's tensors."""
         return sum(part.data.nbytes for part in self._parts)
 
     def write(self, files: FolderWriter) -> list[FileSpan]:
-        """Write this rank's file; returns where everything is."""
+        """Write this rank's file; returns where in it each part and object lies."""
         if not self._parts and not self._objects:
             return []
         name = f"__{self._rank}_0.distcp"
@@ -177,8 +180,8 @@ class TrainableSnapshot:
             return list(self._write(file, name))
 
     def finish(self, files: FolderWriter, written: Sequence[list[FileSpan]]) -> None:
-        """Write the files that describe the others; on one rank."""
-        places = [place for part in written for place in part]
+        """Write the files that describe the others; one rank does, with what `write` returned on every rank."""
+        places = [place for spans in written for place in spans]
         for name, data in description(places, self._common).items():
             files.write(name, data)
 
@@ -198,9 +201,17 @@ class TrainableSnapshot:
 def boxes(
     start: int, sizes: tuple[int, ...], strides: tuple[int, ...], low: int, high: int
 ) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
-    """What of a tensor lies at [low, high) of memory: offset and sizes of boxes, at most 2n - 1 of n axes, in order.
+    """Cut the elements of a tensor that lie at [low, high) of memory into boxes, in the order of memory.
 
-    The tensor begins at `start`, and its strides fall, so that none of its rows begins within another.
+    Args:
+        start: where in memory the tensor begins, in elements.
+        sizes: the tensor's shape, n axes.
+        strides: its strides, in falling order, so that no row begins within another.
+        low: first element of the range of memory.
+        high: the element after its last.
+
+    Yields:
+        Offset and sizes of each box; at most 2n - 1 boxes.
     """
     if 0 in sizes or low >= high:
         return
@@ -209,15 +220,15 @@ def boxes(
             yield (), ()
         return
     (rows, *rest), (stride, *inner) = sizes, strides
-    reach = 1 + sum((size - 1) * step for size, step in zip(rest, inner, strict=True))  # of a row
-    stride = max(stride, reach)  # that of a single row says nothing
+    reach = 1 + sum((size - 1) * step for size, step in zip(rest, inner, strict=True))  # from a row's start to its end
+    stride = max(stride, reach)  # the stride of a single row may be anything
 
     def some_of(row: int) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
         if 0 <= row < rows:
             for offset, box in boxes(start + row * stride, tuple(rest), tuple(inner), low, high):
                 yield (row, *offset), (1, *box)
 
-    # Rows first .. behind - 1 are there as a whole; of their neighbours, or of one row alone, there may be a part.
+    # Rows first .. behind - 1 lie in the range as a whole; their neighbours, or a single row, may lie in it in part.
     first, behind = max(0, -(-(low - start) // stride)), min(rows, (high - reach - start) // stride + 1)
     yield from some_of(first - 1)
     if first < behind:
@@ -226,15 +237,16 @@ def boxes(
         yield from some_of(behind)
 
 
-def _planned(tensor: ShardedTensor, whole: Tensor, source: int, span: tuple[int, int] | None) -> Iterator[_Planned]:
+def _planned(tensor: ShardedTensor, whole: Tensor, source: int, span: tuple[int, int] | None) -> Iterator[_PlannedPart]:
+    """The boxes of one tensor of the checkpoint that this rank writes, out of a tensor `whole` that it is a view of."""
     data = tensor.data.view((1,) * tensor.prepend_axis_num + tuple(tensor.local_shape))
     if data.untyped_storage()._cdata != whole.untyped_storage()._cdata or not whole.is_contiguous():
-        raise ValueError(f"{tensor.key} is no view of a contiguous tensor")
+        raise ValueError(f"{tensor.key} is not a view of the contiguous tensor that it was split from")
     start, strides = data.storage_offset() - whole.storage_offset(), tuple(data.stride())
     everything = [((0,) * data.dim(), tuple(data.shape))]
     low, high = span or (0, whole.numel())
     for offset, sizes in boxes(start, tuple(data.shape), strides, low, high) if span else everything:
-        yield _Planned(
+        yield _PlannedPart(
             tensor.key,
             tuple(at + more for at, more in zip(tensor.global_offset, offset, strict=True)),
             tuple(tensor.global_shape),
@@ -246,6 +258,6 @@ def _planned(tensor: ShardedTensor, whole: Tensor, source: int, span: tuple[int,
 
 
 def _is_mine(each: ShardedTensor | ShardedObject, *, by_span: bool = False) -> bool:
-    """Whether this rank is the one that writes it; or one of those that write it together, each its span."""
-    # Copies are numbered by pipeline, tensor- and data-parallel rank, in this order.
+    """Whether this rank writes it: alone among its copies, or `by_span` together with other data-parallel ranks."""
+    # A replica_id has the pipeline, tensor- and data-parallel number of a copy, in this order.
     return is_main_replica(each.replica_id[:-1] if by_span else each.replica_id)

@@ -1,11 +1,11 @@
-"""The policy's parameters and optimizer on disk, in Megatron's torch_dist format: loadable in any TP x PP x DP x EP.
+"""Parameters and optimizer of a model in training as a torch_dist checkpoint, which any TP x PP x DP x EP can load.
 
-Each layer has keys of its own ("decoder.layers.7...."), experts are stacked on a first axis. Older checkpoints have
-the layers stacked too, under keys without a number; they are read as well.
+Each layer has its own keys ("decoder.layers.7...."); experts are stacked along a first axis. In older checkpoints the
+layers are stacked too, under keys without a number; these are read as well.
 
-The optimizer's state is written in the shape of the parameters, by each data-parallel rank what it has a shard of, so
-that nothing has to be gathered. Megatron's own gathering (0.16.1, "fully_reshardable") places the moments wrongly where
-a gradient buffer has more than one bucket, as with tied embeddings and pipeline stages: it forgets the padding between
+The optimizer's state has the shape of the parameters, and each data-parallel rank writes the elements of its own shard,
+so nothing is gathered. Megatron's own format for this (0.16.1, "fully_reshardable") places moments wrongly where a
+gradient buffer has more than one bucket, as with tied embeddings and pipeline stages: it forgets the padding between
 buckets.
 """
 
@@ -29,7 +29,7 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch import Tensor
 from torch.distributed.checkpoint import FileSystemReader
 
-from clipo_megatron.policy.checkpoint.snapshot import HostBuffer, SnapshotPlan, TrainableSnapshot, Whole
+from clipo_megatron.policy.checkpoint.snapshot import HostBuffer, SnapshotPlan, SourceTensor, TrainableSnapshot
 from clipo_megatron.policy.optimizer import DistributedAdamW
 from clipo_megatron.policy.trainable import Trainable
 from clipo_megatron.runtime.platform import platform
@@ -48,36 +48,36 @@ class TrainableCheckpointer:
     def __init__(self, trainable: Trainable) -> None:
         self.stage, self.optimizer = trainable.stage, trainable.optimizer
         self._buffer = HostBuffer()
-        self._wholes: list[ShardedTensor | ShardedTensorFactory] = []  # the parameters' entries
+        self._parameters: list[ShardedTensor | ShardedTensorFactory] = []  # and buffers of the stage
         self._plan: SnapshotPlan | None = None
         self._checked = False
 
     def take(self) -> TrainableSnapshot:
-        """The state of now. It has to be copied or written before the next update.
+        """A snapshot of the current state, to be copied or written before the next update.
 
-        The first time it is collective: the ranks compare what they hold, every element of every tensor once.
+        The first call is collective: the ranks check that together they hold every element of every tensor once.
         """
         with _megatron_here():
-            if self._plan is None or not self._plan.lasts:
+            if self._plan is None or not self._plan.has_fixed_objects:
                 self._plan = self._make_plan()
             plan = self._plan
-            # What is no parameter may change in any forward.
-            fresh = [not isinstance(each.data, torch.nn.Parameter) for each in self._wholes]
+            # Buffers are copied at once, because any forward may change them.
+            are_copies = [not isinstance(each.data, torch.nn.Parameter) for each in self._parameters]
             sources = [
-                each.data.detach().clone() if alone else each.data.detach()
-                for each, alone in zip(self._wholes, fresh, strict=True)
+                each.data.detach().clone() if is_copy else each.data.detach()
+                for each, is_copy in zip(self._parameters, are_copies, strict=True)
             ]
             for _, _, shard in _shards(self.optimizer):
                 states = _state_of(shard)
                 sources += [states[key].view(-1) if states else _NOTHING for key in (MASTER, *MOMENTS)]
-            fresh += [False] * (len(sources) - len(fresh))
-        return TrainableSnapshot(plan.parts(sources, fresh), plan.objects, plan.common | self._common(), self._buffer)
+            are_copies += [False] * (len(sources) - len(are_copies))
+        parts = plan.parts(sources, are_copies)
+        return TrainableSnapshot(parts, plan.objects, plan.common | self._common(), self._buffer)
 
     def load(self, folder: Path) -> None:
-        """Restore what was taken, in this run's layout; collective.
+        """Restore the state of a checkpoint, whatever layout wrote it; collective.
 
-        Raises:
-            Whatever Megatron raises for a checkpoint of another architecture, which names the key or shape.
+        For a checkpoint of another architecture Megatron raises an error that names the key or shape.
         """
         with _megatron_here():
             model = _sharded(self.stage, stacked=_is_stacked(folder))
@@ -92,22 +92,22 @@ class TrainableCheckpointer:
     def _make_plan(self) -> SnapshotPlan:
         model = _sharded(self.stage)
         states = _in_model_shape(model, self.optimizer, _nowhere)
-        self._wholes = list(nested_values(extract_sharded_tensors_and_factories(model)[0]))
+        self._parameters = list(nested_values(extract_sharded_tensors_and_factories(model)[0]))
         spans = {name: (shard.start, shard.stop) for name, _, shard in _shards(self.optimizer)}
-        wholes = [
-            *(Whole(each) for each in self._wholes),
-            *(Whole(each, spans[name]) for name, kinds in states.items() for each in kinds.values()),
+        sources = [
+            *(SourceTensor(each) for each in self._parameters),
+            *(SourceTensor(each, spans[name]) for name, kinds in states.items() for each in kinds.values()),
         ]
         sharded, common = save_preprocess({"model": model, "optimizer": states, **self._common()}, not self._checked)
         self._checked = True
-        return SnapshotPlan(wholes, sharded, common)
+        return SnapshotPlan(sources, sharded, common)
 
     def _common(self) -> dict[str, Any]:
         return {"schedule": self.optimizer.schedule.state_dict(), "updates": _updates(self.optimizer)}
 
 
 def _sharded(stage: torch.nn.Module, *, stacked: bool = False) -> dict[str, Any]:
-    """The parameters as a checkpoint has them."""
+    """Megatron's sharded state dict of a stage, with keys for each layer or with the layers stacked."""
     return stage.sharded_state_dict(metadata={"non_homogeneous_layers": not stacked})
 
 
@@ -133,9 +133,10 @@ class _Shard:
 
 
 def _state_of(shard: _Shard, *, updates: int | None = None) -> dict[str, Tensor]:
-    """Master parameter and moments of a shard; zeros before its first update, which Adam has to find without a state.
+    """Master parameter and moments of a shard, by name.
 
-    With `updates` the state is allocated, and counted on from there.
+    Before the first update the moments are zeros that are not stored, because Adam initialises only what has no state.
+    With `updates` the state is allocated, and Adam continues from that number of updates.
     """
     if shard.main is None:
         return {}
@@ -143,7 +144,7 @@ def _state_of(shard: _Shard, *, updates: int | None = None) -> dict[str, Tensor]
     if updates is not None:
         for key in MOMENTS:
             state.setdefault(key, torch.zeros_like(shard.main.data))
-        # torch's Adam counts in a tensor of each parameter, TE's and apex's in the group
+        # torch's Adam counts updates in a tensor of each parameter, TE's and apex's in the group.
         state["step"] = torch.tensor(float(updates))
         for group in shard.inner.optimizer.param_groups:
             if "step" in group:
@@ -153,7 +154,10 @@ def _state_of(shard: _Shard, *, updates: int | None = None) -> dict[str, Tensor]
 
 
 def _in_model_shape(model: dict[str, Any], optimizer: DistributedAdamW, fill: Any) -> dict[str, dict[str, Any]]:
-    """Sharded tensors of the optimizer's state beside those of the parameters, [name][master | exp_avg | ...]."""
+    """Sharded tensors of the optimizer's state, by parameter name and kind (master, exp_avg, exp_avg_sq).
+
+    They are divided as the parameters are. `fill(parameter, shard)` makes the tensor of each kind.
+    """
     sharded, _ = extract_sharded_tensors_and_factories(model)
     by_parameter = {id(each.data): each for each in nested_values(sharded)}
     return {
@@ -170,12 +174,12 @@ def _blank(parameter: torch.nn.Parameter, _shard: _Shard) -> dict[str, Tensor]:
 
 
 def _nowhere(parameter: torch.nn.Parameter, _shard: _Shard) -> dict[str, Tensor]:
-    """Shapes alone."""
+    """As `_blank`, without memory."""
     return {key: torch.empty(parameter.shape, dtype=torch.float32, device="meta") for key in (MASTER, *MOMENTS)}
 
 
 def _shards(optimizer: DistributedAdamW) -> Iterator[tuple[str, torch.nn.Parameter, _Shard]]:
-    """Every trained parameter by name, in the same order on all data-parallel ranks."""
+    """Every trained parameter with its name and shard, in the same order on all data-parallel ranks."""
     for inner in optimizer.inner.chained_optimizers:
         trained = {parameter for buffer in inner.buffers for parameter in buffer.param_index_map}
         for chunk in inner.model_chunks:
@@ -185,7 +189,7 @@ def _shards(optimizer: DistributedAdamW) -> Iterator[tuple[str, torch.nn.Paramet
 
 
 def _updates(optimizer: DistributedAdamW) -> int:
-    """How many updates Adam has counted; the same for every parameter."""
+    """The number of updates that Adam has counted, which is the same for every parameter."""
     for _, _, shard in _shards(optimizer):
         if shard.main is None:
             continue
@@ -197,7 +201,7 @@ def _updates(optimizer: DistributedAdamW) -> int:
 
 @contextmanager
 def _megatron_here() -> Iterator[None]:
-    """Megatron's checkpoints, imported above for that, work on this platform within."""
+    """Within, Megatron's checkpoint code, which this module imports so that it is adapted, works on this platform."""
     platform().adapt("megatron.core")
     with platform().cuda_tensor_names():
         yield

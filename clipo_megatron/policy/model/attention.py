@@ -1,11 +1,12 @@
 """Core attention for packed segments on `scaled_dot_product_attention`: CPUs, and GPUs without transformer-engine.
 
-Every segment has queries (its own tokens) and keys (its context's tokens, then its own), causal at the lower right.
-Segments with the same context length and similar own lengths are attended to together, right-padded inside the
-attention only: under the causal mask a padded key lies behind every real query, so nothing leaks between segments.
+A segment's queries are its own tokens; its keys are the tokens of its context, followed by its own. The causal mask is
+aligned at the lower right. Segments with the same context length and similar lengths of their own form a batch, padded
+on the right inside the attention only: a padded key comes after every real query, so the causal mask hides it and
+nothing leaks between segments.
 
-A sliding window of w lets a query see w keys, itself the last of them. Only then are masks wider than the causal one
-made, and only for segments that the window is too short for; of a context, what no query sees is left out.
+With a sliding window of w a query sees w keys, the last of which is its own. A mask is built only where the window is
+shorter than a segment with its context; context tokens that no query sees are left out.
 """
 
 from __future__ import annotations
@@ -23,41 +24,41 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from clipo_megatron.flow import Segment
 
-# Segments share a bucket while the longest is at most this much longer than the shortest, plus SLACK tokens.
+# Segments share a batch while the longest has at most GROWTH times the tokens of the shortest, plus SLACK.
 GROWTH, SLACK = 1.25, 4
 
 
 @dataclass(frozen=True)
 class SegmentBatch:
-    """Segments that are attended to side by side."""
+    """Segments that one call of the attention computes together."""
 
     count: int
-    length: int  # of their queries, padded
-    context: int  # keys before their own
-    mask: Tensor | None  # [length, context + length] bool, True where attended; None: plainly causal
+    length: int  # queries of each, padding included
+    context: int  # keys of each from its context
+    mask: Tensor | None  # [length, context + length] bool, True where attended; None: causal
 
 
 @dataclass
 class SegmentPlan(PackedSeqParams):
-    """How the segments of one packed row are laid side by side for attention; made once a micro-batch.
+    """How the segments of one packed row are batched for attention; made once a micro-batch.
 
-    It travels through Megatron as `packed_seq_params`; its `qkv_format` is not "thd", so that Megatron leaves shapes
-    and rotary embeddings alone.
+    Megatron passes it to the attention as `packed_seq_params`. Its `qkv_format` is not "thd", so that Megatron leaves
+    shapes and rotary embeddings alone.
     """
 
-    queries: Tensor | None = None  # [sum count*length] int64, token of each padded query, bucket after bucket
-    keys: Tensor | None = None  # [sum count*(context+length)] int64, token of each padded key
-    restore: Tensor | None = None  # [T] int64, padded query of each token
+    queries: Tensor | None = None  # [sum count*length] int64, the token of each padded query, batch after batch
+    keys: Tensor | None = None  # [sum count*(context+length)] int64, the token of each padded key
+    restore: Tensor | None = None  # [T] int64, the padded query of each token
     buckets: tuple[SegmentBatch, ...] = ()
 
 
 def plan_segments(segments: Sequence[Segment], device: torch.device, window: int | None = None) -> SegmentPlan:
-    """Bucket segments by context length and own length.
+    """Batch segments by the length of their context and their own.
 
     Args:
-        segments: of the row.
+        segments: the row's, in order.
         device: where index tensors and masks go.
-        window: keys that a query sees, its own among them; None: all before it.
+        window: keys that a query sees, including its own; None: all up to its own.
     """
     if window is not None:
         segments = [_within(each, window) for each in segments]
@@ -72,7 +73,7 @@ def plan_segments(segments: Sequence[Segment], device: torch.device, window: int
         count = sum(1 for each in waiting if each.context_length == context and each.length * GROWTH + SLACK >= longest)
         bucket, waiting = waiting[:count], waiting[count:]
         for each in bucket:
-            # Padding reads the segment's last token: any finite value does, its output is dropped.
+            # Padding reads the segment's last token: any finite value would do, because its output is dropped.
             own = torch.arange(longest).clamp_(max=each.length - 1).add_(each.start)
             queries.append(own)
             keys += [torch.arange(each.context_start, each.context_start + context), own]
@@ -89,7 +90,7 @@ def plan_segments(segments: Sequence[Segment], device: torch.device, window: int
 
 
 def _within(segment: Segment, window: int) -> Segment:
-    """The segment without the start of its context that lies outside the window of its first query."""
+    """The segment without the part of its context that lies before the window of its first query."""
     unseen = max(0, segment.context_length - (window - 1))
     return segment._replace(
         context_start=segment.context_start + unseen, context_length=segment.context_length - unseen
@@ -97,7 +98,7 @@ def _within(segment: Segment, window: int) -> Segment:
 
 
 def _mask(length: int, context: int, window: int | None, device: torch.device) -> Tensor | None:
-    """[length, context + length] bool, True where attended; None where plain causality says the same."""
+    """A mask [length, context + length] bool, True where attended; None where the causal mask is the same."""
     limits = window is not None and window < context + length
     if not context and not limits:
         return None
@@ -106,7 +107,7 @@ def _mask(length: int, context: int, window: int | None, device: torch.device) -
 
 
 class PackedAttention(MegatronModule):
-    """Attention within the segments of a packed row and to their contexts, grouped-query heads included."""
+    """Attention of the segments of a packed row to themselves and their contexts; knows grouped-query heads."""
 
     def __init__(self, config: TransformerConfig, layer_number: int, softmax_scale: float | None = None, **_: Any):
         super().__init__(config=config)
@@ -116,15 +117,12 @@ class PackedAttention(MegatronModule):
     def forward(
         self, query: Tensor, key: Tensor, value: Tensor, *_: Any, packed_seq_params: SegmentPlan, **__: Any
     ) -> Tensor:
-        """Attend.
+        """Compute the attention output [T, 1, heads * head_dim].
 
         Args:
             query: [T, 1, heads, head_dim].
             key: [T, 1, kv_heads, head_dim]; `value` likewise.
             packed_seq_params: the row's plan.
-
-        Returns:
-            [T, 1, heads * head_dim].
         """
         plan = packed_seq_params
         grouped = query.shape[2] != key.shape[2]
@@ -148,5 +146,5 @@ class PackedAttention(MegatronModule):
 
 
 def _batched(rows: Tensor, count: int) -> Tensor:
-    """[count * length, heads, head_dim] -> [count, heads, length, head_dim]."""
+    """Reshape [count * length, heads, head_dim] to [count, heads, length, head_dim]."""
     return rows.unflatten(0, (count, -1)).transpose(1, 2)

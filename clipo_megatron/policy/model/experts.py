@@ -1,5 +1,4 @@
-"""Mixtures of experts in Megatron's layers: their settings, and what Megatron's own parts need to run without
-transformer-engine and on CPUs."""
+"""Mixtures of experts in Megatron's layers, and what these need to run without transformer-engine and on CPUs."""
 
 from __future__ import annotations
 
@@ -17,9 +16,9 @@ from clipo_megatron.weights.spec import ModelSpec
 
 
 def expert_settings(spec: ModelSpec, *, grouped: bool) -> dict[str, Any]:
-    """Of a TransformerConfig: routing as transformers has it, no token dropped, no auxiliary loss.
+    """Settings of a TransformerConfig for experts: routing as in transformers, no dropped tokens, no auxiliary loss.
 
-    `grouped`: one kernel computes a rank's experts together; transformer-engine's layers alone do that.
+    `grouped`: whether one kernel computes all experts of a rank, which only transformer-engine's layers can do.
     """
     if spec.experts is None:
         return {}
@@ -37,49 +36,51 @@ def expert_settings(spec: ModelSpec, *, grouped: bool) -> dict[str, Any]:
 
 
 def adapt_sparse_layer(layer: ModuleSpec) -> None:
-    """Make Megatron's local spec of a layer with experts run anywhere, and its checkpoints portable.
+    """Change Megatron's local spec of a layer with experts so that it runs anywhere and its checkpoints are portable.
 
-    The model built from it wants `adapt_experts` as well.
+    The model that is built from it needs `adapt_experts` as well.
     """
     parts = layer.submodules
     parts.mlp.submodules.router = Router
-    # Checkpoints know this norm by the name it has with transformer-engine, which fuses that of a dense layer alone.
+    # In checkpoints the norm before experts has the name that transformer-engine gives it: it fuses the norm of dense
+    # layers only.
     keys = parts.sharded_state_dict_keys_map
     parts.sharded_state_dict_keys_map = {key: name for key, name in keys.items() if key != "pre_mlp_layernorm."}
 
 
 class Router(TopKRouter):
-    """Megatron's router, its logits in fp32: Megatron's own way to those needs transformer-engine."""
+    """Megatron's router with logits in fp32, which Megatron's own code computes with transformer-engine only."""
 
     def gating(self, input: Tensor) -> Tensor:
-        """Logits [..., experts] float32 of hidden states [..., H]."""
+        """Compute logits [..., experts] float32 from hidden states [..., H]."""
         return torch.nn.functional.linear(input.float(), self.weight.float())
 
 
 class TokenDispatcher(MoEAlltoAllTokenDispatcher):
-    """Megatron's exchange of tokens, with counts as numbers also where they do not come from a GPU, and no memory."""
+    """Megatron's exchange of tokens between experts, made to work on CPUs and to let go of the graph afterwards."""
 
     def _maybe_dtoh_and_synchronize(self, point: str, tokens_per_expert: Tensor | None = None) -> Tensor | None:
         tokens_per_expert = super()._maybe_dtoh_and_synchronize(point, tokens_per_expert)
+        # Megatron converts the counts to numbers only when they come from a GPU.
         for name in ("input_splits", "output_splits", "output_splits_tp"):
             if isinstance(counts := getattr(self, name), Tensor) and counts.device.type == "cpu":
                 setattr(self, name, counts.numpy())
         return tokens_per_expert
 
     def combine_postprocess(self, permuted_local_hidden_states: Tensor) -> Tensor:
-        """Put tokens back in order, and forget the router's probabilities."""
+        """Put tokens back in order, and drop the router's probabilities."""
         output = super().combine_postprocess(permuted_local_hidden_states)
-        # They are part of the graph, which lives until the next forward otherwise, and with it, in a cycle that Python
-        # cannot see, the model: autograd's nodes hold the hooks of Megatron's data-parallel wrapper.
+        # They belong to the autograd graph and would keep it alive until the next forward. The graph's nodes hold hooks
+        # of Megatron's data-parallel wrapper, so the model would be kept too, in a cycle that Python cannot see.
         self.probs = None
         return output
 
 
 def adapt_experts(model: torch.nn.Module, *, dispatchers: bool) -> None:
-    """Have experts' gradients summed over the copies of experts, and all layers use the dispatcher above if asked to.
+    """Let experts' gradients be summed over the copies of the experts, and install `TokenDispatcher` if asked to.
 
-    Megatron (0.16.1) takes the copies of everything else where there is one expert-parallel rank, which is wrong when
-    experts are divided over fewer tensor-parallel ranks than all else.
+    With one expert-parallel rank, Megatron (0.16.1) sums them over the copies of all other weights, which is wrong when
+    experts are divided over fewer tensor-parallel ranks than these.
     """
     for layer in model.modules():
         if not isinstance(layer, MoELayer):

@@ -1,4 +1,4 @@
-"""One rank of any layout in this process, the other ranks of which do not exist: for names, shapes and places."""
+"""One rank of any layout in this process, without the others: for the names, shapes and places of parameters."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from clipo_megatron.weights.spec import ModelSpec
 
 @contextmanager
 def fake_process_group(config: LayoutConfig, *, rank: int, world: int, vpp: int = 1) -> Iterator[Layout]:
-    """The layout as one of `world` ranks sees it. Collectives within do nothing.
+    """Within, this process has the layout of rank `rank` of `world`; collectives do nothing.
 
     Raises:
-        ValueError: the layout does not divide the ranks; or this process is already a rank of something.
+        ValueError: the layout does not divide the ranks, or this process has a process group already.
     """
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world)
     try:
@@ -34,12 +34,12 @@ def fake_process_group(config: LayoutConfig, *, rank: int, world: int, vpp: int 
 def meta_stages(
     spec: ModelSpec, layout: Layout, *, dtype: DType = DType.bf16, vocab_multiple: int | None = None
 ) -> list[PolicyStage]:
-    """The rank's model chunks, their parameters without memory.
+    """Build the rank's model chunks on the meta device, so that parameters take no memory.
 
     Args:
-        spec: of the model.
-        layout: the rank's place, of `fake_process_group`.
-        dtype: of the parameters.
+        spec: the model's.
+        layout: the rank's place, from `fake_process_group`.
+        dtype: the parameters'.
         vocab_multiple: rows a rank to which the vocabulary is padded; None: what this machine's devices want.
     """
     config = transformer_config(spec, ModelConfig(dtype=dtype), layout)

@@ -1,10 +1,10 @@
 """Log-probabilities of chosen tokens from hidden states and a vocabulary shard, in tiles of tokens x vocabulary rows.
 
-The logits of a tile live for a moment in the forward and once more in the backward; [N, V] never exists. A tile is as
-square as it can be: then states, weights and the weight's gradient are read least often for its size. The forward
-carries each token's largest logit and the sum of exponentials below it from tile to tile. With vocabulary parallelism
-each rank keeps (log-sum-exp, target logit, entropy moment) of its shard, three numbers a token, and one all-gather a
-micro-batch merges them.
+The logits of one tile exist at a time, in the forward and again in the backward; [N, V] never exists. Tiles are as
+square as possible, because then states, weights and the weight's gradient are read least often for a given size. The
+forward carries each token's largest logit and the sum of exponentials relative to it from tile to tile. With vocabulary
+parallelism each rank keeps three numbers a token for its shard (log-sum-exp, target logit, mean logit), and one
+all-gather a micro-batch merges them.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-# Bytes of fp32 logits that may exist at once.
+# Bytes of fp32 logits that exist at once.
 TILE_BYTES = 64 * 2**20
 
 
@@ -33,17 +33,17 @@ def token_logprobs(
     entropy: bool = False,
     tile: tuple[int, int] | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """log softmax(hidden @ weight.T / temperature) at the targets.
+    """Compute log softmax(hidden @ weight.T / temperature) at the targets.
 
     Args:
         hidden: [N, H], the states that the LM head reads, identical on every rank of `tp_group`.
         weight: [V_shard, H], this rank's rows of the LM head; rows past `vocab_size` are padding and ignored.
         targets: [N] int64, token ids of the full vocabulary.
         vocab_start: token id of the shard's first row.
-        vocab_size: size of the real vocabulary, padding left out; default: no padding.
-        temperature: of the sampling distribution.
-        tp_group: ranks that share the vocabulary; None for one.
-        main_grad: [V_shard, H] float32 buffer that takes the weight's gradient directly, in place of autograd.
+        vocab_size: size of the vocabulary without padding; None: there is no padding.
+        temperature: the sampling distribution's.
+        tp_group: ranks that share the vocabulary; None: this rank has all of it.
+        main_grad: [V_shard, H] float32 buffer to which the weight's gradient is added directly, in place of autograd.
         entropy: also return the entropy of each distribution (nats).
         tile: (tokens, vocabulary rows) whose logits exist at once; default: TILE_BYTES of them.
 
@@ -66,7 +66,7 @@ def token_logprobs(
 
 
 def _tile(tokens: int, rows: int) -> tuple[int, int]:
-    """As square as tokens and vocabulary rows allow, and TILE_BYTES large."""
+    """The tile of TILE_BYTES that is as square as the numbers of tokens and vocabulary rows allow."""
     numel = TILE_BYTES // 4
     tall = max(1, min(tokens, max(isqrt(numel), numel // max(rows, 1))))
     return tall, max(1, min(rows, numel // tall))
@@ -77,13 +77,13 @@ def _slices(length: int, size: int) -> Iterator[slice]:
 
 
 class _TokenLogprobs(torch.autograd.Function):
-    """Forward keeps log-sum-exp only; backward recomputes each tile's softmax from it."""
+    """The forward keeps each token's log-sum-exp only; the backward recomputes every tile's softmax from it."""
 
     @staticmethod
     def forward(ctx, hidden, weight, targets, start, real, temperature, group, main_grad, want_entropy, tile):
         count = targets.numel()
         stats = torch.zeros(3 if want_entropy else 2, count, dtype=torch.float32, device=hidden.device)
-        stats[0] = -torch.inf  # of a shard that is padding alone
+        stats[0] = -torch.inf  # stays where the shard is all padding
         local = targets - start
         workspace = _Workspace(tile, hidden, weight, temperature)
         for part in _slices(count if real else 0, tile[0]):
@@ -93,7 +93,7 @@ class _TokenLogprobs(torch.autograd.Function):
             dist.all_gather_into_tensor(gathered.view(-1), stats.view(-1), group=group)
             lse = torch.logsumexp(gathered[:, 0], dim=0)
             target_logit = gathered[:, 1].sum(0)
-            share = (gathered[:, 0] - lse).exp()  # of the probability, each shard's
+            share = (gathered[:, 0] - lse).exp()  # probability of each shard
             entropy = (share * (lse - gathered[:, 2])).sum(0) if want_entropy else lse.new_empty(0)
         else:
             lse, target_logit = stats[0].clone(), stats[1]
@@ -130,7 +130,7 @@ class _TokenLogprobs(torch.autograd.Function):
                 if grad_weight is not None:
                     _add_product(grad_weight[rows], narrow.t(), hidden[part])
         if ctx.main_grad is not None:
-            # Megatron's hook wants to see some gradient; this one is never read (see grad_added_to_main_grad).
+            # Megatron's hook expects a gradient, but does not read it once grad_added_to_main_grad is set.
             weight.grad_added_to_main_grad = True
             grad_out = torch.empty_like(weight)
         elif ctx.needs_input_grad[1]:
@@ -141,7 +141,7 @@ class _TokenLogprobs(torch.autograd.Function):
 
 
 def _statistics(workspace: _Workspace, hidden: Tensor, shard: Tensor, local: Tensor, want_entropy: bool) -> Tensor:
-    """[2 or 3, n]: log-sum-exp, logit of the target or 0, and mean logit, of n tokens over a shard's rows."""
+    """Log-sum-exp, target logit (0 if it is elsewhere) and perhaps mean logit of n tokens over a shard: [2 or 3, n]."""
     peak = hidden.new_full((local.numel(),), -torch.inf, dtype=torch.float32)
     total, target, moment = torch.zeros_like(peak), torch.zeros_like(peak), torch.zeros_like(peak)
     for rows in _slices(shard.shape[0], workspace.tile[1]):
@@ -160,14 +160,14 @@ def _statistics(workspace: _Workspace, hidden: Tensor, shard: Tensor, local: Ten
 
 
 def _columns(local: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
-    """Where the targets are among some rows of the shard, and whether they are there; 0 where they are not."""
+    """The columns of the targets among some rows of the shard, 0 where they are not there, and whether they are."""
     column = local - rows.start
     within = (column >= 0) & (column < rows.stop - rows.start)
     return torch.where(within, column, 0), within
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """total += left @ right, in the dtype of `total`."""
+    """Add left @ right to `total` in place, in the dtype of `total`."""
     if left.dtype == total.dtype:
         total.addmm_(left, right)
     else:
@@ -175,7 +175,7 @@ def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
 
 
 class _Workspace:
-    """Buffers for the logits of one tile, used again by the next: fresh ones of this size cost page faults."""
+    """Buffers for the logits of one tile, reused by the next: new ones of this size would cost page faults."""
 
     def __init__(self, tile: tuple[int, int], hidden: Tensor, weight: Tensor, temperature: float):
         self.tile = min(tile[0], len(hidden)), min(tile[1], len(weight))
@@ -186,7 +186,7 @@ class _Workspace:
         )
 
     def logits(self, hidden: Tensor, rows: Tensor) -> Tensor:
-        """[n, rows] float32, valid until the next call; the caller may overwrite it."""
+        """The tile's logits [n, rows] float32, valid until the next call; the caller may overwrite them."""
         shape = len(hidden), len(rows)
         raw, logits = (each[: shape[0] * shape[1]].view(shape) for each in (self.raw, self.wide))
         torch.mm(hidden, rows.t(), out=raw)
@@ -195,5 +195,5 @@ class _Workspace:
         return logits if self.temperature == 1.0 else logits.div_(self.temperature)
 
     def narrowed(self, logits: Tensor) -> Tensor:
-        """What `logits` returned, in the states' dtype again."""
+        """The tensor that `logits` returned, in the states' dtype."""
         return logits if self.raw is self.wide else self.raw[: logits.numel()].view(logits.shape).copy_(logits)

@@ -33,7 +33,7 @@ TORCH_DTYPE = {DType.fp32: torch.float32, DType.bf16: torch.bfloat16}
 
 
 def packs_shared_prompts() -> bool:
-    """Whether the attention in use lets responses attend to a prompt that is packed once: ours does, TE's does not."""
+    """Whether responses can attend to a prompt that is packed once: our attention allows it, TE's does not."""
     return not transformer_engine_usable()
 
 
@@ -49,7 +49,7 @@ def transformer_engine_usable() -> bool:
 
 
 class RMSNorm(torch.nn.RMSNorm):
-    """RMSNorm that Megatron can shard the sequence of: its weight's gradient is summed over tensor-parallel ranks."""
+    """RMSNorm for Megatron's sequence parallelism: its weight's gradient is summed over tensor-parallel ranks."""
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: object):
         device = None if config.use_cpu_initialization else platform().device
@@ -58,7 +58,7 @@ class RMSNorm(torch.nn.RMSNorm):
 
 
 def transformer_config(spec: ModelSpec, model: ModelConfig, layout: Layout) -> TransformerConfig:
-    """Megatron's configuration of an architecture in a layout."""
+    """Megatron's configuration for an architecture in a layout."""
     bf16 = model.dtype is DType.bf16
     return TransformerConfig(
         num_layers=spec.num_layers,
@@ -74,7 +74,7 @@ def transformer_config(spec: ModelSpec, model: ModelConfig, layout: Layout) -> T
         add_bias_linear=False,
         add_qkv_bias=spec.qkv_bias,
         qk_layernorm=spec.qk_norm,
-        # transformer-engine counts the keys before a query's own
+        # transformer-engine counts the keys before a query's own.
         window_size=(spec.sliding_window - 1, 0) if spec.sliding_window else None,
         attention_dropout=0.0,
         hidden_dropout=0.0,
@@ -106,7 +106,7 @@ def transformer_config(spec: ModelSpec, model: ModelConfig, layout: Layout) -> T
 
 
 def _stage_sizes(division: ParallelDivision) -> dict[str, int | None]:
-    """Layers of pipeline ranks that have more or fewer than the others, and chunks a rank."""
+    """The settings for pipeline stages with more or fewer layers than the others, and for several chunks a rank."""
     if division.pp == 1:
         return {}
     return {
@@ -141,7 +141,10 @@ def _layer_spec(spec: ModelSpec, sparse: bool) -> ModuleSpec:
 
 
 def _padded_vocab(size: int, tp: int, multiple: int | None) -> int:
-    """The vocabulary in equal shards of multiples of so many rows; None: on GPUs of whole 64-row tiles, else of 1."""
+    """The smallest size from `size` on whose `tp` shards are equal and multiples of `multiple` rows.
+
+    None: the multiple is VOCAB_MULTIPLE_ON_GPUS on a GPU, and 1 elsewhere.
+    """
     shards = tp * (multiple or (VOCAB_MULTIPLE_ON_GPUS if platform().has_gpu else 1))
     return -(-size // shards) * shards
 
@@ -149,7 +152,7 @@ def _padded_vocab(size: int, tp: int, multiple: int | None) -> int:
 def build_stages(
     spec: ModelSpec, config: TransformerConfig, layout: Layout, *, vocab_multiple: int | None = None
 ) -> list[PolicyStage]:
-    """This rank's model chunks: one, or as many as there are virtual stages."""
+    """This rank's model chunks: one, or several with virtual pipeline stages."""
     return [PolicyStage(spec, config, layout, chunk, vocab_multiple) for chunk in range(layout.division.vpp)]
 
 
@@ -157,15 +160,15 @@ class PolicyStage(GPTModel):
     """One pipeline stage of the policy, or one of its virtual stages.
 
     Args:
-        spec: of the model.
+        spec: the model's.
         config: Megatron's, from `transformer_config`.
         layout: this rank's place.
-        chunk: which of the rank's model chunks, 0 without virtual stages.
-        vocab_multiple: rows a rank to which the vocabulary is padded; None: what this machine's devices want.
+        chunk: which of the rank's model chunks; 0 without virtual stages.
+        vocab_multiple: each rank's rows of the vocabulary are padded to a multiple of it; None: see `_padded_vocab`.
 
     Attributes:
-        has_lm_head: whether the last stage ends in one.
-        own_parameters: those that no language model has.
+        has_lm_head: whether the last stage ends in an LM head.
+        own_parameters: names of parameters that language models do not have.
     """
 
     has_lm_head = True
@@ -197,15 +200,15 @@ class PolicyStage(GPTModel):
         self.layout = layout
         self.packed_by_engine = transformer_engine_usable()
         adapt_experts(self, dispatchers=not self.packed_by_engine)
-        # Megatron hard-codes llama3's scaling constants; the checkpoint's own frequencies are exact.
+        # Megatron hard-codes llama3's scaling constants; the model's config.json has the exact ones.
         self.rotary_pos_emb.inv_freq = inverse_frequencies(spec).to(platform().device)
 
     def forward(self, micro: MicroBatch) -> Tensor:
         """Run this stage.
 
         Returns:
-            On the last stage the hidden states after the final norm, [T, H], whole on every tensor-parallel rank; on
-            the others what goes to the next stage, [T (/ tp), 1, H].
+            On the last stage the hidden states after the final norm, [T, H] on every tensor-parallel rank. On the
+            others the input of the next stage, [T, 1, H], or [T / tp, 1, H] with sequence parallelism.
         """
         embedded = self.embedding(micro.tokens[None], micro.positions[None]) if self.pre_process else None
         plan, rotary = self._segments(micro)
@@ -215,14 +218,16 @@ class PolicyStage(GPTModel):
         return self._whole(hidden) if self.place.last else hidden
 
     def _whole(self, hidden: Tensor) -> Tensor:
-        """The last stage's states [T, H] on every tensor-parallel rank; their gradients are added up over these ranks,
-        each of which has a shard of the vocabulary."""
+        """The last stage's states [T, H] on every tensor-parallel rank.
+
+        Their gradients are added up over these ranks, because each has a shard of the vocabulary.
+        """
         if self.config.sequence_parallel:
             return gather_from_sequence_parallel_region(hidden).squeeze(1)
         return copy_to_tensor_model_parallel_region(hidden).squeeze(1)
 
     def _segments(self, micro: MicroBatch) -> tuple[PackedSeqParams | SegmentPlan, Tensor]:
-        """How attention sees the row's segments, and the rotary angles that go with it."""
+        """The row's segments in the form that the attention in use takes, and the rotary angles that go with it."""
         longest = max(segment.context_length + segment.length for segment in micro.segments)
         table = self.rotary_pos_emb.get_emb(longest)  # [longest, 1, 1, head_dim]
         if not self.packed_by_engine:
@@ -238,10 +243,10 @@ class PolicyStage(GPTModel):
     def logprobs(
         self, hidden: Tensor, micro: MicroBatch, *, temperature: float, entropy: bool = False
     ) -> tuple[Tensor, Tensor | None]:
-        """Log-probs of the micro-batch's targets (and entropies), [N] float32 each; last stage only.
+        """Compute log-probs of the micro-batch's targets, and entropies if asked for, [N] float32; last stage only.
 
-        The LM head's gradient goes straight into Megatron's fp32 buffer, except where the head is the embedding of the
-        same stage: autograd must then add the two.
+        The LM head's gradient is added to Megatron's fp32 buffer directly, unless the head is tied to the embedding of
+        the same stage: autograd then has to add the two gradients.
         """
         weight = self.shared_embedding_or_output_weight() if self.spec.tied_embeddings else self.output_layer.weight
         alone = not (self.spec.tied_embeddings and self.pre_process)
@@ -260,12 +265,9 @@ class PolicyStage(GPTModel):
 
     @staticmethod
     def pooled_states(hidden: Tensor, micro: MicroBatch) -> Tensor:
-        """Mean state of each rollout's response tokens, summed in fp32: h_i of arXiv 2603.10101.
+        """The mean state of each rollout's response tokens, [K, H] float32: h_i of arXiv 2603.10101.
 
-        Differs from the paper's code, which drops the first response token's predecessor and divides R-1 states by R.
-
-        Returns:
-            [K, H] float32.
+        The paper's code differs: it leaves out one state and divides the sum of the other R - 1 by R.
         """
         lengths = torch.bincount(micro.rollout, minlength=micro.rows.numel())
         sums = torch.zeros(micro.rows.numel(), hidden.shape[1], dtype=torch.float32, device=hidden.device)

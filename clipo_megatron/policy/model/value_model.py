@@ -1,4 +1,4 @@
-"""The critic's model: the policy's architecture with one number a position in place of the LM head."""
+"""The critic's model: the policy's architecture with a linear value head in place of the LM head."""
 
 from __future__ import annotations
 
@@ -14,21 +14,25 @@ from clipo_megatron.weights.spec import ModelSpec
 
 
 def fresh_head(hidden_size: int, seed: int) -> Tensor:
-    """Weights of a new value head, [1, H] float32, the same on every rank: normal with deviation 1 / (H + 1), so that
-    first values are small beside rewards."""
+    """The weights of a new value head, [1, H] float32, identical on every rank.
+
+    They are normal with a standard deviation of 1 / (H + 1), so that the first values are small beside rewards.
+    """
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(1, hidden_size, generator=generator) / (hidden_size + 1)
 
 
 class ValueStage(PolicyStage):
-    """One pipeline stage of a value model. The last one ends in a linear value head H -> 1 without bias, whole on every
-    tensor-parallel rank. There is no LM head, and no second embedding where the model ties the two.
+    """One pipeline stage of a value model.
+
+    The last stage ends in a linear value head H -> 1 without bias, whole on every tensor-parallel rank. There is no LM
+    head, and on the last of several stages no copy of the embeddings where the language model ties the two.
 
     Args:
-        spec: of the language model that it is made from.
-        config: Megatron's, one of its own.
+        spec: the language model's that it is made from.
+        config: Megatron's; the stage does not share it with another.
         layout: this rank's place.
-        seed: of the value head.
+        seed: the value head's.
     """
 
     has_lm_head = False
@@ -37,7 +41,7 @@ class ValueStage(PolicyStage):
     def __init__(self, spec: ModelSpec, config: TransformerConfig, layout: Layout, *, seed: int):
         super().__init__(spec, config, layout)
         if self.place.last:
-            # Megatron builds the final norm only where it builds the LM head
+            # Megatron builds the final norm only where it builds the LM head.
             block = self.decoder
             block.post_process = True
             block.final_layernorm = build_module(
@@ -50,13 +54,15 @@ class ValueStage(PolicyStage):
             self.value_head.weight.data.copy_(fresh_head(spec.hidden_size, seed))
 
     def _whole(self, hidden: Tensor) -> Tensor:
-        """Whole states; every tensor-parallel rank computes the same values and the same gradient from them, so none is
-        added up."""
+        """The last stage's states [T, H] on every tensor-parallel rank.
+
+        Their gradients are not added up: every rank computes the same values, and so the whole gradient.
+        """
         if self.config.sequence_parallel:
             hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=False)
         return hidden.squeeze(1)
 
     def values(self, hidden: Tensor, places: Tensor) -> Tensor:
-        """Values of the states at some places of the packed row, [N] float32; last stage only."""
+        """Compute the values [N] float32 of the states at `places` of the packed row; last stage only."""
         states = hidden.index_select(0, places).float()
         return torch.nn.functional.linear(states, self.value_head.weight.float()).squeeze(1)
