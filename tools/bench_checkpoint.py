@@ -25,7 +25,7 @@ from bench_step import megatron_step, synthetic
 from clipo_megatron.checkpoint import Checkpoints
 from clipo_megatron.checkpoint.retention import Retention
 from clipo_megatron.config.schema import DType, RunConfig
-from clipo_megatron.policy import parallel as layouts
+from clipo_megatron.policy import parallel
 from clipo_megatron.policy.actor import PolicyActor
 from clipo_megatron.policy.checkpoint.state import TrainableCheckpointer
 from clipo_megatron.runtime.launch import Launch, adopt, from_environment
@@ -59,7 +59,7 @@ def main() -> None:
     config.layout.max_tokens_per_microbatch = 1024
     adopt(from_environment() or Launch(rank=0, world=1, local_rank=0))
     platform().init_process_group(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), timeout_s=1800)
-    layout = layouts.initialize(config.layout, seed=0)
+    layout = parallel.initialize(config.layout, seed=0)
     actor = PolicyActor(config, layout, needs=frozenset(), total_steps=1000)
     step = megatron_step(config, actor, *synthetic(options, actor.spec.vocab_size), share=True)
     keeper = TrainableCheckpointer(actor.trainable)
@@ -109,7 +109,7 @@ def main() -> None:
             f"{(held + waited + slower) / at_once:.1%}"
         )
         shutil.rmtree(options.folder)
-    layouts.shutdown()
+    parallel.shutdown()
 
 
 if __name__ == "__main__":

@@ -33,7 +33,7 @@ from clipo_megatron.algorithms.clipo.statistics import statistics as contrastive
 from clipo_megatron.algorithms.hook import Signal
 from clipo_megatron.config.schema import DType, HeadKind, RunConfig
 from clipo_megatron.flow import RolloutTable, Sample
-from clipo_megatron.policy import parallel as layouts
+from clipo_megatron.policy import parallel
 from clipo_megatron.policy.actor import PolicyActor
 from clipo_megatron.runtime.platform import platform
 
@@ -136,7 +136,7 @@ def measure(options: argparse.Namespace) -> tuple[dict[str, list[float]], list[d
     config.clipo.enabled = False
     without = build_algorithm(config)
 
-    layout = layouts.initialize(config.layout, seed=0)
+    layout = parallel.initialize(config.layout, seed=0)
     actor = PolicyActor(config, layout, needs=with_clipo.needs, total_steps=1000)
     table, samples = rollouts(options, actor.spec.vocab_size)
 
@@ -160,7 +160,7 @@ def measure(options: argparse.Namespace) -> tuple[dict[str, list[float]], list[d
                 seconds[name].append(now() - start)
                 if name == "clipo":
                     parts.append(dict(clock.seconds))
-    layouts.shutdown()
+    parallel.shutdown()
     return seconds, parts
 
 

@@ -28,7 +28,7 @@ import torch
 from clipo_megatron.algorithms.build import build_algorithm
 from clipo_megatron.config.schema import DType, RunConfig
 from clipo_megatron.flow import RolloutTable, Sample
-from clipo_megatron.policy import parallel as layouts
+from clipo_megatron.policy import parallel
 from clipo_megatron.policy.actor import PolicyActor
 from clipo_megatron.policy.batch.batching import Batcher
 from clipo_megatron.runtime.launch import Launch, adopt
@@ -190,12 +190,12 @@ def main() -> None:
     config.layout.max_tokens_per_microbatch = 1024
     adopt(Launch(rank=0, world=1, local_rank=0))
     platform().init_process_group(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), timeout_s=600)
-    layout = layouts.initialize(config.layout, seed=0)
+    layout = parallel.initialize(config.layout, seed=0)
     actor = PolicyActor(config, layout, needs=frozenset(), total_steps=1000)
     table, samples = synthetic(options, actor.spec.vocab_size)
     if options.group_loss:
         compare_updates(options, actor, table, samples)
-        layouts.shutdown()
+        parallel.shutdown()
         return
     ways = {
         "shared": megatron_step(config, actor, table, samples, share=True),
@@ -220,7 +220,7 @@ def main() -> None:
             f"{name:8}{tokens[name]:8d}{median:9.2f}{median / statistics.median(seconds['shared']):10.2f}"
             f"{median / floor:9.2f}"
         )
-    layouts.shutdown()
+    parallel.shutdown()
 
 
 if __name__ == "__main__":

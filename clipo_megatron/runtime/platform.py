@@ -139,7 +139,7 @@ class Platform:
 
     @contextlib.contextmanager
     def cuda_tensor_names(self) -> Iterator[None]:
-        """The most bytes that tensors held on the GPU since the start; on a CPU, the peak resident memory."""
+        """Within, CPU tensors' `.type()` and `.cuda()` return what CUDA tensors do; Megatron's optimizers use both."""
         if self.has_gpu:
             yield
             return

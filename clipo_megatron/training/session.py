@@ -20,7 +20,7 @@ from clipo_megatron.data.prompts import load_tokenizer
 from clipo_megatron.data.splits import held_out_problems
 from clipo_megatron.evaluation.asking import evaluate, evaluation_params
 from clipo_megatron.evaluation.results import Evaluation
-from clipo_megatron.policy import parallel as layouts
+from clipo_megatron.policy import parallel
 from clipo_megatron.policy.policy import Policy
 from clipo_megatron.rewards.pool import GraderPool
 from clipo_megatron.rollout.engine import Engine
@@ -68,12 +68,12 @@ class Session:
             stop=self.stop,
         )
         self.heartbeat.start()
-        self.layout = layouts.initialize(config.layout, seed=config.train.seed)
+        self.layout = parallel.initialize(config.layout, seed=config.train.seed)
         self.is_main = self.layout.rank == 0
         self._open = ExitStack()  # what is to be closed, in the order of opening
         if self.is_main and claims and (lock := claim(self.output)):
             self._open.callback(lock.close)
-        self._open.callback(layouts.shutdown)
+        self._open.callback(parallel.shutdown)
         self.reporter = Reporter(config, is_main=self.is_main)
 
         model_files = hf_folder(config.model.path)

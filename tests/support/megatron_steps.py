@@ -11,7 +11,7 @@ from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.validation import StrictHandling
 
 from clipo_megatron.config.schema import DType, LayoutConfig, ModelConfig
-from clipo_megatron.policy import parallel as layouts
+from clipo_megatron.policy import parallel
 from clipo_megatron.policy.checkpoint import state as _writers  # noqa: F401  imports what `adapt` is to reach
 from clipo_megatron.policy.model.model import PolicyStage, build_stages, transformer_config
 from clipo_megatron.runtime.platform import platform
@@ -23,7 +23,7 @@ from clipo_megatron.weights.spec import read_config
 
 def chunks(folder: Path, config: LayoutConfig, vpp: int = 1, stacked: bool = False) -> list[PolicyStage]:
     """Build this rank's chunks of the model of `folder`, in fp32 and full of NaN; collective."""
-    layout = layouts.initialize(config, seed=0, vpp=vpp)
+    layout = parallel.initialize(config, seed=0, vpp=vpp)
     spec = model_spec(read_config(folder))
     transformer = transformer_config(spec, ModelConfig(path="", dtype=DType.fp32), layout)
     if stacked and spec.experts is not None:

@@ -20,7 +20,7 @@ from clipo_megatron.checkpoint import Checkpoints, Owner
 from clipo_megatron.checkpoint.retention import Retention
 from clipo_megatron.config.schema import DType, LayoutConfig, RunConfig
 from clipo_megatron.flow import Prompt, Rollout, RolloutGroup, ScoredGroup, Verdict
-from clipo_megatron.policy import parallel as layouts
+from clipo_megatron.policy import parallel
 from clipo_megatron.policy.actor import PolicyActor
 from clipo_megatron.policy.batch.exchange import build_table
 from clipo_megatron.policy.batch.replay import ReplayCheckpointer
@@ -114,7 +114,7 @@ def train(
         the last step; "head" are the contrastive head's weights. Both kinds are absent on ranks that do not hold them.
     """
     config.layout = layout_config
-    layout = layouts.initialize(config.layout, seed=config.train.seed)
+    layout = parallel.initialize(config.layout, seed=config.train.seed)
     algorithm = build_algorithm(config, made_up_context(config))
     actor = PolicyActor(config, layout, needs=algorithm.needs, total_steps=100)
     batcher = actor.batcher
@@ -187,7 +187,7 @@ def merged(results: Sequence[dict[str, Any]], name: str) -> dict[int, torch.Tens
     return dict(sorted(rows.items()))
 
 
-def _checkpoints(folder: Path, actor: PolicyActor, algorithm: Algorithm, layout: layouts.Layout) -> Checkpoints:
+def _checkpoints(folder: Path, actor: PolicyActor, algorithm: Algorithm, layout: parallel.Layout) -> Checkpoints:
     """Those of a run, for the state that these steps have."""
     keeper, replays = TrainableCheckpointer(actor.trainable), ReplayCheckpointer(algorithm, actor.batcher)
     main, head = layout.rank == 0, actor.contrastive

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from clipo_megatron.algorithms.build import build_algorithm
 from clipo_megatron.config.schema import Aggregation, LayoutConfig, RunConfig
-from clipo_megatron.policy import parallel as layouts
+from clipo_megatron.policy import parallel
 from clipo_megatron.policy.actor import PolicyActor
 from clipo_megatron.policy.batch.exchange import build_table
 from clipo_megatron.policy.checkpoint import state
@@ -31,7 +31,7 @@ def shift(name: str, tokens: Tensor, scale: float) -> Tensor:
 
 def actor_on(config: RunConfig, layout_config: LayoutConfig) -> PolicyActor:
     config.layout = layout_config
-    layout = layouts.initialize(config.layout, seed=0)
+    layout = parallel.initialize(config.layout, seed=0)
     return PolicyActor(config, layout, needs=build_algorithm(config).needs, total_steps=100)
 
 

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from clipo_megatron.config.schema import DType, LayoutConfig, ModelConfig
-from clipo_megatron.policy import parallel as layouts
+from clipo_megatron.policy import parallel
 from clipo_megatron.policy.model.model import PolicyStage, build_stages, transformer_config
 from clipo_megatron.policy.parallel import Layout
 from clipo_megatron.runtime.platform import platform
@@ -26,9 +26,9 @@ def fake_process_group(config: LayoutConfig, *, rank: int, world: int, vpp: int 
     """
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world)
     try:
-        yield layouts.initialize(config, seed=0, vpp=vpp)
+        yield parallel.initialize(config, seed=0, vpp=vpp)
     finally:
-        layouts.shutdown()
+        parallel.shutdown()
 
 
 def meta_stages(

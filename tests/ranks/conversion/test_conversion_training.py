@@ -14,7 +14,7 @@ from clipo_megatron.checkpoint.retention import Retention
 from clipo_megatron.checks.run import check
 from clipo_megatron.config.errors import ConfigError
 from clipo_megatron.config.schema import DType, EngineKind, LayoutConfig
-from clipo_megatron.policy import parallel as layouts
+from clipo_megatron.policy import parallel
 from clipo_megatron.policy.actor import PolicyActor
 from clipo_megatron.policy.checkpoint.state import TrainableCheckpointer
 from clipo_megatron.weights.formats.source import sidecar_files
@@ -24,7 +24,7 @@ def actor_of(model: str, sizes: dict[str, int], dtype: DType = DType.fp32) -> Po
     """Build the policy of this rank; collective."""
     config = configuration(model)
     config.model.dtype, config.layout = dtype, LayoutConfig(**sizes)
-    return PolicyActor(config, layouts.initialize(config.layout, seed=0), needs=frozenset(), total_steps=1)
+    return PolicyActor(config, parallel.initialize(config.layout, seed=0), needs=frozenset(), total_steps=1)
 
 
 def exported(model: str, sizes: dict[str, int]) -> dict[str, torch.Tensor]:

@@ -21,7 +21,7 @@ from clipo_megatron.planning.hardware import HARDWARE, Assumptions
 from clipo_megatron.planning.layouts import LayoutPlan, candidates, judge
 from clipo_megatron.planning.memory import server_memory, trainer_memory
 from clipo_megatron.planning.parameters import active_count, rank_count, stage_counts, whole_count
-from clipo_megatron.policy import parallel as layouts
+from clipo_megatron.policy import parallel
 from clipo_megatron.policy.actor import PolicyActor
 from clipo_megatron.policy.batch.batching import Batcher
 from clipo_megatron.policy.batch.exchange import build_table
@@ -75,7 +75,7 @@ def held(folder: str, layout_config: LayoutConfig) -> dict[str, int]:
     """Count, on a rank, what its actor holds."""
     config = configuration(folder)
     config.layout = layout_config
-    layout = layouts.initialize(config.layout, seed=0)
+    layout = parallel.initialize(config.layout, seed=0)
     actor = PolicyActor(config, layout, needs=build_algorithm(config).needs, total_steps=10)
     masters = sum(
         shard.numel()
@@ -116,7 +116,7 @@ def saved_bytes(folder: str, recompute: bool) -> tuple[int, int]:
     config = configuration(folder)
     config.model.recompute = recompute
     config.layout.max_tokens_per_microbatch = 100_000
-    layout = layouts.initialize(config.layout, seed=0)
+    layout = parallel.initialize(config.layout, seed=0)
     actor = PolicyActor(config, layout, needs=frozenset(), total_steps=10)
     table, samples = build_table(scored_groups(0, vocab=actor.spec.vocab_size, groups=12), step=0)
     config.algorithm.mini_batches = 1

@@ -23,7 +23,7 @@ from torch import Tensor
 from clipo_megatron.algorithms.hook import Signal
 from clipo_megatron.config.schema import LayoutConfig, RunConfig
 from clipo_megatron.flow import Sample
-from clipo_megatron.policy import parallel as layouts
+from clipo_megatron.policy import parallel
 from clipo_megatron.policy.batch.packing import pack
 from clipo_megatron.weights.formats.reader import SINGLE
 
@@ -88,7 +88,7 @@ def stage_logits(folder: Path, layout_config: LayoutConfig) -> dict[str, Any]:
 
     config = configuration(folder)
     config.layout = layout_config
-    layout = layouts.initialize(config.layout, seed=0)
+    layout = parallel.initialize(config.layout, seed=0)
     actor = PolicyActor(config, layout, needs=frozenset({Signal.pooled_states}), total_steps=1)
     exported = {name: tensor.clone() for name, tensor in actor.export()}
     found = []
@@ -102,7 +102,7 @@ def stage_logits(folder: Path, layout_config: LayoutConfig) -> dict[str, Any]:
     return {"logits": found, "exported": exported}
 
 
-def whole_pipeline(actor: Any, layout: layouts.Layout, micro: Any) -> Tensor | None:
+def whole_pipeline(actor: Any, layout: parallel.Layout, micro: Any) -> Tensor | None:
     """Hidden states [T, H] after the last stage; None before it."""
     stage = actor.stage
     if layout.pp_rank > 0:
@@ -117,7 +117,7 @@ def whole_pipeline(actor: Any, layout: layouts.Layout, micro: Any) -> Tensor | N
     return None
 
 
-def full_logits(actor: Any, layout: layouts.Layout, hidden: Tensor) -> Tensor:
+def full_logits(actor: Any, layout: parallel.Layout, hidden: Tensor) -> Tensor:
     stage = actor.stage
     tied = actor.spec.tied_embeddings
     mine = hidden @ (stage.shared_embedding_or_output_weight() if tied else stage.output_layer.weight).t()

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 from clipo_megatron.algorithms.hook import Signal
 from clipo_megatron.config.schema import DType, LayoutConfig, RunConfig
 from clipo_megatron.flow import Sample, Segment
-from clipo_megatron.policy import parallel as layouts
+from clipo_megatron.policy import parallel
 from clipo_megatron.policy.batch.packing import PackingUnit, pack, plan_micro_batches, units_of
 
 VOCAB = 263
@@ -156,7 +156,7 @@ def scores(folder: Path, micro_batches: list[list[Sample]], share: bool, dtype: 
 
     config = RunConfig()
     config.model.path, config.model.dtype = str(folder), dtype
-    layout = layouts.initialize(LayoutConfig(), seed=0)
+    layout = parallel.initialize(LayoutConfig(), seed=0)
     actor = PolicyActor(config, layout, needs=frozenset({Signal.pooled_states}), total_steps=1)
     packed = [pack(samples, share_prompts=share) for samples in micro_batches]
     return actor._forward(packed, want_pooled=True, want_entropy=False)

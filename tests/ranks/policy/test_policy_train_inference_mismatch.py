@@ -15,7 +15,7 @@ from tiny_models import tiny_llama
 from clipo_megatron.algorithms.build import build_algorithm
 from clipo_megatron.config.schema import CorrectionConfig, CorrectionKind, CorrectionLevel, LayoutConfig
 from clipo_megatron.flow import RolloutTable
-from clipo_megatron.policy import parallel as layouts
+from clipo_megatron.policy import parallel
 from clipo_megatron.policy.actor import PolicyActor
 from clipo_megatron.policy.batch.exchange import build_table
 from clipo_megatron.telemetry.metrics import table_metrics
@@ -30,7 +30,7 @@ def score(folder: Path, layout_config: LayoutConfig, stale: bool | None) -> dict
     config = configuration(folder)
     config.layout = layout_config
     config.algorithm.correction = CorrectionConfig(CorrectionKind.mask, CorrectionLevel.geometric, 1.5, 0.001)
-    layout = layouts.initialize(config.layout, seed=0)
+    layout = parallel.initialize(config.layout, seed=0)
     algorithm = build_algorithm(config)
     actor = PolicyActor(config, layout, needs=algorithm.needs, total_steps=10)
     groups = scored_groups(STEP, vocab=actor.spec.vocab_size)[layout.rank :: layout.world]

@@ -17,7 +17,7 @@ from update_steps import VOCAB, one_update, plainly
 from clipo_megatron.algorithms.build import build_algorithm
 from clipo_megatron.config.schema import Aggregation, DType, KLConfig, KLKind, LayoutConfig, RunConfig
 from clipo_megatron.flow import ScoredGroup, Verdict
-from clipo_megatron.policy import parallel as layouts
+from clipo_megatron.policy import parallel
 from clipo_megatron.policy.actor import PolicyActor
 from clipo_megatron.policy.batch.exchange import build_table
 
@@ -59,7 +59,7 @@ def broken_then_sound(config: RunConfig, layout_config: LayoutConfig, poison: fl
     """Three updates, the second with one `poison` among one rank's advantages: metrics and weights after each."""
     config.layout, config.algorithm.mini_batches = layout_config, 1
     config.layout.max_tokens_per_microbatch = 100
-    layout = layouts.initialize(config.layout, seed=0)
+    layout = parallel.initialize(config.layout, seed=0)
     algorithm = build_algorithm(config)
     actor = PolicyActor(config, layout, needs=algorithm.needs, total_steps=10)
     batcher = actor.batcher
@@ -105,7 +105,7 @@ def test_a_gradient_that_is_not_finite_is_skipped_on_every_rank(
 def nothing_to_learn(config: RunConfig, layout_config: LayoutConfig, correct: bool | None) -> Any:
     """A step whose verdicts are all the same."""
     config.layout = layout_config
-    layout = layouts.initialize(config.layout, seed=0)
+    layout = parallel.initialize(config.layout, seed=0)
     algorithm = build_algorithm(config)
     actor = PolicyActor(config, layout, needs=algorithm.needs, total_steps=10)
     batcher = actor.batcher

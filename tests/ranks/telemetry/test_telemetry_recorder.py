@@ -10,7 +10,7 @@ from tiny_models import tiny_llama
 
 from clipo_megatron.algorithms.build import build_algorithm
 from clipo_megatron.config.schema import LayoutConfig
-from clipo_megatron.policy import parallel as layouts
+from clipo_megatron.policy import parallel
 from clipo_megatron.policy.actor import PolicyActor
 from clipo_megatron.policy.batch.exchange import build_table
 from clipo_megatron.telemetry.console import Stopwatch
@@ -29,7 +29,7 @@ def record(folder: str, output: str, layout_config: LayoutConfig, clipo: bool = 
     config.train.steps, config.train.output = STEPS, output
     config.report.save_states, config.report.states_every, config.report.trace_every = 13, 2, 3
     Path(output).mkdir(exist_ok=True)
-    layout = layouts.initialize(config.layout, seed=0)
+    layout = parallel.initialize(config.layout, seed=0)
     algorithm = build_algorithm(config, made_up_context(config))
     actor = PolicyActor(config, layout, needs=algorithm.needs, total_steps=STEPS)
     recorder = Recorder(config, layout, actor)
@@ -49,7 +49,7 @@ def record(folder: str, output: str, layout_config: LayoutConfig, clipo: bool = 
             experience = algorithm.assign_advantages(table, batches)
         recorder.step(mine, table, experience.reward, experience.advantage, algorithm.last_bonus, watch)
     recorder.close()
-    layouts.shutdown()
+    parallel.shutdown()
 
 
 @pytest.fixture(scope="module")
