@@ -1,4 +1,4 @@
-"""A critic's gradients and weights by Hugging Face name, ours in any layout and a plain implementation's."""
+"""A critic's gradients by Hugging Face name: ours in any layout, and those of a plain implementation."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ OLD_SHIFT = 0.4
 
 
 def old_shift(responses: Tensor) -> Tensor:
-    """A made-up distance of each token's scored value from that of now, known to both sides of the comparison."""
+    """A made-up difference of each token's scored value from its current one, which both implementations use."""
     return OLD_SHIFT * torch.sin(responses.float())
 
 
 def one_critic_update(config: RunConfig, layout_config: LayoutConfig) -> dict[str, Any]:
-    """Gradients and metrics of one update on `scored_groups(0)`, whose scored values were other ones."""
+    """Gradients and metrics of one update on `scored_groups(0)`, with scored values shifted by `old_shift`."""
     config.algorithm.mini_batches = 1
     config.optimizer.max_grad_norm = 0.0  # clipping would scale the gradients where they lie
     actor = actor_on(config, layout_config)
@@ -54,7 +54,7 @@ def one_critic_update(config: RunConfig, layout_config: LayoutConfig) -> dict[st
 
 
 def plain_critic(config: RunConfig, *, lam: float = 0.95, gamma: float = 1.0) -> tuple[float, dict[str, Tensor]]:
-    """The same loss as one writes it first, token by token: its value and gradients."""
+    """The value and gradients of the same loss, written token by token."""
     model = AutoModelForCausalLM.from_pretrained(config.model.path, dtype=torch.float32)
     head = fresh_head(model.config.hidden_size, config.train.seed).requires_grad_()
     clip, loss, count = config.critic.clip, torch.zeros((), dtype=torch.float64), 0

@@ -13,7 +13,7 @@ HEAD = "value_head.weight"
 
 
 def by_name(actor: PolicyActor, own: dict[str, Tensor]) -> dict[str, Tensor]:
-    """One tensor a parameter of this rank's critic stage, by Hugging Face name and whole, on every rank."""
+    """Gather one tensor for each parameter of the critic: whole, by Hugging Face name, on every rank."""
     head = from_last_stage(own.get(HEAD), actor.layout)
     own = {name: each for name, each in own.items() if name != HEAD}
     if actor.layout.is_last_stage:  # exporting wants an LM head, which a critic has not
@@ -25,5 +25,5 @@ def by_name(actor: PolicyActor, own: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def critic_weights(actor: PolicyActor) -> dict[str, Tensor]:
-    """Of the critic as it stands."""
+    """The critic's current weights by Hugging Face name."""
     return by_name(actor, {name: each.detach().clone() for name, each in actor.critic.stage.named_parameters()})

@@ -42,7 +42,7 @@ def samples() -> list[Sample]:
 def logits_by_row(
     config: RunConfig, layout_config: LayoutConfig, harm: Callable[[PolicyActor], None] | None = None
 ) -> dict[str, Any]:
-    """Logits of the tokens that predict responses, by sample, and what is exported.
+    """Logits of the tokens that predict responses, by sample, and the exported weights.
 
     The data-parallel ranks have different samples, two packed rows each, the second with shared prompts.
     """
@@ -58,11 +58,7 @@ def logits_by_row(
     ]
     head = exported["lm_head.weight"]
 
-    def collect(micro: Any, hidden: Tensor, non_loss_data: bool = True) -> tuple[Any, Tensor]:
-        return micro, hidden[micro.predict] @ head.t()
-
-    with torch.no_grad():
-        outputs = actor._run(micro_batches, collect, forward_only=True)
+    outputs = actor.trainable.forward(micro_batches, lambda micro, hidden: (micro, hidden[micro.predict] @ head.t()))
     rows = {
         int(row): logits[micro.rollout == index] for micro, logits in outputs for index, row in enumerate(micro.rows)
     }
@@ -70,7 +66,7 @@ def logits_by_row(
 
 
 def stages_left(config: RunConfig, layout_config: LayoutConfig) -> int:
-    """How many models more there are in memory once an update is over and its actor gone."""
+    """How many models an update leaves in memory after its actor is deleted."""
     gc.collect()
     before = _stages()
     one_update(config, layout_config)
@@ -83,7 +79,7 @@ def _stages() -> int:
 
 
 def optimizer_state(actor: PolicyActor) -> dict[str, dict[str, Tensor]]:
-    """Master parameters and moments by Hugging Face name, and how many updates were counted."""
+    """Master parameters and moments by Hugging Face name, and the number of updates that Adam has counted."""
     shards, found = list(state._shards(actor.trainable.optimizer)), {}
     for kind in (state.MASTER, *state.MOMENTS):
         held = {
@@ -107,7 +103,7 @@ def train_a_little(actor: PolicyActor, config: RunConfig, steps: int = 2) -> Non
 
 
 def save(config: RunConfig, layout_config: LayoutConfig, folder: str, stacked: bool = False) -> dict[str, Any]:
-    """Train, save, and say what the optimizer held; `stacked` as checkpoints were before."""
+    """Train and save; returns the optimizer's state. `stacked`: with layers stacked, as in older checkpoints."""
     actor = actor_on(config, layout_config)
     train_a_little(actor, config)
     ours = state._sharded
@@ -121,7 +117,7 @@ def save(config: RunConfig, layout_config: LayoutConfig, folder: str, stacked: b
 
 
 def load_and_save(config: RunConfig, layout_config: LayoutConfig, folder: str, target: str = "") -> dict[str, Any]:
-    """What an actor holds after loading; it is saved again where a target is named."""
+    """Load a checkpoint into an actor, and save it to `target` if that is not ""; returns the optimizer's state."""
     actor = actor_on(config, layout_config)
     state.TrainableCheckpointer(actor.trainable).load(Path(folder))
     if target:
@@ -130,9 +126,11 @@ def load_and_save(config: RunConfig, layout_config: LayoutConfig, folder: str, t
 
 
 def _save(actor: PolicyActor, folder: str) -> None:
-    """The policy's part of a checkpoint, as a run writes it, but by that name."""
-    keeper, place = state.TrainableCheckpointer(actor.trainable), Path(f"{folder}.checkpoints")
-    whole = Checkpoints(place, [], take_policy=keeper.take, load_policy=keeper.load, retention=Retention(), facts={})
+    """Write the policy's part of a checkpoint as a run does, but to `folder`."""
+    checkpointer, place = state.TrainableCheckpointer(actor.trainable), Path(f"{folder}.checkpoints")
+    whole = Checkpoints(
+        place, [], take_policy=checkpointer.take, load_policy=checkpointer.load, retention=Retention(), facts={}
+    )
     written = whole.save(1) / POLICY
     if dist.get_rank() == 0:
         written.rename(folder)
@@ -140,7 +138,7 @@ def _save(actor: PolicyActor, folder: str) -> None:
 
 
 def permute_experts(actor: PolicyActor) -> None:
-    """Swap the first two experts of a rank's first layer that has any."""
+    """Swap the first two experts of the first layer with experts on this rank."""
     layer = next(layer for layer in actor.stage.decoder.layers if layer.is_moe_layer)
     first, second = layer.mlp.experts.local_experts[:2]
     with torch.no_grad():
@@ -151,13 +149,13 @@ def permute_experts(actor: PolicyActor) -> None:
 
 
 def do_not_renormalise(actor: PolicyActor) -> None:
-    """Give the router the other order of softmax and choice."""
+    """Swap the router's order of softmax and choice of experts."""
     actor.stage.config.moe_router_pre_softmax = not actor.stage.config.moe_router_pre_softmax
 
 
 def forget_copies_of_experts(config: RunConfig, layout_config: LayoutConfig) -> dict[str, Any]:
-    """`one_update` with experts' gradients summed as Megatron has it."""
-    from clipo_megatron.policy.model.model import model
+    """`one_update` with experts' gradients summed over the copies that Megatron takes by default."""
+    from clipo_megatron.policy.model import model
 
     ours = model.adapt_experts
 

@@ -1,7 +1,7 @@
-"""Training steps on made-up rollouts, through the same rooms as the trainer's page; what a layout must not change.
+"""Training steps on made-up rollouts, with the same calls as the trainer; a layout must not change their results.
 
-The rollouts are random tokens with random verdicts, a function of the seed alone and dealt out over the ranks as the
-engines would. Everything after generation is the real path: exchange, batching, scoring, stages, credit, update.
+The rollouts are random tokens with random verdicts, a function of the seed only, and distributed over the ranks as by
+engines. Everything after generation is the real code: exchange, batching, scoring, hooks, advantages, update.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ STEPS = 3
 
 
 def configuration(folder: Path | str, *, overlap: bool = False) -> RunConfig:
-    """A small run in fp32 whose updates move the weights by about 1%.
+    """The configuration of a small run in fp32 whose updates move the weights by about 1%.
 
-    Adam's epsilon is as large as the gradients, in the policy: dividing by their root mean square alone would turn the
-    rounding noise of a gradient near zero into a step of full size with either sign, in any layout.
+    The policy's Adam has an epsilon as large as the gradients. With a small one, the rounding noise of a gradient near
+    zero would become a full step of either sign, and layouts could not be compared.
     """
     config = RunConfig()
     config.model.path, config.model.dtype = str(folder), DType.fp32
@@ -49,7 +49,10 @@ def configuration(folder: Path | str, *, overlap: bool = False) -> RunConfig:
 
 
 def scored_groups(step: int, *, vocab: int, groups: int = 6, samples: int = 4) -> list[ScoredGroup]:
-    """Unequal lengths down to one token; group 0 all right, 1 all wrong, 2 with one right, ungraded ones in between."""
+    """Groups of rollouts of unequal length, some of one token and some ungraded.
+
+    Group 0 is all correct, group 1 all wrong, and group 2 has one correct rollout.
+    """
     generator = torch.Generator().manual_seed(1000 + step)
 
     def number(low: int, high: int) -> int:
@@ -79,7 +82,7 @@ def scored_groups(step: int, *, vocab: int, groups: int = 6, samples: int = 4) -
 
 
 def made_up_context(config: RunConfig, *, vocab: int = 263) -> HookContext:
-    """What stages may use, for the prompts of `scored_groups`; text becomes tokens by its bytes."""
+    """The context of the algorithm's hooks for the prompts of `scored_groups`; the tokens of a text are its bytes."""
 
     def tokenize(text: str) -> torch.Tensor:
         return torch.tensor([byte % vocab for byte in text.encode()], dtype=torch.int64)
@@ -104,14 +107,19 @@ def train(
     steps: range = range(STEPS),
     folder: Path | None = None,
 ) -> dict[str, Any]:
-    """Steps on this rank; collective. With `taking_turns` the actor's memory is released before each step.
+    """Train some steps on this rank; collective.
 
-    With a `folder` of checkpoints, steps that do not begin with the first go on from there, and the last one is kept.
+    Args:
+        config: the run's.
+        layout_config: replaces its layout.
+        taking_turns: whether the actor's memory is offloaded before each step.
+        steps: their numbers; if 0 is not among them, training resumes from the newest checkpoint.
+        folder: of checkpoints; one is saved after the last step.
 
     Returns:
-        Facts of the steps (identical on every rank): metrics of each update, table signals, rewards, advantages, final
-        weights by Hugging Face name. What only some ranks know is given by table row: "logprobs", "pooled", both of
-        the last step; "head" are the contrastive head's weights. Both kinds are absent on ranks that do not hold them.
+        Facts that are identical on every rank: metrics of each update, signals, rewards, advantages, and the final
+        weights by Hugging Face name. On ranks of the last stage also "logprobs" and "pooled" of the last step by row of
+        the table, and the contrastive head's weights, "head".
     """
     config.layout = layout_config
     layout = parallel.initialize(config.layout, seed=config.train.seed)
@@ -173,12 +181,12 @@ def train(
 
 
 def train_part(config: RunConfig, layout_config: LayoutConfig, steps: range, folder: Path) -> dict[str, Any]:
-    """Some steps of a run whose checkpoints lie in `folder`."""
+    """Train some steps of a run whose checkpoints are in `folder`."""
     return train(config, layout_config, steps=steps, folder=folder)
 
 
 def merged(results: Sequence[dict[str, Any]], name: str) -> dict[int, torch.Tensor]:
-    """What the data-parallel ranks know of `name`, by row of the table; tensor-parallel ranks must agree to the bit."""
+    """Join what the ranks know of `name`, by row; asserts that ranks with the same row agree to the bit."""
     rows: dict[int, torch.Tensor] = {}
     for each in results:
         for row, value in each.get(name, {}).items():
@@ -188,8 +196,8 @@ def merged(results: Sequence[dict[str, Any]], name: str) -> dict[int, torch.Tens
 
 
 def _checkpoints(folder: Path, actor: PolicyActor, algorithm: Algorithm, layout: parallel.Layout) -> Checkpoints:
-    """Those of a run, for the state that these steps have."""
-    keeper, replays = TrainableCheckpointer(actor.trainable), ReplayCheckpointer(algorithm, actor.batcher)
+    """The checkpoints of the state that these steps have."""
+    checkpointer, replays = TrainableCheckpointer(actor.trainable), ReplayCheckpointer(algorithm, actor.batcher)
     main, head = layout.rank == 0, actor.contrastive
     owners = [
         Owner("algorithm", algorithm.state_dict, algorithm.load_state_dict, writes=main),
@@ -199,7 +207,7 @@ def _checkpoints(folder: Path, actor: PolicyActor, algorithm: Algorithm, layout:
         leads = layout.tp_rank == 0 and layout.dp_rank == 0
         owners.append(Owner("contrastive", head.state_dict, head.load_state_dict, writes=leads))
     return Checkpoints(
-        folder, owners, take_policy=keeper.take, load_policy=keeper.load, retention=Retention(), facts={}
+        folder, owners, take_policy=checkpointer.take, load_policy=checkpointer.load, retention=Retention(), facts={}
     )
 
 
@@ -216,7 +224,7 @@ def _by_row(micro_batches: Sequence[Any], name: str) -> dict[int, torch.Tensor]:
 
 
 def _listen(contrastive: Any, heard: dict[int, torch.Tensor]) -> None:
-    """Note the pooled states that pass into the contrastive head's latest step."""
+    """Record in `heard`, by row, the mean response states that the contrastive head was last called with."""
     step = contrastive.step
 
     def note(pooled: torch.Tensor, rows: torch.Tensor, table: Any) -> Any:

@@ -1,4 +1,4 @@
-"""One update on one mini-batch: gradients by Hugging Face name, ours in any layout and a plain implementation's."""
+"""One update on one mini-batch, by Hugging Face name: our gradients in any layout, and a plain implementation's."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ OLD_SHIFT, REFERENCE_SHIFT = 0.3, 0.5
 
 
 def shift(name: str, tokens: Tensor, scale: float) -> Tensor:
-    """A made-up distance of each token's log-prob, known to both sides of the comparison."""
+    """A made-up shift of each token's log-prob, which both implementations use."""
     return scale * torch.sin(tokens.float() * {"old": 1.0, "reference": 2.0}[name])
 
 
@@ -69,17 +69,17 @@ def one_update(config: RunConfig, layout_config: LayoutConfig, shifted: bool = T
 
 
 def bare(name: str) -> str:
-    """Without the data-parallel wrapper's prefix."""
+    """A parameter's name without the prefix of the data-parallel wrapper."""
     return name.removeprefix("module.")
 
 
 def _reduced(parameter: torch.nn.Parameter, shard: Any) -> Tensor:
-    """A gradient put together from what each rank that copies the parameter has summed."""
+    """The whole gradient of a parameter, from the shards that the ranks with copies of it have reduced."""
     return whole(parameter, shard, parameter.main_grad.view(-1)[shard.start : shard.stop])
 
 
 def whole(parameter: torch.nn.Parameter, shard: Any, own: Tensor | None) -> Tensor:
-    """What the ranks that copy a parameter hold a shard of each, or nothing, on all of them."""
+    """Join the shards, some of them empty, that the ranks with copies of a parameter hold, on all of these ranks."""
     found = torch.zeros(parameter.numel())
     if own is not None:
         found[shard.start : shard.stop] = own.view(-1)
@@ -88,7 +88,7 @@ def whole(parameter: torch.nn.Parameter, shard: Any, own: Tensor | None) -> Tens
 
 
 def plainly(config: RunConfig, advantage: Tensor) -> tuple[float, dict[str, Tensor]]:
-    """The same loss as one writes it first: a forward a sequence, full logits, autograd."""
+    """The same loss and its gradients with one forward a sequence, full logits and autograd."""
     model = AutoModelForCausalLM.from_pretrained(config.model.path, dtype=torch.float32)
     settings = config.algorithm
     clip_low, clip_high = settings.clip_low or 0.2, settings.clip_high or 0.2

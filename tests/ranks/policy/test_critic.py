@@ -1,4 +1,4 @@
-"""The critic: gradients against a plain implementation, the same weights in any layout, memory, what it says."""
+"""The critic: its gradients, the same weights in any layout, offloading, and settings that are refused."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ TOLERANCE = 1e-5
 
 
 def with_critic(model: Path) -> RunConfig:
-    """A small PPO run whose critic learns visibly."""
+    """The configuration of a small PPO run whose critic's weights move visibly."""
     config = configuration(model)
     config.clipo.enabled, config.algorithm.name = False, "ppo"
     config.critic.learning_rate = 2e-3
@@ -34,7 +34,7 @@ def with_critic(model: Path) -> RunConfig:
 
 
 def far(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> dict[str, float]:
-    """Names whose tensors differ by more than the tolerance."""
+    """The names whose tensors differ by more than the tolerance, with the distance."""
     assert ours.keys() == theirs.keys()
     apart = {name: float((ours[name] - each).abs().max() / each.abs().max()) for name, each in theirs.items()}
     return {name: value for name, value in apart.items() if not value < TOLERANCE}
@@ -88,12 +88,14 @@ def test_the_same_critic_and_policy_in_any_layout(ranks: RankPool, tmp_path: Pat
 
 
 def train_in_turns(config: RunConfig, layout: LayoutConfig) -> dict[str, Any]:
-    """With servers that want the memory between steps."""
+    """Train with memory offloaded between steps, as for servers on the same GPU."""
     return train(config, layout, taking_turns=True)
 
 
 @pytest.mark.parametrize("dtype", [DType.fp32, DType.bf16])
-def test_memory_goes_and_comes_back(dtype: DType, ranks: RankPool, tmp_path: Path) -> None:
+def test_offloading_between_steps_changes_no_weight_of_the_critic(
+    dtype: DType, ranks: RankPool, tmp_path: Path
+) -> None:
     config = with_critic(tiny_llama(tmp_path, vocab=VOCAB))
     config.model.dtype = dtype
     layout = LayoutConfig(max_tokens_per_microbatch=100)
@@ -104,7 +106,7 @@ def test_memory_goes_and_comes_back(dtype: DType, ranks: RankPool, tmp_path: Pat
         assert torch.equal(goes["critic"][name], value), name
 
 
-def test_value_loss_holds_values_back() -> None:
+def test_value_loss_clips_values() -> None:
     values = torch.tensor([0.5, 0.5, -0.5, 0.1], requires_grad=True)
     old, returns = torch.zeros(4), torch.tensor([1.0, 0.0, 1.0, 1.0])
     loss, held = value_loss(values, old, returns, 0.2)
@@ -114,15 +116,15 @@ def test_value_loss_holds_values_back() -> None:
     assert values.grad.tolist() == pytest.approx([0.0, 0.5, -1.5, -0.9])
 
 
-def test_values_that_cannot_move_are_refused() -> None:
+def test_a_clip_of_zero_is_refused() -> None:
     config = RunConfig()
     config.algorithm.name, config.critic.clip = "ppo", 0.0
     (problem,) = map(str, method_problems(config))
     assert "critic.clip = 0.0: values could not move at all" in problem
 
 
-def test_a_critic_of_other_tokens_is_refused(tmp_path: Path) -> None:
-    """Where embeddings have one size, by the tokenizers, as they are in the folders."""
+def test_a_critic_with_another_vocabulary_is_refused(tmp_path: Path) -> None:
+    """Both the size of the embeddings and the tokenizers are compared."""
 
     def folder(name: str, vocabulary: object, added: object = (), size: int = 4) -> str:
         path = tmp_path / name
@@ -145,7 +147,7 @@ def test_a_critic_of_other_tokens_is_refused(tmp_path: Path) -> None:
         CriticActor(config, layout=None)
 
 
-def test_a_section_that_nobody_reads_is_refused() -> None:
+def test_critic_settings_without_a_critic_are_refused() -> None:
     config = RunConfig()
     config.critic.learning_rate = 1e-4
     (problem,) = map(str, method_problems(config))

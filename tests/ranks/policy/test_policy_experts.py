@@ -54,7 +54,7 @@ def moe(folder: Path, model: str = "renormalised") -> RunConfig:
 
 
 def expected_rows(folder: str) -> dict[int, Tensor]:
-    """transformers' logits at the tokens that predict responses, one sequence at a time."""
+    """The logits of transformers at the tokens that predict responses, one sequence at a time, by sample."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
     rows = {}
     for sample in samples():
@@ -65,7 +65,7 @@ def expected_rows(folder: str) -> dict[int, Tensor]:
 
 
 def distance(results: list[dict[str, Any]], theirs: dict[int, Tensor]) -> float:
-    """Largest difference of any rank's logits, relative to the largest logit; every row is there."""
+    """The largest difference of any rank's logits, relative to the largest logit; asserts that no row is missing."""
     ours = [(row, logits) for result in results for row, logits in result["rows"].items()]
     assert {row for row, _ in ours} == theirs.keys()
     largest = max(float(logits.abs().max()) for logits in theirs.values())
@@ -94,9 +94,9 @@ def test_the_logits_notice(harm: Any, layout: str, ranks: RankPool, tmp_path: Pa
     assert distance(results, expected_rows(config.model.path)) > 1e-3
 
 
-def test_parts_of_experts_on_several_ranks_that_exchange_tokens_need_a_gpu(ranks: RankPool, tmp_path: Path) -> None:
+def test_expert_tensor_parallelism_with_expert_parallelism_needs_a_gpu(ranks: RankPool, tmp_path: Path) -> None:
     layout = LayoutConfig(tp=2, ep=2, sequence_parallel=True)
-    with pytest.raises(RankError, match=r"ep 2 ranks .* over etp 2 .* set layout.etp=1"):
+    with pytest.raises(RankError, match=r"layout.etp = 2: experts over layout.ep = 2 ranks .* set layout.etp=1"):
         ranks.run(logits_by_row, 4, moe(tmp_path), layout)
 
 
@@ -104,14 +104,14 @@ def test_parts_of_experts_on_several_ranks_that_exchange_tokens_need_a_gpu(ranks
 
 
 def with_all_terms(config: RunConfig) -> RunConfig:
-    """Every graded rollout has a gradient."""
+    """Add KL and entropy to the loss, so that every graded rollout has a gradient."""
     config.algorithm.kl = KLConfig(coefficient=0.2, kind=KLKind.k3)
     config.algorithm.entropy_coefficient = 0.05
     return config
 
 
 def far_from_autograd(config: RunConfig, results: list[dict[str, Any]]) -> dict[str, float]:
-    """Distance of each gradient, and of the norm of all, from transformers' autograd; every expert learns."""
+    """The distance of each gradient and of their norm from autograd; asserts that every expert has a gradient."""
     _, stacked = plainly(config, results[0]["advantage"])
     gradients = dict(_as_released(stacked))
     norm = math.sqrt(sum(float(grad.double().square().sum()) for grad in gradients.values()))
@@ -137,11 +137,11 @@ def test_gradients_of_routers_and_experts_are_those_of_autograd(
     assert {name: value for name, value in far.items() if not value <= TOLERANCE} == {}
 
 
-def test_nothing_of_a_model_stays_in_memory(ranks: RankPool, tmp_path: Path) -> None:
+def test_no_part_of_a_model_stays_in_memory(ranks: RankPool, tmp_path: Path) -> None:
     assert ranks.run(stages_left, 1, moe(tmp_path), LayoutConfig()) == [0]
 
 
-def test_the_gradients_notice_copies_of_experts_that_are_forgotten(ranks: RankPool, tmp_path: Path) -> None:
+def test_the_comparison_notices_gradients_without_the_copies_of_experts(ranks: RankPool, tmp_path: Path) -> None:
     config = with_all_terms(moe(tmp_path))
     results = ranks.run(forget_copies_of_experts, 2, config, LAYOUTS["TP2, ETP1"][1])
     far = far_from_autograd(config, results)
@@ -192,7 +192,7 @@ def differing(ours: dict[str, dict[str, Tensor]], theirs: dict[str, dict[str, Te
 
 
 def test_checkpoints_keep_weights_and_optimizer_in_any_layout(ranks: RankPool, tmp_path: Path) -> None:
-    """EP2 x PP2 -> one rank -> TP2 with ETP 1 and EP 2, and ETP 2 -> EP4."""
+    """EP2 x PP2 is loaded on one rank, that on TP2 x EP2 with ETP 1, and that on TP2 with ETP 2 and on EP4."""
     config = moe(tmp_path / "model", "not renormalised, dense layers")
     places = [str(tmp_path / str(number)) for number in range(3)]
     saved = ranks.run(save, 4, config, LayoutConfig(ep=2, pp=2), places[0])

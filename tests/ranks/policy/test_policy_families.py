@@ -1,4 +1,4 @@
-"""Every dense family in the policy: the logits of transformers in every layout, and export gives the bits back.
+"""Every dense family in the policy: logits equal to those of transformers in every layout, and an exact export.
 
 Packed rows, with prompts apart and shared; sliding windows shorter than prompts, responses and both.
 """
@@ -32,7 +32,7 @@ LINEAR = {"rope_type": "linear", "factor": 4.0, "rope_theta": 500.0}
 
 
 def rescaled(parameters: dict[str, Any], generation: int, folder: Path, **options: Any) -> Path:
-    """A Llama with scaled rotary positions, in the words of a generation of transformers."""
+    """A Llama with scaled rotary positions, as transformers 4 or 5 (`generation`) writes them in config.json."""
     tiny_llama(folder, **options)
     if generation == 5:
         return changed(folder, rope_parameters=parameters)
@@ -80,9 +80,10 @@ def random_samples() -> list[Sample]:
 
 
 def stage_logits(folder: Path, layout_config: LayoutConfig) -> dict[str, Any]:
-    """On a rank: packed rows through the policy, and what it exports.
+    """Run packed rows through the policy on a rank, and export it.
 
-    "logits": apart and shared, [tokens that predict or end a response, vocabulary] each; where the last stage is.
+    "logits" has two tensors [tokens that predict or end a response, vocabulary] on the last stage: with prompts apart
+    and with shared prompts.
     """
     from clipo_megatron.policy.actor import PolicyActor
 
@@ -103,7 +104,7 @@ def stage_logits(folder: Path, layout_config: LayoutConfig) -> dict[str, Any]:
 
 
 def whole_pipeline(actor: Any, layout: parallel.Layout, micro: Any) -> Tensor | None:
-    """Hidden states [T, H] after the last stage; None before it."""
+    """Run one micro-batch through all stages; returns hidden states [T, H] on the last stage, None on others."""
     stage = actor.stage
     if layout.pp_rank > 0:
         width = actor.spec.hidden_size
@@ -127,7 +128,7 @@ def full_logits(actor: Any, layout: parallel.Layout, hidden: Tensor) -> Tensor:
 
 
 def expected_logits(folder: Path) -> Tensor:
-    """transformers', one sequence at a time, in the order of `stage_logits`."""
+    """The logits of transformers, one sequence at a time, in the order of `stage_logits`."""
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
@@ -141,7 +142,10 @@ def expected_logits(folder: Path) -> Tensor:
 
 
 def distance(ours: Tensor, theirs: Tensor) -> float:
-    """Relative to the largest logit: transformers in fp32 is 2e-5 of one from itself in fp64 at logits of 7."""
+    """The largest difference relative to the largest logit.
+
+    An absolute one would be too strict: at logits of 7, transformers in fp32 is 2e-5 away from itself in fp64.
+    """
     return float((ours - theirs).abs().max() / theirs.abs().max())
 
 
@@ -178,7 +182,7 @@ def test_configurations_of_transformers_4(family: Callable[..., Path], ranks: Ra
 
 
 def swapped(name: str, folder: Path) -> None:
-    """Exchange the first run of rows of a fused tensor with the second of the same length."""
+    """Swap two parts of a fused tensor: its first rows, and as many rows after them."""
     tensors = load_file(folder / SINGLE)
     rows = 64 if "qkv" in name else 112  # four heads of 16; the inner size
     fused = tensors[name]
@@ -206,7 +210,7 @@ MUTATIONS: dict[str, Callable[[Path], object]] = {
 
 @pytest.mark.parametrize("mutation", MUTATIONS)
 def test_the_logits_notice(mutation: str, ranks: RankPool, tmp_path: Path) -> None:
-    """The policy with a mutated folder is far from transformers with the true one, packed either way."""
+    """The policy of a changed folder is far from transformers with the original, with prompts apart and shared."""
     folder = tiny_phi3(tmp_path, tied=False, kv_heads=4, vocab=VOCAB)
     theirs = expected_logits(folder)
     MUTATIONS[mutation](folder)
@@ -228,7 +232,7 @@ def qwen3_on_one_rank(ranks: RankPool, tmp_path_factory: pytest.TempPathFactory)
 def test_norms_of_queries_and_keys_learn_the_same_in_every_layout(
     layout: str, qwen3_on_one_rank: tuple[RunConfig, dict[str, Any]], ranks: RankPool
 ) -> None:
-    """Each rank sees some of the heads alone: the gradients of these norms have to be summed over ranks."""
+    """Each rank has only some of the heads, so the gradients of these norms have to be summed over ranks."""
     config, alone = qwen3_on_one_rank
     results = ranks.run(train, LAYOUTS[layout][0], config, LAYOUTS[layout][1])
     norms = [name for name in alone["weights"] if "q_norm" in name or "k_norm" in name]

@@ -40,12 +40,12 @@ VOCAB = 263
 
 
 def plain_llama(folder: Path) -> tuple[RunConfig, bool]:
-    """GRPO and CLIPO as they come; embeddings and LM head apart."""
+    """GRPO and CLIPO with their defaults; embeddings and LM head are not tied."""
     return configuration(tiny_llama(folder, tied=False, vocab=VOCAB)), False
 
 
 def qwen2_with_kl_and_entropy(folder: Path) -> tuple[RunConfig, bool]:
-    """KL and entropy in the loss, so that every graded rollout has a gradient; asymmetric clip; shared prompts."""
+    """KL and entropy in the loss, so that every graded rollout has a gradient; an asymmetric clip; shared prompts."""
     config = configuration(tiny_qwen2(folder, tied=True, vocab=VOCAB))
     config.algorithm.kl = KLConfig(coefficient=0.05, kind=KLKind.k3, place=KLPlace.loss)
     config.algorithm.entropy_coefficient = 0.01
@@ -55,7 +55,7 @@ def qwen2_with_kl_and_entropy(folder: Path) -> tuple[RunConfig, bool]:
 
 
 def tied_llama_debiased(folder: Path) -> tuple[RunConfig, bool]:
-    """Dr.GRPO over two epochs, KL in the reward, a debiased two-layer head whose negatives come from the batch."""
+    """Dr.GRPO over two epochs, KL in the reward, a debiased two-layer head with negatives from the whole batch."""
     config = configuration(tiny_llama(folder, tied=True, vocab=VOCAB))
     config.algorithm.name = "dr_grpo"
     config.algorithm.constant_length = 15
@@ -67,7 +67,7 @@ def tied_llama_debiased(folder: Path) -> tuple[RunConfig, bool]:
 
 
 def untied_qwen2_by_sequences(folder: Path) -> tuple[RunConfig, bool]:
-    """Sequence means, gradients reduced while others are computed, importance weights of whole rollouts.
+    """Sequence means, gradient reduction that overlaps the backward, importance weights of whole rollouts.
 
     The made-up rollouts are far from the policy's, so that weights are about 1/500, and Adam's epsilon with them.
     """
@@ -97,14 +97,14 @@ LAYOUTS = {
 def one_rank(
     request: pytest.FixtureRequest, ranks: RankPool, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[RunConfig, bool, dict[str, Any]]:
-    """A case's configuration, whether it shares prompts, and what one rank makes of it."""
+    """A case's configuration, whether it shares prompts, and the facts of training it on one rank."""
     case: Callable[[Path], tuple[RunConfig, bool]] = CASES[request.param]
     config, share = case(tmp_path_factory.mktemp("model"))
     return config, share, ranks.run(train, 1, config, LayoutConfig(share_prompts=share))[0]
 
 
 def distance(ours: Tensor, theirs: Tensor, scale: float | None = None) -> float:
-    """Largest difference relative to the largest magnitude of `theirs`, or to `scale`."""
+    """The largest difference relative to the largest magnitude of `theirs`, or to `scale`."""
     assert ours.shape == theirs.shape
     ours, theirs = ours.double(), theirs.double()
     return float((ours - theirs).abs().max() / (scale or theirs.abs().max().clamp(min=1e-30)))

@@ -1,4 +1,4 @@
-"""Log-probs in tiles against log_softmax in float64, their gradients against autograd, and what they cost."""
+"""Log-probs in tiles: compared with log_softmax and autograd in float64, and their cost in time and memory."""
 
 from __future__ import annotations
 
@@ -38,7 +38,10 @@ def exact(
 
 
 def close(ours: Tensor, theirs: Tensor, tolerance: float = 2e-6, scale: Tensor | None = None) -> bool:
-    """Relative to the largest magnitude, of `scale` where given: an entropy is a difference of larger numbers."""
+    """Whether the error is small relative to the largest magnitude of `theirs`, or of `scale`.
+
+    Entropies need a `scale`, because they are differences of larger numbers.
+    """
     error = (ours.double() - theirs).abs().max()
     return ours.shape == theirs.shape and bool(error <= tolerance * (theirs if scale is None else scale).abs().max())
 
@@ -141,7 +144,7 @@ def test_bf16(entropy: bool) -> None:
 
 
 def on_a_shard(rows: int, vocab: int, entropy: bool, use_main_grad: bool) -> tuple[Tensor, ...]:
-    """Log-probs, entropies, this shard's gradient of the states and of its rows; `rows` a rank, padding included."""
+    """On a rank: log-probs, entropies, this shard's gradients of the states and of its `rows`, padding included."""
     world = dist.get_world_size()
     hidden, weight, targets, up, up_entropy = inputs(rows=rows * world)
     targets = targets % vocab
@@ -200,7 +203,7 @@ def test_both_ways_of_the_benchmark_compute_the_same() -> None:
 
 
 def test_an_eighth_of_the_memory_in_at_most_1_4_times_the_time() -> None:
-    """At half the tokens of the figure that the benchmark gives by default, with the same vocabulary."""
+    """Measured with the benchmark's default vocabulary and half its default tokens."""
     figures = bench().compare(1024, 896, 151936, threads=1, repeats=2, deadline_s=3600)
     ours, full = figures["tiled"], figures["full"]
     # Logits and log_softmax alone are 1.2 GB: less would mean that nothing was measured.

@@ -1,4 +1,4 @@
-"""Which rank trains what, the packed rows, and that what is packed computes what it computes alone."""
+"""The plan of which rank trains which rollouts, packed rows, and that packing does not change what is computed."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ VOCAB = 263
 
 
 def rollouts(generator: random.Random, groups: int, samples: int, longest: int) -> tuple[list[int], ...]:
-    """Group, prompt length and response length of each rollout; response lengths are skewed, as real ones are."""
+    """Random group, prompt length and response length of each rollout; lengths are skewed, as real ones are."""
     group = [number for number in range(groups) for _ in range(samples)]
     prompts = [generator.randint(1, max(1, longest // 4)) for _ in range(groups)]
     response = [min(longest, 1 + int(generator.lognormvariate(0, 0.8) * longest / 4)) for _ in group]
@@ -32,7 +32,7 @@ def rollouts(generator: random.Random, groups: int, samples: int, longest: int) 
 
 
 def cost(rows: Sequence[int], group: list[int], prompt: list[int], response: list[int], share: bool) -> int:
-    """Packed tokens of these rollouts, counted anew."""
+    """The packed tokens of these rollouts, counted independently of the code under test."""
     prompts = sum({group[row]: prompt[row] for row in rows}.values()) if share else sum(prompt[row] for row in rows)
     return prompts + sum(response[row] for row in rows)
 
@@ -151,7 +151,7 @@ def test_an_empty_pack_is_padding_alone(multiple: int) -> None:
 
 
 def scores(folder: Path, micro_batches: list[list[Sample]], share: bool, dtype: DType) -> list[dict[str, Tensor]]:
-    """Log-probs and pooled states of packed micro-batches; runs on a rank."""
+    """On a rank: log-probs and mean response states of packed micro-batches."""
     from clipo_megatron.policy.actor import PolicyActor
 
     config = RunConfig()
@@ -167,7 +167,7 @@ def by_rollout(samples: Sequence[Sample], values: Tensor) -> Iterator[tuple[Samp
 
 
 def random_samples(seed: int) -> list[Sample]:
-    """Three groups of four; a prompt of one token, and responses of one."""
+    """Three groups of four, among them a prompt of one token and responses of one token."""
     generator = torch.Generator().manual_seed(seed)
     result = []
     for group, prompt_length in enumerate((1, 9, 17)):
@@ -191,7 +191,7 @@ def llama3_rope(folder: Path, **options: object) -> Path:
 def test_packed_log_probs_are_those_of_each_sequence_alone(
     family: object, share: bool, ranks: RankPool, tmp_path: Path
 ) -> None:
-    """1e-5 of the largest logit (about 7): transformers in fp32 is 2e-5 from itself in fp64 there."""
+    """To 1e-5 of the largest logit, about 7: at that size transformers in fp32 is 2e-5 away from itself in fp64."""
     folder = family(tmp_path, vocab=VOCAB, tied=False)  # type: ignore[operator]
     samples = random_samples(seed=1)
     parts = [samples[:5], samples[5:]]
@@ -210,7 +210,7 @@ def test_packed_log_probs_are_those_of_each_sequence_alone(
 
 @pytest.mark.parametrize("share", [False, True])
 def test_nothing_leaks_between_sequences(share: bool, ranks: RankPool, tmp_path: Path) -> None:
-    """Other tokens in one sequence leave the others' log-probs as they are, to the bit."""
+    """Changing the tokens of one sequence does not change a bit of the others' log-probs."""
     folder = tiny_llama(tmp_path, vocab=VOCAB)
     samples = random_samples(seed=2)
     changed = 6

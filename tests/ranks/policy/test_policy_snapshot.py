@@ -1,4 +1,4 @@
-"""The policy's state as it was taken: whatever training does while it is copied and written, in any division."""
+"""Snapshots hold the state of the moment they were taken at, whatever training does while they are copied."""
 
 import random
 import threading
@@ -23,7 +23,7 @@ SHAPES = [pytest.param(1, LayoutConfig(), id="one rank"), pytest.param(4, Layout
 
 
 def shards(actor: PolicyActor) -> list[torch.Tensor]:
-    """All that this rank holds of masters and moments."""
+    """This rank's shards of masters and moments."""
     inner = actor.trainable.optimizer.inner.optimizer
     masters = [each for group in inner.param_groups for each in group["params"]]
     moments = [inner.state[each][name] for each in masters for name in ("exp_avg", "exp_avg_sq")]
@@ -31,39 +31,39 @@ def shards(actor: PolicyActor) -> list[torch.Tensor]:
 
 
 def held(actor: PolicyActor) -> list[torch.Tensor]:
-    """Beside those the parameters."""
+    """This rank's shards of masters and moments, and its parameters."""
     return [*shards(actor), *(parameter.detach() for parameter in actor.stage.parameters())]
 
 
-def update(actor: PolicyActor, config: RunConfig, settle) -> None:
+def update(actor: PolicyActor, config: RunConfig, wait_for_snapshot) -> None:
     train_a_little(actor, config, steps=1)
 
 
-def compute_with_the_reference(actor: PolicyActor, config: RunConfig, settle) -> None:
+def compute_with_the_reference(actor: PolicyActor, config: RunConfig, wait_for_snapshot) -> None:
     with actor.reference.in_place():
-        settle()
+        wait_for_snapshot()
 
 
-def free_memory(actor: PolicyActor, config: RunConfig, settle) -> None:
+def offload(actor: PolicyActor, config: RunConfig, wait_for_snapshot) -> None:
     actor.offload()  # moves nothing on a CPU
     for tensor in held(actor):
         tensor.neg_()
 
 
-def unfree_memory(actor: PolicyActor, config: RunConfig, settle) -> None:
+def onload(actor: PolicyActor, config: RunConfig, wait_for_snapshot) -> None:
     actor.onload()
     for tensor in held(actor):
         tensor.neg_()
 
 
 def saved_before(change, waits: bool, config: RunConfig, layout: LayoutConfig, folder: Path) -> tuple[bool, bool, bool]:
-    """Save for the second time, change the state while the copy has not begun, and load what was saved.
+    """Save twice, change the state before the second copy has begun, and load the second checkpoint.
 
-    The copy begins when somebody waits for it, or when the state is changed.
+    The copy begins when it is waited for, or after the change.
 
     Returns:
-        Whether there is something to notice, and whether what was loaded, this rank's masters and moments and its
-        parameters, is as it was when it was saved.
+        Whether the saved state has anything but zeros, and whether this rank's masters and moments, and its
+        parameters, were loaded as they were saved.
     """
     config.model.dtype, config.algorithm.kl.coefficient = DType.bf16, 0.01
     actor, begin, copies = actor_on(config, layout), threading.Event(), HostBuffer.copies
@@ -72,25 +72,25 @@ def saved_before(change, waits: bool, config: RunConfig, layout: LayoutConfig, f
         assert begin.wait(60)
         return copies(buffer, tensors)
 
-    keeper = TrainableCheckpointer(actor.trainable)
+    checkpointer = TrainableCheckpointer(actor.trainable)
     checkpoints = Checkpoints(
-        folder, [], take_policy=keeper.take, load_policy=keeper.load, retention=Retention(1), facts={}
+        folder, [], take_policy=checkpointer.take, load_policy=checkpointer.load, retention=Retention(1), facts={}
     )
     checkpoints.save(1)
     train_a_little(actor, config, steps=1)
     checkpoints.asynchronous, HostBuffer.copies = True, late
 
-    def settle() -> None:
+    def wait_for_snapshot() -> None:
         begin.set()
         checkpoints.settle()
 
-    actor.trainable.pre_mutation_hook = settle if waits else lambda: None
+    actor.trainable.pre_mutation_hook = wait_for_snapshot if waits else lambda: None
     try:
         with torch.no_grad():
             taken = [tensor.clone() for tensor in held(actor)]
             checkpoints.save(2)
-        change(actor, config, settle)
-        settle()
+        change(actor, config, wait_for_snapshot)
+        wait_for_snapshot()
     finally:
         HostBuffer.copies, actor.trainable.pre_mutation_hook = copies, lambda: None
         begin.set()
@@ -112,8 +112,8 @@ ONE_RANK = (1, LayoutConfig())
         pytest.param(update, *ONE_RANK, id="update"),
         pytest.param(update, 4, LayoutConfig(tp=2, dp=2), id="update on TP2 x DP2"),
         pytest.param(compute_with_the_reference, *ONE_RANK, id="reference"),
-        pytest.param(free_memory, *ONE_RANK, id="memory freed"),
-        pytest.param(unfree_memory, *ONE_RANK, id="memory back"),
+        pytest.param(offload, *ONE_RANK, id="offload"),
+        pytest.param(onload, *ONE_RANK, id="onload"),
     ],
 )
 def test_what_changes_the_state_waits_until_it_is_copied(ranks, tmp_path, change, world, layout):
@@ -128,9 +128,9 @@ def test_what_changes_the_state_waits_until_it_is_copied(ranks, tmp_path, change
 
 def written_at_once(config: RunConfig, layout: LayoutConfig, folder: Path) -> tuple[bool, bool]:
     actor = actor_on(config, layout)
-    keeper = TrainableCheckpointer(actor.trainable)
+    checkpointer = TrainableCheckpointer(actor.trainable)
     checkpoints = Checkpoints(
-        folder, [], take_policy=keeper.take, load_policy=keeper.load, retention=Retention(1), facts={}
+        folder, [], take_policy=checkpointer.take, load_policy=checkpointer.load, retention=Retention(1), facts={}
     )
     for step in (1, 2):
         train_a_little(actor, config, steps=1)
@@ -150,13 +150,13 @@ def test_what_is_written_at_once_comes_back(ranks, tmp_path, world, layout):
 
 
 def took_alone(config: RunConfig, layout: LayoutConfig) -> tuple[int, int]:
-    """Each rank takes the state while the others do something else; bytes of it, and of this rank's masters."""
+    """Take a snapshot on one rank after another; returns the bytes of this rank's, and of this rank's masters."""
     actor = actor_on(config, layout)
-    keeper, sizes = TrainableCheckpointer(actor.trainable), []
-    keeper.take()
+    checkpointer, sizes = TrainableCheckpointer(actor.trainable), []
+    checkpointer.take()
     for rank in range(dist.get_world_size()):
         if dist.get_rank() == rank:
-            snapshot = keeper.take()
+            snapshot = checkpointer.take()
             snapshot.copy()
             sizes.append(snapshot.nbytes)
         dist.barrier()
@@ -165,7 +165,7 @@ def took_alone(config: RunConfig, layout: LayoutConfig) -> tuple[int, int]:
 
 
 def test_no_rank_waits_for_another_to_take_the_state(ranks, tmp_path):
-    """Otherwise training would stand still while data-parallel ranks gather what each of them has a shard of."""
+    """Otherwise training would stop while data-parallel ranks gather their shards."""
     config = configuration(tiny_llama(tmp_path / "model", vocab=VOCAB))
     config.model.dtype = DType.bf16
     found = ranks.run(took_alone, 4, config, LayoutConfig())

@@ -1,4 +1,4 @@
-"""Engine against trainer: what is measured on rollouts of the current weights, and what on all."""
+"""Train-inference mismatch: which metrics cover rollouts of the current weights, and which cover all rollouts."""
 
 from __future__ import annotations
 
@@ -26,7 +26,10 @@ STALE = {(0, 3, 3), (1, 4, STEP), (2, 2, 4)}
 
 
 def score(folder: Path, layout_config: LayoutConfig, stale: bool | None) -> dict[str, Any]:
-    """On a rank: scores of made-up rollouts; by hand too, where the last stage is. stale: some, all (None), or none."""
+    """On a rank: metrics of made-up rollouts, and on the last stage each rollout's log-prob differences by row.
+
+    `stale`: whether some of the rollouts are of older weights; None: all of them are.
+    """
     config = configuration(folder)
     config.layout = layout_config
     config.algorithm.correction = CorrectionConfig(CorrectionKind.mask, CorrectionLevel.geometric, 1.5, 0.001)
@@ -80,7 +83,9 @@ LAYOUTS = {"one rank": (1, LayoutConfig()), "PP2 x DP2": (4, LayoutConfig(pp=2))
 
 @pytest.mark.parametrize("stale", [True, False, None], ids=["some are stale", "all are fresh", "all are stale"])
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_the_alarms_watch_fresh_rollouts_alone(ranks: RankPool, tmp_path: Path, name: str, stale: bool | None) -> None:
+def test_the_metrics_that_alarms_watch_cover_fresh_rollouts_only(
+    ranks: RankPool, tmp_path: Path, name: str, stale: bool | None
+) -> None:
     results = ranks.run(score, LAYOUTS[name][0], tiny_llama(tmp_path, layers=2), LAYOUTS[name][1], stale)
     table = results[0]["table"]
     gaps = {row: gap for result in results for row, gap in result["gaps"].items()}

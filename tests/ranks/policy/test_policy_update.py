@@ -1,4 +1,4 @@
-"""The packed update's gradients against a plain transformers implementation, and updates that must not happen."""
+"""Gradients of the packed update against a plain transformers implementation, and updates that are skipped."""
 
 from __future__ import annotations
 
@@ -52,11 +52,11 @@ def test_gradients_are_those_of_a_plain_implementation(
     assert ours["metrics"]["policy/grad_norm"] == pytest.approx(norm, rel=1e-5)
 
 
-# --- updates that must not happen --------------------------------------------------------------------------------
+# --- updates that are skipped ------------------------------------------------------------------------------------
 
 
 def broken_then_sound(config: RunConfig, layout_config: LayoutConfig, poison: float) -> list[Any]:
-    """Three updates, the second with one `poison` among one rank's advantages: metrics and weights after each."""
+    """Update three times, the second with one `poison` among one rank's advantages; metrics and weights after each."""
     config.layout, config.algorithm.mini_batches = layout_config, 1
     config.layout.max_tokens_per_microbatch = 100
     layout = parallel.initialize(config.layout, seed=0)
@@ -103,7 +103,7 @@ def test_a_gradient_that_is_not_finite_is_skipped_on_every_rank(
 
 
 def nothing_to_learn(config: RunConfig, layout_config: LayoutConfig, correct: bool | None) -> Any:
-    """A step whose verdicts are all the same."""
+    """A step in which every verdict is the same; its metrics, and which weights are finite after it."""
     config.layout = layout_config
     layout = parallel.initialize(config.layout, seed=0)
     algorithm = build_algorithm(config)
@@ -128,7 +128,7 @@ def nothing_to_learn(config: RunConfig, layout_config: LayoutConfig, correct: bo
 def test_a_step_without_a_signal_passes(
     correct: bool | None, aggregation: Aggregation, ranks: RankPool, tmp_path: Path
 ) -> None:
-    """All right, all wrong, nothing graded: no gradient, and no crash either."""
+    """All correct, all wrong, or nothing graded: the gradient is zero, and nothing fails."""
     config = configuration(tiny_llama(tmp_path, vocab=VOCAB))
     config.algorithm.aggregation, config.algorithm.constant_length = aggregation, 15
     layout = LayoutConfig(tp=2, sequence_parallel=True)
@@ -138,7 +138,7 @@ def test_a_step_without_a_signal_passes(
 
 
 def taking_turns(config: RunConfig, layout_config: LayoutConfig) -> list[dict[str, Any]]:
-    """The same steps with and without giving memory away before each."""
+    """Train the same steps without and with offloading before each."""
     results = []
     for turns in (False, True):
         results.append(train(config, layout_config, taking_turns=turns))
@@ -147,7 +147,7 @@ def taking_turns(config: RunConfig, layout_config: LayoutConfig) -> list[dict[st
 
 
 @pytest.mark.parametrize("dtype", [DType.fp32, DType.bf16])
-def test_memory_given_away_between_steps_changes_nothing(ranks: RankPool, tmp_path: Path, dtype: DType):
+def test_offloading_between_steps_changes_nothing(ranks: RankPool, tmp_path: Path, dtype: DType):
     config = configuration(tiny_llama(tmp_path))
     config.model.dtype = dtype
     config.algorithm.kl.coefficient = 0.01  # keeps a reference policy
