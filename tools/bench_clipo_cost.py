@@ -51,7 +51,7 @@ class Clock:
         self.seconds: dict[str, float] = {}
 
     def timed(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        """`function`, its time counted under `name`."""
+        """Wrap `function` so that its time is counted under `name`."""
 
         def call(*args: Any, **kwargs: Any) -> Any:
             platform().synchronize()
@@ -65,7 +65,7 @@ class Clock:
 
 
 def rollouts(options: argparse.Namespace, vocabulary: int) -> tuple[RolloutTable, list[Sample]]:
-    """Random tokens of about the asked lengths; every other rollout is correct, so that every group has a bonus."""
+    """Random tokens of about the given lengths; every other rollout is correct, so that every group has a bonus."""
     generator = torch.Generator().manual_seed(0)
 
     def tokens(mean: int) -> torch.Tensor:
@@ -99,7 +99,7 @@ def learn(
     samples: list[Sample],
     report: Callable[[PolicyActor, Algorithm, RolloutTable], None],
 ) -> None:
-    """Exchange, score and update, as the trainer's page does."""
+    """Exchange, score and update, as the trainer does."""
     table = dataclasses.replace(table, signals={})
     actor.needs = algorithm.needs
     mini_batches = actor.batcher.mini_batches_of(samples, table)
@@ -113,7 +113,7 @@ def learn(
 
 
 def contrastive_metrics(actor: PolicyActor, algorithm: Algorithm, table: RolloutTable) -> None:
-    """What a run reports of the contrastive head."""
+    """Compute the metrics that a run reports of the contrastive head."""
     clipo = algorithm.stage(Clipo)
     contrastive_statistics(
         table.correct,
@@ -127,7 +127,7 @@ def contrastive_metrics(actor: PolicyActor, algorithm: Algorithm, table: Rollout
 
 
 def measure(options: argparse.Namespace) -> tuple[dict[str, list[float]], list[dict[str, float]]]:
-    """Seconds of each step, by "grpo" and "clipo", and of CLIPO's parts in each of its steps."""
+    """The seconds of each step, of "grpo" and of "clipo", and those of CLIPO's parts in each of its steps."""
     config = RunConfig()
     config.model.path, config.model.dtype = str(options.model), DType(options.dtype)
     config.layout.max_tokens_per_microbatch = options.max_tokens

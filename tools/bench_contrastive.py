@@ -1,8 +1,8 @@
 """Time and memory of the contrastive loss, forward and backward: grouped (ours) against dense (B x B with masks).
 
-Every figure is measured in a process of its own, all in one run. Time is the best of --repeats after a warm-up;
-memory is the growth of the process's peak resident memory over one forward and backward, inputs already there, so it
-includes the gradient. `dense` is what one writes first: all similarities of the batch, then masks.
+Each figure is measured in its own process, all in one run. Time is the best of --repeats after a warm-up. Memory is the
+growth of the process's peak resident memory over one forward and backward without the inputs, but with their gradient.
+`dense` is the straightforward way: all similarities of the batch, then masks.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def peak_memory() -> int:
 
 
 def dense_supcon(embeddings, correct, group, temperature=0.05):
-    """supcon_out at group level by masks over the whole batch."""
+    """Compute supcon_out at group level with masks over the whole batch."""
     import torch
 
     z = torch.nn.functional.normalize(embeddings, dim=-1)

@@ -1,8 +1,8 @@
 """Time and memory of the log-probs of chosen tokens, forward and backward: in tiles (ours) against full logits.
 
-Each way is measured in a process of its own, both in one run, on the same inputs in fp32. Memory is the growth of the
-process's peak resident memory over one forward and backward; what both ways need, the states, the weight and its fp32
-gradient buffer, is there before. Time is the best of --repeats; the ways take turns, so that both see the same machine.
+Both ways are measured in one run, each in its own process, on the same inputs in fp32. Memory is the growth of the
+process's peak resident memory over one forward and backward; the states, the weight and its fp32 gradient buffer, which
+both ways need, are allocated before. Time is the best of --repeats; the ways alternate, so that both see the same load.
 `full` is plain autograd: logits of all tokens, log_softmax, gather.
 """
 
@@ -23,18 +23,18 @@ WAYS = ("tiled", "full")
 
 
 def resident(kind: str) -> int:
-    """Resident bytes of this process: "VmRSS" now, "VmHWM" at most since the last `forget_peak`."""
+    """Resident bytes of this process: the current ones ("VmRSS"), or the peak since `forget_peak` ("VmHWM")."""
     status = Path("/proc/self/status").read_text()
     return int(re.search(rf"{kind}:\s+(\d+) kB", status).group(1)) * 1024
 
 
 def forget_peak() -> None:
-    """Let the peak start again from what is resident now."""
+    """Reset the peak to the current resident memory."""
     Path("/proc/self/clear_refs").write_text("5")
 
 
 def passes(way: str, tokens: int, hidden: int, vocab: int) -> Callable[[], tuple[Any, Any, Any]]:
-    """Inputs for one way; the function returned makes one forward and backward: log-probs and both gradients."""
+    """Make inputs for one way; the returned function runs a forward and a backward: log-probs and both gradients."""
     import torch
 
     from clipo_megatron.policy.model.logprobs import token_logprobs
@@ -66,7 +66,7 @@ def passes(way: str, tokens: int, hidden: int, vocab: int) -> Callable[[], tuple
 
 
 def serve(way: str, tokens: int, hidden: int, vocab: int, threads: int) -> None:
-    """Measure once for every line on stdin, and answer with a JSON line."""
+    """Measure once for every line on stdin, and print the result as a JSON line."""
     import torch
 
     torch.set_num_threads(threads)
@@ -85,7 +85,7 @@ def serve(way: str, tokens: int, hidden: int, vocab: int, threads: int) -> None:
 def compare(
     tokens: int, hidden: int, vocab: int, *, threads: int = 2, repeats: int = 3, deadline_s: float = 600.0
 ) -> dict[str, dict[str, float]]:
-    """Best seconds and peak bytes of each way.
+    """The best seconds and the peak bytes of each way.
 
     Raises:
         RuntimeError: a measuring process failed; its message is quoted.

@@ -10,9 +10,9 @@
 One process; the ways alternate in rounds, medians are printed, with their ratio to the floor: 2 FLOPs a parameter and
 token forward, 6 forward and backward, at the matrix-multiplication rate measured in the same run.
 
-With --group-loss the update alone is timed: that of a clipped loss, that of a loss over groups on the weights that were
-scored, and that of one on later weights, which scores them first. Time is that of the processor, so that a machine with
-other work to do gives the same ratios.
+With --group-loss only updates are timed: with a clipped loss, with a loss over groups under the weights that scored the
+rollouts, and with a loss over groups under later weights, which needs another forward. Processor time is measured, so
+that other processes on the machine do not change the ratios.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from clipo_megatron.runtime.platform import platform
 
 
 def synthetic(options: argparse.Namespace, vocabulary: int) -> tuple[RolloutTable, list[Sample]]:
-    """Random rollouts with lengths around the asked ones, half of them correct."""
+    """Random rollouts of about the given lengths, half of them correct."""
     generator = torch.Generator().manual_seed(0)
 
     def tokens(mean: int) -> torch.Tensor:
@@ -68,7 +68,7 @@ def synthetic(options: argparse.Namespace, vocabulary: int) -> tuple[RolloutTabl
 def megatron_step(
     config: RunConfig, actor: PolicyActor, table: RolloutTable, samples: list[Sample], *, share: bool
 ) -> Callable[[], int]:
-    """A function that scores and updates, and returns the tokens it computed."""
+    """Make a function that scores and updates, and returns the number of tokens it computed."""
     config.layout.share_prompts = share
     batcher = actor.batcher = Batcher.of(config, actor.layout)
     algorithm = build_algorithm(config)
@@ -86,7 +86,7 @@ def megatron_step(
 def updates_of(
     name: str, actor: PolicyActor, table: RolloutTable, samples: list[Sample], *, scored: bool
 ) -> Callable[[], int]:
-    """A function that updates by a method's loss, and returns the tokens it computed."""
+    """Make a function that updates with a method's loss, and returns the number of tokens it computed."""
     config = RunConfig()
     config.clipo.enabled, config.algorithm.name = False, name
     algorithm, batcher = build_algorithm(config), actor.batcher
@@ -103,7 +103,7 @@ def updates_of(
 
 
 def padded_step(model_dir: str, table: RolloutTable, samples: list[Sample], per_forward: int) -> Callable[[], int]:
-    """The same step on a transformers model, right-padded, `per_forward` rollouts at a time."""
+    """Make a function for the same step with a transformers model, right-padded, `per_forward` rollouts at a time."""
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32).to(platform().device)
@@ -140,7 +140,7 @@ def padded_step(model_dir: str, table: RolloutTable, samples: list[Sample], per_
 
 
 def matmul_flops_per_s() -> float:
-    """What this machine reaches on a large fp32 matrix product."""
+    """The FLOP/s that this machine reaches on a large fp32 matrix product."""
     a, b = torch.randn(1024, 2048), torch.randn(2048, 2048)
     best = 0.0
     for _ in range(8):
@@ -153,7 +153,7 @@ def matmul_flops_per_s() -> float:
 def compare_updates(
     options: argparse.Namespace, actor: PolicyActor, table: RolloutTable, samples: list[Sample]
 ) -> None:
-    """Print what a second pass costs."""
+    """Time updates with a loss over groups against GRPO's, and print them."""
     name = options.group_loss
     ways = {
         "grpo": updates_of("grpo", actor, table, samples, scored=True),
@@ -174,7 +174,6 @@ def compare_updates(
 
 
 def main() -> None:
-    """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="Hugging Face folder")
     parser.add_argument("--prompts", type=int, default=16)
