@@ -18,8 +18,7 @@ import secrets
 import subprocess
 import sys
 import time
-from dataclasses import asdict, fields, is_dataclass, replace
-from enum import Enum
+from dataclasses import asdict, replace
 from functools import cache
 from importlib.metadata import distributions
 from pathlib import Path
@@ -83,7 +82,8 @@ def create(folder: Path) -> None:
 
 def write(folder: Path, config: RunConfig, script: str, resources: Resources, more: dict[str, Any]) -> None:
     """Write configuration, script and origin; `more` goes into submission.json. The job's number is not known yet."""
-    write_durably(folder / CONFIG, yaml.safe_dump(_plain(config), sort_keys=False, width=10_000))
+    settings = json.loads(json.dumps(asdict(config)))  # enums as their values, tuples as lists
+    write_durably(folder / CONFIG, yaml.safe_dump(settings, sort_keys=False, width=10_000))
     write_durably(folder / SCRIPT, script)
     write_durably(folder / "packages.txt", _installed_packages())
     facts = {
@@ -134,17 +134,6 @@ def _commit() -> dict[str, Any]:
     except (OSError, subprocess.SubprocessError):
         return {}
     return {"hash": head.strip(), "changed files": [line[3:] for line in changed.splitlines()]}
-
-
-def _plain(value: Any) -> Any:
-    """A configuration as values that YAML can write."""
-    if is_dataclass(value):
-        return {each.name: _plain(getattr(value, each.name)) for each in fields(value)}
-    if isinstance(value, Enum):
-        return value.value
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def _with_absolute_path(source: SourceConfig) -> SourceConfig:
