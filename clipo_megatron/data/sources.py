@@ -48,9 +48,7 @@ def read_all(sources: Sequence[SourceConfig]) -> list[Row]:
     names = [source.label for source in sources]
     for name in names:
         if names.count(name) > 1:
-            raise DataError(
-                f"{names.count(name)} sources have the name {name}, from which prompt ids are made. Give each a name."
-            )
+            raise DataError(f"{names.count(name)} sources are called {name}, and prompt ids derive from it. Name each.")
     return [row for source in sources for row in read(source)]
 
 
