@@ -22,13 +22,13 @@ from pathlib import Path
 
 from bench_step import megatron_step, synthetic
 
-from clipo_megatron.checkpoint import Checkpoints
-from clipo_megatron.checkpoint.retention import Retention
-from clipo_megatron.config.schema import DType, RunConfig
+from clipo_megatron.checkpoint import CheckpointContents, Checkpoints
+from clipo_megatron.config.model_folder import POLICY
+from clipo_megatron.config.schema import CheckpointConfig, DType, RunConfig
 from clipo_megatron.policy import parallel
 from clipo_megatron.policy.actor import PolicyActor
 from clipo_megatron.policy.checkpoint.state import TrainableCheckpointer
-from clipo_megatron.runtime.launch import Launch, adopt, from_environment
+from clipo_megatron.runtime.launch import Launch, export_environment, from_environment
 from clipo_megatron.runtime.platform import platform
 
 
@@ -57,38 +57,33 @@ def main() -> None:
     config = RunConfig()
     config.model.path, config.model.dtype, config.clipo.enabled = options.model, DType(options.dtype), False
     config.layout.max_tokens_per_microbatch = 1024
-    adopt(from_environment() or Launch(rank=0, world=1, local_rank=0))
+    export_environment(from_environment() or Launch(rank=0, world=1, local_rank=0))
     platform().init_process_group(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), timeout_s=1800)
     layout = parallel.initialize(config.layout, seed=0)
     actor = PolicyActor(config, layout, needs=frozenset(), total_steps=1000)
     step = megatron_step(config, actor, *synthetic(options, actor.spec.vocab_size), share=True)
-    keeper = TrainableCheckpointer(actor.trainable)
+    checkpointer = TrainableCheckpointer(actor.trainable)
     checkpoints = Checkpoints(
-        options.folder,
-        [],
-        take_policy=keeper.take,
-        load_policy=keeper.load,
-        retention=Retention(keep=1),
-        facts={},
+        options.folder, CheckpointContents(models={POLICY: checkpointer}), CheckpointConfig(keep=1)
     )
     waits: list[float] = []
-    actor.trainable.pre_mutation_hook = lambda: waits.append(timed(checkpoints.settle))
+    actor.trainable.pre_mutation_hook = lambda: waits.append(timed(checkpoints.wait_for_snapshot))
     number, rows, plain = 0, [], []
     step()
     for each in range(options.rounds + 1):  # the first is not counted: memory is taken, files are new
         number += 1
-        checkpoints.asynchronous = False
+        checkpoints.settings.asynchronous = False
         at_once = timed(partial(checkpoints.save, number))
         plain = [timed(step) for _ in range(5)]
         usual = statistics.median(plain)
         number += 1
-        checkpoints.asynchronous = True
+        checkpoints.settings.asynchronous = True
         held = timed(partial(checkpoints.save, number))
         slower, start = 0.0, time.perf_counter()
         waits.clear()
-        while checkpoints._writing is not None:
+        while checkpoints._writer is not None:
             slower += timed(step) - usual
-            checkpoints.news()
+            checkpoints.poll()
         waited, under_way = sum(waits), time.perf_counter() - start
         slower -= waited
         if each:

@@ -31,7 +31,7 @@ from clipo_megatron.flow import RolloutTable, Sample
 from clipo_megatron.policy import parallel
 from clipo_megatron.policy.actor import PolicyActor
 from clipo_megatron.policy.batch.batching import Batcher
-from clipo_megatron.runtime.launch import Launch, adopt
+from clipo_megatron.runtime.launch import Launch, export_environment
 from clipo_megatron.runtime.platform import platform
 
 
@@ -187,7 +187,7 @@ def main() -> None:
     config = RunConfig()
     config.model.path, config.model.dtype, config.clipo.enabled = options.model, DType.fp32, False
     config.layout.max_tokens_per_microbatch = 1024
-    adopt(Launch(rank=0, world=1, local_rank=0))
+    export_environment(Launch(rank=0, world=1, local_rank=0))
     platform().init_process_group(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), timeout_s=600)
     layout = parallel.initialize(config.layout, seed=0)
     actor = PolicyActor(config, layout, needs=frozenset(), total_steps=1000)

@@ -11,6 +11,7 @@ from pathlib import Path
 import matplotlib
 
 from clipo_megatron.evaluation.results import read_evaluations
+from clipo_megatron.runtime.run_dir import EVALUATIONS, METRICS
 from clipo_megatron.telemetry.sinks import read_lines
 
 BLUE, ORANGE, GREY = "#2563eb", "#d97706", "#6b7280"
@@ -22,13 +23,13 @@ def draw(run: Path, out: Path) -> None:
     import matplotlib.pyplot as plt
 
     plt.rcParams["svg.hashsalt"] = "clipo"  # equal runs give equal files
-    lines = read_lines(run / "metrics.jsonl")
+    lines = read_lines(run / METRICS)
     if not lines:
-        raise SystemExit(f"{run / 'metrics.jsonl'} has no steps")
+        raise SystemExit(f"{run / METRICS} has no steps")
     steps = [line["step"] + 1 for line in lines]
     figure, axes = plt.subplots(figsize=(7.2, 3.2))
     axes.plot(steps, [100 * line["reward/accuracy"] for line in lines], color=BLUE, label="sampled, training problems")
-    evaluations = read_evaluations(run / "eval")
+    evaluations = read_evaluations(run / EVALUATIONS)
     axes.plot(
         [each.step for each in evaluations],
         [100 * each.accuracy for each in evaluations],

@@ -1,174 +1,158 @@
-"""The checkpoints of a run: when they are taken, what became of them, and which one a run goes on from."""
+"""The checkpoints of a run: when they are taken, what became of them, and which one a run resumes from."""
 
 from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from clipo_megatron.checkpoint import states
 from clipo_megatron.checkpoint.retention import (
     MANIFEST,
     PICKLED,
-    Retention,
     changed,
     complete,
     defect,
     newest_first,
     sweep,
 )
-from clipo_megatron.checkpoint.states import CheckpointError, Owner, PolicyState
-from clipo_megatron.checkpoint.writing import Content, Writing
-from clipo_megatron.config.model_folder import POLICY
+from clipo_megatron.checkpoint.states import (
+    CheckpointContents,
+    CheckpointError,
+    has_state,
+    read_state,
+    take_snapshot,
+)
+from clipo_megatron.checkpoint.writing import CheckpointSnapshot, CheckpointWriter
+from clipo_megatron.config.schema import CheckpointConfig
 from clipo_megatron.runtime.platform import platform
 
 
 class Checkpoints:
-    """The checkpoints of one run. All methods but `complete` and `settle` are collective.
+    """The checkpoints of one run. All methods but `complete`, `has`, `wait_for_snapshot` and `close` are collective.
 
-    An asynchronous save copies the policy's state in its thread. Training may read it meanwhile, and calls `settle`
-    before it changes it.
+    An asynchronous save copies the models in a thread. Training may read them meanwhile, and calls `wait_for_snapshot`
+    before it changes them.
 
-    A save that fails leaves older checkpoints as they are. It is a warning as long as fewer than `failures` in a row
-    have failed: a file system that hiccups should not end a run of weeks.
+    A save that fails leaves older checkpoints as they are. It is a warning until `settings.max_failed_saves` in a row
+    have failed: a brief failure of the file system should not end a run of weeks.
 
     Args:
-        folder: of all checkpoints; made when the first is saved.
-        owners: whose state is kept.
-        take_policy: the policy's state of now.
-        load_policy: reads its files.
-        more: other models, by the folder that they have beside the policy's: what takes their state, what reads it.
-        retention: which checkpoints stay.
-        facts: what a checkpoint and the run that resumes from it must agree on; "layout" may differ.
-        say: takes one line of news; on rank 0.
-        beside: files of a checkpoint's hf/, by name; on rank 0. With them it can be exported without the source.
-        accuracy: held-out accuracy by step, as far as it is known; for `retention.best`.
-        asynchronous: whether `save` leaves copying and writing to a thread.
-        deadline_s: for the writing of one checkpoint.
-        failures: saves in a row whose failure is an error.
+        folder: holds all checkpoints; created by the first save.
+        contents: what a checkpoint holds.
+        settings: which checkpoints stay, asynchronous or not, deadline, failures.
+        say: prints a line; on rank 0.
+        accuracy: returns the held-out accuracy by step, as far as known; for `settings.keep_best`.
     """
 
     def __init__(
         self,
         folder: Path,
-        owners: Sequence[Owner],
+        contents: CheckpointContents,
+        settings: CheckpointConfig,
         *,
-        take_policy: Callable[[], PolicyState | None],
-        load_policy: Callable[[Path], None],
-        more: Mapping[str, tuple[Callable[[], PolicyState], Callable[[Path], None]]] | None = None,
-        retention: Retention,
-        facts: Mapping[str, Any],
         say: Callable[[str], None] = lambda line: None,
-        beside: Mapping[str, bytes] | None = None,
         accuracy: Callable[[], Mapping[int, float]] = dict,
-        asynchronous: bool = False,
-        deadline_s: float = 1800.0,
-        failures: int = 1,
     ):
-        self.folder, self.owners, self.retention, self.facts, self.say = folder, list(owners), retention, facts, say
-        self.take_policy, self.load_policy, self.more = take_policy, load_policy, dict(more or {})
-        self.beside, self.accuracy = dict(beside or {}), accuracy
-        self.asynchronous, self.deadline_s, self.failures = asynchronous, deadline_s, failures
-        self._writing: Writing | None = None
+        self.folder, self.contents, self.settings, self.say, self.accuracy = folder, contents, settings, say, accuracy
+        self._writer: CheckpointWriter | None = None
         self._group: dist.ProcessGroup | None = None
         self._failed = 0  # saves in a row
-        self._step: int | None = None  # of the checkpoint that holds the state of now, or will when it is written
-        self._safe: Path | None = None  # the newest that was written or loaded
+        self._step: int | None = None  # step of the checkpoint that holds the current state, or will when written
+        self._safe: Path | None = None  # the newest checkpoint that was written or loaded
 
     def save(self, step: int) -> Path:
-        """Take the state after `step` steps; write it now, or let a thread write it. Waits for the one before.
+        """Take the state after `step` steps, and write it now or in a thread. Waits for the save before.
 
         Returns:
-            Where it is, or will be.
+            The checkpoint's folder, which may not exist yet.
 
         Raises:
-            CheckpointError: it cannot be written, or the one before could not, and too many in a row could not.
+            CheckpointError: too many saves in a row have failed, this one or the one before included.
         """
         self.wait()
         if self._group is None and _world() > 1:
-            self._group = platform().host_group(timeout_s=self.deadline_s)
-        owners = []
-        for owner in self.owners:
-            writes = owner.per_rank or owner.writes
-            state = owner.state_dict() if writes or owner.gathers else {}
+            self._group = platform().host_group(timeout_s=self.settings.deadline_s)
+        items = []
+        for item in self.contents.items:
+            writes = item.per_rank or item.writes
+            state = item.stateful.state_dict() if writes or item.gathers else {}
             if writes:
-                owners.append(states.take(owner.file(_rank()), state))
-        policy = self.take_policy()
-        models = {POLICY: policy} if policy else {}
-        models |= {folder: take() for folder, (take, _) in self.more.items()}
-        content = Content(step, self.facts, owners, models, self.beside, self.accuracy())
-        self._writing = Writing(self.folder, content, self.retention, self._group, copies=self.asynchronous)
+                items.append(take_snapshot(item.stem(_rank()), state))
+        models = {folder: model.take() for folder, model in self.contents.models.items()}
+        contents = self.contents
+        snapshot = CheckpointSnapshot(step, contents.facts, items, models, contents.sidecar_files, self.accuracy())
+        self._writer = CheckpointWriter(self.folder, snapshot, self.settings, self._group)
         self._step = step
-        if self.asynchronous:
-            self._writing.thread.start()
-            return self._writing.final
-        self._writing.run()
-        return self._conclude(self._writing)
+        if self.settings.asynchronous:
+            self._writer.thread.start()
+            return self._writer.final
+        self._writer.run()
+        return self._conclude(self._writer)
 
-    def settle(self) -> None:
-        """Wait until this rank's state of the last save is copied; before anything changes it, at any time.
+    def wait_for_snapshot(self) -> None:
+        """Wait until this rank's models of the last save are copied. To be called before anything changes them.
 
         Raises:
-            CheckpointError: it takes too long.
+            CheckpointError: `settings.deadline_s` has passed.
         """
-        if self._writing is not None and not self._writing.taken.wait(self.deadline_s):
+        if self._writer is not None and not self._writer.taken.wait(self.settings.deadline_s):
             raise CheckpointError(
-                f"the state for {self._writing.final} was not copied within {self.deadline_s:g} s "
-                f"(checkpoint.deadline_s). {self._remains()}"
+                f"the state for {self._writer.final} was not copied within {self.settings.deadline_s:g} s "
+                f"(checkpoint.deadline_s). {self._newest_safe()}"
             )
 
-    def news(self) -> None:
-        """Hear what became of a checkpoint that is being written, if that is decided.
+    def poll(self) -> None:
+        """Note the outcome of a save whose writing has ended on all ranks.
 
         Raises:
-            CheckpointError: too many in a row could not be written.
+            CheckpointError: too many saves in a row have failed.
         """
-        if self._writing is not None:
-            ended = torch.tensor([not self._writing.thread.is_alive()], dtype=torch.int)
+        if self._writer is not None:
+            ended = torch.tensor([not self._writer.thread.is_alive()], dtype=torch.int)
             dist.all_reduce(ended, op=dist.ReduceOp.MIN)
             if ended:
-                self._conclude(self._writing)
+                self._conclude(self._writer)
 
     def wait(self, *, last: bool = False) -> None:
         """Wait for a checkpoint that is being written.
 
         Args:
-            last: no other follows, so that a failure is an error in any case.
+            last: no other save follows, so that a failure is always an error.
 
         Raises:
-            CheckpointError: it could not be written, and too many in a row could not; or it did not end in time.
+            CheckpointError: too many saves in a row have failed, or writing did not end in time.
         """
-        writing = self._writing
-        if writing is None:
+        writer = self._writer
+        if writer is None:
             return
         start = time.monotonic()
-        writing.thread.join(self.deadline_s)
-        hangs = torch.tensor([writing.thread.is_alive()], dtype=torch.int)
+        writer.thread.join(self.settings.deadline_s)
+        hangs = torch.tensor([writer.thread.is_alive()], dtype=torch.int)
         dist.all_reduce(hangs, op=dist.ReduceOp.MAX)
         if hangs:
-            self._writing = None
+            self._writer = None
             raise CheckpointError(
-                f"{writing.final} was not written within {time.monotonic() - start:.0f} s (checkpoint.deadline_s = "
-                f"{self.deadline_s:g}): does the file system hang? {self._remains()}"
+                f"{writer.final} was not written within {time.monotonic() - start:.0f} s (checkpoint.deadline_s = "
+                f"{self.settings.deadline_s:g}): does the file system hang? {self._newest_safe()}"
             )
-        self._conclude(writing, last=last)
+        self._conclude(writer, last=last)
 
     def close(self) -> None:
-        """Give a checkpoint that is being written the time to end; not collective, for the end of a run that failed."""
-        if self._writing is not None:
-            self._writing.thread.join(self.deadline_s)
+        """Give a checkpoint that is being written time to end, when a run has failed."""
+        if self._writer is not None:
+            self._writer.thread.join(self.settings.deadline_s)
 
     def complete(self) -> list[Path]:
-        """Checkpoints whose files are all there in their full size, oldest first."""
+        """Checkpoints whose files all exist in their full size, oldest first."""
         return complete(self.folder)
 
     def has(self, step: int) -> bool:
-        """Whether the state after `step` steps, which this process holds, was loaded, saved or is being saved."""
+        """Whether the current state, that after `step` steps, was loaded, saved or is being saved."""
         return self._step == step
 
     def latest(self) -> Path | None:
@@ -176,39 +160,37 @@ class Checkpoints:
         return newest(self.folder, self.say)
 
     def load(self, path: Path) -> int:
-        """Restore every owner.
+        """Restore everything from a checkpoint.
 
         Returns:
-            How many steps were done.
+            The number of steps done.
 
         Raises:
-            CheckpointError: the checkpoint is of another model or algorithm, or an owner's state is missing, or bytes
-                have changed that would be run.
+            CheckpointError: the checkpoint is of another model or algorithm, lacks the state of an item, or has a
+                changed file that would be unpickled.
         """
         manifest = json.loads((path / MANIFEST).read_text())
-        self._compare(path, manifest)
-        if reason := _first(changed(path, names=PICKLED)):
+        self._check_facts(path, manifest)
+        if reason := _first_nonempty(changed(path, names=PICKLED)):
             raise CheckpointError(f"{path} is damaged: {reason}. Remove that folder to use an older one")
-        self.settle()
-        self.load_policy(path / POLICY)
-        for folder, (_, load) in self.more.items():
-            load(path / folder)
-        for owner in self.owners:
-            if not owner.reads:
-                continue
-            file = owner.file(_rank())
-            if not states.exists(path, file):
-                if owner.optional or (owner.per_rank and manifest["world"] != _world()):
-                    continue  # another number of ranks: a rank without a past keeps its fresh state
-                raise CheckpointError(f"{path} has no state of {owner.name}: remove that folder to use an older one")
-            owner.load_state_dict(states.read(path, file))
+        self.wait_for_snapshot()
+        for folder, model in self.contents.models.items():
+            model.load(path / folder)
+        for item in self.contents.items:
+            stem = item.stem(_rank())
+            if not has_state(path, stem):
+                if item.optional or (item.per_rank and manifest["world"] != _world()):
+                    continue  # written by another number of ranks: this one keeps its initial state
+                raise CheckpointError(f"{path} has no state of {item.name}: remove that folder to use an older one")
+            item.stateful.load_state_dict(read_state(path, stem))
         dist.all_reduce(torch.zeros(1))
         self._step, self._safe = int(manifest["step"]), path
         return self._step
 
-    def _compare(self, path: Path, manifest: Mapping[str, Any]) -> None:
-        """A checkpoint's facts with this run's. Of details, those that both know count: older ones have fewer."""
-        for name, mine in json.loads(json.dumps(dict(self.facts))).items():
+    def _check_facts(self, path: Path, manifest: Mapping[str, Any]) -> None:
+        """Compare a checkpoint's facts with this run's. Of nested facts, only those that both have are compared: older
+        checkpoints have fewer."""
+        for name, mine in json.loads(json.dumps(dict(self.contents.facts))).items():
             other = manifest.get(name)
             if name == "layout" or other == mine:
                 continue
@@ -228,34 +210,36 @@ class Checkpoints:
                 "with checkpoint.resume=false"
             )
 
-    def _conclude(self, writing: Writing, *, last: bool = False) -> Path:
-        """Take note of a write that has ended."""
-        self._writing = None
-        for note in writing.notes:
+    def _conclude(self, writer: CheckpointWriter, *, last: bool = False) -> Path:
+        """Note the outcome of a save whose writing has ended."""
+        self._writer = None
+        for note in writer.notes:
             self.say(f"warning: {note}")
-        if not writing.error:
-            self._failed, self._safe = 0, writing.final
-            return writing.final
+        if not writer.error:
+            self._failed, self._safe = 0, writer.final
+            return writer.final
         self._failed += 1
-        if self._step == writing.content.step:
+        if self._step == writer.snapshot.step:
             self._step = None
-        message = f"{writing.final} cannot be written: {writing.error}. {self._remains()}"
-        if last or self._failed >= self.failures:
+        message = f"{writer.final} cannot be written: {writer.error}. {self._newest_safe()}"
+        if last or self._failed >= self.settings.max_failed_saves:
             again = f" ({self._failed} saves in a row have failed)" if self._failed > 1 else ""
             raise CheckpointError(
                 f"{message}{again} Free space or correct train.output; the same command goes on from there"
-            ) from writing.cause
-        self.say(f"warning: {message} Training goes on; it ends if {self.failures} saves in a row fail")
-        return writing.final
+            ) from writer.cause
+        self.say(
+            f"warning: {message} Training goes on; it ends if {self.settings.max_failed_saves} saves in a row fail"
+        )
+        return writer.final
 
-    def _remains(self) -> str:
+    def _newest_safe(self) -> str:
         return f"The newest checkpoint is {self._safe}." if self._safe else "There is no checkpoint yet."
 
 
 def newest(folder: Path, say: Callable[[str], None]) -> Path | None:
     """The newest undamaged checkpoint of a run, the same on every rank; None where there is none at all. Collective.
 
-    Damaged ones are passed over with a word about each; what a killed process left half written is removed.
+    A line is printed about each damaged one; what a killed process left half written is removed.
 
     Raises:
         CheckpointError: there are checkpoints, and all are damaged.
@@ -265,7 +249,7 @@ def newest(folder: Path, say: Callable[[str], None]) -> Path | None:
     damaged = []
     for path in _from_rank_0(lambda: newest_first(folder)):
         reason = _from_rank_0(lambda path=path: defect(path))
-        if not reason and not (reason := _first(changed(path, share=_rank(), shares=_world()))):
+        if not reason and not (reason := _first_nonempty(changed(path, share=_rank(), shares=_world()))):
             return path
         damaged.append(f"{path} is damaged: {reason}")
         say(f"warning: {damaged[-1]}; looking for an older checkpoint")
@@ -291,15 +275,15 @@ def _world() -> int:
     return dist.get_world_size()
 
 
-def _first(mine: str) -> str:
-    """The first rank's word that has one, on every rank."""
-    words = [""] * _world()
-    dist.all_gather_object(words, mine)
-    return next(filter(None, words), "")
+def _first_nonempty(mine: str) -> str:
+    """The text of the first rank whose text is not empty, on every rank; collective."""
+    texts = [""] * _world()
+    dist.all_gather_object(texts, mine)
+    return next(filter(None, texts), "")
 
 
 def _from_rank_0(ask: Callable[[], Any]) -> Any:
-    """Rank 0's answer, on every rank: file systems show ranks different things at times."""
+    """What `ask` returns on rank 0, on every rank; collective. File systems may show ranks different things."""
     box = [ask() if _rank() == 0 else None]
     dist.broadcast_object_list(box, src=0)
     return box[0]

@@ -1,4 +1,4 @@
-"""Which checkpoints are there, which of them are whole, and which stay."""
+"""Which checkpoints exist, which of them are complete, and which stay."""
 
 from __future__ import annotations
 
@@ -7,51 +7,35 @@ import os
 import re
 import shutil
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
+from clipo_megatron.config.schema import CheckpointConfig
 from clipo_megatron.runtime.durable_files import crc32
+from clipo_megatron.runtime.run_dir import STEP_NAMES, step_name, step_of
 
 MANIFEST = "manifest.json"
-PICKLED = (".metadata", "common.pt")  # what is read whole, and runs as it is read
+PICKLED = (".metadata", "common.pt")  # files that are unpickled, which runs what they hold
 
 
-@dataclass(frozen=True)
-class Retention:
-    """What stays when a new checkpoint is complete."""
+def retained(steps: Sequence[int], accuracy: Mapping[int, float], settings: CheckpointConfig) -> set[int]:
+    """The steps whose checkpoints stay: the newest `keep`, the multiples of `keep_every` and the `keep_best` best ones.
 
-    keep: int = 0  # the newest so many; 0: all
-    every: int = 0  # and those of steps that this divides; 0: none for that
-    best: int = 0  # and so many with the best held-out accuracy
-
-    def stays(self, steps: Sequence[int], accuracy: Mapping[int, float]) -> set[int]:
-        """Of the steps with a complete checkpoint, those whose checkpoint stays.
-
-        Args:
-            steps: in any order.
-            accuracy: held-out accuracy by step, as far as it was evaluated. Of equal ones the later is better.
-        """
-        if self.keep == 0:
-            return set(steps)
-        newest = sorted(steps)[-self.keep :]
-        marks = [step for step in steps if self.every and step % self.every == 0]
-        known = sorted((step for step in steps if step in accuracy), key=lambda step: (accuracy[step], step))
-        return {*newest, *marks, *(known[-self.best :] if self.best else [])}
-
-
-def name_of(step: int) -> str:
-    """A checkpoint's folder."""
-    return f"step_{step:06d}"
-
-
-def step_of(path: Path) -> int:
-    """Inverse of `name_of`."""
-    return int(path.name.removeprefix("step_"))
+    Args:
+        steps: those with a complete checkpoint, in any order.
+        accuracy: held-out accuracy by step, where it was evaluated. Of equal ones the later is better.
+        settings: with `keep` = 0, all stay.
+    """
+    if settings.keep == 0:
+        return set(steps)
+    newest = sorted(steps)[-settings.keep :]
+    multiples = [step for step in steps if settings.keep_every and step % settings.keep_every == 0]
+    ranked = sorted((step for step in steps if step in accuracy), key=lambda step: (accuracy[step], step))
+    return {*newest, *multiples, *(ranked[-settings.keep_best :] if settings.keep_best else [])}
 
 
 def newest_first(folder: Path) -> list[Path]:
-    """Checkpoints of a run, whole or damaged."""
-    found = [path for path in folder.glob("step_*") if re.fullmatch(r"step_\d+", path.name) and path.is_dir()]
+    """All checkpoints of a run, damaged ones too."""
+    found = [path for path in folder.glob(STEP_NAMES) if re.fullmatch(r"step_\d+", path.name) and path.is_dir()]
     return sorted(found, key=step_of, reverse=True)
 
 
@@ -61,13 +45,13 @@ def complete(folder: Path) -> list[Path]:
 
 
 def defect(path: Path) -> str:
-    """What is missing of a checkpoint, as far as names and sizes tell; empty if nothing."""
+    """What is wrong with a checkpoint as far as names and sizes tell; empty if nothing is."""
     try:
         manifest = json.loads((path / MANIFEST).read_text())
         for name, entry in manifest["files"].items():
             if (size := (path / name).stat().st_size) != entry["bytes"]:
                 return f"{name} has {size} bytes, {entry['bytes']} were written"
-        return "" if path.name == name_of(manifest["step"]) else f"it holds step {manifest['step']}"
+        return "" if path.name == step_name(manifest["step"]) else f"it holds step {manifest['step']}"
     except FileNotFoundError as error:
         return f"{Path(error.filename).relative_to(path)} is missing"
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -75,12 +59,13 @@ def defect(path: Path) -> str:
 
 
 def changed(path: Path, *, share: int = 0, shares: int = 1, names: Collection[str] | None = None) -> str:
-    """The first file of one share of them whose bytes are not those that were written; empty if all are.
+    """The first file whose checksum is not the manifest's, in words; empty if there is none.
 
     Args:
-        path: of the checkpoint.
-        share: of so many `shares`.
-        names: look at those of these names only, in whatever folder.
+        path: the checkpoint's folder.
+        share: which part of the files to read, when as many ranks as `shares` divide them.
+        shares: number of parts.
+        names: read only files with these names, in any folder.
     """
     try:
         written = json.loads((path / MANIFEST).read_text())["files"]
@@ -89,13 +74,13 @@ def changed(path: Path, *, share: int = 0, shares: int = 1, names: Collection[st
                 continue
             if crc32(path / name) != written[name]["crc32"]:
                 return f"the bytes of {name} are not those that were written"
-    except OSError as error:  # a disk that cannot read what it once wrote
+    except OSError as error:  # a disk that fails to read what it once wrote
         return f"{error.filename} cannot be read ({error.strerror})"
     return ""
 
 
 def remove(path: Path) -> None:
-    """Delete a checkpoint; out of sight first, so that no half of it is ever seen."""
+    """Delete a checkpoint. It is renamed first, so that nobody ever sees half of it."""
     if path.exists():
         hidden = path.with_name(f".{path.name}.removed")
         shutil.rmtree(hidden, ignore_errors=True)
@@ -105,5 +90,5 @@ def remove(path: Path) -> None:
 
 def sweep(folder: Path) -> None:
     """Remove what was being written or deleted when a process died."""
-    for leftover in folder.glob(".step_*"):
+    for leftover in folder.glob(f".{STEP_NAMES}"):
         shutil.rmtree(leftover, ignore_errors=True)

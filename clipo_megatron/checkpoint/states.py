@@ -1,78 +1,102 @@
-"""Owners of state, and their states on their way to files and back.
+"""The parts of a run that have state, and snapshots of their states on the way to files and back.
 
-States are nested dicts and lists of tensors and plain JSON values. Nothing is pickled by us.
+States are nested dicts and lists of tensors and plain JSON values. This package pickles nothing of its own.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
 from safetensors.torch import load_file
-from safetensors.torch import save as saved
+from safetensors.torch import save as serialized
 from torch import Tensor
 
 from clipo_megatron.runtime.durable_files import FolderWriter
 
 
 class CheckpointError(RuntimeError):
-    """A checkpoint cannot be written or read; the message names file and remedy."""
+    """A checkpoint cannot be written or read; the message names the file and the remedy."""
+
+
+class Stateful(Protocol):
+    """Has a state of nested dicts and lists of tensors and plain JSON values."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
 
 @dataclass(frozen=True)
-class Owner:
-    """Somebody with state: nested dicts and lists of tensors and plain JSON values."""
+class CheckpointItem:
+    """A stateful part of the run, and which ranks write it."""
 
     name: str
-    state_dict: Callable[[], dict[str, Any]]
-    load_state_dict: Callable[[dict[str, Any]], None]
+    stateful: Stateful
     writes: bool = True  # whether this rank writes it: exactly one rank does
-    reads: bool = True  # whether this rank takes part in loading it
-    per_rank: bool = False  # every rank has its own, in <name>.<rank>
-    gathers: bool = False  # `state_dict` is collective: every rank calls it, and the one that writes gets the whole
-    optional: bool = False  # a checkpoint without it is complete: it was written before there was such an owner
+    per_rank: bool = False  # every rank has its own state, in <name>.<rank>
+    gathers: bool = False  # `state_dict` is collective: all ranks call it, and the writing rank gets the whole state
+    optional: bool = False  # may be absent: older checkpoints do not have it
 
-    def file(self, rank: int) -> str:
-        """Name of its files, without what follows the last dot."""
+    def stem(self, rank: int) -> str:
+        """The name of its files without the suffix."""
         return f"{self.name}.{rank}" if self.per_rank else self.name
 
 
-class PolicyState(Protocol):
-    """A rank's part of the policy's state as it was taken. Any thread may write it; nothing here is collective."""
+class ModelSnapshot(Protocol):
+    """A rank's part of a model's state at one moment. Any thread may write it; no method is collective."""
 
     def copy(self) -> None:
-        """Copy what training may change, which waits for that. Not called for what is written at once."""
+        """Copy what training may change, which waits for that. Not called for a snapshot that is written at once."""
 
     def write(self, files: FolderWriter) -> Any:
-        """Write this rank's files; returns what `finish` wants to know of them, to be pickled."""
+        """Write this rank's files, and return what `finish` has to know of them; it must be picklable."""
 
     def finish(self, files: FolderWriter, written: Sequence[Any]) -> None:
-        """On rank 0, when all ranks have written: what each of them returned, by rank."""
+        """On rank 0, after all ranks have written: add files that need what each rank's `write` returned."""
+
+
+class ModelCheckpointer(Protocol):
+    """Takes snapshots of a model and its optimizer, and loads their files."""
+
+    def take(self) -> ModelSnapshot: ...
+
+    def load(self, folder: Path) -> None: ...
+
+
+@dataclass
+class CheckpointContents:
+    """Everything that the checkpoints of a run hold."""
+
+    items: Sequence[CheckpointItem] = ()
+    models: Mapping[str, ModelCheckpointer] = field(default_factory=dict)  # by folder: "policy", "critic"
+    facts: Mapping[str, Any] = field(default_factory=dict)  # must be equal in the run that resumes; "layout" may differ
+    sidecar_files: Mapping[str, bytes] = field(default_factory=dict)  # files of hf/, by name; on rank 0
 
 
 @dataclass(frozen=True, slots=True)
-class Taken:
-    """An owner's state of one moment: what its owner does from now on does not change it."""
+class ItemSnapshot:
+    """The state of an item at one moment, independent of what the item does later."""
 
-    file: str
+    stem: str
     tree: str  # JSON, where {"__tensor__": key} stands for a tensor
     tensors: dict[str, Tensor]
 
     def write(self, files: FolderWriter) -> None:
-        """Tensors to <file>.safetensors, the rest to <file>.json."""
+        """Write the tensors to <stem>.safetensors, and the rest to <stem>.json."""
         if self.tensors:
-            files.write(f"{self.file}.safetensors", saved(self.tensors))
-        files.write(f"{self.file}.json", self.tree)
+            files.write(f"{self.stem}.safetensors", serialized(self.tensors))
+        files.write(f"{self.stem}.json", self.tree)
 
 
-def take(file: str, state: Mapping[str, Any]) -> Taken:
+def take_snapshot(stem: str, state: Mapping[str, Any]) -> ItemSnapshot:
     """Copy a state.
 
     Raises:
-        CheckpointError: there is something in it that is neither tensor nor plain.
+        CheckpointError: it holds something other than tensors and plain values.
     """
     tensors: dict[str, Tensor] = {}
 
@@ -87,21 +111,21 @@ def take(file: str, state: Mapping[str, Any]) -> Taken:
             return [strip(item, f"{key}.{index}") for index, item in enumerate(value)]
         if value is None or isinstance(value, bool | int | float | str):
             return value
-        raise CheckpointError(f"state {key} is a {type(value).__name__}; owners keep tensors and plain values only")
+        raise CheckpointError(f"state {key} is a {type(value).__name__}; keep tensors and plain values only")
 
-    return Taken(file, json.dumps(strip(state, "")), tensors)
-
-
-def exists(folder: Path, file: str) -> bool:
-    """Whether a checkpoint has that owner's state."""
-    return (folder / f"{file}.json").exists()
+    return ItemSnapshot(stem, json.dumps(strip(state, "")), tensors)
 
 
-def read(folder: Path, file: str) -> dict[str, Any]:
-    """Inverse of `Taken.write`."""
-    tree = json.loads((folder / f"{file}.json").read_text())
-    place = folder / f"{file}.safetensors"
-    tensors = load_file(place) if place.exists() else {}
+def has_state(folder: Path, stem: str) -> bool:
+    """Whether a checkpoint has the state of an item."""
+    return (folder / f"{stem}.json").exists()
+
+
+def read_state(folder: Path, stem: str) -> dict[str, Any]:
+    """Inverse of `ItemSnapshot.write`."""
+    tree = json.loads((folder / f"{stem}.json").read_text())
+    file = folder / f"{stem}.safetensors"
+    tensors = load_file(file) if file.exists() else {}
 
     def fill(value: Any) -> Any:
         if isinstance(value, dict):

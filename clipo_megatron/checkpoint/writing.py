@@ -1,8 +1,8 @@
-"""One checkpoint on its way to disk: what was taken is written, checksummed, forced to disk and renamed.
+"""Writes one checkpoint: a snapshot goes to files with checksums, is forced to disk and renamed.
 
-Ranks write their own files and meet four times: when the state is copied, when the folder is there, when all have
-written, and when rank 0 has renamed. They meet in a group of their own, so that a thread can do it while training
-communicates.
+Every rank writes its own files. The ranks synchronise four times: when the snapshot is copied, when the folder exists,
+when all have written, and when rank 0 has renamed it. They do so in a process group of their own, which a thread can
+use while training communicates.
 """
 
 from __future__ import annotations
@@ -18,133 +18,126 @@ from typing import Any
 
 import torch.distributed as dist
 
-from clipo_megatron.checkpoint.retention import (
-    MANIFEST,
-    Retention,
-    complete,
-    name_of,
-    remove,
-    step_of,
-    sweep,
-)
-from clipo_megatron.checkpoint.states import PolicyState, Taken
-from clipo_megatron.config.model_folder import HF_FILES, POLICY
+from clipo_megatron.checkpoint.retention import MANIFEST, complete, remove, retained, sweep
+from clipo_megatron.checkpoint.states import ItemSnapshot, ModelSnapshot
+from clipo_megatron.config.model_folder import HF_FILES
+from clipo_megatron.config.schema import CheckpointConfig
 from clipo_megatron.runtime.durable_files import FolderWriter, sync, sync_tree
+from clipo_megatron.runtime.run_dir import step_name, step_of
 
 
 @dataclass
-class Content:
-    """What a rank's part of a checkpoint is made of."""
+class CheckpointSnapshot:
+    """A rank's part of the run's state at one moment."""
 
     step: int
     facts: Mapping[str, Any]
-    owners: Sequence[Taken]
-    models: Mapping[str, PolicyState]  # by folder
-    beside: Mapping[str, bytes]
-    accuracy: Mapping[int, float] = field(default_factory=dict)
+    items: Sequence[ItemSnapshot]
+    models: Mapping[str, ModelSnapshot]  # by folder
+    sidecar_files: Mapping[str, bytes]
+    accuracy: Mapping[int, float] = field(default_factory=dict)  # held-out accuracy by step
 
 
-class Writing:
-    """Writes a checkpoint; every rank has one. After `thread` has ended, or `run` returned, the outcome is known.
+class CheckpointWriter:
+    """Writes a checkpoint; every rank has one. The outcome is known when `thread` has ended or `run` has returned.
 
     Args:
-        folder: of all checkpoints.
-        content: this rank's.
-        retention: what stays of the others.
-        group: that the ranks meet in, and nobody else; None if there is one rank only.
-        copies: whether training goes on meanwhile, so that the policy's state is copied before it is written.
+        folder: holds all checkpoints of the run.
+        snapshot: this rank's.
+        settings: which other checkpoints stay; with `asynchronous` the models are copied before they are written,
+            because training continues.
+        group: a process group for this purpose alone; None with a single rank.
 
     Attributes:
-        taken: set when training may change the state.
-        error: why there is no checkpoint; empty if there is. The same on every rank.
+        taken: set when training may change the state again.
+        error: why there is no checkpoint, the same on every rank; empty if there is one.
         cause: the exception behind it, on the rank where it was raised.
-        notes: what did not go well and costs nothing that is safe; on rank 0.
+        notes: on rank 0, what went wrong without harming this checkpoint.
     """
 
     def __init__(
         self,
         folder: Path,
-        content: Content,
-        retention: Retention,
+        snapshot: CheckpointSnapshot,
+        settings: CheckpointConfig,
         group: dist.ProcessGroup | None,
-        *,
-        copies: bool = False,
     ) -> None:
-        self.folder, self.content, self.retention, self.group = folder, content, retention, group
-        self.copies, self.taken = copies, threading.Event()
-        self.final = folder / name_of(content.step)
+        self.folder, self.snapshot, self.settings, self.group = folder, snapshot, settings, group
+        self._copies, self.taken = settings.asynchronous, threading.Event()
+        self.final = folder / step_name(snapshot.step)
         self.partial = folder / f".{self.final.name}.partial"
         self.error = ""
         self.cause: BaseException | None = None
         self.notes: list[str] = []
-        self.thread = threading.Thread(target=self.run, name=f"checkpoint {content.step}", daemon=True)
+        self.thread = threading.Thread(target=self.run, name=f"checkpoint {snapshot.step}", daemon=True)
 
     def run(self) -> None:
-        """All of it; raises nothing."""
+        """Write the checkpoint. Raises nothing: see `error`."""
         try:
-            self._together(self._copy)
-            self._together(self._prepare, only_rank_0=True)
-            parts = self._together(self._write)
-            self._together(lambda: self._commit(parts), only_rank_0=True)
-        except _Failed as failure:
+            self._on_all(self._copy)
+            self._on_all(self._prepare, only_rank_0=True)
+            parts = self._on_all(self._write)
+            self._on_all(lambda: self._commit(parts), only_rank_0=True)
+        except _WriteFailed as failure:
             self.error = str(failure)
-        except Exception as error:  # the ranks could not meet
+        except Exception as error:  # the ranks could not communicate
             self.error, self.cause = f"the ranks lost each other while they wrote it: {error}", error
         if self.error and self._rank == 0:
-            shutil.rmtree(self.partial, ignore_errors=True)  # room for what else has to be written
-        self.content.owners, self.content.models = (), {}  # the memory of the copy
+            shutil.rmtree(self.partial, ignore_errors=True)  # frees space for the next attempt
+        self.snapshot.items, self.snapshot.models = (), {}  # frees the memory of the copies
 
     # --- the parts ---------------------------------------------------------------------------------------------------
 
     def _copy(self) -> None:
         try:
-            if self.copies:
-                for state in self.content.models.values():
-                    state.copy()
+            if self._copies:
+                for model in self.snapshot.models.values():
+                    model.copy()
         finally:
             self.taken.set()
 
     def _prepare(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         sweep(self.folder)
-        for name in {POLICY, *self.content.models, *([HF_FILES] if self.content.beside else [])}:
-            (self.partial / name).mkdir(parents=True)
+        self.partial.mkdir()
+        for name in (*self.snapshot.models, *([HF_FILES] if self.snapshot.sidecar_files else [])):
+            (self.partial / name).mkdir()
 
     def _write(self) -> tuple[dict[str, Any], dict[str, dict[str, int]]]:
         files = FolderWriter(self.partial)
-        for name, data in self.content.beside.items():
+        for name, data in self.snapshot.sidecar_files.items():
             files.write(f"{HF_FILES}/{name}", data)
-        for owner in self.content.owners:
-            owner.write(files)
+        for item in self.snapshot.items:
+            item.write(files)
         facts, written = {}, files.written
-        for folder, state in self.content.models.items():
-            model = FolderWriter(self.partial / folder)
-            facts[folder] = state.write(model)
-            written = written | _below(folder, model)
+        for folder, model in self.snapshot.models.items():
+            inside = FolderWriter(self.partial / folder)
+            facts[folder] = model.write(inside)
+            written = written | _below(folder, inside)
         return facts, written
 
     def _commit(self, parts: Sequence[tuple[dict[str, Any], dict[str, dict[str, int]]]]) -> None:
-        """On rank 0, when all is written but what tells of it."""
+        """On rank 0, after all ranks have written: add the manifest, and give the folder its final name."""
         files = FolderWriter(self.partial)
         listed = {name: entry for _, part in parts for name, entry in part.items()}
-        for folder, state in self.content.models.items():
-            model = FolderWriter(self.partial / folder)
-            state.finish(model, [facts[folder] for facts, _ in parts])
-            listed |= _below(folder, model)
-        manifest = {"step": self.content.step, "world": len(parts), **self.content.facts}
+        for folder, model in self.snapshot.models.items():
+            inside = FolderWriter(self.partial / folder)
+            model.finish(inside, [facts[folder] for facts, _ in parts])
+            listed |= _below(folder, inside)
+        manifest = {"step": self.snapshot.step, "world": len(parts), **self.snapshot.facts}
         files.write(MANIFEST, json.dumps({**manifest, "files": dict(sorted(listed.items()))}, indent=1))
         sync_tree(self.partial)
-        remove(self.final)  # of this step, but damaged or of an attempt that was started over
+        remove(self.final)  # a damaged one of this step, or one of a run that was started over
         os.replace(self.partial, self.final)
         sync(self.folder)
         self._prune()
 
     def _prune(self) -> None:
         try:
-            there = {step_of(path): path for path in complete(self.folder)}
-            stay = self.retention.stays(list(there), self.content.accuracy)
-            for step in sorted(there.keys() - stay):
-                remove(there[step])
+            existing = {step_of(path): path for path in complete(self.folder)}
+            stay = retained(list(existing), self.snapshot.accuracy, self.settings)
+            for step in sorted(existing.keys() - stay):
+                remove(existing[step])
         except OSError as error:
             self.notes.append(f"an old checkpoint cannot be removed: {error}")
 
@@ -154,14 +147,14 @@ class Writing:
     def _rank(self) -> int:
         return dist.get_rank()
 
-    def _together(self, part: Callable[[], Any], *, only_rank_0: bool = False) -> list[Any]:
-        """Do a part on every rank, or on one, and wait for all.
+    def _on_all(self, part: Callable[[], Any], *, only_rank_0: bool = False) -> list[Any]:
+        """Call `part` on every rank, or on rank 0 alone, and wait for all; collective.
 
         Returns:
-            What each rank's part returned.
+            What `part` returned on each rank.
 
         Raises:
-            _Failed: some rank's part failed; on every rank.
+            _WriteFailed: on every rank, because `part` failed on one.
         """
         result, error = None, ""
         if self._rank == 0 or not only_rank_0:
@@ -169,19 +162,19 @@ class Writing:
                 result = part()
             except Exception as raised:
                 self.cause, error = raised, str(raised) if isinstance(raised, OSError) else repr(raised)
-        told = [(result, error)]
+        outcomes = [(result, error)]
         if self.group is not None:
-            told = [(None, "")] * dist.get_world_size()
-            dist.all_gather_object(told, (result, error), group=self.group)
-        for rank, (_, failure) in enumerate(told):
+            outcomes = [(None, "")] * dist.get_world_size()
+            dist.all_gather_object(outcomes, (result, error), group=self.group)
+        for rank, (_, failure) in enumerate(outcomes):
             if failure:
-                raise _Failed(failure if len(told) == 1 else f"rank {rank}: {failure}")
-        return [each for each, _ in told]
+                raise _WriteFailed(failure if len(outcomes) == 1 else f"rank {rank}: {failure}")
+        return [each for each, _ in outcomes]
 
 
 def _below(folder: str, files: FolderWriter) -> dict[str, dict[str, int]]:
     return {f"{folder}/{name}": entry for name, entry in files.written.items()}
 
 
-class _Failed(Exception):
-    """A part failed on some rank."""
+class _WriteFailed(Exception):
+    """Writing failed on some rank."""

@@ -14,7 +14,7 @@ from clipo_megatron.config.load import load
 from clipo_megatron.config.model_folder import is_checkpoint, is_run_settings
 from clipo_megatron.config.schema import RunConfig, SourceConfig
 from clipo_megatron.evaluation.errors import EvaluationError
-from clipo_megatron.runtime.run_dir import CHECKPOINTS, SETTINGS
+from clipo_megatron.runtime.run_dir import CHECKPOINTS, SETTINGS, STEP_NAMES
 
 _YAML = (".yaml", ".yml")
 _MOST_NAMED = 8  # checkpoints that an error message lists
@@ -116,7 +116,7 @@ def find_target(options: argparse.Namespace) -> Target:
 def _refuse_no_target(place: Path) -> None:
     """Refuse a path that does not exist or holds several checkpoints; the message names those there are."""
     beside = place if place.is_dir() else place.parent
-    names = sorted(path.name for path in beside.glob("step_*") if is_checkpoint(path))
+    names = sorted(path.name for path in beside.glob(STEP_NAMES) if is_checkpoint(path))
     if place.name == CHECKPOINTS and names:
         raise EvaluationError(
             f"{place} holds the checkpoints {_among(names)}. Give one of these, or {place.absolute().parent} for the "

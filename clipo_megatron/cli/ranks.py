@@ -41,7 +41,7 @@ def on_ranks(
 
     if place is None and (ranks := config.layout.requested_ranks) > 1:
         return _start_here(words, config, ranks, restarts=restarts)
-    launch.adopt(place or launch.Launch(rank=0, world=1, local_rank=0))
+    launch.export_environment(place or launch.Launch(rank=0, world=1, local_rank=0))
     options.computing = True
     quiet_libraries()
     work()
@@ -50,7 +50,7 @@ def on_ranks(
 
 def _start_here(words: Sequence[str], config: RunConfig, ranks: int, *, restarts: int) -> int:
     from clipo_megatron.runtime import launch
-    from clipo_megatron.runtime.run_dir import newest_checkpoint, was_set_aside
+    from clipo_megatron.runtime.run_dir import LOGS, newest_checkpoint, was_set_aside
 
     output = Path(config.train.output)
     arguments = [sys.executable, "-m", "clipo_megatron.cli", *words]
@@ -61,7 +61,7 @@ def _start_here(words: Sequence[str], config: RunConfig, ranks: int, *, restarts
     def start(attempt: int) -> int:
         # A run that started over in the first attempt is resumed by the later ones.
         resume = ["checkpoint.resume=true"] if attempt and earlier != was_set_aside(output) else []
-        commands = launch.local_commands([*arguments, *resume], ranks, logs=output / "logs")
+        commands = launch.local_commands([*arguments, *resume], ranks, logs=output / LOGS)
         return launch.supervise(commands, stop_deadline_s=patience)
 
     return launch.supervise_again(start, restarts=restarts, progress=lambda: newest_checkpoint(output))

@@ -11,8 +11,9 @@ from pathlib import Path
 from clipo_megatron.config.errors import ConfigError
 from clipo_megatron.config.load import load
 from clipo_megatron.config.schema import EngineKind, RunConfig
-from clipo_megatron.rollout.servers.registry import FOLDER, Registry, ServerRecord, Status
+from clipo_megatron.rollout.servers.registry import Registry, ServerRecord, Status
 from clipo_megatron.runtime.ports import free_port
+from clipo_megatron.runtime.run_dir import LOGS, SERVERS
 from clipo_megatron.serving import environment
 from clipo_megatron.serving.commands import ServerSlot, api_key, server_command, url
 from clipo_megatron.serving.gpus import gpus
@@ -65,7 +66,7 @@ def serve(config: RunConfig) -> int:
     # Wrong options are refused before an environment is set up, which takes minutes.
     for slot in slots:
         server_command(config, slot, python=Path("python"), key=key, scratch=folder)
-    with only_one(folder / FOLDER):
+    with only_one(folder / SERVERS):
         python = environment.interpreter(config.rollout.engine.value, config.serve.python, gpus=len(found))
         specs = [_spec(config, slot, python, key, folder) for slot in slots]
         limits = ServerLimits(
@@ -76,7 +77,7 @@ def serve(config: RunConfig) -> int:
             max_restarts=config.serve.max_restarts,
         )
         secrets = [key] if key else []
-        return Supervisor(specs, Registry(folder / FOLDER), limits, secrets=secrets).run()
+        return Supervisor(specs, Registry(folder / SERVERS), limits, secrets=secrets).run()
 
 
 def report_check(config: RunConfig) -> int:
@@ -176,7 +177,7 @@ def _spec(config: RunConfig, slot: ServerSlot, python: Path, key: str | None, fo
         ),
         url=lambda port: url(config.serve.host, port),
         probe=lambda address: Probe(address, config.rollout.engine, key),
-        log=folder / "logs" / f"{name}.log",
+        log=folder / LOGS / f"{name}.log",
         host=config.serve.host,
         port_is_fixed=config.serve.port != 0,
     )

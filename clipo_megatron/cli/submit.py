@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from clipo_megatron.runtime.run_dir import LOGS
 from clipo_megatron.slurm.resources import JobKind, Resources
 
 DESCRIPTION = """\
@@ -126,5 +127,5 @@ def run(options: argparse.Namespace) -> int:
         print(f"# {where}; nothing was submitted{remarks}")
         return 0
     print(f"job {job.id}: {where}{remarks}\n  folder    {job.folder}\n  log       {job.folder / 'job.log'}")
-    print(f"  ranks     {job.folder / 'logs'}")
+    print(f"  ranks     {job.folder / LOGS}")
     return 0

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TextIO
 
 from clipo_megatron.conversion.plan import ConversionError
-from clipo_megatron.runtime.durable_files import Held, lock, sync, sync_tree
+from clipo_megatron.runtime.durable_files import LockedError, lock, sync, sync_tree
 
 _SPARE_BYTES = 64 * 1024**2  # beyond the weights: tokenizer, metadata
 
@@ -92,7 +92,7 @@ class WorkFolder:
                 self._lock = lock(path)
             except FileNotFoundError:
                 continue  # the process that held it has just removed the folder
-            except Held as held:
+            except LockedError as held:
                 raise ConversionError(
                     f"{held.holder} is writing {self.target} already. Wait for it, end it, or choose another name"
                 ) from None

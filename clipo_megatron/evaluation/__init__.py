@@ -1,1 +1,1 @@
-"""Held-out problems: asked, graded, counted, written down, and compared problem by problem."""
+"""Evaluation on held-out problems: responses, figures, result files, and comparisons problem by problem."""

@@ -1,7 +1,7 @@
-"""Two evaluations, problem by problem: how much better is one, and could that be luck? Imports no torch.
+"""Compares two evaluations problem by problem: how much better is one, and could that be chance? Imports no torch.
 
-Both answered the same problems, so what is hard for both cancels: the difference of a problem is the unit, and its
-interval is far narrower than those of the two accuracies suggest.
+Both evaluations have the same problems, so what is hard for both cancels. The difference on each problem is the unit,
+and the interval of its mean is far narrower than the intervals of the two accuracies suggest.
 """
 
 from __future__ import annotations
@@ -18,38 +18,38 @@ from clipo_megatron.evaluation.errors import EvaluationError
 from clipo_megatron.evaluation.estimators import RESAMPLES, bootstrap_means, interval_of, mcnemar_p_value
 from clipo_megatron.evaluation.results import Evaluation
 
-_NAMED = 3  # problems in a refusal
+_NAMED = 3  # how many problems an error message names
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Two evaluations, paired over the problems that both answered."""
+    """Two evaluations, paired over the problems that both have."""
 
-    source: str  # a set, "all problems", or "mean of sets"
+    source: str  # name of a set, "all problems" or "mean of sets"
     problems: int
     before: float  # pass@1 on these problems
     after: float
     low: float  # 95% interval of after - before, from the bootstrap over problems
     high: float
-    gained: int  # solved only after: more than half of its samples are correct
-    lost: int  # solved only before
-    p_value: float | None  # exact McNemar test, two-sided; None unless both took one sample a problem
+    gained: int  # problems solved only after; solved means that more than half of the samples are correct
+    lost: int  # problems solved only before
+    p_value: float | None  # exact two-sided McNemar test; None unless both have one sample of each problem
 
     @property
     def difference(self) -> float:
-        """Of pass@1."""
+        """Difference of pass@1, after - before."""
         return self.after - self.before
 
     @property
     def has_interval(self) -> bool:
-        """Whether `low` and `high` say anything: one problem, or differences that are all equal, tell of no spread."""
+        """Whether there is an interval: one problem, or differences that are all equal, have no spread."""
         return self.low < self.high
 
 
 def compare(
     before: Evaluation, after: Evaluation, *, source: str | None = None, resamples: int = RESAMPLES, seed: int = 0
 ) -> Comparison:
-    """Pair two evaluations by problem, over the problems that both have; with `source`, those of that set alone."""
+    """Compare two evaluations over the problems that both have, or over those of one set."""
     names = _shared(before, after, source)
     solved = [(before.correct[name] > 0.5, after.correct[name] > 0.5) for name in names]
     gained = sum(b and not a for a, b in solved)
@@ -64,14 +64,14 @@ def compare(
 def comparisons(
     before: Evaluation, after: Evaluation, *, resamples: int = RESAMPLES, seed: int = 0
 ) -> list[Comparison]:
-    """Of each set; where there are several, of all problems too, and of the mean in which every set weighs the same."""
+    """A comparison for each set; with several sets also for all problems, and for the mean of sets."""
     sources = sorted({source_of(name) for name in _shared(before, after, None)})
     options = {"resamples": resamples, "seed": seed}
     found = [compare(before, after, source=source, **options) for source in sources]
     if len(found) < 2:
         return found
     everything = compare(before, after, **options)
-    # The sets' problems differ, so each set is drawn with random numbers of its own.
+    # The sets are independent, so each has its own random numbers.
     drawn = [
         _means(before, after, _shared(before, after, source), resamples, seed + 1 + index)
         for index, source in enumerate(sources)
@@ -84,15 +84,15 @@ def comparisons(
 
 
 def refuse_other_problems(before: Evaluation, after: Evaluation, names: tuple[str, str]) -> None:
-    """Hold the sets that both evaluations have against each other.
+    """Check that the sets that two evaluations share have the same problems in both.
 
     Args:
         before: one evaluation.
         after: the other one.
-        names: what to call them.
+        names: what the message calls them.
 
     Raises:
-        EvaluationError: they have no set in common, or the problems of one differ.
+        EvaluationError: they share no set, or the problems of one differ.
     """
     shared = [source for source in before.sources if source in after.sources]
     if not shared:

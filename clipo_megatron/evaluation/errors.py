@@ -1,7 +1,7 @@
-"""What goes wrong around evaluations, for the user to correct."""
+"""The error of evaluations that the user can correct."""
 
 from __future__ import annotations
 
 
 class EvaluationError(ValueError):
-    """There is nothing to evaluate, or two results cannot be compared; the message names which, why, and the remedy."""
+    """There is nothing to evaluate, or results cannot be read or compared; the message says why, and the remedy."""

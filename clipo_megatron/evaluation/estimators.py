@@ -1,7 +1,7 @@
-"""What an evaluation says, from counts alone: pass@k, maj@k, standard errors, paired tests. Pure, without torch.
+"""Estimators from counts: pass@k, maj@k, standard errors, intervals, paired tests. Pure functions; imports no torch.
 
-The unit is the problem. Samples of one problem are not independent evidence, so every error and interval takes whole
-problems: the mean over problems of each problem's own figure, and how far those figures scatter.
+The unit is the problem. Samples of one problem are not independent evidence, so every error and interval is computed
+from one figure for each problem.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING
 
 from clipo_megatron.config.schema.training import MOST_SAMPLES
 
-if TYPE_CHECKING:  # numpy takes a tenth of a second to import, and every `clipo` command comes by here
+if TYPE_CHECKING:  # importing numpy takes a tenth of a second, and every `clipo` command imports this module
     import numpy as np
 
 RESAMPLES = 10_000
-# Quantiles of Student's t at 97.5%, by degrees of freedom from 1 on; with more than these the last one, a little wide.
+# 97.5% quantiles of Student's t for 1, 2, ... degrees of freedom; more use the last one, which is slightly too wide.
 _T_975 = (
     12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131,
     2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042,
@@ -25,7 +25,7 @@ _T_975 = (
 
 
 def pass_at_k(samples: int, correct: int, k: int) -> float:
-    """Chance that at least one of k of the samples, drawn without replacement, is correct.
+    """The chance that at least one of k samples, drawn without replacement, is correct.
 
     The unbiased estimator of Chen et al., arXiv 2107.03374: 1 - C(n - c, k) / C(n, k), for k <= n.
 
@@ -36,18 +36,17 @@ def pass_at_k(samples: int, correct: int, k: int) -> float:
     return 1.0 - comb(samples - correct, k) / comb(samples, k)
 
 
-@lru_cache(maxsize=4096)  # few counts are different, and many problems have the same
+@lru_cache(maxsize=4096)  # many problems have the same counts
 def majority_at(samples: int, correct: int, others: tuple[int, ...], ks: tuple[int, ...]) -> dict[int, float]:
-    """Chance that a vote among k of the samples, drawn without replacement, elects the correct answer; by k.
+    """For each k, the chance that a vote among k samples, drawn without replacement, elects the correct answer.
 
-    Over all C(n, k) draws, counted rather than drawn. Of answers with equally many votes each is elected with equal
-    chance; whoever gave no answer does not vote, and a vote without voters elects nothing. All terms are positive, so
-    float64 keeps thirteen digits.
+    It is exact: all C(n, k) draws are counted. Ties are broken at random; samples without an answer do not vote, and a
+    vote without voters elects nothing. All terms are positive, so float64 keeps thirteen digits.
 
     Args:
-        samples: n, of one problem, at most `MOST_SAMPLES`.
-        correct: how many of them are correct: they agree on the correct answer.
-        others: how many agree on each of the wrong answers. What is left of n gave no answer.
+        samples: n, the samples of one problem, at most `MOST_SAMPLES`.
+        correct: number of correct samples, which agree on the correct answer.
+        others: number of samples that agree on each wrong answer. The remaining ones gave no answer.
         ks: numbers of voters, each 1 to n.
 
     Raises:
@@ -62,11 +61,11 @@ def majority_at(samples: int, correct: int, others: tuple[int, ...], ks: tuple[i
         raise ValueError(f"{correct} correct and {others} other answers are not counts of {samples} samples")
     won = dict.fromkeys(ks, 0.0)
     for votes in range(1, min(correct, max(ks, default=0)) + 1):
-        # Groups smaller than that can neither win nor tie: their members count like the silent ones.
+        # Smaller groups can neither win nor tie, so their members count as silent.
         free = silent + sum(each for each in others if each < votes)
         room = max(ks) - votes
         ways = _ways([each for each in others if each >= votes], votes, room)
-        shared = (ways / np.arange(1, len(ways) + 1)[:, None]).sum(0)  # [voters], every tie split evenly
+        shared = (ways / np.arange(1, len(ways) + 1)[:, None]).sum(0)  # [voters], ties split evenly
         rest = np.array([float(comb(free, left)) for left in range(room + 1)])
         for k in ks:
             if k >= votes:
@@ -76,7 +75,7 @@ def majority_at(samples: int, correct: int, others: tuple[int, ...], ks: tuple[i
 
 
 def _ways(groups: Sequence[int], votes: int, room: int) -> np.ndarray:
-    """[ties, voters]: ways to draw so many voters from the groups, at most `votes` a group, `ties` with as many."""
+    """[ties, voters]: ways to draw that many voters, at most `votes` of a group, with `ties` groups at `votes`."""
     import numpy as np
 
     table = np.zeros((room // votes + 1, room + 1))
@@ -97,15 +96,15 @@ def _check(samples: int, k: int) -> None:
 
 
 def usual_ks(samples: int) -> tuple[int, ...]:
-    """1, 2, 4 and so on up to the number of samples, which is the last."""
+    """The default values of k: 1, 2, 4 and so on, and the number of samples."""
     powers = [2**power for power in range(samples.bit_length()) if 2**power < samples]
     return (*powers, samples)
 
 
 def mean_and_error(figures: Sequence[float]) -> tuple[float, float | None]:
-    """The mean over problems, and its standard error: s / sqrt(N), with s^2 = sum (x - mean)^2 / (N - 1).
+    """The mean over problems and its standard error, s / sqrt(N) with s^2 = sum (x - mean)^2 / (N - 1).
 
-    There is no error for fewer than two problems; the mean of none is 0.
+    The error is None for fewer than two problems; the mean of none is 0.
     """
     count = len(figures)
     mean = sum(figures) / max(count, 1)
@@ -115,12 +114,12 @@ def mean_and_error(figures: Sequence[float]) -> tuple[float, float | None]:
 
 
 def interval(differences: Sequence[float]) -> tuple[float, float]:
-    """Mean of paired differences, one a seed, and half its 95% interval: t * s / sqrt(N). Student, 1908.
+    """The mean of paired differences, one per seed, and half the width of its 95% interval, t * s / sqrt(N) (Student).
 
-    The half is infinite for a single difference.
+    The width of a single difference is infinite.
 
     Raises:
-        ValueError: there is none.
+        ValueError: there are no differences.
     """
     if not differences:
         raise ValueError("an interval of no differences: give at least one")
@@ -129,9 +128,9 @@ def interval(differences: Sequence[float]) -> tuple[float, float]:
 
 
 def unpaired_interval(before: Sequence[float], after: Sequence[float]) -> tuple[float, float]:
-    """Difference of the means of two samples without pairs, after - before, and half its 95% interval. Welch, 1947.
+    """The difference of two unpaired means, after - before, and half the width of its 95% interval (Welch).
 
-    The degrees of freedom are Welch's and Satterthwaite's, rounded down. The half is infinite where a sample has fewer
+    The degrees of freedom are Welch's and Satterthwaite's, rounded down. The width is infinite if a sample has fewer
     than two values.
 
     Raises:
@@ -155,15 +154,15 @@ def _t_975(degrees: int) -> float:
 
 
 def bootstrap_means(differences: Sequence[float], *, resamples: int = RESAMPLES, seed: int = 0) -> np.ndarray:
-    """Means of as many problems as there are, drawn with replacement, [resamples]. Efron, 1979.
+    """The bootstrap: means of the differences of problems drawn with replacement, [resamples] (Efron).
 
-    Problems with the same difference are interchangeable, so how often each difference is drawn is multinomial: the
-    same distribution as drawing one by one, in a fraction of the time.
+    Problems with equal differences are interchangeable, so their numbers are drawn from a multinomial distribution.
+    That is equivalent to drawing one by one, and much faster.
 
     Args:
-        differences: one a problem, at least one problem.
-        resamples: how many means.
-        seed: of the draws.
+        differences: one per problem, at least one.
+        resamples: number of means.
+        seed: seed of the draws.
     """
     import numpy as np
 
@@ -174,7 +173,7 @@ def bootstrap_means(differences: Sequence[float], *, resamples: int = RESAMPLES,
 
 
 def interval_of(means: np.ndarray, *, confidence: float = 0.95) -> tuple[float, float]:
-    """The percentile interval of resampled means."""
+    """The percentile interval of bootstrap means."""
     import numpy as np
 
     low, high = np.quantile(means, [(1 - confidence) / 2, (1 + confidence) / 2])
@@ -186,7 +185,7 @@ def mcnemar_p_value(gained: int, lost: int) -> float:
     trials = gained + lost
     if trials == 0:
         return 1.0
-    tail = ways = 1  # of k = 0 heads; whole numbers, so that nothing is lost far out
+    tail = ways = 1  # of k = 0 heads; integers, which are exact in the far tail too
     for k in range(min(gained, lost)):
         ways = ways * (trials - k) // (k + 1)
         tail += ways

@@ -1,18 +1,18 @@
-"""An evaluation as counts of each problem, its figures set by set, and the file it is kept in. Imports no torch.
+"""Results of an evaluation: the counts of each problem, figures of each set, and the file format. Imports no torch.
 
 The file is JSON, schema 1:
 
     schema       1
-    step         training steps that the weights have seen
+    step         training steps behind the weights
     model        model.path of the run; `checkpoint`: the folder that was evaluated, "" for the policy in training
     settings     samples, temperature, top_p, top_k, max_new_tokens, seed, ks
-    accuracy     pass@1 over all problems; `by_source` the same by set; truncated, ungraded, length over all responses
-    all          figures over all problems: problems, samples, pass@1, pass@1 error, pass@k and maj@k by k, length,
+    accuracy     pass@1 over all problems; `by_source`: that of each set; truncated, ungraded, length of responses
+    all          figures of all problems: problems, samples, pass@1, pass@1 error, pass@k and maj@k by k, length,
                  truncated, ungraded
-    sets         the same by set; `mean of sets`: pass@1 and its error where every set weighs the same
+    sets         the same figures of each set; `mean of sets`: pass@1 and its error, every set weighing the same
     problems     by id, "<set>/<row>": samples, correct, ungraded, truncated, tokens, votes, digest
 
-The figures are there for people and scripts; they are computed anew from `problems` when the file is read.
+The figures are for people and scripts; reading the file computes them again from `problems`.
 """
 
 from __future__ import annotations
@@ -30,13 +30,14 @@ from clipo_megatron.data.sources import source_of
 from clipo_megatron.evaluation.errors import EvaluationError
 from clipo_megatron.evaluation.estimators import majority_at, mean_and_error, pass_at_k, usual_ks
 from clipo_megatron.runtime.durable_files import write_durably
+from clipo_megatron.runtime.run_dir import STEP_NAMES, step_name
 
 SCHEMA = 1
 
 
 @dataclass(frozen=True)
 class EvaluationSettings:
-    """How the responses were drawn. `ks`: for pass@k and maj@k, each at most `samples`."""
+    """How the responses were sampled. `ks`, each at most `samples`, is for pass@k and maj@k."""
 
     samples: int = 1
     temperature: float = 0.0
@@ -47,7 +48,7 @@ class EvaluationSettings:
     ks: tuple[int, ...] = (1,)
 
     def __post_init__(self) -> None:
-        """Raises ValueError: a value is none of its kind."""
+        """Raise ValueError for a value of the wrong type or range."""
         _counts("settings", self, least={"samples": 1, "top_k": 0, "max_new_tokens": 1, "seed": 0})
         for name in ("temperature", "top_p"):
             value = getattr(self, name)
@@ -58,24 +59,24 @@ class EvaluationSettings:
 
     @property
     def greedy(self) -> bool:
-        """Whether there was one answer a problem, without chance."""
+        """Whether there is one deterministic response to each problem."""
         return self.samples == 1 and self.temperature == 0
 
 
 @dataclass(frozen=True)
 class ProblemResult:
-    """The counts of one problem. Responses that are neither correct nor in `votes` gave no answer."""
+    """Counts of the responses to one problem. Those that are neither correct nor in `votes` gave no answer."""
 
     samples: int
     correct: int
-    ungraded: int = 0  # without a verdict; not correct
+    ungraded: int = 0  # without a verdict; they count as wrong
     truncated: int = 0  # cut at the length limit
-    tokens: int = 0  # of all responses
-    votes: tuple[int, ...] = ()  # responses that agree on a wrong answer, for each of those, most first
-    digest: str = ""  # of question and ground truth: tells whether two files speak of the same problem
+    tokens: int = 0  # in all responses
+    votes: tuple[int, ...] = ()  # for each wrong answer, how many responses agree on it; descending
+    digest: str = ""  # hash of question and ground truth, by which two files recognise the same problem
 
     def __post_init__(self) -> None:
-        """Raises ValueError: no responses can have these counts."""
+        """Raise ValueError for counts that no responses can have."""
         _counts("a problem", self, least={"samples": 1, "correct": 0, "ungraded": 0, "truncated": 0, "tokens": 0})
         if not all(_is_count(size, 1) for size in self.votes):
             raise ValueError(f"a problem has votes = {self.votes!r}")
@@ -88,28 +89,28 @@ class ProblemResult:
 
     @property
     def share(self) -> float:
-        """Of its samples that are correct."""
+        """The share of correct samples."""
         return self.correct / max(self.samples, 1)
 
 
 @dataclass(frozen=True)
 class Figures:
-    """What is said of a set of problems."""
+    """Figures of a set of problems."""
 
     problems: int
-    samples: int  # of each
+    samples: int  # per problem
     accuracy: float  # pass@1: the mean over problems
-    error: float | None  # its standard error, problems being the unit
+    error: float | None  # standard error of the accuracy over problems
     pass_at: Mapping[int, float]
     majority_at: Mapping[int, float]
     length: float  # mean response tokens
     truncated: float  # share of responses cut at the length limit
-    ungraded: float  # share of responses without a verdict, counted as not solved
+    ungraded: float  # share of responses without a verdict, which count as wrong
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Results of one evaluation, identical on every rank."""
+    """The result of one evaluation."""
 
     step: int
     problems: Mapping[str, ProblemResult]
@@ -119,41 +120,41 @@ class Evaluation:
 
     @cached_property
     def correct(self) -> dict[str, float]:
-        """Problem id -> share of its samples that are correct; ungraded ones are not."""
+        """The share of correct samples by problem id; ungraded ones count as wrong."""
         return {name: each.share for name, each in self.problems.items()}
 
     @cached_property
     def sources(self) -> list[str]:
-        """Names of the sets, in order."""
+        """The names of the sets, sorted."""
         return sorted({source_of(name) for name in self.problems})
 
     @property
     def accuracy(self) -> float:
-        """Mean over problems; 0 without any."""
+        """pass@1: the mean over problems; 0 without problems."""
         return self.figures().accuracy
 
     @property
     def truncated(self) -> float:
-        """Share of responses cut at the length limit."""
+        """The share of responses cut at the length limit."""
         return self.figures().truncated
 
     @property
     def ungraded(self) -> float:
-        """Share of responses without a verdict, counted as not solved."""
+        """The share of responses without a verdict, which count as wrong."""
         return self.figures().ungraded
 
     @property
     def length(self) -> float:
-        """Mean response tokens."""
+        """The mean number of response tokens."""
         return self.figures().length
 
     def by_source(self) -> dict[str, float]:
-        """Accuracy of each set."""
+        """The accuracy of each set."""
         return {source: self.figures(source).accuracy for source in self.sources}
 
     @property
     def mean_of_sets(self) -> tuple[float, float | None]:
-        """Mean of the sets' accuracies, and its standard error; no error where a set has none."""
+        """The mean of the sets' accuracies and its standard error; the error is None if a set has none."""
         found = [self.figures(source) for source in self.sources]
         count = max(len(found), 1)
         errors = [each.error for each in found]
@@ -161,12 +162,12 @@ class Evaluation:
         return sum(each.accuracy for each in found) / count, error
 
     def of(self, sources: Sequence[str]) -> Evaluation:
-        """The same with these sets alone."""
+        """This evaluation restricted to some sets."""
         kept = {name: each for name, each in self.problems.items() if source_of(name) in sources}
         return Evaluation(self.step, kept, self.settings, self.model, self.checkpoint)
 
     def figures(self, source: str | None = None) -> Figures:
-        """Of one set, or of all problems together."""
+        """The figures of one set, or of all problems."""
         return self._figures[source]
 
     @cached_property
@@ -178,7 +179,7 @@ class Evaluation:
 
 
 def figures_of(problems: Sequence[ProblemResult], ks: Sequence[int]) -> Figures:
-    """What is said of these problems; a k that a problem has no samples for is left out."""
+    """Compute the figures of problems; a k that exceeds the samples of any problem is left out."""
     least = min((each.samples for each in problems), default=0)
     ks = [k for k in ks if k <= least]
     accuracy, error = mean_and_error([each.share for each in problems])
@@ -209,13 +210,13 @@ def _counts(what: str, of: Any, *, least: Mapping[str, int]) -> None:
 
 
 def digest_of(messages: Sequence[Mapping[str, str]], ground_truth: str) -> str:
-    """Sixteen hexadecimal digits that differ where turns or ground truth differ."""
+    """A hash of turns and ground truth, sixteen hexadecimal digits."""
     text = json.dumps([[[turn["role"], turn["content"]] for turn in messages], ground_truth])
     return blake2b(text.encode(), digest_size=8).hexdigest()
 
 
 def ks_of(wanted: Sequence[int], samples: int) -> tuple[int, ...]:
-    """The k's of a configuration, `eval.ks`, or the usual ones."""
+    """The values of k: those of `eval.ks`, or the default ones."""
     return tuple(sorted(set(wanted))) if wanted else usual_ks(samples)
 
 
@@ -223,7 +224,7 @@ def ks_of(wanted: Sequence[int], samples: int) -> tuple[int, ...]:
 
 
 def as_json(result: Evaluation) -> dict[str, Any]:
-    """What the file holds; see the module."""
+    """The content of the file, as the module describes it."""
     return {
         "schema": SCHEMA,
         "step": result.step,
@@ -257,7 +258,7 @@ def _spelled(figures: Figures) -> dict[str, Any]:
 
 
 def write_result(file: Path, result: Evaluation) -> None:
-    """Keep a result, whole or not at all.
+    """Write a result completely or not at all.
 
     Raises:
         EvaluationError: the file cannot be written.
@@ -273,7 +274,7 @@ def read_result(file: Path) -> Evaluation:
     """Inverse of `write_result`.
 
     Raises:
-        EvaluationError: there is no such file, or it holds no result of this schema, or one that cannot be.
+        EvaluationError: the file cannot be read, has another schema, or is damaged.
     """
     try:
         facts = json.loads(file.read_text())
@@ -300,11 +301,11 @@ def read_result(file: Path) -> Evaluation:
 
 
 def free_name(folder: Path, result: Evaluation) -> Path:
-    """Where `clipo eval` keeps a result: step_<n>.json, or step_<n>-2.json and so on where that has another one.
+    """The file for a result of `clipo eval`: step_<n>.json, or step_<n>-2.json and so on if that holds another result.
 
-    A result of the same model, settings and problems is the same result, and its place can be taken.
+    An earlier result of the same model, settings and problems may be overwritten.
     """
-    name = f"step_{result.step:06d}"
+    name = step_name(result.step)
     file, number = folder / f"{name}.json", 1
     while file.exists() and not _holds(file, result):
         number += 1
@@ -314,24 +315,24 @@ def free_name(folder: Path, result: Evaluation) -> Path:
 
 def _holds(file: Path, result: Evaluation) -> bool:
     try:
-        return _asked(read_result(file)) == _asked(result)
+        return _identity(read_result(file)) == _identity(result)
     except EvaluationError:
         return False
 
 
-def _asked(result: Evaluation) -> tuple[Any, ...]:
+def _identity(result: Evaluation) -> tuple[Any, ...]:
     return result.step, result.model, result.settings, {name: each.digest for name, each in result.problems.items()}
 
 
 def write_evaluation(folder: Path, result: Evaluation) -> None:
-    """Keep a result of training as step_<n>.json."""
-    write_result(folder / f"step_{result.step:06d}.json", result)
+    """Write a result of training to step_<n>.json."""
+    write_result(folder / f"{step_name(result.step)}.json", result)
 
 
 def read_evaluations(folder: Path) -> list[Evaluation]:
-    """All results of a run's training, by step; those of another schema are passed over."""
+    """Read all results of training, by step; files of another schema are left out."""
     found = []
-    for file in folder.glob("step_*.json"):
+    for file in folder.glob(f"{STEP_NAMES}.json"):
         try:
             found.append(read_result(file))
         except EvaluationError:
@@ -340,8 +341,8 @@ def read_evaluations(folder: Path) -> list[Evaluation]:
 
 
 def remove_evaluations(folder: Path, *, after: int) -> None:
-    """Remove the results of steps that a resumed run does anew."""
-    for file in folder.glob("step_*.json"):
+    """Remove the results of steps after `after`, which a resumed run repeats."""
+    for file in folder.glob(f"{STEP_NAMES}.json"):
         step = file.stem.removeprefix("step_")
         if step.isdigit() and int(step) > after:
             file.unlink()

@@ -1,4 +1,4 @@
-"""Evaluations and comparisons as tables for a terminal: headings and rows of text. Imports no torch."""
+"""Evaluations and comparisons as tables of text for a terminal. Imports no torch."""
 
 from __future__ import annotations
 
@@ -8,22 +8,22 @@ from clipo_megatron.evaluation.comparing import Comparison, comparisons
 from clipo_megatron.evaluation.results import Evaluation, Figures
 
 Table = tuple[list[str], list[list[str]]]
-_MOST_KS = 3  # of pass@k and of maj@k; the file has all of them
+_MOST_KS = 3  # columns of pass@k and of maj@k; the file has all of them
 
 
 def spoken(result: Evaluation) -> str:
-    """One line: the accuracy with its standard error, that of each set where there are several, and what was lost."""
+    """An evaluation as one line: accuracy, standard error, accuracy of each of several sets, truncated and ungraded."""
     whole = result.figures()
     error = "" if not whole.error else f" ± {_points(whole.error)} (SE)"
     line = f"held-out accuracy after {result.step} steps: {whole.accuracy:.1%}{error} of {whole.problems} problems"
     if len(result.sources) > 1:
         line += f" ({', '.join(f'{source} {value:.1%}' for source, value in result.by_source().items())})"
     line += f" ({whole.truncated:.0%} cut at the length limit"
-    return line + (f", {whole.ungraded:.1%} could not be graded and count as not solved)" if whole.ungraded else ")")
+    return line + (f", {whole.ungraded:.1%} could not be graded and count as wrong)" if whole.ungraded else ")")
 
 
 def result_table(result: Evaluation) -> Table:
-    """A row a set; where there are several, one over all problems and one for the mean of sets."""
+    """A row for each set; with several sets also for all problems and for the mean of sets."""
     ks = [k for k in result.settings.ks if k > 1][-_MOST_KS:]
     headings = ["set", "problems", "pass@1", "± SE"]
     headings += [f"{kind}@{k}" for kind in ("pass", "maj") for k in ks]
@@ -51,14 +51,14 @@ def _row(name: str, figures: Figures, ks: Sequence[int]) -> list[str]:
 
 
 def _points(error: float | None) -> str:
-    """A standard error in points; one problem, or figures that are all equal, tell of none."""
+    """A standard error in points; "-" for one problem, or for figures that are all equal."""
     return f"{100 * error:.1f}" if error else "-"
 
 
 def progress_table(before: Evaluation, after: Evaluation) -> Table:
-    """What training changed: a row a set, and one over all where there are several. Narrow enough for 80 columns.
+    """What training changed: a row for each set, and with several one for all problems. It fits into 80 columns.
 
-    `gained` counts the problems that are solved only after, `lost` those solved only before.
+    `gained` counts the problems solved only after training, `lost` those solved only before.
     """
     headings = ["set", "problems", "before", "after", "points", "gained", "lost", "p"]
     rows = [[*row[:5], *row[6:]] for row in comparison_table(comparisons(before, after))[1]]
@@ -66,7 +66,7 @@ def progress_table(before: Evaluation, after: Evaluation) -> Table:
 
 
 def comparison_table(found: Sequence[Comparison]) -> Table:
-    """A row each, as they come; points are hundredths of an accuracy."""
+    """A row for each comparison; the difference is in points, hundredths of an accuracy."""
     headings = ["set", "problems", "A", "B", "B - A", "95%", "only B", "only A", "p"]
     rows = [
         [
@@ -86,7 +86,7 @@ def comparison_table(found: Sequence[Comparison]) -> Table:
 
 
 def lines_of(table: Table) -> list[str]:
-    """A table as lines of text: the first column to the left, the others to the right."""
+    """A table as lines of text, with the first column left-aligned and the others right-aligned."""
     headings, rows = table
     widths = [max(map(len, column)) for column in zip(headings, *rows, strict=True)]
     return [

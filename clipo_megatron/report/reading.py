@@ -13,7 +13,7 @@ from typing import Any
 from clipo_megatron.config.model_folder import is_run_settings
 from clipo_megatron.evaluation.estimators import mean_and_error
 from clipo_megatron.evaluation.results import Evaluation, read_evaluations
-from clipo_megatron.runtime.run_dir import EVALUATIONS, METRICS, ROLLOUTS, SETTINGS, STATES, TRACE
+from clipo_megatron.runtime.run_dir import EVALUATIONS, METRICS, ROLLOUTS, SETTINGS, STATES, STEP_NAMES, TRACE
 from clipo_megatron.telemetry.sinks import read_lines
 from clipo_megatron.telemetry.states import States, file_of, read_states, steps_with_states
 
@@ -167,7 +167,7 @@ def _settings(file: Path) -> tuple[dict[str, Any], str]:
 def _read_evaluations(run: RunRecord) -> None:
     """Read the evaluations; a damaged one is left out and noted."""
     run.evaluations += read_evaluations(run.folder / EVALUATIONS)
-    unread = len(list((run.folder / EVALUATIONS).glob("step_*.json"))) - len(run.evaluations)
+    unread = len(list((run.folder / EVALUATIONS).glob(f"{STEP_NAMES}.json"))) - len(run.evaluations)
     if unread:
         run.missing.append(f"{unread} of its evaluations cannot be read, or are of an older version.")
     for each in run.evaluations:

@@ -14,27 +14,27 @@ from pathlib import Path
 from typing import TextIO
 
 _READ_BYTES = 1 << 22
-_WRITE_BYTES = 1 << 18  # of one system call; larger ones cost more a byte
+_WRITE_BYTES = 1 << 18  # per system call; more are slower per byte
 _RETRY_S = 0.1
 
 
-class Held(RuntimeError):
-    """Another process has the lock; `holder` says which, as "process 17 on gpu3"."""
+class LockedError(RuntimeError):
+    """Another process has the lock; `holder` names it: "process 17 on gpu3"."""
 
     def __init__(self, holder: str):
-        super().__init__(f"held by {holder}")
+        super().__init__(f"locked by {holder}")
         self.holder = holder
 
 
 def lock(path: Path, *, wait_s: float = 0.0) -> TextIO | None:
-    """Hold a file until it is closed, or this process ends; it says by whom it is held.
+    """Lock a file until it is closed or this process ends, and write into it which process that is.
 
     Returns:
         The open file; None on file systems without locks.
 
     Raises:
-        Held: by another process, for `wait_s` and longer.
-        OSError: the file cannot be made.
+        LockedError: another process still has the lock after `wait_s`.
+        OSError: the file cannot be created.
     """
     file = path.open("a+")
     deadline = time.monotonic() + wait_s
@@ -49,7 +49,7 @@ def lock(path: Path, *, wait_s: float = 0.0) -> TextIO | None:
             file.seek(0)
             holder = file.read().strip() or "another process"
             file.close()
-            raise Held(holder) from None
+            raise LockedError(holder) from None
         except OSError:
             file.close()
             return None
@@ -60,7 +60,7 @@ def lock(path: Path, *, wait_s: float = 0.0) -> TextIO | None:
 
 
 def write_durably(path: Path, data: str | bytes) -> None:
-    """Write a small file, all of it or nothing."""
+    """Write a small file completely or not at all, and force it to disk."""
     partial = path.with_name(path.name + ".tmp")
     with partial.open("wb") as file:
         file.write(data.encode() if isinstance(data, str) else data)
@@ -70,7 +70,7 @@ def write_durably(path: Path, data: str | bytes) -> None:
 
 
 def sync(path: Path) -> None:
-    """Force a file's contents, or the names in a folder, to disk."""
+    """Force the contents of a file, or the list of names in a folder, to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -79,13 +79,13 @@ def sync(path: Path) -> None:
 
 
 def sync_tree(folder: Path) -> None:
-    """Force the names in a folder, and in those below it, to disk. Files are forced by those who write them."""
+    """Force the lists of names in a folder and all folders below it to disk. The contents of files are not."""
     for place, _, _ in os.walk(folder):
         sync(Path(place))
 
 
 def crc32(path: Path) -> int:
-    """Of a file's contents."""
+    """The CRC-32 of a file's contents."""
     code, buffer = 0, memoryview(bytearray(_READ_BYTES))
     with path.open("rb", buffering=0) as file:
         while count := file.readinto(buffer):
@@ -94,9 +94,9 @@ def crc32(path: Path) -> int:
 
 
 def joined_crc32(first: int, second: int, nbytes: int) -> int:
-    """The CRC-32 of two runs of bytes, one after the other, by their own; `nbytes` of the second.
+    """The CRC-32 of two byte strings joined, from that of the `first` and that of the `second`, which has `nbytes`.
 
-    Bytes that follow multiply a remainder by x^8 each, modulo CRC-32's polynomial, in which bit 31 is x^0.
+    Each byte that follows multiplies the remainder by x^8 modulo CRC-32's polynomial; bit 31 stands for x^0.
     """
     power, bits = 0, nbytes << 3
     while bits:
@@ -108,7 +108,7 @@ def joined_crc32(first: int, second: int, nbytes: int) -> int:
 
 
 def _times(a: int, b: int) -> int:
-    """Product of two polynomials modulo CRC-32's."""
+    """The product of two polynomials modulo CRC-32's."""
     product = 0
     while a:
         if a & 0x80000000:
@@ -119,7 +119,7 @@ def _times(a: int, b: int) -> int:
 
 
 def _powers() -> list[int]:
-    """x^(2^n) for n = 0 .. 31; from there on they repeat."""
+    """x^(2^n) for n = 0 .. 31, after which they repeat."""
     found = [0x40000000]
     while len(found) < 32:
         found.append(_times(found[-1], found[-1]))
@@ -131,12 +131,12 @@ _POWERS = _powers()
 
 
 class FolderWriter:
-    """Writes files of a folder, each forced to disk, and keeps size and CRC-32 of every one.
+    """Writes files into a folder, forces each to disk, and records its size and CRC-32.
 
-    CRC-32 finds what disks and copies do to files (zlib's runs at some GB/s); it is no defence against intent.
+    CRC-32 detects what disks and copies do to files (zlib's runs at some GB/s); it does not protect against intent.
 
     Attributes:
-        written: {"bytes": ..., "crc32": ...} by name relative to the folder.
+        written: {"bytes": ..., "crc32": ...} of each file, by its name relative to the folder.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -144,13 +144,13 @@ class FolderWriter:
         self.written: dict[str, dict[str, int]] = {}
 
     def write(self, name: str, data: str | bytes) -> None:
-        """A whole file."""
+        """Write a whole file."""
         with self.open(name) as file:
             file.write(data.encode() if isinstance(data, str) else data)
 
     @contextmanager
     def open(self, name: str) -> Iterator[StreamedFile]:
-        """A file to be written from its beginning to its end."""
+        """Open a file that is written from its beginning to its end."""
         with StreamedFile(self.folder / name) as file:
             yield file
             file.sync()
@@ -158,26 +158,27 @@ class FolderWriter:
 
 
 class StreamedFile(io.RawIOBase):
-    """A file that is written from its beginning, with its size and CRC-32."""
+    """A file that is written from its beginning, and knows its size and CRC-32."""
 
     def __init__(self, path: Path) -> None:
         self.path, self.nbytes, self.crc32 = path, 0, 0
         self._file = path.open("wb", buffering=0)
 
     def writable(self) -> bool:
-        """Always."""
         return True
 
     def write(self, data: object) -> int:
-        """Append all of it."""
+        """Append all bytes."""
         before = self.nbytes
         self.append(data)
         return self.nbytes - before
 
     def append(self, data: object) -> int:
-        """Append all of it, and return the CRC-32 of it alone. Other threads run meanwhile."""
+        """Append all bytes, and return the CRC-32 of these alone. Other threads can run meanwhile."""
         view, code = memoryview(data).cast("B"), 0
-        for start in range(0, len(view), _WRITE_BYTES):  # its checksum is taken while it is in the cache
+        for start in range(
+            0, len(view), _WRITE_BYTES
+        ):  # small pieces, so that each is still in the cache for its checksum
             piece = view[start : start + _WRITE_BYTES]
             code = zlib.crc32(piece, code)
             while piece:
@@ -187,7 +188,7 @@ class StreamedFile(io.RawIOBase):
         return code
 
     def sync(self) -> None:
-        """Force what was written to disk."""
+        """Force what was written so far to disk."""
         os.fsync(self._file.fileno())
 
     def close(self) -> None:

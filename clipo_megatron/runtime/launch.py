@@ -1,7 +1,7 @@
-"""Whether this process is a rank, and how to start ranks on this machine when no launcher did.
+"""Tells whether this process is a rank, and starts ranks on this machine if no launcher did.
 
 A rank is started by torchrun (RANK, WORLD_SIZE, LOCAL_RANK), by srun (SLURM_PROCID and the step's number of tasks), or
-by `supervise`, which speaks torchrun's variables. Imports no torch: the supervising process stays small.
+by `supervise`, which sets torchrun's variables. Imports no torch, so that the supervising process stays small.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from pathlib import Path
 
 from clipo_megatron.config.errors import ConfigError
 from clipo_megatron.runtime import slurm_env as slurm
-from clipo_megatron.runtime.heartbeat import FROZEN
+from clipo_megatron.runtime.heartbeat import HEARTBEAT_LOST
 from clipo_megatron.runtime.ports import LOOPBACK, PORTS, free_port
 
 TAIL_LINES = 20
 
 
 class RankError(RuntimeError):
-    """A rank died; the message names it, says how, and shows the end of what it wrote."""
+    """A rank failed; the message names it, says how it ended, and shows the end of its log."""
 
     def __init__(self, message: str, exit_code: int):
         super().__init__(message)
@@ -36,7 +36,7 @@ class RankError(RuntimeError):
 
 @dataclass(frozen=True, slots=True)
 class Launch:
-    """This process's place among the ranks."""
+    """Rank numbers of this process."""
 
     rank: int
     world: int
@@ -45,17 +45,17 @@ class Launch:
 
 @dataclass(slots=True)
 class RankCommand:
-    """One rank to start. Without a log its output goes where the parent's goes."""
+    """How to start one rank. Without a log it writes where the parent process writes."""
 
     arguments: Sequence[str]
-    environment: Mapping[str, str] = field(default_factory=dict)  # on top of the parent's
+    environment: Mapping[str, str] = field(default_factory=dict)  # added to the parent's
     log: Path | None = None
 
 
 def from_environment(environment: Mapping[str, str] = os.environ) -> Launch | None:
-    """The place that torchrun or srun gave this process; None when no launcher did.
+    """The rank that torchrun or srun gave this process; None if there is no launcher.
 
-    A batch script or an allocation's shell is no rank: only srun sets the step's number of tasks.
+    A batch script or the shell of an allocation is no rank: only srun sets the step's number of tasks.
 
     Raises:
         ConfigError: the variables contradict each other.
@@ -65,26 +65,26 @@ def from_environment(environment: Mapping[str, str] = os.environ) -> Launch | No
     elif "SLURM_PROCID" in environment and "SLURM_STEP_NUM_TASKS" in environment:
         names = ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID")
         if environment["SLURM_STEP_NUM_TASKS"] == "1":
-            return None  # `srun clipo train`: one task, which may start its own local ranks
+            return None  # one task, `srun clipo train`, which may start local ranks of its own
     else:
         return None
     values = [environment.get(name, "0") for name in names]
     if not all(value.isdigit() for value in values) or not int(values[0]) < int(values[1]):
         given = ", ".join(f"{name}={value}" for name, value in zip(names, values, strict=True))
         raise ConfigError(
-            f"the launcher's variables make no sense: {given}. Start under torchrun or srun, or unset them."
+            f"the launcher's variables contradict each other: {given}. Start under torchrun or srun, or unset them."
         )
     return Launch(*map(int, values))
 
 
-def adopt(launch: Launch, environment: MutableMapping[str, str] = os.environ) -> None:
-    """Write what `torch.distributed` reads, where it is absent: RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT.
+def export_environment(launch: Launch, environment: MutableMapping[str, str] = os.environ) -> None:
+    """Set the variables that `torch.distributed` reads, where absent: RANK, WORLD_SIZE, LOCAL_RANK and MASTER_*.
 
-    Under srun the first host of the step and a port derived from the job and step ids, which the ranks of `clipo
-    submit`'s jobs do without (see rendezvous.py); alone, this machine.
+    MASTER_ADDR is the first host of a Slurm step, and MASTER_PORT is derived from the ids of job and step; jobs of
+    `clipo submit` need no port (see rendezvous.py). A single rank uses this machine.
 
     Raises:
-        ConfigError: several ranks, and nothing says where they meet, or it is a host without an address.
+        ConfigError: there are several ranks and no rendezvous address, or its host cannot be resolved.
     """
     environment.setdefault("RANK", str(launch.rank))
     environment.setdefault("WORLD_SIZE", str(launch.world))
@@ -100,8 +100,8 @@ def adopt(launch: Launch, environment: MutableMapping[str, str] = os.environ) ->
             environment.setdefault("MASTER_PORT", str(PORTS[slurm.step_number(environment) % len(PORTS)]))
     elif "MASTER_ADDR" not in environment or "MASTER_PORT" not in environment:
         raise ConfigError(
-            f"rank {launch.rank} of {launch.world} does not know where the ranks meet: MASTER_ADDR and MASTER_PORT are "
-            "not set. Start under torchrun or srun, or set both."
+            f"rank {launch.rank} of {launch.world} has no rendezvous address: MASTER_ADDR and MASTER_PORT are not set. "
+            "Start under torchrun or srun, or set both."
         )
     if environment["MASTER_ADDR"] in (LOOPBACK, "localhost"):
         from clipo_megatron.runtime.platform import LOCAL_RENDEZVOUS_ENV
@@ -111,17 +111,17 @@ def adopt(launch: Launch, environment: MutableMapping[str, str] = os.environ) ->
 
 
 def cores() -> int:
-    """Cores that this process may use."""
+    """The number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def local_commands(
     arguments: Sequence[str], ranks: int, *, logs: Path, environment: Mapping[str, str] = os.environ
 ) -> list[RankCommand]:
-    """The same command once a rank, each with its place, meeting on loopback; all but rank 0 write to `logs`.
+    """Commands of ranks that rendezvous on this machine; all but rank 0 write to `logs`.
 
     Raises:
-        ConfigError: more ranks than one machine can be meant to carry.
+        ConfigError: there are far more ranks than cores.
     """
     if ranks > (limit := max(16, 4 * cores())):
         raise ConfigError(
@@ -133,8 +133,8 @@ def local_commands(
         "MASTER_ADDR": LOOPBACK,
         "MASTER_PORT": str(free_port()),
         "OMP_NUM_THREADS": environment.get("OMP_NUM_THREADS", str(max(1, cores() // ranks))),
-        "PYTHONUNBUFFERED": "1",  # a log is complete when its rank is killed,
-        "PYTHONFAULTHANDLER": "1",  # and tells where it crashed
+        "PYTHONUNBUFFERED": "1",  # so that the log of a killed rank is complete
+        "PYTHONFAULTHANDLER": "1",  # so that it shows where the rank crashed
     }
     return [
         RankCommand(
@@ -157,18 +157,18 @@ def supervise(
     settle_s: float = 1.0,
     stop_deadline_s: float = 3600.0,
 ) -> int:
-    """Start one process a command and wait for all; no rank outlives the others' failure, nor this process.
+    """Start one process for each command and wait for all. No rank outlives a failure of another, or this process.
 
-    When a rank fails, the others get `settle_s` to fail by themselves, then SIGTERM, and SIGKILL after `grace_s`.
-    SIGINT and SIGTERM are handed on once, and the ranks may take `stop_deadline_s` to end well; a second one kills.
-    Must be called from the main thread, for the signals.
+    When a rank fails, the others have `settle_s` to fail too, then get SIGTERM, and SIGKILL after `grace_s`. The first
+    SIGINT or SIGTERM is forwarded, and the ranks may take `stop_deadline_s` to end; the second one kills them. Must be
+    called from the main thread, because it handles signals.
 
     Returns:
-        0 when all ranks end well; 128 + the signal's number when one was handed on and no rank failed of itself; 2 when
-        rank 0 has told the user itself what is wrong.
+        0 if all ranks succeed; 128 + the signal's number if a signal was forwarded and no rank failed by itself; 2 if
+        rank 0 has reported an error of the user itself.
 
     Raises:
-        RankError: a rank failed: which one, its exit code or signal, and the last lines of its log.
+        RankError: a rank failed; has its number, its exit code or signal, and the last lines of its log.
     """
     return _Supervision(commands, grace_s, settle_s, stop_deadline_s).run()
 
@@ -176,16 +176,16 @@ def supervise(
 def supervise_again(
     start: Callable[[int], int], *, restarts: int, progress: Callable[[], object], say: Callable[[str], None] = _say
 ) -> int:
-    """Start ranks until they end well, are asked to end, or fail too often.
+    """Start ranks again after a failure, until they succeed, are asked to end, or fail too often.
 
     Args:
-        start: starts them and waits, as `supervise` does; gets the number of the attempt.
-        restarts: attempts after the first that may end without progress.
-        progress: something that is another thing when an attempt got further than those before.
-        say: takes what is to be told of each restart.
+        start: starts ranks and waits for them, as `supervise` does; gets the number of the attempt.
+        restarts: how many restarts in a row may fail without progress.
+        progress: returns a value that changes whenever an attempt has got further than those before.
+        say: prints a line about each restart.
 
     Raises:
-        RankError: the last attempt's.
+        RankError: that of the last attempt.
     """
     attempt = failures = 0
     reached = progress()
@@ -209,8 +209,8 @@ class _Supervision:
         self.log_starts: list[int] = []
         self.ended: queue.SimpleQueue[int] = queue.SimpleQueue()
         self.running: set[int] = set()
-        self.failed: list[int] = []  # ranks that failed of themselves, in the order of their deaths
-        self.signals: list[int] = []  # that the user or the scheduler sent
+        self.failed: list[int] = []  # ranks that failed by themselves, first failure first
+        self.signals: list[int] = []  # received from the user or the scheduler
 
     def run(self) -> int:
         before = {number: signal.signal(number, self._on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -240,12 +240,12 @@ class _Supervision:
                         stdin=subprocess.DEVNULL,
                         stdout=output if command.log else None,
                         stderr=output if command.log else None,
-                        process_group=0,  # Ctrl-C reaches this process alone, which hands it on
+                        process_group=0,  # so that Ctrl-C reaches this process alone, which forwards it
                         preexec_fn=bind,
                     )
                 )
         self.running = set(range(len(self.processes)))
-        for rank in self.running:  # one waiting thread each: deaths arrive in their order
+        for rank in self.running:  # one thread waits for each, so that ends arrive in order
             threading.Thread(target=self._watch, args=(rank,), daemon=True).start()
 
     def _watch(self, rank: int) -> None:
@@ -253,9 +253,9 @@ class _Supervision:
         self.ended.put(rank)
 
     def _wait(self) -> None:
-        """Until all ranks are gone, or have to be ended."""
+        """Wait until all ranks have ended, or have to be ended."""
         deadline: float | None = None
-        handed_on = 0
+        forwarded = 0
         while self.running:
             if deadline is not None and time.monotonic() > deadline:
                 if not self.failed:
@@ -274,27 +274,27 @@ class _Supervision:
                 _say("Killing all ranks.")
                 self._signal(signal.SIGKILL)
                 return
-            if len(self.signals) > handed_on and not self.failed:
-                handed_on = 1
+            if len(self.signals) > forwarded and not self.failed:
+                forwarded = 1
                 _say("Stopping: the ranks end their step. The same signal again kills them.")
                 self._signal(self.signals[0])
                 deadline = time.monotonic() + self.stop_deadline_s
 
     def _is_failure(self, code: int) -> bool:
-        # 130 and -SIGINT are how a rank ends that was asked to
+        # a rank that was asked to end exits with 130 or -SIGINT, say
         asked = {code for number in self.signals for code in (128 + number, -number)}
         return code != 0 and code not in asked
 
     def _signal(self, number: int) -> None:
-        """To every running rank and all that it started."""
+        """Send a signal to every running rank and its child processes."""
         for rank in self.running:
             try:
                 os.killpg(self.processes[rank].pid, number)
             except ProcessLookupError:
-                continue  # ended this moment
+                continue  # it has just ended
 
     def _end(self) -> None:
-        """End what still runs, politely first, and sweep up what dead ranks left behind."""
+        """End running ranks, by SIGTERM first, and kill child processes of ranks that have ended."""
         for number, patience in ((signal.SIGTERM, self.grace_s), (signal.SIGKILL, 10.0)):
             if not self.running or (number == signal.SIGTERM and len(self.signals) > 1):
                 continue
@@ -314,19 +314,19 @@ class _Supervision:
         if self.failed:
             first = self.failed[0]
             if codes[first] == 2 and codes[0] == 2:
-                return 2  # a user's error, the same on every rank: rank 0 has said it
-            raise RankError(self._story(first), exit_code=_as_exit_code(codes[first]))
-        if self.signals and any(code != 0 for code in codes):  # None: not even gone after a SIGKILL
+                return 2  # an error of the user, the same on every rank, which rank 0 has reported
+            raise RankError(self._report(first), exit_code=_as_exit_code(codes[first]))
+        if self.signals and any(code != 0 for code in codes):  # None: still running after SIGKILL
             return 128 + self.signals[0]
         return 0
 
-    def _story(self, rank: int) -> str:
+    def _report(self, rank: int) -> str:
         code = self.processes[rank].returncode
         how = f"was killed by {_signal_name(-code)}" if code < 0 else f"ended with exit code {code}"
         others = "; the others were stopped" if len(self.commands) > 1 else ""
         message = f"Rank {rank} of {len(self.commands)} {how}{others}."
-        if code == FROZEN:
-            message += " It missed another rank's sign of life, as its last words say."
+        if code == HEARTBEAT_LOST:
+            message += " It missed the heartbeat of another rank, as its last lines say."
         if code == -signal.SIGKILL:
             message += (
                 " The system may have run out of memory: lower layout.max_tokens_per_microbatch or rollout.batch_size."
@@ -353,14 +353,14 @@ def _signal_name(number: int) -> str:
 
 
 def dies_with_this_process() -> Callable[[], None] | None:
-    """What a child runs before its program, so that the kernel kills it when this process dies. Linux only."""
+    """A `preexec_fn` with which the kernel kills a child process when this process dies; None outside Linux."""
     if not sys.platform.startswith("linux"):
         return None
     prctl, parent, death_signal = ctypes.CDLL(None).prctl, os.getpid(), 1  # PR_SET_PDEATHSIG
 
     def bind() -> None:
         prctl(death_signal, signal.SIGKILL, 0, 0, 0)
-        if os.getppid() != parent:  # it died in between
+        if os.getppid() != parent:  # the parent died before the call
             os._exit(1)
 
     return bind

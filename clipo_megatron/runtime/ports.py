@@ -1,4 +1,4 @@
-"""Ports that this program listens at: below the ephemeral ones, so that no outgoing connection takes one first."""
+"""Ports to listen at, below the ephemeral ones, so that no outgoing connection can have taken one."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ _TRIES = 200
 
 
 class PortError(RuntimeError):
-    """No port could be had."""
+    """No port is free."""
 
 
 def listen(host: str) -> socket.socket:
-    """A socket that listens at a free port; nobody else can take it between the choice and the use.
+    """Open a socket that listens at a free port; nobody can take the port between choice and use.
 
     Args:
-        host: the address to listen at, IPv4 or IPv6; "" for all of this machine.
+        host: the IPv4 or IPv6 address to listen at; "" for all addresses of this machine.
 
     Raises:
-        PortError: none of many ports is free, or the address is not one of this machine.
+        PortError: no port of many was free, or the address is not of this machine.
     """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     reason = ""
@@ -38,6 +38,6 @@ def listen(host: str) -> socket.socket:
 
 
 def free_port() -> int:
-    """A port of this machine that nothing listens at, for another program to listen at."""
+    """Find a port at which nothing listens, for another program to listen at."""
     with listen(LOOPBACK) as listener:
         return listener.getsockname()[1]

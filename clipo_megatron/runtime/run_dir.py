@@ -1,4 +1,14 @@
-"""The folder that a run writes to: one run at a time, and a run that starts over mixes with nothing older."""
+"""A run's output folder: the names of everything in it, and the lock by which one run at a time writes to it.
+
+config.json            settings of the run              checkpoints/   step_<n>/ each
+metrics.jsonl          a line a step                    eval/          step_<n>.json, by training
+rollouts.jsonl         texts of some rollouts           results/       step_<n>.json, by `clipo eval`
+trace.jsonl            phases of each rank's steps      states/        step_<n>.safetensors: pooled hidden states
+tensorboard/, wandb/   files of these tools             logs/          output of ranks and servers
+servers/               a record of each server          weights/       weights on their way to servers
+jobs/<n>/              Slurm jobs                       scale/         measurements of `clipo scale`
+previous/<n>/          results of runs that were started over
+"""
 
 from __future__ import annotations
 
@@ -6,54 +16,69 @@ import os
 from pathlib import Path
 from typing import TextIO
 
-from clipo_megatron.runtime.durable_files import Held, lock
+from clipo_megatron.runtime.durable_files import LockedError, lock
 
-METRICS, ROLLOUTS, CHECKPOINTS = "metrics.jsonl", "rollouts.jsonl", "checkpoints"
-EVALUATIONS, TENSORBOARD, WANDB, SETTINGS = "eval", "tensorboard", "wandb", "config.json"
-MEASURED = "results"  # of `clipo eval`; those of training itself are in EVALUATIONS
-STATES, TRACE = "states", "trace.jsonl"
+SETTINGS = "config.json"
+METRICS = "metrics.jsonl"
+ROLLOUTS = "rollouts.jsonl"
+TRACE = "trace.jsonl"
+CHECKPOINTS = "checkpoints"
+EVALUATIONS = "eval"
+EVAL_RESULTS = "results"
+STATES = "states"
+TENSORBOARD = "tensorboard"
+WANDB = "wandb"
+LOGS = "logs"
+SERVERS = "servers"
+WEIGHTS = "weights"
+JOBS = "jobs"
+SCALE = "scale"
+PREVIOUS = "previous"
 RESULTS = (
-    METRICS,
-    ROLLOUTS,
-    CHECKPOINTS,
-    EVALUATIONS,
-    MEASURED,
-    TENSORBOARD,
-    WANDB,
-    STATES,
-    TRACE,
-    SETTINGS,
-)
-PREVIOUS = "previous"  # <output>/previous/<n>/ holds the results of runs that were started over
-_LOCK_WAIT_S = 5.0  # a killed run lets go when its last process is gone
+    METRICS, ROLLOUTS, CHECKPOINTS, EVALUATIONS, EVAL_RESULTS, TENSORBOARD, WANDB, STATES, TRACE, SETTINGS
+)  # fmt: skip
+STEP_NAMES = "step_*"  # a pattern of what `step_name` returns
+_LOCK = ".lock"
+_LOCK_WAIT_S = 5.0  # a killed run holds its lock until its last process is gone
 
 
 class OutputError(RuntimeError):
-    """The output folder cannot be used; the message says by whom it is, or why not."""
+    """The output folder cannot be used; the message says which process holds it, or what else is wrong."""
 
 
-def claim(output: Path) -> TextIO | None:
-    """Make the folder and hold it until this process ends; for rank 0.
+def step_name(step: int) -> str:
+    """The name of what belongs to a step, such as its checkpoint: "step_000010"."""
+    return f"step_{step:06d}"
+
+
+def step_of(path: Path) -> int:
+    """Inverse of `step_name`, for a folder."""
+    return int(path.name.removeprefix("step_"))
+
+
+def lock_output(output: Path) -> TextIO | None:
+    """Create the output folder and lock it until the returned file is closed or this process ends; for rank 0.
 
     Returns:
-        The lock, to be kept; None on file systems without locks.
+        The lock; None on file systems without locks.
 
     Raises:
-        OutputError: another run holds it, or it cannot be made.
+        OutputError: another run holds the lock, or the folder cannot be created.
     """
     try:
         output.mkdir(parents=True, exist_ok=True)
-        return lock(output / ".lock", wait_s=_LOCK_WAIT_S)
-    except Held as held:
+        return lock(output / _LOCK, wait_s=_LOCK_WAIT_S)
+    except LockedError as locked:
         raise OutputError(
-            f"{held.holder} is writing to train.output = {output}. Wait for it, end it, or choose another train.output."
+            f"{locked.holder} is writing to train.output = {output}. Wait for it, end it, or choose another "
+            "train.output."
         ) from None
     except OSError as error:
         raise OutputError(f"train.output = {output} cannot be written to: {error}. Choose another one.") from error
 
 
 def set_aside(output: Path) -> Path | None:
-    """Move the results of earlier runs to a folder of their own under `output`; for rank 0.
+    """Move the results of earlier runs into a new folder below <output>/previous; for rank 0.
 
     Returns:
         That folder; None if there was nothing to move.
@@ -61,10 +86,10 @@ def set_aside(output: Path) -> Path | None:
     found = [path for name in RESULTS if (path := output / name).exists()]
     if not found:
         return None
-    shelf = output / PREVIOUS
-    shelf.mkdir(exist_ok=True)
-    taken = [int(path.name) for path in shelf.iterdir() if path.name.isdigit()]
-    folder = shelf / str(max(taken, default=0) + 1)
+    previous = output / PREVIOUS
+    previous.mkdir(exist_ok=True)
+    numbers = [int(path.name) for path in previous.iterdir() if path.name.isdigit()]
+    folder = previous / str(max(numbers, default=0) + 1)
     folder.mkdir()
     for path in found:
         os.replace(path, folder / path.name)
@@ -72,14 +97,13 @@ def set_aside(output: Path) -> Path | None:
 
 
 def was_set_aside(output: Path) -> tuple[str, ...]:
-    """What tells whether a run has started over: the folders of earlier ones, and whether there is anything at all."""
-    shelf = output / PREVIOUS
-    names = sorted(path.name for path in shelf.iterdir()) if shelf.is_dir() else []
+    """A value that changes when a run starts over: the names below previous/, and whether there are no results."""
+    previous = output / PREVIOUS
+    names = sorted(path.name for path in previous.iterdir()) if previous.is_dir() else []
     return (*names, "empty" if not any((output / name).exists() for name in RESULTS) else "")
 
 
 def newest_checkpoint(output: Path) -> str:
-    """Name of the newest checkpoint's folder; empty where there is none."""
-    return max(
-        (path.name for path in (output / CHECKPOINTS).glob("step_*")), key=lambda name: (len(name), name), default=""
-    )
+    """The name of the newest checkpoint's folder; empty if there is none."""
+    names = [path.name for path in (output / CHECKPOINTS).glob(STEP_NAMES)]
+    return max(names, key=lambda name: (len(name), name), default="")

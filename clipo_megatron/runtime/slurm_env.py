@@ -1,4 +1,4 @@
-"""What Slurm says of this process: the step's hosts, and where its ranks meet."""
+"""Facts from Slurm about this process: the hosts of its step, their addresses, and the step's number."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 
 from clipo_megatron.config.errors import ConfigError
 
-_ASK_S = 20.0  # for Slurm's controller
+_SCONTROL_TIMEOUT_S = 20.0
 
 
 def first_host(nodes: str) -> str:
@@ -19,10 +19,10 @@ def first_host(nodes: str) -> str:
 
 
 def node_address(node: str) -> str | None:
-    """The address that Slurm itself reaches a node at; None where it does not say."""
+    """The address at which Slurm reaches a node; None if Slurm does not tell."""
     command = ["scontrol", "--oneliner", "show", "node", node]
     try:
-        said = subprocess.run(command, capture_output=True, text=True, timeout=_ASK_S, check=True).stdout
+        said = subprocess.run(command, capture_output=True, text=True, timeout=_SCONTROL_TIMEOUT_S, check=True).stdout
     except (OSError, subprocess.SubprocessError):
         return None
     found = re.search(r"\bNodeAddr=(\S+)", said)
@@ -30,10 +30,10 @@ def node_address(node: str) -> str | None:
 
 
 def reachable(node: str, ask: Callable[[str], str | None] = node_address) -> str:
-    """A node's name where this machine knows it, else the address that Slurm has for it.
+    """A name or address of a node that this machine can resolve: its own name, or else the address that Slurm has.
 
     Raises:
-        ConfigError: neither; found out here, and not after the ranks have waited for each other.
+        ConfigError: neither can be resolved. Reported here, before ranks wait for each other in vain.
     """
     if _resolves(node):
         return node
@@ -41,13 +41,13 @@ def reachable(node: str, ask: Callable[[str], str | None] = node_address) -> str
     if address and _resolves(address):
         return address
     raise ConfigError(
-        f"the ranks are to meet on {node}, the first node of the Slurm step, and neither this machine nor Slurm's "
-        "controller knows an address for it. Set MASTER_ADDR, or mend the name service of the nodes."
+        f"the ranks are to rendezvous on {node}, the first node of the Slurm step, and neither this machine nor "
+        "Slurm's controller knows an address for it. Set MASTER_ADDR, or repair the name service of the nodes."
     )
 
 
 def step_number(environment: Mapping[str, str]) -> int:
-    """The same on every rank of a step, and another one in the next step of the job."""
+    """A number that all ranks of a step share, and that differs between the steps of a job."""
     job, step = (int(environment.get(name, "0")) for name in ("SLURM_JOB_ID", "SLURM_STEP_ID"))
     return job * 17 + step
 

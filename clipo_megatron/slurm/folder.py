@@ -29,9 +29,10 @@ import yaml
 from clipo_megatron import __version__
 from clipo_megatron.config.schema import EngineKind, RunConfig, SourceConfig
 from clipo_megatron.runtime.durable_files import write_durably
+from clipo_megatron.runtime.run_dir import JOBS, LOGS
 from clipo_megatron.slurm.resources import Resources, SlurmError
 
-JOBS, CONFIG, SCRIPT, SUBMISSION = "jobs", "config.yaml", "job.sbatch", "submission.json"
+CONFIG, SCRIPT, SUBMISSION = "config.yaml", "job.sbatch", "submission.json"
 _GIT_S = 20.0
 
 
@@ -73,7 +74,7 @@ def create(folder: Path) -> None:
         SlurmError: another submission created it first, or the file system refuses.
     """
     try:
-        (folder / "logs").mkdir(parents=True)
+        (folder / LOGS).mkdir(parents=True)
     except FileExistsError:
         raise SlurmError(f"{folder} was just created by another `clipo submit`. Submit again.") from None
     except OSError as error:

@@ -15,10 +15,11 @@ from pathlib import Path
 
 from clipo_megatron.config.schema import RunConfig
 from clipo_megatron.runtime.durable_files import write_durably
+from clipo_megatron.runtime.run_dir import SCALE
 from clipo_megatron.slurm.resources import Resources, SlurmError
 
 WEAK, STRONG = "weak", "strong"
-FOLDER, LADDER = "scale", "ladder.json"  # below train.output
+LADDER = "ladder.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,7 +135,7 @@ def _rung(config: RunConfig, name: str, kinds: tuple[str, ...], resources: Resou
 
 def folder_of(config: RunConfig) -> Path:
     """The folder below which the runs of a configuration's ladder write."""
-    return Path(config.train.output).absolute() / FOLDER
+    return Path(config.train.output).absolute() / SCALE
 
 
 def write(folder: Path, rungs: Sequence[Rung]) -> None:

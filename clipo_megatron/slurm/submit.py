@@ -15,6 +15,7 @@ from pathlib import Path
 from clipo_megatron.config.load import load
 from clipo_megatron.config.schema import EngineKind, RunConfig
 from clipo_megatron.runtime.durable_files import write_durably
+from clipo_megatron.runtime.run_dir import CHECKPOINTS, JOBS, newest_checkpoint
 from clipo_megatron.slurm import folder as folders
 from clipo_megatron.slurm.check import check
 from clipo_megatron.slurm.resources import JobKind, Resources, SlurmError, shared_paths
@@ -155,10 +156,10 @@ def _conversion(config: RunConfig, kind: JobKind, target: Path) -> list[str]:
         sizes |= {"first-layers": layout.first_stage_layers, "last-layers": layout.last_stage_layers}
         layout_options = [f"--{name}={value}" for name, value in sizes.items() if value is not None]
         return [kind.value, config.model.path, str(target), *layout_options]
-    checkpoints = sorted(Path(config.train.output, "checkpoints").glob("step_*"))
-    if not checkpoints:
+    output = Path(config.train.output)
+    if not (name := newest_checkpoint(output)):
         raise SlurmError(f"{config.train.output} has no checkpoint to convert. Correct train.output.")
-    return [kind.value, str(checkpoints[-1]), str(target)]
+    return [kind.value, str(output / CHECKPOINTS / name), str(target)]
 
 
 def _setup(config: RunConfig, resources: Resources) -> str:
@@ -170,7 +171,7 @@ def _setup(config: RunConfig, resources: Resources) -> str:
 
 def _refuse_second_job(output: Path) -> None:
     """Raise a SlurmError if a job that trains into `output` is queued or runs: only one can hold the run's lock."""
-    for folder in sorted((output / folders.JOBS).glob("*")):
+    for folder in sorted((output / JOBS).glob("*")):
         facts = folders.read_submission(folder)
         number = facts.get("job")
         if facts.get("kind") == JobKind.train.value and number and job_state(number) not in OVER:

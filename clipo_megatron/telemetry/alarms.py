@@ -1,4 +1,4 @@
-"""The limits that a healthy run stays within, and what it means when it does not."""
+"""Limits of metrics in a healthy run, and the errors that end a run which leaves them."""
 
 from __future__ import annotations
 
@@ -10,20 +10,22 @@ from clipo_megatron.flow import StepReport
 
 
 class AlarmError(RuntimeError):
-    """A watched number left its limit and report.alarm_stops is true. The step's update has happened, and its
-    checkpoint has not: the last one before it is the newest."""
+    """A metric is beyond its limit, and report.alarm_stops is true.
+
+    The step's update has happened, but its checkpoint has not been saved: the newest one is from before the step.
+    """
 
 
 @dataclass(frozen=True)
 class Alarm:
-    """One number beyond its limit."""
+    """A metric beyond its limit."""
 
     step: int
     metric: str
     value: float
-    setting: str  # of its limit
+    setting: str  # key of the limit
     limit: float
-    look_at: str
+    look_at: str  # advice for the message
 
     def __str__(self) -> str:
         return (
@@ -39,7 +41,7 @@ _WEIGHTS_FIRST = (
 
 
 def alarms(report: StepReport, config: ReportConfig) -> list[Alarm]:
-    """Every watched number of the step that is beyond its limit, or not a number."""
+    """The alarms of a step: every watched metric that is beyond its limit, or not a number."""
     watched = (
         ("policy/mult_prob_error", "report.mult_prob_error_alarm", config.mult_prob_error_alarm),
         ("policy/rollout_kl", "report.rollout_kl_alarm", config.rollout_kl_alarm),
@@ -52,37 +54,37 @@ def alarms(report: StepReport, config: ReportConfig) -> list[Alarm]:
 
 
 class NonFiniteError(RuntimeError):
-    """Update after update is skipped because loss or gradient is not finite: the run learns nothing any more."""
+    """Too many updates in a row were skipped because loss or gradient was not finite: the run has stopped learning."""
 
 
 def stop_on_skips(report: StepReport, skips: int) -> None:
-    """End the run when more than `skips` updates in a row were skipped.
+    """End the run if more than `skips` updates in a row were skipped.
 
     Raises:
-        NonFiniteError: they were; says what to look at, and where the run can go on from.
+        NonFiniteError: says what to look at, and where the run can resume.
     """
-    for room, rate in (("policy", "optimizer.learning_rate"), ("critic", "critic.learning_rate")):
-        in_a_row = report.metrics.get(f"{room}/skipped_in_a_row", 0.0)
+    for model, rate in (("policy", "optimizer.learning_rate"), ("critic", "critic.learning_rate")):
+        in_a_row = report.metrics.get(f"{model}/skipped_in_a_row", 0.0)
         if in_a_row > skips:
             raise NonFiniteError(
                 f"step {report.step}: the last {in_a_row:.0f} updates were skipped because loss or gradient was not "
-                f"finite (optimizer.max_skipped_updates = {skips}; {room}/loss is "
-                f"{report.metrics.get(f'{room}/loss', math.nan):g}, {room}/grad_norm "
-                f"{report.metrics.get(f'{room}/grad_norm', math.nan):g}). Nothing skipped has changed the weights. "
-                f"Look at the model's dtype, {rate} and the rollouts of these steps; the same command goes on from the "
+                f"finite (optimizer.max_skipped_updates = {skips}; {model}/loss is "
+                f"{report.metrics.get(f'{model}/loss', math.nan):g}, {model}/grad_norm "
+                f"{report.metrics.get(f'{model}/grad_norm', math.nan):g}). Skipped updates change nothing. "
+                f"Look at the model's dtype, {rate} and the rollouts of these steps; the same command resumes from the "
                 "newest checkpoint"
             )
 
 
 def stop_on(found: list[Alarm]) -> None:
-    """End the run.
+    """End the run if there are alarms.
 
     Raises:
-        AlarmError: there are alarms; names each, and where the run can go on from.
+        AlarmError: names each alarm, and says where the run can resume.
     """
     if found:
         raise AlarmError(
             "; ".join(map(str, found)) + ". The run stops before this step is saved (report.alarm_stops), so the "
-            "newest checkpoint is from before it; the same command goes on from there, and report.alarm_stops=false "
+            "newest checkpoint is from before it; the same command resumes from there, and report.alarm_stops=false "
             "turns alarms into warnings"
         )

@@ -1,4 +1,4 @@
-"""What a person sees while a run goes on, and at its end."""
+"""What a run prints for a person: a line a step, progress within long steps, and tables at the end."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from rich.table import Table
 from clipo_megatron.flow import StepReport
 from clipo_megatron.telemetry.metric_names import STEP_TIME, phase_time
 
-# (heading, metric, format) of each column of the live table; a narrow terminal leaves out the last ones
+# (heading, metric, format) of each column of a step's line; a narrow terminal leaves out the last ones
 COLUMNS: tuple[tuple[str, str, str], ...] = (
     ("reward", "reward/mean", "{:.3f}"),
     ("accuracy", "reward/accuracy", "{:.1%}"),
@@ -22,7 +22,7 @@ COLUMNS: tuple[tuple[str, str, str], ...] = (
     ("bonus", "clipo/bonus_mean", "{:+.3f}"),
     ("s/step", STEP_TIME, "{:.1f}"),
     ("grad norm", "policy/grad_norm", "{:.2f}"),
-    ("drift", "policy/mult_prob_error", "{:.4f}"),
+    ("mismatch", "policy/mult_prob_error", "{:.4f}"),
     ("tokens", "rollout/response_length", "{:.0f}"),
 )
 HEADING_EVERY = 20
@@ -30,12 +30,12 @@ _CELL, _GAP = 10, "  "
 
 
 class Progress:
-    """A line a step with the time left; works in a terminal, a file and a CI log alike.
+    """Prints a line a step with the time left, in a terminal, a file or a CI log.
 
     Args:
-        total_steps: of the run.
-        enabled: False on ranks that stay silent.
-        console: where to; standard output if not given. Lines are cut to a terminal's width, and only to that.
+        total_steps: steps of the whole run.
+        enabled: False on ranks that print nothing.
+        console: standard output if not given. Lines are cut to the width of a terminal, and nowhere else.
     """
 
     def __init__(self, total_steps: int, *, enabled: bool = True, console: Console | None = None):
@@ -47,18 +47,18 @@ class Progress:
         self._shown = 0
 
     def say(self, message: str) -> None:
-        """One line of news."""
+        """Print a line."""
         if self.enabled:
             self._phase.clear()
             self.console.print(message, markup=False, highlight=False, soft_wrap=True)
 
     def rollouts(self, done: int, wanted: int) -> None:
-        """A line that changes in place while a step's rollouts come in; on a terminal only, and in long steps only."""
+        """Update a line in place while a long step's rollouts come in; only on a terminal."""
         if self.enabled and self.console.is_terminal:
             self._phase.show("rollouts", done, wanted)
 
     def step(self, report: StepReport) -> None:
-        """The step's line. Metrics that a step does not have show as a dash."""
+        """Print the step's line, with a dash for each metric that the step does not have."""
         if not self.enabled:
             return
         self._durations = [*self._durations[-9:], report.metrics.get(STEP_TIME, 0.0)]
@@ -75,14 +75,14 @@ class Progress:
     def _columns(self) -> tuple[tuple[str, str, str], ...]:
         if not self.console.is_terminal:
             return COLUMNS
-        fitting = (self.console.width + len(_GAP)) // (_CELL + len(_GAP)) - 2  # step and time left are always there
+        fitting = (self.console.width + len(_GAP)) // (_CELL + len(_GAP)) - 2  # step and time left are always shown
         return COLUMNS[: max(fitting, 2)]
 
     def _line(self, cells: Sequence[str]) -> None:
         self.say(_GAP.join(f"{cell:>{_CELL}}" for cell in cells))
 
     def table(self, title: str, headings: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-        """A closing table; the first column is text, which may wrap, the others are numbers."""
+        """Print a table whose first column is text, which may wrap, and whose other columns are numbers."""
         if not self.enabled:
             return
         table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
@@ -94,13 +94,13 @@ class Progress:
         self.console.print(table, soft_wrap=False)
 
     def paths(self, paths: Mapping[str, Path]) -> None:
-        """Where things were written."""
+        """Print where things were written."""
         for name, path in paths.items():
             self.say(f"  {name:<12} {path}")
 
 
 class _Countdown:
-    """One line, overwritten about once a second until something else is said."""
+    """A line that is overwritten about once a second until something else is printed."""
 
     PATIENCE_S, EVERY_S = 5.0, 1.0
 
@@ -108,11 +108,13 @@ class _Countdown:
         self.console = console
         self._start = self._last = 0.0
         self._done = self._first = 0
-        self._width = 0  # of what stands there
+        self._width = 0  # of the text on the line
 
     def show(self, what: str, done: int, wanted: int) -> None:
         now = time.monotonic()
-        if done <= self._done or not self._start:  # a new phase: its first result came after nobody knows how long
+        if (
+            done <= self._done or not self._start
+        ):  # a new phase; the time of its first result tells nothing about its pace
             self.clear()
             self._start = self._last = now
             self._first = done
@@ -138,7 +140,7 @@ class _Countdown:
 
 
 def duration(seconds: float) -> str:
-    """Seconds as a person says them: 48s, 3m10s, 2h05m."""
+    """Seconds in a readable form: 48s, 3m10s, 2h05m."""
     seconds = max(0, round(seconds))
     if seconds < 60:
         return f"{seconds}s"
@@ -148,11 +150,14 @@ def duration(seconds: float) -> str:
 
 
 class Stopwatch:
-    """Seconds a phase, for one step: `with watch("generate"): ...` gives "time/generate_s"; `tell` hears of each.
+    """Measures the phases of one step: `with watch("generate"): ...` gives the metric "time/generate_s".
+
+    Args:
+        tell: called with the name of each phase that begins.
 
     Attributes:
         metrics: seconds by phase.
-        spans: (phase, start, end) of each, in order; seconds since the epoch.
+        spans: (phase, start, end) in order, in seconds since the epoch.
     """
 
     def __init__(self, tell: Callable[[str], None] = lambda phase: None) -> None:
@@ -163,18 +168,18 @@ class Stopwatch:
         self._epoch = time.time() - self._start
 
     def __call__(self, phase: str) -> _TimedPhase:
-        """A context that adds its duration to the phase."""
+        """A context manager that adds its duration to the phase."""
         self._tell(phase)
         return _TimedPhase(self, phase)
 
     def add(self, phase: str, start: float, end: float) -> None:
-        """Count a stretch of time, by this process's performance counter, to a phase."""
+        """Add the time between two readings of time.perf_counter() to a phase."""
         name = phase_time(phase)
         self.metrics[name] = self.metrics.get(name, 0.0) + end - start
         self.spans.append((phase, self._epoch + start, self._epoch + end))
 
     def total(self) -> float:
-        """Seconds since the start."""
+        """Seconds since construction."""
         return time.perf_counter() - self._start
 
 

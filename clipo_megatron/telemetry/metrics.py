@@ -1,4 +1,4 @@
-"""The numbers of a step, from its table and its clocks."""
+"""Metrics of a step, from its rollout table and its stopwatch."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from clipo_megatron.telemetry.metric_names import STEP_TIME, TOKENS_PER_S, phase
 
 
 def table_metrics(table: RolloutTable, reward: Tensor, advantage: Tensor) -> dict[str, float]:
-    """Rewards, verdicts and lengths over the global batch.
+    """Metrics of rewards, verdicts and lengths over the global batch.
 
     reward/accuracy          share of graded rollouts that are correct
-    reward/ungraded          share of ended rollouts without a verdict
-    reward/mixed_groups      share of groups with both right and wrong rollouts: those that teach
-    rollout/windows          share of rollouts that the next step goes on with
+    reward/ungraded          share of finished rollouts without a verdict
+    reward/mixed_groups      share of groups with both right and wrong rollouts; the others are zero-advantage groups
+    rollout/windows          share of rollouts that the next step continues
     rollout/version_lag      updates between the weights of a rollout's first token and those that score it, mean
     rollout/mixed_versions   share of rollouts whose tokens come from more than one set of weights
-    rollout/stale            share of rollouts with a token from older weights than this step began with
+    rollout/stale            share of rollouts with a token from weights older than those at the start of this step
     """
     graded = table.graded
     count = max(int(graded.sum()), 1)
@@ -45,7 +45,7 @@ def table_metrics(table: RolloutTable, reward: Tensor, advantage: Tensor) -> dic
 def speed_metrics(
     watch: Stopwatch, table: RolloutTable, micro_batches: Sequence[MicroBatch], *, world: int
 ) -> dict[str, float]:
-    """Seconds a phase, tokens a second a rank, and what padding cost this rank."""
+    """Seconds of each phase, tokens per second and rank, and the share of padding in this rank's micro-batches."""
     total = watch.total()
     tokens = sum(micro.tokens.numel() for micro in micro_batches)
     trained = int((table.prompt_length + table.response_length).sum())

@@ -1,4 +1,4 @@
-"""What a run keeps of some steps for those who look at it later: texts, states, and when each rank did what."""
+"""Records texts, hidden states and traces of some steps, to be looked at later."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from clipo_megatron.telemetry.samples import SampleLog
 from clipo_megatron.telemetry.sinks import append, keep_before, writing
 from clipo_megatron.telemetry.states import States, StateWriter, chosen, forget_states
 
-GROUPS_WITH_STATES = 8  # whose texts are kept in a step whose states are
+GROUPS_WITH_STATES = 8  # groups whose texts are recorded in a step whose states are
 
 
 class Recorder:
-    """Every rank has one. Nothing here changes what the run computes.
+    """Records what the report settings ask for; every rank has one. It does not change what the run computes.
 
-    States are gathered over the data-parallel ranks of the last stage and written by the first of them, from a thread;
-    texts and traces are written by rank 0.
+    Hidden states are summed over the data-parallel ranks of the last stage, and the first of them writes them in a
+    thread. Rank 0 writes texts and traces.
     """
 
     def __init__(self, config: RunConfig, layout: Layout, actor: PolicyActor):
@@ -42,17 +42,17 @@ class Recorder:
         actor.wants_states = self.wants_states
 
     def wants_states(self, step: int) -> bool:
-        """Whether states of this step are kept: of the first, the last, and those that states_every divides."""
+        """Whether the step's hidden states are recorded: in the first, the last, and multiples of states_every."""
         every = self.report.states_every
         return self.report.save_states > 0 and (step in (0, self.steps - 1) or (every > 0 and step % every == 0))
 
     def wants_trace(self, step: int) -> bool:
-        """Whether it is kept what each rank did when in this step."""
+        """Whether the phases of every rank in this step are recorded."""
         every = self.report.trace_every
         return every > 0 and (step % every == 0 or step == self.steps - 1)
 
     def open(self, step: int) -> None:
-        """Drop what is known of the steps from `step` on, which are done anew, and go on from there."""
+        """Open the files for the steps from `step` on; what an earlier attempt recorded of these is dropped."""
         if self.layout.rank != 0:
             return
         forget_states(self.output / STATES, from_step=step)
@@ -72,43 +72,43 @@ class Recorder:
         bonus: Tensor | None,
         watch: Stopwatch,
     ) -> None:
-        """Keep what is due of a step that was just done; collective.
+        """Record what is due of the step just done; collective.
 
         Args:
             scored: this rank's groups.
-            table: the step's facts, B rows.
+            table: the step's table, B rows.
             reward: [B] float32.
             advantage: [B] float32.
             bonus: [B] float32, the contrastive part of the reward; None without one.
-            watch: this rank's clock of the step.
+            watch: this rank's stopwatch of the step.
         """
         if self.wants_states(table.step):
             rows = torch.from_numpy(chosen(table.group.numpy(), self.report.save_states))
-            self._keep_states(table, rows, bonus)
+            self._record_states(table, rows, bonus)
             kept = int(table.group[rows[-1]])
             among = [each for each in scored if each.group.position <= kept]
             self.samples.write(among, table, reward, advantage, bonus, groups=GROUPS_WITH_STATES)
         else:
             self.samples.write(scored, table, reward, advantage, bonus)
         if self.wants_trace(table.step):
-            self._keep_trace(table.step, watch)
+            self._record_trace(table.step, watch)
 
     def close(self) -> None:
-        """Wait until everything is on its way to disk. Idempotent."""
+        """Wait until everything is written. Idempotent."""
         self._states.close()
         self.samples.close()
         if self._trace is not None:
             self._trace.close()
             self._trace = None
 
-    def _keep_states(self, table: RolloutTable, rows: Tensor, bonus: Tensor | None) -> None:
+    def _record_states(self, table: RolloutTable, rows: Tensor, bonus: Tensor | None) -> None:
         layout, actor = self.layout, self.actor
         if not layout.is_last_stage:
             return
         pooled = torch.zeros(len(rows), actor.spec.hidden_size, dtype=torch.float32, device=platform().device)
         if actor.pooled is not None:
             states, own = actor.pooled
-            among = own < len(rows)  # the chosen ones are the table's first
+            among = own < len(rows)  # the chosen rows are the table's first
             pooled[own[among].to(pooled.device)] = states[among.to(states.device)].float()
         if layout.dp > 1:
             dist.all_reduce(pooled, group=layout.dp_group)
@@ -128,7 +128,7 @@ class Recorder:
             )
         )
 
-    def _keep_trace(self, step: int, watch: Stopwatch) -> None:
+    def _record_trace(self, step: int, watch: Stopwatch) -> None:
         mine = {"spans": watch.spans, "peak_memory": platform().peak_memory()}
         ranks: list[dict] = [{}] * self.layout.world
         dist.all_gather_object(ranks, mine)

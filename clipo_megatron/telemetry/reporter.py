@@ -1,4 +1,4 @@
-"""What a run tells the world: metric sinks, lines on the console, alarms, samples, evaluations and its last words."""
+"""Reports a run: metrics to their sinks, lines on the console, alarms, evaluations and the closing summary."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ from clipo_megatron.telemetry.wandb import Wandb
 
 
 class Reporter:
-    """Every rank has one; the main rank's writes and speaks.
+    """Every rank has a reporter; that of the main rank writes and prints.
 
     Args:
         config: of the run.
-        is_main: whether this rank is the one that is heard.
+        is_main: whether this is the main rank.
     """
 
     def __init__(self, config: RunConfig, *, is_main: bool):
@@ -40,18 +40,18 @@ class Reporter:
         self._sinks: list[Sink] = []
 
     def say(self, message: str) -> None:
-        """One line of news."""
+        """Print a line, on the main rank."""
         self.progress.say(message)
 
     @property
     def has_metrics(self) -> bool:
-        """Whether an earlier session logged steps; on the main rank."""
+        """Whether an earlier session has logged steps; on the main rank."""
         return bool(read_lines(self.output / METRICS))
 
     def restore(self, step: int) -> None:
-        """Find the evaluations of earlier sessions, up to `step`; collective.
+        """Read the evaluations of earlier sessions up to `step`, and remove later ones; collective.
 
-        At step 0 there is no checkpoint, and nothing says that results found are of this model: they are removed.
+        At step 0 all are removed: there is no checkpoint, so nothing shows that they are of this model.
         """
         if self.is_main:
             remove_evaluations(self.output / EVALUATIONS, after=step or -1)
@@ -72,20 +72,20 @@ class Reporter:
                 self._sinks.append(Wandb(self.config, self.output / WANDB, from_step=step))
 
     def step(self, report: StepReport) -> None:
-        """Hand a step's metrics to every sink, and warn of what is wrong with them.
+        """Write a step's metrics to every sink, print its line, and warn of problems that they show.
 
         Raises:
-            AlarmError: a watched number is beyond its limit, and report.alarm_stops is true; on every rank.
+            AlarmError: a metric is beyond its limit, and report.alarm_stops is true; on every rank.
             NonFiniteError: too many updates in a row were skipped; on every rank.
             ReportError: the metrics cannot be written.
         """
         for sink in self._sinks:
             sink.write(report)
         self.progress.step(report)
-        for owner, skipped in (("policy", "policy/update_skipped"), ("contrastive head", "clipo/update_skipped")):
+        for model, skipped in (("policy", "policy/update_skipped"), ("contrastive head", "clipo/update_skipped")):
             if count := report.metrics.get(skipped):
                 self.say(
-                    f"warning: step {report.step}: loss or gradient of the {owner} was not finite; {count:.0f} of its "
+                    f"warning: step {report.step}: loss or gradient of the {model} was not finite; {count:.0f} of its "
                     "updates skipped"
                 )
         stop_on_skips(report, self.config.optimizer.max_skipped_updates)
@@ -97,24 +97,24 @@ class Reporter:
         for alarm in found:
             self.say(f"warning: {alarm}")
 
-    def evaluated(self, result: Evaluation) -> None:
-        """Keep and tell an evaluation."""
+    def record_evaluation(self, result: Evaluation) -> None:
+        """Print an evaluation, and write it to a file."""
         self.evaluations.append(result)
         self.say(spoken(result))
         if self.is_main:
             with writing(self.output / EVALUATIONS):
                 write_evaluation(self.output / EVALUATIONS, result)
 
-    def knows_evaluation(self, step: int) -> bool:
+    def has_evaluation(self, step: int) -> bool:
         """Whether the policy after `step` steps was evaluated."""
         return any(each.step == step for each in self.evaluations)
 
     def accuracies(self) -> dict[int, float]:
-        """Held-out accuracy by step, of all evaluations so far."""
+        """Held-out accuracy of all evaluations so far, by step."""
         return {each.step: each.accuracy for each in self.evaluations}
 
     def close(self, step: int) -> None:
-        """Close the logs, and say what was done and where everything is."""
+        """Close the logs, and print what was done and where everything is."""
         for sink in self._sinks:
             sink.close()
         spent = duration(time.time() - self._started)
@@ -131,7 +131,7 @@ class Reporter:
         )
 
     def _compare(self, first: Evaluation, last: Evaluation) -> None:
-        """What training changed. An earlier session may have had other problems under the same names."""
+        """Print what training has changed, unless an earlier session had other problems under the same names."""
         try:
             refuse_other_problems(first, last, (f"step {first.step}", f"step {last.step}"))
         except EvaluationError as refusal:

@@ -1,4 +1,4 @@
-"""A few rollouts of each step as text, to read what the policy does: rollouts.jsonl."""
+"""Texts of a few rollouts of each step, to read what the policy does: rollouts.jsonl."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from clipo_megatron.telemetry.sinks import append, keep_before
 
 
 class SampleLog:
-    """Writes some groups that this rank generated in a step, `groups` of them where nothing else is said."""
+    """Writes the texts of the first `groups` groups that this rank generated in a step."""
 
     def __init__(self, path: Path, *, groups: int):
         self.path, self.groups = path, groups
         self._file: TextIO | None = None
 
     def open(self, *, from_step: int) -> None:
-        """Keep what was logged before `from_step`, drop the rest."""
+        """Open the log; lines of steps from `from_step` on are dropped."""
         keep_before(self.path, from_step)
         self._file = self.path.open("a", buffering=1)
 
@@ -35,9 +35,9 @@ class SampleLog:
         *,
         groups: int | None = None,
     ) -> None:
-        """One line a group: the question, each response with its verdict, reward, advantage and contrastive bonus.
+        """Write a line for each group: question, responses, verdicts, rewards, advantages and contrastive bonuses.
 
-        With `groups` more than usual, those that have right and wrong rollouts come first.
+        A larger `groups` than the usual number takes groups with right and wrong rollouts first.
         """
         if self._file is None:
             return
@@ -70,7 +70,7 @@ class SampleLog:
             append(self._file, json.dumps(line) + "\n")
 
     def close(self) -> None:
-        """Flush. Idempotent."""
+        """Close the file. Idempotent."""
         if self._file is not None:
             self._file.close()
             self._file = None

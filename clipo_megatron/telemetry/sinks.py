@@ -1,4 +1,4 @@
-"""Where metrics go: a JSON line a step, and TensorBoard where asked for."""
+"""Sinks of metrics: JSON lines and TensorBoard."""
 
 from __future__ import annotations
 
@@ -16,74 +16,72 @@ if TYPE_CHECKING:
 
 
 class MissingPackageError(RuntimeError):
-    """A sink was asked for whose package is not installed."""
+    """The package of a configured sink is not installed."""
 
 
 class ReportError(RuntimeError):
-    """What a run tells cannot be written; the message says where and why."""
+    """A metrics file or service refuses what the run reports; the message says which and why."""
 
 
 @contextmanager
 def writing(path: str | Path) -> Iterator[None]:
-    """Within, a file is written, or one beside it that takes its name.
+    """A context in which `path` is written.
 
     Raises:
-        ReportError: the disk is full, say.
+        ReportError: in place of an OSError, such as that of a full disk.
     """
     try:
         yield
     except OSError as error:
         raise ReportError(
             f"{path} cannot be written: [Errno {error.errno}] {error.strerror}. Free space, or correct train.output; "
-            "the same command goes on from the newest checkpoint"
+            "the same command resumes from the newest checkpoint"
         ) from error
 
 
 def append(file: TextIO, line: str) -> None:
-    """Write a line to an open file; raises ReportError."""
+    """Write a line to an open file; raises ReportError if it cannot be written."""
     with writing(file.name):
         file.write(line)
 
 
 class Sink(Protocol):
-    """Takes one report a step."""
+    """Takes the report of each step."""
 
     def write(self, report: StepReport) -> None:
-        """Record it for good."""
+        """Record a step."""
         ...
 
     def close(self) -> None:
-        """Flush. Idempotent."""
+        """Flush and close. Idempotent."""
         ...
 
 
 class JsonLines:
-    """metrics.jsonl: one object a step, in order, never twice; a resumed run drops what its checkpoint does not know.
+    """Writes metrics.jsonl: one JSON object a step, in order and without duplicates, also when a run is resumed.
 
-    A metric that is not finite is null: JSON has no word for it.
+    A metric that is not finite is written as null, because JSON has no such number.
     """
 
     def __init__(self, path: Path, *, from_step: int):
-        """Open for steps >= `from_step`; lines of these steps, left by an attempt that died, are dropped."""
+        """Open the file for steps >= `from_step`; lines of these steps from an earlier attempt are dropped."""
         keep_before(path, from_step)
         with writing(path):
-            self._file = path.open("a", buffering=1)  # a line is with the system when `write` returns
+            self._file = path.open("a", buffering=1)  # the system has the line when `write` returns
 
     def write(self, report: StepReport) -> None:
-        """One line."""
         facts = {name: value if math.isfinite(value) else None for name, value in report.metrics.items()}
         append(self._file, json.dumps({"step": report.step, **facts}, allow_nan=False) + "\n")
 
     def close(self) -> None:
-        """Flush. Idempotent."""
         self._file.close()
 
 
 class TensorBoard:
-    """Scalars for TensorBoard; needs the `tensorboard` package."""
+    """Writes every metric as a TensorBoard scalar; needs the `tensorboard` package."""
 
     def __init__(self, folder: Path, *, from_step: int):
-        """Open for steps >= `from_step`; TensorBoard hides older events of these steps.
+        """Open the folder for steps >= `from_step`; TensorBoard hides earlier events of these steps.
 
         Raises:
             MissingPackageError: tensorboard is not installed.
@@ -98,20 +96,18 @@ class TensorBoard:
         self._writer = SummaryWriter(str(folder), purge_step=from_step or None)
 
     def write(self, report: StepReport) -> None:
-        """Every metric as a scalar."""
         for name, value in report.metrics.items():
             self._writer.add_scalar(name, value, report.step)
 
     def close(self) -> None:
-        """Flush. Idempotent."""
         self._writer.close()
 
 
 def keep_before(path: Path, step: int) -> None:
-    """Drop the lines of a JSON-lines file from `step` on, and one cut short by a crash; the others stay as they are.
+    """Drop the lines of `step` and later ones from a JSON-lines file, and a line cut short by a crash.
 
     Raises:
-        ReportError: the disk is full, say; the file is then as it was.
+        ReportError: the file cannot be written, and is unchanged.
     """
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -119,7 +115,7 @@ def keep_before(path: Path, step: int) -> None:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The complete lines of a JSON-lines file; [] where there is none. A line cut short by a crash is left out."""
+    """The lines of a JSON-lines file, without one cut short by a crash; [] if there is no file."""
     return [facts for _, facts in _lines(path)]
 
 

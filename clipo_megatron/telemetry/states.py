@@ -1,4 +1,4 @@
-"""Pooled states and embeddings of some rollouts of a step, as files: states/step_<n>.safetensors. Imports no torch."""
+"""Files with pooled hidden states and embeddings of some rollouts of a step. Imports no torch."""
 
 from __future__ import annotations
 
@@ -15,29 +15,33 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
-PATTERN = "step_*.safetensors"
+from clipo_megatron.runtime.run_dir import STEP_NAMES, step_name
+
+PATTERN = f"{STEP_NAMES}.safetensors"
 
 
 @dataclass(frozen=True)
 class States:
-    """What is known of n rollouts of one step, whole groups of them, in the order of the step's table."""
+    """States of n rollouts of one step: whole groups, in the order of the step's table."""
 
     step: int
-    prompt_ids: list[str]  # one a group
+    prompt_ids: list[str]  # one per group
     group: NDArray[np.int64]  # [n], index into prompt_ids
     correct: NDArray[np.bool_]  # [n]
     graded: NDArray[np.bool_]  # [n]
     pooled: NDArray[np.float32]  # [n, H], mean hidden state over the response
-    embeddings: NDArray[np.float32] | None = None  # [n, d], of the contrastive head before the step; None without one
-    bonus: NDArray[np.float32] | None = None  # [n], added to the reward
+    embeddings: NDArray[np.float32] | None = (
+        None  # [n, d], from the contrastive head before its update; None without one
+    )
+    bonus: NDArray[np.float32] | None = None  # [n], the contrastive part of the reward
 
 
 def chosen(groups: NDArray[np.int64], most: int) -> NDArray[np.int64]:
-    """Rows of the first whole groups, `most` rows at most, but one group at least.
+    """The rows of the first whole groups: at most `most` rows, but at least one group.
 
     Args:
         groups: [B], the group of each row, ascending.
-        most: rows.
+        most: maximum number of rows.
     """
     ends = np.flatnonzero(np.append(groups[1:] != groups[:-1], True)) + 1
     fitting = ends[ends <= most]
@@ -45,12 +49,12 @@ def chosen(groups: NDArray[np.int64], most: int) -> NDArray[np.int64]:
 
 
 def file_of(folder: Path, step: int) -> Path:
-    """Where the states of a step are."""
-    return folder / f"step_{step:06d}.safetensors"
+    """The file with the states of a step."""
+    return folder / f"{step_name(step)}.safetensors"
 
 
 def write_states(folder: Path, states: States) -> None:
-    """Whole or not at all."""
+    """Write the states of a step completely or not at all."""
     folder.mkdir(parents=True, exist_ok=True)
     columns = {
         name: np.ascontiguousarray(value)
@@ -68,7 +72,7 @@ def read_states(file: Path) -> States:
     """Inverse of `write_states`.
 
     Raises:
-        ValueError: it is no such file; names it.
+        ValueError: the file does not hold states; the message names it.
     """
     try:
         data = file.read_bytes()
@@ -80,27 +84,27 @@ def read_states(file: Path) -> States:
 
 
 def steps_with_states(folder: Path) -> list[int]:
-    """Steps of a run whose states are there."""
+    """The steps whose states were recorded, ascending."""
     names = (path.stem.partition("_")[2] for path in folder.glob(PATTERN))
     return sorted(int(name) for name in names if name.isdigit())
 
 
 def forget_states(folder: Path, *, from_step: int) -> None:
-    """Remove those of the steps that a resumed run does anew."""
+    """Remove the states of `from_step` and later steps, which a resumed run repeats."""
     for step in steps_with_states(folder):
         if step >= from_step:
             file_of(folder, step).unlink()
 
 
 class StateWriter:
-    """Writes states from a thread, one step at a time. What cannot be written is a warning: the run needs it not."""
+    """Writes states in a thread, one step at a time. A failure is only a warning: the run does not need them."""
 
     def __init__(self, folder: Path):
         self.folder = folder
         self._thread: threading.Thread | None = None
 
     def write(self, states: States) -> None:
-        """Hand a step's states over; waits for those of the one before."""
+        """Begin to write the states of a step, after those of the step before have been written."""
         self.close()
         self._thread = threading.Thread(target=self._write, args=(states,), name="states", daemon=True)
         self._thread.start()
@@ -112,7 +116,7 @@ class StateWriter:
             print(f"clipo: warning: {self.folder} cannot be written: {error}", file=sys.stderr, flush=True)
 
     def close(self) -> None:
-        """Wait until everything is written. Idempotent."""
+        """Wait until the last states are written. Idempotent."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None

@@ -1,4 +1,4 @@
-"""Metrics for Weights & Biases, online or into a folder that `wandb sync` uploads."""
+"""A sink for Weights & Biases, online or into a folder that `wandb sync` uploads."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from clipo_megatron.telemetry.sinks import MissingPackageError, ReportError
 if TYPE_CHECKING:
     from clipo_megatron.flow import StepReport
 
-IDENTITY = "run.json"  # under which run the service knows this one, so that a resumed one goes on there
+IDENTITY = "run.json"  # holds the service's id of this run, so that a resumed run continues it
 
 
 class Wandb:
-    """One run of the service for one run of ours, however often that is resumed.
+    """One run of the service, however often ours is resumed.
 
     Args:
-        config: of the run; shown there as the run's configuration.
-        folder: for what the service's library writes; its name is `wandb`.
-        from_step: the service ignores what it is told again of earlier steps.
+        config: of the run; shown as its configuration.
+        folder: where the service's library writes; its name is `wandb`.
+        from_step: the first step to report. The service ignores steps that it already has.
 
     Raises:
         MissingPackageError: wandb is not installed.
-        ReportError: the service refuses the run, or cannot be reached.
+        ReportError: the service refuses the run or cannot be reached.
     """
 
     def __init__(self, config: RunConfig, folder: Path, *, from_step: int):
@@ -52,24 +52,23 @@ class Wandb:
                 mode=chosen.mode.value,
                 id=known.get("id"),
                 resume="allow" if known else None,
-                dir=str(folder.parent),  # the library adds the folder `wandb` itself
-                settings=wandb.Settings(silent=True, console="off"),  # what a run says is the reporter's
+                dir=str(folder.parent),  # the library itself adds the folder `wandb`
+                settings=wandb.Settings(silent=True, console="off"),  # the reporter prints what there is to say
                 config=json.loads(json.dumps(asdict(config), default=str)),
             )
         except wandb.Error as error:
             raise ReportError(
-                f"Weights & Biases took no run (report.wandb.mode = {chosen.mode.value}, project {chosen.project}): "
-                f"{error}. Log in with `wandb login`, or set report.wandb.mode to offline or disabled"
+                f"Weights & Biases did not accept the run (report.wandb.mode = {chosen.mode.value}, "
+                f"project {chosen.project}): {error}. Run `wandb login`, or set the mode to offline or disabled"
             ) from error
         write_durably(identity, json.dumps({"id": self._run.id}))
 
     def write(self, report: StepReport) -> None:
-        """Every finite metric of a step."""
         finite = {name: value for name, value in report.metrics.items() if math.isfinite(value)}
         self._run.log(finite, step=report.step)
 
     def close(self) -> None:
-        """Flush. Idempotent."""
+        """Finish the run there. Idempotent."""
         if self._run is not None:
             self._run.finish()
             self._run = None

@@ -1,4 +1,4 @@
-"""The engine that a configuration names, which ranks ask it, and how it gets the policy's weights."""
+"""Builds the engine that a configuration names, and the sync that gives it the policy's weights."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from clipo_megatron.rollout.engine import Engine, InFlight, Memory
 from clipo_megatron.rollout.local.engine import LocalEngine
 from clipo_megatron.rollout.servers.pool import ServerPool
 from clipo_megatron.runtime.platform import platform
+from clipo_megatron.runtime.run_dir import WEIGHTS
 from clipo_megatron.sync.broadcast import BroadcastSync
 from clipo_megatron.sync.colocation import ColocatedSync
 from clipo_megatron.sync.disk import DiskSync
@@ -29,20 +30,20 @@ WeightSync = InProcessSync | BroadcastSync | DiskSync | IpcSync | ColocatedSync
 
 
 def rollout_ranks(config: RunConfig, layout: Layout) -> list[int]:
-    """Ranks that ask for rollouts: every one has a local engine; servers are asked by the head of each replica."""
+    """The ranks that send rollout requests: all with a local engine, the first of each replica with servers."""
     if config.rollout.engine is EngineKind.local:
         return list(range(layout.world))
     return [layout.head_of(dp_rank) for dp_rank in range(layout.dp)]
 
 
 def build_engine(config: RunConfig, layout: Layout, tokenizer: Any, say: Callable[[str], None]) -> Engine | None:
-    """This rank's engine; None on ranks that ask for nothing.
+    """Build this rank's engine; None on ranks that send no requests.
 
-    With servers, it is a pool that has found `rollout.servers` of them. Colocated ones have then given their memory
-    back, so that the policy can be built; collective in that case.
+    A pool of servers has found `rollout.servers` of them. Colocated servers have given up their GPU memory, so that the
+    policy can be built; this is collective then.
 
     Raises:
-        EngineError: the model cannot be used, or the servers did not come in time.
+        EngineError: the model cannot be used, or the servers did not appear in time.
     """
     if config.rollout.engine is EngineKind.local:
         return LocalEngine(
@@ -63,12 +64,12 @@ def build_engine(config: RunConfig, layout: Layout, tokenizer: Any, say: Callabl
     if config.rollout.colocated:
         if layout.rank == 0:
             pool.offload(Memory.kv_cache, Memory.weights)
-        dist.all_reduce(torch.zeros(1))  # nobody builds anything before there is room
+        dist.all_reduce(torch.zeros(1))  # no rank builds anything before the memory is free
     return pool
 
 
 def build_sync(config: RunConfig, policy: Policy, engine: Engine | None) -> WeightSync:
-    """How this rank takes part in giving the policy's weights to the engine."""
+    """Build this rank's part in giving the policy's weights to the engine."""
     if config.rollout.engine is EngineKind.local:
         return InProcessSync(policy, engine)
     rollout = config.rollout
@@ -80,7 +81,7 @@ def build_sync(config: RunConfig, policy: Policy, engine: Engine | None) -> Weig
     }
     if transport is Transport.disk:
         options["model"] = Path(config.model.path)
-        options["folder"] = Path(rollout.sync.folder or Path(config.train.output) / "weights")
+        options["folder"] = Path(rollout.sync.folder or Path(config.train.output) / WEIGHTS)
     kind = {Transport.broadcast: BroadcastSync, Transport.disk: DiskSync, Transport.ipc: IpcSync}[transport]
     sync = kind(Shard.of(policy), engine, rollout.sync, **options)
     return ColocatedSync(sync, policy, engine) if rollout.colocated else sync

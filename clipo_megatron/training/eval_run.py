@@ -1,8 +1,9 @@
-"""`clipo eval` on its ranks: a checkpoint's weights, without anything that only training needs."""
+"""`clipo eval` on its ranks: evaluates a checkpoint's weights, and builds nothing that only training needs."""
 
 from __future__ import annotations
 
 import json
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,7 +15,8 @@ from clipo_megatron.evaluation.results import free_name, write_result
 from clipo_megatron.evaluation.tables import lines_of, result_table
 from clipo_megatron.policy.policy import Policy
 from clipo_megatron.rollout.engine import Cancelled
-from clipo_megatron.runtime.run_dir import CHECKPOINTS, MEASURED
+from clipo_megatron.runtime.run_dir import CHECKPOINTS, EVAL_RESULTS
+from clipo_megatron.training.policy_engine import PolicyEngine
 from clipo_megatron.training.session import Session
 from clipo_megatron.training.stop_signal import EvaluationStopped
 from clipo_megatron.weights.families import model_spec
@@ -24,12 +26,13 @@ from clipo_megatron.weights.spec import read_config
 def evaluate_run(config: RunConfig, *, checkpoint: Path | None = None, file: Path | None = None) -> None:
     """Evaluate a checkpoint of a run, print the figures and write the result; every rank calls it.
 
-    A named checkpoint can be evaluated by the local engine while the run goes on; servers are the run's own.
+    The local engine can evaluate a named checkpoint while the run continues. Servers are the run's own.
 
     Args:
         config: of the run, with data.eval.
-        checkpoint: None: the newest one, or the model where there is none.
-        file: where the result goes; None: train.output/results/step_<n>.json, unless that holds another result.
+        checkpoint: None for the newest one, or the model itself if there is no checkpoint.
+        file: where to write the result; None for train.output/results/step_<n>.json, or a free name beside it if that
+            holds another result.
 
     Raises:
         CheckpointError: the checkpoint is damaged, or of another model.
@@ -37,31 +40,32 @@ def evaluate_run(config: RunConfig, *, checkpoint: Path | None = None, file: Pat
     """
     if checkpoint and (reason := defect(checkpoint)):
         raise CheckpointError(f"{checkpoint} is damaged: {reason}. Choose another checkpoint.")
-    session = Session(config, claims=checkpoint is None or config.rollout.engine is not EngineKind.local)
-    try:
+    session = Session(config, locks_output=checkpoint is None or config.rollout.engine is not EngineKind.local)
+    with ExitStack() as opened:
+        opened.callback(session.close)
         chosen = checkpoint or newest(session.output / CHECKPOINTS, session.reporter.say)
         step = steps_of(chosen, config) if chosen else 0
-        session.equip(lambda: Policy(config, session.layout, weights=chosen))
-        session.stop.watch()
-        session.update_weights(step)
-        result = replace(session.measure(step), checkpoint=str(chosen or ""))
+        engine = PolicyEngine(session, lambda: Policy(config, session.layout, weights=chosen))
+        opened.callback(engine.close)
+        session.stop.install()
+        engine.update_weights(step)
+        try:
+            result = replace(engine.evaluate(step), checkpoint=str(chosen or ""))
+        except Cancelled:
+            raise EvaluationStopped(session.stop.signum) from None
         if session.is_main:
             print(f"{chosen or config.model.path}, {step} steps", *lines_of(result_table(result)), sep="\n", flush=True)
-            file = file or free_name(session.output / MEASURED, result)
+            file = file or free_name(session.output / EVAL_RESULTS, result)
             write_result(file, result)
             print(file)
-    except Cancelled:
-        raise EvaluationStopped(session.stop.signum) from None
-    finally:
-        session.close()
 
 
 def steps_of(checkpoint: Path, config: RunConfig) -> int:
-    """The steps that a checkpoint's weights have seen.
+    """The number of training steps behind a checkpoint's weights.
 
     Raises:
-        CheckpointError: they are of another model than model.path. Where weights have the same shapes, nothing else
-            would tell.
+        CheckpointError: the checkpoint is of another model than model.path. Where all weights have the same shapes,
+            nothing else would notice.
     """
     manifest = json.loads((checkpoint / MANIFEST).read_text())
     mine = model_spec(read_config(hf_folder(config.model.path))).architecture()

@@ -1,4 +1,4 @@
-"""Rollouts that grow in windows: what of a group trains in a step, and what the next step goes on with (T-PPO)."""
+"""Rollouts that grow in windows (T-PPO): what of a group trains in a step, and what the next step continues."""
 
 from __future__ import annotations
 
@@ -9,9 +9,12 @@ from clipo_megatron.flow import RolloutGroup, ScoredGroup
 from clipo_megatron.rollout.engine import Request
 
 
-def going_on(groups: Iterable[RolloutGroup]) -> list[Request]:
-    """What the next step asks of groups in which some rollouts have not ended; all tokens that they have will have
-    trained by then. Rollouts that have ended stay with their group, so that nobody asks for them again."""
+def continuations(groups: Iterable[RolloutGroup]) -> list[Request]:
+    """The next step's requests for groups in which some rollouts have not ended.
+
+    By then all their tokens so far will have trained. Rollouts that have ended stay in the request, so that the engine
+    does not generate them again.
+    """
     return [
         Request(
             group.position,
@@ -34,6 +37,6 @@ def of_this_step(scored: ScoredGroup) -> ScoredGroup:
     return ScoredGroup(group, [verdict for _, verdict in kept])
 
 
-def open_rollouts(requests: Iterable[Request], samples: int) -> int:
-    """How many rollouts of requests for `samples` each have not ended, those among them that have not begun."""
+def count_unfinished(requests: Iterable[Request], samples: int) -> int:
+    """The number of rollouts that have not ended, or not begun, in requests for `samples` rollouts each."""
     return sum(samples - sum(each.finish != "abort" for each in request.begun) for request in requests)

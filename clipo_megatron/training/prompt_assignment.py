@@ -1,4 +1,4 @@
-"""Which rank asks for how many prompts, and which of the finished groups train: the same on every rank."""
+"""Which rank sends how many requests, and which of the finished groups train: the same on every rank."""
 
 from __future__ import annotations
 
@@ -7,54 +7,55 @@ import math
 from collections.abc import Sequence
 
 
-def deal(room: Sequence[int]) -> list[int]:
-    """Which asker gets each of the next prompts: in turn, as long as each has room.
+def assign_in_turn(room: Sequence[int]) -> list[int]:
+    """The rank of each of the next prompts: in turn, as long as a rank has room.
 
     Worked example: room [2, 1, 3] gives [0, 1, 2, 0, 2, 2].
     """
     turns = max([0, *room])
-    return [asker for turn in range(turns) for asker in range(len(room)) if turn < room[asker]]
+    return [rank for turn in range(turns) for rank in range(len(room)) if turn < room[rank]]
 
 
-def deal_by_load(load: Sequence[int], count: int, weight: int) -> list[int]:
-    """Which asker gets each of the next `count` prompts: the one with the least `load`, to which each adds `weight`.
+def assign_by_load(load: Sequence[int], count: int, weight: int) -> list[int]:
+    """The rank of each of the next `count` prompts: the one with the least `load`, to which each prompt adds `weight`.
 
     Worked example: load [5, 0, 2], weight 4 gives [1, 2, 1, 0].
     """
-    heap = [(each, asker) for asker, each in enumerate(load)]
+    heap = [(each, rank) for rank, each in enumerate(load)]
     heapq.heapify(heap)
-    owners = []
+    ranks = []
     for _ in range(count):
-        least, asker = heapq.heappop(heap)
-        owners.append(asker)
-        heapq.heappush(heap, (least + weight, asker))
-    return owners
+        least, rank = heapq.heappop(heap)
+        ranks.append(rank)
+        heapq.heappush(heap, (least + weight, rank))
+    return ranks
 
 
-def choose(groups: dict[int, tuple[int, bool]], size: int) -> tuple[dict[int, int], list[int]]:
+def select_groups(groups: dict[int, tuple[int, bool]], size: int) -> tuple[dict[int, int], list[int]]:
     """Which of the step's groups train.
 
     Args:
-        groups: ticket -> (rank, whether it teaches).
+        groups: request id -> (rank that has the group, whether it counts: in dynamic sampling, whether its rewards
+            vary).
         size: groups of a batch.
 
     Returns:
-        Positions of the chosen tickets: those that teach first, the rest filled up with others, earlier tickets before
-        later ones. And the tickets of groups that teach and were not chosen.
+        Positions in the batch by request id: groups that count come first, the batch is filled up with others, and
+        lower request ids precede higher ones. And the request ids of groups that count and were not selected.
     """
     ranked = sorted(groups, key=lambda request_id: (not groups[request_id][1], request_id))
-    chosen = sorted(ranked[:size])
+    selected = sorted(ranked[:size])
     return (
-        {request_id: position for position, request_id in enumerate(chosen)},
+        {request_id: position for position, request_id in enumerate(selected)},
         [request_id for request_id in ranked[size:] if groups[request_id][1]],
     )
 
 
 def oversampled(quota: int, factor: float) -> int:
-    """Prompts to ask for when `quota` groups are needed: 10 by 1.1 are 11, though the product is a hair more."""
+    """The number of prompts to request when `quota` groups are needed, free of rounding errors: 10 by 1.1 gives 11."""
     return math.ceil(quota * factor - 1e-9)
 
 
 def share(count: int, rollout_ranks: Sequence[int], rank: int) -> int:
-    """How many of `count` prompts a rank asks for when they are dealt out in turn."""
+    """How many of `count` prompts a rank gets when they are assigned in turn."""
     return len(range(rollout_ranks.index(rank), count, len(rollout_ranks))) if rank in rollout_ranks else 0

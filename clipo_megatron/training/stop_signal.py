@@ -1,4 +1,4 @@
-"""How a run is asked to end before its last step: by a signal to any rank, and all ranks leave after the same step."""
+"""Ends a run before its last step: a signal reaches any rank, and all ranks stop after the same step."""
 
 from __future__ import annotations
 
@@ -10,88 +10,90 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-GRACE_PERIOD_S = 60.0  # faults.grace_period_s, unless it is set
-# Who sends TERM kills soon after: Slurm and Kubernetes after 30 s, unless told otherwise. Of these, a step that
-# generates gets so many, and the checkpoint the rest.
-TERM_S = 5.0
+GRACE_PERIOD_S = 60.0  # the default of faults.grace_period_s
+# Slurm and Kubernetes kill 30 s after SIGTERM unless told otherwise. Rollouts get this much of it, and the checkpoint
+# the rest.
+TERM_GRACE_S = 5.0
+# Ctrl-C; the end of a job; and what Slurm sends before the end if asked to (`--signal=USR1@300`).
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
 class Stopped(RuntimeError):
-    """A run was asked to end before its last step, and has saved its state; `exit_code` is 128 + the signal."""
+    """A run ended before its last step because of a signal, and saved its state; `exit_code` is 128 + the signal."""
 
     def __init__(self, step: int, steps: int, signum: int):
         super().__init__(
-            f"stopped by {_name(signum)} after {step} of {steps} steps; the state is saved, and the same command goes "
-            "on from it"
+            f"stopped by {_name(signum)} after {step} of {steps} steps; the state is saved, and the same command "
+            "resumes from it"
         )
         self.exit_code = 128 + signum
 
 
 class EvaluationStopped(RuntimeError):
-    """An evaluation was asked to end, and has no result; `exit_code` is 128 + the signal."""
+    """An evaluation ended without a result because of a signal; `exit_code` is 128 + the signal."""
 
     def __init__(self, signum: int):
-        super().__init__(f"stopped by {_name(signum)}; nothing is kept, and the same command evaluates again")
+        super().__init__(f"stopped by {_name(signum)}; no result is kept, and the same command evaluates again")
         self.exit_code = 128 + signum
 
 
-# Ctrl-C, the end of a job, and what Slurm sends before the end when it is asked to (`--signal=USR1@300`).
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-
-
-class StopRequest:
-    """A signal as a request to end after the step; a second one ends at once, with KeyboardInterrupt.
+class StopSignal:
+    """Handles the signals that ask to end. The first one ends the run after its step, the second one at once.
 
     Args:
-        announce: whether this rank tells the person at the terminal that it was heard.
-        patience_s: for what generates then, after which it is to be given up.
+        announce: whether this rank prints that it received a signal.
+        grace_period_s: time after a signal until generation is cancelled.
+
+    Attributes:
+        signum: the signal that any rank received; 0 without one.
+        repeated: whether this rank received a second one, so that nothing is waited for any more.
     """
 
-    def __init__(self, *, announce: bool, patience_s: float):
-        self.signum = 0  # the signal that asked; 0: none
-        self.insisted = False  # whether a second one came: nothing is waited for any more
-        self._here = False  # whether this rank got one
-        self._give_up_at = float("inf")
-        self._announce, self._patience_s = announce, patience_s
+    def __init__(self, *, announce: bool, grace_period_s: float):
+        self.signum = 0
+        self.repeated = False
+        self._received = False  # whether this rank itself has received one
+        self._cancel_at = float("inf")
+        self._announce, self._grace_period_s = announce, grace_period_s
 
-    def watch(self) -> None:
+    def install(self) -> None:
         """Handle the signals from now on."""
-        for name in SIGNALS:
-            signal.signal(name, self._hear)
+        for number in SIGNALS:
+            signal.signal(number, self._handle)
 
-    def leave(self) -> None:
-        """The process ends: Slurm's warning needs no answer, and an interpreter that shuts down would die of it."""
-        if signal.getsignal(signal.SIGUSR1) == self._hear:
+    def uninstall(self) -> None:
+        """Ignore Slurm's warning from now on: it would kill an interpreter that is shutting down."""
+        if signal.getsignal(signal.SIGUSR1) == self._handle:
             signal.signal(signal.SIGUSR1, signal.SIG_IGN)
 
-    def agreed(self) -> bool:
-        """Whether any rank had been asked when it came here; collective, the same on all of them."""
+    def on_any_rank(self) -> bool:
+        """Whether any rank has received a signal; collective, and the same on all ranks."""
         flag = torch.tensor([self.signum])
         dist.all_reduce(flag, op=dist.ReduceOp.MAX)
-        # A signal may have come meanwhile: it is kept, and all ranks hear of it the next time.
-        self.hear_of(int(flag))
+        # A signal that arrives during the reduction counts the next time, on all ranks.
+        self.set_by_other_rank(int(flag))
         return bool(flag)
 
-    def hear_of(self, signum: int) -> None:
-        """That another rank got a signal; 0: none did."""
+    def set_by_other_rank(self, signum: int) -> None:
+        """Note that another rank received a signal; 0 means that none did."""
         if signum and not self.signum:
-            patience = min(self._patience_s, TERM_S) if signum == signal.SIGTERM else self._patience_s
-            self._give_up_at = time.monotonic() + patience
+            seconds = min(self._grace_period_s, TERM_GRACE_S) if signum == signal.SIGTERM else self._grace_period_s
+            self._cancel_at = time.monotonic() + seconds
             self.signum = signum
 
     def should_cancel(self) -> bool:
-        """Whether what still generates is to be given up."""
-        return time.monotonic() >= self._give_up_at
+        """Whether generation is to be cancelled, because the grace period is over."""
+        return time.monotonic() >= self._cancel_at
 
-    def _hear(self, signum: int, _frame: Any) -> None:
-        if self._here:
-            self.insisted = True
+    def _handle(self, signum: int, _frame: Any) -> None:
+        if self._received:
+            self.repeated = True
             raise KeyboardInterrupt
-        self._here = True
-        self.hear_of(signum)
-        if self._announce:  # past the console: the signal may have come while it was printing
-            said = f"{_name(signum)}: ending after this step; once more to end at once\n"
-            os.write(2, said.encode())
+        self._received = True
+        self.set_by_other_rank(signum)
+        if self._announce:  # not through the console, which may be printing when the signal arrives
+            line = f"{_name(signum)}: ending after this step; once more to end at once\n"
+            os.write(2, line.encode())
 
 
 def _name(signum: int) -> str:

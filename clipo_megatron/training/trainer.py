@@ -1,11 +1,11 @@
-"""The loop: prompts -> rollouts -> verdicts -> scores -> rewards -> advantages -> update -> new weights.
+"""The training loop: prompts -> rollouts -> verdicts -> scores -> rewards -> advantages -> update -> new weights.
 
-`Trainer.train_step` is the algorithm; everything it calls is a room of its own.
+`Trainer.train_step` is the algorithm on one page.
 """
 
 from __future__ import annotations
 
-from contextlib import suppress
+from contextlib import closing, suppress
 
 from clipo_megatron.config.schema import RunConfig
 from clipo_megatron.flow import StepReport
@@ -14,39 +14,37 @@ from clipo_megatron.policy.token_credit import assign_token_advantages
 from clipo_megatron.rollout.engine import Cancelled
 from clipo_megatron.telemetry.console import Stopwatch
 from clipo_megatron.telemetry.metrics import speed_metrics, table_metrics
-from clipo_megatron.training.run import Run, is_due
+from clipo_megatron.training.run import Run
 
 
 class Trainer:
-    """Trains one policy. `run` holds the parts; the trainer holds nothing but the step."""
+    """Trains one policy, from the step that `run` resumes at. The run holds the parts, the trainer only the step."""
 
     def __init__(self, run: Run):
         self.run = run
         self.step = run.restore()
 
     def train(self) -> None:
-        """Steps until the last one, or until somebody asks to stop; either way the state is saved."""
+        """Train until the last step or a stop signal; either way the state is saved."""
         run = self.run
-        with suppress(Cancelled):  # rollouts that took too long once asked to stop: the next run does the step anew
+        with suppress(Cancelled):  # rollouts outlasted the grace period: the run that resumes repeats the step
             run.before_training(self.step)
-            while self.step < run.config.train.steps and not run.stop.agreed():
+            while self.step < run.config.train.steps and not run.session.stop.on_any_rank():
                 report = self.train_step()
                 run.reporter.step(report)
                 self.step += 1
-                run.keep(self.step)
-                if is_due(run.config.eval.every, self.step):
-                    run.evaluate(self.step)
+                run.after_step(self.step)
         run.after_training(self.step)
 
     def train_step(self) -> StepReport:
         """One step of the algorithm; collective."""
-        run = self.run
-        watch = Stopwatch(run.heartbeat.phase)
+        run, session = self.run, self.run.session
+        watch = Stopwatch(session.heartbeat.phase)
         actor, algorithm = run.actor, run.algorithm
 
         with watch("generate"):
             scored, metrics = run.collector.collect(self.step)
-            run.sync.offload()  # colocated servers hand their memory over
+            run.engine.offload()  # colocated servers give their GPU memory to training
         with watch("exchange"):
             table, samples = build_table(scored, step=self.step, observe=algorithm.observe)
             mini_batches = actor.batcher.mini_batches_of(samples, table)
@@ -54,31 +52,28 @@ class Trainer:
         with watch("score"):
             metrics |= actor.score(micro_batches, table, algorithm)
             experience = algorithm.assign_advantages(table, mini_batches)  # rewards, advantages, which rollouts train
-            assign_token_advantages(experience, algorithm, run.layout)
+            assign_token_advantages(experience, algorithm, session.layout)
         with watch("update"):
-            metrics |= actor.learn_values(experience, algorithm)  # a critic, if there is one
-            fresh = True  # the weights are those that were scored
-            plan = algorithm.replay(experience)  # empty while a stage holds the policy
+            metrics |= actor.learn_values(experience, algorithm)  # if there is a critic
+            first = True  # the weights are those that scored
+            plan = algorithm.replay(experience)  # empty while a hook holds the policy
             for each in plan:
                 for batch in each.mini_batches * run.config.algorithm.epochs:
                     credited = actor.batcher.credit(batch, each, algorithm)
-                    metrics |= actor.update(credited, each, algorithm, first=fresh)
-                    fresh = False
+                    metrics |= actor.update(credited, each, algorithm, first=first)
+                    first = False
             algorithm.after_update(table, learned=experience if plan else None)
         with watch("sync"):
-            metrics |= run.update_weights(self.step + 1)
+            metrics |= run.engine.update_weights(self.step + 1)
 
         run.recorder.step(scored, table, experience.reward, experience.advantage, algorithm.last_bonus, watch)
         metrics |= table_metrics(table, experience.reward, experience.advantage)
         metrics |= actor.contrastive_metrics(table, algorithm.last_bonus)
-        metrics |= speed_metrics(watch, table, micro_batches, world=run.layout.world)
+        metrics |= speed_metrics(watch, table, micro_batches, world=session.layout.world)
         return StepReport(self.step, metrics)
 
 
 def run(config: RunConfig) -> None:
-    """Train as a configuration says; every rank calls it."""
-    parts = Run(config)
-    try:
+    """Train as the configuration says; every rank calls it."""
+    with closing(Run(config)) as parts:
         Trainer(parts).train()
-    finally:
-        parts.close()

@@ -64,13 +64,14 @@ def start(command: str, arguments: list[str]) -> subprocess.Popen[bytes]:
 
 def train_while_served(serving: subprocess.Popen[bytes], arguments: list[str]) -> int:
     """Train once a server is ready, pass signals on to the trainer, and return the exit code."""
-    from clipo_megatron.rollout.servers.registry import FOLDER, Registry, Status
+    from clipo_megatron.rollout.servers.registry import Registry, Status
+    from clipo_megatron.runtime.run_dir import SERVERS
 
     signals: list[int] = []
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda number, _frame: signals.append(number))
     output = next(word.partition("=")[2] for word in reversed(arguments) if word.startswith("train.output="))
-    registry = Registry(Path(output) / FOLDER)
+    registry = Registry(Path(output) / SERVERS)
     begun = time.time()
     while not any(each.status is Status.ready and each.updated_at > begun for each in registry.records()):
         if signals or serving.poll() is not None:  # setting up may take minutes; `clipo serve` reports it

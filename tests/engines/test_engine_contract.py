@@ -19,7 +19,7 @@ from clipo_megatron.flow import Prompt, Rollout, RolloutGroup
 from clipo_megatron.rollout.engine import Engine, EngineError, InFlight, Memory, Request, SamplingParams
 from clipo_megatron.rollout.local.engine import LocalEngine
 from clipo_megatron.rollout.servers.pool import ServerPool
-from clipo_megatron.training.partial_rollouts import going_on
+from clipo_megatron.training.partial_rollouts import continuations
 
 # Of a log-prob between two programs that compute in fp32: their sums run in other orders.
 NEAR = {"rtol": 0, "atol": 5e-4}
@@ -308,7 +308,7 @@ def test_responses_grow_in_windows_under_newer_weights(make, engine, model, weig
                 before[group.position, rollout.sample] = rollout.tokens
                 expected = expected_logprobs(model, group.prompt.tokens, rollout.tokens, 1.0)
                 torch.testing.assert_close(rollout.logprobs, expected.gather(1, rollout.tokens[:, None])[:, 0], **NEAR)
-        requests = going_on(groups)
+        requests = continuations(groups)
         engine.load_weights(weights.items(), version=next(VERSIONS))
     assert requests == []
 

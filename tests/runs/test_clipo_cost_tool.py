@@ -7,7 +7,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
 from paths import TOOLS
 from tiny_models import tiny_llama
 
@@ -17,7 +16,19 @@ BENCH = TOOLS / "bench_clipo_cost.py"
 def test_one_percent_of_a_step_at_most(tmp_path: Path) -> None:
     """A quarter of the layers of SmolLM2-135M and a small vocabulary: the share is several times that model's."""
     model = tiny_llama(tmp_path, hidden=576, heads=9, kv_heads=3, head_dim=64, intermediate=1536, layers=8, vocab=4096)
-    command = [sys.executable, "-W", "ignore", str(BENCH), str(model), "--rounds", "2", "--dim", "512", "--threads", "1"]
+    command = [
+        sys.executable,
+        "-W",
+        "ignore",
+        str(BENCH),
+        str(model),
+        "--rounds",
+        "2",
+        "--dim",
+        "512",
+        "--threads",
+        "1",
+    ]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     share = float(re.search(r"CLIPO, direct .* ([\d.]+)%", done.stdout).group(1))

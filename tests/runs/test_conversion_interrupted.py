@@ -18,10 +18,9 @@ from clipo_megatron.conversion.plan import ConversionError
 from clipo_megatron.conversion.running import convert
 from clipo_megatron.conversion.to_hf import ToHF
 from clipo_megatron.conversion.to_megatron import ToMegatron
-from clipo_megatron.weights.parallel_division import ParallelDivision
 from clipo_megatron.weights.errors import WeightsError
 from clipo_megatron.weights.formats.manifest import manifest_defects
-
+from clipo_megatron.weights.parallel_division import ParallelDivision
 
 KILLS = 20
 
@@ -248,7 +247,9 @@ def test_a_signal_stops_a_conversion_with_a_sentence(
         return write(self, *rest)
 
     monkeypatch.setattr(ToMegatron, "write", interrupted)
-    with pytest.raises(running.Interrupted, match=r"stopped by SIGINT; there is no .*same command starts from the beginning") as error:
+    with pytest.raises(
+        running.Interrupted, match=r"stopped by SIGINT; there is no .*same command starts from the beginning"
+    ) as error:
         convert(ToMegatron(source, target))
     assert error.value.exit_code == 130
     assert list(tmp_path.iterdir()) == []

@@ -1,6 +1,5 @@
 """A run with a critic that goes on from a checkpoint: to the bit in its own layout, and in another one."""
 
-import pytest
 import torch
 from small_runs import (
     EVERY,

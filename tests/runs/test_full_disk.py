@@ -1,10 +1,9 @@
-"""A run whose disk is full: what is safe stays so, a sentence says what to do, and the same command goes on."""
+"""A run whose disk is full: checkpoints survive, the message says what to do, and the same command resumes."""
 
 import os
 import signal
 from pathlib import Path
 
-import pytest
 from full_disk import fill, small_disk
 from small_runs import EVERY, SmallRun, assert_same_run, steps_logged
 
@@ -15,7 +14,7 @@ def the_last_words(run: SmallRun) -> str:
     return line
 
 
-def test_a_full_disk_costs_nothing_but_time(small_config, undisturbed, tmp_path):
+def test_a_run_resumes_after_its_disk_was_full(small_config, undisturbed, tmp_path):
     with small_disk(tmp_path / "disk", megabytes=24) as disk:
         output, config = disk / "run", Path(small_config)
 
@@ -33,7 +32,7 @@ def test_a_full_disk_costs_nothing_but_time(small_config, undisturbed, tmp_path)
         run.wait(2)
         assert the_last_words(run) == (
             f"clipo: {output}/metrics.jsonl cannot be written: [Errno 28] No space left on device. Free space, or "
-            "correct train.output; the same command goes on from the newest checkpoint"
+            "correct train.output; the same command resumes from the newest checkpoint"
         )
         written = (output / "metrics.jsonl").read_bytes()
         assert not written.endswith(b"\n")  # half a line

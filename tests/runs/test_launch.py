@@ -1,4 +1,4 @@
-"""Launching: whose rank is this, and are ranks on this machine started, watched and ended as promised."""
+"""Launching: rank numbers from the environment, and starting, watching and ending ranks on this machine."""
 
 import os
 import signal
@@ -11,10 +11,17 @@ from pathlib import Path
 import pytest
 from progress import end_of, wait_until
 
+from clipo_megatron.config.errors import ConfigError
 from clipo_megatron.runtime import launch
 from clipo_megatron.runtime import slurm_env as slurm
-from clipo_megatron.config.errors import ConfigError
-from clipo_megatron.runtime.launch import Launch, RankCommand, RankError, adopt, from_environment, supervise
+from clipo_megatron.runtime.launch import (
+    Launch,
+    RankCommand,
+    RankError,
+    export_environment,
+    from_environment,
+    supervise,
+)
 
 
 def python(program, log=None, **environment):
@@ -55,7 +62,7 @@ def test_impossible_place(rank):
         from_environment({"RANK": rank, "WORLD_SIZE": "8"})
 
 
-def test_ranks_of_a_slurm_step_meet_at_one_place(monkeypatch):
+def test_ranks_of_a_slurm_step_have_one_rendezvous_address(monkeypatch):
     monkeypatch.setattr(slurm, "reachable", lambda node: node)
     meetings = set()
     for rank in range(4):
@@ -67,7 +74,7 @@ def test_ranks_of_a_slurm_step_meet_at_one_place(monkeypatch):
             "SLURM_STEP_ID": "2",
             "SLURM_STEP_NODELIST": "gpu[07-08]",
         }
-        adopt(from_environment(environment), environment)
+        export_environment(from_environment(environment), environment)
         assert (environment["RANK"], environment["WORLD_SIZE"]) == (str(rank), "4")
         assert environment["LOCAL_RANK"] == str(rank % 2)
         meetings.add((environment["MASTER_ADDR"], environment["MASTER_PORT"]))
@@ -75,14 +82,14 @@ def test_ranks_of_a_slurm_step_meet_at_one_place(monkeypatch):
     assert address == "gpu07" and int(port) in launch.PORTS
 
 
-def test_several_ranks_without_a_meeting_place():
+def test_several_ranks_without_a_rendezvous_address_are_an_error():
     with pytest.raises(ConfigError, match="MASTER_ADDR"):
-        adopt(Launch(1, 2, 1), {"RANK": "1", "WORLD_SIZE": "2"})
+        export_environment(Launch(1, 2, 1), {"RANK": "1", "WORLD_SIZE": "2"})
 
 
-def test_one_rank_alone_meets_on_loopback():
+def test_a_single_rank_uses_loopback():
     environment = {}
-    adopt(Launch(0, 1, 0), environment)
+    export_environment(Launch(0, 1, 0), environment)
     assert environment["MASTER_ADDR"] == "127.0.0.1" and int(environment["MASTER_PORT"]) in launch.PORTS
     assert environment["WORLD_SIZE"] == "1"
 
@@ -101,7 +108,7 @@ def test_first_host(nodes, host):
     assert slurm.first_host(nodes) == host
 
 
-def test_a_node_whose_name_nobody_knows_is_reached_as_slurm_reaches_it():
+def test_an_unknown_node_name_is_replaced_by_slurms_address():
     asked = []
 
     def controller(node):
@@ -110,7 +117,7 @@ def test_a_node_whose_name_nobody_knows_is_reached_as_slurm_reaches_it():
 
     assert slurm.reachable("localhost", controller) == "localhost" and not asked
     assert slurm.reachable("n1.invalid", controller) == "127.0.0.1" and asked == ["n1.invalid"]
-    with pytest.raises(ConfigError, match=r"the ranks are to meet on n2.invalid, .* Set MASTER_ADDR"):
+    with pytest.raises(ConfigError, match=r"the ranks are to rendezvous on n2.invalid, .* Set MASTER_ADDR"):
         slurm.reachable("n2.invalid", controller)
 
 
@@ -135,7 +142,7 @@ def test_supervising_imports_no_torch():
 # ---------------------------------------------------------------- supervision
 
 
-def test_all_end_well(tmp_path):
+def test_all_ranks_succeed(tmp_path):
     log = tmp_path / "logs" / "rank1.log"
     log.parent.mkdir()
     log.write_text("from an earlier run\n")
@@ -144,7 +151,7 @@ def test_all_end_well(tmp_path):
     assert sorted(log.read_text().splitlines()) == ["err", "from an earlier run", "out 1"]
 
 
-def test_first_death_is_named_with_its_last_words_and_ends_the_others(tmp_path):
+def test_the_first_failure_is_reported_with_its_log_and_ends_the_others(tmp_path):
     pid = tmp_path / "pid"
     log = tmp_path / "rank1.log"
     log.write_text("an earlier run's words\n")
@@ -170,7 +177,7 @@ def test_first_death_is_named_with_its_last_words_and_ends_the_others(tmp_path):
     assert not alive(int(pid.read_text()))
 
 
-def test_death_by_signal_and_a_rank_that_ignores_sigterm(tmp_path):
+def test_a_rank_killed_by_a_signal_and_one_that_ignores_sigterm(tmp_path):
     ready, log = tmp_path / "ready", tmp_path / "rank1.log"
     stubborn = f"""
         import signal, time
@@ -190,19 +197,19 @@ def test_death_by_signal_and_a_rank_that_ignores_sigterm(tmp_path):
     assert "(nothing)" in str(caught.value)
 
 
-def test_the_first_of_several_deaths_is_the_one_told(tmp_path):
+def test_the_first_of_several_failures_is_reported(tmp_path):
     later = python("import time, sys; time.sleep(0.4); sys.exit(5)", tmp_path / "rank1.log")
     first = python("import sys; sys.exit(4)", tmp_path / "rank2.log")
     with pytest.raises(RankError, match="Rank 2 of 3 ended with exit code 4"):
         supervise([python("import time; time.sleep(600)"), later, first], settle_s=1.0)
 
 
-def test_an_error_that_rank_0_has_told_is_not_told_twice(tmp_path):
+def test_an_error_that_rank_0_has_reported_is_not_repeated(tmp_path):
     wrong = "import sys; sys.exit(2)"
     assert supervise([python(wrong), python(wrong, tmp_path / "rank1.log")]) == 2
 
 
-def test_what_ranks_leave_behind_is_swept_up(tmp_path):
+def test_child_processes_of_ended_ranks_are_killed(tmp_path):
     pid = tmp_path / "pid"
     leaves = f"""
         import subprocess, sys
@@ -266,7 +273,7 @@ def driven(tmp_path):
     ("number", "ranks_end_with", "expected"),
     [(signal.SIGINT, 0, 0), (signal.SIGTERM, 0, 0), (signal.SIGINT, 130, 130), (signal.SIGTERM, 143, 143)],
 )
-def test_a_signal_is_handed_on_once_and_ranks_end_well(driven, tmp_path, number, ranks_end_with, expected):
+def test_a_signal_is_forwarded_once_and_ranks_end_by_themselves(driven, tmp_path, number, ranks_end_with, expected):
     driver, pids = driven(WELL_BEHAVED.replace("sys.exit(0)", f"sys.exit({ranks_end_with})"))
     driver.send_signal(number)
     assert end_of(driver) == expected

@@ -1,4 +1,4 @@
-"""Rollouts that grow in windows: every token trains once, in the step that drew it, and the next step goes on."""
+"""Whole runs whose rollouts grow in windows, on several layouts and resumed."""
 
 from __future__ import annotations
 

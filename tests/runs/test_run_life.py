@@ -1,8 +1,9 @@
-"""Whole runs that refill their batches, that an alarm or a loss that is not finite ends, and what a run prints."""
+"""Whole runs: dynamic sampling, alarms, losses that are not finite, and what a run prints."""
 
 import json
 
 from small_runs import SmallRun, checkpoint_state, metrics
+
 
 def test_dynamic_sampling_with_a_correction_in_a_whole_run(small_config, tmp_path):
     output = tmp_path / "run"
@@ -33,14 +34,17 @@ def test_an_alarm_stops_the_run_before_the_checkpoint(small_config, tmp_path):
     assert warned.count("warning: step") == 3 and (output / "checkpoints" / "step_000003").is_dir()
 
 
-def test_losses_that_are_not_finite_change_nothing_and_end_the_run(small_config, tmp_path):
+def test_losses_that_are_not_finite_skip_updates_and_end_the_run(small_config, tmp_path):
     output = tmp_path / "run"
     odd = ("reward.correct_reward=1.0e300", "algorithm.mini_batches=1")  # more than a float32 holds
     quick = ("checkpoint.every=1", "data.eval=[]", "clipo.enabled=false", "algorithm.kl.coefficient=0")
     run = SmallRun(small_config, output, *odd, *quick, "optimizer.max_skipped_updates=1").wait(2)
     said = " ".join(run.said.split())
     assert "warning: step 0: loss or gradient of the policy was not finite; 1 of its updates skipped" in said
-    assert "step 1: the last 2 updates were skipped because loss or gradient was not finite (optimizer.max_skipped_updates" in said
+    assert (
+        "step 1: the last 2 updates were skipped because loss or gradient was not finite (optimizer.max_skipped_updates"
+        in said
+    )
     first, second = metrics(output)
     assert [first["policy/skipped_in_a_row"], second["policy/skipped_in_a_row"]] == [1.0, 2.0]
     assert first["policy/loss"] is None and second["policy/update_skipped"] == 1.0
@@ -50,7 +54,7 @@ def test_losses_that_are_not_finite_change_nothing_and_end_the_run(small_config,
     assert moments and not any(moment.any() for moment in moments)
 
 
-def test_a_run_says_nothing_that_is_not_its_own(undisturbed):
+def test_a_run_prints_no_output_of_libraries(undisturbed):
     (log,) = undisturbed.parent.glob("undisturbed.*.log")
     assert "Warning" not in log.read_text()
     assert json.loads((undisturbed / "config.json").read_text())["train"]["seed"] == 0

@@ -18,7 +18,6 @@ from clipo_megatron.serving import environment
 from clipo_megatron.serving.environment import COMPLETE, RECIPES, Recipe, ensure, interpreter
 from clipo_megatron.serving.errors import ServingError
 
-
 PACKAGES = ("tiny-base", "tiny-engine")
 
 

@@ -1,6 +1,5 @@
 """The supervisor with small real processes: when servers are restarted, given up or left alone."""
 
-from paths import SUPPORT
 import os
 import signal
 import socket
@@ -12,17 +11,17 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
+from paths import SUPPORT
 from progress import wait_until
 
 from clipo_megatron.config.schema import EngineKind
+from clipo_megatron.rollout.servers.registry import Registry, ServerRecord, Status
 from clipo_megatron.runtime.ports import free_port
-from clipo_megatron.rollout.servers.registry import ServerRecord, Registry, Status
 from clipo_megatron.serving.commands import ServerCommand
 from clipo_megatron.serving.errors import ServingError
 from clipo_megatron.serving.probes import Probe
 from clipo_megatron.serving.process import ServerProcess
-from clipo_megatron.serving.supervisor import ServerLimits, Supervisor, ServerSpec, only_one
-
+from clipo_megatron.serving.supervisor import ServerLimits, ServerSpec, Supervisor, only_one
 
 PROGRAM = SUPPORT / "fake_server.py"
 UNRESPONSIVE_S = 4.0  # a loaded machine may be slow to answer for a second or two

@@ -20,7 +20,8 @@ from pathlib import Path
 from aiohttp import web
 from faulty_proxy import GENERATION, FaultyProxy
 
-from clipo_megatron.rollout.servers.registry import FOLDER, Registry, ServerRecord, Status
+from clipo_megatron.rollout.servers.registry import Registry, ServerRecord, Status
+from clipo_megatron.runtime.run_dir import SERVERS
 
 SIGNALS = {"kill": signal.SIGKILL, "stop": signal.SIGSTOP}
 # The calls during which a signal hits a server.
@@ -84,7 +85,7 @@ class Chaos:
     """Two gates before two servers of `clipo serve`, and the faults of both."""
 
     def __init__(self, output: Path, seed: int):
-        self.registry = Registry(output / FOLDER)
+        self.registry = Registry(output / SERVERS)
         self.dice = random.Random(seed + 1)
         self.open = False
         self.struck: list[Fault] = []

@@ -18,6 +18,7 @@ from clipo_megatron.flow import Prompt, ScoredGroup
 from clipo_megatron.rewards.pool import GraderPool
 from clipo_megatron.rollout.engine import SamplingParams
 from clipo_megatron.rollout.local.engine import LocalEngine
+from clipo_megatron.rollout.source import RolloutSource
 from clipo_megatron.training.collector import Collector
 
 SAMPLES, NEW_TOKENS = 4, 5
@@ -65,16 +66,15 @@ class Bench:
         self.graders = graders()
         self.sampler = PromptSampler(problems, size, seed=3)
         self.recoveries = 0
+        asking = list(range(dist.get_world_size())) if rollout_ranks is None else rollout_ranks
         self.collector = Collector(
             config,
-            max_refill_rounds=config.max_refill_rounds or 0,
+            RolloutSource(self.engine, asking, self.resync),
+            self.graders,
             prompts=prompts(problems),
             sampler=self.sampler,
-            engine=self.engine,
-            graders=self.graders,
             sampling=SamplingParams(samples=SAMPLES, max_new_tokens=NEW_TOKENS, stop_ids=(1,), seed=7),
-            rollout_ranks=list(range(dist.get_world_size())) if rollout_ranks is None else rollout_ranks,
-            resync=self.resync,
+            max_refill_rounds=config.max_refill_rounds or 0,
         )
 
     def update_weights(self, version: int) -> None:
@@ -82,7 +82,7 @@ class Bench:
 
     def resync(self) -> None:
         self.recoveries += 1
-        dist.all_reduce(torch.zeros(1))  # collective, as a push is: all ranks come, or the case times out
+        dist.all_reduce(torch.zeros(1))  # collective, as a weight sync is: the case times out unless all ranks come
         self.update_weights(self.engine.version)
 
     def __enter__(self) -> Bench:

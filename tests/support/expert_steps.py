@@ -14,10 +14,9 @@ from torch import Tensor
 from update_steps import VOCAB, actor_on, bare, one_update, whole
 
 from clipo_megatron.algorithms.build import build_algorithm
-from clipo_megatron.checkpoint import Checkpoints
-from clipo_megatron.checkpoint.retention import Retention
+from clipo_megatron.checkpoint import CheckpointContents, Checkpoints
 from clipo_megatron.config.model_folder import POLICY
-from clipo_megatron.config.schema import LayoutConfig, RunConfig
+from clipo_megatron.config.schema import CheckpointConfig, LayoutConfig, RunConfig
 from clipo_megatron.flow import Sample
 from clipo_megatron.policy.actor import PolicyActor
 from clipo_megatron.policy.batch.exchange import build_table
@@ -128,9 +127,7 @@ def load_and_save(config: RunConfig, layout_config: LayoutConfig, folder: str, t
 def _save(actor: PolicyActor, folder: str) -> None:
     """Write the policy's part of a checkpoint as a run does, but to `folder`."""
     checkpointer, place = state.TrainableCheckpointer(actor.trainable), Path(f"{folder}.checkpoints")
-    whole = Checkpoints(
-        place, [], take_policy=checkpointer.take, load_policy=checkpointer.load, retention=Retention(), facts={}
-    )
+    whole = Checkpoints(place, CheckpointContents(models={POLICY: checkpointer}), CheckpointConfig(asynchronous=False))
     written = whole.save(1) / POLICY
     if dist.get_rank() == 0:
         written.rename(folder)

@@ -16,9 +16,9 @@ from critic_weights import critic_weights
 from clipo_megatron.algorithms.algorithm import Algorithm
 from clipo_megatron.algorithms.build import build_algorithm
 from clipo_megatron.algorithms.hook import HookContext
-from clipo_megatron.checkpoint import Checkpoints, Owner
-from clipo_megatron.checkpoint.retention import Retention
-from clipo_megatron.config.schema import DType, LayoutConfig, RunConfig
+from clipo_megatron.checkpoint import CheckpointContents, CheckpointItem, Checkpoints
+from clipo_megatron.config.model_folder import POLICY
+from clipo_megatron.config.schema import CheckpointConfig, DType, LayoutConfig, RunConfig
 from clipo_megatron.flow import Prompt, Rollout, RolloutGroup, ScoredGroup, Verdict
 from clipo_megatron.policy import parallel
 from clipo_megatron.policy.actor import PolicyActor
@@ -199,15 +199,15 @@ def _checkpoints(folder: Path, actor: PolicyActor, algorithm: Algorithm, layout:
     """The checkpoints of the state that these steps have."""
     checkpointer, replays = TrainableCheckpointer(actor.trainable), ReplayCheckpointer(algorithm, actor.batcher)
     main, head = layout.rank == 0, actor.contrastive
-    owners = [
-        Owner("algorithm", algorithm.state_dict, algorithm.load_state_dict, writes=main),
-        Owner("replay", replays.state_dict, replays.load_state_dict, writes=main, gathers=True),
+    items = [
+        CheckpointItem("algorithm", algorithm, writes=main),
+        CheckpointItem("replay", replays, writes=main, gathers=True),
     ]
     if head is not None:
         leads = layout.tp_rank == 0 and layout.dp_rank == 0
-        owners.append(Owner("contrastive", head.state_dict, head.load_state_dict, writes=leads))
+        items.append(CheckpointItem("contrastive", head, writes=leads))
     return Checkpoints(
-        folder, owners, take_policy=checkpointer.take, load_policy=checkpointer.load, retention=Retention(), facts={}
+        folder, CheckpointContents(items, {POLICY: checkpointer}), CheckpointConfig(keep=0, asynchronous=False)
     )
 
 

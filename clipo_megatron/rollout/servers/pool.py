@@ -29,10 +29,11 @@ from clipo_megatron.rollout.servers.dispatch import PoolGeneration, RequestDispa
 from clipo_megatron.rollout.servers.hf_folder import write_folder
 from clipo_megatron.rollout.servers.http import EventLoop
 from clipo_megatron.rollout.servers.membership import STATE_S, Membership, PoolMember
-from clipo_megatron.rollout.servers.registry import FOLDER, Registry, Status
+from clipo_megatron.rollout.servers.registry import Registry, Status
 from clipo_megatron.rollout.servers.server import LiveServer, Server, ServerError
 from clipo_megatron.rollout.servers.sglang import SGLangServer
 from clipo_megatron.rollout.servers.vllm import VLLMServer
+from clipo_megatron.runtime.run_dir import SERVERS
 
 T = TypeVar("T")
 
@@ -96,7 +97,7 @@ class ServerPool:
             decode=decode,
             config=rollout.pool,
             endpoints=rollout.endpoints,
-            registry=Path(config.train.output) / FOLDER,
+            registry=Path(config.train.output) / SERVERS,
             router=rollout.router,
             api_key_env=rollout.api_key_env,
             model=config.model.path,

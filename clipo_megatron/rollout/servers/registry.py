@@ -11,8 +11,6 @@ from enum import Enum
 from pathlib import Path
 from typing import get_type_hints
 
-FOLDER = "servers"  # below train.output
-
 
 class Status(str, Enum):
     """The state of a server, as its supervisor sees it."""

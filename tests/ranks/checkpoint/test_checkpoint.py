@@ -1,4 +1,4 @@
-"""Checkpoints by themselves: complete or not there, damage noticed, old ones pruned, foreign ones refused in words."""
+"""Checkpoints: written completely or not at all, damage is noticed, old ones are removed, foreign ones refused."""
 
 import errno
 import json
@@ -8,20 +8,28 @@ import subprocess
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from full_disk import fill, small_disk
 
-from clipo_megatron.checkpoint import CheckpointError, Checkpoints, Owner
-from clipo_megatron.checkpoint.retention import Retention
+from clipo_megatron.checkpoint import CheckpointContents, CheckpointError, CheckpointItem, Checkpoints
+from clipo_megatron.config.model_folder import POLICY
+from clipo_megatron.config.schema import CheckpointConfig
 
 
 class Counter:
-    """An owner: a tensor, and plain values of every kind."""
+    """Has a state of a tensor and of plain values of every kind."""
 
     def __init__(self):
         self.state = {}
+
+    def state_dict(self):
+        return self.state
+
+    def load_state_dict(self, state):
+        self.state = state
 
     def fill(self, step):
         self.state = {
@@ -30,8 +38,18 @@ class Counter:
         }
 
 
+class Model:
+    """A "policy" that is never loaded; `take` returns its snapshot."""
+
+    def __init__(self, take):
+        self.take = take
+
+    def load(self, folder):
+        pass
+
+
 class Weights:
-    """A "policy" in one file a rank, described by a file of rank 0's."""
+    """The snapshot of a "policy": one file a rank, described by a file of rank 0."""
 
     def __init__(self, content, *, broken=None, gate=None):
         self.content, self.broken, self.gate = content, broken, gate
@@ -52,22 +70,21 @@ class Weights:
         files.write(".metadata", b"a pickle")
 
 
-def build(folder, *, keep=2, every=0, best=0, facts=None, said=None, **options):
-    """Checkpoints of two owners, one of them of every rank, and of a "policy" in one file a rank."""
+def build(folder, *, facts=None, said=None, accuracy=dict, **settings):
+    """Checkpoints of two items, one of them of every rank, and of a "policy" in one file a rank."""
     rank = torch.distributed.get_rank()
     head, sampler = Counter(), Counter()
+    contents = CheckpointContents(
+        [CheckpointItem("head", head, writes=rank == 0), CheckpointItem("sampler", sampler, per_rank=True)],
+        {POLICY: Model(lambda: Weights(bytes([rank, len(head.state.get("nested", {}))]) * 4096))},
+        {"model": {"hidden": 64, "layers": 4}, "layout": {"pp": 1}} if facts is None else facts,
+    )
     checkpoints = Checkpoints(
         Path(folder) / "checkpoints",
-        [
-            Owner("head", lambda: head.state, lambda state: setattr(head, "state", state), writes=rank == 0),
-            Owner("sampler", lambda: sampler.state, lambda state: setattr(sampler, "state", state), per_rank=True),
-        ],
-        take_policy=lambda: Weights(bytes([rank, len(head.state.get("nested", {}))]) * 4096),
-        load_policy=lambda place: None,
-        retention=Retention(keep, every, best),
-        facts={"model": {"hidden": 64, "layers": 4}, "layout": {"pp": 1}} if facts is None else facts,
+        contents,
+        CheckpointConfig(**{"asynchronous": False, "max_failed_saves": 1, **settings}),
         say=(said if said is not None else []).append,
-        **options,
+        accuracy=accuracy,
     )
     return checkpoints, head, sampler
 
@@ -141,8 +158,8 @@ def refused_latest(folder):
     return failure(newest, folder)
 
 
-def an_owner_more(folder):
-    """A checkpoint from before there was a certain owner, which gathers what all ranks have."""
+def an_item_more(folder):
+    """Load and save with one more item than an older checkpoint has; it gathers what all ranks have."""
     checkpoints = saved(folder, [1])
     rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
     loaded = []
@@ -153,8 +170,9 @@ def an_owner_more(folder):
         return {"ranks": shared if rank == 0 else []}
 
     for optional in (True, False):
-        owner = Owner("late", gathered, loaded.append, writes=rank == 0, gathers=True, optional=optional)
-        checkpoints.owners = [*checkpoints.owners[:2], owner]
+        late = SimpleNamespace(state_dict=gathered, load_state_dict=loaded.append)
+        item = CheckpointItem("late", late, writes=rank == 0, gathers=True, optional=optional)
+        checkpoints.contents.items = [*checkpoints.contents.items[:2], item]
         if optional:
             assert checkpoints.load(checkpoints.latest()) == 1 and not loaded
         else:
@@ -177,7 +195,7 @@ def save_something_odd(folder):
 
 
 @pytest.mark.parametrize(("world", "asynchronous"), [(1, False), (2, False), (1, True), (2, True)])
-def test_state_comes_back_to_the_bit_on_every_rank(ranks, tmp_path, world, asynchronous):
+def test_the_state_is_restored_bit_for_bit_on_every_rank(ranks, tmp_path, world, asynchronous):
     results = ranks.run(round_trip, world, tmp_path, asynchronous)
     assert results == [(5, "step_000005", True, True, True, False, (True, False))] * world
     files = sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file())
@@ -188,8 +206,8 @@ def test_state_comes_back_to_the_bit_on_every_rank(ranks, tmp_path, world, async
     assert listed == {name for name in files if "step_000005" in name}
 
 
-def test_an_owner_that_gathers_and_may_be_missing(ranks, tmp_path):
-    assert ranks.run(an_owner_more, 2, tmp_path) == [[{"ranks": [0, 1]}]] * 2
+def test_an_item_that_gathers_may_be_missing(ranks, tmp_path):
+    assert ranks.run(an_item_more, 2, tmp_path) == [[{"ranks": [0, 1]}]] * 2
 
 
 @pytest.mark.parametrize(
@@ -199,11 +217,11 @@ def test_an_owner_that_gathers_and_may_be_missing(ranks, tmp_path):
         ({"keep": 2}, [9, 10, 11], [10, 11]),
         ({"keep": 2}, [999_999, 1_000_000, 1_000_001], [1_000_000, 1_000_001]),  # by number, not by name
         ({"keep": 0}, [1, 2, 3], [1, 2, 3]),
-        ({"keep": 1, "every": 4}, [2, 4, 6, 8, 10], [4, 8, 10]),
-        ({"keep": 1, "best": 1}, [1, 2, 3, 4], [3, 4]),  # 2 and 3 are equally good
-        ({"keep": 1, "best": 2}, [1, 2, 3, 4], [2, 3, 4]),
-        ({"keep": 1, "best": 9, "asynchronous": True}, [1, 2, 3, 4], [1, 2, 3, 4]),
-        ({"keep": 2, "every": 5, "best": 1}, [1, 5, 10, 11, 12, 13], [1, 5, 10, 12, 13]),
+        ({"keep": 1, "keep_every": 4}, [2, 4, 6, 8, 10], [4, 8, 10]),
+        ({"keep": 1, "keep_best": 1}, [1, 2, 3, 4], [3, 4]),  # 2 and 3 are equally good
+        ({"keep": 1, "keep_best": 2}, [1, 2, 3, 4], [2, 3, 4]),
+        ({"keep": 1, "keep_best": 9, "asynchronous": True}, [1, 2, 3, 4], [1, 2, 3, 4]),
+        ({"keep": 2, "keep_every": 5, "keep_best": 1}, [1, 5, 10, 11, 12, 13], [1, 5, 10, 12, 13]),
     ],
 )
 def test_pruning(ranks, tmp_path, options, steps, left):
@@ -212,7 +230,7 @@ def test_pruning(ranks, tmp_path, options, steps, left):
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == names
 
 
-def test_what_a_killed_writer_left_is_ignored_and_removed(ranks, tmp_path):
+def test_leftovers_of_a_killed_writer_are_ignored_and_removed(ranks, tmp_path):
     ranks.run(saved_quietly, 1, tmp_path, [3])
     checkpoints = tmp_path / "checkpoints"
     # killed before the rename, even with a manifest; and killed while deleting an old one
@@ -249,7 +267,7 @@ def flip(path):
         (cut, "manifest.json", "manifest.json cannot be read"),
     ],
 )
-def test_damage_is_noticed_and_an_older_one_used(ranks, tmp_path, damage, file, reason):
+def test_a_damaged_checkpoint_is_reported_and_an_older_one_used(ranks, tmp_path, damage, file, reason):
     ranks.run(saved_quietly, 2, tmp_path, [3, 6])
     damage(tmp_path / "checkpoints" / "step_000006" / file)
     for name, said in ranks.run(newest, 2, tmp_path):
@@ -262,7 +280,7 @@ def test_damage_is_noticed_and_an_older_one_used(ranks, tmp_path, damage, file, 
     assert ranks.run(newest, 2, tmp_path) == [("step_000006", [])] * 2
 
 
-def test_nothing_but_damage_is_no_reason_to_start_over(ranks, tmp_path):
+def test_a_run_with_only_damaged_checkpoints_does_not_start_over(ranks, tmp_path):
     assert ranks.run(newest, 1, tmp_path) == [(None, [])]
     ranks.run(saved_quietly, 1, tmp_path, [3])
     cut(tmp_path / "checkpoints" / "step_000003" / "head.json")
@@ -275,11 +293,11 @@ def test_nothing_but_damage_is_no_reason_to_start_over(ranks, tmp_path):
 def load_flipped(folder):
     checkpoints = saved(folder, [3])
     flip(checkpoints.folder / "step_000003" / "policy" / ".metadata")
-    checkpoints.load_policy = lambda place: pytest.fail("it was read")
+    checkpoints.contents.models[POLICY].load = lambda folder: pytest.fail("it was read")
     return failure(checkpoints.load, checkpoints.folder / "step_000003")
 
 
-def test_no_changed_pickle_is_read(ranks, tmp_path):
+def test_a_changed_pickle_is_not_read(ranks, tmp_path):
     ((kind, message),) = ranks.run(load_flipped, 1, tmp_path)
     assert kind == "CheckpointError"
     assert "step_000003 is damaged: the bytes of policy/.metadata are not those that were written" in message
@@ -294,7 +312,7 @@ def test_no_changed_pickle_is_read(ranks, tmp_path):
         ({"contrastive head": {"dim": 8}}, ["contrastive head = nothing", "dim 8"]),
     ],
 )
-def test_a_foreign_checkpoint_is_refused_in_words(ranks, tmp_path, facts, words):
+def test_the_message_says_why_a_foreign_checkpoint_is_refused(ranks, tmp_path, facts, words):
     ranks.run(saved_quietly, 1, tmp_path, [3])
     ((kind, message),) = ranks.run(refused_facts, 1, tmp_path, facts)
     assert kind == "CheckpointError"
@@ -307,7 +325,7 @@ def restore_and_hear(folder, facts):
     return checkpoints.load(checkpoints.latest()), said
 
 
-def test_what_an_older_checkpoint_does_not_record_is_said(ranks, tmp_path):
+def test_facts_that_an_older_checkpoint_lacks_are_reported(ranks, tmp_path):
     ranks.run(saved_quietly, 1, tmp_path, [3])
     facts = {"model": {"hidden": 64, "layers": 4, "rope theta": 1e4, "heads": 4}}
     ((step, (line,)),) = ranks.run(restore_and_hear, 1, tmp_path, facts)
@@ -324,7 +342,7 @@ def test_another_layout_and_number_of_ranks(ranks, tmp_path):
     assert ranks.run(restore, 1, tmp_path, facts) == [3]
 
 
-def test_what_cannot_be_written_is_said(ranks, tmp_path):
+def test_a_checkpoint_that_cannot_be_written_is_an_error(ranks, tmp_path):
     ((kind, message),) = ranks.run(save_onto_a_file, 1, tmp_path)
     assert kind == "CheckpointError"
     assert "step_000001 cannot be written" in message
@@ -346,21 +364,21 @@ def overlapping(folder):
     checkpoints, head, sampler = build(folder, said=said, asynchronous=True)
     gates = {step: threading.Event() for step in (1, 2)}
     head.fill(1)
-    checkpoints.take_policy = lambda: Weights(bytes([rank, 1]), gate=gates[1])
+    checkpoints.contents.models[POLICY].take = lambda: Weights(bytes([rank, 1]), gate=gates[1])
     sampler.fill(1)
     checkpoints.save(1)
     head.state["tensor"].fill_(77.0)
     head.state["nested"]["t"].append("later")
-    checkpoints.news()
+    checkpoints.poll()
     before = [path.name for path in checkpoints.complete()]
     # the other rank may go on earlier, but no rank sees the second before all have the first
     threading.Timer(0.3 * rank, gates[1].set).start()
-    checkpoints.take_policy = lambda: Weights(bytes([rank, 1]), gate=gates[2])
+    checkpoints.contents.models[POLICY].take = lambda: Weights(bytes([rank, 1]), gate=gates[2])
     checkpoints.save(2)
     between = [path.name for path in checkpoints.complete()]
     gates[2].set()
-    while checkpoints._writing is not None:
-        checkpoints.news()
+    while checkpoints._writer is not None:
+        checkpoints.poll()
     again, restored, _ = build(folder)
     again.load(Path(folder) / "checkpoints" / "step_000001")
     expected = Counter()
@@ -369,7 +387,7 @@ def overlapping(folder):
 
 
 @pytest.mark.parametrize("world", [1, 2])
-def test_a_checkpoint_holds_the_moment_it_was_taken_at(ranks, tmp_path, world):
+def test_a_checkpoint_holds_the_state_of_the_moment_of_saving(ranks, tmp_path, world):
     first, both = ["step_000001"], ["step_000001", "step_000002"]
     assert ranks.run(overlapping, world, tmp_path) == [([], first, both, True, [])] * world
 
@@ -377,11 +395,11 @@ def test_a_checkpoint_holds_the_moment_it_was_taken_at(ranks, tmp_path, world):
 def failing(folder, failures, asynchronous):
     """Saves that fail on the last rank, but for the first and the fourth."""
     rank, world, said, outcomes = torch.distributed.get_rank(), torch.distributed.get_world_size(), [], []
-    checkpoints, head, sampler = build(folder, said=said, failures=failures, asynchronous=asynchronous)
+    checkpoints, head, sampler = build(folder, said=said, max_failed_saves=failures, asynchronous=asynchronous)
     for step in range(1, 8):
         head.fill(step), sampler.fill(step)
         broken = OSError(errno.ENOSPC, "No space left on device", "weights") if rank == world - 1 else None
-        checkpoints.take_policy = lambda broken=broken, step=step: Weights(
+        checkpoints.contents.models[POLICY].take = lambda broken=broken, step=step: Weights(
             b"x" * 100, broken=None if step in (1, 4) else broken
         )
         outcomes.append(failure(checkpoints.save, step))
@@ -394,7 +412,7 @@ def failing(folder, failures, asynchronous):
 
 
 @pytest.mark.parametrize(("world", "asynchronous"), [(1, True), (2, True), (2, False)])
-def test_errors_of_writing_surface_on_all_ranks_and_cost_nothing_that_is_safe(ranks, tmp_path, world, asynchronous):
+def test_write_errors_reach_all_ranks_and_leave_older_checkpoints_alone(ranks, tmp_path, world, asynchronous):
     for outcomes, said, names, has in ranks.run(failing, world, tmp_path, 3, asynchronous):
         assert outcomes[:-1] == [None] * 6  # 1 good, 2 and 3 fail, 4 good, 5 and 6 fail, and 7 is one too many
         kind, message = outcomes[-1]
@@ -412,7 +430,7 @@ def test_errors_of_writing_surface_on_all_ranks_and_cost_nothing_that_is_safe(ra
 def hanging(folder):
     gate = threading.Event()
     checkpoints, _, _ = build(folder, asynchronous=True, deadline_s=0.5)
-    checkpoints.take_policy = lambda: Weights(b"x", gate=gate)
+    checkpoints.contents.models[POLICY].take = lambda: Weights(b"x", gate=gate)
     checkpoints.save(1)
     start = time.monotonic()
     said = failure(checkpoints.wait)
@@ -438,7 +456,7 @@ def disk(tmp_path):
 def two_saves(folder, between, failures=1):
     """Save, let something happen to the disk, save again; then what is there, and what the next run finds."""
     said = []
-    checkpoints, head, sampler = build(folder, said=said, asynchronous=True, failures=failures)
+    checkpoints, head, sampler = build(folder, said=said, asynchronous=True, max_failed_saves=failures)
     for step in (1, 2):
         head.fill(step), sampler.fill(step)
         checkpoints.save(step)
@@ -454,7 +472,7 @@ def make_read_only(disk):
 
 
 @pytest.mark.parametrize(("happens", "reason"), [(fill, "No space left"), (make_read_only, "Read-only file system")])
-def test_a_disk_that_takes_nothing_more_keeps_what_is_safe(ranks, disk, happens, reason):
+def test_older_checkpoints_survive_a_disk_that_cannot_be_written(ranks, disk, happens, reason):
     for (kind, message), found, _ in ranks.run(two_saves, 2, disk, happens):
         assert kind == "CheckpointError" and reason in message and "step_000002 cannot be written" in message
         assert found == "step_000001"

@@ -9,11 +9,11 @@ from conversion_steps import contents, differing, export_model, import_model, te
 from policy_steps import configuration
 from tiny_models import tiny_llama, tiny_qwen2
 
-from clipo_megatron.checkpoint import Checkpoints
-from clipo_megatron.checkpoint.retention import Retention
+from clipo_megatron.checkpoint import CheckpointContents, Checkpoints
 from clipo_megatron.checks.run import check
 from clipo_megatron.config.errors import ConfigError
-from clipo_megatron.config.schema import DType, EngineKind, LayoutConfig
+from clipo_megatron.config.model_folder import POLICY
+from clipo_megatron.config.schema import CheckpointConfig, DType, EngineKind, LayoutConfig
 from clipo_megatron.policy import parallel
 from clipo_megatron.policy.actor import PolicyActor
 from clipo_megatron.policy.checkpoint.state import TrainableCheckpointer
@@ -39,16 +39,11 @@ def checkpointed(model: str, folder: str, sizes: dict[str, int]) -> str:
         for group in actor.trainable.optimizer.inner.optimizer.param_groups:
             for master in group["params"]:
                 master.add_(2.0**-20)
-    checkpoints = Checkpoints(
-        Path(folder),
-        [],
-        take_policy=(keeper := TrainableCheckpointer(actor.trainable)).take,
-        load_policy=keeper.load,
-        retention=Retention(),
-        facts={},
-        beside=sidecar_files(model) if torch.distributed.get_rank() == 0 else None,
+    contents = CheckpointContents(
+        models={POLICY: TrainableCheckpointer(actor.trainable)},
+        sidecar_files=sidecar_files(model) if torch.distributed.get_rank() == 0 else {},
     )
-    return str(checkpoints.save(3))
+    return str(Checkpoints(Path(folder), contents, CheckpointConfig(asynchronous=False)).save(3))
 
 
 @pytest.mark.parametrize("sizes", [{"tp": 4}, {"tp": 2, "pp": 2}])

@@ -2,7 +2,7 @@
 
 from small_runs import write_model
 
-from clipo_megatron.evaluation.asking import evaluate, evaluation_params
+from clipo_megatron.evaluation.evaluate import evaluate, evaluation_params
 
 
 def evaluate_here(answers):
@@ -12,6 +12,7 @@ def evaluate_here(answers):
     from clipo_megatron.config.schema import EvalConfig, RewardConfig, RolloutConfig
     from clipo_megatron.flow import Prompt, Rollout, RolloutGroup
     from clipo_megatron.rewards.pool import GraderPool
+    from clipo_megatron.rollout.source import RolloutSource
 
     class Spoken:
         def generate(self, prompts, params, *, deadline_s, should_cancel):
@@ -24,15 +25,15 @@ def evaluate_here(answers):
                 ]
                 yield RolloutGroup(position, prompt, rollouts)
 
-    rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    world = torch.distributed.get_world_size()
     prompts = [
         Prompt(name, ({"role": "user", "content": "?"},), torch.zeros(1, dtype=torch.long), "openai/gsm8k", "7")
         for name in answers
     ]
     params = evaluation_params(EvalConfig(), RolloutConfig(), (1,), seed=3)
     with GraderPool(RewardConfig(deadline_s=5.0)) as pool:
-        mine = range(rank, len(prompts), world)
-        return evaluate(Spoken(), pool, prompts, mine, params, step=4, deadline_s=60)
+        source = RolloutSource(Spoken(), range(world), lambda: None)
+        return evaluate(source, pool, prompts, params, step=4, deadline_s=60)
 
 
 def evaluate_losing_engines(folder):
@@ -46,6 +47,7 @@ def evaluate_losing_engines(folder):
     from clipo_megatron.flow import Prompt
     from clipo_megatron.rewards.pool import GraderPool
     from clipo_megatron.rollout.local.engine import LocalEngine
+    from clipo_megatron.rollout.source import RolloutSource
 
     rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
     weights = load_file(folder / "model.safetensors")
@@ -64,8 +66,8 @@ def evaluate_losing_engines(folder):
                 recoveries.append(1)
                 engine.load_weights(weights.items(), version=2)
 
-            mine = range(rank, len(prompts), world)
-            results.append(evaluate(engine, pool, prompts, mine, params, step=2, deadline_s=60, resync=resync))
+            source = RolloutSource(engine, range(world), resync)
+            results.append(evaluate(source, pool, prompts, params, step=2, deadline_s=60))
             losses.append(engine.losses)
     return results, len(recoveries), losses
 
@@ -79,7 +81,7 @@ def test_an_engine_that_is_lost_changes_no_result(ranks, tmp_path):
     assert 0 < undisturbed.accuracy < 1
 
 
-def test_an_ungraded_answer_is_not_solved(ranks):
+def test_an_ungraded_response_counts_as_wrong(ranks):
     right, wrong, never = ("\\boxed{7}", "stop"), ("\\boxed{8}", "length"), ("\\boxed{9^{9^{9^{9^9}}}!!}", "stop")
     answers = {"s/0": [right, right], "s/1": [wrong, right], "s/2": [right, never], "s/3": [wrong, wrong]}
     first, second = ranks.run(evaluate_here, 2, answers)

@@ -12,9 +12,9 @@ from policy_steps import configuration
 from tiny_models import tiny_llama
 from update_steps import VOCAB, actor_on
 
-from clipo_megatron.checkpoint import Checkpoints
-from clipo_megatron.checkpoint.retention import Retention
-from clipo_megatron.config.schema import DType, LayoutConfig, RunConfig
+from clipo_megatron.checkpoint import CheckpointContents, Checkpoints
+from clipo_megatron.config.model_folder import POLICY
+from clipo_megatron.config.schema import CheckpointConfig, DType, LayoutConfig, RunConfig
 from clipo_megatron.policy.actor import PolicyActor
 from clipo_megatron.policy.checkpoint.snapshot import HostBuffer, boxes
 from clipo_megatron.policy.checkpoint.state import TrainableCheckpointer
@@ -73,16 +73,15 @@ def saved_before(change, waits: bool, config: RunConfig, layout: LayoutConfig, f
         return copies(buffer, tensors)
 
     checkpointer = TrainableCheckpointer(actor.trainable)
-    checkpoints = Checkpoints(
-        folder, [], take_policy=checkpointer.take, load_policy=checkpointer.load, retention=Retention(1), facts={}
-    )
+    contents = CheckpointContents(models={POLICY: checkpointer})
+    checkpoints = Checkpoints(folder, contents, CheckpointConfig(keep=1, asynchronous=False))
     checkpoints.save(1)
     train_a_little(actor, config, steps=1)
-    checkpoints.asynchronous, HostBuffer.copies = True, late
+    checkpoints.settings.asynchronous, HostBuffer.copies = True, late
 
     def wait_for_snapshot() -> None:
         begin.set()
-        checkpoints.settle()
+        checkpoints.wait_for_snapshot()
 
     actor.trainable.pre_mutation_hook = wait_for_snapshot if waits else lambda: None
     try:
@@ -129,9 +128,8 @@ def test_what_changes_the_state_waits_until_it_is_copied(ranks, tmp_path, change
 def written_at_once(config: RunConfig, layout: LayoutConfig, folder: Path) -> tuple[bool, bool]:
     actor = actor_on(config, layout)
     checkpointer = TrainableCheckpointer(actor.trainable)
-    checkpoints = Checkpoints(
-        folder, [], take_policy=checkpointer.take, load_policy=checkpointer.load, retention=Retention(1), facts={}
-    )
+    contents = CheckpointContents(models={POLICY: checkpointer})
+    checkpoints = Checkpoints(folder, contents, CheckpointConfig(keep=1, asynchronous=False))
     for step in (1, 2):
         train_a_little(actor, config, steps=1)
         checkpoints.save(step)

@@ -1,4 +1,4 @@
-"""What a run keeps of its steps: states the same in every layout, nothing twice after a resume, and a trace by rank."""
+"""The recorder: states are the same in every layout, nothing is recorded twice, and traces have every rank."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -128,7 +128,7 @@ def test_texts_and_traces(alone):
         assert rank["peak_memory"] > 50 * 2**20
 
 
-def test_a_resumed_run_has_nothing_twice(model, alone, ranks, tmp_path):
+def test_a_resumed_run_records_nothing_twice(model, alone, ranks, tmp_path):
     output = tmp_path / "run"
     ranks.run(record, 1, model, str(output), ALONE)
     kept = file_of(output / "states", 0).stat().st_mtime_ns
@@ -158,7 +158,7 @@ def test_files_of_states(tmp_path):
     assert [path.name for path in sorted(tmp_path.iterdir())] == ["step_000007.safetensors", "step_000008.safetensors"]
 
 
-def test_a_full_disk_costs_the_states_and_not_the_run(tmp_path, capfd):
+def test_a_full_disk_loses_the_states_and_not_the_run(tmp_path, capfd):
     from clipo_megatron.telemetry.states import StateWriter
 
     (tmp_path / "states").write_text("in the way")

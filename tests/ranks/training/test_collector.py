@@ -1,4 +1,4 @@
-"""A step's groups: which prompts are asked, and which groups train."""
+"""The collector: which prompts are requested, and which groups train."""
 
 from __future__ import annotations
 
@@ -15,8 +15,9 @@ from clipo_megatron.config.schema import RolloutConfig
 from clipo_megatron.data.sampler import PromptSampler
 from clipo_megatron.flow import RolloutGroup, ScoredGroup, Verdict
 from clipo_megatron.rollout.engine import Request
-from clipo_megatron.training.collector import _StepCounters, has_reward_variance
-from clipo_megatron.training.prompt_assignment import choose, deal, oversampled, share
+from clipo_megatron.training.collector import _StepCounters
+from clipo_megatron.training.group_buffer import has_reward_variance
+from clipo_megatron.training.prompt_assignment import assign_in_turn, oversampled, select_groups, share
 
 
 @pytest.fixture(scope="module")
@@ -27,37 +28,37 @@ def model(tmp_path_factory) -> Path:
 # ---------------------------------------------------------------- one page of rules
 
 
-def test_prompts_are_dealt_in_turn():
-    assert deal([2, 1, 3]) == [0, 1, 2, 0, 2, 2]
-    assert deal([]) == deal([0, -2]) == []
+def test_prompts_are_assigned_in_turn():
+    assert assign_in_turn([2, 1, 3]) == [0, 1, 2, 0, 2, 2]
+    assert assign_in_turn([]) == assign_in_turn([0, -2]) == []
     for world, count in [(1, 5), (3, 7), (4, 3)]:
         room = [share(count, range(world), rank) for rank in range(world)]
-        assert deal(room) == [index % world for index in range(count)]
+        assert assign_in_turn(room) == [index % world for index in range(count)]
     assert share(5, [0, 2], 1) == 0
     assert [share(5, [0, 2], rank) for rank in (0, 2)] == [3, 2]
 
 
-def test_over_sampling_asks_for_whole_prompts():
+def test_over_sampling_requests_whole_prompts():
     assert [oversampled(10, factor) for factor in (1.0, 1.1, 1.11, 1.5, 2.0)] == [10, 11, 12, 15, 20]
     assert [oversampled(quota, 1.5) for quota in (0, 1, 2, 3)] == [0, 2, 3, 5]
 
 
-def test_groups_that_teach_come_first():
+def test_groups_with_reward_variance_come_first():
     groups = {7: (0, False), 2: (1, True), 5: (0, False), 9: (1, True), 3: (0, True)}
-    assert choose(groups, 2) == ({2: 0, 3: 1}, [9])
-    assert choose(groups, 3) == ({2: 0, 3: 1, 9: 2}, [])
-    assert choose(groups, 4) == ({2: 0, 3: 1, 5: 2, 9: 3}, [])
+    assert select_groups(groups, 2) == ({2: 0, 3: 1}, [9])
+    assert select_groups(groups, 3) == ({2: 0, 3: 1, 9: 2}, [])
+    assert select_groups(groups, 4) == ({2: 0, 3: 1, 5: 2, 9: 3}, [])
 
 
-def test_no_round_begins_that_would_miss_the_deadline():
+def test_no_round_starts_that_would_miss_the_deadline():
     assert _StepCounters().has_time(0.0), "the first round always begins"
-    assert _StepCounters(spent_s=[4.0]).has_time(8.1) and not _StepCounters(spent_s=[4.0]).has_time(8.0)
-    assert _StepCounters(spent_s=[1.0, 4.0, 5.0]).has_time(8.1) and not _StepCounters(spent_s=[1.0, 4.0, 5.0]).has_time(
-        7.9
-    )
+    assert _StepCounters(elapsed_s=[4.0]).has_time(8.1) and not _StepCounters(elapsed_s=[4.0]).has_time(8.0)
+    assert _StepCounters(elapsed_s=[1.0, 4.0, 5.0]).has_time(8.1) and not _StepCounters(
+        elapsed_s=[1.0, 4.0, 5.0]
+    ).has_time(7.9)
 
 
-def test_a_group_teaches_with_right_and_wrong():
+def test_a_group_with_right_and_wrong_answers_has_reward_variance():
     def scored(*correct: bool | None) -> ScoredGroup:
         return ScoredGroup(RolloutGroup(0, prompts(1)[0], []), [Verdict(each, 0.0) for each in correct])
 
@@ -71,7 +72,7 @@ def test_a_group_teaches_with_right_and_wrong():
 
 
 @pytest.mark.parametrize("world", [1, 2, 3])
-def test_a_plain_step_asks_what_the_sampler_says(ranks: RankPool, model: Path, world: int):
+def test_a_plain_step_requests_the_prompts_that_the_sampler_draws(ranks: RankPool, model: Path, world: int):
     results = ranks.run(run_steps, world, model, RolloutConfig(), 2, {})
     sampler, known = PromptSampler(400, 6, seed=3), prompts(400)
     for groups, counts in zip(merged(results), results[0]["metrics"], strict=True):
@@ -101,7 +102,7 @@ def dynamic_sampling_by_hand(folder: Path, size: int, rounds: int) -> list[Any]:
 
 
 @pytest.mark.parametrize("rounds", [1, 6])
-def test_groups_that_teach_nothing_are_replaced(ranks: RankPool, model: Path, rounds: int):
+def test_zero_advantage_groups_are_replaced(ranks: RankPool, model: Path, rounds: int):
     (expected, asked), *_ = ranks.run(dynamic_sampling_by_hand, 1, model, 6, rounds)
     mixed = sum(len(set(group[3])) == 2 for group in expected)
     assert (mixed < 6) == (rounds == 1), "the cap and the way to a full batch are both to be seen"

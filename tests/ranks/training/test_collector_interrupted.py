@@ -1,4 +1,4 @@
-"""A step's groups when the engine is lost, stopped or left running: every prompt is accounted for, and carried over."""
+"""The collector with an engine that is lost, stopped or left running: no prompt is lost or used twice."""
 
 from __future__ import annotations
 
@@ -16,13 +16,12 @@ from interrupted_engine import InterruptedEngine
 from ranks import RankError, RankPool
 from small_runs import write_model
 
-from clipo_megatron.checkpoint import Checkpoints, Owner
-from clipo_megatron.checkpoint.retention import Retention
-from clipo_megatron.config.schema import RolloutConfig, Unfinished
+from clipo_megatron.checkpoint import CheckpointContents, CheckpointItem, Checkpoints
+from clipo_megatron.config.schema import CheckpointConfig, RolloutConfig, Unfinished
 from clipo_megatron.data.sampler import PromptSampler
 from clipo_megatron.flow import Rollout, RolloutGroup
 from clipo_megatron.rollout.engine import Cancelled, EngineError, Request, SamplingParams, never
-from clipo_megatron.training.collector import has_reward_variance, is_whole
+from clipo_megatron.training.group_buffer import has_reward_variance, is_complete
 
 
 @pytest.fixture(scope="module")
@@ -134,7 +133,7 @@ def test_every_prompt_is_accounted_for_once(ranks: RankPool, model: Path, name: 
         assert sum(sum(result["mixed"]) for result in results) > 0
 
 
-def test_the_faults_happen(ranks: RankPool, model: Path):
+def test_every_kind_of_interruption_happens(ranks: RankPool, model: Path):
     """What the accounts above are worth: with these seeds every kind of interruption is there."""
     config = replace(SETTINGS["resume"])
     runs = [ranks.run(account, 1, model, config, seed, None)[0] for seed in range(4)]
@@ -189,7 +188,7 @@ class Sleeper(InterruptedEngine):
 
 def untrue(folder: Path, kind: type[InterruptedEngine]) -> None:
     with Bench(folder, RolloutConfig(), interrupted={"seed": 0}) as bench:
-        bench.collector.engine = kind(bench.engine.engine, 0)
+        bench.collector.source.engine = kind(bench.engine.engine, 0)
         bench.collector.collect(0)
 
 
@@ -212,17 +211,19 @@ def should_cancel(folder: Path, config: RolloutConfig, who: int | None) -> Any:
             bench.collector.collect(step)
             bench.update_weights(step + 1)
         if config.unfinished is Unfinished.keep_running:
-            bench.collector.withdraw()  # as before a checkpoint that is to hold what was generated
+            bench.collector.stop_running()  # as before a checkpoint that is to hold what was generated
         before = bench.sampler.state_dict(), bench.collector.state_dict()
         if who is not None:
             answered = len(bench.engine.answered)
-            bench.collector.should_cancel = lambda: dist.get_rank() == who and len(bench.engine.answered) > answered
+            bench.collector.source.should_cancel = lambda: (
+                dist.get_rank() == who and len(bench.engine.answered) > answered
+            )
             with pytest.raises(Cancelled):
                 bench.collector.collect(2)
             assert (dist.get_rank() == who) <= (len(bench.engine.answered) > answered), "groups are thrown away"
             assert _comparable(before) == _comparable((bench.sampler.state_dict(), bench.collector.state_dict()))
             bench.graders.collect()
-            bench.collector.should_cancel = never
+            bench.collector.source.should_cancel = never
         scored, counts = bench.collector.collect(2)
         # Which of too many groups finish first is drawn from the engine's seed, and differs.
         return (facts(scored), counts["rollout/rounds"]) if config.over_sampling == 1.0 else None
@@ -239,7 +240,7 @@ def _comparable(state: tuple[Any, Any]) -> Any:
 
 @pytest.mark.parametrize("world", [1, 2, 3])
 @pytest.mark.parametrize("name", ["plain", "refill", "refill, resume", "keep running"])
-def test_a_step_that_is_given_up_leaves_no_trace(ranks: RankPool, model: Path, world: int, name: str):
+def test_a_cancelled_step_leaves_no_trace(ranks: RankPool, model: Path, world: int, name: str):
     undisturbed = ranks.run(should_cancel, world, model, SETTINGS[name], None)
     assert ranks.run(should_cancel, world, model, SETTINGS[name], world - 1) == undisturbed
 
@@ -251,8 +252,8 @@ def save_carried(folder: Path, config: RolloutConfig, checkpoints: Path, left_op
     with Bench(folder, config, interrupted={"seed": 1}) as bench:
         bench.collector.collect(0)
         if left_open:
-            bench.collector.withdraw()
-            bench.collector.withdraw()
+            bench.collector.stop_running()
+            bench.collector.stop_running()
         _checkpoints(bench, checkpoints).save(1)
         carried = sorted([*bench.collector._carried, *bench.collector._running], key=lambda each: each.position)
         return [(each.prompt.id, begun_facts(each)) for each in carried]
@@ -274,12 +275,11 @@ def begun_facts(request: Request) -> list[Any]:
 def _checkpoints(bench: Bench, folder: Path) -> Checkpoints:
     main = dist.get_rank() == 0
     collector = bench.collector
-    owners = [
-        Owner("sampler", bench.sampler.state_dict, bench.sampler.load_state_dict, writes=main),
-        Owner("rollouts", collector.state_dict, collector.load_state_dict, writes=main, gathers=True, optional=True),
+    items = [
+        CheckpointItem("sampler", bench.sampler, writes=main),
+        CheckpointItem("rollouts", collector, writes=main, gathers=True, optional=True),
     ]
-    nothing = {"take_policy": lambda: None, "load_policy": lambda folder: None}
-    return Checkpoints(folder, owners, **nothing, retention=Retention(), facts={})
+    return Checkpoints(folder, CheckpointContents(items), CheckpointConfig(asynchronous=False))
 
 
 @pytest.mark.parametrize("name", ["resume", "keep running", "withdrawn"])
@@ -332,5 +332,5 @@ def test_only_complete_groups_wait_without_an_engine():
         return Rollout(torch.zeros(1).long(), torch.zeros(1), "", finish, torch.zeros(1).long(), sample)
 
     request = Request(0, prompts(1)[0], (rollout(0, "stop"), rollout(1, "length")))
-    assert is_whole(request, 2) and not is_whole(request, 3)
-    assert not is_whole(request._replace(begun=(rollout(0, "stop"), rollout(1, "abort"))), 2)
+    assert is_complete(request, 2) and not is_complete(request, 3)
+    assert not is_complete(request._replace(begun=(rollout(0, "stop"), rollout(1, "abort"))), 2)

@@ -1,4 +1,4 @@
-"""Rollouts that grow in windows: every token trains once, in the step that drew it."""
+"""Rollouts that grow in windows: every token trains once, in the step that generated it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the ranks of a run agree on: that they were asked to end, and how long learning rates fall."""
+"""A stop signal reaches all ranks at the same step; learning rates decay over the updates that are made."""
 
 import signal
 
@@ -10,14 +10,14 @@ from update_steps import actor_on
 from clipo_megatron.config.load import load
 from clipo_megatron.config.schema import LayoutConfig
 from clipo_megatron.data.prompts import load_tokenizer
-from clipo_megatron.training.stop_signal import SIGNALS, StopRequest
+from clipo_megatron.training.stop_signal import SIGNALS, StopSignal
 
 
 def a_signal_while_the_ranks_agree() -> list[tuple[bool, int]]:
     """Rank 1 is asked to end after it has told the others that it was not."""
     handlers = {name: signal.getsignal(name) for name in SIGNALS}
-    stop, reduce, answers = StopRequest(announce=False, patience_s=60.0), dist.all_reduce, []
-    stop.watch()
+    stop, reduce, answers = StopSignal(announce=False, grace_period_s=60.0), dist.all_reduce, []
+    stop.install()
 
     def all_reduce(*args, **kwargs):
         reduce(*args, **kwargs)
@@ -27,7 +27,7 @@ def a_signal_while_the_ranks_agree() -> list[tuple[bool, int]]:
     dist.all_reduce = all_reduce
     try:
         for _ in range(3):
-            answers.append((stop.agreed(), stop.signum))
+            answers.append((stop.on_any_rank(), stop.signum))
     finally:
         dist.all_reduce = reduce
         for name, handler in handlers.items():
@@ -35,7 +35,7 @@ def a_signal_while_the_ranks_agree() -> list[tuple[bool, int]]:
     return answers
 
 
-def test_a_signal_is_never_lost_and_all_ranks_hear_of_it_at_once(ranks):
+def test_a_signal_is_never_lost_and_reaches_all_ranks_at_the_same_step(ranks):
     asked = (True, signal.SIGUSR1)
     assert ranks.run(a_signal_while_the_ranks_agree, 2) == [
         [(False, 0), asked, asked],
@@ -56,7 +56,7 @@ def lengths_of_schedules(config):
     return [each.trainable.optimizer.schedule.lr_decay_steps for each in (actor, actor.critic)]
 
 
-def test_a_critic_falls_over_its_own_updates(small, ranks):
+def test_the_critics_learning_rate_decays_over_its_own_updates(small, ranks):
     """Neither replays nor steps in which the policy waits are among them."""
     settings = ("algorithm.name=ppo", "algorithm.plugins=[{name: pipo}]", "critic.epochs=3", "critic.warmup_steps=10")
     config = load(small[0], ["train.steps=84", "algorithm.epochs=2", *settings])

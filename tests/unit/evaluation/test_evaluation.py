@@ -1,4 +1,4 @@
-"""Held-out problems: what counts as solved, what is kept, and whether a gain is more than luck."""
+"""Evaluations: figures, result files, and whether a gain is more than chance."""
 
 import json
 from dataclasses import replace
@@ -6,10 +6,10 @@ from dataclasses import replace
 import pytest
 
 from clipo_megatron.config.load import load
-from clipo_megatron.evaluation.asking import evaluation_params
 from clipo_megatron.evaluation.comparing import compare, comparisons, refuse_other_problems
 from clipo_megatron.evaluation.errors import EvaluationError
 from clipo_megatron.evaluation.estimators import majority_at, mean_and_error, pass_at_k
+from clipo_megatron.evaluation.evaluate import evaluation_params
 from clipo_megatron.evaluation.results import (
     Evaluation,
     EvaluationSettings,
@@ -70,7 +70,7 @@ def test_every_set_weighs_the_same_in_the_mean_of_sets():
     assert error == pytest.approx(result.figures("a").error / 2)
 
 
-def test_the_table_has_a_row_a_set():
+def test_the_table_has_a_row_for_each_set():
     result = Evaluation(7, MIXED, EvaluationSettings(samples=4, temperature=0.6, ks=(1, 2, 4)))
     headings, rows = result_table(result)
     assert headings[:4] == ["set", "problems", "pass@1", "± SE"] and "maj@4" in headings and "pass@1" in headings
@@ -137,7 +137,7 @@ def test_the_pairing_makes_the_interval_narrow():
     assert paired.high - paired.low < 0.006 < 2 * 1.96 * before.figures().error
 
 
-def test_comparison_table_has_a_row_a_set():
+def test_the_comparison_table_has_a_row_for_each_set():
     before = evaluation({"x/a/0": 0.0, "x/a/1": 0.0, "b/0": 1.0, "b/1": 1.0}, samples=1)
     after = evaluation({"x/a/0": 1.0, "x/a/1": 0.0, "b/0": 1.0, "b/1": 1.0}, samples=1)
     headings, rows = progress_table(before, after)
@@ -189,7 +189,7 @@ def closing_words(tmp_path, monkeypatch, *evaluations):
     return " ".join(lines), tables
 
 
-def test_training_pairs_the_same_problems_alone(tmp_path, monkeypatch):
+def test_training_compares_only_equal_problems(tmp_path, monkeypatch):
     before, after = (evaluation({"a/0": 0.0, "a/1": 1.0}, step, samples=1) for step in (0, 3))
     _, tables = closing_words(tmp_path, monkeypatch, before, after)
     assert tables == ["Held-out problems after 0 and 3 steps, paired (p: exact McNemar test)"]
@@ -203,7 +203,7 @@ def test_training_pairs_the_same_problems_alone(tmp_path, monkeypatch):
 # ---------------------------------------------------------------- files
 
 
-def test_results_are_kept_whole_and_later_ones_dropped(tmp_path):
+def test_results_are_written_whole_and_later_ones_removed(tmp_path):
     results = [evaluation({"a/0": 1.0, "a/1": 0.5}, step) for step in (0, 10, 999_999, 1_000_000)]
     for result in results:
         write_evaluation(tmp_path, result)
@@ -264,7 +264,7 @@ def test_a_file_that_is_no_result_is_named(tmp_path, text, message):
         ("step", "x", "step is 'x'"),
     ],
 )
-def test_values_that_cannot_be_are_damage(tmp_path, place, value, message):
+def test_impossible_values_count_as_damage(tmp_path, place, value, message):
     write_result(file := tmp_path / "x.json", Evaluation(7, MIXED, EvaluationSettings(samples=4, ks=(1, 4))))
     facts = json.loads(file.read_text())
     *room, name = place.split()
@@ -274,7 +274,7 @@ def test_values_that_cannot_be_are_damage(tmp_path, place, value, message):
         read_result(file)
 
 
-def test_another_result_takes_no_place(tmp_path):
+def test_no_other_result_is_overwritten(tmp_path):
     first = evaluation({"a/0": 1.0, "a/1": 0.5}, step=3)
     write_result(file := free_name(tmp_path, first), first)
     assert file == tmp_path / "step_000003.json"

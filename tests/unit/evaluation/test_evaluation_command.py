@@ -1,4 +1,4 @@
-"""`clipo eval` and `clipo compare`: what a target means, and that a checkpoint gets the result training gave it."""
+"""`clipo eval` and `clipo compare`: which runs and checkpoints a target means, and what is printed and written."""
 
 import json
 from dataclasses import asdict, replace
@@ -39,13 +39,13 @@ def run(tmp_path):
     return file, folder
 
 
-def test_a_configuration_is_taken_as_it_is(run):
+def test_a_configuration_is_used_unchanged(run):
     target, words = target_of(run[0], "train.output=there", "eval.samples=2")
     assert (target.checkpoint, target.config.train.output, target.config.eval.samples) == (None, "there", 2)
     assert words == [str(run[0]), "train.output=there", "eval.samples=2"]
 
 
-def test_a_run_is_taken_as_it_was_configured_and_where_it_is_now(run):
+def test_a_run_is_evaluated_as_it_was_configured_and_where_it_is_now(run):
     target, _ = target_of(run[1])
     assert target.config == replace(load(run[0]), train=replace(load(run[0]).train, output=str(run[1])))
     assert target.checkpoint is None
@@ -68,7 +68,7 @@ def test_sets_are_chosen_by_name(run):
         target_of(run[1], "--set", "c")
 
 
-def test_what_is_no_target_is_refused(run, tmp_path):
+def test_a_wrong_target_is_refused(run, tmp_path):
     with pytest.raises(EvaluationError, match=r"data.eval is empty"):
         target_of(run[1], "data.eval=[]")
     with pytest.raises(ConfigError, match=r"No configuration file"):
@@ -82,7 +82,7 @@ def test_what_is_no_target_is_refused(run, tmp_path):
         target_of(model)
 
 
-def test_a_checkpoint_that_is_not_there_is_told_from_those_that_are(run, tmp_path):
+def test_a_missing_checkpoint_is_reported_with_the_existing_ones(run, tmp_path):
     folder = run[1] / "checkpoints"
     with pytest.raises(EvaluationError, match=r"no checkpoint .*step_000099: .* has step_000001, step_000002"):
         target_of(folder / "step_000099")
@@ -94,7 +94,7 @@ def test_a_checkpoint_that_is_not_there_is_told_from_those_that_are(run, tmp_pat
         target_of(tmp_path / "nowhere" / "checkpoints" / "step_000001")
 
 
-def test_an_output_that_cannot_be_written_is_refused_before_anything_is_asked(run, tmp_path):
+def test_an_output_that_cannot_be_written_is_refused_before_anything_is_generated(run, tmp_path):
     with pytest.raises(EvaluationError, match=r"--output .* is a folder. Name a file"):
         target_of(run[1], "--output", tmp_path)
     (tmp_path / "file").write_text("")
@@ -135,7 +135,7 @@ def test_compare_prints_a_table_and_writes_its_figures(tmp_path, capsys):
     assert other[0] == {**found[0], "low": other[0]["low"], "high": other[0]["high"]}
 
 
-def test_compare_says_what_is_not_the_same(tmp_path, capsys):
+def test_compare_reports_other_settings_and_problems(tmp_path, capsys):
     first = result(tmp_path, "a.json", {"x/0": 2, "x/1": 0}, samples=4, temperature=0.6)
     second = result(tmp_path, "b.json", {"x/0": 3, "x/1": 0}, samples=4, temperature=1.0)
     assert cli.main(["compare", first, second]) == 0
@@ -152,7 +152,7 @@ def test_compare_says_what_is_not_the_same(tmp_path, capsys):
     assert "--seed -3" in capsys.readouterr().err
 
 
-def test_seeds_and_the_figures_shown_are_no_other_way_to_sample(tmp_path, capsys):
+def test_another_seed_or_other_ks_are_not_other_settings(tmp_path, capsys):
     first = result(tmp_path, "a.json", {"x/0": 1, "x/1": 0}, seed=0)
     second = result(tmp_path, "b.json", {"x/0": 1, "x/1": 1}, seed=7)
     assert cli.main(["compare", first, second]) == 0

@@ -1,4 +1,4 @@
-"""Figures of evaluations against what counting every possibility gives."""
+"""Estimators against an enumeration of all possibilities."""
 
 import itertools
 import math
@@ -50,7 +50,7 @@ def test_pass_at_k_against_every_subset(samples):
             assert pass_at_k(samples, correct, k) == pytest.approx(float(expected), abs=1e-15)
 
 
-def test_pass_at_k_far_out():
+def test_pass_at_k_of_very_many_samples():
     assert pass_at_k(10_000, 1, 100) == pytest.approx(0.01, rel=1e-12)
     assert pass_at_k(10_000, 9_999, 2) == 1.0
     # the product form of the paper's own code
@@ -181,7 +181,7 @@ def test_mcnemar_against_all_coin_tosses(changed):
         assert p == mcnemar_p_value(changed - gained, gained)
 
 
-def test_mcnemar_far_out():
+def test_mcnemar_of_very_many_problems():
     assert mcnemar_p_value(0, 0) == 1.0
     assert mcnemar_p_value(40, 0) == pytest.approx(2.0**-39)
     assert 0.0 <= mcnemar_p_value(5000, 100) < 1e-300
@@ -203,14 +203,14 @@ def test_the_figures_need_no_torch():
 # ---------------------------------------------------------------- seeds
 
 
-def test_intervals_over_seeds_are_students():
+def test_intervals_over_seeds_are_those_of_student():
     assert interval([1.0, 2.0, 3.0, 4.0, 5.0]) == (3.0, pytest.approx(2.7764 * math.sqrt(2.5 / 5), rel=1e-3))
     assert interval([2.0]) == (2.0, math.inf) and interval([2.0] * 9) == (2.0, 0.0)
     with pytest.raises(ValueError, match="no differences"):
         interval([])
 
 
-def test_intervals_between_seeds_that_are_no_pairs_are_welchs():
+def test_intervals_between_unpaired_seeds_are_those_of_welch():
     """By hand: variances 1 of 3 values and 4 of 4 make (1/3 + 1)^2 / ((1/3)^2 / 2 + 1 / 3) = 4.57 degrees, so 4."""
     before, after = [1.0, 2.0, 3.0], [7.0, 7.0, 7.0 + 4.0, 7.0]
     assert unpaired_interval(before, after) == (6.0, pytest.approx(2.7764 * math.sqrt(1 / 3 + 1), rel=1e-3))
@@ -220,7 +220,7 @@ def test_intervals_between_seeds_that_are_no_pairs_are_welchs():
 
 
 @pytest.mark.parametrize("count", [2, 5, 12])
-def test_intervals_hold_what_they_promise(count):
+def test_intervals_cover_the_true_value_as_often_as_they_should(count):
     """Of 2000 draws of so many seeds, 95% of the intervals hold the difference: 93.5% to 96.5%, three errors."""
     random_numbers = np.random.default_rng(count)
     paired = between = 0

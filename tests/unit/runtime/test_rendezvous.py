@@ -1,4 +1,4 @@
-"""Where the ranks of a job meet: at a port that is held, with everybody there, or with a word about who is not."""
+"""The rendezvous of the ranks of a job: a port that stays theirs, and messages about ranks that do not come."""
 
 import json
 import socket
@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from clipo_megatron.runtime.ports import LOOPBACK, PORTS, PortError, free_port, listen
-from clipo_megatron.runtime.rendezvous import FOLDER, RendezvousError, meet
+from clipo_megatron.runtime.rendezvous import FOLDER, RendezvousError, rendezvous
 
 
 def place(job, rank, world=2, **more):
@@ -23,8 +23,8 @@ def at_once():
         yield threads
 
 
-def test_ranks_meet_at_a_port_that_nobody_else_can_take(tmp_path, at_once):
-    stores = list(at_once.map(lambda rank: meet(place(tmp_path, rank, 3), timeout_s=20), range(3)))
+def test_ranks_rendezvous_at_a_port_that_nobody_else_can_take(tmp_path, at_once):
+    stores = list(at_once.map(lambda rank: rendezvous(place(tmp_path, rank, 3), timeout_s=20), range(3)))
     stores[2].set("word of 2", "heard")
     assert stores[0].get("word of 2") == b"heard"
     (file,) = (tmp_path / FOLDER).iterdir()
@@ -35,19 +35,19 @@ def test_ranks_meet_at_a_port_that_nobody_else_can_take(tmp_path, at_once):
         socket.create_server((LOOPBACK, port))
 
 
-def test_each_attempt_and_step_meets_anew(tmp_path, at_once):
+def test_each_attempt_and_step_has_its_own_rendezvous(tmp_path, at_once):
     stores = []
     for more in ({}, {"SLURM_RESTART_COUNT": "1"}, {"SLURM_STEP_ID": "2"}):
-        stores += at_once.map(lambda rank, more=more: meet(place(tmp_path, rank, **more), timeout_s=20), range(2))
+        stores += at_once.map(lambda rank, more=more: rendezvous(place(tmp_path, rank, **more), timeout_s=20), range(2))
     files = sorted((tmp_path / FOLDER).iterdir())
     assert [file.name for file in files] == ["7.0.1.json", "7.0.2.json", "7.1.1.json"]
     assert len({json.loads(file.read_text())["port"] for file in files}) == 3
 
 
-def test_whoever_did_not_come_is_named_to_those_who_did(tmp_path, at_once):
+def test_missing_ranks_are_named_on_every_rank_that_came(tmp_path, at_once):
     def said(rank):
         with pytest.raises(RendezvousError) as caught:
-            meet(place(tmp_path, rank, 4), timeout_s=1.0)
+            rendezvous(place(tmp_path, rank, 4), timeout_s=1.0)
         return str(caught.value)
 
     first, other = at_once.map(said, (0, 2))
@@ -57,19 +57,19 @@ def test_whoever_did_not_come_is_named_to_those_who_did(tmp_path, at_once):
 
 def test_a_rank_that_finds_no_file_says_where_it_looked(tmp_path):
     with pytest.raises(RendezvousError, match=r"rank 1 of 2, on n1, waited 1 s for rank 0 to write .*7\.0\.1\.json"):
-        meet(place(tmp_path, 1), timeout_s=1.0)
+        rendezvous(place(tmp_path, 1), timeout_s=1.0)
 
 
-def test_rank_0_that_has_gone_again_is_told(tmp_path):
+def test_a_rank_0_that_has_ended_is_reported(tmp_path):
     (tmp_path / FOLDER).mkdir()
     (tmp_path / FOLDER / "7.0.1.json").write_text(json.dumps({"host": LOOPBACK, "port": free_port()}))
     with pytest.raises(RendezvousError, match=r"rank 1 of 2, on n1, does not reach rank 0 at 127\.0\.0\.1:"):
-        meet(place(tmp_path, 1), timeout_s=1.0)
+        rendezvous(place(tmp_path, 1), timeout_s=1.0)
 
 
-def test_a_launcher_that_says_where_is_believed(tmp_path):
-    assert meet({"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": LOOPBACK, "MASTER_PORT": "1"}) is None
-    assert meet(place(tmp_path, 0, MASTER_PORT="1")) is None
+def test_without_a_job_or_with_a_master_port_torch_does_the_rendezvous(tmp_path):
+    assert rendezvous({"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": LOOPBACK, "MASTER_PORT": "1"}) is None
+    assert rendezvous(place(tmp_path, 0, MASTER_PORT="1")) is None
 
 
 def test_ports_are_below_the_ephemeral_ones():

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from clipo_megatron.runtime.run_dir import OutputError, claim, set_aside
+from clipo_megatron.runtime.run_dir import OutputError, lock_output, set_aside
 
 
 def test_results_of_earlier_runs_are_set_aside(tmp_path):
@@ -20,22 +20,22 @@ def test_results_of_earlier_runs_are_set_aside(tmp_path):
         assert (tmp_path / "previous" / str(number) / "checkpoints" / "step_000001").is_dir()
 
 
-def test_one_run_writes_to_a_folder(tmp_path, monkeypatch):
+def test_one_run_at_a_time_writes_to_a_folder(tmp_path, monkeypatch):
     monkeypatch.setattr("clipo_megatron.runtime.run_dir._LOCK_WAIT_S", 0.2)
     output = tmp_path / "deep" / "run"
-    lock = claim(output)
+    lock = lock_output(output)
     again = (
-        "from pathlib import Path; from clipo_megatron import output; output._LOCK_WAIT_S = 0.2; "
-        f"output.claim(Path({str(output)!r}))"
+        "from pathlib import Path; from clipo_megatron.runtime import run_dir; run_dir._LOCK_WAIT_S = 0.2; "
+        f"run_dir.lock_output(Path({str(output)!r}))"
     )
     done = subprocess.run([sys.executable, "-c", again], capture_output=True, text=True)
     assert "OutputError: process " in done.stderr
     assert "is writing to train.output = " in done.stderr
     lock.close()
-    claim(output).close()
+    lock_output(output).close()
 
 
-def test_an_output_folder_that_cannot_be_made_is_named(tmp_path):
+def test_an_output_folder_that_cannot_be_created_is_named(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(OutputError, match=r"train.output = .*file.run cannot be written to.*Choose another"):
-        claim(tmp_path / "file" / "run")
+        lock_output(tmp_path / "file" / "run")

@@ -1,4 +1,4 @@
-"""What people and programs read: metrics.jsonl, rollouts.jsonl, the live lines and the closing table."""
+"""What a run writes and prints: metrics.jsonl, rollouts.jsonl, a line a step and the closing table."""
 
 import builtins
 import io
@@ -29,7 +29,7 @@ def written(path, steps, from_step=0):
 # ---------------------------------------------------------------- JSON lines
 
 
-def test_a_resumed_run_drops_what_its_checkpoint_does_not_know(tmp_path):
+def test_a_resumed_run_drops_lines_after_its_checkpoint(tmp_path):
     path = tmp_path / "logs" / "metrics.jsonl"
     written(path, range(5))
     first = path.read_bytes().splitlines()
@@ -42,7 +42,7 @@ def test_a_resumed_run_drops_what_its_checkpoint_does_not_know(tmp_path):
     assert [path.name for path in path.parent.iterdir()] == ["metrics.jsonl"]
 
 
-def test_kept_lines_stay_as_they_were(tmp_path):
+def test_kept_lines_are_unchanged(tmp_path):
     path = tmp_path / "metrics.jsonl"
     odd = '{"step":0,  "b": 1e-3, "a": "\u2028 caf\u00e9"}'
     path.write_text(f'{odd}\n12\n[]\nnull\n{{"step": "x"}}\n{{"no": 1}}\n\n{{"step": 1}}\n{{"step": 2}}\n', "utf-8")
@@ -127,7 +127,7 @@ def test_alarms_name_step_value_limit_and_where_to_look():
     for part in ("step 7", "is 1.25", "report.mult_prob_error_alarm = 1.05", "rollout.sync.verify_every=1", "dtype"):
         assert part in text
     stop_on([])
-    with pytest.raises(AlarmError, match=r"rollout_kl is nan.*before this step is saved.*goes on from there"):
+    with pytest.raises(AlarmError, match=r"rollout_kl is nan.*before this step is saved.*resumes from there"):
         stop_on(both)
 
 
@@ -197,7 +197,7 @@ def test_a_metric_that_a_step_lacks_is_a_dash():
     assert lines()[1].split() == ["1/20", "nan", "-", "-", "-", "1.0", "-", "-", "-", "19s"]
 
 
-def test_nothing_is_said_by_other_ranks():
+def test_other_ranks_print_nothing():
     console = Console(file=io.StringIO())
     progress = Progress(3, enabled=False, console=console)
     progress.say("x")

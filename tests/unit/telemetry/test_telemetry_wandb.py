@@ -52,14 +52,14 @@ def test_projects_have_names(monkeypatch):
         assert problem.key == "report.wandb.project"
 
 
-def test_the_sink_names_it_too(monkeypatch, tmp_path):
+def test_the_sink_names_the_missing_package_too(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(MissingPackageError, match=r"report\.wandb\.mode is offline, but .* pip install wandb"):
         Wandb(config(), tmp_path / "wandb", from_step=0)
 
 
 @installed
-def test_a_resumed_run_is_one_run_there(tmp_path):
+def test_a_resumed_run_continues_its_run_of_the_service(tmp_path):
     """Read back from the library's own files: every step's metrics under its number, and one id for both sessions."""
     made = config(project="p", group="g")
     for start in (0, 2):

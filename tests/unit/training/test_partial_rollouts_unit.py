@@ -17,8 +17,8 @@ from clipo_megatron.flow import Rollout, RolloutGroup
 from clipo_megatron.rollout.continuation import append_tokens, if_finished
 from clipo_megatron.rollout.engine import Request, SamplingParams
 from clipo_megatron.rollout.local.engine import LocalEngine
-from clipo_megatron.training.partial_rollouts import going_on, open_rollouts
-from clipo_megatron.training.prompt_assignment import deal_by_load
+from clipo_megatron.training.partial_rollouts import continuations, count_unfinished
+from clipo_megatron.training.prompt_assignment import assign_by_load
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +40,7 @@ def test_where_a_window_ends() -> None:
     assert if_finished(replace(whole, finish="abort"), params) == whole
 
 
-def test_rollouts_still_open_are_counted() -> None:
+def test_unfinished_rollouts_are_counted() -> None:
     def group(*open_: bool) -> RolloutGroup:
         one = torch.ones(1).long()
         return RolloutGroup(
@@ -50,14 +50,17 @@ def test_rollouts_still_open_are_counted() -> None:
         )
 
     three, two, none = group(True, False, True, True), group(True, True, False, False), group(False, False)
-    assert len(going_on([three, two, none])) == 2
-    assert [open_rollouts(going_on(each), 4) for each in ([three], [three, two], [none])] == [3, 5, 0]
-    assert open_rollouts([Request(0, prompts(1)[0])], 4) == 4
-    assert deal_by_load([5, 0, 2], 4, 4) == [1, 2, 1, 0] and deal_by_load([3], 0, 4) == deal_by_load([3], -1, 4) == []
+    assert len(continuations([three, two, none])) == 2
+    assert [count_unfinished(continuations(each), 4) for each in ([three], [three, two], [none])] == [3, 5, 0]
+    assert count_unfinished([Request(0, prompts(1)[0])], 4) == 4
+    assert (
+        assign_by_load([5, 0, 2], 4, 4) == [1, 2, 1, 0]
+        and assign_by_load([3], 0, 4) == assign_by_load([3], -1, 4) == []
+    )
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_a_response_in_windows_is_the_response(model: Path, temperature: float) -> None:
+def test_a_response_generated_in_windows_is_the_same_response(model: Path, temperature: float) -> None:
     """Greedy: token by token that of one call. Sampled: each window's log-probs are those of a plain forward."""
     engine = LocalEngine(model, dtype=torch.float32, device="cpu", batch_size=7)
     engine.load_weights(load_file(model / "model.safetensors").items(), version=0)
@@ -70,7 +73,7 @@ def test_a_response_in_windows_is_the_response(model: Path, temperature: float) 
         for group in engine.generate(requests, cut, deadline_s=60):
             assert [each.sample for each in group.rollouts] == [0, 1, 2]
             grown[group.position] = group
-        requests = going_on(grown[each.position] for each in requests)
+        requests = continuations(grown[each.position] for each in requests)
         assert {rollout.trained for each in requests for rollout in each.begun} == (
             {3 * (step + 1)} if step < 2 else set()
         )

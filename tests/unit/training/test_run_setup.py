@@ -1,4 +1,4 @@
-"""What a run trains and evaluates on, how long learning rates fall, and which warnings it hides."""
+"""The problems a run trains and evaluates on, its number of updates, stop signals and hidden warnings."""
 
 import json
 import signal
@@ -18,35 +18,35 @@ from clipo_megatron.data.splits import held_out_problems, training_problems
 from clipo_megatron.runtime.warning_filters import NOISE, quiet_libraries
 from clipo_megatron.training.eval_run import steps_of
 from clipo_megatron.training.run import policy_updates
-from clipo_megatron.training.stop_signal import TERM_S, StopRequest
+from clipo_megatron.training.stop_signal import TERM_GRACE_S, StopSignal
 from clipo_megatron.weights.families import model_spec
 from clipo_megatron.weights.spec import read_config
 
 
-def test_who_sends_term_waits_less(monkeypatch):
+def test_the_grace_period_after_sigterm_is_shorter(monkeypatch):
     now = 100.0
     monkeypatch.setattr("clipo_megatron.training.stop_signal.time.monotonic", lambda: now)
-    for signum, patience in ((signal.SIGUSR1, 60.0), (signal.SIGINT, 60.0), (signal.SIGTERM, TERM_S)):
-        stop = StopRequest(announce=False, patience_s=60.0)
+    for signum, patience in ((signal.SIGUSR1, 60.0), (signal.SIGINT, 60.0), (signal.SIGTERM, TERM_GRACE_S)):
+        stop = StopSignal(announce=False, grace_period_s=60.0)
         now = 1000.0
         assert not stop.should_cancel()
-        stop.hear_of(signum)
+        stop.set_by_other_rank(signum)
         now = 1000.0 + patience - 0.1
         assert not stop.should_cancel()
-        stop._hear(signum, None)  # what another rank got as well is no second signal
+        stop._handle(signum, None)  # what another rank got as well is no second signal
         now = 1000.0 + patience
-        assert stop.should_cancel() and not stop.insisted
+        assert stop.should_cancel() and not stop.repeated
         with pytest.raises(KeyboardInterrupt):
-            stop._hear(signum, None)
+            stop._handle(signum, None)
 
 
-def test_an_interpreter_that_ends_does_not_die_of_a_warning(tmp_path):
+def test_slurms_warning_does_not_kill_an_interpreter_that_shuts_down(tmp_path):
     ends = (
-        "import os, signal; from clipo_megatron.training.stop_signal import StopRequest\n"
+        "import os, signal; from clipo_megatron.training.stop_signal import StopSignal\n"
         "class Late:\n"
         "    def __del__(self, kill=os.kill, me=os.getpid(), usr1=signal.SIGUSR1): kill(me, usr1)\n"
-        "stop, os.late = StopRequest(announce=False, patience_s=1.0), Late()\n"
-        "stop.watch()\nstop.leave()"
+        "stop, os.late = StopSignal(announce=False, grace_period_s=1.0), Late()\n"
+        "stop.install()\nstop.uninstall()"
     )
     done = subprocess.run([sys.executable, "-c", ends], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
@@ -83,7 +83,7 @@ def test_holding_out_can_be_switched_off(small):
     assert len(said) == 1
 
 
-def test_nothing_left_to_train_on_is_said(small):
+def test_no_problem_left_to_train_on_is_an_error(small):
     path = load(small[0], []).data.train[0].path
     with pytest.raises(DataError, match=r"all 12 training problems.*data\.hold_out=false"):
         problems(small, f"data.eval=[{{path: {path}, name: same}}]")
@@ -133,7 +133,7 @@ def test_a_checkpoint_of_another_model_is_not_evaluated(small, tmp_path):
         ),
     ],
 )
-def test_updates_are_those_of_the_steps_in_which_the_policy_learns(small, overrides, expected):
+def test_updates_are_counted_in_the_steps_in_which_the_policy_learns(small, overrides, expected):
     plugins = [f"algorithm.{each}" if each.startswith("plugins") else each for each in overrides]
     config = load(small[0], ["train.steps=84", "algorithm.kl.coefficient=0", *plugins])
     algorithm, learned = build_algorithm(config), 0
@@ -144,7 +144,7 @@ def test_updates_are_those_of_the_steps_in_which_the_policy_learns(small, overri
     assert policy_updates(config, algorithm) == learned * per_step == expected
 
 
-def test_libraries_are_quiet_and_others_are_heard(monkeypatch):
+def test_warnings_of_libraries_are_hidden_and_others_are_shown(monkeypatch):
     monkeypatch.setattr(sys, "warnoptions", [])
     with warnings.catch_warnings(record=True) as heard:
         warnings.simplefilter("always")

@@ -1,14 +1,14 @@
-"""Held-out problems answered by the engine and graded, over all ranks.
+"""Evaluates the engine's weights on held-out problems, over all ranks.
 
-An answer that could not be graded counts as not solved: leaving it out would let a model gain by answers that hang the
-grader. The share of such answers is part of every evaluation.
+A response that could not be graded counts as wrong: if it were left out, a model could gain by responses that hang the
+grader. The share of such responses is part of every evaluation.
 """
 
 from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch.distributed as dist
 
@@ -17,51 +17,44 @@ from clipo_megatron.evaluation.results import Evaluation, EvaluationSettings, Pr
 from clipo_megatron.flow import Prompt, RolloutGroup, ScoredGroup
 from clipo_megatron.rewards.pool import GraderPool
 from clipo_megatron.rewards.voting import answer_key
-from clipo_megatron.rollout.engine import Engine, Request, SamplingParams, never
-from clipo_megatron.rollout.generate_all import generate_all
+from clipo_megatron.rollout.engine import Request, SamplingParams
+from clipo_megatron.rollout.source import RolloutSource
 
 
 def evaluate(
-    engine: Engine | None,
-    pool: GraderPool,
+    source: RolloutSource,
+    graders: GraderPool,
     prompts: Sequence[Prompt],
-    mine: Sequence[int],
     params: SamplingParams,
     *,
     step: int,
     deadline_s: float,
     ks: Sequence[int] = (),
-    resync: Callable[[], None] = lambda: None,
-    should_cancel: Callable[[], bool] = never,
 ) -> Evaluation:
-    """Answer and grade `prompts`, whose ids differ; collective.
+    """Generate and grade responses to all problems; collective, and the same result on every rank.
 
     Args:
-        engine: with the weights to evaluate; None on ranks that ask for nothing.
-        pool: the graders.
-        prompts: all problems, the same on every rank.
-        mine: indices of those that this rank answers; the ranks' shares make up all.
-        params: temperature 0 for greedy.
+        source: its engines have the weights to evaluate.
+        graders: this rank's.
+        prompts: all problems, the same on every rank; their ids differ.
+        params: how to sample; temperature 0 is greedy.
         step: recorded in the result.
-        deadline_s: for this rank's generation.
-        ks: for pass@k and maj@k; (): the usual ones.
-        recover: collective; gives an engine that was lost and came back the current weights.
-        give_up: whether this rank is to generate no longer.
+        deadline_s: time for this rank's generation.
+        ks: for pass@k and maj@k; () for the powers of two.
 
     Raises:
-        Abandoned: on every rank, because a rank gave up.
+        Cancelled: on every rank, because the source of one cancelled.
     """
 
     def take(group: RolloutGroup) -> bool:
-        pool.submit(group)
+        graders.submit(group)
         return False
 
-    requests = [Request(index, prompts[index]) for index in mine]
-    deadline = time.monotonic() + deadline_s
-    generate_all(engine, requests, params, take=take, resync=resync, deadline=deadline, should_cancel=should_cancel)
-    counted = {scored.group.prompt.id: count(scored, pool) for scored in pool.collect()}
-    shared: list = [None] * dist.get_world_size()
-    dist.all_gather_object(shared, counted)
+    requests = source.share([Request(index, prompt) for index, prompt in enumerate(prompts)])
+    source.generate_all(requests, params, take=take, deadline=time.monotonic() + deadline_s)
+    mine = {scored.group.prompt.id: count(scored, graders) for scored in graders.collect()}
+    results: list[dict[str, ProblemResult]] = [{}] * dist.get_world_size()
+    dist.all_gather_object(results, mine)
     settings = EvaluationSettings(
         params.samples,
         params.temperature,
@@ -71,13 +64,13 @@ def evaluate(
         params.seed,
         ks_of(ks, params.samples),
     )
-    return Evaluation(step, {name: each for part in shared for name, each in part.items()}, settings)
+    return Evaluation(step, {name: each for part in results for name, each in part.items()}, settings)
 
 
-def count(scored: ScoredGroup, pool: GraderPool) -> ProblemResult:
-    """The counts of one problem."""
+def count(scored: ScoredGroup, graders: GraderPool) -> ProblemResult:
+    """Count the right, ungraded and truncated responses to one problem, and the votes for each wrong answer."""
     group, verdicts = scored.group, scored.verdicts
-    prompt, mode = group.prompt, pool.mode_of(group.prompt.data_source)
+    prompt, mode = group.prompt, graders.mode_of(group.prompt.data_source)
     answers = Counter(
         answer_key(rollout.text, data_source=prompt.data_source, mode=mode)
         for rollout, verdict in zip(group.rollouts, verdicts, strict=True)
@@ -98,7 +91,7 @@ def count(scored: ScoredGroup, pool: GraderPool) -> ProblemResult:
 def evaluation_params(
     config: EvalConfig, rollout: RolloutConfig, stop_ids: tuple[int, ...], seed: int
 ) -> SamplingParams:
-    """How evaluation samples; its own stream of random numbers, the same at every step."""
+    """How an evaluation samples: with the same random numbers at every step, which training does not use."""
     return SamplingParams(
         samples=config.samples,
         max_new_tokens=config.max_new_tokens or rollout.max_new_tokens,

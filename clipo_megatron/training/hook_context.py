@@ -1,4 +1,4 @@
-"""What the stages of an algorithm may use of the run they belong to."""
+"""What the hooks of an algorithm may use of the run they belong to."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from clipo_megatron.flow import Prompt, Rollout
 from clipo_megatron.rewards.voting import answer_key
 
 
-def context_of(config: RunConfig, tokenizer: Any, prompts: Sequence[Prompt]) -> HookContext:
+def build_hook_context(config: RunConfig, tokenizer: Any, prompts: Sequence[Prompt]) -> HookContext:
     """The context of a run with these training prompts; `tokenizer` is the policy's."""
     renderer = ChatRenderer(tokenizer, config.model.system_prompt)
 
