@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ipaddress
 import os
 from collections import Counter
 from collections.abc import Iterator
@@ -10,6 +9,7 @@ from urllib.parse import urlsplit
 
 from clipo_megatron.config.errors import ConfigProblem
 from clipo_megatron.config.schema import CorrectionKind, EngineKind, RunConfig, Transport, Unfinished
+from clipo_megatron.serving.commands import is_loopback
 
 # The transports that an engine can receive weights by, the default first.
 TRANSPORTS = {
@@ -33,16 +33,6 @@ def rollout_problems(config: RunConfig) -> Iterator[ConfigProblem]:
 def transport_of(config: RunConfig) -> Transport:
     """The transport in use: rollout.sync.transport, or the engine's default."""
     return config.rollout.sync.transport or TRANSPORTS[config.rollout.engine][0]
-
-
-def is_loopback(host: str) -> bool:
-    """Whether an address can be reached from this machine alone; names other than localhost count as reachable."""
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host.strip("[]")).is_loopback
-    except ValueError:
-        return False
 
 
 def _transport(config: RunConfig) -> Iterator[ConfigProblem]:

@@ -80,7 +80,7 @@ def api_key(config: RunConfig, environment: Mapping[str, str] = os.environ) -> s
 def is_loopback(host: str) -> bool:
     """Whether only this machine can reach the address."""
     try:
-        return ipaddress.ip_address(host).is_loopback
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
     except ValueError:
         return host == "localhost"
 

@@ -146,8 +146,8 @@ def test_the_key_is_in_no_argument(engine, tmp_path):
 
 
 def test_addresses():
-    assert all(map(is_loopback, ("127.0.0.1", "127.9.9.9", "::1", "localhost")))
-    assert not any(map(is_loopback, ("0.0.0.0", "10.0.0.7", "node7", "::")))
+    assert all(map(is_loopback, ("127.0.0.1", "127.9.9.9", "::1", "[::1]", "localhost")))
+    assert not any(map(is_loopback, ("0.0.0.0", "10.0.0.7", "node7", "::", "localhost.example.org", "")))
     assert url("127.0.0.1", 5) == "http://127.0.0.1:5" and url("node7", 5) == "http://node7:5"
     assert url("::1", 5) == "http://[::1]:5"
     assert "0.0.0.0" not in url("0.0.0.0", 5), "that is no address to call"
