@@ -1,13 +1,12 @@
-"""How fast conversions are and what memory they take, beside `cp` of the same bytes in the same run.
+"""Measures the time and memory of conversions, next to `cp` of the same bytes in the same run.
 
     python tools/bench_convert.py --gb 3 --shard-gb 0.5 [--tp 2 --pp 2] [--folder DIR]
 
-A random Llama of so many gigabytes in bf16 is written below a temporary folder, and removed at the end. Each direction
-runs in a process of its own, whose peak memory (VmHWM) is shown. `cp -r` of the source, followed by `sync` of the
-copies, runs before and after each. All files are in the page cache when they are read, for `cp` as for conversions.
-Everything is on disk when a time is taken: conversions force each file there themselves. A pause goes before each
-measurement: a virtual machine gives memory that was freed back to its host after a while, and writing is several times
-slower until it has it again, so that who writes at once after a file was removed would win.
+Writes a random Llama in bf16 below a temporary folder, which is removed at the end. Each direction runs in a process of
+its own, whose peak memory (VmHWM) is shown; `cp -r` of the source, and `sync` of the copies, run before and after each.
+All files are in the page cache when they are read, and on disk when a time is taken, for `cp` as for conversions. A
+pause precedes each measurement: a virtual machine returns freed memory to its host after a while, and writing is much
+slower until it has it back, so whatever writes right after files were removed would win.
 """
 
 from __future__ import annotations
@@ -47,7 +46,7 @@ print("MEASURED", code, took, int(peak) * 1024)
 
 
 def main() -> None:
-    """Measure and print a table."""
+    """Measure, and print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gb", type=float, default=3.0, help="of the model")
     parser.add_argument("--shard-gb", type=float, default=0.5, help="of one file of it")
@@ -62,7 +61,7 @@ def main() -> None:
 
 
 def measure(folder: Path, options: argparse.Namespace) -> None:
-    """Both directions, `repeats` times, each between two copies."""
+    """Convert in both directions, `repeats` times, each between two copies."""
     source = folder / "source"
     nbytes = write_model(source, options.gb * 1e9, options.shard_gb * 1e9)
     layout = ["--tp", options.tp, "--pp", options.pp]
@@ -101,7 +100,7 @@ def measure(folder: Path, options: argparse.Namespace) -> None:
 
 
 def write_model(folder: Path, nbytes: float, shard: float) -> int:
-    """A random Llama in shards; returns the bytes of its tensors."""
+    """Write a random Llama in shards and return the bytes of its tensors."""
     folder.mkdir()
     config = {
         "architectures": ["LlamaForCausalLM"],
@@ -146,7 +145,7 @@ def write_model(folder: Path, nbytes: float, shard: float) -> int:
 
 
 def copy(source: Path, target: Path) -> float:
-    """Seconds of `cp -r` and `sync` of what it wrote."""
+    """Return the seconds of `cp -r` and of `sync` of what it wrote."""
     time.sleep(PAUSE_S)
     began = time.monotonic()
     subprocess.run(["cp", "-r", source, target], check=True, timeout=600)
@@ -157,7 +156,7 @@ def copy(source: Path, target: Path) -> float:
 
 
 def convert(arguments: list[str]) -> tuple[float, int]:
-    """Seconds of a conversion, without Python's start, and bytes of its process at its peak."""
+    """Return the seconds of a conversion, without Python's start, and the peak memory of its process in bytes."""
     done = subprocess.run(
         [sys.executable, "-c", _CHILD, str(PAUSE_S), "convert", *arguments],
         capture_output=True,
