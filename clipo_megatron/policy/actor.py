@@ -90,7 +90,7 @@ class PolicyActor(Policy):
         if contrastive:
             self._contrast(table)
         if Signal.pooled_states in self.needs:
-            table.signals["pooled_states"] = self._rows_of(pooled, rows, table).float()
+            table.signals["pooled_states"] = self._sum_by_row(pooled, rows, table).float()
         if Signal.logprob_sums in self.needs:
             logprobs = [output["logprobs"] for output in outputs]
             table.signals["logprob_sum"] = self._sum_by_rollout(micro_batches, logprobs, table)
@@ -107,13 +107,10 @@ class PolicyActor(Policy):
             metrics["policy/entropy"] = total / max(count, 1.0)
         return metrics
 
-    def _rows_of(self, parts: Sequence[Tensor], rows: Sequence[Tensor], table: RolloutTable) -> Tensor:
-        """Sums over the table's rows, [B, ...] float64 on every rank, of what each last stage holds.
+    def _sum_by_row(self, parts: Sequence[Tensor], rows: Sequence[Tensor], table: RolloutTable) -> Tensor:
+        """Add up values by row of the table: [B, ...] float64, on every rank.
 
-        Args:
-            parts: values [n, ...] of each micro-batch; empty on other stages.
-            rows: for each of them, the rows of the table [n] that its values belong to.
-            table: the step's.
+        `parts` are values [n, ...] of each micro-batch on the last stage, and `rows` [n] the rows that they belong to.
         """
         trailing = from_last_stage(tuple(parts[0].shape[1:]) if parts else (), self.layout)
         total = torch.zeros(table.size, *trailing, dtype=torch.float64, device=platform().device)
@@ -125,7 +122,7 @@ class PolicyActor(Policy):
         self, micro_batches: Sequence[MicroBatch], values: Sequence[Tensor], table: RolloutTable
     ) -> Tensor:
         """Add up the tokens' values, [N] or [N, C] a micro-batch, of each rollout: [B] or [B, C] float64."""
-        return self._rows_of(values, [micro.rows[micro.rollout] for micro in micro_batches], table)
+        return self._sum_by_row(values, [micro.rows[micro.rollout] for micro in micro_batches], table)
 
     def _score_variant(self, name: str, prompts: Mapping[int, Tensor], micro_batches: Sequence[MicroBatch]) -> None:
         """Score the same responses after other prompts; the log-probs become the micro-batches' signal `name`.

@@ -137,16 +137,9 @@ class CriticActor:
 
 
 def value_loss(values: Tensor, old: Tensor, returns: Tensor, clip: float | None) -> tuple[Tensor, Tensor]:
-    """PPO's loss of values, as in the code of arXiv 1707.06347.
+    """PPO's loss of values [N], as in the code of arXiv 1707.06347: half the squared distance to the returns.
 
-    The loss of a token is half the squared distance to its return, or that of the value held within `clip` of the old
-    one, whichever is larger.
-
-    Args:
-        values: [N] float32, of the weights in training.
-        old: [N] float32, as scored before the update.
-        returns: [N] float32.
-        clip: how far a value may move from the old one; None: as far as it likes.
+    With `clip`, a value is also held within that distance of its `old` one, and the larger of the two losses counts.
 
     Returns:
         The loss of each token [N] float32, and whether it is that of the held value [N] bool.

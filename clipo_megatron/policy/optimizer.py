@@ -45,12 +45,9 @@ def data_parallel(stage: MegatronModule, settings: OptimizerConfig) -> Distribut
 
 
 class DistributedAdamW:
-    """AdamW with fp32 masters, sharded over data-parallel ranks; gradient clipping and a learning-rate schedule.
+    """AdamW with fp32 masters, sharded over data-parallel ranks; it clips gradients and has a learning-rate schedule.
 
-    Args:
-        model: the wrapped stage whose parameters it updates.
-        settings: learning rate, schedule, betas, clipping.
-        total_steps: updates over which the learning rate decays.
+    The learning rate decays over `total_steps` updates.
     """
 
     def __init__(self, model: DistributedDataParallel, settings: OptimizerConfig, *, total_steps: int):

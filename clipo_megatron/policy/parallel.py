@@ -111,10 +111,7 @@ class Layout:
 def initialize(config: LayoutConfig, *, seed: int, vpp: int = 1) -> Layout:
     """Divide the ranks of the default process group, which is initialised already.
 
-    Args:
-        config: the sizes of the division.
-        seed: Megatron's generator's.
-        vpp: model chunks a pipeline rank; training knows only one.
+    `vpp` is the number of model chunks a pipeline rank; training supports only one.
 
     Raises:
         ValueError: tp * pp, or ep * etp * pp, does not divide the number of ranks.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from megatron.core.pipeline_parallel import get_forward_backward_func
@@ -14,29 +14,21 @@ from clipo_megatron.flow import MicroBatch
 from clipo_megatron.policy.batch.exchange import from_last_stage, share_from_last_stage
 from clipo_megatron.policy.parallel import Layout
 
-Output = TypeVar("Output")
 Loss = Callable[[MicroBatch, Tensor], tuple[Tensor, dict[str, Tensor]]]
 
 
 def forward(
-    model: torch.nn.Module, micro_batches: Sequence[MicroBatch], last_stage: Callable[[MicroBatch, Tensor], Output]
-) -> list[Output]:
+    model: torch.nn.Module, micro_batches: Sequence[MicroBatch], last_stage: Callable[[MicroBatch, Tensor], Any]
+) -> list[Any]:
     """Run the micro-batches through the pipeline without gradient.
 
-    Args:
-        model: this rank's stage in Megatron's data-parallel wrapper.
-        micro_batches: in order; each rank of a replica passes the same.
-        last_stage: what is wanted of a micro-batch, from the last stage's states [T, H].
-
     Returns:
-        One output a micro-batch on the last stage, none elsewhere.
+        What `last_stage` makes of each micro-batch and its states [T, H]; [] on stages before the last.
     """
-
-    def collect(micro: MicroBatch, hidden: Tensor, non_loss_data: bool) -> Output:
-        return last_stage(micro, hidden)
-
     with torch.no_grad():
-        return _run(model, micro_batches, collect, forward_only=True)
+        return _run(
+            model, micro_batches, lambda micro, hidden, non_loss_data: last_stage(micro, hidden), forward_only=True
+        )
 
 
 def forward_backward(
@@ -45,7 +37,7 @@ def forward_backward(
     """Run the micro-batches through the pipeline and add the gradients of their losses to Megatron's buffers.
 
     Returns:
-        The metrics that `loss` gives beside each loss, on the last stage; none elsewhere.
+        The metrics that `loss` returns with each loss; [] on stages before the last.
     """
 
     def with_count(micro: MicroBatch, hidden: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
@@ -76,14 +68,9 @@ def _run(
 
 
 def summed_metrics(outputs: Sequence[dict[str, Tensor]], prefix: str, layout: Layout) -> dict[str, float]:
-    """Metrics added up over micro-batches and data-parallel ranks, as weighted means of the tokens.
+    """Metrics added up over micro-batches and data-parallel ranks, which report the same names.
 
     The sums are divided by "<prefix>/weight", the sum of all tokens' weights. Losses are weighted already and are not.
-
-    Args:
-        outputs: metrics [] of each micro-batch on the last stage; data-parallel ranks report the same names.
-        prefix: first part of the names.
-        layout: this rank's place.
     """
     names: list[str] = from_last_stage(sorted(set().union(*outputs)), layout)
     nothing = torch.zeros(())

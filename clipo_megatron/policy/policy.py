@@ -50,8 +50,7 @@ class Policy:
         return export(self.export_plan, [dict(self.stage.named_parameters())], self.layout.holder)
 
     def offload(self) -> None:
-        """Free the memory that only training needs, for servers on the same GPU; a policy that is not trained has
-        none."""
+        """Free the memory that only training needs; a policy that is not trained has none."""
 
     def onload(self) -> None:
         """Inverse of `offload`."""
@@ -65,18 +64,9 @@ def loaded_stage(
     *,
     weights: Path | None = None,
 ) -> Stage:
-    """Build this rank's pipeline stage of a model and load its weights.
+    """Build this rank's pipeline stage of the model in a Hugging Face folder or a checkpoint, and load its weights.
 
-    Args:
-        build: the stage's class.
-        folder: the model's Hugging Face folder, or a checkpoint.
-        settings: the precision, and whether activations are recomputed.
-        layout: this rank's place.
-        weights: a checkpoint of that model to read the weights from; None: from the folder.
-
-    Raises:
-        ValueError: the layout divides experts in a way that this machine's communication cannot.
-        WeightsError: the folder cannot be used, or not in this layout.
+    They come from `folder`, or from another checkpoint of the model, `weights`. Raises what `Policy` does.
     """
     spec = model_spec(read_config(hf_folder(folder)))
     _check_experts(spec, layout)
@@ -92,12 +82,12 @@ def _check_experts(spec: ModelSpec, layout: Layout) -> None:
     if spec.experts is not None and division.ep > 1 and division.expert_tp > 1 and not platform().has_gpu:
         raise ValueError(
             f"layout.etp = {division.expert_tp}: experts over layout.ep = {division.ep} ranks cannot be divided "
-            "further on a CPU, because gloo does not gather unequal parts; set layout.etp=1"
+            "further on a CPU, whose collectives do not gather unequal parts; set layout.etp=1"
         )
 
 
 def _load(stage: PolicyStage, folder: str, layout: Layout) -> None:
-    """Fill every parameter of a stage that the folder has weights for: all but a value head."""
+    """Fill every parameter of a stage but a value head, which no folder has."""
     at = layout.coordinates
     mapping = entries(stage.spec, stage.place, at)
     parameters = dict(stage.named_parameters())

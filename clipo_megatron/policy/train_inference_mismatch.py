@@ -26,12 +26,6 @@ def mismatch_metrics(
     off_policy/mult_prob_error   as policy/mult_prob_error, over all tokens, also those of older weights
     off_policy/rollout_kl        k3 estimate of KL(rollout || train) over all tokens
     off_policy/...               what `correction_metrics` reports, if importance weights are corrected
-
-    Args:
-        micro_batches: the step's, scored.
-        table: the step's facts.
-        correction: how importance weights are corrected.
-        layout: this rank's place.
     """
     sums = torch.zeros(5 + len(SUMS), dtype=torch.float64)
     if layout.is_last_stage:

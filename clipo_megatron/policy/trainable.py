@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from typing import Any
 
 from torch import Tensor
 
@@ -17,8 +17,6 @@ from clipo_megatron.policy.model.model import PolicyStage
 from clipo_megatron.policy.optimizer import DistributedAdamW, data_parallel
 from clipo_megatron.policy.parallel import Layout
 from clipo_megatron.policy.pipeline import Loss, forward, forward_backward, summed_metrics
-
-Output = TypeVar("Output")
 
 
 class Trainable:
@@ -45,8 +43,8 @@ class Trainable:
         self._weights_on_host: list[tuple[Tensor, Tensor]] = []  # buffers on the device, emptied, and their copies
 
     def forward(
-        self, micro_batches: Sequence[MicroBatch], last_stage: Callable[[MicroBatch, Tensor], Output]
-    ) -> list[Output]:
+        self, micro_batches: Sequence[MicroBatch], last_stage: Callable[[MicroBatch, Tensor], Any]
+    ) -> list[Any]:
         """Run the model without gradient; see `pipeline.forward`."""
         return forward(self.model, micro_batches, last_stage)
 

@@ -76,10 +76,6 @@ class SnapshotPlan:
         sources: every tensor of the state.
         sharded: the same tensors, split by their factories, and Megatron's objects.
         common: state that is the same on all ranks.
-
-    Attributes:
-        objects: what else this rank writes, by key.
-        has_fixed_objects: whether these never change, so that the plan holds for every snapshot.
     """
 
     def __init__(self, sources: Sequence[SourceTensor], sharded: dict[str, Any], common: dict[str, Any]) -> None:
@@ -98,6 +94,7 @@ class SnapshotPlan:
         # Extra states of layers, stored as lists of one; nearly all of them are None.
         nothing = saved([None])
         self.objects = {each.unique_key: nothing if each.data is None else saved([each.data]) for each in mine}
+        # Whether they never change, so that the plan holds for every snapshot.
         self.has_fixed_objects = all(each.data is None for each in mine)
 
     def parts(self, sources: Sequence[Tensor], are_copies: Sequence[bool]) -> list[TensorPart]:
@@ -203,15 +200,10 @@ def boxes(
 ) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
     """Cut the elements of a tensor that lie at [low, high) of memory into boxes, in the order of memory.
 
-    Args:
-        start: where in memory the tensor begins, in elements.
-        sizes: the tensor's shape, n axes.
-        strides: its strides, in falling order, so that no row begins within another.
-        low: first element of the range of memory.
-        high: the element after its last.
+    The tensor begins at `start`, and its strides fall, so that no row begins within another.
 
     Yields:
-        Offset and sizes of each box; at most 2n - 1 boxes.
+        Offset and sizes of each box: at most 2n - 1 boxes of a tensor with n axes.
     """
     if 0 in sizes or low >= high:
         return

@@ -141,10 +141,7 @@ def _layer_spec(spec: ModelSpec, sparse: bool) -> ModuleSpec:
 
 
 def _padded_vocab(size: int, tp: int, multiple: int | None) -> int:
-    """The smallest size from `size` on whose `tp` shards are equal and multiples of `multiple` rows.
-
-    None: the multiple is VOCAB_MULTIPLE_ON_GPUS on a GPU, and 1 elsewhere.
-    """
+    """`size` rounded up: each of `tp` shards has a multiple of `multiple` rows; None: of 64 on GPUs, else of 1."""
     shards = tp * (multiple or (VOCAB_MULTIPLE_ON_GPUS if platform().has_gpu else 1))
     return -(-size // shards) * shards
 
