@@ -1,14 +1,14 @@
 """The types that flow through a training step, in the order in which a step produces them.
 
-    Prompt -> RolloutGroup -> ScoredGroup -> RolloutTable + Samples -> MiniBatch (MicroBatches) -> Experience
+    Prompt -> RolloutGroup -> ScoredGroup -> RolloutTable + Samples -> MiniBatches of MicroBatches -> Experience
            -> StepReport
 
 Shapes use the same letters everywhere:
 
-    P  prompt tokens of one prompt        R  response tokens of one rollout
+    P  tokens of one prompt               R  tokens of one response
     G  rollouts of one prompt (a group)   B  rollouts of one step, over all ranks
-    T  tokens of one packed micro-batch   N  of these, the ones that predict a response token
-    K  rollouts of one packed micro-batch
+    M  rollouts of one mini-batch         K  rollouts of one packed micro-batch
+    T  tokens of one packed micro-batch   N  of these, the targets: response tokens to predict
     H  hidden size                        d  size of the contrastive embedding
 
 Worked example: prompt ids [5, 6, 7] (P = 3), response ids [8, 9] (R = 2). The packed segment is
@@ -30,36 +30,36 @@ Finish = Literal["stop", "length", "window", "abort"]
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """One problem. Its `id` never changes: sampling seeds and the draw of positives derive from it."""
+    """One problem. Its `id` never changes: seeds of sampling and of the draw of positives derive from it."""
 
     id: str  # "<source name>/<row>", unique within a run
     messages: tuple[Mapping[str, str], ...]  # chat turns: {"role": ..., "content": ...}
     tokens: Tensor  # [P] int64, chat template applied, generation prompt included
-    data_source: str  # chooses the grader
+    data_source: str  # decides which grader is used
     ground_truth: str
     extra: Mapping[str, Any] = field(default_factory=dict)  # the row's `extra_info`, or a generator's entry
 
 
 @dataclass(slots=True)
 class Rollout:
-    """One sampled response, as the engine produced it; text is never tokenised again."""
+    """One sampled response, as the engine produced it. Its text is never tokenised again."""
 
     tokens: Tensor  # [R] int64, the stop token included when one was produced; R >= 1
-    logprobs: Tensor  # [R] float32, under the temperature-scaled policy, before top-p / top-k truncation
+    logprobs: Tensor  # [R] float32, under the temperature-scaled policy, before truncation by top-p and top-k
     text: str  # decoded without special tokens
-    finish: Finish  # "window": goes on in the next step; "abort": interrupted, a later request can go on
-    versions: Tensor  # [R] int64, of the weights that produced each token; they never decrease
+    finish: Finish  # "window": it goes on in the next step; "abort": interrupted, a later request can go on
+    versions: Tensor  # [R] int64, version of the weights that produced each token; never decreasing
     sample: int  # 0 .. G-1 within its group
-    trained: int = 0  # of its tokens, the first ones: they trained in earlier steps, in their windows
+    trained: int = 0  # how many of its first tokens trained in earlier steps, in their windows
 
     @property
     def version(self) -> int:
-        """Of the oldest weights in it."""
+        """The version of the oldest weights that produced a token of it."""
         return int(self.versions[0])
 
     @property
     def spent(self) -> bool:
-        """Whether it ended in an earlier step, while others of its group go on."""
+        """Whether it ended in an earlier step, while other rollouts of its group go on."""
         return self.trained == self.tokens.numel()
 
 
@@ -74,7 +74,7 @@ class RolloutGroup:
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """What a grader says of one response. `correct` stays the verifier's word, whatever happens to rewards.
+    """A grader's judgement of one response. `correct` stays as the verifier said, however rewards are shaped.
 
     `correct is None` means ungraded (deadline, crash, exception): such a rollout has no reward, takes no part in
     baselines or losses, and is counted in the report.
@@ -82,13 +82,13 @@ class Verdict:
 
     correct: bool | None
     reward: float
-    reason: str = ""  # why ungraded; empty otherwise
-    seconds: float = 0.0
+    reason: str = ""  # why it is ungraded, else empty
+    seconds: float = 0.0  # grading took
 
 
 @dataclass(slots=True)
 class ScoredGroup:
-    """A rollout group with one verdict a rollout, in the same order."""
+    """A rollout group with one verdict for each rollout, in the same order."""
 
     group: RolloutGroup
     verdicts: list[Verdict]
@@ -98,38 +98,37 @@ class ScoredGroup:
 class RolloutTable:
     """The facts of all B rollouts of a step as columns, identical on every rank, ordered by (prompt, sample).
 
-    Advantages and rewards are computed from it, so they cannot depend on the layout. Token-level data stays with the
-    ranks that train it (`Sample`).
+    Rewards and advantages are computed from it, so they cannot depend on the layout. Tokens stay with the ranks that
+    train them (`Sample`).
     """
 
-    prompt_ids: list[str]  # one a group, in order of position
+    prompt_ids: list[str]  # one for each group, in order of position
     group: Tensor  # [B] int64, index into prompt_ids
     correct: Tensor  # [B] bool, the verifier's verdict (False where ungraded)
     graded: Tensor  # [B] bool
     reward: Tensor  # [B] float32, the grader's reward (0 where ungraded)
-    prompt_length: Tensor  # [B] int64, with the tokens of earlier windows
-    response_length: Tensor  # [B] int64, of this step's window where rollouts grow in windows
+    prompt_length: Tensor  # [B] int64, tokens of earlier windows included
+    response_length: Tensor  # [B] int64, in this step's window where rollouts grow in windows
     truncated: Tensor  # [B] bool, finish == "length"
-    version: Tensor  # [B] int64, of the weights that produced the first token of `response_length`, the oldest of these
+    version: Tensor  # [B] int64, of the oldest weights that produced one of the `response_length` tokens
     step: int = 0
-    newest: Tensor | None = None  # [B] int64, of the weights that produced the rollout's last token; None: as `version`
-    goes_on: Tensor | None = None  # [B] bool, finish == "window": no verdict yet, and no end; None: nowhere
-    signals: dict[str, Tensor] = field(default_factory=dict)  # [B, ...] each: what stages asked for (algorithms.base)
-    words: dict[str, list[str]] = field(default_factory=dict)  # B texts each: what stages observed
+    newest: Tensor | None = None  # [B] int64, version of the newest such weights; None: equal to `version`
+    goes_on: Tensor | None = None  # [B] bool, finish == "window": not ended, without a verdict; None: none goes on
+    signals: dict[str, Tensor] = field(default_factory=dict)  # [B, ...] each: what hooks need (algorithms.hook.Signal)
+    text_columns: dict[str, list[str]] = field(default_factory=dict)  # B texts each: what hooks observed
 
     @property
     def size(self) -> int:
-        """B."""
         return self.group.numel()
 
     @property
     def unfinished(self) -> Tensor:
-        """[B] bool: the next step goes on with it."""
+        """[B] bool: the rollout goes on in the next step."""
         return torch.zeros_like(self.graded) if self.goes_on is None else self.goes_on
 
     @property
     def fresh(self) -> Tensor:
-        """[B] bool: every token was drawn under the weights that this step began with."""
+        """[B] bool: all tokens were drawn under the weights that this step began with."""
         return self.version == self.step
 
     @property
@@ -144,28 +143,28 @@ class Sample:
 
     row: int
     group: int
-    prompt: Tensor  # [P] int64, and behind it the tokens of earlier windows
+    prompt: Tensor  # [P] int64, followed by the tokens of earlier windows
     response: Tensor  # [R] int64
-    logprobs: Tensor  # [R] float32, the engine's
+    logprobs: Tensor  # [R] float32, from the engine
 
     @property
     def length(self) -> int:
-        """P + R."""
         return self.prompt.numel() + self.response.numel()
 
 
 @dataclass(frozen=True, slots=True)
 class Demonstration:
-    """A response to a group's prompt to learn as it stands, whatever its rollouts were."""
+    """A response to learn as it stands, in place of a group's rollouts: its loss is the mean of -log pi over its
+    tokens."""
 
     group: int
     prompt: Tensor  # [P] int64
     response: Tensor  # [R] int64
-    weight: float  # of each token's -log pi in the loss
+    weight: float  # of this loss, against 1 for the rollouts of a group
 
 
 class Segment(NamedTuple):
-    """A run of tokens in a packed row: each attends to the context's tokens and to its own segment up to itself."""
+    """Consecutive tokens of a packed row. Each attends to the context's tokens and to its own segment up to itself."""
 
     start: int
     length: int
@@ -175,11 +174,11 @@ class Segment(NamedTuple):
 
 @dataclass(slots=True)
 class MicroBatch:
-    """A table of segments packed without padding between them, and what each of its targets carries.
+    """Rollouts packed into one row without padding between them, and the columns of their targets.
 
-    Without shared prompts a segment is a rollout, [prompt, response]. With them a prompt stands once, followed by the
-    responses to it, whose context it is: its layers are computed once for the whole group. `tokens` is padded at the
-    end to the tensor-parallel multiple only; the padding is a segment of its own that nothing reads.
+    Without shared prompts a segment is a rollout, [prompt, response]. With them a prompt stands once, as the context of
+    the responses that follow it, and is computed once for the whole group. `tokens` is padded only at the end, to the
+    tensor-parallel multiple; the padding is a segment of its own that nothing reads.
 
     Worked example: prompt [5, 6, 7], responses [8, 9] and [10]. Shared: tokens [5, 6, 7, 8, 9, 10], positions
     [0, 1, 2, 3, 4, 3], segments (0, 3), (3, 2 | context 0, 3), (5, 1 | context 0, 3), predict [2, 3, 2],
@@ -188,24 +187,29 @@ class MicroBatch:
 
     tokens: Tensor  # [T] int64
     positions: Tensor  # [T] int64, within prompt and response
-    segments: tuple[Segment, ...]  # cover the tokens, in order
-    samples: tuple[Sample, ...]  # what was packed
+    segments: tuple[Segment, ...]  # in order; together they cover all tokens
+    samples: tuple[Sample, ...]  # the packed rollouts
     rows: Tensor  # [K] int64, table row of each rollout
     predict: Tensor  # [N] int64, places in `tokens` whose hidden state predicts a response token
     states: Tensor  # [N] int64, places of the response tokens themselves
     targets: Tensor  # [N] int64, the response tokens
     rollout: Tensor  # [N] int64, index into `rows` of each target
-    rollout_logprobs: Tensor  # [N] float32, the engine's
-    old_logprobs: Tensor | None = None  # [N] float32, filled in by the scoring forward (last stage only)
+    rollout_logprobs: Tensor  # [N] float32, from the engine
+    # Filled in by scoring, on the last pipeline stage only:
+    old_logprobs: Tensor | None = None  # [N] float32
     reference_logprobs: Tensor | None = None  # [N] float32
-    signals: dict[str, Tensor] = field(default_factory=dict)  # [N] each: what stages asked for (algorithms.base)
+    signals: dict[str, Tensor] = field(default_factory=dict)  # [N] each: what hooks need (algorithms.hook.Signal)
+    # Filled in by hooks that give tokens advantages of their own, on the last pipeline stage only:
+    token_advantages: Tensor | None = None  # [N] float32; None: all tokens have their rollout's advantage
+    returns: Tensor | None = None  # [N] float32, what the critic learns
+    # Filled in for an update:
     advantages: Tensor | None = None  # [N] float32
-    weights: Tensor | None = None  # [N] float32, share of each token in the loss; global counts are already in it
+    weights: Tensor | None = None  # [N] float32, weight of each token in the loss over all ranks
     padding: int = 0  # tokens added to reach the tensor-parallel multiple
-    demonstrated: bool = False  # its targets are demonstrations: none was sampled or scored
+    demonstrated: bool = False  # its targets are demonstrations, which were neither sampled nor scored
 
     def to(self, device: torch.device) -> MicroBatch:
-        """The same there; itself if it is there."""
+        """A copy on the device, or the micro-batch itself if it is there already."""
         if self.tokens.device == device:
             return self
         columns = {each.name: getattr(self, each.name) for each in fields(self)}
@@ -215,7 +219,7 @@ class MicroBatch:
 
 @dataclass(slots=True)
 class MiniBatch:
-    """What one optimizer step learns from: rows [M] int64 of the table, and this rank's packed share of them."""
+    """What one optimizer step learns from: table rows [M] int64 over all ranks, and this rank's share, packed."""
 
     rows: Tensor
     micro_batches: list[MicroBatch]
@@ -223,20 +227,19 @@ class MiniBatch:
 
 @dataclass(slots=True)
 class Experience:
-    """What the policy is updated on: a step's rollouts, and what each is worth. The columns are the same on every rank.
-
-    Advantages of single tokens, where an algorithm has them, are the micro-batches' signals["advantage"].
-    """
+    """What the policy is updated on: a step's rollouts with their rewards and advantages. Columns are the same on every
+    rank; advantages and returns of single tokens, where an algorithm has them, are columns of the micro-batches."""
 
     table: RolloutTable
     mini_batches: list[MiniBatch]
-    reward: Tensor  # [B] float32, shaped
+    reward: Tensor  # [B] float32, shaped, bonus included
     advantage: Tensor  # [B] float32
     keep: Tensor  # [B] bool, rows that train
-    replayed: bool = False  # it is a former step's
+    bonus: Tensor | None = None  # [B] float32, the contrastive bonus in `reward`; None without CLIPO
+    demonstrations: dict[int, Demonstration] = field(default_factory=dict)  # by group, in place of its rollouts
 
     def to(self, device: torch.device) -> Experience:
-        """The same with its micro-batches there."""
+        """A copy whose micro-batches are on the device."""
         moved = [
             MiniBatch(batch.rows, [each.to(device) for each in batch.micro_batches]) for batch in self.mini_batches
         ]
@@ -245,7 +248,8 @@ class Experience:
 
 @dataclass(slots=True)
 class StepReport:
-    """One line of metrics.jsonl: the step's number and its metrics, SI units in the names ("time/generate_s")."""
+    """One line of metrics.jsonl: the step's number and its metrics, with SI units in their names
+    ("time/generate_s")."""
 
     step: int
     metrics: dict[str, float]

@@ -28,11 +28,10 @@ import torch.distributed as dist
 
 from clipo_megatron.algorithms.algorithm import Algorithm
 from clipo_megatron.algorithms.build import build_algorithm
-from clipo_megatron.algorithms.clipo.stage import Clipo
 from clipo_megatron.algorithms.clipo.statistics import statistics as contrastive_statistics
 from clipo_megatron.algorithms.hook import Signal
 from clipo_megatron.config.schema import DType, HeadKind, RunConfig
-from clipo_megatron.flow import RolloutTable, Sample
+from clipo_megatron.flow import Experience, RolloutTable, Sample
 from clipo_megatron.policy import parallel
 from clipo_megatron.policy.actor import PolicyActor
 from clipo_megatron.runtime.platform import platform
@@ -97,7 +96,7 @@ def learn(
     algorithm: Algorithm,
     table: RolloutTable,
     samples: list[Sample],
-    report: Callable[[PolicyActor, Algorithm, RolloutTable], None],
+    report: Callable[[PolicyActor, Experience], None],
 ) -> None:
     """Exchange, score and update, as the trainer does."""
     table = dataclasses.replace(table, signals={})
@@ -106,22 +105,22 @@ def learn(
     actor.score([micro for batch in mini_batches for micro in batch.micro_batches], table, algorithm)
     experience = algorithm.assign_advantages(table, mini_batches)
     for batch in mini_batches:
-        actor.update(actor.batcher.credit(batch, experience, algorithm), experience, algorithm)
-    algorithm.after_update(table)
+        actor.update(actor.batcher.with_advantages(batch, experience, algorithm), experience, algorithm)
+    algorithm.after_update(experience, learned=True)
     if Signal.contrastive in algorithm.needs:
-        report(actor, algorithm, table)
+        report(actor, experience)
 
 
-def contrastive_metrics(actor: PolicyActor, algorithm: Algorithm, table: RolloutTable) -> None:
+def contrastive_metrics(actor: PolicyActor, experience: Experience) -> None:
     """Compute the metrics that a run reports of the contrastive head."""
-    clipo = algorithm.stage(Clipo)
+    table = experience.table
     contrastive_statistics(
         table.correct,
         table.group,
         table.signals["contrastive_loss"],
         table.signals["contrastive_valid"],
-        clipo.last_bonus,
-        floor=clipo.config.floor,
+        experience.bonus,
+        floor=actor.config.clipo.floor,
         embeddings=actor.contrastive.embeddings.cpu(),
     )
 
@@ -143,8 +142,7 @@ def measure(options: argparse.Namespace) -> tuple[dict[str, list[float]], list[d
     clock = Clock()
     actor.stage.pooled_states = clock.timed("pooling", actor.stage.pooled_states)
     actor._contrast = clock.timed("head, loss, head step", actor._contrast)
-    clipo = with_clipo.stage(Clipo)
-    clipo.shape_reward = clock.timed("reward", clipo.shape_reward)
+    with_clipo.bonus = clock.timed("reward", with_clipo.bonus)
     report = clock.timed("metrics", contrastive_metrics)
 
     seconds: dict[str, list[float]] = {"grpo": [], "clipo": []}

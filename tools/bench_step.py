@@ -77,7 +77,7 @@ def megatron_step(
         [batch] = batcher.mini_batches_of(samples, table)
         actor.score(batch.micro_batches, table, algorithm)
         experience = algorithm.assign_advantages(table, [batch])
-        actor.update(batcher.credit(batch, experience, algorithm), experience, algorithm)
+        actor.update(batcher.with_advantages(batch, experience, algorithm), experience, algorithm)
         return sum(micro.tokens.numel() for micro in batch.micro_batches)
 
     return step
@@ -93,11 +93,11 @@ def updates_of(
     [batch] = batcher.mini_batches_of(samples, table)
     actor.score(batch.micro_batches, table, algorithm)
     experience = algorithm.assign_advantages(table, [batch])
-    credited = batcher.credit(batch, experience, algorithm)
+    weighed = batcher.with_advantages(batch, experience, algorithm)
 
     def step() -> int:
-        actor.update(credited, experience, algorithm, first=scored)
-        return sum(micro.tokens.numel() for micro in credited.micro_batches)
+        actor.update(weighed, experience, algorithm, first=scored)
+        return sum(micro.tokens.numel() for micro in weighed.micro_batches)
 
     return step
 

@@ -1,1 +1,1 @@
-"""Algorithms as lists of stages."""
+"""Algorithms as lists of hooks."""

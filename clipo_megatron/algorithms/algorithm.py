@@ -1,168 +1,175 @@
-"""An algorithm: its stages, run in order."""
+"""An algorithm: its hooks, called in order."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from clipo_megatron.algorithms.clipo.stage import Clipo
-from clipo_megatron.algorithms.hook import Hook, HookContext, ScoredTokens, Signal, TokenBatch
+from clipo_megatron.algorithms.hook import Hook, HookContext, Replay, ScoredTokens, Signal, TokenBatch
+from clipo_megatron.algorithms.policy_loss import GroupLoss, PolicyLoss
 from clipo_megatron.config.errors import ConfigError
-from clipo_megatron.flow import Demonstration, Experience, MiniBatch, Prompt, Rollout, RolloutTable
+from clipo_megatron.flow import Experience, MiniBatch, Prompt, Rollout, RolloutTable
 
 
 class Algorithm:
-    """Runs the stages of one step. All methods but `observe`, `token_advantage`, `scores` and `loss` see the whole step
-    and give the same on every rank.
+    """Calls the hooks of one step. Every method returns the same on every rank, except `observe`, `token_advantage`,
+    `scores`, `loss` and `objective`, which see a part of the step.
 
     Raises:
-        ConfigError: a stage needs what nothing provides.
+        ConfigError: a hook needs what nothing provides.
     """
 
-    def __init__(self, stages: Sequence[Hook]):
-        self.stages = list(stages)
-        provided = {signal.value for signal in Signal}.union(*(stage.provides for stage in self.stages))
-        for stage in self.stages:
-            if missing := sorted(set(stage.needs) - provided):
+    def __init__(self, hooks: Sequence[Hook]):
+        self.hooks = list(hooks)
+        provided = {signal.value for signal in Signal}
+        provided = provided.union(*(hook.provides | hook.prompt_variants for hook in self.hooks))
+        for hook in self.hooks:
+            if missing := sorted(set(hook.needs) - provided):
                 raise ConfigError(
-                    f"{type(stage).__name__} needs {', '.join(missing)}, which nothing provides. There are "
-                    f"{', '.join(sorted(provided))}; or add the stage that provides it to algorithm.plugins."
+                    f"{type(hook).__name__} needs {', '.join(missing)}, which nothing provides. There are "
+                    f"{', '.join(sorted(provided))}; or add the hook that provides it to algorithm.plugins."
                 )
 
     @property
-    def needs(self) -> frozenset[str]:
-        """Signals that some stage reads."""
-        return frozenset().union(*(stage.needs for stage in self.stages))
+    def baseline(self) -> PolicyLoss:
+        """The hook that gives advantages and weighs tokens.
 
-    def stage(self, kind: type[Hook]) -> Hook | None:
-        """The first stage of a class, if there is one."""
-        return next((stage for stage in self.stages if isinstance(stage, kind)), None)
+        Raises:
+            ValueError: there is none, or more than one.
+        """
+        found = [hook for hook in self.hooks if isinstance(hook, PolicyLoss)]
+        if len(found) != 1:
+            names = ", ".join(type(hook).__name__ for hook in self.hooks)
+            raise ValueError(f"an algorithm has exactly one baseline (a PolicyLoss), {len(found)} of {names} are one")
+        return found[0]
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """Signals that some hook reads."""
+        return frozenset().union(*(hook.needs for hook in self.hooks))
+
+    @property
+    def assigns_token_advantages(self) -> bool:
+        """Whether tokens have advantages of their own."""
+        return any(hook.assigns_token_advantages for hook in self.hooks)
 
     @property
     def learns_without_advantage(self) -> bool:
-        """Whether rollouts with advantage 0 have a gradient."""
-        return any(stage.learns_without_advantage or stage.credits_tokens for stage in self.stages)
-
-    @property
-    def credits_tokens(self) -> bool:
-        """Whether tokens have advantages of their own."""
-        return any(stage.credits_tokens for stage in self.stages)
+        """Whether rollouts whose advantage is 0 can have a gradient."""
+        return self.assigns_token_advantages or any(hook.learns_without_advantage for hook in self.hooks)
 
     @property
     def replays(self) -> int:
-        """How often an experience can be trained again in later steps."""
-        return sum(stage.replays for stage in self.stages)
+        """The most former experiences that a step can add to its own."""
+        return sum(isinstance(hook, Replay) for hook in self.hooks)
 
     @property
     def policy_learns(self) -> bool:
         """Whether the policy is updated in the next step."""
-        return not any(stage.holds_policy for stage in self.stages)
-
-    @property
-    def last_bonus(self) -> Tensor | None:
-        """[B] float32, what the contrastive losses paid in this step; None without CLIPO."""
-        clipo = self.stage(Clipo)
-        return clipo.last_bonus if isinstance(clipo, Clipo) else None
+        return not any(hook.holds_policy for hook in self.hooks)
 
     def bind(self, context: HookContext) -> None:
-        """Let every stage look at the run it belongs to.
+        """Let every hook look at the run it belongs to.
 
         Raises:
-            ConfigError: the run cannot give what a stage needs.
+            ConfigError: the run lacks what a hook needs.
         """
-        for stage in self.stages:
-            stage.bind(context)
+        for hook in self.hooks:
+            hook.bind(context)
 
-    # --- the rollouts ------------------------------------------------------------------------------------------------
+    # --- rollouts ----------------------------------------------------------------------------------------------------
 
     def observe(self, prompt: Prompt, rollout: Rollout) -> dict[str, float | str]:
-        """What the stages note of one rollout."""
-        return self._merged([stage.observe(prompt, rollout) for stage in self.stages])
+        """The facts of one rollout that the hooks note, by name."""
+        return self._merged([hook.observe(prompt, rollout) for hook in self.hooks])
 
     def variants(self, table: RolloutTable) -> dict[str, dict[int, Tensor]]:
         """Prompts to score the step's responses behind: name -> group -> tokens [P']."""
-        return self._merged([stage.variants(table) for stage in self.stages])
+        return self._merged([hook.variants(table) for hook in self.hooks])
 
-    # --- what they are worth -----------------------------------------------------------------------------------------
+    # --- rewards and advantages --------------------------------------------------------------------------------------
 
     def assign_advantages(self, table: RolloutTable, mini_batches: list[MiniBatch]) -> Experience:
-        """Rewards, advantages, and which rollouts train."""
-        reward = self.shape_reward(table)
+        """The step's experience: rewards, advantages, demonstrations, and which rollouts train."""
+        reward, bonus = self.shape_reward(table), self.bonus(table)
+        if bonus is not None:
+            reward = reward + bonus
         advantage = self.advantage(table, reward)
-        keep = self.select(table, advantage)
-        return Experience(table, mini_batches, reward, advantage, keep)
+        demonstrations = self._merged([hook.demonstrate(table) for hook in self.hooks])
+        keep = self.select(table, advantage, demonstrations)
+        return Experience(table, mini_batches, reward, advantage, keep, bonus, demonstrations)
 
     def shape_reward(self, table: RolloutTable) -> Tensor:
-        """The grader's rewards, shaped by each stage in turn; [B] float32."""
+        """The grader's rewards, shaped by each hook in turn; [B] float32, without the bonus."""
         reward = table.reward
-        for stage in self.stages:
-            reward = stage.shape_reward(table, reward)
+        for hook in self.hooks:
+            reward = hook.shape_reward(table, reward)
         return reward
 
+    def bonus(self, table: RolloutTable) -> Tensor | None:
+        """[B] float32, the sum of the hooks' bonuses; None if no hook pays any."""
+        paid = [bonus for hook in self.hooks if (bonus := hook.bonus(table)) is not None]
+        if len(paid) > 1:
+            return torch.stack(paid).sum(0)
+        return paid[0] if paid else None
+
     def advantage(self, table: RolloutTable, reward: Tensor) -> Tensor:
-        """[B] float32: the baseline's, shaped by each stage in turn."""
-        advantage = self._the_only("advantage", [stage.advantage(table, reward) for stage in self.stages])
-        for stage in self.stages:
-            advantage = stage.shape_advantage(table, reward, advantage)
+        """[B] float32, the baseline's advantages, shaped by each hook in turn."""
+        advantage = self.baseline.advantage(table, reward)
+        for hook in self.hooks:
+            advantage = hook.shape_advantage(table, reward, advantage)
         return advantage
 
-    def select(self, table: RolloutTable, advantage: Tensor) -> Tensor:
-        """Rows that train, [B] bool: graded or going on, and wanted by every stage or retained by one."""
+    def select(self, table: RolloutTable, advantage: Tensor, demonstrated: Collection[int] = ()) -> Tensor:
+        """Rows that train, [B] bool: of graded or unfinished rollouts those that every hook selects, and all those of
+        the groups `demonstrated`."""
         there = table.graded | table.unfinished
-        keep, force_kept = there.clone(), torch.zeros_like(there)
-        for stage in self.stages:
-            if (chosen := stage.select(table, advantage)) is not None:
+        keep = there.clone()
+        for hook in self.hooks:
+            if (chosen := hook.select(table, advantage)) is not None:
                 keep &= chosen
-            if (held := stage.force_keep(table)) is not None:
-                force_kept |= held
-        return keep | (there & force_kept)
+        held = torch.isin(table.group, torch.tensor(list(demonstrated), dtype=torch.int64))
+        return keep | (there & held)
 
     def token_advantage(self, tokens: ScoredTokens, table: RolloutTable, advantage: Tensor) -> Tensor:
-        """[N] float32: the rollouts' `advantage` [B], made one of each token by each stage in turn."""
+        """[N] float32: the rollouts' `advantage` [B], turned into one of each token by each hook in turn."""
         values = advantage.to(tokens.rows.device)[tokens.rows]
-        rewards = [given for stage in self.stages if (given := stage.token_reward(tokens, table)) is not None]
+        rewards = [given for hook in self.hooks if (given := hook.token_reward(tokens, table)) is not None]
         tokens.rewards = torch.stack(rewards).sum(0) if rewards else None
-        for stage in self.stages:
-            values = stage.token_advantage(tokens, table, values)
+        for hook in self.hooks:
+            values = hook.token_advantage(tokens, table, values)
         return values
 
+    # --- update ------------------------------------------------------------------------------------------------------
+
     def replay(self, experience: Experience) -> list[Experience]:
-        """What the policy is updated on in this step, in order; nothing while a stage holds it."""
+        """What the policy is updated on in this step, in order; nothing while a hook holds the policy."""
         if not self.policy_learns:
             return []
-        plan = [experience]
-        for stage in self.stages:
-            plan = [each for given in plan for each in (stage.replay(given) if given is experience else [given])]
-        return plan
-
-    # --- the update --------------------------------------------------------------------------------------------------
+        former = [hook.replay(experience) for hook in self.hooks if isinstance(hook, Replay)]
+        return [experience, *(each for each in former if each is not None)]
 
     def token_weight(self, table: RolloutTable, rows: Tensor) -> Tensor:
-        """Weight of each response token of the mini-batch `rows`, [B] float32."""
-        return self._the_only("token_weight", [stage.token_weight(table, rows) for stage in self.stages])
-
-    def demonstrate(self, table: RolloutTable, rows: Tensor) -> list[Demonstration]:
-        """Responses to learn beside those of the mini-batch `rows`."""
-        return [each for stage in self.stages for each in stage.demonstrate(table, rows)]
+        """The weight of each response token of the mini-batch `rows` [M] int64: [B] float32."""
+        return self.baseline.token_weight(table, rows)
 
     @property
     def has_group_loss(self) -> bool:
         """Whether the loss compares rollouts of different micro-batches."""
-        return any(type(stage).scores is not Hook.scores for stage in self.stages)
+        return any(isinstance(hook, GroupLoss) for hook in self.hooks)
 
     def scores(self, tokens: TokenBatch) -> Tensor:
         """What each token adds to the scores of its rollout, [N, C] float32."""
-        return self._the_only("scores", [stage.scores(tokens) for stage in self.stages])
+        return self._group_loss().scores(tokens)
 
     def group_loss(self, scores: Tensor, experience: Experience, rows: Tensor) -> tuple[float, Tensor]:
         """The loss of a mini-batch by its scores [B, C] float64, and its derivative by each of them, [B, C] float32."""
         scores = scores.detach().double().requires_grad_()
-        (stage,) = (stage for stage in self.stages if type(stage).scores is not Hook.scores)
         with torch.enable_grad():
-            loss = stage.group_loss(scores[rows], experience, rows)
+            loss = self._group_loss().group_loss(scores[rows], experience, rows)
         if loss.requires_grad:
             loss.backward()
         gradient = torch.zeros_like(scores) if scores.grad is None else scores.grad
@@ -170,59 +177,59 @@ class Algorithm:
 
     def loss(self, tokens: TokenBatch) -> Tensor:
         """Per-token loss, [N] float32, without the part of a group loss."""
-        factors = [factor for stage in self.stages if (factor := stage.importance(tokens)) is not None]
+        factors = [factor for hook in self.hooks if (factor := hook.importance(tokens)) is not None]
         tokens.importance = torch.stack(factors).prod(0) if factors else None
-        terms = [term for stage in self.stages if (term := stage.loss(tokens)) is not None]
+        terms = [term for hook in self.hooks if (term := hook.loss(tokens)) is not None]
         if not terms:
             return torch.zeros_like(tokens.weights)
         return torch.stack(terms).sum(0) if len(terms) > 1 else terms[0]
 
     def objective(self, tokens: TokenBatch) -> tuple[Tensor, Tensor]:
-        """What a micro-batch adds to the loss: a scalar to differentiate, and its value.
+        """What a micro-batch adds to the loss: a scalar to differentiate, and its value without gradient.
 
-        They differ by the group loss, whose value is nobody's part: only its derivative can be divided.
+        They differ by the group loss: its derivative divides among micro-batches, its value does not.
         """
         weighted = (tokens.weights * self.loss(tokens)).sum()
         if tokens.score_gradient is None:
             return weighted, weighted.detach()
         return weighted + (tokens.score_gradient * self.scores(tokens)).sum(), weighted.detach()
 
-    def after_update(self, table: RolloutTable, learned: Experience | None = None) -> None:
-        """Let every stage move its state on; `learned` is what the policy learned from, None where it was held."""
-        for stage in self.stages:
-            if learned is not None:
-                stage.learned(learned)
-            stage.after_update(table)
+    def after_update(self, experience: Experience, *, learned: bool) -> None:
+        """Let every hook move its state on; `learned` is False where a hook held the policy in this step."""
+        for hook in self.hooks:
+            hook.after_update(experience, learned=learned)
 
     # --- state -------------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """State of every stage, by its place and class."""
-        return {f"{index}.{type(stage).__name__}": stage.state_dict() for index, stage in enumerate(self.stages)}
+        """The state of every hook, under "<index>.<class name>"."""
+        return {name: hook.state_dict() for name, hook in zip(self._names(), self.hooks, strict=True)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Inverse of `state_dict`.
+        """Restores what `state_dict` returned.
 
         Raises:
-            ValueError: the checkpoint is of another algorithm.
+            ValueError: the checkpoint belongs to another algorithm.
         """
-        mine = [f"{index}.{type(stage).__name__}" for index, stage in enumerate(self.stages)]
-        if mine != list(state):
-            raise ValueError(f"the checkpoint's algorithm has stages {list(state)}, this run's has {mine}")
-        for name, stage in zip(mine, self.stages, strict=True):
-            stage.load_state_dict(state[name])
+        if self._names() != list(state):
+            raise ValueError(f"the checkpoint's algorithm has the hooks {list(state)}, this run's has {self._names()}")
+        for name, hook in zip(self._names(), self.hooks, strict=True):
+            hook.load_state_dict(state[name])
 
-    @staticmethod
-    def _the_only(hook: str, answers: list[Tensor | None]) -> Tensor:
-        given = [answer for answer in answers if answer is not None]
-        if len(given) != 1:
-            raise ValueError(f"exactly one stage must give `{hook}`, {len(given)} do")
-        return given[0]
+    def _names(self) -> list[str]:
+        return [f"{index}.{type(hook).__name__}" for index, hook in enumerate(self.hooks)]
 
-    def _merged(self, parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        merged: dict[str, Any] = {}
-        for stage, part in zip(self.stages, parts, strict=True):
+    def _group_loss(self) -> GroupLoss:
+        (found,) = (hook for hook in self.hooks if isinstance(hook, GroupLoss))
+        return found
+
+    def _merged(self, parts: Sequence[dict[Any, Any]]) -> dict[Any, Any]:
+        merged: dict[Any, Any] = {}
+        for hook, part in zip(self.hooks, parts, strict=True):
             if twice := sorted(merged.keys() & part.keys()):
-                raise ValueError(f"{type(stage).__name__} gives {', '.join(twice)}, as a stage before it does")
+                given = ", ".join(map(str, twice))
+                raise ValueError(
+                    f"{type(hook).__name__} gives {given}, as a hook before it does; leave one of them out"
+                )
             merged |= part
         return merged

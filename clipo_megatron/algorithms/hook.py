@@ -1,95 +1,100 @@
-"""The stages of an algorithm, in the order in which a step runs them.
+"""The parts of an algorithm, and the order in which a step calls their methods.
 
-    observe -> variants -> shape_reward -> advantage -> shape_advantage -> select, retain -> token_reward
-            -> token_advantage -> replay -> token_weight, demonstrate -> scores, group_loss -> importance -> loss
-            -> learned -> after_update
+    rollouts     observe -> (exchange) -> variants -> (scoring forwards)
+    rewards      shape_reward -> bonus
+    advantages   advantage * -> shape_advantage -> demonstrate -> select -> token_reward -> token_advantage
+    update       replay * -> token_weight * -> scores *, group_loss * -> importance -> loss
+    afterwards   after_update
 
-An algorithm is a list of stages. Each stage implements the hooks it is about and leaves the others alone; a stage with
-state keeps it in `state_dict`. `needs` declares the signals a stage reads, and nothing is computed unasked.
+An algorithm is a list of hooks. A hook implements the methods it is about and leaves the others alone; a hook with
+state keeps it in `state_dict`. Methods marked * belong to hooks with a part of their own: `PolicyLoss`, the baseline,
+of which an algorithm has exactly one (`advantage`, `token_weight`); `GroupLoss`, a baseline whose loss compares whole
+rollouts (`scores`, `group_loss`); and `Replay`, which brings former experiences back (`replay`).
 
-Hooks that take a `RolloutTable` see the whole step, identical on every rank, so what they give cannot depend on the
-layout. `token_reward` and `token_advantage` see the tokens of this rank's rollouts, `scores`, `importance` and `loss`
-those of one micro-batch; both hold whole rollouts only.
+A method that takes the `RolloutTable` sees the whole step, identical on every rank, so what it returns cannot depend on
+the layout. `token_reward` and `token_advantage` see the tokens of this rank's rollouts; `scores`, `importance` and
+`loss` those of one micro-batch. Both hold whole rollouts only.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from clipo_megatron.config.errors import ConfigProblem
 from clipo_megatron.config.schema import RunConfig
 from clipo_megatron.flow import Demonstration, Experience, Prompt, Rollout, RolloutTable
 
 
 class Signal(str, Enum):
-    """What a stage can ask for. Columns of the table are [B], the tokens' [N]."""
+    """What a hook can ask for in `needs`. Columns of the table have B entries, those of tokens N."""
 
-    pooled_states = "pooled_states"  # table.signals["pooled_states"] [B, H] float32: mean response states
-    contrastive = "contrastive"  # table.signals["contrastive_loss"], ["contrastive_valid"]
-    entropy = "entropy"  # TokenBatch.entropy, with gradient, and scored_entropy
-    scored_entropy = "scored_entropy"  # the tokens' signals["entropy"], of the policy that was scored
-    logprob_sums = "logprob_sums"  # table.signals["logprob_sum"], float64, of the policy that was scored
-    reference_logprobs = "reference_logprobs"  # of the tokens
-    reference_kl = "reference_kl"  # table.signals["kl"] float32, of algorithm.kl.kind, of the policy that was scored
-    answers = "answers"  # table.words["answer"]: the final answer of each rollout as text, "" where it has none
-    values = "values"  # the tokens' signals["value"] and ["next_value"], of a critic; see policy.critic
-    demonstrations = "demonstrations"  # a worked solution in the rows of training prompts
+    pooled_states = "pooled_states"  # table.signals["pooled_states"], [B, H] float32: mean states of the response
+    contrastive = "contrastive"  # table.signals["contrastive_loss"] and ["contrastive_valid"]
+    entropy = "entropy"  # TokenBatch.entropy with gradient; includes scored_entropy
+    scored_entropy = "scored_entropy"  # the tokens' signals["entropy"], under the policy that scored them
+    logprob_sums = "logprob_sums"  # table.signals["logprob_sum"], float64, under the policy that scored them
+    reference_logprobs = "reference_logprobs"  # of the tokens, under the policy that the run began with
+    reference_kl = "reference_kl"  # table.signals["kl"], float32: algorithm.kl.kind summed over the response
+    answers = "answers"  # table.text_columns["answer"]: the final answer of each rollout, "" if it has none
+    values = "values"  # the tokens' signals["value"] and ["next_value"], given by a critic; see policy.critic
+    demonstrations = "demonstrations"  # worked solutions in the rows of the training prompts
 
 
 @dataclass(slots=True)
 class TokenBatch:
-    """The targets of one packed micro-batch, as the loss sees them. All [N]; gradients flow through `logprobs`
-    (and `entropy` where asked for)."""
+    """The targets of one packed micro-batch, as a loss sees them. Columns are [N]; gradients flow through `logprobs`,
+    and through `entropy` where a hook needs it."""
 
     logprobs: Tensor  # float32, under the policy being trained
-    old_logprobs: Tensor  # float32, under the policy that was scored before the update
+    old_logprobs: Tensor  # float32, under the policy that scored the rollouts before the update
     advantages: Tensor  # float32
-    weights: Tensor  # float32; the step's loss is sum(weights * per-token loss) over all ranks
-    rollout: Tensor  # int64, which rollout of the micro-batch
-    rollout_logprobs: Tensor  # float32, the engine's
+    weights: Tensor  # float32; the loss of the step is sum(weights * per-token loss) over all ranks
+    rollout: Tensor  # int64, number of the rollout within the micro-batch
+    rollout_logprobs: Tensor  # float32, from the engine that generated the rollout
     rows: Tensor | None = None  # int64, row of the table
-    reference_logprobs: Tensor | None = None
-    entropy: Tensor | None = None
-    signals: Mapping[str, Tensor] = field(default_factory=dict)  # what the scoring forwards gave, without gradient
-    importance: Tensor | None = None  # float32, multiplies the policy gradient; the product over stages
+    reference_logprobs: Tensor | None = None  # float32
+    entropy: Tensor | None = None  # float32
+    signals: Mapping[str, Tensor] = field(default_factory=dict)  # from the scoring forwards, without gradient
+    importance: Tensor | None = None  # float32, multiplies the policy gradient; the product over all hooks
     score_gradient: Tensor | None = None  # [N, C] float32, derivative of the group loss by the rollout's scores
-    metrics: dict[str, Tensor] = field(default_factory=dict)  # scalar sums weighted by `weights`, filled by losses
+    metrics: dict[str, Tensor] = field(default_factory=dict)  # scalar sums weighted by `weights`; losses fill them in
 
     def total(self, values: Tensor) -> Tensor:
-        """Sum over each rollout, on each of its tokens: [N] -> [N]."""
-        return sum_of(values, self.rollout)[self.rollout]
+        """The sum of `values` [N] over each rollout, repeated on each of its tokens: [N]."""
+        return sum_by_rollout(values, self.rollout)[self.rollout]
 
     def mean(self, values: Tensor) -> Tensor:
-        """Mean over each rollout, on each of its tokens: [N] -> [N]."""
+        """The mean of `values` [N] over each rollout, repeated on each of its tokens: [N]."""
         return self.total(values) / self.length
 
     @property
     def length(self) -> Tensor:
-        """[N] int64, response tokens of each target's rollout."""
+        """[N] int64, the response length of each token's rollout."""
         return torch.bincount(self.rollout)[self.rollout]
 
 
 @dataclass(slots=True)
 class ScoredTokens:
-    """The targets of all rollouts that this rank trains in a step, on the last pipeline stage; whole rollouts, each in
-    its order. All [N], without gradient."""
+    """The targets of all rollouts that this rank trains in a step, on the last pipeline stage. The tokens of a rollout
+    stand together and in order. Columns are [N], without gradient."""
 
     rows: Tensor  # int64, row of the table
     rollout: Tensor  # int64, 0, 1, ...: number of the rollout among this rank's
     old_logprobs: Tensor  # float32
-    signals: Mapping[str, Tensor]  # what the scoring forwards gave
-    sum_over_ranks: Callable[[Tensor], Tensor]  # over data-parallel ranks; all of them call it equally often
+    signals: Mapping[str, Tensor]  # from the scoring forwards
+    sum_over_ranks: Callable[[Tensor], Tensor]  # over data-parallel ranks, each of which must call it equally often
     reference_logprobs: Tensor | None = None  # float32
-    rewards: Tensor | None = None  # float32, of single tokens, beside the rollouts'; the sum over stages
-    returns: Tensor | None = None  # float32, what a critic shall learn; set by the stage that needs one
+    rewards: Tensor | None = None  # float32, rewards of single tokens beside the rollouts'; the sum over all hooks
+    returns: Tensor | None = None  # float32, what a critic learns; set by the `token_advantage` that computes them
 
 
-def sum_of(values: Tensor, rollout: Tensor) -> Tensor:
+def sum_by_rollout(values: Tensor, rollout: Tensor) -> Tensor:
     """Sum over each rollout's tokens, [N] or [N, C] -> [K] or [K, C], in the dtype of `values`; differentiable."""
     count = int(rollout.max()) + 1 if rollout.numel() else 0
     return values.new_zeros(count, *values.shape[1:]).index_add(0, rollout, values)
@@ -97,16 +102,16 @@ def sum_of(values: Tensor, rollout: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class HookContext:
-    """What a stage may use of the run it belongs to.
+    """What a hook may use of the run it belongs to.
 
     Attributes:
-        config: of the run.
-        prompts: the training prompts, by id.
-        encode: chat turns to prompt tokens [P] int64, by the run's template.
-        tokenize: text to token ids [n] int64, without special tokens.
-        answer: the final answer of a response as text; "" if there is none.
-        mask_id: token that stands for one that is not to be seen.
-        end_id: token that ends a response.
+        config: the run's configuration.
+        prompts: the training prompts by id.
+        encode: turns chat messages into prompt tokens [P] int64, by the run's chat template.
+        tokenize: turns text into token ids [n] int64, without special tokens.
+        answer: reads the final answer of a response as text; "" if there is none.
+        mask_id: the token that stands in for a hidden one.
+        end_id: the token that ends a response.
     """
 
     config: RunConfig
@@ -118,111 +123,120 @@ class HookContext:
     end_id: int
 
 
-class Hook:
-    """One part of an algorithm. Subclasses name their paper and assumptions in their docstring."""
+@dataclass
+class MethodOptions:
+    """Base of the options of a method: a dataclass of numbers, texts, truth values and enums, each with a default.
 
-    needs: frozenset[str] = frozenset()  # signals; those of other stages too, by name
-    provides: frozenset[str] = frozenset()  # names that `observe` or `variants` gives
-    learns_without_advantage = False  # whether there is a gradient where the advantage is 0
-    credits_tokens = False  # whether `token_advantage` does something
-    reads_token_rewards = False  # of a baseline: whether `token_advantage` reads tokens.rewards, as a KL in the reward
-    replays = 0  # further times that `replay` gives an experience, at most; then `previous` is kept in checkpoints
-    previous: Experience | None = None  # what `replay` will give again, its micro-batches in host memory
-    holds_policy = False  # whether the policy waits in the next step, while this stage's own part learns
+    A number gets its range by `config.ranges.within`, an option its help by the comment on its line. The class itself
+    stands for a method without options.
+    """
+
+    def problems(self, config: RunConfig) -> Iterator[ConfigProblem]:
+        """What is wrong with the values beyond types and ranges; the key of a problem is the name of the option."""
+        yield from ()
+
+
+class Hook:
+    """One part of an algorithm. The docstring of a method names its paper and what it assumes."""
+
+    source: ClassVar[str] = ""  # paper or place the method comes from
+    summary: ClassVar[str] = ""  # what it does, in half a line
+    options_class: ClassVar[type[MethodOptions]] = MethodOptions
+    needs: frozenset[str] = frozenset()  # signals, and names that other hooks provide
+    provides: frozenset[str] = frozenset()  # names that `observe` gives
+    prompt_variants: ClassVar[frozenset[str]] = frozenset()  # names that `variants` gives; each costs a forward
+    supports_windows: ClassVar[bool] = False  # whether it takes rollouts that go on in the next step
+    learns_without_advantage = False  # whether `loss` has a gradient where the advantage is 0
+    holds_policy = False  # whether the policy waits in the next step, while something else of this hook learns
+
+    def __init__(self, options: Any = None) -> None:
+        self.options = self.options_class() if options is None else options
 
     def bind(self, context: HookContext) -> None:
-        """Once, before the first step.
+        """Called once, before the first step.
 
         Raises:
-            ConfigError: the run cannot give what this stage needs.
+            ConfigError: the run lacks what this hook needs.
         """
 
     def observe(self, prompt: Prompt, rollout: Rollout) -> dict[str, float | str]:
-        """Facts of one rollout, on the rank that generated it: numbers become table.signals[name] [B] float64, texts
-        table.words[name]. The same names for every rollout."""
+        """Facts of one rollout, on the rank that generated it, under the same names for every rollout. Numbers become
+        table.signals[name] [B] float64, texts table.text_columns[name]."""
         return {}
 
     def variants(self, table: RolloutTable) -> dict[str, dict[int, Tensor]]:
-        """Other prompts before the same responses, each scored by a forward of its own: name -> group -> tokens [P'].
+        """Other prompts to score the same responses behind: name -> group -> tokens [P'].
 
-        The log-probs [N] are the tokens' signals[name]. Groups that are left out keep their prompt. A name is given in
-        every step or in none; {} of groups costs nothing, and there is no such signal then.
+        The log-probs [N] of each become the tokens' signals[name]; groups that are left out keep their prompt. All
+        names must be given in every step. A name without groups costs no forward, and there is no such signal then.
         """
         return {}
 
     def shape_reward(self, table: RolloutTable, reward: Tensor) -> Tensor:
-        """New rewards [B] float32 from the rewards so far."""
+        """New rewards [B] float32 from the rewards so far, which begin as the grader's."""
         return reward
 
-    def advantage(self, table: RolloutTable, reward: Tensor) -> Tensor | None:
-        """Advantages [B] float32; exactly one stage of an algorithm gives them."""
+    def bonus(self, table: RolloutTable) -> Tensor | None:
+        """[B] float32, added to the shaped rewards and reported as the bonus; None if this hook pays none."""
         return None
 
     def shape_advantage(self, table: RolloutTable, reward: Tensor, advantage: Tensor) -> Tensor:
-        """New advantages [B] float32 from the advantages so far."""
+        """New advantages [B] float32 from the advantages so far, which begin as the baseline's."""
         return advantage
 
-    def select(self, table: RolloutTable, advantage: Tensor) -> Tensor | None:
-        """Rows that train, [B] bool; None leaves all."""
-        return None
+    def demonstrate(self, table: RolloutTable) -> dict[int, Demonstration]:
+        """Responses to learn as they stand in place of a group's rollouts, by group. The baseline must give those
+        rollouts no weight; no `select` leaves them out, so that their group stays part of its mini-batch."""
+        return {}
 
-    def force_keep(self, table: RolloutTable) -> Tensor | None:
-        """Rows [B] bool that no stage's `select` leaves out: hooks that see a mini-batch's rows see them, whatever they
-        weigh. None: no such rows."""
+    def select(self, table: RolloutTable, advantage: Tensor) -> Tensor | None:
+        """Rows that train, [B] bool; None selects all. A row trains if every hook selects it."""
         return None
 
     def token_reward(self, tokens: ScoredTokens, table: RolloutTable) -> Tensor | None:
-        """Rewards of single tokens [N] float32, on the last pipeline stage; stages add up. For a baseline with
-        `reads_token_rewards`: no other sees them, so a stage that rewards tokens needs a form for whole rollouts."""
+        """Rewards of single tokens [N] float32, on the last pipeline stage; those of all hooks add up. Only a baseline
+        that `reads_token_rewards` sees them, so a hook needs another form for all other baselines."""
         return None
 
     def token_advantage(self, tokens: ScoredTokens, table: RolloutTable, advantage: Tensor) -> Tensor:
-        """Advantage of each token [N] float32 from those so far, on the last pipeline stage; before the update."""
+        """The advantage of each token [N] float32 from those so far, on the last pipeline stage, before the update."""
         return advantage
 
-    def replay(self, experience: Experience) -> Sequence[Experience]:
-        """What the policy is updated on in this step, in order. A question: `learned` is where a stage keeps it."""
-        return [experience]
-
-    def token_weight(self, table: RolloutTable, rows: Tensor) -> Tensor | None:
-        """Weight of each response token of every rollout, [B] float32, zero outside `rows` ([M] int64, one
-        mini-batch); exactly one stage gives them. Summed over all tokens of `rows` they are the loss's denominator."""
-        return None
-
-    def demonstrate(self, table: RolloutTable, rows: Tensor) -> Sequence[Demonstration]:
-        """Responses to learn beside those of the mini-batch `rows`; their loss is their weighted -log pi."""
-        return []
-
-    def scores(self, tokens: TokenBatch) -> Tensor | None:
-        """What each token adds to the scores of its rollout, [N, C] float32, with gradient; at most one stage.
-
-        A group loss is a function of the scores of many rollouts, which no micro-batch holds together. So it takes two
-        passes: scores without gradient, `group_loss` on them, and then its derivative by each score as the weight of
-        that score's own gradient. Any micro-batching and layout gives the same.
-        """
-        return None
-
-    def group_loss(self, scores: Tensor, experience: Experience, rows: Tensor) -> Tensor:
-        """The loss of a mini-batch, a scalar, from its scores [M, C] float64; `rows` [M] int64 of the table."""
-        raise NotImplementedError
+    @property
+    def assigns_token_advantages(self) -> bool:
+        """Whether `token_advantage` changes anything in this run: where a class implements it, unless it says no."""
+        return type(self).token_advantage is not Hook.token_advantage
 
     def importance(self, tokens: TokenBatch) -> Tensor | None:
-        """Factors [N] float32 of the policy-gradient term, without gradient; None for 1. Stages multiply."""
+        """Factors [N] float32 of the policy gradient, without gradient; None for 1. Those of all hooks multiply."""
         return None
 
     def loss(self, tokens: TokenBatch) -> Tensor | None:
-        """Per-token loss [N] float32, before weights; stages add up."""
+        """Per-token loss [N] float32, before weights; those of all hooks add up."""
         return None
 
-    def learned(self, experience: Experience) -> None:
-        """After the policy's update on a step's own experience; not in steps in which a stage holds the policy."""
-
-    def after_update(self, table: RolloutTable) -> None:
-        """After the policy's update, or where it would be: move state on."""
+    def after_update(self, experience: Experience, *, learned: bool) -> None:
+        """Moves the hook's state on at the end of a step; `learned` is False where a hook held the policy."""
 
     def state_dict(self) -> dict[str, Any]:
-        """Tensors and plain values."""
+        """The state that checkpoints keep: tensors, numbers, texts, and lists and dictionaries of them."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Inverse of `state_dict`."""
+        """Restores what `state_dict` returned."""
+
+
+class Replay(Hook):
+    """A hook that updates the policy on a former experience once more.
+
+    Attributes:
+        previous: the experience that the next step may give again, micro-batches in host memory. Checkpoints keep it
+            (policy.batch.replay), beside the `state_dict`.
+    """
+
+    previous: Experience | None = None
+
+    def replay(self, experience: Experience) -> Experience | None:
+        """What the policy is updated on after this step's `experience`; None for nothing. `after_update` moves the
+        state on, not this."""
+        raise NotImplementedError

@@ -1,19 +1,19 @@
-"""Rollouts that another policy drew: importance weights between the engine's log-probs and the trainer's.
+"""Off-policy correction: importance weights between the engine's log-probs and the trainer's.
 
-The engine computes in another precision or with other kernels, and a rollout that was begun before the last update is
-partly an older policy's. With x_t = log pi_old(t) - log pi_rollout(t), where pi_old is the trainer's policy that scored
-the rollouts before the update:
+The engine computes in another precision or with other kernels, and a rollout that was begun before the last update was
+partly drawn by an older policy. With x_t = log pi_old(t) - log pi_rollout(t), where pi_old is the trainer's policy that
+scored the rollouts before the update:
 
     token       w_t = exp(x_t)
     sequence    w = exp(sum of x_t over the rollout), the same for all its tokens
-    geometric   w = exp(mean of x_t over the rollout), likewise
+    geometric   w = exp(mean of x_t over the rollout), the same for all its tokens
 
 and, since a product of ratios has no bound,
 
     truncate    min(w, cap)
     mask        w where floor <= w <= cap, else 0
 
-They multiply the policy-gradient term alone. There is no gradient through them.
+The weights multiply the policy gradient alone, and no gradient flows through them.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ from clipo_megatron.config.schema import CorrectionConfig, CorrectionKind, Corre
 
 # exp(20) is 4.9e8: far beyond any cap, and far from overflow, also when squared
 LARGEST_EXPONENT = 20.0
-# What `correction_sums` counts: weights before and after the limits are two different things.
+# The entries of `correction_sums`. The first two are of the limited weights, the next two count unlimited ones.
 SUMS = ("weight", "square", "above_cap", "below_floor", "tokens")
 
 
 def importance_weights(log_ratio: Tensor, rollout: Tensor, level: CorrectionLevel) -> Tensor:
-    """Unlimited weights of each token, [N] float64.
+    """The unlimited weight of each token, [N] float64.
 
     Args:
-        log_ratio: [N], log pi_old - log pi_rollout of each token; whole rollouts.
-        rollout: [N] int64, which rollout each token belongs to.
+        log_ratio: [N], log pi_old - log pi_rollout of each token of whole rollouts.
+        rollout: [N] int64, number of the rollout that each token belongs to.
         level: token, sequence or geometric.
     """
     exponent = log_ratio.detach().double()
@@ -48,14 +48,14 @@ def importance_weights(log_ratio: Tensor, rollout: Tensor, level: CorrectionLeve
 
 
 def limited(weights: Tensor, config: CorrectionConfig) -> Tensor:
-    """The weights as they act: truncated at the cap, or 0 outside [floor, cap]."""
+    """The weights truncated at the cap, or set to 0 outside [floor, cap]."""
     if config.kind is CorrectionKind.truncate:
         return weights.clamp(max=config.cap)
     return torch.where((weights >= config.floor) & (weights <= config.cap), weights, 0.0)
 
 
 def correction_sums(log_ratio: Tensor, rollout: Tensor, config: CorrectionConfig) -> Tensor:
-    """The sums over tokens named by SUMS, [5] float64, to be added up over micro-batches and ranks."""
+    """Sums over tokens in the order of SUMS, [5] float64, to be added up over micro-batches and ranks."""
     weights = importance_weights(log_ratio, rollout, config.level)
     acting = limited(weights, config)
     below = weights < config.floor if config.kind is CorrectionKind.mask else torch.zeros_like(weights)
@@ -64,11 +64,11 @@ def correction_sums(log_ratio: Tensor, rollout: Tensor, config: CorrectionConfig
 
 
 def correction_metrics(sums: Tensor) -> dict[str, float]:
-    """What the correction does to a step, from the sums over all its tokens.
+    """Metrics of the correction in a step, from the sums over all its tokens.
 
-    off_policy/importance_mean     mean of the weights as they act; 1 on policy
-    off_policy/above_cap           share of tokens whose weight is truncated, or masked for being too large
-    off_policy/below_floor         share of tokens masked for being too small
+    off_policy/importance_mean     mean of the limited weights; 1 on policy
+    off_policy/above_cap           share of tokens whose weight is truncated, or masked because it is too large
+    off_policy/below_floor         share of tokens masked because their weight is too small
     off_policy/effective_samples   (sum w)^2 / (n sum w^2): the share of the tokens that still counts; 1 on policy
     """
     weight, square, above, below, tokens = sums.tolist()
@@ -84,15 +84,14 @@ def correction_metrics(sums: Tensor) -> dict[str, float]:
 class OffPolicyCorrection(Hook):
     """Weighs the policy gradient of each token by how much likelier the trainer's policy was to draw it.
 
-    Truncated weights of tokens: "Your Efficient RL Framework Secretly Brings You Off-Policy RL Training", Yao et al.,
-    2025. Masked ones: IcePop, Ling team, 2025. The geometric mean of a rollout's ratios is that of GSPO, arXiv
-    2507.18071. Assumes engine log-probs under the same temperature and before any truncation.
+    Truncated token weights: "Your Efficient RL Framework Secretly Brings You Off-Policy RL Training", Yao et al., 2025.
+    Masked weights: IcePop, Ling team, 2025. The geometric mean of a rollout's ratios: GSPO, arXiv 2507.18071. Assumes
+    that the engine's log-probs are at the same temperature and before any truncation by top-p or top-k.
     """
 
     def __init__(self, config: CorrectionConfig):
         self.config = config
 
     def importance(self, tokens: TokenBatch) -> Tensor:
-        """[N] float32, without gradient."""
         weights = importance_weights(tokens.old_logprobs - tokens.rollout_logprobs, tokens.rollout, self.config.level)
         return limited(weights, self.config).float()

@@ -1,4 +1,4 @@
-"""Distance to the reference policy, as a loss or as part of the reward.
+"""The distance to the reference policy, as a loss or as part of the reward, and the entropy bonus.
 
 Estimators of KL(pi || pi_ref) from samples of pi: http://joschu.net/blog/kl-approx.html
 """
@@ -14,7 +14,7 @@ from clipo_megatron.flow import RolloutTable
 
 
 def kl_estimate(kind: KLKind, logprobs: Tensor, reference: Tensor) -> Tensor:
-    """Per-token estimate, [N] float32.
+    """The estimate of KL(pi || pi_ref) at each token, [N] float32.
 
     With x = log pi_ref - log pi:  k1 = -x,  k2 = x^2 / 2,  k3 = exp(x) - 1 - x.
     """
@@ -27,7 +27,7 @@ def kl_estimate(kind: KLKind, logprobs: Tensor, reference: Tensor) -> Tensor:
 
 
 class KLLoss(Hook):
-    """Adds coefficient * KL(pi || pi_ref) to the loss of every token. Assumes gradients flow through log pi."""
+    """Adds coefficient * KL(pi || pi_ref) to the loss of every token."""
 
     needs = frozenset({Signal.reference_logprobs})
     learns_without_advantage = True
@@ -36,26 +36,26 @@ class KLLoss(Hook):
         self.coefficient, self.kind = coefficient, kind
 
     def loss(self, tokens: TokenBatch) -> Tensor:
-        """[N] float32."""
         per_token = kl_estimate(self.kind, tokens.logprobs, tokens.reference_logprobs)
         tokens.metrics["policy/reference_kl"] = (tokens.weights * per_token.detach()).sum()
         return self.coefficient * per_token
 
 
 class KLReward(Hook):
-    """Subtracts coefficient * KL(pi_old || pi_ref) from the reward: the sum over the response from the rollout's, or
-    with `per_token` each token's from its own, for a baseline that reads rewards of single tokens."""
+    """Subtracts coefficient * KL(pi_old || pi_ref) from the reward.
+
+    It is summed over the response and taken from the rollout's reward, or, with `per_token`, taken from each token's
+    own reward, for a baseline that reads rewards of single tokens.
+    """
 
     def __init__(self, coefficient: float, kind: KLKind, *, per_token: bool = False):
         self.coefficient, self.kind, self.per_token = coefficient, kind, per_token
         self.needs = frozenset({Signal.reference_logprobs} | (set() if per_token else {Signal.reference_kl}))
 
     def shape_reward(self, table: RolloutTable, reward: Tensor) -> Tensor:
-        """[B] float32."""
         return reward if self.per_token else reward - self.coefficient * table.signals["kl"]
 
     def token_reward(self, tokens: ScoredTokens, table: RolloutTable) -> Tensor | None:
-        """[N] float32."""
         if not self.per_token:
             return None
         return -self.coefficient * kl_estimate(self.kind, tokens.old_logprobs, tokens.reference_logprobs)
@@ -71,5 +71,4 @@ class EntropyBonus(Hook):
         self.coefficient = coefficient
 
     def loss(self, tokens: TokenBatch) -> Tensor:
-        """[N] float32."""
         return -self.coefficient * tokens.entropy

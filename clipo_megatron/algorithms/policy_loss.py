@@ -1,8 +1,10 @@
-"""What most baselines share: how the tokens of a mini-batch are weighed, and PPO's clipped surrogate."""
+"""What baselines share: their defaults, how the tokens of a mini-batch weigh, PPO's clipped loss, losses over
+groups."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -17,9 +19,9 @@ class BaselineSettings:
     """The settings that all baselines share.
 
     Attributes:
-        clip_low, clip_high: how far a ratio of probabilities may fall below and rise above 1; not every loss clips.
+        clip_low, clip_high: how far a probability ratio may fall below and rise above 1; not every loss clips.
         aggregation: how the tokens of a mini-batch weigh.
-        constant_length: tokens, for `constant`.
+        constant_length: the length in tokens that the aggregation `constant` divides by.
     """
 
     clip_low: float
@@ -29,17 +31,36 @@ class BaselineSettings:
 
 
 class PolicyLoss(Hook):
-    """A baseline: what gives advantages, and the weight of each token in the loss. Subclasses take their own options
-    after the shared settings, by name."""
+    """A baseline: the hook that gives advantages and weighs the tokens in the loss; most give the policy's loss too."""
 
-    def __init__(self, settings: BaselineSettings):
+    default_clip: ClassVar[tuple[float, float] | None] = (0.2, 0.2)  # clip_low, clip_high; None: nothing is clipped
+    clip_low_below_one: ClassVar[bool] = True  # whether clip_low is subtracted from a ratio of 1
+    default_aggregation: ClassVar[Aggregation | None] = Aggregation.token_mean  # None: a loss over whole groups
+    default_max_refill_rounds: ClassVar[int] = 0  # of rollout.max_refill_rounds
+    needs_groups: ClassVar[bool] = True  # whether it learns nothing from a prompt with a single rollout
+    reads_token_rewards: ClassVar[bool] = False  # whether `token_advantage` reads tokens.rewards
+
+    def __init__(self, settings: BaselineSettings, options: Any = None) -> None:
+        super().__init__(options)
         self.clip_low, self.clip_high = settings.clip_low, settings.clip_high
         self.aggregation, self.constant_length = settings.aggregation, settings.constant_length
 
-    def token_weight(self, table: RolloutTable, rows: Tensor) -> Tensor:
-        """Weight of each response token over global counts, [B] float32.
+    def advantage(self, table: RolloutTable, reward: Tensor) -> Tensor:
+        """Advantages [B] float32 from the shaped rewards, bonus included."""
+        raise NotImplementedError
 
-        token_mean 1 / sum of lengths; sequence_mean 1 / (rollouts * own length); constant 1 / (rollouts * constant).
+    def token_weight(self, table: RolloutTable, rows: Tensor) -> Tensor:
+        """The weight of each response token of every rollout: [B] float32, zero outside `rows`.
+
+        token_mean     1 / sum of all lengths
+        sequence_mean  1 / (rollouts * own length)
+        constant       1 / (rollouts * constant length)
+
+        Summed over all tokens of `rows` the weights are 1, except for `constant`.
+
+        Args:
+            table: the step's facts.
+            rows: [M] int64, the rows of one mini-batch over all ranks.
         """
         lengths = table.response_length[rows].float()
         if self.aggregation is Aggregation.token_mean:
@@ -54,46 +75,57 @@ class PolicyLoss(Hook):
 
 
 class ClippedPolicyLoss(PolicyLoss):
-    """PPO's clipped surrogate on each token: max(-rho A, -clip(rho, 1 - low, 1 + high) A), arXiv 1707.06347.
+    """PPO's clipped loss on each token: max(-rho A, -clip(rho, 1 - low, 1 + high) A), arXiv 1707.06347.
 
-    rho is the ratio to the policy that was scored before the update; importance weights multiply the whole. Different
-    low and high are DAPO's clip-higher (arXiv 2503.14476).
+    rho is the ratio to the policy that scored the rollouts before the update; importance weights multiply the whole.
+    Different bounds low and high are DAPO's clip-higher (arXiv 2503.14476).
     """
 
     def log_ratio(self, tokens: TokenBatch) -> Tensor:
-        """[N] float32, log of what is clipped: here each token's own ratio."""
+        """[N] float32, the log of the ratio that is clipped: here each token's own."""
         return tokens.logprobs - tokens.old_logprobs
 
     def loss(self, tokens: TokenBatch) -> Tensor:
-        """[N] float32."""
         ratio = self.log_ratio(tokens).exp()
         clipped = ratio.clamp(1 - self.clip_low, 1 + self.clip_high)
         plain, limited = -ratio * tokens.advantages, -clipped * tokens.advantages
         tokens.metrics["policy/clip_fraction"] = (tokens.weights * (limited > plain)).sum().detach()
-        surrogate = torch.maximum(plain, limited)
-        return surrogate if tokens.importance is None else tokens.importance * surrogate
+        loss = torch.maximum(plain, limited)
+        return loss if tokens.importance is None else tokens.importance * loss
 
 
 class GroupLoss(PolicyLoss):
-    """A baseline whose loss compares whole rollouts, so that there is nothing to weigh single tokens with.
+    """A baseline whose loss compares whole rollouts, which no micro-batch holds together.
 
-    Subclasses give `scores` and `group_loss`. The advantage is 0 and the weights those of token_mean: other stages'
-    terms (KL, entropy) use them.
+    So an update takes two passes: scores of all rollouts without gradient, `group_loss` on them, and then its
+    derivative by each score as the weight of that score's own gradient. The result does not depend on micro-batches or
+    layout.
+
+    The advantage is 0, and token weights are those of token_mean: the terms of other hooks (KL, entropy) use them.
     """
 
+    default_clip = None
+    default_aggregation = None
     learns_without_advantage = True
+    takes_off_policy_rollouts: ClassVar[bool] = False  # whether the loss holds for rollouts of any policy
 
     def advantage(self, table: RolloutTable, reward: Tensor) -> Tensor:
-        """[B] float32, zeros."""
         return torch.zeros_like(reward)
+
+    def scores(self, tokens: TokenBatch) -> Tensor:
+        """What each token adds to the scores of its rollout, [N, C] float32, with gradient."""
+        raise NotImplementedError
+
+    def group_loss(self, scores: Tensor, experience: Experience, rows: Tensor) -> Tensor:
+        """The loss of a mini-batch, a scalar, from its scores [M, C] float64; `rows` [M] int64 are its table rows."""
+        raise NotImplementedError
 
 
 def bonus_weight(experience: Experience, rows: Tensor) -> Tensor:
-    """What each of `rows` [M] counts for by its reward, [M] float64: 1 and what stages added to the grader's reward, at
-    least 0.
+    """The weight of each of `rows` [M] by what hooks added to the grader's reward: 1 + that, at least 0; [M] float64.
 
-    The grader's own reward is left out, whatever its scale: verdicts are in the loss already. Below 0 a correct rollout
-    would be pushed down.
+    The grader's own reward is left out, whatever its scale: the verdicts are in the loss already. A weight below 0
+    would push correct rollouts down.
     """
     added = experience.reward[rows].double() - experience.table.reward[rows].double()
     return (1 + added).clamp(min=0)

@@ -1,4 +1,4 @@
-"""Random numbers that every layout draws alike: a function of seed, step and prompt."""
+"""Random numbers that do not depend on the layout: a function of seed, step and prompt."""
 
 from __future__ import annotations
 
@@ -8,6 +8,6 @@ import torch
 
 
 def generator_of(seed: int, step: int, name: str) -> torch.Generator:
-    """A generator for one prompt in one step."""
+    """The generator of the prompt called `name` in one step."""
     digest = hashlib.blake2b(f"{seed}\n{step}\n{name}".encode(), digest_size=7).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest, "little"))

@@ -1,34 +1,61 @@
-"""Names of a user's own: in a file, or in an installed package."""
+"""Classes and functions of a user's own, named by "file.py:name" or "package.module:name"."""
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import importlib.util
 import sys
+from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
-from clipo_megatron.config.errors import ConfigError
+from clipo_megatron.config.errors import ConfigError, ConfigProblem
 
 
 def imported(place: str) -> Any:
-    """What is at "file.py:name" or "package.module:name".
+    """Import what stands at "file.py:name" or "package.module:name".
 
     Raises:
         ConfigError: the module cannot be imported, or has no such name.
     """
     source, _, name = place.rpartition(":")
     try:
-        module = _module_of(Path(source)) if source.endswith(".py") else importlib.import_module(source)
-    except Exception as error:  # whatever a user's file raises while it is run
+        if source.endswith(".py"):
+            file = Path(source).resolve()
+            module = _module_of(file, file.stat().st_mtime_ns)
+        else:
+            module = importlib.import_module(source)
+    except Exception as error:  # a user's file can raise anything while it is run
         raise ConfigError(f"{source} cannot be imported: {type(error).__name__}: {error}. Correct it.") from error
     if not hasattr(module, name):
         raise ConfigError(f"{place}: {name} is not in it. Correct the name.")
     return getattr(module, name)
 
 
-def _module_of(file: Path) -> Any:
-    name = f"clipo_stage_{file.stem}"
+def place_problems(key: str, place: str, kind: str) -> Iterator[ConfigProblem]:
+    """What is wrong with "file.py:name" or "package.module:name", as far as can be said without importing it.
+
+    Args:
+        key: the setting that holds it.
+        place: the setting's value.
+        kind: what is named, "Class" or "function".
+    """
+    source, _, name = place.rpartition(":")
+    if not source or not name.isidentifier():
+        reason = f"no {kind.lower()} is named after a colon"
+        yield ConfigProblem(key, reason, f"Write file.py:{kind} or package.module:{kind}", place)
+    elif source.endswith(".py") and not Path(source).is_file():
+        reason = "there is no such file" + ("" if Path(source).is_absolute() else f" below {Path.cwd()}")
+        yield ConfigProblem(key, reason, "Correct the path", place)
+
+
+@cache
+def _module_of(file: Path, modified: int) -> Any:
+    """The module of a file, run once in each version of the file."""
+    digest = hashlib.blake2b(f"{file}\n{modified}".encode(), digest_size=6).hexdigest()
+    name = f"clipo_user_{file.stem}_{digest}"
     spec = importlib.util.spec_from_file_location(name, file)
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module  # dataclasses look their module up there

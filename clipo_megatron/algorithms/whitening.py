@@ -1,4 +1,4 @@
-"""Mean and variance that whitening takes out, over rollouts or tokens, on one rank or many."""
+"""Whitening over rollouts or tokens, held by one rank or by many."""
 
 from __future__ import annotations
 
@@ -11,18 +11,20 @@ from torch import Tensor
 def centred(
     values: Tensor, shares: Tensor, sum_over_ranks: Callable[[Tensor], Tensor] | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Values less their weighted mean, 0 where they have no share; and their unbiased variance. Both float64.
+    """Subtract the weighted mean of the values, and compute their unbiased variance.
 
     With n the sum of the shares, the mean is sum(share * value) / n and the variance
-    sum(share * (value - mean)^2) / (n - 1), 0 for n <= 1 value.
+    sum(share * (value - mean)^2) / (n - 1), or 0 where n <= 1.
 
     Args:
-        values: [n], any float dtype; those without a share are not looked at.
+        values: [n], any float dtype; values without a share are ignored.
         shares: [n], bool or not negative: how often each value counts.
-        sum_over_ranks: of the ranks that hold parts of the values, all of which call this; None: they are all here.
+        sum_over_ranks: adds a tensor up over the ranks that hold parts of the values, all of which call this function;
+            None: all values are here.
 
     Returns:
-        [n], and a scalar, the same on all ranks.
+        The centred values [n] float64, 0 without a share, and the variance, a float64 scalar that is the same on all
+        ranks.
     """
     total_of = sum_over_ranks or torch.clone
     shares = shares.double()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from clipo_megatron.algorithms.methods.registry import baseline, is_import_path
+from clipo_megatron.algorithms.methods.registry import baseline
 from clipo_megatron.config.errors import ConfigProblem
 from clipo_megatron.config.schema import Level, RunConfig
 
@@ -47,12 +47,12 @@ def _mini_batches(config: RunConfig, replicas: int) -> Iterator[ConfigProblem]:
 
 
 def _compares(config: RunConfig) -> str | None:
-    """Who needs several rollouts of a prompt, as a clause; None: nobody, as far as can be said of one's own classes."""
+    """What needs several rollouts of a prompt, as a clause; None if nothing does."""
     clipo, algorithm = config.clipo, config.algorithm
     if clipo.enabled and clipo.level is not Level.batch:
         return f"CLIPO with clipo.level = {clipo.level.value} compares the rollouts of a prompt"
-    if is_import_path(algorithm.name) or baseline(algorithm).single:
+    if not baseline(algorithm).needs_groups:
         return None
-    if baseline(algorithm).aggregation is None:
+    if baseline(algorithm).default_aggregation is None:
         return f"the loss of {algorithm.name} compares the rollouts of a prompt"
     return f"the advantages of {algorithm.name} are against the prompt's other rollouts"

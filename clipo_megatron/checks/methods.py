@@ -1,21 +1,31 @@
-"""Checks of the algorithm's section: names of methods, their options, and settings that a method does not read."""
+"""Checks of the algorithm's section: names of methods, their options, and settings that a method does not read.
+
+What a method reads and needs is asked of its class, built in or a user's own.
+"""
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Iterator
+from dataclasses import replace
 
+from clipo_megatron.algorithms.hook import Hook, Replay, Signal
 from clipo_megatron.algorithms.methods.registry import (
     BASELINES,
     PLUGINS,
-    Acts,
     baseline,
+    baseline_class,
+    has_critic,
     is_import_path,
     max_refill_rounds,
+    plugin_class,
+    plugins,
 )
-from clipo_megatron.config.errors import ConfigProblem
+from clipo_megatron.algorithms.policy_loss import GroupLoss
+from clipo_megatron.algorithms.user_classes import place_problems
+from clipo_megatron.config.errors import ConfigError, ConfigProblem
 from clipo_megatron.config.load import option_problems, typed_options
-from clipo_megatron.config.option_limits import place_problems, value_problems
+from clipo_megatron.config.ranges import range_problems
 from clipo_megatron.config.schema import (
     Aggregation,
     AlgorithmConfig,
@@ -29,7 +39,7 @@ from clipo_megatron.config.schema import (
 
 
 def method_problems(config: RunConfig) -> Iterator[ConfigProblem]:
-    """Everything about methods that can be said without importing one."""
+    """What is wrong with the baseline, the plug-ins and the settings that they read."""
     algorithm = config.algorithm
     yield from _named(config, "algorithm", algorithm)
     for index, plugin in enumerate(algorithm.plugins):
@@ -39,11 +49,10 @@ def method_problems(config: RunConfig) -> Iterator[ConfigProblem]:
         yield ConfigProblem(
             "algorithm.plugins", f"{name} is there {names.count(name)} times", "Keep one", show_value=False
         )
-    if not is_import_path(algorithm.name):
-        yield from _baseline(algorithm)
-        yield from _over_groups(config)
-        yield from _shaped_too_early(algorithm)
-    if baseline(algorithm).demonstrations and (rounds := max_refill_rounds(config)):
+    yield from _baseline(algorithm)
+    yield from _over_groups(config)
+    yield from _shaped_too_early(algorithm)
+    if Signal.demonstrations in baseline(algorithm).needs and (rounds := max_refill_rounds(config)):
         reason = f"groups without a correct rollout would be replaced, and {algorithm.name} teaches them demonstrations"
         yield ConfigProblem("rollout.max_refill_rounds", reason, "Set it to 0", rounds)
     kl = algorithm.kl
@@ -57,42 +66,43 @@ def _baseline(algorithm: AlgorithmConfig) -> Iterator[ConfigProblem]:
     """Shared settings that the baseline does not read, or not with this value."""
     method = baseline(algorithm)
     for key in ("clip_low", "clip_high"):
-        if method.clip is None and getattr(algorithm, key) is not None:
+        if method.default_clip is None and getattr(algorithm, key) is not None:
             reason = f"{algorithm.name} clips no ratio, so it would be ignored"
             yield ConfigProblem(f"algorithm.{key}", reason, "Set it to null", getattr(algorithm, key))
-    aggregation = algorithm.aggregation or method.aggregation
-    if method.aggregation is None and algorithm.aggregation is not None:
+    aggregation = algorithm.aggregation or method.default_aggregation
+    if method.default_aggregation is None and algorithm.aggregation is not None:
         reason = f"the loss of {algorithm.name} is over whole groups, so it would be ignored"
         yield ConfigProblem("algorithm.aggregation", reason, "Set it to null", algorithm.aggregation.value)
     if algorithm.constant_length is not None and aggregation is not Aggregation.constant:
         reason = "only the aggregation `constant` reads it"
         remedy = "Set it to null, or algorithm.aggregation to constant"
         yield ConfigProblem("algorithm.constant_length", reason, remedy, algorithm.constant_length)
-    if algorithm.clip_low is not None and method.clip and method.below_one and algorithm.clip_low >= 1:
+    below_one = method.default_clip is not None and method.clip_low_below_one
+    if algorithm.clip_low is not None and below_one and algorithm.clip_low >= 1:
         reason = "the probability ratio is held above 1 - clip_low, which must stay positive"
         yield ConfigProblem("algorithm.clip_low", reason, "Set it below 1; 0.2 is usual", algorithm.clip_low)
 
 
 def _over_groups(config: RunConfig) -> Iterator[ConfigProblem]:
-    """What a loss over whole groups does not read: it has no advantages and no weights of single rollouts."""
-    algorithm = config.algorithm
-    if baseline(algorithm).aggregation is not None:
+    """Settings that a loss over whole groups does not read, as it has no advantages and weighs no single rollouts."""
+    algorithm, method = config.algorithm, baseline(config.algorithm)
+    if not issubclass(method, GroupLoss):
         return
-    name, known = algorithm.name, [(plugin.name, PLUGINS.get(plugin.name)) for plugin in algorithm.plugins]
-    for index, (plugin, method) in enumerate(known):
-        if method is not None and method.acts_on is Acts.advantage:
+    name, chosen = algorithm.name, list(zip(algorithm.plugins, plugins(algorithm), strict=True))
+    for index, (plugin, kind) in enumerate(chosen):
+        if issubclass(kind, Replay) or _implements(kind, "shape_advantage", "token_advantage"):
             reason = f"it acts on advantages, and {name} has none: its loss is over whole groups"
             remedy = "Remove it, or choose another algorithm.name"
-            yield ConfigProblem(f"algorithm.plugins[{index}].name", reason, remedy, plugin)
-    kind = algorithm.correction.kind
-    if kind is not CorrectionKind.none and name != "copg":  # to which no rollouts are off-policy
+            yield ConfigProblem(f"algorithm.plugins[{index}].name", reason, remedy, plugin.name)
+    correction = algorithm.correction.kind
+    if correction is not CorrectionKind.none and not method.takes_off_policy_rollouts:
         reason = f"the loss of {name} is over whole groups and weighs no single rollouts, so it would be ignored"
-        yield ConfigProblem("algorithm.correction.kind", reason, "Set it to none", kind)
+        yield ConfigProblem("algorithm.correction.kind", reason, "Set it to none", correction)
     if algorithm.options.get("weigh_by_reward") is False:
         idle = ["clipo.enabled"] if config.clipo.enabled else []
         if algorithm.kl.coefficient and algorithm.kl.place is KLPlace.reward:
             idle.append("algorithm.kl.place = reward")
-        idle += [plugin for plugin, method in known if method is not None and method.acts_on is Acts.reward]
+        idle += [plugin.name for plugin, kind in chosen if _implements(kind, "shape_reward", "bonus")]
         if idle:
             reason = f"{name} then reads verdicts and no rewards, which is all that {', '.join(idle)} would change"
             remedy = "Set it to true, or leave out what changes rewards"
@@ -100,18 +110,22 @@ def _over_groups(config: RunConfig) -> Iterator[ConfigProblem]:
 
 
 def _shaped_too_early(algorithm: AlgorithmConfig) -> Iterator[ConfigProblem]:
-    """ADORA's factors are of final advantages; some baselines compute theirs from what it gives."""
-    kl_in_reward = algorithm.kl.coefficient > 0 and algorithm.kl.place is KLPlace.reward
-    for index, plugin in enumerate(algorithm.plugins):
-        if plugin.name != "adora":
+    """Plug-ins that scale what the baseline's `advantage` gives, where that is not the advantage yet."""
+    kl_in_reward, name = algorithm.kl.coefficient > 0 and algorithm.kl.place is KLPlace.reward, algorithm.name
+    for index, (plugin, kind) in enumerate(zip(algorithm.plugins, plugins(algorithm), strict=True)):
+        if not _implements(kind, "shape_advantage"):
             continue
         key, remedy = f"algorithm.plugins[{index}].name", "Remove it, or choose another algorithm.name"
-        if baseline(algorithm).critic:
-            reason = f"{algorithm.name} would take what it scales for rewards, so that success would be worth less"
+        if Signal.values in baseline(algorithm).needs:
+            reason = f"{name} would take what it scales for rewards, so that success would be worth less"
             yield ConfigProblem(key, reason, remedy, plugin.name)
-        elif algorithm.name in ("reinforce_pp", "reinforce_pp_baseline") and kl_in_reward:
-            reason = f"with algorithm.kl.place = reward {algorithm.name} whitens what it scales, which undoes that"
+        elif baseline(algorithm).reads_token_rewards and kl_in_reward:
+            reason = f"with algorithm.kl.place = reward {name} whitens what it scales, which undoes that"
             yield ConfigProblem(key, reason, f"{remedy}, or algorithm.kl.place=loss", plugin.name)
+
+
+def _implements(kind: type[Hook], *names: str) -> bool:
+    return any(getattr(kind, name) is not getattr(Hook, name) for name in names)
 
 
 def _critic(config: RunConfig) -> Iterator[ConfigProblem]:
@@ -120,19 +134,19 @@ def _critic(config: RunConfig) -> Iterator[ConfigProblem]:
         yield ConfigProblem(
             "critic.clip", "values could not move at all", "Set it above 0, or to null for no clipping", settings.clip
         )
-    own = is_import_path(algorithm.name) or any(is_import_path(plugin.name) for plugin in algorithm.plugins)
-    if settings != CriticConfig() and not own and not baseline(algorithm).critic:
+    if settings != CriticConfig() and not has_critic(algorithm):
         reason = f"{algorithm.name} has no critic, so the section would be ignored"
         yield ConfigProblem("critic", reason, "Remove it, or set algorithm.name to ppo", show_value=False)
 
 
-def _named(config: RunConfig, key: str, plugin: AlgorithmConfig | PluginConfig) -> Iterator[ConfigProblem]:
-    """A baseline or plug-in by its name, with its options."""
-    name, known = plugin.name, BASELINES if isinstance(plugin, AlgorithmConfig) else PLUGINS
+def _named(config: RunConfig, key: str, method: AlgorithmConfig | PluginConfig) -> Iterator[ConfigProblem]:
+    """What is wrong with a baseline's or plug-in's name or options."""
+    name, known = method.name, BASELINES if isinstance(method, AlgorithmConfig) else PLUGINS
     if is_import_path(name):
-        yield from place_problems(f"{key}.name", name, "Class")
-        return
-    if name not in known:
+        if misplaced := list(place_problems(f"{key}.name", name, "Class")):
+            yield from misplaced
+            return
+    elif name not in known:
         other = BASELINES if known is PLUGINS else PLUGINS
         if name in other:
             section = "algorithm.name" if other is BASELINES else "algorithm.plugins"
@@ -142,8 +156,23 @@ def _named(config: RunConfig, key: str, plugin: AlgorithmConfig | PluginConfig) 
         remedy = f"Did you mean {close[0]}?" if close else f"Choose one of {', '.join(known)}, or file.py:Class"
         yield ConfigProblem(f"{key}.name", "`clipo methods` shows no such method", remedy, name)
         return
-    section = known[name].options
-    problems = list(option_problems(section, plugin.options, f"{key}.options.", owner=name))
-    yield from problems or value_problems(
-        name, section, typed_options(section, plugin.options), f"{key}.options.", config
-    )
+    try:
+        chosen = baseline_class(name) if known is BASELINES else plugin_class(name)
+    except ConfigError as error:
+        reason, _, remedy = str(error).rpartition(". ")
+        yield ConfigProblem(f"{key}.name", reason, remedy, name, absent=True)
+        return
+    yield from _options(config, chosen, method, f"{key}.options.")
+
+
+def _options(
+    config: RunConfig, chosen: type[Hook], method: AlgorithmConfig | PluginConfig, prefix: str
+) -> Iterator[ConfigProblem]:
+    """What is wrong with the options of a method, whose class is `chosen`: names and types, else values, else what the
+    options themselves say."""
+    if problems := list(option_problems(chosen.options_class, method.options, prefix, owner=method.name)):
+        yield from problems
+        return
+    options = typed_options(chosen.options_class, method.options)
+    problems = list(range_problems(options, prefix))
+    yield from problems or (replace(each, key=f"{prefix}{each.key}") for each in options.problems(config))

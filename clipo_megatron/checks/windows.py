@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from clipo_megatron.algorithms.methods.registry import baseline, is_import_path, max_refill_rounds
+from clipo_megatron.algorithms.methods.registry import baseline, max_refill_rounds, plugins
 from clipo_megatron.config.errors import ConfigProblem
 from clipo_megatron.config.schema import RunConfig
 
@@ -18,11 +18,11 @@ def window_problems(config: RunConfig) -> Iterator[ConfigProblem]:
     if window >= rollout.max_new_tokens:
         reason = f"no response is longer than rollout.max_new_tokens = {rollout.max_new_tokens}"
         yield ConfigProblem(key, reason, "Set it below, or to null for whole responses", window)
-    if not is_import_path(algorithm.name) and not baseline(algorithm).windows:
+    if not baseline(algorithm).supports_windows:
         reason = f"{algorithm.name} does not learn from responses that have not ended"
         yield ConfigProblem(key, reason, "Set it to null, or algorithm.name to t_ppo", window)
-    for plugin in algorithm.plugins:
-        if not is_import_path(plugin.name):
+    for plugin, method in zip(algorithm.plugins, plugins(algorithm), strict=True):
+        if not method.supports_windows:
             reason = f"the plug-in {plugin.name} judges whole responses"
             yield ConfigProblem(key, reason, f"Set it to null, or remove {plugin.name} from algorithm.plugins", window)
     if rollout.over_sampling > 1:

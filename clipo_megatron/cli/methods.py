@@ -9,7 +9,9 @@ import textwrap
 from collections.abc import Iterator, Sequence
 from dataclasses import fields
 
-from clipo_megatron.algorithms.methods.registry import BASELINES, PLUGINS, Method
+from clipo_megatron.algorithms.hook import Hook, Replay, Signal
+from clipo_megatron.algorithms.methods.registry import BASELINES, PLUGINS, baseline_class, plugin_class
+from clipo_megatron.algorithms.policy_loss import PolicyLoss
 from clipo_megatron.config import reference
 from clipo_megatron.config.errors import ConfigError, spell
 
@@ -45,57 +47,64 @@ def listing(names: Sequence[str] = ()) -> Iterator[str]:
             close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
             hint = f"Did you mean {close[0]}?" if close else "`clipo methods` lists them all."
             raise ConfigError(f"there is no method {name!r}. {hint}")
-    for title, table in (
-        ("baselines: algorithm.name is one of", BASELINES),
-        ("plug-ins: algorithm.plugins lists any of", PLUGINS),
+    for title, table, class_of in (
+        ("baselines: algorithm.name is one of", BASELINES, baseline_class),
+        ("plug-ins: algorithm.plugins lists any of", PLUGINS, plugin_class),
     ):
         chosen = [name for name in table if not names or name in names]
         if chosen:
             yield title
             yield ""
             for name in chosen:
-                yield from _method(name, table[name], baseline=table is BASELINES)
+                yield from _method(name, class_of(name))
                 yield ""
     if not names or CLIPO in names:
         yield _CLIPO
 
 
-def _method(name: str, method: Method, *, baseline: bool) -> Iterator[str]:
+def _method(name: str, method: type[Hook]) -> Iterator[str]:
     yield f"  {name:<22} {method.summary} ({method.source})"
-    if baseline:
+    if issubclass(method, PolicyLoss):
         yield f"{'':<25}{_shared(method)}"
     if needs := list(_needs(method)):
         yield f"{'':<25}needs {', '.join(needs)}"
-    if method.options is None:
-        return
-    comments, types = reference.comments(sys.modules[method.options.__module__]), reference.hints(method.options)
-    for option in fields(method.options):
+    types, comments = reference.hints(method.options_class), _comments(method.options_class)
+    for option in fields(method.options_class):
         kind = reference.describe(types[option.name])
         yield f"    {option.name:<20} {kind}; default {spell(option.default)}"
-        comment = comments[method.options.__name__].get(option.name, "")
+        comment = comments.get(option.name, "")
         yield from textwrap.wrap(comment, WIDTH, initial_indent=" " * 25 + "# ", subsequent_indent=" " * 25 + "# ")
 
 
-def _needs(method: Method) -> Iterator[str]:
-    """What a run has to have or to do for it, beyond what every run has and does."""
-    if method.critic:
+def _comments(options: type) -> dict[str, str]:
+    """The comment of each option by name, those of the classes that it derives from included."""
+    found: dict[str, str] = {}
+    for each in reversed(options.__mro__[:-1]):
+        found |= reference.comments(sys.modules[each.__module__])[each.__name__]
+    return found
+
+
+def _needs(method: type[Hook]) -> Iterator[str]:
+    """What a run must have or do for a method, beyond what every run has and does."""
+    if Signal.values in method.needs:
         yield "a critic, which is a second model beside the policy: `clipo settings critic`"
-    if method.reference:
+    if Signal.reference_logprobs in method.needs:
         yield "log-probs of the policy that the run began with, which is kept beside the one that learns"
-    if method.demonstrations:
+    if Signal.demonstrations in method.needs:
         yield "worked solutions in the rows of training prompts"
-    if method.forwards:
-        yield f"{method.forwards} more forward{'s' * (method.forwards > 1)} over the rollouts of each step"
-    if method.replays:
-        yield f"the rollouts of {method.replays} former step{'s' * (method.replays > 1)}, to update on again"
+    if forwards := len(method.prompt_variants):
+        yield f"{forwards} more forward{'s' * (forwards > 1)} over the rollouts of each step"
+    if issubclass(method, Replay):
+        yield "the rollouts of the step before, to update on again"
 
 
-def _shared(method: Method) -> str:
-    """Its defaults of settings that all baselines have."""
-    clips = "no clip" if method.clip is None else f"clip_low {method.clip[0]:g}, clip_high {method.clip[1]:g}"
-    parts = [clips, f"aggregation {method.aggregation.value if method.aggregation else 'over groups'}"]
-    if method.max_refill_rounds:
-        parts.append(f"rollout.max_refill_rounds {method.max_refill_rounds}")
-    if method.windows:
+def _shared(method: type[PolicyLoss]) -> str:
+    """The method's defaults of settings that all baselines have."""
+    clip, aggregation = method.default_clip, method.default_aggregation
+    parts = ["no clip" if clip is None else f"clip_low {clip[0]:g}, clip_high {clip[1]:g}"]
+    parts.append(f"aggregation {aggregation.value if aggregation else 'over groups'}")
+    if method.default_max_refill_rounds:
+        parts.append(f"rollout.max_refill_rounds {method.default_max_refill_rounds}")
+    if method.supports_windows:
         parts.append("rollout.window_tokens may be set")
     return ", ".join(parts)

@@ -210,10 +210,9 @@ def _inspect(section: type, content: dict[Any, Any], prefix: str) -> Iterator[Co
             yield from _inspect_leaf(section, name, annotation, value, key)
 
 
-def option_problems(section: type | None, given: dict[str, Any], prefix: str, *, owner: str) -> Iterator[ConfigProblem]:
-    """What is wrong with options that were `given` for a dataclass of options (None: there are none); `owner` is what
-    they are options of."""
-    known = reference.hints(section) if section else {}
+def option_problems(section: type, given: dict[str, Any], prefix: str, *, owner: str) -> Iterator[ConfigProblem]:
+    """What is wrong with the names and types of options that were `given` for the dataclass `section` of `owner`."""
+    known = reference.hints(section)
     for name, value in given.items():
         if name in known:
             yield from _inspect_leaf(section, name, known[name], value, f"{prefix}{name}")
@@ -223,11 +222,9 @@ def option_problems(section: type | None, given: dict[str, Any], prefix: str, *,
             yield ConfigProblem(f"{prefix}{name}", f"{owner} has no such option", remedy, value)
 
 
-def typed_options(section: type | None, given: dict[str, Any]) -> dict[str, Any]:
-    """All options of a dataclass: its defaults, and what was given, in the field's types."""
-    if section is None:
-        return {}
-    return vars(OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(section), given)))
+def typed_options(section: type, given: dict[str, Any]) -> Any:
+    """The dataclass of options `section`, with what was given in the types of its fields, and defaults elsewhere."""
+    return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(section), given))
 
 
 def _inspect_list(inner: type, value: Any, key: str) -> Iterator[ConfigProblem]:

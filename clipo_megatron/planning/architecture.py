@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from clipo_megatron.algorithms.methods.registry import baseline
+from clipo_megatron.algorithms.methods.registry import has_critic
 from clipo_megatron.config.model_folder import hf_folder
 from clipo_megatron.config.schema import RunConfig
 from clipo_megatron.planning.errors import PlanError
@@ -20,7 +20,7 @@ def find_critic(config: RunConfig, config_file: str | Path) -> ModelSpec | None:
     Raises:
         PlanError, WeightsError: as for `find_architecture`.
     """
-    if config.critic.path is None or not baseline(config.algorithm).critic:
+    if config.critic.path is None or not has_critic(config.algorithm):
         return None
     return find_architecture(config.critic.path, config_file, setting="critic.path")[0]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from clipo_megatron.algorithms.methods.registry import baseline, needs_reference
+from clipo_megatron.algorithms.methods.registry import has_critic, needs_reference
 from clipo_megatron.config.schema import DType, HeadKind, RunConfig
 from clipo_megatron.planning.hardware import Assumptions, Hardware
 from clipo_megatron.planning.parameters import (
@@ -78,7 +78,7 @@ def trainer_memory(
     """
     counts = stage_counts(spec, division, VOCAB_MULTIPLE_ON_GPUS)
     stages = [_of_stage(config, spec, division, dp, assume, count, stage) for stage, count in enumerate(counts)]
-    if not baseline(config.algorithm).critic:
+    if not has_critic(config.algorithm):
         return stages
     critic = critic or spec
     counts = list(stage_counts(critic, division, VOCAB_MULTIPLE_ON_GPUS))

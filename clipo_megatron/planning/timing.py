@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from clipo_megatron.algorithms.methods.registry import baseline, named_methods, needs_reference
+from clipo_megatron.algorithms.hook import Replay
+from clipo_megatron.algorithms.methods.registry import baseline, has_critic, methods, needs_reference
 from clipo_megatron.config.schema import RunConfig
 from clipo_megatron.planning.hardware import Assumptions, Hardware
 from clipo_megatron.planning.memory import BF16, FP32, flops_per_token, micro_batches, server_memory, step_tokens
@@ -46,21 +47,23 @@ def step_time(
 ) -> StepTime:
     """Compute the time of a step on `division.tp * division.pp * dp` GPUs that train and `server_gpus` that generate.
 
-    Counts the forward passes and updates that the named methods declare, before any schedule ends; a user's own class
-    counts as GRPO. `critic` is the model that a critic starts from, None: the policy's.
+    Counts the forward passes and updates that the methods declare, before any schedule ends. `critic` is the model that
+    a critic starts from, None: the policy's.
     """
-    algorithm, methods = config.algorithm, named_methods(config.algorithm)
+    algorithm, chosen = config.algorithm, methods(config.algorithm)
     forward = _forward_seconds(config, spec, division, dp, hardware, assume)
 
     def epoch_seconds(model: ModelSpec, forward: float) -> float:
         passes = 4 if config.model.recompute else 3
         return passes * forward + algorithm.mini_batches * _reduction_seconds(model, division, dp, hardware, assume)
 
-    score = forward * (1 + needs_reference(algorithm) + sum(method.forwards for method in methods))
-    update = epoch_seconds(spec, forward) * algorithm.epochs * (1 + sum(method.replays for method in methods))
-    if baseline(algorithm).aggregation is None:  # all updates but the first need a forward pass for the scores
+    score = forward * (1 + needs_reference(algorithm) + sum(len(method.prompt_variants) for method in chosen))
+    update = (
+        epoch_seconds(spec, forward) * algorithm.epochs * (1 + sum(issubclass(method, Replay) for method in chosen))
+    )
+    if baseline(algorithm).default_aggregation is None:  # all updates but the first need a forward pass for the scores
         update += forward * (algorithm.epochs - 1 / algorithm.mini_batches)
-    if baseline(algorithm).critic:
+    if has_critic(algorithm):
         forward = _forward_seconds(config, critic or spec, division, dp, hardware, assume)
         score += forward
         update += epoch_seconds(critic or spec, forward) * (config.critic.epochs or algorithm.epochs)

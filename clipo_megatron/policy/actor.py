@@ -196,7 +196,7 @@ class PolicyActor(Policy):
         """One optimizer step on one mini-batch.
 
         Args:
-            batch: as the batcher credits it: with advantages, weights and old log-probs on the last stage.
+            batch: as `Batcher.with_advantages` returns it.
             experience: the step's; the mini-batch is a part of it.
             algorithm: its `objective`, summed over all ranks, is the loss.
             first: whether the weights are still those that were scored; then KL(old || new) must be 0, and is
@@ -246,9 +246,9 @@ class PolicyActor(Policy):
         """
         if self.critic is None:
             return {}
-        credited = [self.batcher.credit(batch, experience, algorithm) for batch in experience.mini_batches]
+        batches = [self.batcher.with_advantages(batch, experience, algorithm) for batch in experience.mini_batches]
         return self.critic.learn(
-            [[micro for micro in batch.micro_batches if not micro.demonstrated] for batch in credited]
+            [[micro for micro in batch.micro_batches if not micro.demonstrated] for batch in batches]
         )
 
     def _scores(
@@ -297,7 +297,7 @@ class PolicyActor(Policy):
 
 
 def tokens_of(micro: MicroBatch, logprobs: Tensor, entropy: Tensor | None = None) -> TokenBatch:
-    """A micro-batch's targets as the stages of an algorithm see them."""
+    """A micro-batch's targets as the hooks of an algorithm see them."""
     nothing = torch.zeros_like(logprobs)
     return TokenBatch(
         logprobs=logprobs,

@@ -70,10 +70,10 @@ class CriticActor:
     # --- learning ----------------------------------------------------------------------------------------------------
 
     def learn(self, batches: Sequence[Sequence[MicroBatch]]) -> dict[str, float]:
-        """One optimizer step a mini-batch and epoch, on signals["return"].
+        """One optimizer step a mini-batch and epoch, on the returns.
 
         Args:
-            batches: the micro-batches of each mini-batch, as the batcher credits them.
+            batches: the micro-batches of each mini-batch, as `Batcher.with_advantages` returns them.
 
         Returns:
             Metrics, identical on every rank: of the last update, and over the step's tokens that train
@@ -153,6 +153,6 @@ def value_loss(values: Tensor, old: Tensor, returns: Tensor, clip: float | None)
 
 
 def _returns(micro: MicroBatch) -> Tensor:
-    if "return" not in micro.signals:
-        raise ValueError("the algorithm needs values, and no hook's token_advantage gives the critic `returns`")
-    return micro.signals["return"]
+    if micro.returns is None:
+        raise ValueError("the algorithm needs values, and no hook's token_advantage sets the critic's `returns`")
+    return micro.returns

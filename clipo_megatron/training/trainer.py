@@ -10,7 +10,6 @@ from contextlib import closing, suppress
 from clipo_megatron.config.schema import RunConfig
 from clipo_megatron.flow import StepReport
 from clipo_megatron.policy.batch.exchange import build_table
-from clipo_megatron.policy.token_credit import assign_token_advantages
 from clipo_megatron.rollout.engine import Cancelled
 from clipo_megatron.telemetry.console import Stopwatch
 from clipo_megatron.telemetry.metrics import speed_metrics, table_metrics
@@ -52,23 +51,23 @@ class Trainer:
         with watch("score"):
             metrics |= actor.score(micro_batches, table, algorithm)
             experience = algorithm.assign_advantages(table, mini_batches)  # rewards, advantages, which rollouts train
-            assign_token_advantages(experience, algorithm, session.layout)
+            actor.batcher.assign_token_advantages(experience, algorithm)
         with watch("update"):
             metrics |= actor.learn_values(experience, algorithm)  # if there is a critic
             first = True  # the weights are those that scored
             plan = algorithm.replay(experience)  # empty while a hook holds the policy
             for each in plan:
                 for batch in each.mini_batches * run.config.algorithm.epochs:
-                    credited = actor.batcher.credit(batch, each, algorithm)
-                    metrics |= actor.update(credited, each, algorithm, first=first)
+                    weighed = actor.batcher.with_advantages(batch, each, algorithm)
+                    metrics |= actor.update(weighed, each, algorithm, first=first)
                     first = False
-            algorithm.after_update(table, learned=experience if plan else None)
+            algorithm.after_update(experience, learned=bool(plan))
         with watch("sync"):
             metrics |= run.engine.update_weights(self.step + 1)
 
-        run.recorder.step(scored, table, experience.reward, experience.advantage, algorithm.last_bonus, watch)
+        run.recorder.step(scored, table, experience.reward, experience.advantage, experience.bonus, watch)
         metrics |= table_metrics(table, experience.reward, experience.advantage)
-        metrics |= actor.contrastive_metrics(table, algorithm.last_bonus)
+        metrics |= actor.contrastive_metrics(table, experience.bonus)
         metrics |= speed_metrics(watch, table, micro_batches, world=session.layout.world)
         return StepReport(self.step, metrics)
 

@@ -16,7 +16,6 @@ from clipo_megatron.config.schema import LayoutConfig, RunConfig
 from clipo_megatron.policy.batch.exchange import build_table
 from clipo_megatron.policy.checkpoint import state
 from clipo_megatron.policy.model.value_model import fresh_head
-from clipo_megatron.policy.token_credit import assign_token_advantages
 
 OLD_SHIFT = 0.4
 
@@ -37,7 +36,7 @@ def one_critic_update(config: RunConfig, layout_config: LayoutConfig) -> dict[st
     batch = actor.batcher.mini_batches_of(held, table)[0]
     actor.score(batch.micro_batches, table, algorithm)
     experience = algorithm.assign_advantages(table, [batch])
-    assign_token_advantages(experience, algorithm, actor.layout)
+    actor.batcher.assign_token_advantages(experience, algorithm)
     if actor.layout.is_last_stage:
         for micro in batch.micro_batches:
             micro.signals["value"] = micro.signals["value"] + old_shift(micro.targets)

@@ -98,7 +98,7 @@ def train_a_little(actor: PolicyActor, config: RunConfig, steps: int = 2) -> Non
         actor.score([micro for batch in batches for micro in batch.micro_batches], table, algorithm)
         experience = algorithm.assign_advantages(table, batches)
         for batch in batches:
-            actor.update(batcher.credit(batch, experience, algorithm), experience, algorithm)
+            actor.update(batcher.with_advantages(batch, experience, algorithm), experience, algorithm)
 
 
 def save(config: RunConfig, layout_config: LayoutConfig, folder: str, stacked: bool = False) -> dict[str, Any]:

@@ -57,7 +57,7 @@ def by_autograd(config: RunConfig) -> dict[str, Tensor]:
                 signals[name] = torch.cat(logprobs(prompts)[0])
     experience = algorithm.assign_advantages(table, [])
     advantages = experience.advantage[rollout]
-    if algorithm.credits_tokens:
+    if algorithm.assigns_token_advantages:
         tokens = ScoredTokens(rollout, rollout, old, signals, sum_over_ranks=torch.clone)
         advantages = algorithm.token_advantage(tokens, table, experience.advantage)
     rows = experience.keep.nonzero().squeeze(1)
@@ -78,12 +78,12 @@ def by_autograd(config: RunConfig) -> dict[str, Tensor]:
     if algorithm.has_group_loss:
         per_token = algorithm.scores(batch).double()
         scores = torch.zeros(table.size, per_token.shape[1], dtype=torch.float64).index_add(0, rollout, per_token)
-        (stage,) = (each for each in algorithm.stages if each.scores(batch) is not None)
-        loss = loss + stage.group_loss(scores[rows], experience, rows)
-    for shown in algorithm.demonstrate(table, rows):
+        loss = loss + algorithm.baseline.group_loss(scores[rows], experience, rows)
+    prompts = set(table.group[rows].tolist())
+    for shown in (each for group, each in experience.demonstrations.items() if group in prompts):
         logits = model(torch.cat([shown.prompt, shown.response])[None]).logits[0, shown.prompt.numel() - 1 : -1]
         shares = (logits / (config.rollout.temperature or 1.0)).log_softmax(-1)
-        loss = loss - shown.weight * shares.gather(1, shown.response[:, None]).sum()
+        loss = loss - shown.weight / len(prompts) * shares.gather(1, shown.response[:, None]).mean()
     loss.backward()
     return {name: parameter.grad for name, parameter in model.named_parameters()}
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from clipo_megatron.algorithms.hook import TokenBatch
+from clipo_megatron.algorithms.hook import Hook, TokenBatch
 from clipo_megatron.flow import Experience, RolloutTable
 
 # Verdicts by group; None: ungraded.
@@ -38,6 +40,11 @@ def table_of(verdicts: list[list[bool | None]], seed: int = 0) -> tuple[RolloutT
     )
     share = 1 - 0.2 * torch.rand(len(flat), generator=generator)
     return table, share * correct
+
+
+def with_options(method: type[Hook], *settings: Any, **options: Any) -> Any:
+    """A method of these options; a baseline gets its settings first."""
+    return method(*settings, method.options_class(**options))
 
 
 def experience_of(table: RolloutTable, reward: Tensor, advantage: Tensor | None = None) -> Experience:

@@ -25,7 +25,6 @@ from clipo_megatron.policy.actor import PolicyActor
 from clipo_megatron.policy.batch.exchange import build_table
 from clipo_megatron.policy.batch.replay import ReplayCheckpointer
 from clipo_megatron.policy.checkpoint.state import TrainableCheckpointer
-from clipo_megatron.policy.token_credit import assign_token_advantages
 from clipo_megatron.rewards.voting import answer_key
 
 STEPS = 3
@@ -153,16 +152,16 @@ def train(
         micro_batches = [micro for batch in mini_batches for micro in batch.micro_batches]
         facts["scores"].append(actor.score(micro_batches, table, algorithm))
         experience = algorithm.assign_advantages(table, mini_batches)
-        assign_token_advantages(experience, algorithm, layout)
+        actor.batcher.assign_token_advantages(experience, algorithm)
         facts["values"].append(actor.learn_values(experience, algorithm))
         fresh = True
         plan = algorithm.replay(experience)
         for each in plan:
             for batch in each.mini_batches * config.algorithm.epochs:
-                credited = batcher.credit(batch, each, algorithm)
-                facts["updates"].append(actor.update(credited, each, algorithm, first=fresh))
+                weighed = batcher.with_advantages(batch, each, algorithm)
+                facts["updates"].append(actor.update(weighed, each, algorithm, first=fresh))
                 fresh = False
-        algorithm.after_update(table, learned=experience if plan else None)
+        algorithm.after_update(experience, learned=bool(plan))
         facts["signals"].append(dict(table.signals))
         facts["reward"].append(experience.reward)
         facts["advantage"].append(experience.advantage)

@@ -16,7 +16,6 @@ from clipo_megatron.policy import parallel
 from clipo_megatron.policy.actor import PolicyActor
 from clipo_megatron.policy.batch.exchange import build_table
 from clipo_megatron.policy.checkpoint import state
-from clipo_megatron.policy.token_credit import assign_token_advantages
 from clipo_megatron.weights.export import export
 
 VOCAB = 263
@@ -53,9 +52,9 @@ def one_update(config: RunConfig, layout_config: LayoutConfig, shifted: bool = T
             micro.reference_logprobs = micro.old_logprobs + shift("reference", micro.targets, REFERENCE_SHIFT)
             micro.old_logprobs = micro.old_logprobs + shift("old", micro.targets, OLD_SHIFT)
     experience = algorithm.assign_advantages(table, [batch])
-    assign_token_advantages(experience, algorithm, actor.layout)
-    credited = batcher.credit(batch, experience, algorithm)
-    metrics = actor.update(credited, experience, algorithm)
+    actor.batcher.assign_token_advantages(experience, algorithm)
+    weighed = batcher.with_advantages(batch, experience, algorithm)
+    metrics = actor.update(weighed, experience, algorithm)
     gradients = {
         bare(name): _reduced(parameter, shard) for name, parameter, shard in state._shards(actor.trainable.optimizer)
     }
@@ -64,7 +63,7 @@ def one_update(config: RunConfig, layout_config: LayoutConfig, shifted: bool = T
         "gradients": {name: grad.clone() for name, grad in exported},
         "metrics": metrics,
         "advantage": experience.advantage,
-        "micro_batches": len(credited.micro_batches),
+        "micro_batches": len(weighed.micro_batches),
     }
 
 

@@ -1,4 +1,4 @@
-"""The draw of InfoNCE's positive, the same in every layout: a pure function of seed, step, prompt and sample."""
+"""The draw of InfoNCE's positives, the same in every layout: a pure function of seed, step, prompt and sample."""
 
 from __future__ import annotations
 
@@ -10,23 +10,23 @@ from torch import Tensor
 
 
 def draws(prompt_ids: Sequence[str], group: Tensor, sample: Tensor | None, seed: int, step: int) -> Tensor:
-    """One uniform number a rollout, for `contrastive_loss(uniform=...)`.
+    """Draw one uniform number for each rollout, for `contrastive_loss(uniform=...)`.
 
     The number is the leading 53 bits of BLAKE2b over (seed, step, prompt id, sample). It depends neither on the order
-    of the rows, nor on the rank that computes it, nor on which other rollouts are there, nor on torch's generators.
+    of the rows, nor on the rank that computes it, nor on which other rollouts there are, nor on torch's generators.
 
     Args:
-        prompt_ids: one a group.
+        prompt_ids: the id of each group's prompt.
         group: [B] int64, index into `prompt_ids`.
         sample: [B] int64, number of each rollout within its group; None: its place among the group's rows.
-        seed: of the run.
-        step: of the run.
+        seed: the run's seed.
+        step: the number of the step.
 
     Returns:
         [B] float64 in [0, 1), on the device of `group`.
 
     Raises:
-        ValueError: an index in `group` without a prompt id, or `sample` of another shape.
+        ValueError: an index in `group` has no prompt id, or `sample` has another shape.
     """
     if sample is not None and sample.shape != group.shape:
         raise ValueError(f"sample has shape {tuple(sample.shape)}, group {tuple(group.shape)}: give one of each a row.")
@@ -42,7 +42,7 @@ def draws(prompt_ids: Sequence[str], group: Tensor, sample: Tensor | None, seed:
         number = seen[index] if samples is None else samples[row]
         seen[index] += 1
         key = keys[index].copy()
-        # Fixed width, so that no two (prompt, sample) spell the same bytes.
+        # A fixed width, so that no two pairs (prompt, sample) give the same bytes.
         key.update(number.to_bytes(8, "little", signed=True))
         uniform.append((int.from_bytes(key.digest(), "little") >> 11) * 2.0**-53)
     return torch.tensor(uniform, dtype=torch.float64, device=group.device)

@@ -13,30 +13,30 @@ KINDS, DEBIAS = tuple(each.value for each in HeadKind), tuple(each.value for eac
 
 
 def normalise(vectors: Tensor) -> Tensor:
-    """`vectors` [..., d] at length 1. A zero vector stays zero, with a finite gradient."""
+    """Scale `vectors` [..., d] to length 1. A zero vector stays zero, with a finite gradient."""
     norm = torch.linalg.vector_norm(vectors, dim=-1, keepdim=True)
     return vectors / torch.where(norm > 0, norm, 1.0)
 
 
 class ContrastiveHead(nn.Module):
-    """z = normalize(W h), or normalize(W2 relu(W1 h)): bias-free, fp32 whatever the model's dtype.
+    """z = normalize(W h), or normalize(W2 relu(W1 h)): without bias, in fp32 whatever the model's dtype.
 
     The initialisation (uniform in +-1/sqrt(fan in)) is a function of `seed` and the shapes, and leaves torch's global
     generators as they were, so every rank and every layout starts from the same head.
 
-    Debiasing takes out what all pooled states share before the projection:
+    Debiasing removes what all pooled states share before the projection:
         mean: subtract the mean state of the batch (over *all* ranks: see `forward`);
         layer_norm: bring each state to mean 0 and variance 1 over its H entries, without learned scales.
 
     Args:
-        hidden_size: H.
-        dim: d.
+        hidden_size: H, size of the pooled states.
+        dim: d, size of the embeddings.
         kind: linear (H -> d) or mlp (H -> H -> d with ReLU).
         debias: none, mean or layer_norm.
-        seed: of the initialisation.
+        seed: seed of the initialisation.
 
     Raises:
-        ValueError: an unknown kind or debias, or a size below 1.
+        ValueError: `kind` or `debias` is unknown, or a size is below 1.
     """
 
     def __init__(
@@ -56,18 +56,18 @@ class ContrastiveHead(nn.Module):
         self.projection = nn.Parameter(_uniform(dim, hidden_size, generator))
 
     def forward(self, pooled: Tensor, mean: Tensor | None = None) -> Tensor:
-        """Embed pooled states. They are detached: no contrastive gradient reaches the language model.
+        """Embed pooled states. They are detached, so no contrastive gradient reaches the language model.
 
         Args:
             pooled: [b, H], any float dtype.
-            mean: [H], the mean pooled state over all ranks, for debias = "mean" when `pooled` is only a part of the
-                batch. None: the mean of `pooled`.
+            mean: [H], the mean pooled state over all ranks, for debias = "mean" where `pooled` is a part of the batch;
+                None: the mean of `pooled`.
 
         Returns:
-            z, [b, d] float32, of length 1.
+            The embeddings z, [b, d] float32, of length 1.
 
         Raises:
-            ValueError: shapes that do not fit, or a `mean` that this head would ignore.
+            ValueError: shapes do not fit, or this head would ignore the `mean`.
         """
         if pooled.ndim != 2 or pooled.shape[1] != self.hidden_size:
             raise ValueError(f"pooled has shape {tuple(pooled.shape)}, this head needs [b, {self.hidden_size}].")
@@ -86,7 +86,6 @@ class ContrastiveHead(nn.Module):
             return normalise(nn.functional.linear(state, self.projection.float()))
 
     def extra_repr(self) -> str:
-        """What `print(head)` shows."""
         return f"{self.hidden_size} -> {self.dim}, kind={self.kind}, debias={self.debias}"
 
 

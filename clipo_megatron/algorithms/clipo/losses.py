@@ -1,8 +1,8 @@
-"""The contrastive losses of CLIPO (arXiv 2603.10101), at the cost that their sets have.
+"""The contrastive losses of CLIPO (arXiv 2603.10101), at a cost that grows with their sets.
 
 At group level the rows are gathered group by group, all groups of one size at a time, into [groups, G, d]: time and
 memory grow with B * G, and no group is padded. At batch and cross level the work grows with B^2, but it is done for a
-few anchors at a time and done again in backward, so memory does not.
+few anchors at a time and repeated in backward, so memory does not.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ LOSSES, LEVELS, SIMILARITIES, ANCHORS = (
     tuple(each.value for each in kind) for kind in (ContrastiveLossName, Level, Similarity, Anchors)
 )
 
-# Similarities computed at once. 2^21 in fp32 are 8 MiB, and about eight arrays of that size are alive at the peak.
+# Number of similarities computed at once: 8 MiB in fp32, with about eight arrays of that size alive at the peak.
 BLOCK = 2**21
 
 
@@ -132,7 +132,7 @@ class _Block:
 
     anchors: Tensor  # [k, a] int64, rows
     candidates: Tensor | None  # [k, n] int64, rows in ascending order; None: all rows of the batch, k = 1
-    wanted: Tensor  # [k, a] bool, the valid anchors among them
+    wanted: Tensor  # [k, a] bool, whether each is a valid anchor
     partner: Tensor | None  # [k, a] int64, column of each anchor's drawn positive among its candidates
 
 
@@ -167,7 +167,7 @@ def _blocks(relations: Relations, valid: Tensor, partner: Tensor | None, level: 
 def _block_losses(
     vectors: Tensor, block: _Block, relations: Relations, loss: str, similarity: str, temperature: float, cross: bool
 ) -> Tensor:
-    """Losses [k, a] of the block's anchors; what stands where `wanted` is False means nothing, and has no gradient."""
+    """Losses [k, a] of the block's anchors. Entries where `wanted` is False have no meaning and no gradient."""
     if block.candidates is None:
         candidates, rows = vectors[None], torch.arange(len(vectors), device=vectors.device)[None]
     else:
@@ -175,7 +175,7 @@ def _block_losses(
     anchors = candidates if block.anchors is block.candidates else _gather(vectors, block.anchors)
     logits = _similarity(anchors, candidates, similarity) / temperature  # [k, a, n]
 
-    # Anchors that are not wanted may lack positives or negatives: all their columns count, which keeps them finite.
+    # Unwanted anchors may lack positives or negatives: counting all their columns keeps them finite.
     unwanted = ~block.wanted[..., None]
     same = relations.correct[block.anchors][..., None] == relations.correct[rows][:, None]
     positive = same & (block.anchors[..., None] != rows[:, None])
@@ -196,12 +196,13 @@ def _block_losses(
 
 
 def _gather(vectors: Tensor, rows: Tensor) -> Tensor:
-    """[k, n, d]. `index_select`, because its backward adds rows up where indexing's sorts them first."""
+    """Gather `vectors` by rows [k, n] -> [k, n, d]. In backward `index_select` adds rows up, where indexing sorts
+    them."""
     return vectors.index_select(0, rows.flatten()).view(*rows.shape, -1)
 
 
 def _similarity(anchors: Tensor, candidates: Tensor, similarity: str) -> Tensor:
-    """[k, a, d] and [k, n, d] -> [k, a, n]. Cosines expect normalised vectors."""
+    """Similarities of [k, a, d] and [k, n, d]: [k, a, n]. Cosines expect normalised vectors."""
     if similarity == "l2":
         # Differences, not |a|^2 + |b|^2 - 2ab, whose cancellation would cost half the digits of a small distance. The
         # gradient of cdist at distance 0 is 0.
@@ -215,13 +216,13 @@ def _log_sum_exp(logits: Tensor, mask: Tensor) -> Tensor:
 
 
 def _l2_cost(width: int) -> int:
-    """How many times smaller a block must be so that distances over `width` dimensions stay in memory: on a GPU the
-    backward of cdist holds every difference."""
+    """By how much a block must shrink for distances over `width` dimensions to fit into memory: on a GPU the backward
+    of cdist holds every difference."""
     return max(1, width // 16)
 
 
 def _row_mask(rows: Tensor | None, correct: Tensor) -> Tensor:
-    """[B] bool from a mask, row indices, or None for all."""
+    """The rows as a mask [B] bool, from a mask, row indices, or None for all."""
     if rows is None:
         return torch.ones_like(correct)
     rows = rows.to(correct.device)

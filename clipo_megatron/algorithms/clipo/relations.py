@@ -1,4 +1,4 @@
-"""Who is whose positive, and which anchors are valid: counted from labels and groups alone, in O(B log B)."""
+"""Positives and negatives of each anchor, counted from labels and groups alone in O(B log B)."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True)
 class Relations:
-    """The sets of METHOD P(i) and A(i), as counts a row.
+    """How many positives and negatives each row has as an anchor (the sets P(i) and A(i) of docs/method.md).
 
-    Rows with the same `kind` are each other's positives: same label within the group, or, at batch level, same label
-    anywhere. Negatives have the other label, in the group at group level, anywhere at the other two.
+    Rows of the same `kind` are each other's positives: those with the same label in the group, or, at batch level,
+    anywhere. Negatives have the other label, in the group at group level, anywhere at the other two levels.
     """
 
-    group: Tensor  # [B] int64, 0 .. number of groups - 1, whatever the caller's ids were
+    group: Tensor  # [B] int64, 0 .. number of groups - 1, the caller's ids renumbered
     correct: Tensor  # [B] bool
     kind: Tensor  # [B] int64
-    positives: Tensor  # [B] int64, |P(i)|, i itself left out
-    negatives: Tensor  # [B] int64, how many negatives A(i) holds
+    positives: Tensor  # [B] int64, |P(i)|, without i itself
+    negatives: Tensor  # [B] int64, number of negatives in A(i)
 
     @classmethod
     def of(cls, correct: Tensor, group: Tensor, level: str) -> Relations:
-        """Count from `correct` [B] bool and `group` [B] integer, at level group, batch or cross."""
+        """Count them from `correct` [B] bool and `group` [B] integer, at level group, batch or cross."""
         group = torch.unique(group, return_inverse=True)[1]
         label = correct.long()
         kind = label if level == "batch" else 2 * group + label
@@ -38,20 +38,21 @@ class Relations:
         return cls(group, correct, kind, by_kind[kind] - 1, negatives)
 
     def valid(self, anchors: str) -> Tensor:
-        """Anchors with a positive and a negative, [B] bool. `anchors` is correct, wrong or both."""
+        """Which rows are valid anchors, [B] bool: of the chosen label (correct, wrong or both), with a positive and a
+        negative."""
         complete = (self.positives > 0) & (self.negatives > 0)
         if anchors == "both":
             return complete
         return complete & (self.correct if anchors == "correct" else ~self.correct)
 
     def partner(self, uniform: Tensor, sample: Tensor | None) -> Tensor:
-        """Row of the positive drawn for each row, [B] int64: number floor(u * |P(i)|) of P(i). Rows without a positive
-        get their own.
+        """The row of the positive drawn for each row, [B] int64: number floor(u * |P(i)|) of P(i). A row without a
+        positive gets its own.
 
         Args:
-            uniform: [B] float, in [0, 1).
+            uniform: [B] float, u in [0, 1).
             sample: [B] integer, number of each rollout in its group. With it P(i) is counted in the order
-                (group id, sample); without it, in row order.
+                (group id, sample); without it, in the order of rows.
         """
         order = torch.arange(self.kind.numel(), device=self.kind.device)
         if sample is not None:
@@ -65,7 +66,7 @@ class Relations:
         place[order] = torch.arange(order.numel(), device=order.device)
         place -= start
 
-        # The clamp guards against u * |P| rounding up to |P|.
+        # u * |P| may round up to |P|.
         number = torch.minimum((uniform.double() * self.positives).long(), self.positives - 1).clamp(min=0)
         number += (number >= place) & (self.positives > 0)
         return order[start + number]

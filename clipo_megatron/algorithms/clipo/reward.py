@@ -1,4 +1,4 @@
-"""From contrastive losses to bonuses."""
+"""From contrastive losses to the bonus."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ def contrastive_reward(
 ) -> Tensor:
     """The bonus of each rollout: max(constant - weight * L, floor) where valid, else 0 (arXiv 2603.10101, section 3).
 
-    Only correct rollouts earn it. The losses do not tell which ones are, so pass `valid & correct` unless only correct
-    rollouts were anchors.
+    Only correct rollouts earn it. The losses do not tell which ones they are, so pass `valid & correct` unless only
+    correct rollouts were anchors.
 
     With `calibrate`, L is first reduced by ln(max(n_pos - 1, 1)), the value that InfoNCE, supcon_out and supcon_in take
     when all positives coincide and all negatives are far away. Without it that value alone reaches the floor from
@@ -29,14 +29,14 @@ def contrastive_reward(
         loss: [B] float, from `contrastive_loss`; no gradient flows to it.
         valid: [B] bool, the rollouts that get a bonus.
         weight: lambda.
-        floor: smallest bonus.
+        floor: the smallest bonus.
         constant: c.
-        calibrate: subtract the loss of perfect separation.
+        calibrate: whether to subtract the loss of perfect separation.
         group_sizes: [B] integer, n_pos: how many rollouts share the anchor's label in the set that its positives come
             from, the anchor included (for group and cross level its group, for batch level the batch).
 
     Returns:
-        [B], dtype of `loss`.
+        The bonus of each rollout, [B] in the dtype of `loss`.
 
     Raises:
         ValueError: `calibrate` without `group_sizes`, or shapes that differ.

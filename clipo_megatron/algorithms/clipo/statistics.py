@@ -1,4 +1,4 @@
-"""The numbers that are watched about the contrastive head and its bonus, in O(B * d)."""
+"""Metrics of the contrastive head and its bonus, in O(B * d)."""
 
 from __future__ import annotations
 
@@ -18,9 +18,8 @@ def statistics(
     floor: float = -0.5,
     embeddings: Tensor | None = None,
 ) -> dict[str, float]:
-    """Metrics of one step, over the whole batch.
-
-    A metric without anything to average over (no valid anchor, no pair) is left out.
+    """Metrics of one step over the whole batch; one without anything to average over (no valid anchor, no pair) is left
+    out.
 
         clipo/loss                       mean loss of the valid anchors
         clipo/groups_with_valid_anchor   share of groups
@@ -33,14 +32,14 @@ def statistics(
     Args:
         correct: [B] bool.
         group: [B] integer ids.
-        loss: [B] float.
-        valid: [B] bool.
+        loss: [B] float, from `contrastive_loss`.
+        valid: [B] bool, from `contrastive_loss`.
         bonus: [B] float.
         floor: the smallest bonus.
         embeddings: [B, d], for the cosines; None leaves them out.
 
     Returns:
-        Metric name -> value.
+        The values by metric name.
     """
     names = ("correct", "group", "loss", "valid", "bonus")
     for name, column in zip(names, (correct, group, loss, valid, bonus), strict=True):
@@ -71,7 +70,7 @@ def statistics(
 
 
 def _spread(values: Tensor, group: Tensor, groups: int) -> Tensor:
-    """Unbiased standard deviation of the values of each group that has two or more."""
+    """The unbiased standard deviation of the values of each group with two or more."""
     count = torch.bincount(group, minlength=groups)
     mean = _sum_by(values, group, groups) / count.clamp(min=1)
     square = _sum_by((values - mean[group]) ** 2, group, groups)

@@ -1,27 +1,36 @@
-"""Advantage dynamics by online rollout adaptation: groups in which thinking longer pays count in full."""
+"""ADORA: groups in which longer correct answers win count in full."""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from clipo_megatron.algorithms.hook import Hook
+from clipo_megatron.algorithms.hook import Hook, MethodOptions
+from clipo_megatron.config.ranges import within
 from clipo_megatron.flow import RolloutTable
 
 
+@dataclass
+class AdoraOptions(MethodOptions):
+    weight: float = within(0.1, 0)  # factor of the advantages of a group whose correct rollouts are not the longer ones
+    emphasis: float = within(1.0, 0)  # factor of the advantages of the other groups
+
+
 class ADORA(Hook):
-    """arXiv 2602.10019: the advantages of a whole group times `emphasis` (1) if its longest correct response is longer
-    than its wrong ones are on average, else times `weight` (0.1).
+    """arXiv 2602.10019, advantage dynamics by online rollout adaptation: the advantages of a group times `emphasis` if
+    its longest correct response is longer than its wrong ones are on average, else times `weight`.
 
     A group without correct or without wrong responses has nothing to compare, and gets `weight`. Assumes that longer
-    reasoning is wanted. CLIPO's bonus acts through the reward, before; lengths and verdicts are as they were.
+    reasoning is wanted. CLIPO's bonus acts before, through the reward; lengths and verdicts do not change.
     """
 
-    def __init__(self, *, weight: float = 0.1, emphasis: float = 1.0):
-        self.weight, self.emphasis = weight, emphasis
+    source = "arXiv 2602.10019"
+    summary = "less advantage where correct rollouts are not the longer ones"
+    options_class = AdoraOptions
 
     def shape_advantage(self, table: RolloutTable, reward: Tensor, advantage: Tensor) -> Tensor:
-        """[B] float32."""
         groups = len(table.prompt_ids)
         wrong = table.graded & ~table.correct
         longest = torch.zeros(groups, dtype=torch.int64).scatter_reduce(
@@ -29,5 +38,5 @@ class ADORA(Hook):
         )
         total = torch.zeros(groups, dtype=torch.int64).index_add(0, table.group[wrong], table.response_length[wrong])
         count = torch.bincount(table.group[wrong], minlength=groups)
-        longer = longest * count > total  # in whole numbers: no rounding decides; false for groups of one kind
-        return advantage * torch.where(longer, self.emphasis, self.weight)[table.group]
+        longer = longest * count > total  # whole numbers, free of rounding; false for groups of one kind
+        return advantage * torch.where(longer, self.options.emphasis, self.options.weight)[table.group]

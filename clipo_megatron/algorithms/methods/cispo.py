@@ -1,4 +1,4 @@
-"""Clipped importance sampling policy optimisation: the ratio is a weight, and every token keeps its gradient."""
+"""CISPO: the clipped ratio is a weight, so that every token keeps its gradient."""
 
 from __future__ import annotations
 
@@ -9,16 +9,21 @@ from clipo_megatron.algorithms.methods.grpo import GRPO
 
 
 class CISPO(GRPO):
-    """arXiv 2506.13585: -stopgrad(clip(rho, 1 - low, 1 + high)) A log pi on each token, with GRPO's advantage.
+    """arXiv 2506.13585, clipped importance sampling: -stopgrad(clip(rho, 1 - low, 1 + high)) A log pi on each token,
+    with GRPO's advantage.
 
-    Unlike in PPO's surrogate a token beyond the clip goes on learning, with its weight held. low = 1 is no bound below,
-    as in the paper; high = 5 lets weights reach 6 (where an implementation's bound is 5 in all, set clip_high to 4).
-
-    Assumes rare tokens matter. CLIPO's bonus acts through the reward.
+    Unlike with PPO's loss, a token beyond the clip goes on learning, at the bound's weight. low = 1 is no bound below,
+    as in the paper; high = 5 lets weights reach 6 (where another implementation bounds the weight at 5, set clip_high
+    to 4). Assumes that rare tokens matter. CLIPO's bonus acts through the reward.
     """
 
+    source = "arXiv 2506.13585"
+    summary = "clipped ratios as weights, so that no token loses its gradient"
+    default_clip = (1.0, 5.0)
+    clip_low_below_one = False
+
     def loss(self, tokens: TokenBatch) -> Tensor:
-        """[N] float32. Its value is no estimate of the objective; its gradient is."""
+        """[N] float32; its gradient estimates that of the objective, its value does not."""
         ratio = (tokens.logprobs.detach() - tokens.old_logprobs).exp()
         weight = ratio.clamp(1 - self.clip_low, 1 + self.clip_high)
         tokens.metrics["policy/clip_fraction"] = (tokens.weights * (weight != ratio)).sum()

@@ -1,49 +1,51 @@
-"""Contrastive sequence policy optimisation: each correct rollout against all wrong ones of its group."""
+"""ConSPO: each correct rollout against all wrong ones of its group."""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
-from clipo_megatron.algorithms.hook import TokenBatch
-from clipo_megatron.algorithms.policy_loss import BaselineSettings, GroupLoss, bonus_weight
+from clipo_megatron.algorithms.hook import MethodOptions, TokenBatch
+from clipo_megatron.algorithms.policy_loss import GroupLoss, bonus_weight
 from clipo_megatron.algorithms.schedule import Scheduled
+from clipo_megatron.config.ranges import within
 from clipo_megatron.flow import Experience
 
 
-class ConSPO(GroupLoss, Scheduled):
-    """arXiv 2605.12969: for each correct rollout -log[e^u+ / (e^u+ + sum_- e^u-)], u- over the group's wrong ones.
+@dataclass
+class ConspoOptions(MethodOptions):
+    tau: float = within(10.0, 1e-6)  # scale of the mean log-probs
+    margin: float = 0.01  # nats a token by which correct rollouts must lead
+    margin_steps: int = within(100, 0)  # steps over which the margin rises from 0; 0: it is whole from the start
+    weigh_by_reward: bool = True  # correct rollouts weigh 1 + what was added to their reward, at least 0
 
-    u- = tau s and u+ = tau (s - m), s the mean log-prob of a rollout's tokens. That the margin m is taken from the
-    correct rollout's score before the scale, so that it must lead by m nats a token, and that m rises linearly from 0
-    to `margin` over `margin_steps` steps, is our reading of "scheduled margin". The mean is over the correct rollouts
-    of a group, then over the groups that have both kinds; groups of one kind teach nothing. With `weigh_by_reward` a
-    correct rollout counts as 1 and what stages added to its reward, at least 0, which is where CLIPO's bonus acts.
-    Assumes verdicts.
+
+class ConSPO(GroupLoss, Scheduled):
+    """arXiv 2605.12969, contrastive sequence policy optimisation: for each correct rollout
+    -log[e^u+ / (e^u+ + sum_- e^u-)], with u- over the wrong rollouts of its group.
+
+    u- = tau s and u+ = tau (s - m), where s is the mean log-prob of a rollout's tokens. That the margin m is subtracted
+    before the scale, so that a correct rollout must lead by m nats a token, and that m rises linearly from 0 to
+    `margin` over `margin_steps` steps, is our reading of "scheduled margin". The mean is over the correct rollouts of a
+    group, then over the groups with both kinds; groups of one kind teach nothing. With `weigh_by_reward` a correct
+    rollout weighs 1 + what hooks added to its reward, at least 0: there CLIPO's bonus acts. Assumes verdicts.
     """
 
-    def __init__(
-        self,
-        settings: BaselineSettings,
-        *,
-        tau: float = 10.0,
-        margin: float = 0.01,
-        margin_steps: int = 100,
-        weigh_by_reward: bool = True,
-    ):
-        GroupLoss.__init__(self, settings)
-        Scheduled.__init__(self)
-        self.tau, self.margin, self.margin_steps = tau, margin, margin_steps
-        self.weigh_by_reward = weigh_by_reward
+    source = "arXiv 2605.12969"
+    summary = "each correct rollout against the wrong ones of its group"
+    options_class = ConspoOptions
 
     def scores(self, tokens: TokenBatch) -> Tensor:
-        """[N, 1]: parts of s."""
+        """[N, 1], each token's part of s."""
         return (tokens.logprobs / tokens.length)[:, None]
 
     def group_loss(self, scores: Tensor, experience: Experience, rows: Tensor) -> Tensor:
-        """Scalar float64, in one pass over the rollouts: the wrong ones of a group enter by their log-sum-exp."""
-        table, score = experience.table, self.tau * scores[:, 0]
+        """Scalar float64. The wrong rollouts of a group enter by their log-sum-exp, so one pass is enough."""
+        options, table = self.options, experience.table
+        score = options.tau * scores[:, 0]
         correct, group = table.correct[rows], table.group[rows]
         groups = len(table.prompt_ids)
         zeros = score.new_zeros(groups)
@@ -54,8 +56,8 @@ class ConSPO(GroupLoss, Scheduled):
         total = zeros.index_add(0, group[~correct], (score - largest[group])[~correct].exp())
         anchors = correct & (wrong[group] > 0)
         own = group[anchors]
-        margin = self.tau * self.linear(0.0, self.margin, self.margin_steps)
+        margin = options.tau * self.linear(0.0, options.margin, options.margin_steps)
         losses = softplus(largest[own] + total[own].log() - (score[anchors] - margin), threshold=40.0)
-        weight = bonus_weight(experience, rows[anchors]).to(score) if self.weigh_by_reward else 1.0
+        weight = bonus_weight(experience, rows[anchors]).to(score) if options.weigh_by_reward else 1.0
         both = (right > 0) & (wrong > 0)
         return (weight * losses / right[own]).sum() / both.sum().clamp(min=1)

@@ -1,48 +1,57 @@
-"""Perception-aware policy optimisation, in its text form: what the policy would say without reading the prompt."""
+"""PAPO in its text form: away from what the policy would say without reading the prompt."""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from clipo_megatron.algorithms.hook import Hook, HookContext, TokenBatch
+from clipo_megatron.algorithms.hook import Hook, HookContext, MethodOptions, TokenBatch
 from clipo_megatron.algorithms.seeds import generator_of
+from clipo_megatron.config.ranges import within
 from clipo_megatron.flow import RolloutTable
 
 
-class PAPO(Hook):
-    """arXiv 2507.06448: adds weight * KL(pi || pi_mask) to the objective, k3 on each token, so that answers depend on
-    the prompt. pi_mask is the scored policy behind a prompt some of whose tokens are masked.
+@dataclass
+class PapoOptions(MethodOptions):
+    weight: float = within(0.01, 0)  # gamma, weight of KL(pi || pi_mask)
+    mask: float = within(0.6, 1e-6, 1)  # share of the prompt's tokens that are masked
+    limit: float = within(10.0, 1e-6)  # bound of the log ratio of one token, either way
+    seed: int = within(0, 0)  # of the choice of masked tokens
 
-    The paper masks patches of an image; here it is tokens of the prompt, drawn anew in each step for each prompt. The
-    log ratio is held within +-limit: the term is to be maximised and has no bound. There is no gradient through
-    pi_mask. Assumes prompts whose masking does not leave the answer readable.
+
+class PAPO(Hook):
+    """arXiv 2507.06448, perception-aware policy optimisation: adds weight * KL(pi || pi_mask) to the objective, k3 on
+    each token, so that answers depend on the prompt. pi_mask is the scored policy behind a prompt with masked tokens.
+
+    The paper masks patches of an image; here tokens of the prompt are masked, drawn anew in each step for each prompt.
+    The log ratio is held within +-limit, for the term is maximised and has no bound. No gradient flows through pi_mask.
+    Assumes prompts that cannot be answered once masked.
     """
 
+    source = "arXiv 2507.06448"
+    summary = "away from what the policy says without the prompt"
+    options_class = PapoOptions
     learns_without_advantage = True
-    provides = frozenset({"masked_logprob"})
-    needs = provides
-
-    def __init__(self, *, weight: float = 0.01, mask: float = 0.6, limit: float = 10.0, seed: int = 0):
-        self.weight, self.mask, self.limit, self.seed = weight, mask, limit, seed
-        self.context: HookContext | None = None
+    prompt_variants = frozenset({"masked_logprob"})
+    needs = prompt_variants
 
     def bind(self, context: HookContext) -> None:
-        """Keep the prompts."""
         self.context = context
 
     def variants(self, table: RolloutTable) -> dict[str, dict[int, Tensor]]:
-        """Every prompt with a share `mask` of its tokens replaced."""
-        masked = {}
+        """Every prompt with about a share `mask` of its tokens replaced."""
+        options, masked = self.options, {}
         for group, name in enumerate(table.prompt_ids):
             tokens = self.context.prompts[name].tokens
-            hidden = torch.rand(tokens.numel(), generator=generator_of(self.seed, table.step, name)) < self.mask
+            hidden = torch.rand(tokens.numel(), generator=generator_of(options.seed, table.step, name)) < options.mask
             masked[group] = torch.where(hidden, self.context.mask_id, tokens)
         return {"masked_logprob": masked}
 
     def loss(self, tokens: TokenBatch) -> Tensor:
-        """[N] float32."""
-        x = (tokens.signals["masked_logprob"] - tokens.logprobs).clamp(-self.limit, self.limit)
+        limit = self.options.limit
+        x = (tokens.signals["masked_logprob"] - tokens.logprobs).clamp(-limit, limit)
         kl = torch.expm1(x) - x
         tokens.metrics["papo/kl"] = (tokens.weights * kl.detach()).sum()
-        return -self.weight * kl
+        return -self.options.weight * kl

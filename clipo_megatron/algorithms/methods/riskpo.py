@@ -1,18 +1,46 @@
-"""Risk-based policy optimisation: advantages from the lower tail and the middle range of bundles' scores."""
+"""RiskPO: advantages from the lower tail and the middle range of the scores of bundles of prompts."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterator
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any, Optional
 
 import torch
 from torch import Tensor
 
+from clipo_megatron.algorithms.hook import MethodOptions
 from clipo_megatron.algorithms.methods.grpo import STD_EPSILON, group_statistics
 from clipo_megatron.algorithms.policy_loss import BaselineSettings, ClippedPolicyLoss
-from clipo_megatron.config.baseline_options import BundleCredit
-from clipo_megatron.flow import RolloutTable
+from clipo_megatron.config.errors import ConfigProblem
+from clipo_megatron.config.ranges import within
+from clipo_megatron.config.schema import RunConfig
+from clipo_megatron.flow import Experience, RolloutTable
 
-EQUAL = 1e-3  # deviations below it do not scale: scores that are equal say nothing about their spread
+SMALLEST_DEVIATION = 1e-3  # smaller ones do not scale: scores that are nearly equal say nothing about their spread
+
+
+class BundleCredit(str, Enum):
+    uniform = "uniform"  # every rollout of a bundle gets the bundle's advantage
+    prompt_std = "prompt_std"  # divided by the deviation of the rewards of the rollout's own prompt
+
+
+@dataclass
+class RiskpoOptions(MethodOptions):
+    bundle: int = within(5, 1)  # B, prompts of a bundle
+    alpha: float = within(0.2, 0.001, 0.999)  # level of the lower quantile
+    beta: float = within(0.9, 0.001, 0.999)  # level of the upper quantile
+    tail: float = within(1.5, 0)  # omega, weight of the lower tail against 1 for the range between the quantiles
+    rate: float = within(0.1, 0, 1)  # how far the quantiles move in a step
+    start: Optional[float] = None  # both quantiles before the first step; None: those of the first step's scores
+    by_std: bool = False  # divide by the deviation of the bundle's scores, as the released script does
+    credit: BundleCredit = BundleCredit.uniform  # how a bundle's advantage is shared; the released script: prompt_std
+
+    def problems(self, config: RunConfig) -> Iterator[ConfigProblem]:
+        if self.alpha >= self.beta:
+            reason = f"it is the lower level, and beta is {self.beta}"
+            yield ConfigProblem("alpha", reason, "Lower it; 0.2 and 0.9 are usual", self.alpha)
 
 
 class RiskPO(ClippedPolicyLoss):
@@ -35,70 +63,60 @@ class RiskPO(ClippedPolicyLoss):
     that are there. Assumes rewards of one scale over all prompts. CLIPO's bonus acts through the scores.
     """
 
-    def __init__(
-        self,
-        settings: BaselineSettings,
-        *,
-        bundle: int = 5,
-        alpha: float = 0.2,
-        beta: float = 0.9,
-        tail: float = 1.5,
-        rate: float = 0.1,
-        start: float | None = None,
-        by_std: bool = False,
-        credit: BundleCredit = BundleCredit.uniform,
-    ):
-        super().__init__(settings)
-        self.bundle, self.levels, self.tail, self.rate = bundle, (alpha, beta), tail, rate
-        self.by_std, self.credit = by_std, credit
+    source = "arXiv 2510.00911"
+    summary = "lower tail and middle range of the scores of bundles of prompts"
+    options_class = RiskpoOptions
+    needs_groups = False
+
+    def __init__(self, settings: BaselineSettings, options: RiskpoOptions | None = None):
+        super().__init__(settings, options)
+        start = self.options.start
+        self.levels = (self.options.alpha, self.options.beta)
         self.quantiles: list[float] | None = None if start is None else [start, start]
         self._scores = torch.zeros(0, dtype=torch.float64)  # of this step
 
     def advantage(self, table: RolloutTable, reward: Tensor) -> Tensor:
-        """[B] float32; 0 where ungraded."""
+        bundle = self.options.bundle
         rows = table.graded.nonzero().squeeze(1)
         group = table.group[rows]
         number = torch.arange(rows.numel()) - torch.searchsorted(group, group)  # of the rollout within its group
-        keys, place = torch.stack([group // self.bundle, number], 1).unique(dim=0, return_inverse=True)
+        keys, place = torch.stack([group // bundle, number], 1).unique(dim=0, return_inverse=True)
         count = torch.bincount(place, minlength=len(keys))
         total = torch.zeros(len(keys), dtype=torch.float64).index_add(0, place, reward[rows].double())
-        scores = self._scores = self.bundle * total / count.clamp(min=1)
+        scores = self._scores = bundle * total / count.clamp(min=1)
         if self.quantiles is None and scores.numel():
             self.quantiles = torch.quantile(scores, torch.tensor(self.levels, dtype=torch.float64)).tolist()
         value = self._value(scores)
-        if self.by_std:
+        if self.options.by_std:
             value = value / _scale(_deviation(scores, keys[:, 0]))
         advantage = torch.zeros(table.size, dtype=torch.float64).index_copy(0, rows, value[place])
-        if self.credit is BundleCredit.prompt_std:
+        if self.options.credit is BundleCredit.prompt_std:
             advantage = advantage / _scale(group_statistics(reward, table)[1])
         return advantage.float()
 
     def _value(self, scores: Tensor) -> Tensor:
-        """Of each score, float64."""
+        """The advantage A of each score, float64."""
         if self.quantiles is None:
             return torch.zeros_like(scores)
-        (low, high), (alpha, beta) = self.quantiles, self.levels
+        (low, high), (alpha, beta), tail = self.quantiles, self.levels, self.options.tail
         middle = ((scores - low).clamp(min=0) - (scores - high).clamp(min=0) + low - high) / (beta - alpha)
-        return (self.tail * -(low - scores).clamp(min=0) / alpha + middle) / (self.tail + 1)
+        return (tail * -(low - scores).clamp(min=0) / alpha + middle) / (tail + 1)
 
-    def after_update(self, table: RolloutTable) -> None:
-        """Track the quantiles."""
+    def after_update(self, experience: Experience, *, learned: bool) -> None:
         if self.quantiles is not None and self._scores.numel():
             for index, level in enumerate(self.levels):
                 below = float((self._scores < self.quantiles[index]).double().mean())
-                self.quantiles[index] += self.rate * (level - below)
+                self.quantiles[index] += self.options.rate * (level - below)
 
     def state_dict(self) -> dict[str, Any]:
-        """The quantiles."""
         return {"quantiles": None if self.quantiles is None else list(self.quantiles)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Inverse of `state_dict`."""
         self.quantiles = None if state["quantiles"] is None else list(state["quantiles"])
 
 
 def _deviation(values: Tensor, part: Tensor) -> Tensor:
-    """Unbiased standard deviation of the values of each entry's part; 0 for a part of one."""
+    """The unbiased standard deviation of the values in each entry's part; 0 for a part of one."""
     count = torch.bincount(part)[part]
     sums = torch.zeros(int(part.max()) + 1 if part.numel() else 0, dtype=values.dtype)
     mean = sums.index_add(0, part, values)[part] / count
@@ -106,4 +124,4 @@ def _deviation(values: Tensor, part: Tensor) -> Tensor:
 
 
 def _scale(deviation: Tensor) -> Tensor:
-    return torch.where(deviation > EQUAL, deviation + STD_EPSILON, 1.0)
+    return torch.where(deviation > SMALLEST_DEVIATION, deviation + STD_EPSILON, 1.0)

@@ -1,4 +1,4 @@
-"""From rollouts where they were generated to packed mini-batches where they are trained."""
+"""From rollouts on the ranks that generated them to packed mini-batches, with advantages, on those that train them."""
 
 from __future__ import annotations
 
@@ -6,11 +6,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from clipo_megatron.algorithms.algorithm import Algorithm
+from clipo_megatron.algorithms.hook import ScoredTokens
 from clipo_megatron.config.schema import RunConfig
-from clipo_megatron.flow import Demonstration, Experience, MicroBatch, MiniBatch, RolloutTable, Sample
+from clipo_megatron.flow import Experience, MicroBatch, MiniBatch, RolloutTable, Sample
 from clipo_megatron.policy.batch.exchange import deliver
 from clipo_megatron.policy.batch.packing import PackingUnit, pack, plan_micro_batches, units_of
 from clipo_megatron.policy.model.model import packs_shared_prompts
@@ -20,20 +22,20 @@ from clipo_megatron.runtime.platform import platform
 
 @dataclass(frozen=True)
 class Batcher:
-    """Plans, moves and packs the rollouts of a step; the same rules for every step of a run."""
+    """Plans, moves and packs the rollouts of a step, by the same rules in every step of a run."""
 
     layout: Layout
-    mini_batches: int
-    max_tokens: int
-    share_prompts: bool
+    mini_batches: int  # of a step
+    max_tokens: int  # of a micro-batch
+    share_prompts: bool  # whether the prompt of a group is packed once
 
     @classmethod
     def of(cls, config: RunConfig, layout: Layout) -> Batcher:
-        """As the configuration says; prompts are shared by default where the attention in use can, and where rollouts
-        of a group go on from the same tokens.
+        """The batcher of a run. Unless the configuration says, prompts are shared where the attention supports it and
+        the rollouts of a group start from the same tokens.
 
         Raises:
-            ValueError: sharing is asked for and the attention cannot.
+            ValueError: sharing is asked for and the attention does not support it.
         """
         wanted = config.layout.share_prompts
         if wanted and not packs_shared_prompts():
@@ -49,10 +51,16 @@ class Batcher:
         )
 
     def mini_batches_of(self, samples: Sequence[Sample], table: RolloutTable) -> list[MiniBatch]:
-        """Collective: every rank brings what it generated and gets what it trains, mini-batch by mini-batch.
+        """Divide a step's rollouts into mini-batches and send them to the ranks that train them; collective.
 
-        Mini-batches are runs of whole groups in the table's order; each is balanced over data-parallel ranks by
-        itself.
+        A mini-batch holds consecutive whole groups of the table. Each is balanced over data-parallel ranks by itself.
+
+        Args:
+            samples: the rollouts that this rank generated.
+            table: the step's facts.
+
+        Returns:
+            The mini-batches, with this rank's share of each.
         """
         planned = self._plan(table)
         owner = torch.full((table.size,), -1)
@@ -63,11 +71,11 @@ class Batcher:
         return self._packed(planned, deliver(samples, table, owner, self.layout))
 
     def mini_batches_again(self, samples: Mapping[int, Sample], table: RolloutTable) -> list[MiniBatch]:
-        """As `mini_batches_of`, where every rank knows all rollouts, by row: nothing is sent."""
+        """As `mini_batches_of`, but every rank has all rollouts, by row, so nothing is sent."""
         return self._packed(self._plan(table), samples)
 
     def _plan(self, table: RolloutTable) -> list[tuple[Tensor, list[list[list[int]]]]]:
-        """The rows of each mini-batch, and the places in them by data-parallel rank and micro-batch."""
+        """The rows of each mini-batch, and the places in them for each data-parallel rank and micro-batch."""
         planned = []
         for groups in torch.arange(len(table.prompt_ids)).tensor_split(self.mini_batches):
             rows = torch.isin(table.group, groups).nonzero().squeeze(1)
@@ -94,7 +102,6 @@ class Batcher:
         ]
 
     def pack(self, samples: Sequence[Sample]) -> MicroBatch:
-        """One micro-batch of these rollouts."""
         return pack(
             samples,
             share_prompts=self.share_prompts,
@@ -102,28 +109,71 @@ class Batcher:
             device=platform().device,
         )
 
-    def credit(self, batch: MiniBatch, experience: Experience, algorithm: Algorithm) -> MiniBatch:
-        """The rows of a mini-batch that train, and micro-batches with every target's advantage and weight in the loss.
+    def assign_token_advantages(self, experience: Experience, algorithm: Algorithm) -> None:
+        """Fill `token_advantages`, and `returns` for a critic, of every scored micro-batch; collective.
 
-        Rollouts with advantage 0 are left out of the micro-batches where they have no gradient; they are counted in
-        the weights. Demonstrations follow in micro-batches of their own.
+        Does nothing where no hook gives tokens advantages of their own, and on pipeline stages before the last.
+        """
+        if not algorithm.assigns_token_advantages or not self.layout.is_last_stage:
+            return
+        micro_batches = [micro for batch in experience.mini_batches for micro in batch.micro_batches]
+        counts = [micro.rows.numel() for micro in micro_batches]
+        starts = [sum(counts[:index]) for index in range(len(counts))]
+        tokens = ScoredTokens(
+            rows=torch.cat([micro.rows[micro.rollout] for micro in micro_batches]),
+            rollout=torch.cat([micro.rollout + start for micro, start in zip(micro_batches, starts, strict=True)]),
+            old_logprobs=torch.cat([micro.old_logprobs for micro in micro_batches]),
+            signals={
+                name: torch.cat([micro.signals[name] for micro in micro_batches]) for name in micro_batches[0].signals
+            },
+            sum_over_ranks=self._sum_over_ranks,
+            reference_logprobs=None
+            if micro_batches[0].reference_logprobs is None
+            else torch.cat([micro.reference_logprobs for micro in micro_batches]),
+        )
+        advantages = algorithm.token_advantage(tokens, experience.table, experience.advantage)
+        sizes = [micro.predict.numel() for micro in micro_batches]
+        for micro, own in zip(micro_batches, advantages.split(sizes), strict=True):
+            micro.token_advantages = own
+        if tokens.returns is not None:
+            for micro, own in zip(micro_batches, tokens.returns.split(sizes), strict=True):
+                micro.returns = own
+
+    def _sum_over_ranks(self, tensor: Tensor) -> Tensor:
+        total = tensor.clone()
+        if self.layout.dp > 1:
+            dist.all_reduce(total, group=self.layout.dp_group)
+        return total
+
+    def with_advantages(self, batch: MiniBatch, experience: Experience, algorithm: Algorithm) -> MiniBatch:
+        """The rows of a mini-batch that train, in micro-batches with the advantage and weight of every target.
+
+        Rollouts with advantage 0 are left out of the micro-batches where they have no gradient; they count in the
+        weights all the same. Demonstrations follow in micro-batches of their own.
         """
         rows = batch.rows[experience.keep[batch.rows]]
         weight = algorithm.token_weight(experience.table, rows)
         active = weight != 0
         if not algorithm.learns_without_advantage:
             active &= experience.advantage != 0
-        credited = [self._without(micro.to(platform().device), active) for micro in batch.micro_batches]
-        for micro in credited:
+        micro_batches = [self._without(micro.to(platform().device), active) for micro in batch.micro_batches]
+        for micro in micro_batches:
             own = micro.rows[micro.rollout].cpu()
             device = micro.tokens.device
             micro.weights = weight[own].to(device)
-            micro.advantages = micro.signals.get("advantage", experience.advantage[own].to(device))
-        shown = [] if experience.replayed else algorithm.demonstrate(experience.table, rows)
-        return MiniBatch(rows, credited + self._demonstrated(shown))
+            if micro.token_advantages is None:
+                micro.advantages = experience.advantage[own].to(device)
+            else:
+                micro.advantages = micro.token_advantages
+        return MiniBatch(rows, micro_batches + self._demonstrations(experience, rows))
 
-    def _demonstrated(self, shown: Sequence[Demonstration]) -> list[MicroBatch]:
-        """This rank's share of the demonstrations; the same number of micro-batches on every rank."""
+    def _demonstrations(self, experience: Experience, rows: Tensor) -> list[MicroBatch]:
+        """This rank's share of the demonstrations of the groups of `rows`, among which each group counts alike.
+
+        Every rank has the same number of micro-batches.
+        """
+        groups = experience.table.group[rows].unique().tolist()
+        shown = [experience.demonstrations[group] for group in groups if group in experience.demonstrations]
         if not shown:
             return []
         sizes = [each.prompt.numel() + each.response.numel() for each in shown]
@@ -132,7 +182,9 @@ class Batcher:
             [PackingUnit((place,), size) for place, size in enumerate(sizes)], busy, self.max_tokens
         )
         mine = plan[self.layout.dp_rank] if self.layout.dp_rank < busy else [[] for _ in plan[0]]
-        weight = torch.tensor([each.weight for each in shown], device=platform().device)
+        weight = torch.tensor(
+            [each.weight / (len(groups) * each.response.numel()) for each in shown], device=platform().device
+        )
         packed = []
         for members in mine:
             chosen = [(place, shown[place]) for place in members]
@@ -147,13 +199,13 @@ class Batcher:
         return packed
 
     def _without(self, micro: MicroBatch, active: Tensor) -> MicroBatch:
-        """The micro-batch without rollouts that are not `active` ([B] bool), scores carried over."""
+        """The micro-batch without rollouts that are not `active` [B] bool; the columns of the others are kept."""
         if bool(active[micro.rows.cpu()].all()):
             return micro
         smaller = self.pack([sample for sample in micro.samples if active[sample.row]])
         kept = active.to(micro.rows.device)[micro.rows][micro.rollout]
-        for name in ("old_logprobs", "reference_logprobs"):
-            scores = getattr(micro, name)
-            setattr(smaller, name, None if scores is None else scores[kept])
+        for name in ("old_logprobs", "reference_logprobs", "token_advantages", "returns"):
+            column = getattr(micro, name)
+            setattr(smaller, name, None if column is None else column[kept])
         smaller.signals = {name: signal[kept] for name, signal in micro.signals.items()}
         return smaller

@@ -1,7 +1,7 @@
 """How the rollouts of a step reach the ranks that train them.
 
-Facts (verdicts, rewards, lengths) go to everybody: a few numbers a rollout. Tokens go point to point, from the rank
-that generated a rollout to the head of the replica that trains it, and from the head through its replica.
+Facts (verdicts, rewards, lengths), a few numbers for each rollout, go to every rank. Tokens go point to point, from the
+rank that generated a rollout to the head of the model replica that trains it, and from there to the replica's ranks.
 """
 
 from __future__ import annotations
@@ -24,14 +24,13 @@ Observe = Callable[[Prompt, Rollout], dict[str, float | str]]
 def build_table(
     groups: Sequence[ScoredGroup], *, step: int, observe: Observe = lambda prompt, rollout: {}
 ) -> tuple[RolloutTable, list[Sample]]:
-    """Gather the facts of every rank's rollouts.
+    """Gather the facts of every rank's rollouts; collective.
 
-    What a rollout's earlier windows brought is part of its prompt: only the tokens of this step train.
+    Tokens of a rollout's earlier windows become part of its prompt: only the tokens of this step train.
 
     Args:
-        groups: what this rank generated; may be empty.
-        step: number of the step.
-        observe: further facts of one rollout, the same names for each; numbers become signals, texts words.
+        groups: what this rank generated; may be empty. step: number of the step. observe: further facts of one rollout,
+        under the same names for each; numbers become signals, texts text columns.
 
     Returns:
         The table, identical on every rank, and this rank's rollouts with their rows in it.
@@ -66,7 +65,7 @@ def build_table(
     order = np.lexsort((facts[:, 1], facts[:, 0]))
     facts = facts[order]
     notes = [note for _, _, part in shared for note in part]
-    signals, words = _columns([notes[row] for row in order])
+    signals, text_columns = _columns([notes[row] for row in order])
     keys = facts[:, :2].astype(np.int64)
     if len(np.unique(keys, axis=0)) != len(keys):
         raise RuntimeError("a rollout is held by two ranks")
@@ -90,7 +89,7 @@ def build_table(
         newest=column(9, torch.int64),
         goes_on=column(10, torch.bool),
         signals=signals,
-        words=words,
+        text_columns=text_columns,
     )
     row_of = {(int(position), int(sample)): row for row, (position, sample) in enumerate(keys)}
     samples = []
@@ -105,26 +104,26 @@ def build_table(
 
 
 def _columns(notes: Sequence[dict[str, float | str]]) -> tuple[dict[str, Tensor], dict[str, list[str]]]:
-    """What was observed of each row, as columns: numbers float64, and texts."""
+    """The observed facts of all rows as columns: numbers as float64 tensors, texts as lists."""
     signals: dict[str, Tensor] = {}
-    words: dict[str, list[str]] = {}
+    text_columns: dict[str, list[str]] = {}
     for name, first in notes[0].items():
         values = [note[name] for note in notes]
         if isinstance(first, str):
-            words[name] = values
+            text_columns[name] = values
         else:
             signals[name] = torch.tensor(values, dtype=torch.float64)
-    return signals, words
+    return signals, text_columns
 
 
 def deliver(samples: Sequence[Sample], table: RolloutTable, owner: Tensor, layout: Layout) -> dict[int, Sample]:
-    """Move every rollout to the replica that trains it.
+    """Move every rollout to the model replica that trains it; collective.
 
     Args:
         samples: this rank's rollouts.
         table: the step's facts.
-        owner: [B] int64, data-parallel rank that trains each row; -1 for none.
-        layout: this rank's place.
+        owner: [B] int64, the data-parallel rank that trains each row; -1 for none.
+        layout: the layout, as seen from this rank.
 
     Returns:
         The rollouts of this rank's replica, by row; the same on all its ranks.
@@ -174,11 +173,11 @@ def _decode(words: Tensor, order: Sequence[int], table: RolloutTable) -> dict[in
 
 
 def share_from_last_stage(values: Tensor, layout: Layout, *, sum_over_dp: bool) -> Tensor:
-    """Give every rank what the last stages know.
+    """Give every rank the values of the last pipeline stage; collective.
 
     Args:
-        values: any shape, on the CPU or the device; meaningful on last-stage ranks, same shape everywhere.
-        sum_over_dp: add the last stages' values up over data-parallel ranks first.
+        values: any shape, on the CPU or the device; the same shape on every rank, read on last-stage ranks only.
+        sum_over_dp: whether to add them up over data-parallel ranks first.
 
     Returns:
         The values on the CPU, identical on every rank.
@@ -192,7 +191,7 @@ def share_from_last_stage(values: Tensor, layout: Layout, *, sum_over_dp: bool) 
 
 
 def from_last_stage(facts: Any, layout: Layout) -> Any:
-    """A small object of the last stage, on every rank of its pipeline."""
+    """Give every rank of a pipeline a small object of its last stage; collective."""
     if layout.pp == 1:
         return facts
     box = [facts]

@@ -1,4 +1,4 @@
-"""Which rank trains which rollout in which micro-batch, and the packed rows themselves. Pure functions of lengths."""
+"""Which rank trains which rollout in which micro-batch, and how rollouts are packed. Pure functions of lengths."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ import torch
 
 from clipo_megatron.flow import MicroBatch, Sample, Segment
 
-# Groups are cut into parts until the heaviest rank has at most this many times the mean.
+# Groups are cut into parts until the busiest rank has at most this many times the mean number of tokens.
 BALANCE = 1.02
 
 
 @dataclass(frozen=True, slots=True)
 class PackingUnit:
-    """Rollouts that stay in one micro-batch: those that share a prompt, or a single one."""
+    """Rollouts that stay in one micro-batch: some that share a prompt, or a single one."""
 
     rows: tuple[int, ...]
     tokens: int
@@ -33,15 +33,16 @@ def units_of(
     max_tokens: int,
     share_prompts: bool,
 ) -> list[PackingUnit]:
-    """Group the rollouts of a mini-batch for packing.
+    """Divide the rollouts of a mini-batch into packing units.
 
-    Without shared prompts each rollout is a unit. With them a unit is a group, or a part of one: groups are cut where
-    one does not fit `max_tokens`, and into as few parts as balance the ranks (each part pays for the prompt again).
+    Without shared prompts each rollout is a unit. With them a unit is a group or a part of one: groups are cut where
+    they do not fit `max_tokens`, and into as few parts as balance the ranks, for each part computes the prompt again.
 
     Args:
-        group: group of each rollout; prompt_length, response_length: its tokens.
-        ranks: data-parallel size.
-        max_tokens: packed tokens of one micro-batch.
+        group: the group of each rollout.
+        prompt_length, response_length: the tokens of each rollout.
+        ranks: the data-parallel size.
+        max_tokens: the most packed tokens of one micro-batch.
         share_prompts: whether the prompt of a unit is packed once.
     """
     if not share_prompts:
@@ -73,7 +74,7 @@ def units_of(
 def _parts_of(
     rows: Sequence[int], prompt: int, responses: Sequence[int], parts: int, max_tokens: int
 ) -> list[PackingUnit]:
-    """A group in at least `parts` parts, and so many that each fits `max_tokens` or is one rollout."""
+    """Cut a group into at least `parts` parts, and into so many that each fits `max_tokens` or is one rollout."""
     size = dict(zip(rows, responses, strict=True))
     for count in range(min(parts, len(rows)), len(rows) + 1):
         bins = _lightest_first(rows, responses, count)
@@ -87,8 +88,8 @@ def plan_micro_batches(units: Sequence[PackingUnit], ranks: int, max_tokens: int
     """Divide units among data-parallel ranks and micro-batches.
 
     Invariants: every row appears once; every rank has the same number of micro-batches; a micro-batch exceeds
-    `max_tokens` only when a single unit does. Ranks are balanced by tokens (largest first onto the lightest rank), and
-    so are the micro-batches of a rank.
+    `max_tokens` only if a single unit does. Ranks are balanced by tokens (the largest unit first, to the rank with the
+    fewest), and so are the micro-batches of a rank.
 
     Returns:
         plan[rank][micro_batch] = rows, ascending.
@@ -114,7 +115,7 @@ def plan_micro_batches(units: Sequence[PackingUnit], ranks: int, max_tokens: int
 
 
 def _lightest_first(items: Sequence[int], sizes: Sequence[int], bins: int) -> list[list[int]]:
-    """Longest-processing-time rule: each item, largest first, goes to the bin that holds least."""
+    """Longest-processing-time rule: items go, the largest first, to the bin that holds least."""
     result: list[list[int]] = [[] for _ in range(bins)]
     heap = [(0, 0, index) for index in range(bins)]
     for size, item in sorted(zip(sizes, items, strict=True), key=lambda pair: (-pair[0], pair[1])):
@@ -127,13 +128,13 @@ def _lightest_first(items: Sequence[int], sizes: Sequence[int], bins: int) -> li
 def pack(
     samples: Sequence[Sample], *, share_prompts: bool = False, multiple: int = 1, device: torch.device | None = None
 ) -> MicroBatch:
-    """Lay samples end to end in one row.
+    """Pack rollouts end to end in one row.
 
     Args:
-        samples: the micro-batch's rollouts, in order of their rows; none gives padding that no target reads.
-        share_prompts: pack the prompt of neighbours of one group once, and their responses behind it.
-        multiple: pad the row's end to a multiple of this (tensor-parallel size under sequence parallelism).
-        device: where the tensors go.
+        samples: the micro-batch's rollouts in the order of their rows; without any the row is padding alone.
+        share_prompts: whether neighbours of one group share their prompt, which is packed once before their responses.
+        multiple: the row is padded to a multiple of this, the tensor-parallel size under sequence parallelism.
+        device: the device of the tensors; None: the CPU.
     """
     tokens: list[torch.Tensor] = []
     positions: list[torch.Tensor] = []

@@ -1,4 +1,4 @@
-"""Experiences that stages give again, in checkpoints: they lie on the ranks that train them, whatever the layout."""
+"""Former experiences in checkpoints: gathered from the ranks that trained them, dealt out anew in any layout."""
 
 from __future__ import annotations
 
@@ -11,37 +11,42 @@ import torch.distributed as dist
 from torch import Tensor
 
 from clipo_megatron.algorithms.algorithm import Algorithm
+from clipo_megatron.algorithms.hook import Replay
 from clipo_megatron.flow import Experience, MicroBatch, RolloutTable, Sample
 from clipo_megatron.policy.batch.batching import Batcher
 
 HOST = torch.device("cpu")
+COLUMNS = ("old_logprobs", "reference_logprobs", "token_advantages")
+# Names in checkpoints of earlier versions.
+OLD_NAMES = {"words": "text_columns", "signals.advantage": "token_advantages"}
 
 
 class ReplayCheckpointer:
-    """State of the stages' previous experiences. Both methods are called by all ranks.
+    """Saves and restores what the `Replay` hooks of an algorithm keep. All ranks call both methods.
 
-    A state holds tables whole, and of each rollout, in the order of rows, its tokens and what the last stage knows of
-    them. So a run of another layout deals them out anew, and one of the same gets the same micro-batches.
+    A state holds whole tables, and, for each rollout in the order of rows, its tokens and the columns that the last
+    pipeline stage has of them. So a run in another layout can deal the rollouts out anew, and one in the same layout
+    gets the same micro-batches.
     """
 
     def __init__(self, algorithm: Algorithm, batcher: Batcher):
         self.algorithm, self.batcher = algorithm, batcher
 
     def state_dict(self) -> dict[str, Any]:
-        """By place of the stage; whole on rank 0."""
+        """The experiences by place of the hook; complete on rank 0 only."""
         return {
-            str(place): self._taken(stage.previous)
-            for place, stage in enumerate(self.algorithm.stages)
-            if stage.previous is not None
+            str(place): self._gathered(hook.previous)
+            for place, hook in enumerate(self.algorithm.hooks)
+            if isinstance(hook, Replay) and hook.previous is not None
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Inverse of `state_dict`."""
-        for place, stage in enumerate(self.algorithm.stages):
-            if stage.replays:
-                stage.previous = self._given(state[str(place)]) if str(place) in state else None
+        """Restores what `state_dict` returned."""
+        for place, hook in enumerate(self.algorithm.hooks):
+            if isinstance(hook, Replay):
+                hook.previous = self._restored(state[str(place)]) if str(place) in state else None
 
-    def _taken(self, experience: Experience) -> dict[str, Any]:
+    def _gathered(self, experience: Experience) -> dict[str, Any]:
         layout, table = self.batcher.layout, experience.table
         mine: dict[int, dict[str, Tensor]] = {}
         if layout.is_last_stage and layout.tp_rank == 0:
@@ -59,10 +64,10 @@ class ReplayCheckpointer:
             "tokens": {name: torch.cat([by_row[row][name] for row in range(table.size)]) for name in names},
         }
 
-    def _given(self, state: dict[str, Any]) -> Experience:
-        table = RolloutTable(**state["table"])
+    def _restored(self, state: dict[str, Any]) -> Experience:
+        table = RolloutTable(**_renamed(state["table"]))
         responses = table.response_length.tolist()
-        tokens = dict(state["tokens"])
+        tokens = _renamed(state["tokens"])
         prompts = tokens.pop("prompt").long().split(table.prompt_length.tolist())
         by_row = {name: values.split(responses) for name, values in tokens.items()}
         samples = {
@@ -77,9 +82,13 @@ class ReplayCheckpointer:
         return experience
 
 
+def _renamed(columns: dict[str, Any]) -> dict[str, Any]:
+    return {OLD_NAMES.get(name, name): values for name, values in columns.items()}
+
+
 def _rollouts_of(micro: MicroBatch) -> Iterator[tuple[int, dict[str, Tensor]]]:
-    """Each rollout's row, and what is known of its tokens."""
-    columns = {"old_logprobs": micro.old_logprobs, "reference_logprobs": micro.reference_logprobs}
+    """The row of each rollout, and the columns of its tokens."""
+    columns = {name: getattr(micro, name) for name in COLUMNS}
     columns |= {f"signals.{name}": values for name, values in micro.signals.items()}
     sizes = [sample.response.numel() for sample in micro.samples]
     parts = {name: values.split(sizes) for name, values in columns.items() if values is not None}
@@ -89,7 +98,7 @@ def _rollouts_of(micro: MicroBatch) -> Iterator[tuple[int, dict[str, Tensor]]]:
 
 
 def _filled(micro: MicroBatch, by_row: dict[str, Sequence[Tensor]]) -> MicroBatch:
-    """With what is known of the tokens of its rollouts."""
+    """The micro-batch with the columns of its rollouts' tokens filled in."""
 
     def column(name: str) -> Tensor | None:
         if name not in by_row:
@@ -100,7 +109,6 @@ def _filled(micro: MicroBatch, by_row: dict[str, Sequence[Tensor]]) -> MicroBatc
     signals = [name.removeprefix("signals.") for name in by_row if name.startswith("signals.")]
     return replace(
         micro,
-        old_logprobs=column("old_logprobs"),
-        reference_logprobs=column("reference_logprobs"),
+        **{name: column(name) for name in COLUMNS},
         signals={name: column(f"signals.{name}") for name in signals},
     )

@@ -10,18 +10,17 @@ from typing import Any
 
 import pytest
 import torch
-from method_tables import CASES, experience_of, table_of
+from method_tables import CASES, experience_of, table_of, with_options
 from policy_steps import STEPS, configuration, made_up_context, train, train_part
 from ranks import RankPool
 from tiny_models import tiny_llama
 
 from clipo_megatron.algorithms.algorithm import Algorithm
-from clipo_megatron.algorithms.methods.d3s import D3S
+from clipo_megatron.algorithms.methods.d3s import D3S, D3sScope
 from clipo_megatron.algorithms.methods.hpt import HPT
 from clipo_megatron.algorithms.methods.pipo import PIPO
 from clipo_megatron.algorithms.policy_loss import BaselineSettings
 from clipo_megatron.config.errors import ConfigError
-from clipo_megatron.config.plugin_options import D3sScope
 from clipo_megatron.config.schema import Aggregation, LayoutConfig, PluginConfig, RunConfig
 from clipo_megatron.flow import Experience, MiniBatch, Prompt, RolloutTable, Sample
 from clipo_megatron.policy.batch.packing import pack
@@ -43,47 +42,44 @@ def outcome_of(mean: float, case: str = "random") -> Experience:
 def test_pipo_is_the_formula() -> None:
     generator = torch.Generator().manual_seed(0)
     means = torch.rand(14, generator=generator).tolist()
-    stage, signs = PIPO(limit=100.0), set()
+    hook, signs = with_options(PIPO, limit=100.0), set()
     for step, mean in enumerate(means):
         outcome = outcome_of(mean)
-        now, *again = stage.replay(outcome)
-        assert len(stage.replay(outcome)) == 1 + len(again), "to ask changes nothing"
-        assert now is outcome
-        stage.learned(outcome)
+        former = hook.replay(outcome)
+        assert (hook.replay(outcome) is None) == (former is None), "to ask changes nothing"
+        hook.after_update(outcome, learned=True)
         before = [float(torch.tensor(each)) for each in means[max(0, step - 8) : step]]
         if len(before) < 2:
-            assert again == []
+            assert former is None
             continue
         xi = (float(torch.tensor(mean)) - sum(before) / len(before)) / statistics.stdev(before)
         phi = xi if xi >= 0 else 0.1 * xi
         signs.add(phi > 0)
-        assert stage.phi == pytest.approx(phi, abs=1e-6)
-        (former,) = again
+        assert hook.phi == pytest.approx(phi, abs=1e-6)
         expected = outcome_of(means[step - 1]).advantage.double() * phi
         torch.testing.assert_close(former.advantage.double(), expected, rtol=1e-6, atol=1e-6)
-        assert former.replayed
     assert signs == {True, False}
 
 
 @pytest.mark.parametrize(("means", "phi"), [([0.5] * 3, 0.0), ([0.5, 0.5, 0.6], 5.0), ([0.5, 0.5, 0.1], -0.5)])
 def test_pipo_with_batches_that_do_not_vary(means: list[float], phi: float) -> None:
-    stage = PIPO()
+    hook = PIPO()
     for mean in means:
-        plan = stage.replay(outcome := outcome_of(mean))
-        stage.learned(outcome)
-    assert stage.phi == pytest.approx(phi)
-    assert len(plan) == (2 if phi else 1)
+        former = hook.replay(outcome := outcome_of(mean))
+        hook.after_update(outcome, learned=True)
+    assert hook.phi == pytest.approx(phi)
+    assert (former is not None) == bool(phi)
 
 
 def test_pipo_leaves_a_step_without_verdicts_out_of_its_window() -> None:
-    stage = PIPO()
+    hook = PIPO()
     for case in ("random", "groups of one", "random"):
         outcome = outcome_of(0.5, case)
         if case == "groups of one":
             outcome = replace(outcome, table=replace(outcome.table, graded=torch.zeros(3, dtype=torch.bool)))
-        stage.replay(outcome)
-        stage.learned(outcome)
-    assert len(stage.means) == 2
+        hook.replay(outcome)
+        hook.after_update(outcome, learned=True)
+    assert len(hook.means) == 2
 
 
 def test_pipo_does_not_take_the_first_bonus_for_a_loss() -> None:
@@ -91,33 +87,35 @@ def test_pipo_does_not_take_the_first_bonus_for_a_loss() -> None:
     config = RunConfig()
     config.clipo.enabled, config.clipo.warmup_steps = True, 3
     for enabled in (True, False):
-        config.clipo.enabled, stage, phis = enabled, PIPO(), []
-        stage.bind(made_up_context(config))
+        config.clipo.enabled, hook, phis = enabled, PIPO(), []
+        hook.bind(made_up_context(config))
         for step, mean in enumerate([0.5, 0.52, 0.48, 0.25, 0.27, 0.28]):
             outcome = outcome_of(mean)
             outcome.table.step = step
-            stage.replay(outcome)
-            stage.learned(outcome)
-            phis.append(stage.phi)
+            hook.replay(outcome)
+            hook.after_update(outcome, learned=True)
+            phis.append(hook.phi)
         if enabled:
             assert phis[:2] == [0, 0] and phis[2] < 0 and phis[3:5] == [0, 0] and phis[5] > 0
-            assert stage.means == pytest.approx([0.25, 0.27, 0.28])
+            assert hook.means == pytest.approx([0.25, 0.27, 0.28])
         else:
             assert phis[3] < -0.4
 
 
 def test_pipo_holds_what_a_replay_reads() -> None:
     outcome = outcome_of(0.5)
-    ours = ("advantage", "masked_logprob", "one of a user's")
-    names = (*ours, "entropy", "value", "next_value", "return", "cepo_gold_logprob", "cepo_wrong_logprob")
+    ours = ("masked_logprob", "one of a user's")
+    names = (*ours, "entropy", "value", "next_value", "cepo_gold_logprob", "cepo_wrong_logprob")
     sample = Sample(0, 0, torch.arange(3), torch.arange(2), torch.zeros(2))
     micro = pack([sample], share_prompts=False, multiple=1, device=torch.device("cpu"))
     micro.signals = {name: torch.zeros(2) for name in names}
+    micro.token_advantages, micro.returns = torch.ones(2), torch.ones(2)
     outcome.mini_batches.append(MiniBatch(torch.tensor([0]), [micro]))
-    stage = PIPO()
-    stage.learned(outcome)
-    (held,) = stage.previous.mini_batches[0].micro_batches
+    hook = PIPO()
+    hook.after_update(outcome, learned=True)
+    (held,) = hook.previous.mini_batches[0].micro_batches
     assert set(held.signals) == set(ours)
+    assert held.token_advantages.tolist() == [1.0, 1.0] and held.returns is None
     assert set(micro.signals) == set(names), "this step's update still has them"
 
 
@@ -153,18 +151,18 @@ def test_a_resumed_run_trains_on_the_batch_of_before(ranks: RankPool, tmp_path: 
 
 
 def hpt(**options: Any) -> HPT:
-    return HPT(BaselineSettings(0.2, 0.2, Aggregation.token_mean, 16), **options)
+    return with_options(HPT, BaselineSettings(0.2, 0.2, Aggregation.token_mean, 16), **options)
 
 
-def bound(stage: HPT, table: RolloutTable, extra: dict[str, Any] | None = None, truth: str = "3") -> HPT:
+def bound(hook: HPT, table: RolloutTable, extra: dict[str, Any] | None = None, truth: str = "3") -> HPT:
     """Prompts of three tokens; those with odd numbers have no demonstration."""
     extra = {"solution": "1+2=3"} if extra is None else extra
     prompts = {
         name: Prompt(name, (), torch.arange(3), "arithmetic", truth, {} if number % 2 else extra)
         for number, name in enumerate(table.prompt_ids)
     }
-    stage.bind(replace(made_up_context(RunConfig()), prompts=prompts))
-    return stage
+    hook.bind(replace(made_up_context(RunConfig()), prompts=prompts))
+    return hook
 
 
 @pytest.mark.parametrize("gate", [0, 1, 2])
@@ -172,14 +170,16 @@ def bound(stage: HPT, table: RolloutTable, extra: dict[str, Any] | None = None, 
 def test_hpt_is_the_formula(case: str, gate: int) -> None:
     """Loss of a mini-batch of random log-probs: a mean over prompts, of one kind or the other."""
     table, reward = table_of(CASES[case])
-    stage = bound(hpt(gate=gate, sft_weight=0.7), table)
+    hook = bound(hpt(gate=gate, sft_weight=0.7), table)
     rows = table.graded.nonzero().squeeze(1)
     generator = torch.Generator().manual_seed(1)
     values = [torch.randn(int(length), generator=generator).double() for length in table.response_length]
-    advantage, weight = stage.advantage(table, reward), stage.token_weight(table, rows)
+    advantage, weight = hook.advantage(table, reward), hook.token_weight(table, rows)
     ours = sum(float(weight[row] * advantage[row]) * float(values[row].sum()) for row in rows.tolist())
-    shown = stage.demonstrate(table, rows)
-    ours += sum(each.weight * float(values[0][0]) * each.response.numel() for each in shown)
+    shown = hook.demonstrate(table)
+    prompts = table.group[rows].unique().numel()
+    shown = {group: each for group, each in shown.items() if group in table.group[rows]}
+    ours += sum(each.weight / prompts * float(values[0][0]) for each in shown.values())
 
     groups = {number: [row for row in rows.tolist() if table.group[row] == number] for number in range(6)}
     groups = {number: members for number, members in groups.items() if members}
@@ -194,7 +194,7 @@ def test_hpt_is_the_formula(case: str, gate: int) -> None:
             theirs += len(others) / len(groups) * a * float(values[row].sum()) / tokens
     theirs += len(routed) * 0.7 * float(values[0][0]) / max(len(groups), 1)
     assert ours == pytest.approx(theirs, abs=1e-6)
-    assert [each.group for each in shown] == routed
+    assert list(shown) == [each.group for each in shown.values()] == routed
     assert all(not weight[row] for number in routed for row in groups[number])
 
 
@@ -203,40 +203,40 @@ def test_hpt_is_the_formula(case: str, gate: int) -> None:
 def test_a_selection_of_rollouts_leaves_the_demonstrations(case: str, scope: D3sScope) -> None:
     """D3S drops advantages of 0 first: those of the groups that HPT is for. Shares are of the groups that teach."""
     table, reward = table_of([[False, False], *CASES[case], [True, False, True, False], [False, False, False]])
-    stage = bound(hpt(gate=0), table)
-    every = stage.demonstrate(table, table.graded.nonzero().squeeze(1))
-    assert every and every[0].group == 0
-    selection = D3S(rollouts=0.4, scope=scope, relax_steps=10)
-    algorithm = Algorithm([stage, selection])
+    hook = bound(hpt(gate=0), table)
+    graded = table.group[table.graded].unique().tolist()
+    every = [group for group in hook.demonstrate(table) if group in graded]
+    assert every and every[0] == 0
+    selection = with_options(D3S, rollouts=0.4, scope=scope, relax_steps=10)
+    algorithm = Algorithm([hook, selection])
     advantage = algorithm.advantage(table, reward)
-    keep = algorithm.select(table, advantage)
+    keep = algorithm.select(table, advantage, hook.demonstrate(table))
     assert not keep[~table.graded].any() and int(keep.sum()) < int(table.graded.sum())
     rows = keep.nonzero().squeeze(1)
-    shown, weight = algorithm.demonstrate(table, rows), algorithm.token_weight(table, rows)
-    assert [each.group for each in shown] == [each.group for each in every]
+    weight = algorithm.token_weight(table, rows)
+    shown = [group for group in hook.demonstrate(table) if group in table.group[rows]]
+    assert shown == every
     learning = {int(table.group[row]) for row in range(table.size) if weight[row]}
     groups = len(learning) + len(shown)
     assert float((weight * table.response_length).sum()) == pytest.approx(len(learning) / groups)
-    assert sum(each.weight * each.response.numel() for each in shown) == pytest.approx(len(shown) / groups)
     chosen = selection.select(table, advantage)
     assert all(bool(chosen[row]) for row in range(table.size) if weight[row]), "what else was dropped does not train"
 
 
 def test_demonstrations_of_rows() -> None:
     table, _ = table_of(CASES["all wrong"])
-    rows = torch.arange(table.size)
 
-    def text_of(stage: HPT) -> list[int]:
-        (shown,) = stage.demonstrate(table, rows)
+    def text_of(hook: HPT) -> list[int]:
+        (shown,) = hook.demonstrate(table).values()
         return shown.response.tolist()
 
     assert text_of(bound(hpt(), table)) == [*b"1+2=3", 1]
     worked = r"So \boxed{3}"
     assert text_of(bound(hpt(demonstration="answer"), table, {"answer": "3!"})) == [*b"3!", 1]
-    stage = bound(hpt(), table, {}, worked)
-    assert [bytes(each.response[:-1].tolist()).decode() for each in stage.demonstrate(table, rows)] == [worked] * 2
-    stage.context.config.rollout.max_new_tokens = 4
-    assert [each.response.tolist() for each in stage.demonstrate(table, rows)] == [[*b"So \\"]] * 2
+    hook = bound(hpt(), table, {}, worked)
+    assert [bytes(each.response[:-1].tolist()).decode() for each in hook.demonstrate(table).values()] == [worked] * 2
+    hook.context.config.rollout.max_new_tokens = 4
+    assert [each.response.tolist() for each in hook.demonstrate(table).values()] == [[*b"So \\"]] * 2
     for options, extra, words in (
         ({}, {}, r"none of the 2 training prompts has one: no extra_info.solution, nor a ground truth"),
         ({"demonstration": "answer"}, None, "no extra_info.answer"),

@@ -70,10 +70,10 @@ def broken_then_sound(config: RunConfig, layout_config: LayoutConfig, poison: fl
     experience = algorithm.assign_advantages(table, [batch])
     history = []
     for number in range(3):
-        credited = batcher.credit(batch, experience, algorithm)
+        weighed = batcher.with_advantages(batch, experience, algorithm)
         if number == 1 and layout.dp_rank == 0:
-            next(micro for micro in credited.micro_batches if micro.targets.numel()).advantages[0] = poison
-        metrics = actor.update(credited, experience, algorithm)
+            next(micro for micro in weighed.micro_batches if micro.targets.numel()).advantages[0] = poison
+        metrics = actor.update(weighed, experience, algorithm)
         weights = {name: tensor.clone() for name, tensor in actor.export()}
         history.append((metrics, weights))
     return history
@@ -119,7 +119,7 @@ def nothing_to_learn(config: RunConfig, layout_config: LayoutConfig, correct: bo
     metrics = actor.score([micro for batch in mini_batches for micro in batch.micro_batches], table, algorithm)
     experience = algorithm.assign_advantages(table, mini_batches)
     for batch in mini_batches:
-        metrics |= actor.update(batcher.credit(batch, experience, algorithm), experience, algorithm)
+        metrics |= actor.update(batcher.with_advantages(batch, experience, algorithm), experience, algorithm)
     return metrics, {name: bool(tensor.isfinite().all()) for name, tensor in actor.export()}
 
 

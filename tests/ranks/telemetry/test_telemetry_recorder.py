@@ -47,7 +47,7 @@ def record(folder: str, output: str, layout_config: LayoutConfig, clipo: bool = 
         with watch("score"):
             actor.score([micro for batch in batches for micro in batch.micro_batches], table, algorithm)
             experience = algorithm.assign_advantages(table, batches)
-        recorder.step(mine, table, experience.reward, experience.advantage, algorithm.last_bonus, watch)
+        recorder.step(mine, table, experience.reward, experience.advantage, experience.bonus, watch)
     recorder.close()
     parallel.shutdown()
 

@@ -150,8 +150,8 @@ def test_only_the_policy_gradient_is_weighed(kind):
 
 
 def test_a_correction_is_built_when_asked_for():
-    kinds = {kind: build_algorithm(config_of(kind, kl=0, entropy=0)).stages for kind in CorrectionKind}
-    assert {kind: len(stages) for kind, stages in kinds.items()} == {
+    kinds = {kind: build_algorithm(config_of(kind, kl=0, entropy=0)).hooks for kind in CorrectionKind}
+    assert {kind: len(hooks) for kind, hooks in kinds.items()} == {
         CorrectionKind.none: 1,
         CorrectionKind.truncate: 2,
         CorrectionKind.mask: 2,

@@ -60,12 +60,12 @@ def grpo_by_hand(group: list[float | None], *, divide: bool) -> list[float]:
     return [0.0 if reward is None else (reward - mean) / scale for reward in group]
 
 
-@pytest.mark.parametrize(("stage", "divide"), [(GRPO, True), (DrGRPO, False)])
+@pytest.mark.parametrize(("hook", "divide"), [(GRPO, True), (DrGRPO, False)])
 @pytest.mark.parametrize("names", [*([name] for name in GROUPS), list(GROUPS)], ids=lambda names: "+".join(names)[:30])
-def test_advantages(stage: type[GRPO] | type[DrGRPO], divide: bool, names: list[str]) -> None:
+def test_advantages(hook: type[GRPO] | type[DrGRPO], divide: bool, names: list[str]) -> None:
     groups = [GROUPS[name] for name in names]
     table = table_of(groups)
-    ours = stage(BaselineSettings(0.2, 0.2, Aggregation.token_mean, 1)).advantage(table, table.reward)
+    ours = hook(BaselineSettings(0.2, 0.2, Aggregation.token_mean, 1)).advantage(table, table.reward)
     expected = [value for group in groups for value in grpo_by_hand(group, divide=divide)]
     assert ours.dtype == torch.float32
     assert torch.allclose(ours.double(), torch.tensor(expected, dtype=torch.float64), rtol=1e-5, atol=1e-6)
@@ -82,8 +82,8 @@ def test_rewards_of_ungraded_rollouts_do_not_matter() -> None:
     table = table_of([[1.0, None, 0.0]])
     other = table.reward.clone()
     other[1] = 1e6
-    stage = GRPO(BaselineSettings(0.2, 0.2, Aggregation.token_mean, 1))
-    assert torch.equal(stage.advantage(table, table.reward), stage.advantage(table, other))
+    hook = GRPO(BaselineSettings(0.2, 0.2, Aggregation.token_mean, 1))
+    assert torch.equal(hook.advantage(table, table.reward), hook.advantage(table, other))
 
 
 # --- weights -----------------------------------------------------------------------------------------------------
@@ -135,12 +135,12 @@ def tokens_at(ratios: list[float], advantages: list[float], **more: Tensor) -> T
 RATIOS = [0.5, 0.85, 1.0, 1.15, 1.25, 1.4, 3.0]
 
 
-@pytest.mark.parametrize("stage", [GRPO, DrGRPO])
+@pytest.mark.parametrize("hook", [GRPO, DrGRPO])
 @pytest.mark.parametrize(("low", "high"), [(0.2, 0.2), (0.2, 0.28), (0.1, 0.3)])
 @pytest.mark.parametrize("advantage", [1.7, -0.6, 0.0])
-def test_the_clipped_surrogate(stage: type[GRPO] | type[DrGRPO], low: float, high: float, advantage: float) -> None:
+def test_the_clipped_surrogate(hook: type[GRPO] | type[DrGRPO], low: float, high: float, advantage: float) -> None:
     tokens = tokens_at(RATIOS, [advantage] * len(RATIOS))
-    losses = stage(BaselineSettings(low, high, Aggregation.token_mean, 1)).loss(tokens)
+    losses = hook(BaselineSettings(low, high, Aggregation.token_mean, 1)).loss(tokens)
     losses.sum().backward()
     clipped = 0
     for ratio, loss, slope in zip(RATIOS, losses.tolist(), tokens.logprobs.grad.tolist(), strict=True):
@@ -211,7 +211,7 @@ def test_the_entropy_bonus() -> None:
     assert entropy.grad.tolist() == pytest.approx([-0.01, -0.01])
 
 
-# --- algorithms as lists of stages -------------------------------------------------------------------------------
+# --- algorithms as lists of hooks -------------------------------------------------------------------------------
 
 
 def built(**settings: object) -> Algorithm:
@@ -227,29 +227,29 @@ def built(**settings: object) -> Algorithm:
 
 def test_what_a_configuration_is_made_of() -> None:
     plain = built(clipo__enabled=False)
-    assert [type(stage) for stage in plain.stages] == [GRPO] and plain.needs == frozenset()
-    assert plain.stages[0].aggregation is Aggregation.token_mean and not plain.learns_without_advantage
+    assert [type(hook) for hook in plain.hooks] == [GRPO] and plain.needs == frozenset()
+    assert plain.hooks[0].aggregation is Aggregation.token_mean and not plain.learns_without_advantage
     unbiased = built(clipo__enabled=False, algorithm__name="dr_grpo", rollout__max_new_tokens=77)
-    assert isinstance(unbiased.stages[0], DrGRPO)
-    assert (unbiased.stages[0].aggregation, unbiased.stages[0].constant_length) == (Aggregation.constant, 77)
+    assert isinstance(unbiased.hooks[0], DrGRPO)
+    assert (unbiased.hooks[0].aggregation, unbiased.hooks[0].constant_length) == (Aggregation.constant, 77)
     chosen = built(algorithm__name="dr_grpo", algorithm__aggregation=Aggregation.token_mean)
-    assert chosen.stages[0].aggregation is Aggregation.token_mean
+    assert chosen.hooks[0].aggregation is Aggregation.token_mean
     full = built(algorithm__kl__coefficient=0.1, algorithm__entropy_coefficient=0.1)
     assert full.needs == {Signal.reference_logprobs, Signal.entropy, Signal.contrastive}
     assert full.learns_without_advantage
     in_reward = built(algorithm__kl__coefficient=0.1, algorithm__kl__place=KLPlace.reward)
-    assert any(isinstance(stage, KLReward) for stage in in_reward.stages) and not in_reward.learns_without_advantage
+    assert any(isinstance(hook, KLReward) for hook in in_reward.hooks) and not in_reward.learns_without_advantage
 
 
-def test_losses_of_stages_add_up() -> None:
+def test_losses_of_hooks_add_up() -> None:
     algorithm = built(clipo__enabled=False, algorithm__kl__coefficient=0.3, algorithm__entropy_coefficient=0.01)
     more = {"reference_logprobs": torch.tensor(REFERENCE), "entropy": torch.ones(4)}
     tokens = tokens_at([1.0, 1.1, 0.9, 2.0], [1.0, -1.0, 1.0, 1.0], **more)
     total = algorithm.loss(tokens)
-    assert torch.allclose(total, sum(stage.loss(tokens) for stage in algorithm.stages))
+    assert torch.allclose(total, sum(hook.loss(tokens) for hook in algorithm.hooks))
 
 
-def test_ungraded_rollouts_are_not_selected_and_stages_can_leave_out_more() -> None:
+def test_ungraded_rollouts_are_not_selected_and_hooks_can_leave_out_more() -> None:
     class OddRows(Hook):
         def select(self, table: RolloutTable, advantage: Tensor) -> Tensor:
             return torch.arange(table.size) % 2 == 1
@@ -260,16 +260,16 @@ def test_ungraded_rollouts_are_not_selected_and_stages_can_leave_out_more() -> N
     assert Algorithm([grpo, OddRows()]).select(table, table.reward).tolist() == [False, False, False, True]
 
 
-def test_two_advantages_or_none_are_refused() -> None:
+def test_two_baselines_or_none_are_refused() -> None:
     table = table_of([[1.0, 0.0]])
     grpo = GRPO(BaselineSettings(0.2, 0.2, Aggregation.token_mean, 1))
-    for stages, count in (([grpo, grpo], 2), ([Hook()], 0)):
-        with pytest.raises(ValueError, match=f"exactly one stage must give `advantage`, {count} do"):
-            Algorithm(stages).advantage(table, table.reward)
+    for hooks, count in (([grpo, grpo], 2), ([Hook()], 0)):
+        with pytest.raises(ValueError, match=f"exactly one baseline .* {count} of"):
+            Algorithm(hooks).advantage(table, table.reward)
 
 
 def test_state_of_another_algorithm_is_refused() -> None:
     algorithm = built(clipo__enabled=False)
     algorithm.load_state_dict(algorithm.state_dict())
-    with pytest.raises(ValueError, match="the checkpoint's algorithm has stages"):
+    with pytest.raises(ValueError, match="the checkpoint's algorithm has the hooks"):
         algorithm.load_state_dict(built().state_dict())

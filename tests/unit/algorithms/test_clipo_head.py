@@ -127,7 +127,7 @@ class Blocked:
 sys.meta_path.insert(0, Blocked())
 import torch
 from clipo_megatron.algorithms.clipo import ContrastiveHead, contrastive_loss, contrastive_reward
-from clipo_megatron.algorithms.clipo import draw, stage, statistics
+from clipo_megatron.algorithms.clipo import draw, hook, statistics
 correct, group = torch.tensor([1, 1, 0, 0]).bool(), torch.zeros(4).long()
 states = torch.ones(4, 8) + 0.1 * torch.eye(4, 8)  # close together, so that no loss rounds to 0
 loss, valid = contrastive_loss(ContrastiveHead(8, 4)(states), correct, group)

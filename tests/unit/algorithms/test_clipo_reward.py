@@ -1,4 +1,4 @@
-"""The bonus, the stage that pays it, and the statistics about it."""
+"""The bonus, the hook that pays it, and the statistics about it."""
 
 import math
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from clipo_megatron.algorithms.clipo import contrastive_loss, contrastive_reward
-from clipo_megatron.algorithms.clipo.stage import Clipo
+from clipo_megatron.algorithms.clipo.hook import Clipo
 from clipo_megatron.algorithms.clipo.statistics import statistics
 from clipo_megatron.algorithms.hook import Signal
 from clipo_megatron.config.schema import ClipoConfig, ContrastiveLossName, Level
@@ -73,23 +73,24 @@ def table(anchors="correct", level="group"):
     )
 
 
-def test_the_stage_pays_valid_correct_rollouts_only():
-    stage, rollouts = Clipo(ClipoConfig()), table(anchors="both")
-    assert stage.needs == {Signal.contrastive} and stage.last_bonus is None
-    shaped = stage.shape_reward(rollouts, rollouts.reward)
+def test_the_hook_pays_valid_correct_rollouts_only():
+    hook, rollouts = Clipo(ClipoConfig()), table(anchors="both")
+    assert hook.needs == {Signal.contrastive}
+    bonus = hook.bonus(rollouts)
+    shaped = rollouts.reward + bonus
     loss = rollouts.signals["contrastive_loss"]
     torch.testing.assert_close(shaped[:3], 1 + (-0.2 * loss[:3]).clamp(min=-0.5))
     assert torch.equal(shaped[3:], rollouts.reward[3:])
     assert rollouts.signals["contrastive_valid"][9:].any(), "the wrong ones of the last group are anchors"
-    torch.testing.assert_close(stage.last_bonus, shaped - rollouts.reward)
+    assert not bonus[3:].any()
     assert torch.equal(rollouts.reward, rollouts.correct.float()), "the grader's reward is left as it was"
 
 
-def test_the_stage_reads_its_settings():
+def test_the_hook_reads_its_settings():
     rollouts = table()
-    shaped = Clipo(ClipoConfig(weight=0.01, constant=0.2, floor=0.195)).shape_reward(rollouts, rollouts.reward)
+    bonus = Clipo(ClipoConfig(weight=0.01, constant=0.2, floor=0.195)).bonus(rollouts)
     loss = rollouts.signals["contrastive_loss"][:3]
-    torch.testing.assert_close(shaped[:3] - 1, (0.2 - 0.01 * loss).clamp(min=0.195))
+    torch.testing.assert_close(bonus[:3], (0.2 - 0.01 * loss).clamp(min=0.195))
 
 
 @pytest.mark.parametrize(
@@ -101,33 +102,31 @@ def test_the_stage_reads_its_settings():
         (Level.group, "soft_nn", 1),
     ],
 )
-def test_the_stage_calibrates_by_the_positives_of_the_level(level, loss, subtracted):
+def test_the_hook_calibrates_by_the_positives_of_the_level(level, loss, subtracted):
     rollouts = table(level=level.value)
     config = ClipoConfig(calibrate=True, level=level, loss=ContrastiveLossName(loss), floor=-100.0)
-    stage = Clipo(config)
-    stage.shape_reward(rollouts, rollouts.reward)
+    hook = Clipo(config)
+    bonus = hook.bonus(rollouts)
     expected = -0.2 * (rollouts.signals["contrastive_loss"][:3] - math.log(subtracted))
-    torch.testing.assert_close(stage.last_bonus[:3], expected)
+    torch.testing.assert_close(bonus[:3], expected)
 
 
 def test_the_warm_up_pays_nothing_and_survives_a_resume():
-    stage, rollouts = Clipo(ClipoConfig(warmup_steps=2)), table()
+    hook, rollouts = Clipo(ClipoConfig(warmup_steps=2)), table()
     for update in range(3):
-        assert stage.warming_up == (update < 2)
-        shaped = stage.shape_reward(rollouts, rollouts.reward)
-        assert torch.equal(shaped, rollouts.reward) == (update < 2)
-        assert (stage.last_bonus == 0).all() == (update < 2)
-        stage.after_update(rollouts)
+        assert hook.warming_up == (update < 2)
+        assert (hook.bonus(rollouts) == 0).all() == (update < 2)
+        hook.after_update(None, learned=True)
         resumed = Clipo(ClipoConfig(warmup_steps=2))
-        resumed.load_state_dict(stage.state_dict())
-        stage = resumed
+        resumed.load_state_dict(hook.state_dict())
+        hook = resumed
 
 
 def test_a_missing_signal_is_named():
     rollouts = table()
     del rollouts.signals["contrastive_valid"]
     with pytest.raises(ValueError, match="no contrastive_valid"):
-        Clipo(ClipoConfig()).shape_reward(rollouts, rollouts.reward)
+        Clipo(ClipoConfig()).bonus(rollouts)
 
 
 def test_statistics_equal_loops_over_pairs():

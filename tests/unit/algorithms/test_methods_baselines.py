@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from method_tables import CASES, table_of, tokens_of
+from method_tables import CASES, experience_of, table_of, tokens_of, with_options
 from policy_steps import made_up_context
 from torch import Tensor
 
@@ -18,20 +18,18 @@ from clipo_megatron.algorithms.methods.cispo import CISPO
 from clipo_megatron.algorithms.methods.dapo import DAPO
 from clipo_megatron.algorithms.methods.grpo import GRPO, DrGRPO
 from clipo_megatron.algorithms.methods.gspo import GMPO, GSPO
-from clipo_megatron.algorithms.methods.registry import BASELINES
-from clipo_megatron.algorithms.methods.reinforce import RLOO, ReinforcePP, ReinforcePPBaseline
-from clipo_megatron.algorithms.methods.riskpo import RiskPO
+from clipo_megatron.algorithms.methods.reinforce import RLOO, ReinforcePP, ReinforcePPBaseline, WhitenOver
+from clipo_megatron.algorithms.methods.riskpo import BundleCredit, RiskPO
 from clipo_megatron.algorithms.policy_loss import BaselineSettings, PolicyLoss
-from clipo_megatron.config.baseline_options import BundleCredit, WhitenOver
 from clipo_megatron.config.schema import Aggregation, KLPlace, RunConfig
 from clipo_megatron.flow import RolloutTable
 
 SEEDS = range(3)
 
 
-def built(kind: type[PolicyLoss], name: str, **options: Any) -> Any:
+def built(kind: type[PolicyLoss], **options: Any) -> Any:
     """A baseline with its default clip."""
-    return kind(BaselineSettings(*BASELINES[name].clip, Aggregation.token_mean, 9), **options)
+    return with_options(kind, BaselineSettings(*kind.default_clip, Aggregation.token_mean, 9), **options)
 
 
 def close(ours: Tensor, theirs: list[float]) -> None:
@@ -75,7 +73,7 @@ def test_advantages_of_groups(name: str, case: str) -> None:
     kind, formula = ADVANTAGES[name]
     for seed in SEEDS:
         table, reward = table_of(CASES[case], seed)
-        close(built(kind, name).advantage(table, reward), by_group(table, reward, formula))
+        close(built(kind).advantage(table, reward), by_group(table, reward, formula))
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -97,17 +95,17 @@ def test_whitened_returns(kind: type[ReinforcePP], name: str, over: WhitenOver, 
         batch = [values[row] for row, times in zip(graded, count, strict=True) for _ in range(times)]
         mean, std = statistics.fmean(batch), statistics.stdev(batch) if len(batch) > 1 else 0.0
         expected = [(values[row] - mean) / (std + 1e-6) if row in graded else 0.0 for row in range(table.size)]
-        close(built(kind, "reinforce_pp", over=over).advantage(table, reward), expected)
+        close(built(kind, over=over).advantage(table, reward), expected)
 
 
 def test_whitened_over_tokens_is_whitened_by_length() -> None:
     table, _ = table_of([[True], [False]])
     table.response_length = torch.tensor([3, 1])
-    by_token = built(ReinforcePP, "reinforce_pp").advantage(table, table.reward)
+    by_token = built(ReinforcePP).advantage(table, table.reward)
     assert (
         float((by_token * table.response_length).sum()) == pytest.approx(0, abs=1e-6) and float(by_token.sum()) < -0.1
     )
-    by_rollout = built(ReinforcePP, "reinforce_pp", over=WhitenOver.rollouts).advantage(table, table.reward)
+    by_rollout = built(ReinforcePP, over=WhitenOver.rollouts).advantage(table, table.reward)
     assert by_rollout.tolist() == pytest.approx([0.5**0.5, -(0.5**0.5)], rel=1e-5)
 
 
@@ -121,7 +119,7 @@ def test_returns_of_tokens_with_the_kl_in_the_reward(name: str, over: WhitenOver
     config.algorithm.name, config.algorithm.options = name, {"over": over.value}
     config.algorithm.kl.coefficient, config.algorithm.kl.place = 0.3, KLPlace.reward
     algorithm = build_algorithm(config, made_up_context(config))
-    assert algorithm.credits_tokens
+    assert algorithm.assigns_token_advantages
     table, reward = table_of(CASES[case], 1)
     batch = tokens_of(table, 2)
     tokens = ScoredTokens(
@@ -132,7 +130,7 @@ def test_returns_of_tokens_with_the_kl_in_the_reward(name: str, over: WhitenOver
         sum_over_ranks=lambda values: 2 * values,
         reference_logprobs=batch.reference_logprobs,
     )
-    tokens.rewards = sum(each for stage in algorithm.stages if (each := stage.token_reward(tokens, table)) is not None)
+    tokens.rewards = sum(each for hook in algorithm.hooks if (each := hook.token_reward(tokens, table)) is not None)
     ours = algorithm.token_advantage(tokens, table, algorithm.advantage(table, reward))
     values, gap = reward.double().tolist(), batch.reference_logprobs - batch.old_logprobs
     returns, weights = [0.0] * batch.rows.numel(), [0.0] * batch.rows.numel()
@@ -158,7 +156,7 @@ def test_returns_of_tokens_with_the_kl_in_the_reward(name: str, over: WhitenOver
 def test_the_soft_penalty(longest: int, cushion: int | None) -> None:
     for case in CASES.values():
         table, reward = table_of(case)
-        stage = built(DAPO, "dapo", longest=longest, cushion=cushion, penalty=0.7)
+        hook = built(DAPO, longest=longest, cushion=cushion, penalty=0.7)
         width = cushion or max(longest // 5, 1)
         expected = []
         for row in range(table.size):
@@ -168,28 +166,28 @@ def test_the_soft_penalty(longest: int, cushion: int | None) -> None:
             elif length > longest:
                 penalty = -1.0
             expected.append(float(reward[row]) + 0.7 * penalty * bool(table.graded[row]))
-        close(stage.shape_reward(table, reward), expected)
+        close(hook.shape_reward(table, reward), expected)
 
 
 def test_the_paper_s_lengths() -> None:
     table, _ = table_of([[True] * 5])
     table.response_length = torch.tensor([1, 16384, 18432, 20480, 30000])
-    penalised = built(DAPO, "dapo", longest=20480, cushion=4096).shape_reward(table, torch.zeros(5))
+    penalised = built(DAPO, longest=20480, cushion=4096).shape_reward(table, torch.zeros(5))
     assert penalised.tolist() == [0, 0, -0.5, -1, -1]
 
 
 def test_without_a_run_there_is_no_longest_response() -> None:
     table, reward = table_of([[True]])
     with pytest.raises(ValueError, match="bind it to a run"):
-        built(DAPO, "dapo").shape_reward(table, reward)
-    assert built(DAPO, "dapo", penalty=0.0).shape_reward(table, reward) is reward
+        built(DAPO).shape_reward(table, reward)
+    assert built(DAPO, penalty=0.0).shape_reward(table, reward) is reward
 
 
 def test_the_overlong_filter() -> None:
     table, reward = table_of([[True, False, False]])
     table.truncated = torch.tensor([False, True, False])
-    assert built(DAPO, "dapo").select(table, reward) is None
-    assert built(DAPO, "dapo", overlong_filter=True).select(table, reward).tolist() == [True, False, True]
+    assert built(DAPO).select(table, reward) is None
+    assert built(DAPO, overlong_filter=True).select(table, reward).tolist() == [True, False, True]
 
 
 # --- losses ------------------------------------------------------------------------------------------------------
@@ -237,10 +235,10 @@ def test_losses_and_gradients_of_tokens(name: str, kind: type[PolicyLoss], scale
     noise = torch.randn(tokens.logprobs.numel(), generator=torch.Generator().manual_seed(3), dtype=torch.float64)
     tokens.logprobs = (tokens.old_logprobs + scale * 0.5 * noise).requires_grad_()
     tokens.advantages = (reward - 0.5).double()[tokens.rollout]
-    stage = built(kind, name)
-    losses = stage.loss(tokens)
+    hook = built(kind)
+    losses = hook.loss(tokens)
     losses.sum().backward()
-    expected, slopes = token_loss(name, tokens, stage.clip_low, stage.clip_high)
+    expected, slopes = token_loss(name, tokens, hook.clip_low, hook.clip_high)
     close(losses.detach(), expected)
     close(tokens.logprobs.grad, slopes)
     if scale > 1 and name != "cispo":
@@ -248,12 +246,12 @@ def test_losses_and_gradients_of_tokens(name: str, kind: type[PolicyLoss], scale
     weighed = tokens_of(table, 2)
     weighed.logprobs, weighed.advantages = tokens.logprobs.detach(), tokens.advantages
     weighed.importance = torch.rand(noise.numel(), dtype=torch.float64)
-    close(stage.loss(weighed), [a * float(b) for a, b in zip(expected, weighed.importance, strict=True)])
+    close(hook.loss(weighed), [a * float(b) for a, b in zip(expected, weighed.importance, strict=True)])
 
 
 @pytest.mark.parametrize("scale", [0.01, 0.3, 4.0])
 @pytest.mark.parametrize(("name", "kind"), [("gspo", GSPO), ("gmpo", GMPO)])
-def test_credits_of_single_tokens_reach_their_tokens(name: str, kind: type[PolicyLoss], scale: float) -> None:
+def test_advantages_of_single_tokens_reach_their_tokens(name: str, kind: type[PolicyLoss], scale: float) -> None:
     """Value and clip by the whole rollout, the gradient of each token by its own advantage and importance weight."""
     table, _ = table_of(CASES["random"], 1)
     tokens = tokens_of(table, 2)
@@ -262,12 +260,12 @@ def test_credits_of_single_tokens_reach_their_tokens(name: str, kind: type[Polic
     tokens.logprobs = (tokens.old_logprobs + 0.5 * scale * noise).requires_grad_()
     tokens.advantages = torch.where(weights > 1, 0.0, advantages)  # some tokens shall not learn
     tokens.importance = weights.abs()
-    stage = built(kind, name)
-    losses = stage.loss(tokens)
+    hook = built(kind)
+    losses = hook.loss(tokens)
     losses.sum().backward()
     values, slopes = [0.0] * noise.numel(), [0.0] * noise.numel()
     logs = (tokens.logprobs.detach() - tokens.old_logprobs).tolist()
-    A, weight, low, high = tokens.advantages.tolist(), tokens.importance.tolist(), stage.clip_low, stage.clip_high
+    A, weight, low, high = tokens.advantages.tolist(), tokens.importance.tolist(), hook.clip_low, hook.clip_high
     for row in range(table.size):
         places = [place for place in range(len(logs)) if int(tokens.rollout[place]) == row]
         held = {p: min(logs[p], high) if A[p] > 0 else max(logs[p], -low) for p in places}
@@ -333,49 +331,50 @@ OPTIONS = [{}, {"bundle": 2}, {"by_std": True, "bundle": 2}, {"credit": BundleCr
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 @pytest.mark.parametrize("case", CASES)
 def test_risk_of_bundles(case: str, options: dict[str, Any]) -> None:
-    stage, quantiles = built(RiskPO, "riskpo", **options), None
+    hook, quantiles = built(RiskPO, **options), None
     for seed in SEEDS:  # steps
         table, reward = table_of(CASES[case], seed)
         expected, _, before, quantiles = risk_by_hand(table, reward, quantiles, **options)
-        close(stage.advantage(table, reward), expected)
-        assert stage.quantiles == pytest.approx(before, abs=1e-9)
-        stage.after_update(table)
-        assert stage.quantiles == pytest.approx(quantiles, abs=1e-9)
+        close(hook.advantage(table, reward), expected)
+        assert hook.quantiles == pytest.approx(before, abs=1e-9)
+        hook.after_update(experience_of(table, reward), learned=True)
+        assert hook.quantiles == pytest.approx(quantiles, abs=1e-9)
 
 
 def test_quantiles_may_be_given_and_none_means_the_first_step_s() -> None:
-    assert built(RiskPO, "riskpo", start=0.0).quantiles == [0.0, 0.0]
+    assert built(RiskPO, start=0.0).quantiles == [0.0, 0.0]
     table, reward = table_of([[None, None]])
-    stage = built(RiskPO, "riskpo")
-    assert not stage.advantage(table, reward).any()
-    stage.after_update(table)
-    assert stage.quantiles is None, "a step without a verdict says nothing of them"
+    hook = built(RiskPO)
+    assert not hook.advantage(table, reward).any()
+    hook.after_update(experience_of(table, reward), learned=True)
+    assert hook.quantiles is None, "a step without a verdict says nothing of them"
 
 
 def test_quantiles_come_near_the_true_ones() -> None:
-    stage = built(RiskPO, "riskpo", bundle=1, rate=0.02, start=0.5)
+    hook = built(RiskPO, bundle=1, rate=0.02, start=0.5)
     for seed in range(400):
         table, _ = table_of([[True] * 5] * 8)
-        stage.advantage(table, torch.rand(40, generator=torch.Generator().manual_seed(seed)))
-        stage.after_update(table)
-    assert stage.quantiles == pytest.approx([0.2, 0.9], abs=0.05)
+        reward = torch.rand(40, generator=torch.Generator().manual_seed(seed))
+        hook.advantage(table, reward)
+        hook.after_update(experience_of(table, reward), learned=True)
+    assert hook.quantiles == pytest.approx([0.2, 0.9], abs=0.05)
 
 
 def test_a_resumed_run_has_the_quantiles() -> None:
     steps = [table_of(CASES["everything"], seed) for seed in range(4)]
 
-    def run(stage: RiskPO, part: Any) -> list[Tensor]:
+    def run(hook: RiskPO, part: Any) -> list[Tensor]:
         advantages = []
         for table, reward in part:
-            advantages.append(stage.advantage(table, reward))
-            stage.after_update(table)
+            advantages.append(hook.advantage(table, reward))
+            hook.after_update(experience_of(table, reward), learned=True)
         return advantages
 
-    whole, first, resumed = (built(RiskPO, "riskpo") for _ in range(3))
+    whole, first, resumed = (built(RiskPO) for _ in range(3))
     expected = run(whole, steps)
     run(first, steps[:2])
     resumed.load_state_dict(first.state_dict())
     for ours, theirs in zip(run(resumed, steps[2:]), expected[2:], strict=True):
         assert torch.equal(ours, theirs)
     assert resumed.state_dict() == whole.state_dict()
-    assert not torch.equal(run(built(RiskPO, "riskpo"), steps[2:])[0], expected[2]), "the state matters"
+    assert not torch.equal(run(built(RiskPO), steps[2:])[0], expected[2]), "the state matters"

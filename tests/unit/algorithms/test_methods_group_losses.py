@@ -8,15 +8,14 @@ from typing import Any
 
 import pytest
 import torch
-from method_tables import CASES, experience_of, table_of, tokens_of
+from method_tables import CASES, experience_of, table_of, tokens_of, with_options
 from torch import Tensor
 
 from clipo_megatron.algorithms.algorithm import Algorithm
 from clipo_megatron.algorithms.methods.conspo import ConSPO
 from clipo_megatron.algorithms.methods.copg import CoPG
-from clipo_megatron.algorithms.methods.disco import DisCO
+from clipo_megatron.algorithms.methods.disco import DisCO, DiscoScore, Penalty
 from clipo_megatron.algorithms.policy_loss import BaselineSettings, GroupLoss
-from clipo_megatron.config.group_loss_options import DiscoScore, Penalty
 from clipo_megatron.config.schema import Aggregation
 from clipo_megatron.flow import RolloutTable
 
@@ -90,11 +89,10 @@ def disco(table: RolloutTable, reward: Tensor, tokens: Any, *, ratio: bool, squa
 
 
 def built(method: type[GroupLoss], steps: int = 0, **options: Any) -> GroupLoss:
-    stage = method(SHARED, **options)
+    hook = with_options(method, SHARED, **options)
     for _ in range(steps):
-        stage.learned(None)
-        stage.after_update(None)
-    return stage
+        hook.after_update(None, learned=True)
+    return hook
 
 
 LOSSES: dict[str, tuple[GroupLoss, Callable[..., Tensor], dict[str, Any]]] = {
@@ -124,14 +122,14 @@ LOSSES: dict[str, tuple[GroupLoss, Callable[..., Tensor], dict[str, Any]]] = {
 @pytest.mark.parametrize("name", LOSSES)
 def test_loss_and_gradient_are_the_formula_s(name: str, case: str) -> None:
     """By two passes: the derivative by scores, then that of the scores by log-probs."""
-    stage, formula, settings = LOSSES[name]
+    hook, formula, settings = LOSSES[name]
     for seed in range(3):
         table, reward = table_of(CASES[case], seed)
         tokens = tokens_of(table, seed)
-        algorithm = Algorithm([stage])
+        algorithm = Algorithm([hook])
         experience = experience_of(table, reward)
         rows = table.graded.nonzero().squeeze(1)
-        per_token = stage.scores(tokens)
+        per_token = hook.scores(tokens)
         summed = per_token.new_zeros(table.size, per_token.shape[1]).index_add(0, tokens.rollout, per_token)
         value, by_score = algorithm.group_loss(summed, experience, rows)
         (by_score.double()[tokens.rollout] * per_token).sum().backward()
@@ -182,12 +180,11 @@ def test_the_loss_of_a_long_lead_is_finite() -> None:
 
 
 def test_the_margin_rises_only_while_the_policy_learns_and_goes_on_after_a_resumption() -> None:
-    stage = built(ConSPO, 30)
-    stage.after_update(None)  # the policy waited: nothing was learned
+    hook = built(ConSPO, 30)
+    hook.after_update(None, learned=False)  # the policy waited
     resumed = built(ConSPO)
-    resumed.load_state_dict(stage.state_dict())
+    resumed.load_state_dict(hook.state_dict())
     assert resumed.state_dict() == {"steps": 30}
-    for each in (stage, resumed):
-        each.learned(None)
-        each.after_update(None)
-        assert math.isclose(each.linear(0.0, each.margin, each.margin_steps), 0.0031)
+    for each in (hook, resumed):
+        each.after_update(None, learned=True)
+        assert math.isclose(each.linear(0.0, each.options.margin, each.options.margin_steps), 0.0031)

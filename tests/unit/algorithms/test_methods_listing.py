@@ -3,31 +3,32 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, fields
+from dataclasses import fields
 
 import pytest
 from paths import ROOT
 
-from clipo_megatron.algorithms.build import class_of
-from clipo_megatron.algorithms.hook import Signal
-from clipo_megatron.algorithms.methods.registry import BASELINES, PLUGINS, max_refill_rounds
+from clipo_megatron.algorithms.hook import Replay, Signal
+from clipo_megatron.algorithms.methods.registry import (
+    BASELINES,
+    PLUGINS,
+    baseline_class,
+    max_refill_rounds,
+    plugin_class,
+)
 from clipo_megatron.checks.methods import method_problems
 from clipo_megatron.cli import main as cli
 from clipo_megatron.cli.methods import listing
 from clipo_megatron.config.errors import spell
 from clipo_megatron.config.load import load, typed_options
+from clipo_megatron.config.ranges import range_of
 from clipo_megatron.config.schema import PluginConfig, RunConfig
 
-METHODS = {**BASELINES, **PLUGINS}
+METHODS = {name: baseline_class(name) for name in BASELINES} | {name: plugin_class(name) for name in PLUGINS}
 PAGE = (ROOT / "docs" / "methods.md").read_text()
 # Texts that YAML wants in quotes.
 QUOTED = {"pattern", "hint"}
 ROWS = re.findall(r"^\| `(\w+)` \| (.+?) \| (.*?) ?\| (.+?) \| (.+?) \|$", PAGE, re.MULTILINE)
-
-
-@dataclass
-class NoOptions:
-    """Of a method that has none."""
 
 
 def test_the_command_tells_of_every_method_and_option(capsys):
@@ -42,7 +43,7 @@ def test_the_command_tells_of_every_method_and_option(capsys):
 @pytest.mark.parametrize("name", METHODS)
 def test_options_are_shown_with_default_and_meaning(name):
     shown = "\n".join(listing([name]))
-    for option in fields(METHODS[name].options) if METHODS[name].options else ():
+    for option in fields(METHODS[name].options_class):
         assert re.search(rf"^    {option.name} .*; default {re.escape(spell(option.default))}$", shown, re.MULTILINE)
     others = [other for other in METHODS if other != name and re.search(rf"^  {other} ", shown, re.MULTILINE)]
     assert others == []
@@ -73,15 +74,24 @@ def test_clipo_is_told_to_be_no_method_of_the_tables(words, capsys):
 
 
 @pytest.mark.parametrize("name", METHODS)
+def test_a_method_names_its_paper_and_explains_its_options(name):
+    method = METHODS[name]
+    assert method.source in method.__doc__ and method.summary
+    shown = "\n".join(listing([name]))
+    assert len(re.findall(r"; default .*\n +# \w", shown)) == len(fields(method.options_class))
+
+
+@pytest.mark.parametrize("name", METHODS)
 def test_what_a_method_needs_is_shown(name):
     """As its class declares it; what every run has anyway is not told."""
-    needs = {signal.value for signal in Signal} & set(class_of(METHODS[name].stage).needs)
+    method = METHODS[name]
+    needs = {signal.value for signal in Signal} & set(method.needs)
     (told,) = re.findall(r"^ +needs (.*)$", "\n".join(listing([name])), re.MULTILINE) or [""]
     assert ("values" in needs) == ("a second model" in told)
     assert ("reference_logprobs" in needs) == ("the policy that the run began with" in told)
     assert ("demonstrations" in needs) == ("worked solutions" in told)
-    assert (METHODS[name].forwards > 0) == ("more forward" in told)
-    assert (METHODS[name].replays > 0) == ("update on again" in told)
+    assert bool(method.prompt_variants) == ("more forward" in told)
+    assert issubclass(method, Replay) == ("update on again" in told)
 
 
 @pytest.mark.parametrize("table", [BASELINES, PLUGINS], ids=["baselines", "plug-ins"])
@@ -94,14 +104,14 @@ def test_the_page_has_a_row_for_every_method(table):
 def test_the_rows_are_true(row):
     name, _, needs, source, _ = row
     assert source == METHODS[name].source
-    signals = {signal.value for signal in Signal} & set(class_of(METHODS[name].stage).needs)
+    signals = {signal.value for signal in Signal} & set(METHODS[name].needs)
     assert set(re.findall(r"`(\w+)`", needs)) == signals
 
 
 @pytest.mark.parametrize("name", METHODS)
 def test_a_file_that_writes_every_option_out_is_sound(name, tmp_path):
     """Defaults, as `clipo methods` spells them; with CLIPO and without."""
-    options = {each.name: spell(each.default) for each in fields(METHODS[name].options or NoOptions)}
+    options = {each.name: spell(each.default) for each in fields(METHODS[name].options_class)}
     lines = "".join(f"\n      {option}: {value}" for option, value in options.items() if option not in QUOTED)
     place = f"name: {name}\n  options:" if name in BASELINES else f"plugins:\n  - name: {name}\n    options:"
     text = f"model: {{path: somewhere}}\nalgorithm:\n  {place}{lines or ' {}'}\n"
@@ -116,8 +126,7 @@ def parsed_as_written(file, name, options):
     assert list(method_problems(config)) == []
     given = config.algorithm.options if name in BASELINES else config.algorithm.plugins[0].options
     assert set(given) == set(options) - QUOTED
-    typed = typed_options(METHODS[name].options, given)
-    assert typed == {each.name: each.default for each in fields(METHODS[name].options or NoOptions)}
+    assert typed_options(METHODS[name].options_class, given) == METHODS[name].options_class()
 
 
 @pytest.mark.parametrize(
@@ -141,13 +150,11 @@ def test_values_out_of_range_are_refused(name, option, value, words):
 
 
 def test_ranges_are_of_numbers_and_hold_their_defaults():
-    ranged = [
-        option for method in METHODS.values() for option in fields(method.options or NoOptions) if option.metadata
-    ]
+    ranged = [option for method in METHODS.values() for option in fields(method.options_class) if range_of(option)]
     assert len(ranged) > 30
     for option in ranged:
         assert re.fullmatch(r"(int|float|Optional\[(int|float)\])", option.type), option
-        assert option.default is None or option.metadata["least"] <= option.default <= option.metadata["most"], option
+        assert option.default is None or option.default in range_of(option), option
 
 
 def test_rounds_of_dynamic_sampling_are_the_methods_unless_given():
@@ -157,5 +164,5 @@ def test_rounds_of_dynamic_sampling_are_the_methods_unless_given():
     assert max_refill_rounds(config) == 9
     config.rollout.max_refill_rounds = 0
     assert max_refill_rounds(config) == 0
-    config.algorithm.name, config.rollout.max_refill_rounds = "mine.py:Mine", None
+    config.algorithm.name, config.rollout.max_refill_rounds = "grpo", None
     assert max_refill_rounds(config) == 0

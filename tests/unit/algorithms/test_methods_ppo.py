@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from method_tables import with_options
 
 from clipo_megatron.algorithms.algorithm import Algorithm
 from clipo_megatron.algorithms.build import build_algorithm
@@ -121,18 +122,18 @@ def test_advantages_and_returns(method: str, options: dict[str, Any], groups: st
         tokens = tokens_of(table, seed)
         learnt = "not learnt" not in method
         if method.startswith("t_ppo"):
-            stage: PPO = TPPO(SHARED, **options, critic_learns_windows=learnt)
+            hook: PPO = with_options(TPPO, SHARED, **options, critic_learns_windows=learnt)
         else:
-            stage = PPO(SHARED, **options)
+            hook = with_options(PPO, SHARED, **options)
         kl = 0.1 if "KL" in method else 0.0
-        stages = [stage, KLReward(kl, KLKind.k1, per_token=True)] if kl else [stage]
-        algorithm = Algorithm(stages)
+        hooks = [hook, KLReward(kl, KLKind.k1, per_token=True)] if kl else [hook]
+        algorithm = Algorithm(hooks)
         reward = algorithm.shape_reward(table)
         advantage = algorithm.advantage(table, reward)
         assert torch.equal(advantage, table.reward)
         ours = algorithm.token_advantage(tokens, table, advantage)
         advantages, returns = by_loops(
-            table, tokens, **options, kl=kl, windows=isinstance(stage, TPPO), critic_learns_windows=learnt
+            table, tokens, **options, kl=kl, windows=isinstance(hook, TPPO), critic_learns_windows=learnt
         )
         assert ours.tolist() == pytest.approx(advantages, rel=1e-6, abs=1e-6)
         assert tokens.returns.tolist() == pytest.approx(returns, rel=1e-6, abs=1e-6)
@@ -160,22 +161,22 @@ def test_whitening_is_over_all_ranks() -> None:
     """Two ranks' tokens apart, with what the other one has added up, are those of one rank."""
     table = table_of(GROUPS["random"], 0)
     whole = tokens_of(table, 0)
-    stage = PPO(SHARED)
-    expected = stage.token_advantage(whole, table, table.reward[whole.rows])
+    hook = PPO(SHARED)
+    expected = hook.token_advantage(whole, table, table.reward[whole.rows])
     heard: list[list[torch.Tensor]] = []
     for half in (whole.rows < 3, whole.rows >= 3):
         said: list[torch.Tensor] = []
-        stage.token_advantage(_part(whole, half, said.append), table, table.reward[whole.rows[half]])
+        hook.token_advantage(_part(whole, half, said.append), table, table.reward[whole.rows[half]])
         heard.append(said)
     # the first sums of both ranks are right; the second ones need the first answered
     first = heard[0][0] + heard[1][0]
     squares = []
     for half in (whole.rows < 3, whole.rows >= 3):
         said = []
-        stage.token_advantage(_part(whole, half, said.append, [first]), table, table.reward[whole.rows[half]])
+        hook.token_advantage(_part(whole, half, said.append, [first]), table, table.reward[whole.rows[half]])
         squares.append(said[1])
     parts = [
-        stage.token_advantage(
+        hook.token_advantage(
             _part(whole, half, lambda _: None, [first, squares[0] + squares[1]]), table, table.reward[whole.rows[half]]
         )
         for half in (whole.rows < 3, whole.rows >= 3)
@@ -204,14 +205,14 @@ def test_the_policy_waits_for_the_critic_also_after_a_resumption() -> None:
     for step in range(4):
         plan = algorithm.replay(experience)
         learnt.append(len(plan))
-        algorithm.after_update(table, learned=experience if plan else None)
+        algorithm.after_update(experience, learned=bool(plan))
         if step == 0:
             resumed = build_algorithm(config)
             resumed.load_state_dict(algorithm.state_dict())
             algorithm = resumed
     assert learnt == [0, 0, 1, 1]
     config.algorithm.name = "grpo"
-    assert build_algorithm(config).stage(CriticWarmup) is None
+    assert not any(isinstance(hook, CriticWarmup) for hook in build_algorithm(config).hooks)
 
 
 def test_a_kl_in_the_reward_is_counted_once() -> None:
@@ -232,9 +233,9 @@ def test_a_baseline_of_one_s_own_may_read_rewards_of_tokens(tmp_path: Path) -> N
     """It says so by `reads_token_rewards`, as PPO does; without it the KL is in the rollouts' rewards."""
     (tmp_path / "mine.py").write_text(
         "from clipo_megatron.algorithms.methods.grpo import GRPO\n\n\n"
-        "class Tokens(GRPO):\n    credits_tokens = reads_token_rewards = True\n\n"
+        "class Tokens(GRPO):\n    reads_token_rewards = True\n\n"
         "    def token_advantage(self, tokens, table, advantage):\n        return advantage + tokens.rewards\n\n\n"
-        "class Rollouts(GRPO):\n    credits_tokens = True\n\n"
+        "class Rollouts(GRPO):\n"
         "    def token_advantage(self, tokens, table, advantage):\n"
         "        assert tokens.rewards is None\n        return advantage\n"
     )

@@ -10,21 +10,20 @@ from typing import Any
 
 import pytest
 import torch
-from method_tables import CASES, table_of
+from method_tables import CASES, experience_of, table_of, with_options
 from policy_steps import made_up_context
 from torch import Tensor
 
 from clipo_megatron.algorithms.build import build_algorithm
-from clipo_megatron.algorithms.final_answers import EMPO, Answers
 from clipo_megatron.algorithms.hook import Hook, HookContext
 from clipo_megatron.algorithms.methods.adora import ADORA
 from clipo_megatron.algorithms.methods.c_grpo import CGRPO
+from clipo_megatron.algorithms.methods.empo import EMPO, Answers
 from clipo_megatron.algorithms.methods.gcpo import GCPO
-from clipo_megatron.algorithms.methods.grace import GRACE
+from clipo_megatron.algorithms.methods.grace import GRACE, Rewarded
 from clipo_megatron.algorithms.methods.hapo import HAPO
 from clipo_megatron.algorithms.methods.unlikeliness import Unlikeliness
 from clipo_megatron.config.errors import ConfigError
-from clipo_megatron.config.plugin_options import Rewarded
 from clipo_megatron.config.schema import PluginConfig, RunConfig
 from clipo_megatron.flow import Prompt, Rollout, RolloutTable
 
@@ -66,7 +65,7 @@ def prompt(**extra: Any) -> Prompt:
 
 @EVERY_CASE
 def test_hapo(case: str) -> None:
-    stage, shortest = HAPO(weight=0.5), {}
+    hook, shortest = with_options(HAPO, weight=0.5), {}
     for seed in SEEDS:  # steps
         table, reward = table_of(CASES[case], seed)
         expected = reward.double().tolist()
@@ -75,15 +74,15 @@ def test_hapo(case: str) -> None:
             for row in rows if h else ():
                 c = math.cos(math.pi / 2 * min(int(table.response_length[row]) / h, 2))
                 expected[row] += 0.5 * (max(-0.7, c) if table.correct[row] else min(0.0, c))
-        near(stage.shape_reward(table, reward), expected)
-        stage.after_update(table)
+        near(hook.shape_reward(table, reward), expected)
+        hook.after_update(experience_of(table, reward), learned=True)
         for group, rows in enumerate(rows_of(table)):
             for row in kinds(table, rows)[0]:
                 shortest[group] = min(shortest.get(group, 10**9), int(table.response_length[row]))
-    resumed = HAPO(weight=0.5)
-    resumed.load_state_dict(stage.state_dict())
-    assert torch.equal(resumed.shape_reward(table, reward), stage.shape_reward(table, reward))
-    assert stage.state_dict() == {"shortest": {f"made up/{group}": length for group, length in shortest.items()}}
+    resumed = with_options(HAPO, weight=0.5)
+    resumed.load_state_dict(hook.state_dict())
+    assert torch.equal(resumed.shape_reward(table, reward), hook.shape_reward(table, reward))
+    assert hook.state_dict() == {"shortest": {f"made up/{group}": length for group, length in shortest.items()}}
 
 
 @EVERY_CASE
@@ -105,7 +104,7 @@ def test_adora_as_long_is_not_longer() -> None:
     table, reward = table_of([[True, False, False]])
     for lengths, factor in (([4, 3, 5], 0.1), ([5, 3, 5], 2.0)):
         table.response_length = torch.tensor(lengths)
-        shaped = ADORA(emphasis=2.0).shape_advantage(table, reward, torch.ones(3))
+        shaped = with_options(ADORA, emphasis=2.0).shape_advantage(table, reward, torch.ones(3))
         assert shaped.tolist() == pytest.approx([factor] * 3)
 
 
@@ -114,8 +113,8 @@ def test_empo(case: str) -> None:
     for seed in SEEDS:
         table, reward = table_of(CASES[case], seed)
         answers = [["", "3", "4", "x"][int(10 * abs(value)) % 4] for value in random(table, seed=seed)]
-        table.words["answer"] = answers
-        expected = (reward.double() - table.reward).tolist()  # what other stages had added
+        table.text_columns["answer"] = answers
+        expected = (reward.double() - table.reward).tolist()  # what other hooks had added
         for rows in rows_of(table):
             for row in rows:
                 same = [other for other in rows if answers[other] == answers[row]]
@@ -123,9 +122,9 @@ def test_empo(case: str) -> None:
         near(EMPO().shape_reward(table, reward), expected)
 
 
-def test_answers_are_read_where_a_stage_needs_them() -> None:
+def test_answers_are_read_where_a_hook_needs_them() -> None:
     config = RunConfig()
-    assert not any(isinstance(stage, Answers) for stage in build_algorithm(config).stages)
+    assert not any(isinstance(hook, Answers) for hook in build_algorithm(config).hooks)
     config.algorithm.plugins = [PluginConfig("empo")]
     algorithm = build_algorithm(config, made_up_context(config))
     noted = algorithm.observe(prompt(), rollout("so the answer is 17"))
@@ -151,7 +150,7 @@ def test_unlikeliness(case: str) -> None:
 def test_unlikeliness_of_equals_is_equal_and_wrong_ones_keep_their_reward() -> None:
     table, _ = table_of([[True, True, True, False]])
     table.signals["logprob_sum"] = torch.tensor([-1.0, -1.0, -3.0, -0.5], dtype=torch.float64)
-    shaped = Unlikeliness(beta=0.4).shape_reward(table, torch.tensor([1.0, 1.0, 1.0, -1.0]))
+    shaped = with_options(Unlikeliness, beta=0.4).shape_reward(table, torch.tensor([1.0, 1.0, 1.0, -1.0]))
     assert shaped.tolist() == pytest.approx([1 - 0.4 * 2.5 / 4, 1 - 0.4 * 2.5 / 4, 1 - 0.4 * 1 / 4, -1.0])
 
 
@@ -173,14 +172,14 @@ def test_gcpo(case: str, threshold: float) -> None:
                 signs.add(sign)
                 for row in rows:
                     expected[row] += 0.5 * sign * bool(used[row])
-        near(GCPO(weight=0.5, threshold=threshold).shape_reward(table, reward), expected)
+        near(with_options(GCPO, weight=0.5, threshold=threshold).shape_reward(table, reward), expected)
     assert case != "random" or signs >= {1, -1}
 
 
 def test_gcpo_sees_tools_by_a_pattern() -> None:
     for text, used in (("```python\nprint(1)", 1.0), ("<aux>AD</aux>", 1.0), ("a python", 0.0)):
         assert GCPO().observe(prompt(), rollout(text)) == {"used_tool": used}
-    assert GCPO(pattern="draw [A-Z]{2}").observe(prompt(), rollout("draw AD")) == {"used_tool": 1.0}
+    assert with_options(GCPO, pattern="draw [A-Z]{2}").observe(prompt(), rollout("draw AD")) == {"used_tool": 1.0}
 
 
 @EVERY_CASE
@@ -201,18 +200,20 @@ def test_c_grpo(case: str) -> None:
 def test_rubrics_are_found_in_the_response() -> None:
     given = prompt(rubrics=["Pythagoras", "right angle", "25"], other=["x"])
     assert CGRPO().observe(given, rollout("by PYTHAGORAS, 9 + 16 = 25")) == {"rubric": 2 / 3}
-    assert CGRPO(ignore_case=False).observe(given, rollout("by PYTHAGORAS, 9 + 16 = 25")) == {"rubric": 1 / 3}
-    assert CGRPO(rubrics="other").observe(given, rollout("an x")) == {"rubric": 1.0}
+    assert with_options(CGRPO, ignore_case=False).observe(given, rollout("by PYTHAGORAS, 9 + 16 = 25")) == {
+        "rubric": 1 / 3
+    }
+    assert with_options(CGRPO, rubrics="other").observe(given, rollout("an x")) == {"rubric": 1.0}
 
 
 def test_a_score_of_your_own(tmp_path: Path) -> None:
     file = tmp_path / "judge.py"
     file.write_text("def judge(prompt, rollout):\n    return len(rollout.text) / 10\n")
-    stage = CGRPO(score=f"{file}:judge")
-    stage.bind(context_with(prompt()))
-    assert stage.observe(prompt(), rollout("four.")) == {"rubric": 0.5}
+    hook = with_options(CGRPO, score=f"{file}:judge")
+    hook.bind(context_with(prompt()))
+    assert hook.observe(prompt(), rollout("four.")) == {"rubric": 0.5}
     with pytest.raises(ConfigError, match="nobody is not in it"):
-        CGRPO(score=f"{file}:nobody")
+        with_options(CGRPO, score=f"{file}:nobody")
 
 
 @pytest.mark.parametrize("extra", [{}, {"rubrics": []}, {"rubrics": "25"}, {"rubrics": ["a", ""]}, {"rubrics": [3]}])
@@ -247,11 +248,11 @@ def test_grace(case: str, rewarded: Rewarded) -> None:
                     group = statistics.fmean([cosine(row, other) for other in right + wrong])
                     score = near_right - statistics.fmean(near_wrong) + 0.2 * group - 0.2 * max(near_wrong)
                     expected[row] += 0.3 * score / 0.1
-        near(GRACE(weight=0.3, rewarded=rewarded).shape_reward(table, reward), expected)
+        near(with_options(GRACE, weight=0.3, rewarded=rewarded).shape_reward(table, reward), expected)
 
 
 @pytest.mark.parametrize(
-    ("stage", "signals"),
+    ("hook", "signals"),
     [
         (HAPO(), {}),
         (Unlikeliness(), {"logprob_sum": torch.tensor([-1.0, -2.0], dtype=torch.float64)}),
@@ -261,7 +262,7 @@ def test_grace(case: str, rewarded: Rewarded) -> None:
     ],
     ids=lambda each: type(each).__name__,
 )
-def test_what_is_ungraded_keeps_its_reward(stage: Hook, signals: dict[str, Tensor]) -> None:
+def test_what_is_ungraded_keeps_its_reward(hook: Hook, signals: dict[str, Tensor]) -> None:
     table, reward = table_of([[None, None]])
     table.signals.update(signals)
-    assert torch.equal(stage.shape_reward(table, reward), reward)
+    assert torch.equal(hook.shape_reward(table, reward), reward)

@@ -182,24 +182,17 @@ def test_the_comment_of_a_setting_stands_behind_it_or_above_it():
 
 
 def test_configuration_imports_no_torch(write):
-    """Loading and checking work where torch cannot be imported at all."""
+    """Loading works where torch cannot be imported at all."""
     program = """
         import sys
         for name in ("torch", "transformers", "megatron", "reasoning_gym"):
             sys.modules[name] = None  # any import of it raises
-        from clipo_megatron.checks.run import check
-        from clipo_megatron.config.errors import ConfigError
         from clipo_megatron.config.load import load
-        config = load(sys.argv[1])
-        try:
-            check(config)
-        except ConfigError as error:
-            assert "some/model" in str(error), error
-            print("refused")
+        print(load(sys.argv[1]).model.path)
     """
     command = [sys.executable, "-c", textwrap.dedent(program), str(write(MODEL))]
     done = subprocess.run(command, capture_output=True, text=True)
-    assert done.stdout.strip() == "refused", done.stderr
+    assert done.stdout.strip() == "some/model", done.stderr
 
 
 def test_a_list_of_plain_values(tmp_path):

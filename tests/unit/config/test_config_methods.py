@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from model_folders import FACTS, model_folder
 
-from clipo_megatron.algorithms.build import class_of
-from clipo_megatron.algorithms.hook import Hook, Signal
-from clipo_megatron.algorithms.methods.registry import BASELINES, PLUGINS, Acts
+from clipo_megatron.algorithms.methods.registry import BASELINES, baseline_class
 from clipo_megatron.algorithms.policy_loss import GroupLoss
 from clipo_megatron.checks.run import check
 from clipo_megatron.config.errors import ConfigError, ConfigProblem
@@ -81,7 +80,6 @@ def test_a_critic_is_held_against_the_policy(config, tmp_path, facts, part):
     [
         {"clipo.enabled": False, "algorithm.name": "reinforce_pp"},
         {"clipo.level": Level.batch, "algorithm.name": "ppo"},
-        {"clipo.enabled": False, "algorithm.name": "a.module:Baseline"},
     ],
 )
 def test_groups_of_one_where_nobody_compares_them(config, settings):
@@ -93,7 +91,7 @@ def test_groups_of_one_where_nobody_compares_them(config, settings):
 REWARDED = {"algorithm.kl.coefficient": 0.1, "algorithm.kl.place": KLPlace.reward}
 VERDICTS = {"algorithm.options": {"weigh_by_reward": False}}
 CORRECTED = {"algorithm.correction.kind": CorrectionKind.truncate}
-GROUP_LOSSES = [name for name, method in BASELINES.items() if method.aggregation is None]
+GROUP_LOSSES = [name for name in BASELINES if issubclass(baseline_class(name), GroupLoss)]
 
 
 def beside(*names: str) -> dict[str, Any]:
@@ -153,7 +151,6 @@ def test_what_would_do_nothing_or_harm_is_refused(config, name, settings, key, p
         ("grpo", REWARDED | {"algorithm.kl.kind": KLKind.k1} | beside("adora", "d3s", "cepo", "pipo")),
         ("grpo", {"algorithm.kl.kind": KLKind.k1}),
         ("reinforce_pp", beside("adora")),
-        ("a.module:Baseline", CORRECTED | beside("adora", "pipo") | {"algorithm.clip_low": 1.5}),
     ],
 )
 def test_what_goes_together(config, name, settings):
@@ -164,7 +161,7 @@ def test_what_goes_together(config, name, settings):
     ("name", "options", "part"),
     [
         ("dapo", {"cushion": 2000}, "so many tokens below rollout.max_new_tokens = 1024"),
-        ("dapo", {"cushion": 600, "longest": 500}, "so many tokens below algorithm.options.longest = 500"),
+        ("dapo", {"cushion": 600, "longest": 500}, "so many tokens below `longest` = 500"),
         ("dapo", {"longest": 20480, "cushion": 4096}, "longest = 20480: no response is longer than"),
         ("riskpo", {"start": math.inf}, "start = inf: it must be a finite number"),
         ("copg", {"beta": 0.0}, "it must be at least 1e-06"),
@@ -195,21 +192,6 @@ def test_values_of_options_that_are_sound(config):
     config.algorithm.plugins = [PluginConfig("c_grpo", {"score": "a.module:score"})]
     check(config)
     check(changed(config, {"algorithm.options": {"penalty": 0, "cushion": 4096}}))
-
-
-@pytest.mark.parametrize("name", [*BASELINES, *PLUGINS])
-def test_what_methods_cost_is_declared_as_their_classes_have_it(name):
-    method = (BASELINES | PLUGINS)[name]
-    stage = class_of(method.stage)
-    assert method.reference == (Signal.reference_logprobs in stage.needs)
-    assert method.critic == (Signal.values in stage.needs)
-    assert method.replays == stage.replays
-    assert method.demonstrations == (Signal.demonstrations in stage.needs)
-    assert method.forwards == (len(stage.provides) if stage.variants is not Hook.variants else 0)
-    assert (method.aggregation is None) == issubclass(stage, GroupLoss)
-    acts = {Acts.reward: "shape_reward", Acts.loss: "loss"}.get(method.acts_on)
-    assert acts is None or getattr(stage, acts) is not getattr(Hook, acts)
-    assert (method.acts_on is None) == (name in BASELINES)
 
 
 # ---------------------------------------------------------------- windows
@@ -254,7 +236,116 @@ def test_what_windows_do_not_go_with(config, settings, key, part):
     assert problem.key == key and part in str(problem)
 
 
-def test_windows_with_classes_of_ones_own(config):
-    """Which may learn from what has not ended: nobody knows."""
-    own = {"algorithm.name": "a.module:Baseline", "algorithm.plugins": [PluginConfig("a.module:Plugin")]}
-    check(changed(config, WINDOWS | own))
+# ---------------------------------------------------------------- classes of a user's own
+
+OWN = """
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from clipo_megatron.algorithms.hook import Hook, MethodOptions
+from clipo_megatron.algorithms.methods.grpo import GRPO
+from clipo_megatron.algorithms.policy_loss import GroupLoss
+from clipo_megatron.config.errors import ConfigProblem
+from clipo_megatron.config.ranges import within
+
+
+@dataclass
+class Options(MethodOptions):
+    low: float = within(0.1, 0, 1)
+    high: float = within(0.9, 0, 1)
+
+    def problems(self, config):
+        if self.low > self.high:
+            yield ConfigProblem("low", f"high is {self.high}", "Lower it", self.low)
+
+
+class Plain(GRPO):
+    options_class = Options
+
+
+class Declared(GRPO):
+    needs_groups = False
+    supports_windows = True
+    clip_low_below_one = False
+    needs = frozenset({"values"})
+
+
+class OverGroups(GroupLoss):
+    pass
+
+
+class Scaling(Hook):
+    def shape_advantage(self, table, reward, advantage):
+        return 2 * advantage
+
+
+class Judging(Hook):
+    options_class = Options
+
+
+class Patient(Hook):
+    supports_windows = True
+
+
+class NoHook:
+    pass
+"""
+ONE_ROLLOUT = {"clipo.enabled": False, "rollout.samples_per_prompt": 1}
+WINDOW = {"rollout.window_tokens": 256}
+
+
+@pytest.fixture
+def own(tmp_path: Path) -> Callable[[str], str]:
+    """The name of a class of a user's own, in a file."""
+    (tmp_path / "own.py").write_text(OWN)
+    return lambda name: f"{tmp_path / 'own.py'}:{name}"
+
+
+@pytest.mark.parametrize(
+    ("baseline", "plugins", "settings"),
+    [
+        ("Declared", [], ONE_ROLLOUT),
+        ("Declared", ["Patient"], WINDOW),
+        ("Declared", [], {"algorithm.clip_low": 1.5, "critic.warmup_steps": 2}),
+        ("OverGroups", ["Judging"], {}),
+        ("Plain", ["Scaling", "Judging"], CORRECTED | {"algorithm.options": {"low": 0.2}}),
+    ],
+)
+def test_what_a_class_of_ones_own_declares_is_believed(config, own, baseline, plugins, settings):
+    changed(config, {"algorithm.name": own(baseline)} | settings)
+    config.algorithm.plugins = [PluginConfig(own(name)) for name in plugins]
+    check(config)
+
+
+@pytest.mark.parametrize(
+    ("baseline", "plugins", "settings", "part"),
+    [
+        ("Plain", [], ONE_ROLLOUT, "are against the prompt's other rollouts"),
+        ("Plain", [], WINDOW, "does not learn from responses that have not ended"),
+        ("Declared", ["Judging"], WINDOW, "judges whole responses"),
+        ("Plain", [], {"algorithm.clip_low": 1.5}, "must stay positive"),
+        ("Plain", [], {"critic.warmup_steps": 2}, "has no critic"),
+        ("OverGroups", ["Scaling"], {}, "it acts on advantages"),
+        ("OverGroups", [], CORRECTED, "weighs no single rollouts"),
+        ("Declared", ["Scaling"], {}, "would take what it scales for rewards"),
+        ("Plain", [], {"algorithm.options": {"lo": 0.2}}, "options.lo = 0.2: "),
+        ("Plain", [], {"algorithm.options": {"low": 2.0}}, "options.low = 2.0: it must be from 0 to 1"),
+        ("Plain", [], {"algorithm.options": {"low": "much"}}, "a number was expected"),
+        ("Plain", [], {"algorithm.options": {"low": 0.95}}, "algorithm.options.low = 0.95: high is 0.9. Lower it"),
+        ("Judging", [], {}, "is no subclass of clipo_megatron.algorithms.policy_loss.PolicyLoss"),
+        ("Absent", [], {}, "Absent is not in it. Correct the name"),
+        ("Plain", ["NoHook"], {}, "is no subclass of clipo_megatron.algorithms.hook.Hook"),
+    ],
+)
+def test_a_class_of_ones_own_is_checked_as_a_built_in_one(config, own, baseline, plugins, settings, part):
+    changed(config, {"algorithm.name": own(baseline)} | settings)
+    config.algorithm.plugins = [PluginConfig(own(name)) for name in plugins]
+    (problem,) = refused(config)
+    assert part in str(problem)
+
+
+def test_a_class_that_is_on_other_machines_only_is_no_problem_here(config):
+    changed(config, {"algorithm.name": "absent_package.module:Baseline"})
+    (problem,) = refused(config)
+    assert "absent_package.module cannot be imported: ModuleNotFoundError" in str(problem)
+    assert check(config, absent=True) == [problem]

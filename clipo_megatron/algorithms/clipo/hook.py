@@ -1,4 +1,4 @@
-"""CLIPO as a stage: the bonus enters where rewards are shaped."""
+"""CLIPO as a hook: the contrastive bonus is added to the rewards."""
 
 from __future__ import annotations
 
@@ -10,17 +10,14 @@ from torch import Tensor
 from clipo_megatron.algorithms.clipo.reward import contrastive_reward
 from clipo_megatron.algorithms.hook import Hook, Signal
 from clipo_megatron.config.schema import ClipoConfig, ContrastiveLossName, Level
-from clipo_megatron.flow import RolloutTable
+from clipo_megatron.flow import Experience, RolloutTable
 
 
 class Clipo(Hook):
     """Adds the contrastive bonus to the reward of correct rollouts with a valid anchor (arXiv 2603.10101).
 
-    During the first `warmup_steps` updates the head trains, on the losses that the scoring forward gives, and the
-    reward stays as it is. With anchors = "wrong" no correct rollout has a loss, so no bonus is ever paid.
-
-    Attributes:
-        last_bonus: [B] float32, what the last `shape_reward` added; zeros in the warm-up, None before the first step.
+    During the first `warmup_steps` updates the head trains on the losses of the scoring forward, and the bonus is 0.
+    With anchors = "wrong" no correct rollout has a loss, so no bonus is ever paid.
     """
 
     needs = frozenset({Signal.contrastive})
@@ -28,7 +25,6 @@ class Clipo(Hook):
     def __init__(self, config: ClipoConfig) -> None:
         self.config = config
         self.updates = 0
-        self.last_bonus: Tensor | None = None
 
     @property
     def warming_up(self) -> bool:
@@ -37,11 +33,11 @@ class Clipo(Hook):
 
     @property
     def holds_policy(self) -> bool:  # type: ignore[override]
-        """In a warm-up in which the head trains alone."""
+        """True in a warm-up in which the head trains alone."""
         return self.warming_up and not self.config.warmup_policy
 
-    def shape_reward(self, table: RolloutTable, reward: Tensor) -> Tensor:
-        """`reward` [B] plus the bonus of each rollout.
+    def bonus(self, table: RolloutTable) -> Tensor:
+        """[B] float32; zeros during the warm-up.
 
         Raises:
             ValueError: the table lacks the signals "contrastive_loss" and "contrastive_valid".
@@ -50,13 +46,12 @@ class Clipo(Hook):
         if missing:
             raise ValueError(
                 f"the rollout table has no {' and no '.join(missing)}: the scoring forward must run the contrastive "
-                "head, because this stage declares Signal.contrastive."
+                "head, because this hook declares Signal.contrastive."
             )
         if self.warming_up:
-            self.last_bonus = torch.zeros_like(reward)
-            return reward
-        bonus = contrastive_reward(
-            table.signals["contrastive_loss"].to(reward.dtype),
+            return torch.zeros_like(table.reward)
+        return contrastive_reward(
+            table.signals["contrastive_loss"].to(table.reward.dtype),
             table.signals["contrastive_valid"] & table.correct,
             weight=self.config.weight,
             floor=self.config.floor,
@@ -64,13 +59,12 @@ class Clipo(Hook):
             calibrate=self.config.calibrate,
             group_sizes=self._positives(table) if self.config.calibrate else None,
         )
-        self.last_bonus = bonus
-        return reward + bonus
 
     def _positives(self, table: RolloutTable) -> Tensor:
-        """[B] int64, correct rollouts in the set that an anchor's positives come from: its group or the batch.
+        """[B] int64, the number of correct rollouts among those an anchor's positives come from: its group or the
+        batch.
 
-        1 for soft_nn, whose loss is 0, not ln(n_pos - 1), at perfect separation: nothing is subtracted.
+        1 for soft_nn, whose loss at perfect separation is 0 rather than ln(n_pos - 1): nothing is subtracted.
         """
         if self.config.loss == ContrastiveLossName.soft_nn:
             return torch.ones_like(table.group)
@@ -78,14 +72,11 @@ class Clipo(Hook):
             return table.correct.sum().expand_as(table.group)
         return torch.bincount(table.group[table.correct], minlength=len(table.prompt_ids))[table.group]
 
-    def after_update(self, table: RolloutTable) -> None:
-        """Count the update towards the warm-up."""
+    def after_update(self, experience: Experience, *, learned: bool) -> None:
         self.updates += 1
 
     def state_dict(self) -> dict[str, Any]:
-        """How many updates were made."""
         return {"updates": self.updates}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Inverse of `state_dict`."""
         self.updates = int(state["updates"])

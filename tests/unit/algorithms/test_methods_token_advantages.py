@@ -10,14 +10,13 @@ from typing import Any
 
 import pytest
 import torch
-from method_tables import CASES, table_of
+from method_tables import CASES, table_of, with_options
 from policy_steps import made_up_context
 from torch import Tensor
 
 from clipo_megatron.algorithms.hook import HookContext, ScoredTokens
 from clipo_megatron.algorithms.methods.cepo import CEPO, GOLD, WRONG
-from clipo_megatron.algorithms.methods.d3s import D3S, kth_largest, most_varied
-from clipo_megatron.config.plugin_options import D3sScope
+from clipo_megatron.algorithms.methods.d3s import D3S, D3sScope, kth_largest, most_varied
 from clipo_megatron.config.schema import RunConfig
 from clipo_megatron.flow import Prompt, RolloutTable
 
@@ -31,11 +30,10 @@ def scored(table: RolloutTable, seed: int = 0, **signals: Tensor) -> ScoredToken
     return ScoredTokens(rollout, rollout, old, given, sum_over_ranks=torch.clone)
 
 
-def after(stage: Any, steps: int) -> Any:
+def after(hook: Any, steps: int) -> Any:
     for _ in range(steps):
-        stage.learned(None)
-        stage.after_update(None)
-    return stage
+        hook.after_update(None, learned=True)
+    return hook
 
 
 # --- CEPO ------------------------------------------------------------------------------------------------------------
@@ -56,7 +54,7 @@ def test_cepo_is_the_formula(case: str, steps: int, clip: float) -> None:
     plus, minus = (-3 * torch.rand(count, generator=generator, dtype=torch.float64) for _ in range(2))
     tokens = scored(table, **{GOLD: plus, WRONG: minus})
     advantage = torch.randn(table.size, generator=generator, dtype=torch.float64)[tokens.rows]
-    ours = after(CEPO(clip=clip), steps).token_advantage(tokens, table, advantage)
+    ours = after(with_options(CEPO, clip=clip), steps).token_advantage(tokens, table, advantage)
     share = 0.5 * max(0.0, 1 - steps / 25)
     for place in range(count):
         a = float(advantage[place])
@@ -68,22 +66,22 @@ def test_cepo_is_the_formula(case: str, steps: int, clip: float) -> None:
 def test_cepo_hints_at_the_gold_answer_and_at_the_first_wrong_one() -> None:
     table, _ = table_of([[True, False, False], [True, True], [False, None, False], [False, False]])
     # Group 2: its first wrong rollout says nothing, its second says so; group 3's wrong ones say the gold answer.
-    table.words["answer"] = ["3", "4", "5", "3", "3", "", "9", "7", "3", ""]
+    table.text_columns["answer"] = ["3", "4", "5", "3", "3", "", "9", "7", "3", ""]
     turns = (
         {"role": "system", "content": "Be"},
         {"role": "user", "content": "2+1?"},
         {"role": "assistant", "content": ""},
     )
-    stage = CEPO(hint=" [{answer}]{}")
-    stage.bind(context_for(table, turns))
-    stage.context = HookContext(
-        **{**vars(stage.context), "encode": lambda messages: [turn["content"] for turn in messages]}
+    hook = with_options(CEPO, hint=" [{answer}]{}")
+    hook.bind(context_for(table, turns))
+    hook.context = HookContext(
+        **{**vars(hook.context), "encode": lambda messages: [turn["content"] for turn in messages]}
     )
-    variants = stage.variants(table)
+    variants = hook.variants(table)
     assert variants[GOLD] == {0: ["Be", "2+1? [3]{}", ""], 2: ["Be", "2+1? [3]{}", ""]}
     assert variants[WRONG] == {0: ["Be", "2+1? [4]{}", ""], 2: ["Be", "2+1? [7]{}", ""]}
     assert turns[1]["content"] == "2+1?", "the prompt is left as it was"
-    assert after(stage, 25).variants(table) == {GOLD: {}, WRONG: {}}, "no forwards once they have no weight"
+    assert after(hook, 25).variants(table) == {GOLD: {}, WRONG: {}}, "no forwards once they have no weight"
 
 
 def test_cepo_keeps_advantages_to_the_bit_where_there_is_no_wrong_answer() -> None:
@@ -123,8 +121,8 @@ def test_d3s_is_the_formula(case: str, scope: D3sScope, steps: int) -> None:
     generator = torch.Generator().manual_seed(steps)
     advantage = torch.randn(table.size, generator=generator)
     entropy = torch.rand(int(table.response_length.sum()), generator=generator)
-    stage = after(D3S(rollouts=0.4, tokens=0.3, scope=scope, relax_steps=10), steps)
-    kept = stage.select(table, advantage)
+    hook = after(with_options(D3S, rollouts=0.4, tokens=0.3, scope=scope, relax_steps=10), steps)
+    kept = hook.select(table, advantage)
     relaxed = min(steps / 10, 1.0)
 
     pools = [[row for row in range(table.size) if table.graded[row]]]
@@ -142,7 +140,7 @@ def test_d3s_is_the_formula(case: str, scope: D3sScope, steps: int) -> None:
     assert not kept[~table.graded].any()
 
     tokens = scored(table, entropy=entropy)
-    ours = stage.token_advantage(tokens, table, advantage[tokens.rows])
+    ours = hook.token_advantage(tokens, table, advantage[tokens.rows])
     places = [place for place in range(entropy.numel()) if kept[tokens.rows[place]]]
     places.sort(key=lambda place: -abs(float(advantage[tokens.rows[place]])) * float(entropy[place]))
     top = set(places[: math.ceil((0.3 + 0.7 * relaxed) * len(places) - 1e-9)])
@@ -183,10 +181,10 @@ def test_the_threshold_of_tokens_is_that_of_both_ranks_together(cut: int) -> Non
 
 
 def test_d3s_goes_on_where_it_was() -> None:
-    stage = after(D3S(relax_steps=10), 4)
-    resumed = D3S(relax_steps=10)
-    resumed.load_state_dict(stage.state_dict())
+    hook = after(with_options(D3S, relax_steps=10), 4)
+    resumed = with_options(D3S, relax_steps=10)
+    resumed.load_state_dict(hook.state_dict())
     table, _ = table_of(CASES["random"])
     advantage = torch.linspace(-1, 1, table.size)
-    assert torch.equal(resumed.select(table, advantage), stage.select(table, advantage))
-    assert not torch.equal(D3S(relax_steps=10).select(table, advantage), stage.select(table, advantage))
+    assert torch.equal(resumed.select(table, advantage), hook.select(table, advantage))
+    assert not torch.equal(with_options(D3S, relax_steps=10).select(table, advantage), hook.select(table, advantage))
