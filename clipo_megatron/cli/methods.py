@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import argparse
 import difflib
-import sys
 import textwrap
 from collections.abc import Iterator, Sequence
-from dataclasses import fields
 
 from clipo_megatron.algorithms.hook import Hook, Replay, Signal
 from clipo_megatron.algorithms.methods.registry import BASELINES, PLUGINS, baseline_class, plugin_class
 from clipo_megatron.algorithms.policy_loss import PolicyLoss
-from clipo_megatron.config import reference
 from clipo_megatron.config.errors import ConfigError, spell
+from clipo_megatron.config.reference import settings
 
 DESCRIPTION = "Every baseline and plug-in, with its paper and options."
 EXAMPLES = """\
@@ -68,20 +66,11 @@ def _method(name: str, method: type[Hook]) -> Iterator[str]:
         yield f"{'':<25}{_shared(method)}"
     if needs := list(_needs(method)):
         yield f"{'':<25}needs {', '.join(needs)}"
-    types, comments = reference.hints(method.options_class), _comments(method.options_class)
-    for option in fields(method.options_class):
-        kind = reference.describe(types[option.name])
-        yield f"    {option.name:<20} {kind}; default {spell(option.default)}"
-        comment = comments.get(option.name, "")
-        yield from textwrap.wrap(comment, WIDTH, initial_indent=" " * 25 + "# ", subsequent_indent=" " * 25 + "# ")
-
-
-def _comments(options: type) -> dict[str, str]:
-    """The comment of each option by name, those of the classes that it derives from included."""
-    found: dict[str, str] = {}
-    for each in reversed(options.__mro__[:-1]):
-        found |= reference.comments(sys.modules[each.__module__])[each.__name__]
-    return found
+    for option in settings(method.options_class):
+        yield f"    {option.key:<20} {option.type}; default {spell(option.default)}"
+        notes = [option.comment, *(f"{value}: {meaning}" for value, meaning in option.choices.items())]
+        for note in filter(None, notes):
+            yield from textwrap.wrap(note, WIDTH, initial_indent=" " * 25 + "# ", subsequent_indent=" " * 25 + "# ")
 
 
 def _needs(method: type[Hook]) -> Iterator[str]:

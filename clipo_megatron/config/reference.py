@@ -56,9 +56,9 @@ class Setting:
 
 
 @cache
-def settings() -> tuple[Setting, ...]:
-    """All settings, in the order of the schema."""
-    return tuple(_walk(RunConfig, ""))
+def settings(section: type = RunConfig) -> tuple[Setting, ...]:
+    """All settings of a section, a dataclass, in its order; by default those of a run."""
+    return tuple(_walk(section, ""))
 
 
 @cache
@@ -126,7 +126,9 @@ def describe(annotation: Any) -> str:
 
 
 def _walk(section: type, prefix: str) -> Iterator[Setting]:
-    described = comments(sys.modules[section.__module__])[section.__name__]
+    described: dict[str, str] = {}
+    for each in filter(is_dataclass, reversed(section.__mro__)):
+        described |= comments(sys.modules[each.__module__])[each.__name__]
     for item in fields(section):
         annotation, key = hints(section)[item.name], f"{prefix}{item.name}"
         if is_dataclass(annotation):

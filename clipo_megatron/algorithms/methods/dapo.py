@@ -23,7 +23,7 @@ CUSHION = 5  # Lmax / Lc of the paper: 20480 / 4096
 @dataclass
 class DapoOptions(MethodOptions):
     penalty: float = within(1.0, 0)  # weight of the soft penalty on overlong responses; 0: none
-    longest: Optional[int] = within(None, 1)  # Lmax, length at which it is -1; None: rollout.max_new_tokens
+    longest: Optional[int] = within(None, 1)  # Lmax, length at which the penalty is -1; None: rollout.max_new_tokens
     cushion: Optional[int] = within(None, 1)  # Lc, tokens below Lmax at which it begins; None: Lmax / 5
     overlong_filter: bool = False  # leave truncated rollouts out of the loss; they still count in the group's mean
 
