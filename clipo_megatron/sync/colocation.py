@@ -61,7 +61,7 @@ class Colocation:
             )
 
 
-class TrainerMemory(Protocol):
+class OffloadablePolicy(Protocol):
     """The part of a `Policy` that moves its memory on the shared GPUs."""
 
     def offload(self) -> None:
@@ -86,7 +86,7 @@ class ColocatedSync:
         engine: the pool of servers; used on the coordinator only.
     """
 
-    def __init__(self, sync: Any, policy: TrainerMemory, engine: Engine | None):
+    def __init__(self, sync: Any, policy: OffloadablePolicy, engine: Engine | None):
         self.sync, self.policy = sync, policy
         self._colocation = Colocation(engine, Turn.train) if dist.get_rank() == 0 else None
         self._training = True  # the turn, as every rank knows it
