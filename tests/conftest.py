@@ -32,7 +32,6 @@ def pytest_configure(config: pytest.Config) -> None:
     for tier in TIERS:
         config.addinivalue_line("markers", f"{tier}: a test in tests/{tier}; set by the folder")
     config.addinivalue_line("markers", "full: left out of `make test`; so are all of " + " and ".join(ONLY_FULL))
-    config.addinivalue_line("markers", "timeout: of no effect; tests have no deadline by the clock")
     begin_session()
     config.pluginmanager.register(Watchdog(config))
 

@@ -45,10 +45,10 @@ def watched(folder: str, silent: int, phase_timeout_s: float, seconds: float) ->
             beat.start()
             beat.phase("generate")
             if rank == silent:
-                time.sleep(0.6)
+                time.sleep(0.4 * FROZEN_S)  # after a sign that it has entered the phase
                 beat.stop()
             else:
-                start = time.monotonic() + 0.6
+                start = time.monotonic() + 0.4 * FROZEN_S
                 ended.wait(seconds)
             spent = time.monotonic() - start
             dist.barrier()
@@ -74,7 +74,7 @@ def test_a_silent_rank_is_named_and_the_others_end(ranks, tmp_path, silent):
 
 
 def test_living_ranks_are_left_alone_and_a_stuck_phase_prints_all_stacks(ranks, tmp_path):
-    for rank, (codes, said, _) in enumerate(ranks.run(watched, 2, str(tmp_path), -1, 0.8, 3.0)):
+    for rank, (codes, said, _) in enumerate(ranks.run(watched, 2, str(tmp_path), -1, 0.8, 2.5)):
         assert codes == []
         assert re.search(
             rf"rank {rank} of 2 \(process .*\): a rank has been in phase 'generate' \(number 1\) for", said
