@@ -13,8 +13,6 @@ from progress import wait_until
 from clipo_megatron.slurm.resources import Resources
 from clipo_megatron.slurm.submit import submit
 
-pytestmark = pytest.mark.timeout(120)
-
 FAKES = {
     "scontrol": """#!/bin/bash
 case "$*" in
