@@ -5,7 +5,7 @@ from dataclasses import replace
 from small_runs import SmallRun, write_config, write_model, write_problems
 
 from clipo_megatron.evaluation.results import read_result
-from clipo_megatron.runtime.run_dir import claim
+from clipo_megatron.runtime.run_dir import lock_output
 
 
 def test_a_checkpoint_gets_the_result_that_training_gave_it(tmp_path):
@@ -20,7 +20,7 @@ def test_a_checkpoint_gets_the_result_that_training_gave_it(tmp_path):
     assert trained.sources == ["exam", "more"] and trained.settings.ks == (1, 2, 4) and trained.settings.top_p == 0.95
     assert 0 < trained.accuracy < 1 and trained.figures().pass_at[4] > trained.accuracy, "a task with something to find"
 
-    lock = claim(output)
+    lock = lock_output(output)
     checkpoint = output / "checkpoints" / "step_000001"
     evaluation = SmallRun(checkpoint, output, command="eval").wait()
     lock.close()

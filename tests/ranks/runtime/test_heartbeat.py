@@ -45,10 +45,10 @@ def watched(folder: str, silent: int, phase_timeout_s: float, seconds: float) ->
             beat.start()
             beat.phase("generate")
             if rank == silent:
-                time.sleep(0.4 * FROZEN_S)  # after a sign that it has entered the phase
+                time.sleep(0.4 * TIMEOUT_S)  # after a sign that it has entered the phase
                 beat.stop()
             else:
-                start = time.monotonic() + 0.4 * FROZEN_S
+                start = time.monotonic() + 0.4 * TIMEOUT_S
                 ended.wait(seconds)
             spent = time.monotonic() - start
             dist.barrier()
