@@ -42,8 +42,8 @@ def watched(folder: str, silent: int, phase_timeout_s: float, seconds: float) ->
                 remedy="Do it again",
                 end=end,
             )
-            beat.start()
             beat.phase("generate")
+            beat.start()
             if rank == silent:
                 time.sleep(0.4 * TIMEOUT_S)  # after a sign that it has entered the phase
                 beat.stop()
