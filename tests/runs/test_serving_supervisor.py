@@ -367,7 +367,7 @@ def test_a_second_clipo_serve_of_a_run_is_refused(tmp_path):
 def test_a_supervisor_that_was_stopped_blames_no_server(tmp_path):
     script = f"""
 import sys
-sys.path.insert(0, {str(PROGRAM.parent)!r})
+sys.path[:0] = [{str(PROGRAM.parent)!r}, {str(Path(__file__).parent)!r}]
 from pathlib import Path
 from test_serving_supervisor import Fakes
 fakes = Fakes(Path({str(tmp_path)!r}))
