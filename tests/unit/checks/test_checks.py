@@ -1,4 +1,4 @@
-"""Cross-checks: what would fail after minutes of model building is refused in milliseconds."""
+"""Checks of a configuration: what would fail after minutes of model building is refused at once."""
 
 import json
 import time
@@ -110,7 +110,7 @@ def test_layouts_of_experts_that_do_not(config, folder, settings, ranks, key, pa
     assert problem.key == key and part in str(problem)
 
 
-def test_intermediate_size(config, folder):
+def test_tensor_parallel_size_must_divide_the_intermediate_size(config, folder):
     (folder / "model" / "config.json").write_text(json.dumps({**FACTS, "intermediate_size": 50}))
     assert "intermediate size, 50" in str(refusal(assign(config, layout__tp=4)))
 
@@ -196,14 +196,14 @@ def test_refusals(config, settings, ranks, key, part):
         (lambda model: (model / "chat_template.jinja").unlink(), "chat template"),
     ],
 )
-def test_model_folder(config, folder, spoil, part):
+def test_unusable_model_folders(config, folder, spoil, part):
     spoil(folder / "model")
     error = refusal(config)
     assert part in str(error) and error.problems[0].key == "model.path"
 
 
 @pytest.mark.parametrize("window", [{}, {"sliding_window": 2047}])
-def test_a_window_that_an_engine_would_not_keep_to(config, folder, window):
+def test_a_sliding_window_that_the_engine_ignores(config, folder, window):
     mistral = {**FACTS, "architectures": ["MistralForCausalLM"], "max_position_embeddings": 32768, **window}
     (folder / "model" / "config.json").write_text(json.dumps(mistral))
     config.data.max_prompt_tokens, config.rollout.max_new_tokens = 1000, 1047 if window else 3096
@@ -364,7 +364,7 @@ def test_default_transports(config):
     }
 
 
-def test_ranks():
+def test_ranks_and_replicas_of_a_layout():
     assert LayoutConfig(tp=2, pp=3).requested_ranks == 6
     assert LayoutConfig(tp=2, pp=3, dp=4).requested_ranks == 24
     assert LayoutConfig(pp=2, ep=4).requested_ranks == 8
@@ -374,7 +374,7 @@ def test_ranks():
     assert LayoutConfig(tp=2).replicas(None) == 1
 
 
-def test_source_names():
+def test_labels_of_sources():
     assert SourceConfig(path="a/b.jsonl").label == "b"
     assert SourceConfig(generator="gcd").label == "gcd"
     assert SourceConfig(generator="gcd", name="x").label == "x"

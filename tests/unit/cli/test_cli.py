@@ -1,4 +1,4 @@
-"""The command line: help that teaches, and one message for what the user can correct."""
+"""The command line: its help, and one message without a traceback for what the user can correct."""
 
 import json
 import os
@@ -34,7 +34,7 @@ train: {{output: {tmp_path}/out}}
     return str(file)
 
 
-def test_overview(capsys):
+def test_help_names_every_command(capsys):
     with pytest.raises(SystemExit) as caught:
         cli.main(["--help"])
     shown = capsys.readouterr().out
@@ -57,7 +57,7 @@ def test_overview(capsys):
         assert word in shown
 
 
-def test_train_help_teaches_overrides(capsys):
+def test_help_of_train_shows_overrides(capsys):
     with pytest.raises(SystemExit):
         cli.main(["train", "--help"])
     assert "key=value" in (shown := capsys.readouterr().out) and "data.train=[{path:" in shown
@@ -89,6 +89,12 @@ def test_check_reports_what_a_run_would_do(run_file, capsys):
 def test_check_reads_the_data(run_file, capsys):
     assert cli.main(["train", run_file, "--check", "data.train[0].generator=gdc"]) == 2
     assert "Did you mean gcd" in capsys.readouterr().err
+
+
+def test_check_makes_only_a_few_problems_of_a_generator(run_file, capsys):
+    sizes = ["data.train[0].size=100000000", "data.eval=[{generator: gcd, size: 100000000, seed: 1, name: held}]"]
+    assert cli.main(["train", run_file, "--check", *sizes]) == 0
+    assert "100000000 problems, 100 steps" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -129,7 +135,7 @@ def test_traceback_on_request(run_file):
     assert done.returncode != 0 and "Traceback" in done.stderr and "ConfigError" in done.stderr
 
 
-def test_only_rank_0_tells_what_all_ranks_find(run_file):
+def test_only_rank_0_reports_what_all_ranks_find(run_file):
     said = []
     for rank in "01":
         environment = {**os.environ, "RANK": rank, "WORLD_SIZE": "2", "LOCAL_RANK": rank}
@@ -146,7 +152,7 @@ def test_unknown_option(run_file, capsys):
     assert caught.value.code == 2 and "--chek" in capsys.readouterr().err
 
 
-def test_whose_errors_are_for_users():
+def test_errors_of_this_package_are_for_users():
     from clipo_megatron.config.errors import ConfigError
     from clipo_megatron.data.sources import DataError
 

@@ -1,4 +1,4 @@
-"""The doctor: it tells the truth about this machine, and about another one that pretends to have GPUs."""
+"""`clipo doctor`: what it reports of this machine, and of one that pretends to have GPUs."""
 
 import os
 import platform as host
@@ -16,7 +16,7 @@ def told():
     return {finding.what: finding for finding in doctor.findings()}
 
 
-def test_table(capsys):
+def test_the_table_has_all_sections(capsys):
     assert cli.main(["doctor"]) == 0
     shown = capsys.readouterr().out
     for section in ("machine", "packages", "optional packages", "launchers", "a run would use"):
@@ -24,12 +24,12 @@ def test_table(capsys):
     assert metadata.version("megatron-core") in shown and host.python_version() in shown
 
 
-def test_what_would_be_used_is_what_the_platform_says():
+def test_device_and_backend_are_those_of_the_platform():
     found = told()
     assert (found["device"].value, found["backend"].value) == (platform().name, platform().backend)
 
 
-def test_absent_packages_are_said_to_be_absent():
+def test_absent_packages_are_reported_as_absent():
     assert doctor.version("no-such-distribution") is None
     for name in doctor.OPTIONAL:
         expected = doctor.version(name) or doctor.version(f"{name}-cpu") or "not installed"
@@ -48,13 +48,13 @@ def test_gpus_that_torch_cannot_use(tmp_path, monkeypatch):
     assert told()["GPU"].value == "none" and "broken" in told()["GPU"].remark
 
 
-def test_a_rank_of_a_job(monkeypatch):
+def test_a_rank_of_a_slurm_job_is_recognised(monkeypatch):
     for name, value in {"SLURM_JOB_ID": "42", "RANK": "1", "WORLD_SIZE": "4"}.items():
         monkeypatch.setenv(name, value)
     assert told()["Slurm"].remark == "in job 42" and told()["this process"].value == "rank 1 of 4"
 
 
-def test_narrow_terminal():
+def test_the_table_fits_a_narrow_terminal():
     console = Console(width=40, record=True, file=open(os.devnull, "w"))  # noqa: SIM115
     doctor.examine(console)
     assert "megatron-core" in console.export_text()

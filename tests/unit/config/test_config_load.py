@@ -1,4 +1,4 @@
-"""Loading: what a user writes becomes the typed configuration, or one message that says how to correct it."""
+"""Loading: what a user writes becomes a typed configuration, or one message that says how to correct it."""
 
 import subprocess
 import sys
@@ -93,7 +93,7 @@ def test_references_to_other_settings(write):
         ("xyzzy", []),
     ],
 )
-def test_nearest_key(key, nearest):
+def test_suggestions_for_unknown_keys(key, nearest):
     assert nearest_keys(key) == nearest
 
 
@@ -137,7 +137,7 @@ def test_all_problems_come_at_once(write):
     assert "5 configuration problems" in str(caught.value) and "  5. " in str(caught.value)
 
 
-def test_mandatory_setting(write):
+def test_a_mandatory_setting_must_be_given(write):
     message = refusal(write("name: x\n"))
     assert "model.path: it must be given" in message and "model.path=" in message
 
@@ -151,7 +151,7 @@ def test_mandatory_setting(write):
         ("3\n", "bare value"),
     ],
 )
-def test_broken_file_is_located(write, text, part):
+def test_the_message_of_a_broken_file_says_where(write, text, part):
     file = write(text)
     message = refusal(file)
     assert part in message and str(file) in message
