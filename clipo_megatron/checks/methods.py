@@ -130,10 +130,6 @@ def _implements(kind: type[Hook], *names: str) -> bool:
 
 def _critic(config: RunConfig) -> Iterator[ConfigProblem]:
     settings, algorithm = config.critic, config.algorithm
-    if settings.clip is not None and not settings.clip > 0:
-        yield ConfigProblem(
-            "critic.clip", "values could not move at all", "Set it above 0, or to null for no clipping", settings.clip
-        )
     if settings != CriticConfig() and not has_critic(algorithm):
         reason = f"{algorithm.name} has no critic, so the section would be ignored"
         yield ConfigProblem("critic", reason, "Remove it, or set algorithm.name to ppo", show_value=False)
