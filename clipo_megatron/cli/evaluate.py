@@ -65,11 +65,12 @@ def add_sets(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    from clipo_megatron.checks.run import check
     from clipo_megatron.runtime import launch
 
     place = launch.from_environment()
     target = find_target(options)
+    from clipo_megatron.checks.run import check  # with torch: after what is no target has been refused
+
     check(target.config, ranks=place.world if place else None, trains=False)
 
     def work() -> None:
