@@ -14,7 +14,7 @@ TORCH := $(shell sed -n 's/^ *"\(torch==[^"]*\)",*/\1/p' pyproject.toml)
 TORCH_OPTIONS ?=
 # Tests run in so many processes, each of which starts ranks and servers of its own.
 JOBS ?= 2
-PYTEST = $(VENV)/bin/python -m pytest -n $(JOBS) --dist loadgroup --no-loadscope-reorder --durations=40
+PYTEST = $(VENV)/bin/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder --durations=40
 
 .DEFAULT_GOAL := help
 .PHONY: help install engines test test-rest test-all quickstart quickstart-sglang lint clean

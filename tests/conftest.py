@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -36,22 +37,39 @@ def pytest_configure(config: pytest.Config) -> None:
     config.pluginmanager.register(Watchdog(config))
 
 
-@pytest.hookimpl(tryfirst=True)  # before -m selects
+def pytest_itemcollected(item: pytest.Item) -> None:
+    """Mark a test with the tier that its folder names."""
+    tier = tier_of(item)
+    item.add_marker(tier)
+    if tier in ONLY_FULL:
+        item.add_marker("full")
+    parameters = item.callspec.params if hasattr(item, "callspec") else {}
+    if tier == "unit" and (found := STARTING_PROCESSES & (set(item.fixturenames) - set(parameters))):
+        raise pytest.UsageError(f"{item.nodeid} asks for {', '.join(found)}: it belongs into another tier")
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Mark each test with the tier that its folder names, and order the tiers for worker processes."""
-    here = Path(__file__).parent
-    for item in items:
-        tier = item.path.relative_to(here).parts[0]
-        item.add_marker(tier)
-        if tier in ONLY_FULL:
-            item.add_marker("full")
-        parameters = item.callspec.params if hasattr(item, "callspec") else {}
-        if tier == "unit" and (found := STARTING_PROCESSES & (set(item.fixturenames) - set(parameters))):
-            raise pytest.UsageError(f"{item.nodeid} asks for {', '.join(found)}: it belongs into another tier")
-        if hasattr(config, "workerinput"):  # a worker of pytest-xdist: it gets whole files
-            item.add_marker(pytest.mark.xdist_group(tier if tier in ONE_WORKER else item.path.name))
-    if hasattr(config, "workerinput"):
-        items.sort(key=lambda item: TIERS.index(item.path.relative_to(here).parts[0]))
+    """Let worker processes begin with the tiers that take longest."""
+    if hasattr(config, "workerinput"):  # of pytest-xdist
+        items.sort(key=lambda item: TIERS.index(tier_of(item)))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Hand worker processes whole files, and whole tiers where tests share servers."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByFile(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.partition("::")[0]
+            tier = file.removeprefix("tests/").partition("/")[0]
+            return tier if tier in ONE_WORKER else file
+
+    return ByFile(config, log)
+
+
+def tier_of(item: pytest.Item) -> str:
+    return item.path.relative_to(Path(__file__).parent).parts[0]
 
 
 def pytest_collection_finish() -> None:
