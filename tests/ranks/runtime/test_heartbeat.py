@@ -69,7 +69,7 @@ def test_a_silent_rank_is_named_and_the_others_end(ranks, tmp_path, silent):
         named = rf"clipo: rank {rank}: rank {silent} of 3 \(process \d+ on .*\) has sent no heartbeat for \d+ s; it"
         assert re.search(named + r" had been in phase 'generate' for \d+ s", said)
         assert "(the limit is 4 s). All ranks end. Do it again" in said
-        assert spent > TIMEOUT_S - 0.5
+        assert spent > TIMEOUT_S / 2  # from its last sign, which came before
         assert "in watched" in said  # its own stacks
 
 
