@@ -40,6 +40,7 @@ test-all: ready ## Set up and run all tests, in half an hour on two cores.
 
 .PHONY: ready
 ready: install $(if $(CLIPO_TESTS_WITHOUT_ENGINES),,engines)
+	$(VENV)/bin/python examples/quickstart/smollm2.py models/SmolLM2-135M-Instruct  # once; tests use it too
 
 quickstart: install ## Set up and watch CLIPO teach a small model arithmetic, on two ranks, in a quarter of an hour.
 	$(VENV)/bin/python examples/quickstart/quickstart.py

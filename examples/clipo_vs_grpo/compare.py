@@ -107,9 +107,14 @@ def refuse_other_settings(output: Path, arm: str, seed: int, overrides: Sequence
         value, other = made.get(key, since.get(key)), now.get(key)
         if value != other and not (key == "train.steps" and continues):
             raise ConfigError(
-                f"{output} was made with {key} = {spell(value)}, and now it would be {spell(other)}. Choose another "
+                f"{output} was made with {key} = {_whole(value)}, and now it would be {_whole(other)}. Choose another "
                 "folder with --home, or remove that one."
             )
+
+
+def _whole(value: Any) -> str:
+    """A setting's value for a message; texts are not cut, since two paths may differ at their ends only."""
+    return value if isinstance(value, str) and value else spell(value)
 
 
 @cache

@@ -125,6 +125,7 @@ def test_cancelled_generation_ends_within_seconds(proxies, make_pool):
     check_answers(ask(2), list(pool.generate(ask(2), PARAMS, deadline_s=100)))
 
 
+@pytest.mark.full
 def test_a_storm_of_faults_costs_no_answer(proxies, make_pool):
     generator = torch.Generator().manual_seed(11)
     kinds = sorted(FAULTS - {"stall", "delay"})

@@ -7,12 +7,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from paths import TOOLS
 from tiny_models import tiny_llama
 
 BENCH = TOOLS / "bench_clipo_cost.py"
 
 
+@pytest.mark.full
 def test_one_percent_of_a_step_at_most(tmp_path: Path) -> None:
     """A quarter of the layers of SmolLM2-135M and a small vocabulary: the share is several times that model's."""
     model = tiny_llama(tmp_path, hidden=576, heads=9, kv_heads=3, head_dim=64, intermediate=1536, layers=8, vocab=4096)

@@ -1,5 +1,6 @@
 """A run with a critic that goes on from a checkpoint: to the bit in its own layout, and in another one."""
 
+import pytest
 import torch
 from small_runs import (
     EVERY,
@@ -21,6 +22,7 @@ PPO = (
 )
 
 
+@pytest.mark.full
 def test_resumed_in_its_layout_and_in_another(small_config, tmp_path):
     undisturbed = tmp_path / "undisturbed"
     SmallRun(small_config, undisturbed, "layout.pp=2", *PPO).wait()

@@ -21,6 +21,7 @@ def moe_config(folder: Path) -> Path:
     return write_config(folder, model)
 
 
+@pytest.mark.full
 def test_experts_over_ranks_and_stages_train(tmp_path: Path) -> None:
     output = tmp_path / "run"
     settings = ["layout.ep=2", "layout.dp=2", "layout.pp=2", "clipo.warmup_steps=0", "eval.every=0"]

@@ -33,6 +33,7 @@ T_PPO = (
 )
 
 
+@pytest.mark.full
 def test_a_run_in_windows_on_any_layout_and_resumed(small_config, tmp_path) -> None:
     """Undisturbed on one rank, on TP2 x PP2, and resumed halfway: to the bit, and on the other layout nearly so."""
     undisturbed = tmp_path / "undisturbed"

@@ -109,6 +109,7 @@ def test_a_run_killed_on_two_pipeline_stages(small_config, undisturbed_pp2, tmp_
     assert_same_run(output, undisturbed_pp2)
 
 
+@pytest.mark.full
 def test_resume_in_other_layouts(small_config, undisturbed, tmp_path):
     """One rank, then TP2 x PP2, then DP2: each goes on from what the one before wrote."""
     output = tmp_path / "run"

@@ -2,9 +2,11 @@
 
 import json
 
+import pytest
 from small_runs import SmallRun, checkpoint_state, metrics
 
 
+@pytest.mark.full
 def test_dynamic_sampling_with_a_correction_in_a_whole_run(small_config, tmp_path):
     output = tmp_path / "run"
     asked = ("rollout.max_refill_rounds=2", "rollout.over_sampling=1.5", "layout.dp=2", "train.steps=2", "data.eval=[]")

@@ -95,6 +95,7 @@ def test_another_recipe_has_another_folder(recipe):
     assert replace(recipe, requirements=same).folder != before
 
 
+@pytest.mark.full
 def test_an_interrupted_build_starts_over(recipe):
     slow = replace(
         recipe, proof=f"import os, time\nif os.path.exists({str(recipe.requirements)!r} + '.wait'): time.sleep(200)"
@@ -140,6 +141,7 @@ def test_a_package_that_is_not_there(recipe):
     assert not broken.folder.exists()
 
 
+@pytest.mark.full
 def test_packages_that_do_not_work_together(recipe):
     broken = replace(recipe, proof="import tiny_engine, tiny_missing")
     with pytest.raises(ServingError, match=r"(?s)trying it failed with exit code 1.*tiny_missing"):

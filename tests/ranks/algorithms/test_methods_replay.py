@@ -127,6 +127,7 @@ def pipo_config(folder: Path) -> RunConfig:
     return config
 
 
+@pytest.mark.full
 def test_a_resumed_run_trains_on_the_batch_of_before(ranks: RankPool, tmp_path: Path) -> None:
     """To the bit in the same layout; as near as any in another one. Without the batch it would differ."""
     config = pipo_config(tmp_path / "model")

@@ -318,7 +318,7 @@ def test_layouts_to_choose_from(run_file, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--hardware", "h300"], "hardware 'h300' is not in the table; it has a100, h100"),
+        (["--hardware", "h300"], "--hardware h300: the table has no such GPU. Choose one of a100, h100"),
         (["--assume", "luck=1"], "--assume luck=1: it takes name=number with a name of decode_bandwidth"),
         (["--gpus", "many"], "--gpus many: it takes whole numbers, such as 8 or 64,128"),
         (["layout.pp=7"], "tp 8 x pp 7 x ep 1: 80 layers cannot be divided into 7 equal parts"),

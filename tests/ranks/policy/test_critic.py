@@ -19,6 +19,7 @@ from update_steps import VOCAB
 from clipo_megatron.checks.methods import method_problems
 from clipo_megatron.config.errors import ConfigError
 from clipo_megatron.config.model_folder import vocabulary_problem
+from clipo_megatron.config.ranges import range_problems
 from clipo_megatron.config.schema import DType, KLConfig, KLPlace, LayoutConfig, RunConfig
 from clipo_megatron.policy.critic import CriticActor, value_loss
 
@@ -119,8 +120,8 @@ def test_value_loss_clips_values() -> None:
 def test_a_clip_of_zero_is_refused() -> None:
     config = RunConfig()
     config.algorithm.name, config.critic.clip = "ppo", 0.0
-    (problem,) = map(str, method_problems(config))
-    assert "critic.clip = 0.0: values could not move at all" in problem
+    (problem,) = map(str, range_problems(config))
+    assert "critic.clip = 0.0: it must be above 0: values could not move at all" in problem
 
 
 def test_a_critic_with_another_vocabulary_is_refused(tmp_path: Path) -> None:

@@ -202,6 +202,7 @@ def test_both_ways_of_the_benchmark_compute_the_same() -> None:
     assert all(close(ours, theirs.double()) for ours, theirs in zip(tiled, full, strict=True))
 
 
+@pytest.mark.full
 def test_an_eighth_of_the_memory_in_at_most_1_4_times_the_time() -> None:
     """Measured with the benchmark's default vocabulary and half its default tokens."""
     figures = bench().compare(1024, 896, 151936, threads=1, repeats=2, deadline_s=3600)

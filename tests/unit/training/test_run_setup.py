@@ -139,7 +139,7 @@ def test_updates_are_counted_in_the_steps_in_which_the_policy_learns(small, over
     algorithm, learned = build_algorithm(config), 0
     for _ in range(config.train.steps):
         learned += algorithm.policy_learns
-        algorithm.after_update(None)
+        algorithm.after_update(None, learned=False)
     per_step = config.algorithm.epochs * config.algorithm.mini_batches * (1 + algorithm.replays)
     assert policy_updates(config, algorithm) == learned * per_step == expected
 

@@ -237,10 +237,10 @@ def test_what_the_configuration_lets_through_is_what_there_is() -> None:
     assert sorted(tiny_models.ARCHITECTURES.values()) == sorted(checks_model.ARCHITECTURES)
 
 
-def test_facts_and_plans_need_no_torch() -> None:
-    """`clipo plan` and the check of a configuration answer in a second or two, on a laptop without torch."""
+def test_facts_and_parameter_counts_need_no_torch() -> None:
+    """What is known of a model answers at once, before a command imports torch for the methods."""
     script = (
-        "import sys, clipo_megatron.checks.model, clipo_megatron.planning.layouts; "
+        "import sys, clipo_megatron.checks.model, clipo_megatron.planning.parameters; "
         "assert not {'torch', 'megatron', 'transformers'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", script], env=os.environ | {"PYTHONPATH": str(ROOT)}, check=True)
