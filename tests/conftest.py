@@ -26,6 +26,7 @@ torch.set_num_threads(1)
 TIERS = ("soak", "cluster", "engines", "runs", "ranks", "unit")
 ONLY_FULL = ("soak", "cluster")
 ONE_WORKER = ("soak", "cluster", "engines")  # whose servers are started once
+SERVERS = pytest.StashKey[Servers]()
 STARTING_PROCESSES = {"ranks", "servers", "undisturbed", "undisturbed_pp2"}
 
 
@@ -93,11 +94,19 @@ def ranks() -> Iterator[RankPool]:
 
 
 @pytest.fixture(scope="session")
-def servers() -> Iterator[Servers]:
+def servers(request: pytest.FixtureRequest) -> Iterator[Servers]:
     """Real SGLang and vLLM servers, started when a test first asks for one."""
     started = Servers()
+    request.config.stash[SERVERS] = started
     yield started
     started.close()
+
+
+@pytest.hookimpl(trylast=True)  # after the fixtures of the test are torn down
+def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
+    """Servers are not kept beyond their tier: they would take memory and time from all that follows."""
+    if SERVERS in item.config.stash and (nextitem is None or tier_of(nextitem) != tier_of(item)):
+        item.config.stash[SERVERS].close()
 
 
 @pytest.fixture(scope="session")

@@ -1,11 +1,10 @@
 """A run whose disk is full: checkpoints survive, the message says what to do, and the same command resumes."""
 
-import os
-import signal
 from pathlib import Path
 
 from full_disk import fill, small_disk
-from small_runs import EVERY, SmallRun, assert_same_run, steps_logged
+from held_runs import Hold
+from small_runs import EVERY, SmallRun, assert_same_run
 
 
 def the_last_words(run: SmallRun) -> str:
@@ -18,17 +17,15 @@ def test_a_run_resumes_after_its_disk_was_full(small_config, undisturbed, tmp_pa
     with small_disk(tmp_path / "disk", megabytes=24) as disk:
         output, config = disk / "run", Path(small_config)
 
-        def start() -> SmallRun:
+        def start(hold: Hold | None = None) -> SmallRun:
             overrides = ("report.save_rollouts=0", "checkpoint.asynchronous=false")
-            return SmallRun(config, output, *overrides, logs=tmp_path)
+            return SmallRun(config, output, *overrides, logs=tmp_path, hold=hold)
 
-        run = start()
-        run.wait_for(lambda: steps_logged(output) > EVERY, "a step after the checkpoint")
-        os.kill(run.process.pid, signal.SIGSTOP)
-        try:
-            fill(disk)
-        finally:
-            os.kill(run.process.pid, signal.SIGCONT)
+        after_the_checkpoint = Hold(tmp_path / "hold", after_step=EVERY + 1)
+        run = start(after_the_checkpoint)
+        run.wait_for_hold()
+        fill(disk)
+        after_the_checkpoint.release()
         run.wait(2)
         assert the_last_words(run) == (
             f"clipo: {output}/metrics.jsonl cannot be written: [Errno 28] No space left on device. Free space, or "

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import warm
+from held_runs import Hold
 from progress import wait_until
 from small_runs import (
     EVERY,
@@ -34,13 +35,14 @@ def kill_after_checkpoint(config, output, *overrides):
     seed = random.SystemRandom().randrange(2**32)
     print(f"moment drawn with seed {seed}")
     delay = random.Random(seed).uniform(0.0, 0.15)
-    for _ in range(4):  # where it wins the race, it starts again
-        run = SmallRun(config, output, *overrides)
-        run.wait_for(lambda: steps_logged(output) >= EVERY, f"step {EVERY}")
-        known = run.pids()
-        run.wait_for(lambda: steps_logged(output) > EVERY, f"step {EVERY + 1}")
+    for attempt in range(4):  # where it wins the race, it starts again
+        hold = Hold(output.with_name(f"hold{attempt}"), after_step=EVERY + 1)
+        run = SmallRun(config, output, *overrides, hold=hold)
+        run.wait_for_hold()
         written = output / "checkpoints" / f"step_{EVERY:06d}"
         run.wait_for(written.exists, f"the checkpoint of step {EVERY}")
+        known = run.pids()
+        hold.release()
         time.sleep(delay)
         run.kill(known)
         if not (output / "checkpoints" / f"step_{STEPS:06d}").exists():
@@ -80,10 +82,14 @@ def test_a_run_killed_in_a_step_and_then_in_a_checkpoint(small_config, undisturb
     (output / "metrics.jsonl").write_bytes(torn + b'{"step": 5, "reward/me')  # a line cut short
 
     checkpoints = output / "checkpoints"
-    second = SmallRun(small_config, output)
     partial = checkpoints / f".step_{STEPS:06d}.partial"
-    second.wait_for(partial.exists, "the writing of the last checkpoint")
-    second.kill()
+    hold = Hold(tmp_path / "hold", at_folder=partial.name)
+    second = SmallRun(small_config, output, hold=hold)
+    second.wait_for_hold()
+    known = second.pids()
+    hold.release()
+    time.sleep(random.SystemRandom().uniform(0.0, 0.05))
+    second.kill(known)
     assert f"resumed from {checkpoints / f'step_{EVERY:06d}'}, {EVERY} steps done" in second.said
     assert partial.exists() or (checkpoints / f"step_{STEPS:06d}").exists()
     written = partial.exists()
@@ -148,9 +154,11 @@ def test_a_finished_run_continues_with_more_steps(small_config, undisturbed, tmp
 
 def test_an_interrupted_run_continues(small_config, undisturbed, tmp_path):
     output = tmp_path / "run"
-    run = SmallRun(small_config, output)
-    run.wait_for(lambda: steps_logged(output) >= 1, "a step")
+    hold = Hold(tmp_path / "hold", after_step=1)
+    run = SmallRun(small_config, output, hold=hold)
+    run.wait_for_hold()
     run.process.send_signal(signal.SIGINT)
+    hold.release()
     run.wait(130)
     done = steps_logged(output)
     assert 1 <= done < STEPS
@@ -211,8 +219,8 @@ def test_a_step_whose_generation_is_cancelled_is_repeated(small_config, undistur
 
 
 def test_ranks_die_with_their_supervisor(small_config, tmp_path):
-    run = SmallRun(small_config, tmp_path / "run", PP2)
-    run.wait_for(lambda: "held-out accuracy" in run.said, "both ranks at work")
+    run = SmallRun(small_config, tmp_path / "run", PP2, hold=Hold(tmp_path / "hold", after_step=1))
+    run.wait_for_hold()
     assert len(run.pids()) >= 3
     run.process.kill()
     run.process.wait()
@@ -240,11 +248,14 @@ def test_starting_over_keeps_old_and_new_results_apart(small_config, undisturbed
 
 def test_a_frozen_rank_is_named_and_the_ranks_restart(small_config, undisturbed_pp2, tmp_path):
     output = tmp_path / "run"
-    run = SmallRun(small_config, output, PP2, "faults.heartbeat_timeout_s=4", "faults.max_restarts=1")
+    hold = Hold(tmp_path / "hold", after_step=EVERY + 1)
+    run = SmallRun(small_config, output, PP2, "faults.heartbeat_timeout_s=4", "faults.max_restarts=1", hold=hold)
+    run.wait_for_hold()
     run.wait_for((output / "checkpoints" / f"step_{EVERY:06d}").exists, f"the checkpoint of step {EVERY}")
     ranks = [pid for pid in run.pids() if b"clipo_megatron.cli" in Path(f"/proc/{pid}/cmdline").read_bytes()]
     frozen = next(pid for pid in ranks if b"\0RANK=1\0" in b"\0" + Path(f"/proc/{pid}/environ").read_bytes())
     os.kill(frozen, signal.SIGSTOP)
+    hold.release()
     run.wait()
     said = " ".join(run.said.split())
     assert f"clipo: rank 0: rank 1 of 2 (process {frozen} on " in said

@@ -111,9 +111,10 @@ def wait_until(
         started = time.monotonic()
         if condition():
             return
+        cost = time.monotonic() - started
         idle = progress.idle_s()
         assert idle < stall_s, f"nothing has worked for {idle:.0f} s while this was waited for: {what}\n{story()}"
-        time.sleep(max(0.002, 5 * (time.monotonic() - started)))  # conditions that cost much are looked at less often
+        time.sleep(max(0.002, 5 * cost))  # conditions that cost much are looked at less often
 
 
 def end_of(process: subprocess.Popen, what: str = "the end of a process") -> int:

@@ -143,9 +143,17 @@ class Servers:
         self, engine: str, model: str | Path, dtype: DType = DType.bf16, options: dict[str, Any] | None = None
     ) -> Served:
         """The session's server of that kind, started at the first call. A test may change only its weights, and loads
-        the weights that it relies on."""
+        the weights that it relies on.
+
+        The other shared servers stand still until they are asked for: an SGLang server whose generation is paused takes
+        a whole core.
+        """
         key = (engine, str(model), dtype, repr(sorted((options or {}).items())))
         found = self._shared.pop(key, None)
+        for other in self._shared.values():
+            other.suspend()
+        if found is not None:
+            found.resume()
         if found is not None and not found.alive:
             found.stop()
             found = None

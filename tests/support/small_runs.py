@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 import warm
+from held_runs import Hold
 from progress import STALL_S, marked, wait_until
 from safetensors.torch import load_file, save_file
 from tiny_models import EOS, tiny_llama
@@ -91,7 +92,7 @@ class SmallRun:
     """One `clipo train`, or another command, and everything it starts, known by a mark in their environment.
 
     What it prints goes to a file in `logs`, or beside the output. Its processes are forks of one that has imported the
-    trainer (see `warm`); a `cold` run is started as a user starts it.
+    trainer (see `warm`); a `cold` run is started as a user starts it, and cannot be held.
     """
 
     def __init__(
@@ -102,6 +103,7 @@ class SmallRun:
         command: str = "train",
         logs: Path | None = None,
         cold: bool = False,
+        hold: Hold | None = None,
     ):
         self.output, self.mark = output, uuid.uuid4().hex
         self.log = (logs or output.parent) / f"{output.name}.{self.mark[:6]}.log"
@@ -109,7 +111,9 @@ class SmallRun:
             **{name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")},
             "CLIPO_TEST_RUN": self.mark,
             **warm.ONE_THREAD,
+            **(hold.environment if hold else {}),
         }
+        self._hold = hold
         words = [command, str(config), f"train.output={output}", *overrides]
         self.log.touch()
         if not cold:
@@ -167,6 +171,10 @@ class SmallRun:
             return False
 
         self._poll(reached, what, stall_s)
+
+    def wait_for_hold(self) -> None:
+        """Wait until it stands still where it is to be held."""
+        self.wait_for(self._hold.reached, "the moment at which the run is held")
 
     def _poll(self, condition: Callable[[], bool], what: str, stall_s: float = STALL_S) -> None:
         try:
