@@ -74,14 +74,14 @@ def tier_of(item: pytest.Item) -> str:
 
 
 def pytest_collection_finish() -> None:
-    """What has been imported stays: the garbage collector need not look through it every time."""
+    """Spare the garbage collector all that has been imported, which stays until the end."""
     gc.collect()
     gc.freeze()
 
 
 @pytest.fixture(autouse=True)
 def seeded() -> None:
-    """The same random tensors in every run of a test."""
+    """Give a test the same random tensors each time it runs."""
     torch.manual_seed(0)
 
 
@@ -155,5 +155,5 @@ def undisturbed(small_config: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def undisturbed_pp2(small_config: Path) -> Path:
-    """The same on two pipeline stages."""
+    """The output folder of the same run on two pipeline stages; not to be written to."""
     return undisturbed_run(small_config, "undisturbed_pp2", "layout.pp=2")

@@ -33,7 +33,7 @@ from clipo_megatron.runtime.platform import platform
 
 
 def timed(action: Callable[[], object]) -> float:
-    """Seconds that it takes."""
+    """Seconds that `action` takes."""
     platform().synchronize()
     start = time.perf_counter()
     action()

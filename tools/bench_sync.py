@@ -126,7 +126,7 @@ class Ranks:
             self._processes.append(process)
 
     def ask(self, question: Any) -> list[Any]:
-        """Every rank's answer."""
+        """Ask all ranks, and return their answers in order of rank."""
         for pipe in self._pipes:
             pipe.send(question)
         answers = []
@@ -137,7 +137,7 @@ class Ranks:
         return answers
 
     def close(self) -> None:
-        """Kill them."""
+        """Kill all ranks."""
         for process in self._processes:
             process.kill()
             process.join()

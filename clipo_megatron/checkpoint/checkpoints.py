@@ -156,7 +156,7 @@ class Checkpoints:
         return self._step == step
 
     def latest(self) -> Path | None:
-        """See `newest`."""
+        """The newest undamaged checkpoint of this run, None if there is none; see `newest`."""
         return newest(self.folder, self.say)
 
     def load(self, path: Path) -> int:

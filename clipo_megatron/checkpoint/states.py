@@ -50,7 +50,10 @@ class ModelSnapshot(Protocol):
     """A rank's part of a model's state at one moment. Any thread may write it; no method is collective."""
 
     def copy(self) -> None:
-        """Copy what training may change, which waits for that. Not called for a snapshot that is written at once."""
+        """Copy to host memory what training may change, which waits until this is done.
+
+        It is not called for a snapshot that is written at once.
+        """
 
     def write(self, files: FolderWriter) -> Any:
         """Write this rank's files, and return what `finish` has to know of them; it must be picklable."""
@@ -122,7 +125,7 @@ def has_state(folder: Path, stem: str) -> bool:
 
 
 def read_state(folder: Path, stem: str) -> dict[str, Any]:
-    """Inverse of `ItemSnapshot.write`."""
+    """Read a state that `ItemSnapshot.write` has written, with its tensors on the CPU."""
     tree = json.loads((folder / f"{stem}.json").read_text())
     file = folder / f"{stem}.safetensors"
     tensors = load_file(file) if file.exists() else {}

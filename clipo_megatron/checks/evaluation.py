@@ -9,7 +9,7 @@ from clipo_megatron.config.schema import RunConfig
 
 
 def evaluation_problems(config: RunConfig) -> Iterator[ConfigProblem]:
-    """Samples that would all be the same, and k of pass@k that there are too few samples for."""
+    """Problems of `eval`: several greedy samples, which would all be the same, or a k of pass@k above their number."""
     settings = config.eval
     if settings.samples > 1 and settings.temperature == 0:
         reason = "eval.temperature is 0, so all samples of a problem would be the same greedy answer"

@@ -116,11 +116,11 @@ def _positions(config: RunConfig, facts: dict[str, Any]) -> Iterator[ConfigProbl
 
 
 def _critic(
-    config: RunConfig, replicas: int, policy: dict[str, Any] | None, said: list[ConfigProblem]
+    config: RunConfig, replicas: int, policy: dict[str, Any] | None, known: list[ConfigProblem]
 ) -> Iterator[ConfigProblem]:
     """Whether the critic can read the policy's tokens and be divided as the policy is.
 
-    Problems that the policy's own division has, `said`, are not repeated.
+    `known` are the problems of the policy's division, which are not repeated.
     """
     key, value = "critic.path", config.critic.path
     if value is None:
@@ -130,7 +130,7 @@ def _critic(
     if facts is None:
         return
     for problem in division_problems(config.layout, facts, replicas):
-        if problem not in said:
+        if problem not in known:
             reason = f"it is laid out as the policy is, and with {problem.key} = {spell(problem.value)}"
             yield ConfigProblem(key, f"{reason} {problem.reason}", f"Choose another, or: {problem.remedy}", value)
     longest, limit = config.data.max_prompt_tokens + config.rollout.max_new_tokens, facts.get("max_position_embeddings")

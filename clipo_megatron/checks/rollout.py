@@ -23,7 +23,7 @@ LAST_PORT = 65535
 def rollout_problems(config: RunConfig) -> Iterator[ConfigProblem]:
     yield from _transport(config)
     yield from _addresses(config)
-    yield from _asking(config)
+    yield from _over_sampling(config)
     yield from _sampling(config)
     yield from _deadlines(config)
     yield from _serving(config)
@@ -106,7 +106,7 @@ def _host(url: str) -> str | None:
     return None if parts.path.strip("/") or parts.query or parts.fragment else parts.hostname
 
 
-def _asking(config: RunConfig) -> Iterator[ConfigProblem]:
+def _over_sampling(config: RunConfig) -> Iterator[ConfigProblem]:
     """Over-sampling, and what becomes of rollouts that a step does not wait for."""
     rollout = config.rollout
     if rollout.unfinished is Unfinished.drop:

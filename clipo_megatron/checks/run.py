@@ -26,16 +26,16 @@ from clipo_megatron.config.schema import RunConfig
 def check(
     config: RunConfig, *, ranks: int | None = None, absent: bool = False, trains: bool = True
 ) -> list[ConfigProblem]:
-    """Hold the whole configuration against itself, the model folder, the data files and the number of ranks.
+    """Check the whole configuration: in itself, and against the model folder, the data files and the number of ranks.
 
     Args:
         config: the configuration.
-        ranks: what a launcher started; None without one: the layout's `requested_ranks` will be started.
-        absent: whether model and data may be on other machines only.
+        ranks: how many a launcher has started; None: no launcher, so the layout's `requested_ranks` will be started.
+        absent: whether model and data may be missing on this machine.
         trains: whether it is to train; an evaluation needs neither training problems nor batches and methods that fit.
 
     Returns:
-        The problems that are only that something is not on this machine, if `absent`.
+        With `absent`, the problems of things that are missing on this machine; otherwise nothing.
 
     Raises:
         ConfigError: all problems found, numbered, each with value, reason and remedy.

@@ -41,7 +41,7 @@ class Finding:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The command takes none."""
+    """Add nothing: this command has no arguments."""
 
 
 def run(_options: argparse.Namespace) -> int:

@@ -44,7 +44,7 @@ examples:
 
 @dataclass(frozen=True)
 class Target:
-    """What is to be evaluated: a checkpoint, or without one the newest of the run, or else the run's model."""
+    """What is to be evaluated. Without a checkpoint it is the newest of the run, or else the run's model."""
 
     config: RunConfig
     checkpoint: Path | None
@@ -69,7 +69,7 @@ def run(options: argparse.Namespace) -> int:
 
     place = launch.from_environment()
     target = find_target(options)
-    from clipo_megatron.checks.run import check  # with torch: after what is no target has been refused
+    from clipo_megatron.checks.run import check  # imports torch, so wrong targets are refused before
 
     check(target.config, ranks=place.world if place else None, trains=False)
 
@@ -83,7 +83,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def words_of(options: argparse.Namespace) -> list[str]:
-    """The arguments once more, as words for the ranks that `clipo eval` starts."""
+    """The parsed arguments as a command line again, for the ranks that `clipo eval` starts."""
     sets = [word for name in options.sets for word in ("--set", name)]
     return [options.config, *options.overrides, *sets, *(["--output", options.output] if options.output else [])]
 

@@ -19,12 +19,12 @@ USER_ERROR = 2
 
 COMMANDS = {
     "train": "train a model as a configuration file says",
-    "submit": "the same as a Slurm job that survives its walltime, preemption and lost ranks",
-    "scale": "that job on several numbers of nodes, and what each GPU delivers there",
+    "submit": "train as a Slurm job that survives its walltime, preemption and lost ranks",
+    "scale": "train on several numbers of nodes, and compare the tokens per second of each GPU",
     "eval": "how many held-out problems a checkpoint solves: pass@1, pass@k, maj@k, set by set",
-    "compare": "two such results, problem by problem: which is better, and whether that could be luck",
+    "compare": "two results of `clipo eval`, problem by problem: which is better, and could that be luck",
     "report": "runs as one HTML page: curves, accuracies, representation, texts, time",
-    "serve": "run the servers that generate for it, SGLang or vLLM",
+    "serve": "run the servers that generate for training, SGLang or vLLM",
     "convert": "move weights between Hugging Face and Megatron, in any layout, and verify them",
     "plan": "what a configuration needs and takes on given GPUs, and which layouts fit",
     "settings": "every setting of a configuration: its type, range, default and meaning",
@@ -45,10 +45,10 @@ examples:
   torchrun --nproc-per-node 8 -m clipo_megatron.cli train run.yaml
   srun --ntasks-per-node 8 clipo train run.yaml
   clipo serve run.yaml                          the servers of a run with rollout.engine=sglang; keeps them running
-  clipo submit run.yaml --nodes 4 --gpus-per-node 8    a Slurm job that comes back by itself
+  clipo submit run.yaml --nodes 4 --gpus-per-node 8    a Slurm job that requeues itself
   clipo scale run.yaml --nodes 1,2,4,8 --gpus-per-node 8    weak and strong scaling, measured
   clipo eval runs/mine/checkpoints/step_000100 eval.samples=16 eval.temperature=0.6
-  clipo report runs/grpo runs/clipo             both as one HTML page
+  clipo report runs/grpo runs/clipo             two runs as one HTML page
   clipo settings clipo                          the settings of one section
 
 `clipo COMMAND --help` says more. CLIPO_TRACEBACK=1 shows where an error comes from.
@@ -68,7 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Exception as error:
         if not is_for_users(error) or os.environ.get("CLIPO_TRACEBACK") == "1":
             raise
-        if _speaks(options):
+        if _reports_errors(options):
             print(f"clipo: {_rank_prefix()}{error}", file=sys.stderr, flush=True)
         return getattr(error, "exit_code", USER_ERROR)
 
@@ -111,8 +111,8 @@ def _parser(wanted: str) -> argparse.ArgumentParser:
     return parser
 
 
-def _speaks(options: argparse.Namespace) -> bool:
-    """Whether this process reports an error: before ranks compute, all of them find the same, and rank 0 reports it."""
+def _reports_errors(options: argparse.Namespace) -> bool:
+    """Whether this process reports its error. Before ranks compute, all find the same error, and rank 0 reports it."""
     return getattr(options, "computing", False) or os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
 
 

@@ -24,12 +24,12 @@ def on_ranks(
     *,
     restarts: int,
 ) -> int:
-    """Do the work as the rank that a launcher started, or start all ranks of the layout on this machine.
+    """Run `work` as the rank that a launcher started, or start all ranks of the layout on this machine.
 
     Args:
         options: the parsed command line; `options.computing` is set once this process is a rank.
         config: the run; its layout says how many ranks there are without a launcher.
-        place: what the launcher said of this process; None without a launcher.
+        place: the rank that the launcher gave this process; None without a launcher.
         work: what a rank does.
         words: the command line of each rank that is started, without `clipo`.
         restarts: how often ranks are started again, in a row without a new checkpoint, after one has failed.

@@ -9,12 +9,12 @@ from clipo_megatron.runtime.run_dir import LOGS
 from clipo_megatron.slurm.resources import JobKind, Resources
 
 DESCRIPTION = """\
-Submit CONFIG to Slurm as a job that comes back by itself: some minutes before its walltime, or when it is preempted,
-the ranks save and the job queues again; ranks that die are started again from the newest checkpoint.
+Submit CONFIG to Slurm as a job that requeues itself: some minutes before its walltime, or when it is preempted, the
+ranks save and the job queues again. Ranks that die are started again from the newest checkpoint.
 
-The configuration is checked for so many ranks, and against the plan's memory of the GPUs, before anything is queued.
-The job's folder, train.output/jobs/N, has the script, the resolved configuration, the commit, the environment, and the
-logs by rank. With a server engine the job runs `clipo serve` too: on --server-nodes, or beside the ranks.
+The configuration is checked for this number of ranks, and the planned memory against the GPUs, before anything is
+queued. The job's folder, train.output/jobs/N, has the script, the resolved configuration, the commit, the environment,
+and the logs by rank. With a server engine the job runs `clipo serve` too: on --server-nodes, or beside the ranks.
 """
 EXAMPLES = """\
 examples:

@@ -44,7 +44,7 @@ def run(options: argparse.Namespace) -> int:
 
     place = launch.from_environment()
     config = load(options.config, options.overrides)
-    from clipo_megatron.checks.run import check  # with torch: after settings that are wrong have been refused
+    from clipo_megatron.checks.run import check  # imports torch, so wrong settings are refused before
 
     check(config, ranks=place.world if place else None)
     if options.check:

@@ -173,7 +173,7 @@ def bootstrap_means(differences: Sequence[float], *, resamples: int = RESAMPLES,
 
 
 def interval_of(means: np.ndarray, *, confidence: float = 0.95) -> tuple[float, float]:
-    """The percentile interval of bootstrap means."""
+    """The percentile interval (low, high) of bootstrap means [resamples]."""
     import numpy as np
 
     low, high = np.quantile(means, [(1 - confidence) / 2, (1 + confidence) / 2])

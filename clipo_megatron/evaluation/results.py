@@ -95,7 +95,7 @@ class ProblemResult:
 
 @dataclass(frozen=True)
 class Figures:
-    """Figures of a set of problems."""
+    """Accuracy and other figures of a set of problems."""
 
     problems: int
     samples: int  # per problem

@@ -28,7 +28,7 @@ def held_out(groups: Sequence[RunGroup]) -> Section:
 
 
 def learning(groups: Sequence[RunGroup]) -> Section:
-    """The metrics to look at first."""
+    """The section on the metrics to look at first."""
     lead = "One line a group, step by step. Point at a curve for its numbers; a name on top hides or shows its group."
     return Section("learning", "Learning curves", lead, cards([metric_figure(groups, metric) for metric in LEARNING]))
 

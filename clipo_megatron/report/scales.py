@@ -73,7 +73,7 @@ def number(value: float | None, digits: int = 4) -> str:
 
 
 def percent(value: float, digits: int = 1) -> str:
-    """A share as 12.5%."""
+    """A share in percent: 0.125 is "12.5%"."""
     return f"{100 * value:.{digits}f}%".replace("-", "−")
 
 

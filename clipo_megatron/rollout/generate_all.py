@@ -28,7 +28,7 @@ MAX_RESYNCS = 8  # within one call; an engine that is lost more often does not s
 
 @dataclass(slots=True)
 class Remainder:
-    """What `generate_all` leaves on a rank."""
+    """What `generate_all` has left undone on a rank."""
 
     unanswered: list[Request]  # ordered by position; empty unless `take` stopped generation early
     running: Generation | None  # the detached generation that continues with them, if there is one

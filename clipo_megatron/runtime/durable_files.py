@@ -192,6 +192,6 @@ class StreamedFile(io.RawIOBase):
         os.fsync(self._file.fileno())
 
     def close(self) -> None:
-        """Idempotent."""
+        """Close the file. Idempotent."""
         self._file.close()
         super().close()

@@ -96,7 +96,7 @@ class Heartbeat:
         threading.Thread(target=self._watch, name="heartbeat watch", daemon=True).start()
 
     def phase(self, name: str) -> None:
-        """Enter a phase."""
+        """Enter a phase, and begin to count the time in it."""
         self._stacks_after = 1
         self._phase = _CurrentPhase(name, self._phase.number + 1, time.monotonic())
 

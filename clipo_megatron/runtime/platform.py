@@ -87,14 +87,14 @@ class Platform:
             torch.cuda.synchronize()
 
     def now(self) -> Any:
-        """An event after all that this thread has queued so far, for `copying`."""
+        """An event that happens when the GPU has done all that this thread has queued so far; for `copying`."""
         return torch.cuda.current_stream().record_event() if self.has_gpu else None
 
     @contextlib.contextmanager
     def copying(self, since: Any) -> Iterator[None]:
-        """Within, in any thread, copies to host memory wait for what was queued before the event `since` from `now`.
+        """A context in which copies to host memory wait for what was queued before the event `since` (from `now`).
 
-        They run at the same time as what was queued later, and are complete at the end of the context.
+        Any thread may enter it. The copies run beside what was queued later, and are complete when it ends.
         """
         if not self.has_gpu:
             yield
@@ -119,7 +119,7 @@ class Platform:
         return state
 
     def set_rng_state(self, state: dict[str, torch.Tensor]) -> None:
-        """Inverse of `rng_state`."""
+        """Restore what `rng_state` returned."""
         torch.set_rng_state(state["cpu"])
         if self.has_gpu and "cuda" in state:
             torch.cuda.set_rng_state(state["cuda"])
@@ -139,7 +139,7 @@ class Platform:
 
     @contextlib.contextmanager
     def cuda_tensor_names(self) -> Iterator[None]:
-        """Within, CPU tensors' `.type()` and `.cuda()` return what CUDA tensors do; Megatron's optimizers use both."""
+        """A context in which `.type()` and `.cuda()` of CPU tensors act as on a GPU; Megatron's optimizers use both."""
         if self.has_gpu:
             yield
             return

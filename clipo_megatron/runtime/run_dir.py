@@ -52,7 +52,7 @@ def step_name(step: int) -> str:
 
 
 def step_of(path: Path) -> int:
-    """Inverse of `step_name`, for a folder."""
+    """The step of a folder that `step_name` named."""
     return int(path.name.removeprefix("step_"))
 
 

@@ -85,7 +85,7 @@ RECIPES: Mapping[str, Recipe] = {
 
 
 def root(environment: Mapping[str, str] = os.environ) -> Path:
-    """The folder of all environments."""
+    """The folder of all environments: CLIPO_ENVIRONMENTS, or one in the user's cache."""
     return Path(environment.get(FOLDER_VARIABLE) or Path.home() / ".cache" / "clipo-megatron" / "environments")
 
 

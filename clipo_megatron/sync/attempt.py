@@ -37,12 +37,12 @@ class UpdateDeadlines:
 
     @property
     def call_s(self) -> float:
-        """For one call to one server, for the members of a group to join, and for one broadcast."""
+        """Seconds for one call to one server, for the members of a group to join, and for one broadcast."""
         return self.total_s / 4
 
     @property
     def notice_s(self) -> float:
-        """For the servers of a broken group to notice and answer."""
+        """Seconds for the servers of a broken group to notice and answer."""
         return max(1.0, self.total_s / 20)
 
 

@@ -32,7 +32,7 @@ from clipo_megatron.weights.mapping import HFTensor
 
 
 class BroadcastSync(ServedSync):
-    """Transport `broadcast`; see the module. Groups are kept until a server joins, leaves or fails."""
+    """The transport `broadcast`, which the module describes. Groups are kept until a server joins, leaves or fails."""
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)

@@ -69,7 +69,7 @@ class OffloadablePolicy(Protocol):
         ...
 
     def onload(self) -> None:
-        """Allocate it again."""
+        """Allocate again what `offload` has freed."""
         ...
 
 

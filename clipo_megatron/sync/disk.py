@@ -27,7 +27,7 @@ _INDEX = "model.safetensors.index.json"
 
 
 class DiskSync(ServedSync):
-    """Transport `disk`; see the module.
+    """The transport `disk`, which the module describes.
 
     Args:
         model: the model's Hugging Face folder, whose sidecar files are copied.

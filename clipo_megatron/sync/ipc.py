@@ -31,7 +31,7 @@ _THEIRS = b"csglang.srt.weight_sync.tensor_bucket\nFlattenedTensorMetadata\n"
 
 
 class IpcSync(ServedSync):
-    """Transport `ipc`; see the module."""
+    """The transport `ipc`, which the module describes."""
 
     def _transfer(self, plan: AttemptPlan, attempt: Attempt | None) -> Sums | None:
         sums = None

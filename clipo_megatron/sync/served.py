@@ -135,10 +135,10 @@ class ServedSync(ABC):
         """
 
     def _begin(self, version: int) -> None:  # noqa: B027
-        """Called before the first attempt of an update; collective."""
+        """Prepare an update, before its first attempt; collective."""
 
     def _finish(self, version: int) -> None:  # noqa: B027
-        """Called after a successful update; collective."""
+        """Clean up after a successful update; collective."""
 
     def update_weights(self, version: int) -> SyncReport:
         """Update all servers that answer, and leave out those that fail; collective over all ranks.
@@ -358,12 +358,12 @@ class ServedSync(ABC):
 
 
 def _lives(targets: Sequence[LiveServer]) -> tuple[Any, ...]:
-    """Changes when a server joins, leaves or is restarted."""
+    """Identifies these starts of these servers: it changes when one joins, leaves or is restarted."""
     return tuple(target.life for target in targets)
 
 
 def _checksum_kind(targets: Sequence[LiveServer]) -> ChecksumKind:
-    """Assumes that servers and trainer run on the same kind of device, and all servers with the same engine."""
+    """How the servers compute checksums, if all run the same engine on the same kind of device as the trainer."""
     if not all(target.state.engine.startswith("SGLang") for target in targets):
         return "plain"
     return "sglang on a gpu" if platform().has_gpu else "sglang on a cpu"

@@ -28,7 +28,7 @@ class Shard:
 
     @classmethod
     def of(cls, actor: Any) -> Shard:
-        """The shard of a `Policy`."""
+        """The shard that a rank's actor (a `PolicyActor`) holds."""
         return cls(
             spec=actor.spec,
             division=actor.layout.division,

@@ -42,7 +42,7 @@ def prompts(count: int) -> list[Prompt]:
 
 @cache
 def graders() -> GraderPool:
-    """Of this process: starting one takes longer than most cases."""
+    """The grader pool of this process, started once because that takes longer than most cases."""
     return GraderPool(RewardConfig(deadline_s=60.0))
 
 
@@ -107,7 +107,7 @@ def facts(scored: list[ScoredGroup]) -> list[tuple[int, str, list[list[int]], li
 
 
 def run_steps(folder: Path, config: RolloutConfig, steps: int, options: dict[str, Any]) -> dict[str, Any]:
-    """On a rank: `steps` steps, weights updated after each."""
+    """Collect `steps` steps on this rank, with an update of the weights after each."""
     with Bench(folder, config, **options) as bench:
         batches, metrics = [], []
         for step in range(steps):

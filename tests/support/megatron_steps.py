@@ -38,7 +38,7 @@ def chunks(folder: Path, config: LayoutConfig, vpp: int = 1, stacked: bool = Fal
 
 
 def sharded(stages: list[PolicyStage], *, stacked: bool = False) -> dict[str, Any]:
-    """As Megatron-LM lays chunks out: "model", or "model0", "model1"."""
+    """The chunks' sharded state as Megatron-LM names it: "model", or "model0", "model1"."""
     metadata = {"non_homogeneous_layers": not stacked}
     names = ["model"] if len(stages) == 1 else [f"model{number}" for number in range(len(stages))]
     return {name: stage.sharded_state_dict(metadata=metadata) for name, stage in zip(names, stages, strict=True)}

@@ -48,7 +48,7 @@ def with_options(method: type[Hook], *settings: Any, **options: Any) -> Any:
 
 
 def experience_of(table: RolloutTable, reward: Tensor, advantage: Tensor | None = None) -> Experience:
-    """All graded rollouts train."""
+    """The experience in which all graded rollouts train."""
     return Experience(table, [], reward, torch.zeros_like(reward) if advantage is None else advantage, table.graded)
 
 

@@ -1,7 +1,7 @@
 """Runs whose processes are killed at random moments, and started again until they are done.
 
 What is killed is drawn from all processes of a run, supervisor, ranks and graders, or is all of them; when is drawn
-too, and half the kills wait for a checkpoint that is being written. By hand, 40 kills on two ranks:
+too, and half of the kills wait for a checkpoint that is being written. By hand, 40 kills on two ranks:
 
     python tests/support/random_kills.py --kills 40 --seed 7 layout.pp=2
 """
@@ -35,13 +35,13 @@ LONGEST_S = 4.0  # between the start of a run's work and a kill
 
 @dataclass
 class Kills:
-    """Kills of one run until it is done.
+    """Kills processes of one run at random moments until the run is done.
 
     Args:
-        config: of small_runs.
-        output: of the run.
-        overrides: its settings.
-        seed: of everything drawn.
+        config: the configuration file, by `small_runs.write_config`.
+        output: the run's output folder.
+        overrides: settings of the run.
+        seed: seed of everything drawn.
     """
 
     config: Path
@@ -103,11 +103,11 @@ class Kills:
         return True
 
     def _works(self, run: SmallRun) -> bool:
-        """Whether its ranks have begun: their first word is said before the first step."""
+        """Whether its ranks have begun: they print their first line before the first step."""
         return "small: model" in run.said.rpartition("Starting the ranks again")[2]
 
     def _sound(self) -> None:
-        """Whatever was killed, no step is told twice or left out."""
+        """Assert that no step is logged twice or left out, whatever was killed."""
         if (self.output / "metrics.jsonl").exists():
             text = (self.output / "metrics.jsonl").read_text()
             steps = [line.partition(",")[0] for line in text.splitlines()[: text.count("\n")]]

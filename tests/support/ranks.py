@@ -51,8 +51,8 @@ class RankPool:
         """Call `function(*args)` on ranks 0 .. world-1 and return their results in order of rank.
 
         Each rank has joined a fresh default process group; the function divides it as it likes
-        (`policy.layout.initialize`), and `policy.layout.shutdown` follows whatever happens. The ranks' torch generator
-        is seeded anew.
+        (`policy.parallel.initialize`), and `policy.parallel.shutdown` follows whatever happens. The ranks' torch
+        generator is seeded anew.
 
         Args:
             function: importable by name. It, its arguments and its results are pickled.
@@ -136,7 +136,7 @@ class RankPool:
 
 
 def _serve(connection: Connection, port: int) -> None:
-    """A rank's life: cases come in, results or tracebacks go out, until the other end closes."""
+    """Run as a rank: receive cases and send back results or tracebacks, until the other end closes."""
     import torch
     from torch.distributed import PrefixStore, TCPStore
 

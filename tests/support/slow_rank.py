@@ -1,6 +1,6 @@
-"""`clipo` whose local engine takes for ever over one step: CLIPO_SLOW_STEP, of which the file CLIPO_SLOW_MARK tells.
+"""`clipo` with a local engine that needs a minute a token in step CLIPO_SLOW_STEP, and creates CLIPO_SLOW_MARK there.
 
-python tests/slow_rank.py train CONFIG...     as a rank of a launcher, or of a job by --python
+python tests/support/slow_rank.py train CONFIG...     as a rank of a launcher, or of a job by --python
 """
 
 from __future__ import annotations

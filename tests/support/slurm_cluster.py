@@ -1,6 +1,6 @@
 """A real Slurm cluster of four nodes on this machine, with a configuration, a munge and ports of its own.
 
-python tests/slurm_cluster.py FOLDER     keeps one up until Ctrl-C, and says how to talk to it
+python tests/support/slurm_cluster.py FOLDER     keeps one up until Ctrl-C, and says how to talk to it
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Runs of `clipo train` small enough for tests: a tiny model, a task it sometimes solves, and processes to kill.
 
-A random model answers no question, and a run without right answers has no advantages, no bonuses and no gradients: it
-would resume equally well with half its state lost. So the end of turn of this model is made likely, and right is what
-it says most often then: one byte that is no character.
+A random model answers no question, and a run without correct answers has no advantages, no bonuses and no gradients: it
+would resume equally well with half its state lost. So this model is made to end its turn early, and the correct answer
+to every problem is the response that it then gives most often, a single byte that is no character.
 """
 
 from __future__ import annotations
@@ -146,7 +146,7 @@ class SmallRun:
         return found
 
     def kill(self, known: Sequence[int] = ()) -> None:
-        """SIGKILL to every process; to those already `known` at once, while looking for others takes a while."""
+        """Send SIGKILL to every process: first to those already `known`, since finding the others takes a while."""
         for pids in (known, self.pids):
             for pid in pids() if callable(pids) else pids:
                 with contextlib.suppress(ProcessLookupError):
@@ -243,7 +243,7 @@ def checkpoint_state(output: Path, step: int) -> dict[str, Any]:
 
 
 def assert_same_state(mine: dict[str, Any], other: dict[str, Any]) -> None:
-    """To the bit."""
+    """Assert that two results of `checkpoint_state` are equal to the bit."""
     assert mine.keys() == other.keys()
     differing = [
         name

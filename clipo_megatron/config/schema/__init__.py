@@ -63,14 +63,18 @@ __all__ = [
 
 @dataclass
 class RunConfig:
-    name: str = "run"  # of the run, and by default of its folder
+    name: str = "run"  # name of the run, and by default of its folder
     model: ModelConfig = field(default_factory=ModelConfig)
     layout: LayoutConfig = field(default_factory=LayoutConfig)
     data: DataConfig = field(default_factory=DataConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     serve: ServeConfig = field(default_factory=ServeConfig)
-    sglang: dict[str, Any] = field(default_factory=dict)  # any option of its server, such as mem_fraction_static: 0.8
-    vllm: dict[str, Any] = field(default_factory=dict)  # any option of its server, such as gpu_memory_utilization: 0.8
+    sglang: dict[str, Any] = field(
+        default_factory=dict
+    )  # any option of an SGLang server, such as mem_fraction_static: 0.8
+    vllm: dict[str, Any] = field(
+        default_factory=dict
+    )  # any option of a vLLM server, such as gpu_memory_utilization: 0.8
     reward: RewardConfig = field(default_factory=RewardConfig)
     algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
     critic: CriticConfig = field(default_factory=CriticConfig)

@@ -51,16 +51,16 @@ class ClipoConfig:
     dim: int = within(512, 1)  # size of an embedding
     loss: ContrastiveLossName = ContrastiveLossName.infonce  # contrastive loss of an anchor
     level: Level = Level.group  # where positives and negatives come from
-    similarity: Similarity = Similarity.cosine  # of two embeddings
-    temperature: float = within(0.05, above=0)  # that similarities are divided by
+    similarity: Similarity = Similarity.cosine  # similarity of two embeddings
+    temperature: float = within(0.05, above=0)  # similarities are divided by it
     anchors: Anchors = Anchors.correct  # rollouts that have a loss; a bonus is paid to correct ones alone
     weight: float = within(0.2, 0)  # lambda: the bonus is max(constant - lambda * loss, floor)
     floor: float = within(-0.5, most=0, because="every valid rollout would get a reward for nothing")  # smallest bonus
     constant: float = 0.0  # added to the bonus before the floor
     calibrate: bool = False  # subtract the loss of perfect separation before it is weighed
     debias: Debias = Debias.none  # what is taken out of pooled states before the head
-    learning_rate: float = within(1.0e-3, above=0)  # of the head
-    weight_decay: float = within(0.01, 0)  # of the head
+    learning_rate: float = within(1.0e-3, above=0)  # learning rate of the head
+    weight_decay: float = within(0.01, 0)  # weight decay of the head
     warmup_steps: int = within(0, 0)  # first steps, in which the head trains and gives no bonus
     warmup_policy: bool = True  # whether the policy trains, on the plain reward, during the warm-up
     frozen: bool = False  # keep the head at its random initialisation

@@ -33,9 +33,9 @@ class SourceConfig:
     generator: Optional[str] = None  # name of a reasoning-gym data set
     options: dict[str, Any] = field(default_factory=dict)  # the generator's own options
     size: Optional[int] = within(None, 1)  # rows to take from the file (null: all), or problems to generate
-    seed: int = 0  # of the generator
+    seed: int = 0  # seed of the generator
     perturb: Optional[Perturbation] = None  # change each problem; for the generators gsm_symbolic and simple_equations
-    name: Optional[str] = None  # of the source in reports; null: the file's stem, or the generator's name
+    name: Optional[str] = None  # name of the source in reports; null: the file's stem, or the generator's name
     suffix: str = ""  # text appended to the user's question
 
     @property

@@ -71,11 +71,11 @@ class RolloutConfig:
     samples_per_prompt: int = within(8, 1)  # rollouts of a group, G
     max_new_tokens: int = within(1024, 1)  # longest response, in tokens
     window_tokens: Optional[int] = within(None, 1)  # most tokens a step adds to a rollout; null: whole responses
-    temperature: float = within(1.0, above=0)  # of sampling; the trainer's log-probs are taken at the same one
+    temperature: float = within(1.0, above=0)  # sampling temperature, also of the trainer's log-probs
     top_p: float = within(1.0, above=0, most=1, because="it is a share of the probability mass")  # 1: off
     top_k: int = within(0, 0)  # likeliest tokens to draw from; 0: all
     batch_size: int = within(64, 1)  # local engine: sequences decoded at once
-    dtype: Optional[DType] = None  # local engine: of its weights; null: model.dtype
+    dtype: Optional[DType] = None  # local engine: dtype of its weights; null: model.dtype
     deadline_s: float = within(1800.0, above=0)  # seconds for a step's rollouts, all refill rounds together
 
 
@@ -89,7 +89,7 @@ class ServeConfig:
     # port of the first server, the next ones follow; 0: free ones
     port: int = within(0, 0, 65535)
     tp: int = within(1, 1)  # GPUs of one server
-    dtype: Optional[DType] = None  # of the servers' weights; null: model.dtype
+    dtype: Optional[DType] = None  # dtype of the servers' weights; null: model.dtype
     startup_timeout_s: float = within(900.0, above=0)  # seconds until a server must answer
     health_timeout_s: float = within(60.0, above=0)  # seconds without an answer after which a server is restarted
     max_restarts: int = within(5, 0)  # failed starts in a row before `clipo serve` gives up

@@ -8,7 +8,7 @@ from typing import Optional
 
 from clipo_megatron.config.ranges import within
 
-MOST_SAMPLES = 1000  # of a problem: numbers of draws then stay below what float64 can hold
+MOST_SAMPLES = 1000  # of a problem; beyond it, numbers of possible draws would overflow float64
 
 
 class LearningRateSchedule(str, Enum):
@@ -22,22 +22,22 @@ class OptimizerConfig:
     """AdamW of policy and critic."""
 
     learning_rate: float = within(1.0e-6, above=0)  # the policy's, at its peak
-    min_learning_rate: float = within(0.0, 0)  # what schedules fall to
-    warmup_steps: int = within(0, 0)  # steps over which it rises from 0
-    schedule: LearningRateSchedule = LearningRateSchedule.constant  # its course after the warm-up
+    min_learning_rate: float = within(0.0, 0)  # learning rate at the end of the schedules
+    warmup_steps: int = within(0, 0)  # first steps, over which the learning rate rises from 0
+    schedule: LearningRateSchedule = LearningRateSchedule.constant  # course of the learning rate after the warm-up
     weight_decay: float = within(0.01, 0)  # decoupled, as in AdamW
     beta1: float = within(0.9, 0, below=1)  # decay rate of the mean of gradients
     beta2: float = within(0.999, 0, below=1)  # decay rate of the mean of squared gradients
     epsilon: float = within(1.0e-8, above=0)  # added to the denominator
     max_grad_norm: float = within(1.0, above=0)  # larger gradients are scaled down to this norm
-    max_skipped_updates: int = within(5, 0)  # in a row, skipped since loss or gradient is not finite, before it ends
+    max_skipped_updates: int = within(5, 0)  # skipped (not finite) in a row before the run ends
     overlap_grad_reduce: bool = False  # reduce gradients over replicas during the backward pass
 
 
 @dataclass
 class TrainConfig:
     steps: int = within(100, 1)  # each generates one batch of rollouts and learns from it
-    seed: int = within(0, 0)  # of everything that is drawn
+    seed: int = within(0, 0)  # seed of everything that is drawn at random
     output: str = "runs/${name}"  # folder for metrics, checkpoints and samples
 
 
@@ -62,7 +62,7 @@ class FaultsConfig:
     heartbeat_timeout_s: float = within(60.0, above=0)
     # seconds in one phase of a step after which every rank prints its stacks; the run goes on
     phase_timeout_s: float = within(900.0, above=0)
-    # seconds after a signal for rollouts to finish before the step is given up; null: 60, or see `clipo submit`
+    # seconds after a signal for rollouts to finish before the step is cancelled; null: 60, or see `clipo submit`
     grace_period_s: Optional[float] = within(None, 0)
     # starts of this machine's ranks after one has failed, in a row without a new checkpoint
     max_restarts: int = within(2, 0)
@@ -80,4 +80,4 @@ class EvalConfig:
     top_k: int = within(0, 0)  # likeliest tokens to draw from; 0: all
     ks: list[int] = field(default_factory=list)  # k of pass@k and maj@k; []: 1, 2, 4 and so on, up to eval.samples
     max_new_tokens: Optional[int] = within(None, 1)  # longest response, in tokens; null: rollout.max_new_tokens
-    seed: Optional[int] = within(None, 0)  # of the draws; null: train.seed
+    seed: Optional[int] = within(None, 0)  # seed of the draws; null: train.seed

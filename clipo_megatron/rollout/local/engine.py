@@ -94,7 +94,7 @@ class LocalEngine:
         """Does nothing: the engine generates only while its caller asks for the next group."""
 
     def resume(self) -> None:
-        """Does nothing."""
+        """Does nothing, as `pause` does."""
 
     def offload(self, *what: Memory) -> None:
         """Does nothing: the cache lives only as long as a generation, and weights stay."""

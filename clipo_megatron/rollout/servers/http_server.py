@@ -116,7 +116,7 @@ class HttpServer(ABC):
         raise self._lacks("process groups for weights; set rollout.sync.transport=disk")
 
     async def begin_update(self, *, deadline_s: float) -> None:  # noqa: B027
-        """Nothing to prepare."""
+        """Does nothing: by default a server need not be told that an update begins."""
 
     async def receive_bucket(self, group: str, bucket: BucketNames, *, last: bool, deadline_s: float) -> None:
         raise self._lacks("buckets of weights; set rollout.sync.transport=disk")

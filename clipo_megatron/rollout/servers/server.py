@@ -59,7 +59,7 @@ class LiveServer:
 
     @property
     def life(self) -> tuple[str, str, int]:
-        """Changes with a restart, if the server can tell."""
+        """Identifies this start of the server: it changes with a restart, if the server can tell."""
         return self.url, self.state.boot, self.state.tp
 
 
