@@ -49,7 +49,7 @@ class GraderStatistics:
 
 
 class GraderPool:
-    """Worker processes that judge answers, one answer a process at a time.
+    """Worker processes that judge answers, each one answer at a time.
 
     Args:
         config: mode, modes by source, number of workers, deadline of one answer, rewards of right and wrong.
@@ -115,23 +115,15 @@ class GraderPool:
         self._submitted = waiting
         return _scored([(group, [verdict.result() for verdict in verdicts]) for group, verdicts in graded])
 
-    def collect(self, deadline_s: float | None = None) -> list[ScoredGroup]:
-        """All groups submitted since the last call, by position, each rollout with its verdict.
-
-        Args:
-            deadline_s: seconds to wait; answers unfinished by then are ungraded. None: as long as the deadlines of
-                the single answers allow.
+    def collect(self) -> list[ScoredGroup]:
+        """Wait for all groups submitted since the last call; by position, each rollout with its verdict.
 
         Raises:
             UnknownGraderError: a data source has no grader; the configuration must change.
         """
         groups, self._submitted = self._submitted, []
-        found = iter(self._results([verdict for _, verdicts in groups for verdict in verdicts], deadline_s))
-        return _scored([(group, [next(found) for _ in verdicts]) for group, verdicts in groups])
-
-    def grade_many(self, answers: Iterable[Answer], deadline_s: float | None = None) -> list[Verdict]:
-        """Verdicts of `answers`, in their order. Arguments and exceptions as for `collect`."""
-        return self._results([self.submit_answer(answer) for answer in answers], deadline_s)
+        wait([verdict for _, verdicts in groups for verdict in verdicts])
+        return _scored([(group, [verdict.result() for verdict in verdicts]) for group, verdicts in groups])
 
     def submit_answer(self, answer: Answer) -> Future[Verdict]:
         """Start to grade one answer; does not wait."""
@@ -144,11 +136,6 @@ class GraderPool:
         with self._lock:
             taken, self._statistics = self._statistics, GraderStatistics()
         return taken
-
-    @property
-    def worker_pids(self) -> list[int]:
-        """Process ids of the running workers."""
-        return [process.pid for process in self._processes if process.pid is not None]
 
     def close(self) -> None:
         """Kill the workers; answers without a verdict are ungraded. May be called twice."""
@@ -166,13 +153,6 @@ class GraderPool:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-    def _results(self, verdicts: list[Future[Verdict]], deadline_s: float | None) -> list[Verdict]:
-        late = wait(verdicts, timeout=deadline_s).not_done
-        for verdict in late:
-            verdict.cancel()  # unless a worker has it already
-        reason = f"not graded within the {deadline_s:g} s of the collection" if late else ""
-        return [Verdict(None, 0.0, reason) if verdict in late else verdict.result() for verdict in verdicts]
 
     # What follows runs in the threads.
 

@@ -2,6 +2,8 @@
 
 import random
 
+from grading import grade_many
+
 from clipo_megatron.config.schema import GraderMode, RewardConfig
 from clipo_megatron.rewards import GraderPool
 from clipo_megatron.rewards.pool import Answer
@@ -69,9 +71,9 @@ def test_three_hundred_hostile_answers_leave_the_pool_alive():
         for gold in [GOLDS[index // HANGING_EVERY % len(GOLDS)]]
     ]
     with GraderPool(RewardConfig(mode=GraderMode.auto, workers=2, deadline_s=DEADLINE_S)) as pool:
-        verdicts = pool.grade_many(answers)
+        verdicts = grade_many(pool, answers)
         statistics = pool.take_statistics()
-        after = pool.grade_many([Answer("\\boxed{\\frac{2}{4}}", "0.5", "math"), Answer("\\boxed{4}", "3", "math")])
+        after = grade_many(pool, [Answer("\\boxed{\\frac{2}{4}}", "0.5", "math"), Answer("\\boxed{4}", "3", "math")])
 
     assert [verdict.correct for verdict in after] == [True, False]
     assert len(verdicts) == statistics.answers == COUNT

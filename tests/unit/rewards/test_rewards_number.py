@@ -4,6 +4,7 @@ import time
 from fractions import Fraction
 
 import pytest
+from grading import grade_many
 
 from clipo_megatron.config.schema import GraderMode, RewardConfig
 from clipo_megatron.rewards import GraderPool, grade, mode_for
@@ -168,7 +169,7 @@ def test_auto_chooses_it_for_arithmetic_only():
 
 def test_the_pool_knows_the_mode():
     with GraderPool(RewardConfig(mode=GraderMode.number)) as pool:
-        verdicts = pool.grade_many([Answer("it is 5", "5", "x"), Answer("it is 6", "5", "x")])
+        verdicts = grade_many(pool, [Answer("it is 5", "5", "x"), Answer("it is 6", "5", "x")])
     assert [verdict.correct for verdict in verdicts] == [True, False]
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
+from grading import grade_many, worker_pids
 from progress import wait_until
 
 from clipo_megatron.config.schema import GraderMode, RewardConfig
@@ -69,59 +70,59 @@ def test_groups_are_collected_by_position_with_verdicts_and_rewards(pool):
 
 def test_modes_by_source_win_over_the_default(pool):
     halves = [Answer("\\boxed{\\frac{2}{4}}", "1/2", source) for source in ("math", "strict")]
-    assert [v.correct for v in pool.grade_many(halves)] == [True, False]
+    assert [v.correct for v in grade_many(pool, halves)] == [True, False]
 
 
 def test_a_hang_is_killed_counted_and_ungraded(pool):
     pool.take_statistics()
-    before = set(pool.worker_pids)
-    verdicts = pool.grade_many([RIGHT, HANGING, WRONG])
+    before = set(worker_pids(pool))
+    verdicts = grade_many(pool, [RIGHT, HANGING, WRONG])
     assert [v.correct for v in verdicts] == [True, None, False]
     assert "no verdict within 2 s" in verdicts[1].reason
     assert verdicts[1].reward == 0.0
     assert 2.0 <= verdicts[1].seconds < 30.0
     statistics = pool.take_statistics()
     assert (statistics.answers, statistics.ungraded, statistics.timeouts, statistics.deaths) == (3, 1, 1, 0)
-    assert pool.grade_many([RIGHT, WRONG])[0].correct is True
-    assert len(set(pool.worker_pids) & before) == 1
+    assert grade_many(pool, [RIGHT, WRONG])[0].correct is True
+    assert len(set(worker_pids(pool)) & before) == 1
 
 
 def test_a_worker_killed_while_it_grades_leaves_that_answer_ungraded():
     with GraderPool(RewardConfig(workers=1, deadline_s=600.0)) as pool:
-        pool.grade_many([RIGHT])  # the worker is up and its libraries loaded: from here on, CPU time is grading
-        worker = psutil.Process(pool.worker_pids[0])
+        grade_many(pool, [RIGHT])  # the worker is up and its libraries loaded: from here on, CPU time is grading
+        worker = psutil.Process(worker_pids(pool)[0])
         idle_s = sum(worker.cpu_times()[:2])
         verdict = pool.submit_answer(HANGING)
         wait_until(lambda: sum(worker.cpu_times()[:2]) > idle_s + 0.3, "the worker at work")
         worker.kill()
         assert verdict.result().correct is None
         assert verdict.result().reason == "grader process was ended by SIGKILL"
-        assert [v.correct for v in pool.grade_many([RIGHT, WRONG])] == [True, False]
+        assert [v.correct for v in grade_many(pool, [RIGHT, WRONG])] == [True, False]
         statistics = pool.take_statistics()
         assert (statistics.answers, statistics.ungraded, statistics.deaths) == (4, 1, 1)
 
 
 def test_workers_killed_while_idle_are_replaced_and_inherit_no_sockets(number_pool):
-    number_pool.grade_many([RIGHT] * 4)
-    before = number_pool.worker_pids
+    grade_many(number_pool, [RIGHT] * 4)
+    before = worker_pids(number_pool)
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         listener.listen()
         os.set_inheritable(listener.fileno(), True)
         for pid in before:
             os.kill(pid, signal.SIGKILL)
-        assert [v.correct for v in number_pool.grade_many([RIGHT, WRONG] * 4)] == [True, False] * 4
-        assert not set(number_pool.worker_pids) & set(before)
-        for pid in number_pool.worker_pids:
+        assert [v.correct for v in grade_many(number_pool, [RIGHT, WRONG] * 4)] == [True, False] * 4
+        assert not set(worker_pids(number_pool)) & set(before)
+        for pid in worker_pids(number_pool):
             targets = [os.readlink(f"/proc/{pid}/fd/{fd}") for fd in os.listdir(f"/proc/{pid}/fd")]
             assert not [target for target in targets if target.startswith("socket:")]
 
 
 def test_a_stopped_worker_is_replaced_and_its_answer_graded(number_pool):
-    number_pool.grade_many([RIGHT] * 8)
-    stopped = number_pool.worker_pids[0]
+    grade_many(number_pool, [RIGHT] * 8)
+    stopped = worker_pids(number_pool)[0]
     os.kill(stopped, signal.SIGSTOP)
-    assert [v.correct for v in number_pool.grade_many([RIGHT, WRONG])] == [True, False]
+    assert [v.correct for v in grade_many(number_pool, [RIGHT, WRONG])] == [True, False]
     wait_until(lambda: not psutil.pid_exists(stopped), "the stopped worker gone")
 
 
@@ -133,66 +134,58 @@ def test_megabytes_and_odd_characters_arrive_whole(pool):
         Answer("\\boxed{" + long + "}", "5", "math"),
         Answer("\\boxed{5}", long + "\\boxed{5}", "math"),
     ]
-    assert [v.correct for v in pool.grade_many(answers)] == [True, True, False, True]
+    assert [v.correct for v in grade_many(pool, answers)] == [True, True, False, True]
 
 
 def test_an_exception_in_the_grader_is_ungraded_with_its_reason(pool):
-    verdict = pool.grade_many([Answer("COLD,CORD", "COLD", "reasoning_gym/word_ladder")])[0]
+    verdict = grade_many(pool, [Answer("COLD,CORD", "COLD", "reasoning_gym/word_ladder")])[0]
     assert verdict.correct is None
     assert "KeyError" in verdict.reason
 
 
 def test_an_entry_that_json_cannot_carry_is_ungraded(pool):
     answers = [Answer("7", "7", "reasoning_gym/chain_sum", {("a", "tuple"): 1}), RIGHT]
-    verdicts = pool.grade_many(answers)
+    verdicts = grade_many(pool, answers)
     assert [v.correct for v in verdicts] == [None, True]
     assert "TypeError" in verdicts[0].reason
-    assert pool.grade_many([Answer("\\boxed{5}", "5", "math", {("a", "tuple"): 1})] * 4)[0].correct is True
+    assert grade_many(pool, [Answer("\\boxed{5}", "5", "math", {("a", "tuple"): 1})] * 4)[0].correct is True
 
 
 def test_a_data_source_without_grader_stops_the_run(pool):
     with pytest.raises(ValueError, match="no data set 'nothing'"):
-        pool.grade_many([Answer("1", "1", "reasoning_gym/nothing")])
+        grade_many(pool, [Answer("1", "1", "reasoning_gym/nothing")])
     pool.submit(group(0, ["1"], source="reasoning_gym/nothing"))
     with pytest.raises(ValueError, match="no data set 'nothing'"):
         pool.collect()
-    assert pool.grade_many([RIGHT])[0].correct is True
-
-
-def test_collection_has_a_deadline_of_its_own(pool):
-    pool.submit(group(0, ["\\boxed{9999999**99999999}"] * 3, gold="0.75"))
-    verdicts = pool.collect(deadline_s=0.5)[0].verdicts
-    assert [v.correct for v in verdicts] == [None] * 3
-    assert "0.5 s of the collection" in verdicts[0].reason
-    assert pool.grade_many([RIGHT])[0].correct is True
+    assert grade_many(pool, [RIGHT])[0].correct is True
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
 def test_a_signal_to_every_process_of_a_job_ends_no_grader(number_pool, number):
-    number_pool.grade_many([RIGHT] * 4)
-    before = number_pool.worker_pids
+    grade_many(number_pool, [RIGHT] * 4)
+    before = worker_pids(number_pool)
     for pid in before:
         os.kill(pid, number)
-    assert all(verdict.correct for verdict in number_pool.grade_many([RIGHT] * 4))
-    assert number_pool.worker_pids == before
+    assert all(verdict.correct for verdict in grade_many(number_pool, [RIGHT] * 4))
+    assert worker_pids(number_pool) == before
 
 
 def test_memory_is_limited():
     hungry = Answer("\\boxed{1<<99999999999}", "0.75", "math")  # an integer of 12 GB
     with GraderPool(RewardConfig(mode=GraderMode.reference, workers=1), memory_bytes=1 << 30) as pool:
-        verdict = pool.grade_many([hungry])[0]
+        verdict = grade_many(pool, [hungry])[0]
         assert verdict.correct is None
         assert "MemoryError" in verdict.reason
-        before = pool.worker_pids
-        assert pool.grade_many([WRONG])[0].correct is False
-        assert pool.worker_pids != before  # a fresh process, not one that ran out of memory
+        before = worker_pids(pool)
+        assert grade_many(pool, [WRONG])[0].correct is False
+        assert worker_pids(pool) != before  # a fresh process, not one that ran out of memory
 
 
 def test_close_kills_the_workers_and_settles_what_waits():
     pool = GraderPool(RewardConfig(workers=1, deadline_s=30.0))
-    pool.grade_many([RIGHT])
+    grade_many(pool, [RIGHT])
     waiting = [pool.submit_answer(HANGING), pool.submit_answer(RIGHT)]
-    pids = pool.worker_pids
+    pids = worker_pids(pool)
     begun = time.monotonic()
     pool.close()
     pool.close()
@@ -208,9 +201,10 @@ import sys, time
 from clipo_megatron.config.schema import RewardConfig
 from clipo_megatron.rewards.pool import Answer, GraderPool
 pool = GraderPool(RewardConfig(workers=2, deadline_s=600.0))
-pool.grade_many([Answer("\\\\boxed{1}", "1", "math")] * 2)
+answers = [pool.submit_answer(Answer("\\\\boxed{1}", "1", "math")) for _ in range(2)]
+assert [answer.result().correct for answer in answers] == [True, True]
 pool.submit_answer(Answer("\\\\boxed{9999999**99999999}", "0.75", "math"))
-print(*pool.worker_pids, flush=True)
+print(*(process.pid for process in pool._processes), flush=True)
 time.sleep(600)
 """  # no __main__ guard: workers must not import the caller's script
 
