@@ -123,17 +123,17 @@ class RolloutTable:
 
     @property
     def unfinished(self) -> Tensor:
-        """[B] bool: the rollout goes on in the next step."""
+        """Which rollouts go on in the next step, [B] bool."""
         return torch.zeros_like(self.graded) if self.goes_on is None else self.goes_on
 
     @property
     def fresh(self) -> Tensor:
-        """[B] bool: all tokens were drawn under the weights that this step began with."""
+        """Rollouts of which all tokens were drawn under the weights that this step began with, [B] bool."""
         return self.version == self.step
 
     @property
     def mixed_versions(self) -> Tensor:
-        """[B] bool: tokens were drawn under more than one set of weights."""
+        """Rollouts whose tokens were drawn under more than one set of weights, [B] bool."""
         return torch.zeros_like(self.correct) if self.newest is None else self.newest > self.version
 
 

@@ -48,7 +48,7 @@ class Algorithm:
 
     @property
     def needs(self) -> frozenset[str]:
-        """Signals that some hook reads."""
+        """The signals that at least one hook reads."""
         return frozenset().union(*(hook.needs for hook in self.hooks))
 
     @property
@@ -83,11 +83,11 @@ class Algorithm:
     # --- rollouts ----------------------------------------------------------------------------------------------------
 
     def observe(self, prompt: Prompt, rollout: Rollout) -> dict[str, float | str]:
-        """The facts of one rollout that the hooks note, by name."""
+        """The facts that the hooks note of one rollout, by name."""
         return self._merged([hook.observe(prompt, rollout) for hook in self.hooks])
 
     def variants(self, table: RolloutTable) -> dict[str, dict[int, Tensor]]:
-        """Prompts to score the step's responses behind: name -> group -> tokens [P']."""
+        """Other prompts after which the step's responses are scored too: name -> group -> tokens [P']."""
         return self._merged([hook.variants(table) for hook in self.hooks])
 
     # --- rewards and advantages --------------------------------------------------------------------------------------
@@ -110,32 +110,32 @@ class Algorithm:
         return reward
 
     def bonus(self, table: RolloutTable) -> Tensor | None:
-        """[B] float32, the sum of the hooks' bonuses; None if no hook pays any."""
+        """The sum of the hooks' bonuses, [B] float32; None if no hook pays any."""
         paid = [bonus for hook in self.hooks if (bonus := hook.bonus(table)) is not None]
         if len(paid) > 1:
             return torch.stack(paid).sum(0)
         return paid[0] if paid else None
 
     def advantage(self, table: RolloutTable, reward: Tensor) -> Tensor:
-        """[B] float32, the baseline's advantages, shaped by each hook in turn."""
+        """The baseline's advantages, shaped by each hook in turn; [B] float32."""
         advantage = self.baseline.advantage(table, reward)
         for hook in self.hooks:
             advantage = hook.shape_advantage(table, reward, advantage)
         return advantage
 
     def select(self, table: RolloutTable, advantage: Tensor, demonstrated: Collection[int] = ()) -> Tensor:
-        """Rows that train, [B] bool: of graded or unfinished rollouts those that every hook selects, and all those of
-        the groups `demonstrated`."""
-        there = table.graded | table.unfinished
-        keep = there.clone()
+        """Which rollouts train, [B] bool: of the graded and the unfinished ones those that every hook selects, and all
+        those of the groups `demonstrated`."""
+        usable = table.graded | table.unfinished
+        keep = usable.clone()
         for hook in self.hooks:
             if (chosen := hook.select(table, advantage)) is not None:
                 keep &= chosen
-        held = torch.isin(table.group, torch.tensor(list(demonstrated), dtype=torch.int64))
-        return keep | (there & held)
+        in_demonstrated = torch.isin(table.group, torch.tensor(list(demonstrated), dtype=torch.int64))
+        return keep | (usable & in_demonstrated)
 
     def token_advantage(self, tokens: ScoredTokens, table: RolloutTable, advantage: Tensor) -> Tensor:
-        """[N] float32: the rollouts' `advantage` [B], turned into one of each token by each hook in turn."""
+        """The advantage of each token, [N] float32: its rollout's in `advantage` [B], changed by each hook in turn."""
         values = advantage.to(tokens.rows.device)[tokens.rows]
         rewards = [given for hook in self.hooks if (given := hook.token_reward(tokens, table)) is not None]
         tokens.rewards = torch.stack(rewards).sum(0) if rewards else None

@@ -33,11 +33,11 @@ def build_algorithm(config: RunConfig, context: HookContext | None = None) -> Al
     if settings.correction.kind is not CorrectionKind.none:
         hooks.append(OffPolicyCorrection(settings.correction))
     if settings.kl.coefficient:
-        hooks.append(_kl(settings.kl, per_token=baseline.reads_token_rewards))
+        hooks.append(_kl_hook(settings.kl, per_token=baseline.reads_token_rewards))
     if settings.entropy_coefficient:
         hooks.append(EntropyBonus(settings.entropy_coefficient))
     for plugin in settings.plugins:
-        hooks.append(_built(plugin.name, plugin_class(plugin.name), plugin.options))
+        hooks.append(_build_hook(plugin.name, plugin_class(plugin.name), plugin.options))
     if config.clipo.enabled:
         hooks.append(Clipo(config.clipo))
     if config.critic.warmup_steps and any(Signal.values in hook.needs for hook in hooks):
@@ -50,7 +50,7 @@ def build_algorithm(config: RunConfig, context: HookContext | None = None) -> Al
     return algorithm
 
 
-def _kl(config: KLConfig, *, per_token: bool) -> Hook:
+def _kl_hook(config: KLConfig, *, per_token: bool) -> Hook:
     if config.place is KLPlace.loss:
         return KLLoss(config.coefficient, config.kind)
     return KLReward(config.coefficient, config.kind, per_token=per_token)
@@ -66,10 +66,10 @@ def _baseline(config: RunConfig) -> PolicyLoss:
         algorithm.aggregation or chosen.default_aggregation or Aggregation.token_mean,
         algorithm.constant_length or config.rollout.max_new_tokens,
     )
-    return _built(algorithm.name, chosen, algorithm.options, settings)
+    return _build_hook(algorithm.name, chosen, algorithm.options, settings)
 
 
-def _built(name: str, chosen: type[Any], options: dict[str, Any], *settings: BaselineSettings) -> Any:
+def _build_hook(name: str, chosen: type[Any], options: dict[str, Any], *settings: BaselineSettings) -> Any:
     try:
         return chosen(*settings, typed_options(chosen.options_class, options))
     except TypeError as error:

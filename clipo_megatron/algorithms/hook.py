@@ -48,8 +48,10 @@ class Signal(str, Enum):
 
 @dataclass(slots=True)
 class TokenBatch:
-    """The targets of one packed micro-batch, as a loss sees them. Columns are [N]; gradients flow through `logprobs`,
-    and through `entropy` where a hook needs it."""
+    """The targets of one packed micro-batch, as a loss sees them.
+
+    Columns are [N]. Gradients flow through `logprobs`, and through `entropy` where a hook needs it.
+    """
 
     logprobs: Tensor  # float32, under the policy being trained
     old_logprobs: Tensor  # float32, under the policy that scored the rollouts before the update
@@ -75,7 +77,7 @@ class TokenBatch:
 
     @property
     def length(self) -> Tensor:
-        """[N] int64, the response length of each token's rollout."""
+        """The response length of each token's rollout, [N] int64."""
         return torch.bincount(self.rollout)[self.rollout]
 
 
@@ -160,12 +162,14 @@ class Hook:
         """
 
     def observe(self, prompt: Prompt, rollout: Rollout) -> dict[str, float | str]:
-        """Facts of one rollout, on the rank that generated it, under the same names for every rollout. Numbers become
-        table.signals[name] [B] float64, texts table.text_columns[name]."""
+        """Notes facts of one rollout on the rank that generated it, under the same names for every rollout.
+
+        Numbers become table.signals[name] [B] float64, texts become table.text_columns[name].
+        """
         return {}
 
     def variants(self, table: RolloutTable) -> dict[str, dict[int, Tensor]]:
-        """Other prompts to score the same responses behind: name -> group -> tokens [P'].
+        """Other prompts after which the same responses are scored too: name -> group -> tokens [P'].
 
         The log-probs [N] of each become the tokens' signals[name]; groups that are left out keep their prompt. All
         names must be given in every step. A name without groups costs no forward, and there is no such signal then.
@@ -177,7 +181,7 @@ class Hook:
         return reward
 
     def bonus(self, table: RolloutTable) -> Tensor | None:
-        """[B] float32, added to the shaped rewards and reported as the bonus; None if this hook pays none."""
+        """What is added to the shaped rewards and reported as the bonus, [B] float32; None if this hook pays none."""
         return None
 
     def shape_advantage(self, table: RolloutTable, reward: Tensor, advantage: Tensor) -> Tensor:
@@ -237,6 +241,8 @@ class Replay(Hook):
     previous: Experience | None = None
 
     def replay(self, experience: Experience) -> Experience | None:
-        """What the policy is updated on after this step's `experience`; None for nothing. `after_update` moves the
-        state on, not this."""
+        """The experience that the policy is updated on after this step's `experience`; None if there is none.
+
+        It changes no state: `after_update` does.
+        """
         raise NotImplementedError

@@ -48,7 +48,7 @@ def importance_weights(log_ratio: Tensor, rollout: Tensor, level: CorrectionLeve
 
 
 def limited(weights: Tensor, config: CorrectionConfig) -> Tensor:
-    """The weights truncated at the cap, or set to 0 outside [floor, cap]."""
+    """The weights [N], truncated at the cap or set to 0 outside [floor, cap]."""
     if config.kind is CorrectionKind.truncate:
         return weights.clamp(max=config.cap)
     return torch.where((weights >= config.floor) & (weights <= config.cap), weights, 0.0)

@@ -11,11 +11,10 @@ from clipo_megatron.flow import Experience
 class Scheduled(Hook):
     """A hook that counts the steps in which the policy learned; steps in which a hook held it do not count."""
 
-    steps = 0  # before the current one
+    steps = 0  # in which the policy learned, before the current one
 
     def linear(self, start: float, end: float, steps: int) -> float:
-        """A value that moves linearly from `start` in the first step to `end` after `steps` of them, and stays
-        there."""
+        """The current value of a schedule: linearly from `start` in the first step to `end` after `steps` steps."""
         share = min(self.steps / steps, 1.0) if steps > 0 else 1.0
         return start + (end - start) * share
 

@@ -7,7 +7,7 @@ import hashlib
 import torch
 
 
-def generator_of(seed: int, step: int, name: str) -> torch.Generator:
-    """The generator of the prompt called `name` in one step."""
+def prompt_generator(seed: int, step: int, name: str) -> torch.Generator:
+    """Return the random number generator of one prompt in one step; `name` is the prompt's id."""
     digest = hashlib.blake2b(f"{seed}\n{step}\n{name}".encode(), digest_size=7).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest, "little"))

@@ -22,7 +22,7 @@ from clipo_megatron.algorithms.methods.registry import (
     plugins,
 )
 from clipo_megatron.algorithms.policy_loss import GroupLoss
-from clipo_megatron.algorithms.user_classes import place_problems
+from clipo_megatron.algorithms.user_classes import import_path_problems
 from clipo_megatron.config.errors import ConfigError, ConfigProblem
 from clipo_megatron.config.load import option_problems, typed_options
 from clipo_megatron.config.ranges import range_problems
@@ -139,7 +139,7 @@ def _named(config: RunConfig, key: str, method: AlgorithmConfig | PluginConfig) 
     """What is wrong with a baseline's or plug-in's name or options."""
     name, known = method.name, BASELINES if isinstance(method, AlgorithmConfig) else PLUGINS
     if is_import_path(name):
-        if misplaced := list(place_problems(f"{key}.name", name, "Class")):
+        if misplaced := list(import_path_problems(f"{key}.name", name, "Class")):
             yield from misplaced
             return
     elif name not in known:

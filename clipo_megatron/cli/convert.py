@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import torch
 
-    from clipo_megatron.conversion.plan import Conversion
+    from clipo_megatron.conversion.conversion import Conversion
 
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
@@ -141,10 +141,10 @@ def _to_megatron(options: argparse.Namespace) -> int:
     kind: type[ToMegatron] = ToMegatron
     if options.dry_run:
         from clipo_megatron.config.model_folder import is_checkpoint
-        from clipo_megatron.conversion.dry_run import FromConfig, has_weights
+        from clipo_megatron.conversion.dry_run import ConfigOnlyConversion, has_weights
 
         # A checkpoint is no source: ToMegatron says so.
-        kind = ToMegatron if has_weights(options.source) or is_checkpoint(options.source) else FromConfig
+        kind = ToMegatron if has_weights(options.source) or is_checkpoint(options.source) else ConfigOnlyConversion
     return _convert(options, kind(options.source, _target(options), division=division, dtype=_dtype(options.dtype)))
 
 

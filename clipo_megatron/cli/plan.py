@@ -63,7 +63,7 @@ def run(options: argparse.Namespace) -> int:
 
     from clipo_megatron.config.load import load
     from clipo_megatron.planning.architecture import ARCHITECTURES, find_architecture, find_critic
-    from clipo_megatron.planning.layouts import candidates
+    from clipo_megatron.planning.layouts import search_layouts
     from clipo_megatron.planning.tables import as_json, print_plan
 
     gpus, ranks = _numbers("--gpus", options.gpus, least=1), _numbers("--rank", options.rank or "", least=0)
@@ -75,7 +75,7 @@ def run(options: argparse.Namespace) -> int:
     spec, source = find_architecture(config.model.path, options.config)
     critic = find_critic(config, options.config)
     hardware, assume = _hardware(options.hardware), _assumptions(options.assume)
-    searched = {count: candidates(config, spec, count, hardware, assume, critic=critic) for count in gpus}
+    searched = {count: search_layouts(config, spec, count, hardware, assume, critic=critic) for count in gpus}
     own = None if searched else _configured(config, spec, hardware, assume, critic)
     if options.json:
         print(json.dumps(as_json(spec, own, searched, assume), indent=1))
@@ -94,11 +94,11 @@ def run(options: argparse.Namespace) -> int:
 def _configured(
     config: RunConfig, spec: ModelSpec, hardware: Hardware, assume: Assumptions, critic: ModelSpec | None
 ) -> LayoutPlan:
-    from clipo_megatron.planning.layouts import judge, server_gpus_of
+    from clipo_megatron.planning.layouts import plan_layout, server_gpus_of
 
     ranks = config.layout.requested_ranks
     dp = ranks // (config.layout.tp * config.layout.pp)
-    return judge(config, spec, dp, server_gpus_of(config, ranks), hardware, assume, critic=critic)
+    return plan_layout(config, spec, dp, server_gpus_of(config, ranks), hardware, assume, critic=critic)
 
 
 def _numbers(option: str, text: str, *, least: int) -> tuple[int, ...]:

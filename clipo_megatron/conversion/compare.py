@@ -33,7 +33,7 @@ class Weights(Protocol):
         ...
 
     def get(self, name: str) -> Tensor:
-        """Return a whole tensor."""
+        """Read a whole tensor into memory."""
         ...
 
 
@@ -70,22 +70,22 @@ class Difference:
     kind: DifferenceKind
     a: Fingerprint | None
     b: Fingerprint | None
-    detail: str  # for people
+    detail: str  # a sentence for people
 
     def __str__(self) -> str:
         return f"{self.name}: {self.detail}"
 
 
 @dataclass(slots=True)
-class Side:
-    """Totals of one side."""
+class SideTotals:
+    """How many tensors and bytes one side has, and of which dtypes."""
 
     tensors: int = 0
     nbytes: int = 0
     dtypes: Counter[str] = field(default_factory=Counter)
 
     def add(self, found: Fingerprint) -> None:
-        """Count one tensor."""
+        """Add one tensor to the totals."""
         self.tensors += 1
         self.nbytes += found.stored_bytes
         self.dtypes[str(found.stored_dtype).removeprefix("torch.")] += 1
@@ -93,10 +93,10 @@ class Side:
 
 @dataclass(frozen=True, slots=True)
 class TensorComparison:
-    """The result of `compare`."""
+    """What `compare` finds about A and B."""
 
-    a: Side
-    b: Side
+    a: SideTotals
+    b: SideTotals
     equal: int  # number of tensors with the same bytes, dtype and shape on both sides
     differences: tuple[Difference, ...]
 
@@ -122,13 +122,13 @@ def compare(
     """
     names_a, names_b = set(a.names()), set(b.names())
     names = sorted(names_a | names_b, key=_in_model_order)
-    sides, equal = (Side(), Side()), 0
-    found: list[tuple[str, _Found, _Found]] = []
+    sides, equal = (SideTotals(), SideTotals()), 0
+    found: list[tuple[str, _Lookup, _Lookup]] = []
     with ThreadPoolExecutor(1, "A") as left, ThreadPoolExecutor(1, "B") as right:
         for done, name in enumerate(names, start=1):
             futures = (
-                left.submit(_look, a, names_a, name, tied, cast),
-                right.submit(_look, b, names_b, name, tied, cast),
+                left.submit(_fingerprint_of, a, names_a, name, tied, cast),
+                right.submit(_fingerprint_of, b, names_b, name, tied, cast),
             )
             pair = futures[0].result(), futures[1].result()
             for side, own, one in zip(sides, (names_a, names_b), pair, strict=True):
@@ -143,14 +143,15 @@ def compare(
         if one == other and isinstance(one, Fingerprint):
             continue
         explain = sum(each.kind is DifferenceKind.VALUES for each in differences) < details
-        differences.append(_judge(name, one, other, elsewhere, (a, b, cast) if explain else None))
+        differences.append(_difference(name, one, other, elsewhere, (a, b, cast) if explain else None))
     return TensorComparison(*sides, equal=equal, differences=tuple(differences))
 
 
-_Found = Fingerprint | WeightsError | None
+_Lookup = Fingerprint | WeightsError | None
 
 
-def _look(side: Weights, names: set[str], name: str, tied: bool, cast: torch.dtype | None) -> _Found:
+def _fingerprint_of(side: Weights, names: set[str], name: str, tied: bool, cast: torch.dtype | None) -> _Lookup:
+    """Hash a tensor of one side; None if the side lacks it, an error if it cannot be read."""
     if name not in names:
         if not (tied and name == OUTPUT_LAYER and EMBEDDING in names):
             return None
@@ -173,10 +174,10 @@ def fingerprint(tensor: Tensor, cast: torch.dtype | None = None) -> Fingerprint:
     )
 
 
-def _judge(
+def _difference(
     name: str,
-    one: _Found,
-    other: _Found,
+    one: _Lookup,
+    other: _Lookup,
     elsewhere: dict[str, str],
     again: tuple[Weights, Weights, torch.dtype | None] | None,
 ) -> Difference:
@@ -193,7 +194,7 @@ def _judge(
     if a.dtype != b.dtype:
         names = [str(each.dtype).removeprefix("torch.") for each in (a, b)]
         return Difference(name, DifferenceKind.DTYPE, a, b, f"A's dtype is {names[0]}, B's is {names[1]}")
-    detail = "the values differ" if again is None else _how(name, *again)
+    detail = "the values differ" if again is None else _value_difference(name, *again)
     return Difference(name, DifferenceKind.VALUES, a, b, detail + _known_as(elsewhere.get(b.sha256), name))
 
 
@@ -201,8 +202,8 @@ def _known_as(other: str | None, name: str) -> str:
     return f"; B's holds what A has as {other}" if other not in (None, name) else ""
 
 
-def _how(name: str, a: Weights, b: Weights, cast: torch.dtype | None) -> str:
-    """Say how many elements differ and by how much."""
+def _value_difference(name: str, a: Weights, b: Weights, cast: torch.dtype | None) -> str:
+    """Say how many elements of a tensor differ and by how much."""
     left, right = (_whole(side, name, cast).flatten() for side in (a, b))
     count, largest, zero, finite = 0, 0.0, True, True
     for start in range(0, left.numel(), _RUN):

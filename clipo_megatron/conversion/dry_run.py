@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from clipo_megatron.conversion.plan import Conversion
+from clipo_megatron.conversion.conversion import Conversion
 from clipo_megatron.conversion.to_hf import ToHF
 from clipo_megatron.conversion.to_megatron import ToMegatron
 from clipo_megatron.weights.errors import UnsupportedModel
@@ -37,8 +37,8 @@ _SHOWN_FILES = 12
 _BLOCK = 4 * 1024**2
 
 
-class ConfigAlone:
-    """Stands for a reader: the tensors of the architecture, all of one dtype."""
+class ConfigOnlyReader:
+    """Takes the place of a reader where there are no weights: the architecture's tensors, all of one dtype."""
 
     def __init__(self, spec: ModelSpec, dtype: torch.dtype) -> None:
         whole = PipelineStage(0, spec.num_layers, first=True, last=True)
@@ -54,10 +54,10 @@ class ConfigAlone:
         return self._stored[name]
 
     def close(self) -> None:
-        """Do nothing: no file is open."""
+        """Do nothing, because no file is open."""
 
 
-class FromConfig(ToMegatron):
+class ConfigOnlyConversion(ToMegatron):
     """The conversion of a folder without weights, which can be planned but not done."""
 
     def __init__(self, source: Path, target: Path, *, division: ParallelDivision, dtype: torch.dtype | None) -> None:
@@ -69,7 +69,7 @@ class FromConfig(ToMegatron):
         if not isinstance(stored, torch.dtype):
             raise UnsupportedModel("torch_dtype", named, "torch has no such dtype")
         self.named = f"{str(stored).removeprefix('torch.')}, as config.json says"
-        self.reader = ConfigAlone(self.spec, stored)  # type: ignore[assignment]
+        self.reader = ConfigOnlyReader(self.spec, stored)  # type: ignore[assignment]
         self.units = tuple(self._divide())
         self.sidecar_files = {}
 
@@ -195,7 +195,10 @@ def _division(conversion: Conversion) -> list[tuple[str, str]]:
         ("padding", padding(spec, division)),
         (
             "dtype",
-            _dtype(conversion.dtype, conversion.named if isinstance(conversion, FromConfig) else "as in the source"),
+            _dtype(
+                conversion.dtype,
+                conversion.named if isinstance(conversion, ConfigOnlyConversion) else "as in the source",
+            ),
         ),
     ]
 
@@ -220,7 +223,7 @@ def _expected(conversion: Conversion, rates: Rates, total: int) -> str:
 
 
 def _source_files(conversion: Conversion) -> list[Path]:
-    if isinstance(conversion, FromConfig):
+    if isinstance(conversion, ConfigOnlyConversion):
         return []
     if isinstance(conversion, ToHF):
         return sorted(conversion.policy.glob("*.distcp"))

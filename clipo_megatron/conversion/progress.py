@@ -54,7 +54,7 @@ class Meter:
             )
 
     def end(self) -> None:
-        """End the phase. Idempotent."""
+        """End the phase; calling it again does nothing."""
         if self._bar is not None:
             self._bar.stop()
             self._bar = None

@@ -1,4 +1,4 @@
-"""Doing a conversion: threads that take units, signals that stop them, and the rename at the end."""
+"""Does a conversion: threads that take units of work, signals that stop them, and the rename at the end."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
 
-from clipo_megatron.conversion.plan import Conversion, ConversionError, SourceFile, Tick, WorkUnit
+from clipo_megatron.conversion.conversion import Conversion, ConversionError, SourceFile, Tick, WorkUnit
 from clipo_megatron.conversion.progress import Meter
-from clipo_megatron.conversion.work import WorkFolder
+from clipo_megatron.conversion.work_folder import WorkFolder
 from clipo_megatron.runtime.durable_files import sync
 
 MOST_THREADS = 4
 STALL_S = 900.0  # without a byte read or written: the disk hangs
-_LAST_S = 30.0  # that threads get to end
+_JOIN_S = 30.0  # how long the threads are waited for at the end
 _READ_BYTES = 1 << 22
 
 Item = TypeVar("Item")
@@ -54,13 +54,13 @@ def convert(conversion: Conversion, *, threads: int | None = None) -> float:
     meter = Meter()
     try:
         with _Signals() as signals, WorkFolder(target) as work:
-            team = Team(threads, meter, signals, target)
+            workers = WorkerPool(threads, meter, signals, target)
             work.check_space(conversion.nbytes)
-            _check_source(conversion.source_files, team)
+            _check_source(conversion.source_files, workers)
             conversion.prepare(work.content)
-            _write(conversion, work.content, team)
+            _write(conversion, work.content, workers)
             conversion.finish(work.content)
-            team.check()
+            workers.check()
             work.publish()
     except OSError as error:
         raise ConversionError(
@@ -73,7 +73,7 @@ def convert(conversion: Conversion, *, threads: int | None = None) -> float:
     return time.monotonic() - began
 
 
-def _check_source(files: Sequence[SourceFile], team: Team) -> None:
+def _check_source(files: Sequence[SourceFile], workers: WorkerPool) -> None:
     """Compare the source's files with its manifest."""
     defects: list[str] = []
 
@@ -93,17 +93,17 @@ def _check_source(files: Sequence[SourceFile], team: Team) -> None:
         except OSError as error:
             defects.append(f"{file.path} cannot be read: {error.strerror}")
 
-    team.run("checking", files, check, sum(file.nbytes for file in files))
+    workers.run("checking", files, check, sum(file.nbytes for file in files))
     if defects:
         raise ConversionError("the source is damaged: " + "; ".join(sorted(defects)) + ". Restore it from a copy")
 
 
-def _write(conversion: Conversion, content: Path, team: Team) -> None:
+def _write(conversion: Conversion, content: Path, workers: WorkerPool) -> None:
     def write(unit: WorkUnit, tick: Tick) -> None:
         to_disk.add(conversion.write(unit, content, tick))
 
     with _ToDisk(conversion.target) as to_disk:
-        team.run("writing", conversion.units, write, conversion.nbytes)
+        workers.run("writing", conversion.units, write, conversion.nbytes)
         to_disk.wait()
 
 
@@ -140,7 +140,7 @@ class _ToDisk:
                 ) from None
 
 
-class Team:
+class WorkerPool:
     """The threads of a conversion, by default one more than there are processors, up to four."""
 
     def __init__(
@@ -151,8 +151,8 @@ class Team:
 
     def check(self) -> None:
         """Raise `Interrupted` if a signal has come."""
-        if self._signals.came:
-            raise Interrupted(self._signals.came, self._target)
+        if self._signals.received:
+            raise Interrupted(self._signals.received, self._target)
 
     def run(self, phase: str, items: Sequence[Item], work: Callable[[Item, Tick], None], total: int) -> None:
         """Do `work(item, tick)` for every item, several at a time, and count the `total` bytes.
@@ -197,7 +197,7 @@ class Team:
         finally:
             stop.set()
             for worker in workers:
-                worker.join(_LAST_S)
+                worker.join(_JOIN_S)
             self._meter.end()
         if errors:
             raise errors[0]
@@ -223,7 +223,7 @@ class _Signals:
     """Notes the first SIGINT or SIGTERM, to be asked for; a second one ends the process at once."""
 
     def __init__(self) -> None:
-        self.came = 0
+        self.received = 0
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> _Signals:
@@ -237,5 +237,5 @@ class _Signals:
             signal.signal(signum, handler)
 
     def _note(self, signum: int, _frame: Any) -> None:
-        self.came = signum
+        self.received = signum
         signal.signal(signum, signal.SIG_DFL)

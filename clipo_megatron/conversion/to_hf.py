@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from clipo_megatron.config.model_folder import HF_FILES, POLICY, hf_folder, is_checkpoint
-from clipo_megatron.conversion.plan import (
+from clipo_megatron.conversion.conversion import (
     PIECE_BYTES,
     UNIT_BYTES,
     Conversion,
@@ -33,7 +33,7 @@ from clipo_megatron.weights.errors import CoverageError, WeightsFolderError
 from clipo_megatron.weights.families import model_spec
 from clipo_megatron.weights.formats.manifest import manifest
 from clipo_megatron.weights.formats.reader import INDEX, SINGLE
-from clipo_megatron.weights.formats.safetensors import Header, as_bytes, build, parse
+from clipo_megatron.weights.formats.safetensors import Header, as_bytes, build_header, parse_header
 from clipo_megatron.weights.formats.source import SOURCE_HEADERS, sidecar_files
 from clipo_megatron.weights.formats.torch_dist import METADATA
 from clipo_megatron.weights.formats.torch_dist_reader import TorchDistReader
@@ -183,13 +183,13 @@ class ToHF(Conversion):
             filled += nbytes
         count = len(shards)
         names = [SINGLE] if count == 1 else [f"model-{i + 1:05}-of-{count:05}.safetensors" for i in range(count)]
-        headers = {name: build(shard) for name, shard in zip(names, shards, strict=True)}
+        headers = {name: build_header(shard) for name, shard in zip(names, shards, strict=True)}
         return headers, self._index(headers) if count > 1 else None, []
 
     def _as_source(self) -> tuple[dict[str, Header], str | None, list[str]]:
         try:
             layout = json.loads(self.sidecar_files[SOURCE_HEADERS])
-            sources = {Path(name).name: parse(text, name) for name, text in layout["headers"].items()}
+            sources = {Path(name).name: parse_header(text, name) for name, text in layout["headers"].items()}
             index = layout["index"]
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise WeightsFolderError(f"{self.source}/{HF_FILES}/{SOURCE_HEADERS} is damaged: {error!r}") from error
@@ -202,7 +202,7 @@ class ToHF(Conversion):
             if wanted == [(name, stored.dtype, stored.shape) for name, stored in header.tensors.items()]:
                 headers[file] = header
             else:
-                headers[file], changed = build(wanted), True
+                headers[file], changed = build_header(wanted), True
         missing = present - {name for header in headers.values() for name in header.tensors}
         if missing:
             raise CoverageError(

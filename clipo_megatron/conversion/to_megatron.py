@@ -1,6 +1,6 @@
 """From a Hugging Face folder to a checkpoint: torch_dist with keys for each layer, and the sidecar files.
 
-OUT/policy/  .metadata, metadata.json, common.pt, one file for each rank of the division and part
+OUT/policy/  .metadata, metadata.json, common.pt, one file for each rank and part
     __0_tp1_2.distcp     chunk 0, TP rank 1, part 2        __0_ep3_etp0_1.distcp  the experts of EP rank 3
 OUT/hf/      config.json, tokenizer, ..., weights.json
 OUT/manifest.json
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from clipo_megatron.config.model_folder import HF_FILES, POLICY, is_checkpoint
-from clipo_megatron.conversion.plan import (
+from clipo_megatron.conversion.conversion import (
     PIECE_BYTES,
     UNIT_BYTES,
     Conversion,
@@ -34,7 +34,7 @@ from clipo_megatron.weights.formats.archive import write_tensor
 from clipo_megatron.weights.formats.manifest import MANIFEST
 from clipo_megatron.weights.formats.reader import HFReader
 from clipo_megatron.weights.formats.source import sidecar_files
-from clipo_megatron.weights.formats.torch_dist_writer import FileSpan, description, saved
+from clipo_megatron.weights.formats.torch_dist_writer import FileSpan, metadata_files, torch_save_bytes
 from clipo_megatron.weights.load import check_shapes
 from clipo_megatron.weights.mapping import Coordinates, MappingEntry, PipelineStage
 from clipo_megatron.weights.parallel_division import ParallelDivision
@@ -67,8 +67,8 @@ class ToMegatron(Conversion):
     Args:
         source: with config.json and safetensors.
         target: folder to make.
-        division: how training will probably divide the model: each of its ranks then finds its part in files of its
-            own. Any other division can load the checkpoint too.
+        division: the parallel sizes that training will probably have: each rank then finds its part in files of its
+            own. Runs with other sizes can load the checkpoint too.
         dtype: of the checkpoint; None: of the source.
 
     Raises:
@@ -130,11 +130,11 @@ class ToMegatron(Conversion):
 
     def finish(self, content: Path) -> None:
         """Write the metadata, the sidecar files and the manifest."""
-        policy, extra = content / POLICY, saved([None])
+        policy, extra = content / POLICY, torch_save_bytes([None])
         written = [self._written[unit.name] for unit in self.units]  # in the same order every time
         spans = [span for each in written for span in each.spans]
         spans += [FileSpan(key, _EXTRA_STATE, 0, len(extra)) for key in self._extra_states()]
-        for name, data in description(spans, saved({})).items():
+        for name, data in metadata_files(spans, torch_save_bytes({})).items():
             write_durably(policy / name, data)
         write_durably(policy / _EXTRA_STATE, extra)
         for name, data in self.sidecar_files.items():
@@ -253,7 +253,7 @@ def _checkpoint_shape(entry: MappingEntry, at: Coordinates) -> Shape:
 
 @dataclass(frozen=True, slots=True)
 class _Written:
-    """What a unit has written."""
+    """Where a unit has written its tensors, and the checksums of its files."""
 
     spans: list[FileSpan]
     files: dict[str, dict[str, int]]  # "bytes" and "crc32" by file name
@@ -261,7 +261,7 @@ class _Written:
 
 @dataclass(frozen=True, slots=True)
 class _Cut:
-    """Part `rank` of `size` of a parameter."""
+    """Names one of `size` equal parts of a parameter: number `rank`."""
 
     rank: int
     size: int

@@ -23,7 +23,7 @@ import torch
 from clipo_megatron.config.model_folder import HF_FILES, hf_folder, is_checkpoint
 from clipo_megatron.conversion.compare import Weights, compare
 from clipo_megatron.conversion.logits import difference, logits
-from clipo_megatron.conversion.verdict import TOLERANCE, VerificationReport, show
+from clipo_megatron.conversion.verification_report import TOLERANCE, VerificationReport, show
 from clipo_megatron.weights.errors import UnsupportedModel, WeightsError, WeightsFolderError
 from clipo_megatron.weights.families import model_spec
 from clipo_megatron.weights.formats.manifest import manifest_defects
@@ -133,10 +133,10 @@ def _defects(folder: Path) -> list[str]:
     """List what is broken in a folder, whatever the other one is like."""
     if hf_folder(folder) != folder:
         return manifest_defects(folder)
-    return list(_strays(folder))
+    return list(_misplaced_tensors(folder))
 
 
-def _strays(folder: Path) -> Iterator[str]:
+def _misplaced_tensors(folder: Path) -> Iterator[str]:
     """List tensors that the index and the files do not agree on: readers go by the one or the other."""
     if (folder / SINGLE).is_file() or not (folder / INDEX).is_file():
         return

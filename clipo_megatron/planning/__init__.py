@@ -2,6 +2,6 @@
 
 architecture  finding a model's config.json           memory   bytes on one GPU, part by part
 hardware      rates of GPUs, and assumed shares       timing   seconds of a step, phase by phase
-parameters    how many parameters each rank holds     layouts  judging a layout, searching for layouts
+parameters    how many parameters each rank holds     layouts  planning a layout, searching for layouts
 dry_run       ranks built without memory              tables   what `clipo plan` prints
 """

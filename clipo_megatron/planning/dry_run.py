@@ -13,7 +13,7 @@ from clipo_megatron.config.schema import RunConfig
 from clipo_megatron.planning.errors import PlanError
 from clipo_megatron.planning.hardware import Assumptions
 from clipo_megatron.planning.memory import FP32, trainer_memory
-from clipo_megatron.planning.parameters import Count, rank_count
+from clipo_megatron.planning.parameters import ParameterCount, rank_count
 from clipo_megatron.policy.model.fake_process_group import fake_process_group, meta_stages
 from clipo_megatron.policy.model.model import TORCH_DTYPE, PolicyStage
 from clipo_megatron.weights.parallel_division import ParallelDivision
@@ -27,8 +27,8 @@ class BuiltRank:
 
     rank: int
     stage: int
-    planned: Count
-    built: Count
+    planned: ParameterCount
+    built: ParameterCount
     planned_bytes: int  # of weights
     built_bytes: int  # of weights
     planned_head: int  # parameters of the contrastive head
@@ -87,7 +87,7 @@ def build_ranks(config: RunConfig, spec: ModelSpec, ranks: Iterable[int] | None 
         )
 
 
-def _count(stages: Sequence[PolicyStage]) -> Count:
+def _count(stages: Sequence[PolicyStage]) -> ParameterCount:
     """Count parameters; an expert's are those that data parallelism does not reduce over all replicas."""
     dense = expert = 0
     for stage in stages:
@@ -96,7 +96,7 @@ def _count(stages: Sequence[PolicyStage]) -> Count:
                 dense += parameter.numel()
             else:
                 expert += parameter.numel()
-    return Count(dense, expert)
+    return ParameterCount(dense, expert)
 
 
 def _built_head(config: RunConfig, spec: ModelSpec) -> int:

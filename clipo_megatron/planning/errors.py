@@ -1,4 +1,4 @@
-"""What can be wrong with a plan."""
+"""The error that planning raises."""
 
 
 class PlanError(ValueError):

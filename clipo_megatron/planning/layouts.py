@@ -1,4 +1,4 @@
-"""Judges one layout, and searches for layouts that fit."""
+"""Plans one layout, and searches for layouts that fit."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SERVER_SHARES = (0.25, 0.5, 0.75)
 class LayoutPlan:
     """The memory and the time that one layout takes."""
 
-    division: ParallelDivision
+    division: ParallelDivision  # the trainer's parallel sizes but DP
     dp: int
     recompute: bool
     server_tp: int
@@ -42,7 +42,7 @@ class LayoutPlan:
 
     @property
     def gpus(self) -> int:
-        """Number of all GPUs."""
+        """Number of GPUs that train or generate."""
         return self.trainer_gpus if self.colocated else self.trainer_gpus + self.server_gpus
 
     @property
@@ -52,7 +52,7 @@ class LayoutPlan:
 
     @property
     def gpu_seconds(self) -> float:
-        """Cost of a step."""
+        """The cost of a step: its time on all GPUs together."""
         return self.gpus * self.time.total
 
     @property
@@ -77,7 +77,7 @@ class LayoutPlan:
         return [f"{key}={value}" for key, value in chosen.items()] + [f"{k}={str(v).lower()}" for k, v in flags.items()]
 
 
-def judge(
+def plan_layout(
     config: RunConfig,
     spec: ModelSpec,
     dp: int,
@@ -88,7 +88,7 @@ def judge(
     division: ParallelDivision | None = None,
     critic: ModelSpec | None = None,
 ) -> LayoutPlan:
-    """Compute memory and time of a layout.
+    """Compute the memory and the time of one layout, and whether it fits.
 
     Args:
         config: of the run; its `layout.dp` is not used.
@@ -97,7 +97,7 @@ def judge(
         server_gpus: number of GPUs that generate; with `rollout.colocated` those of the trainer.
         hardware: the kind of all GPUs.
         assume: the shares of its rates that are reached.
-        division: of the model; None: as configured.
+        division: the trainer's parallel sizes; None: as configured.
         critic: the model that a critic starts from; None: the policy's.
 
     Raises:
@@ -155,7 +155,7 @@ def _problems(
         yield f"ep {division.ep} x etp {division.expert_tp} does not divide the {dp * division.tp} ranks of a stage"
 
 
-def candidates(
+def search_layouts(
     config: RunConfig,
     spec: ModelSpec,
     gpus: int,
@@ -164,13 +164,13 @@ def candidates(
     *,
     critic: ModelSpec | None = None,
 ) -> list[LayoutPlan]:
-    """Find layouts of `gpus` GPUs that fit, the shortest step first; the other arguments are as for `judge`."""
+    """Find layouts of `gpus` GPUs that fit, the shortest step first; the other arguments are as for `plan_layout`."""
     server_tp = _smallest_server(config, spec, hardware, assume)
     if server_tp is None:
         return []
     found: list[LayoutPlan] = []
     shares = (1.0,) if config.rollout.colocated else SERVER_SHARES
-    for division, share in product(_divisions(spec, gpus, hardware), shares):
+    for division, share in product(_possible_divisions(spec, gpus, hardware), shares):
         server_gpus = int(gpus * share)
         trainers = gpus if config.rollout.colocated else gpus - server_gpus
         dp, rest = divmod(trainers, division.tp * division.pp)
@@ -183,7 +183,7 @@ def candidates(
                 model=replace(config.model, recompute=recompute),
                 serve=replace(config.serve, tp=server_tp),
             )
-            plan = judge(variant, spec, dp, server_gpus, hardware, assume, division=division, critic=critic)
+            plan = plan_layout(variant, spec, dp, server_gpus, hardware, assume, division=division, critic=critic)
             if plan.fits:
                 found.append(plan)
                 break
@@ -193,26 +193,26 @@ def candidates(
 def _smallest_server(config: RunConfig, spec: ModelSpec, hardware: Hardware, assume: Assumptions) -> int | None:
     """Return the GPUs of the smallest server that holds the longest sequence; None if a whole node does not."""
     longest = config.data.max_prompt_tokens + config.rollout.max_new_tokens
-    sizes = _powers(hardware.gpus_per_node)
+    sizes = _powers_of_two(hardware.gpus_per_node)
     return next((tp for tp in sizes if server_memory(spec, tp, hardware, assume).sequences(longest)), None)
 
 
-def _divisions(spec: ModelSpec, gpus: int, hardware: Hardware) -> Iterator[ParallelDivision]:
+def _possible_divisions(spec: ModelSpec, gpus: int, hardware: Hardware) -> Iterator[ParallelDivision]:
     """Yield divisions with TP within a node, stages that are equal except for the first and last, and all EP sizes."""
-    for tp in _powers(min(gpus, hardware.gpus_per_node)):
+    for tp in _powers_of_two(min(gpus, hardware.gpus_per_node)):
         if spec.num_heads % tp:
             continue
-        for pp in _powers(gpus // tp):
-            if pp > spec.num_layers or (ends := _ends(spec.num_layers, pp)) is None:
+        for pp in _powers_of_two(gpus // tp):
+            if pp > spec.num_layers or (ends := _end_stage_layers(spec.num_layers, pp)) is None:
                 continue
-            for ep in _powers(min(64, gpus // pp)) if spec.experts else (1,):
+            for ep in _powers_of_two(min(64, gpus // pp)) if spec.experts else (1,):
                 if spec.experts is None:
                     yield ParallelDivision(tp=tp, pp=pp, first_layers=ends[0], last_layers=ends[1])
                 elif spec.experts.count % ep == 0:
                     yield ParallelDivision(tp=tp, pp=pp, ep=ep, etp=1, first_layers=ends[0], last_layers=ends[1])
 
 
-def _ends(layers: int, pp: int) -> tuple[int | None, int | None] | None:
+def _end_stage_layers(layers: int, pp: int) -> tuple[int | None, int | None] | None:
     """Return the layers of first and last stage, (None, None) if all stages are equal; None if it cannot be done."""
     if layers % pp == 0:
         return None, None
@@ -221,7 +221,7 @@ def _ends(layers: int, pp: int) -> tuple[int | None, int | None] | None:
     return (-(-left // 2), left // 2) if pp >= 2 and left >= 2 else None
 
 
-def _powers(most: int) -> Iterable[int]:
+def _powers_of_two(most: int) -> Iterable[int]:
     return (1 << i for i in range(max(0, most).bit_length()))
 
 

@@ -8,7 +8,7 @@ from clipo_megatron.algorithms.methods.registry import has_critic, needs_referen
 from clipo_megatron.config.schema import DType, HeadKind, RunConfig
 from clipo_megatron.planning.hardware import Assumptions, Hardware
 from clipo_megatron.planning.parameters import (
-    Count,
+    ParameterCount,
     active_count,
     stage_chunks,
     stage_counts,
@@ -39,12 +39,12 @@ class TrainerMemory:
 
     @property
     def parts(self) -> dict[str, float]:
-        """The parts by name."""
+        """The bytes of each part, by its name."""
         return {name: getattr(self, name) for name in self.__dataclass_fields__}
 
     @property
     def total(self) -> float:
-        """Sum of all parts."""
+        """The bytes of all parts together."""
         return sum(self.parts.values())
 
 
@@ -77,13 +77,13 @@ def trainer_memory(
     rank, masters and both moments are divided over the data-parallel ranks (arXiv 1910.02054, stage 1).
     """
     counts = stage_counts(spec, division, VOCAB_MULTIPLE_ON_GPUS)
-    stages = [_of_stage(config, spec, division, dp, assume, count, stage) for stage, count in enumerate(counts)]
+    stages = [_stage_memory(config, spec, division, dp, assume, count, stage) for stage, count in enumerate(counts)]
     if not has_critic(config.algorithm):
         return stages
     critic = critic or spec
     counts = list(stage_counts(critic, division, VOCAB_MULTIPLE_ON_GPUS))
     counts[-1] = _without_lm_head(counts[-1], critic, division)
-    values = [_of_stage(config, critic, division, dp, assume, count, stage) for stage, count in enumerate(counts)]
+    values = [_stage_memory(config, critic, division, dp, assume, count, stage) for stage, count in enumerate(counts)]
     return [
         replace(
             policy,
@@ -94,13 +94,13 @@ def trainer_memory(
     ]
 
 
-def _of_stage(
+def _stage_memory(
     config: RunConfig,
     spec: ModelSpec,
     division: ParallelDivision,
     dp: int,
     assume: Assumptions,
-    count: Count,
+    count: ParameterCount,
     stage: int,
 ) -> TrainerMemory:
     """Compute the memory of one stage without a critic."""
@@ -125,13 +125,13 @@ def _of_stage(
     )
 
 
-def _without_lm_head(count: Count, spec: ModelSpec, division: ParallelDivision) -> Count:
+def _without_lm_head(count: ParameterCount, spec: ModelSpec, division: ParallelDivision) -> ParameterCount:
     """Count a last stage that has a value head in place of the LM head."""
     if spec.tied_embeddings and division.pp == 1:  # the head is the embedding
         return count
     unit = division.tp * VOCAB_MULTIPLE_ON_GPUS
     rows = -(-spec.vocab_size // unit) * VOCAB_MULTIPLE_ON_GPUS
-    return Count(count.dense - rows * spec.hidden_size, count.expert)
+    return ParameterCount(count.dense - rows * spec.hidden_size, count.expert)
 
 
 def head_count(config: RunConfig, spec: ModelSpec) -> int:

@@ -15,29 +15,29 @@ from clipo_megatron.weights.spec import ModelSpec
 
 
 @dataclass(frozen=True, slots=True)
-class Count:
-    """A number of parameters."""
+class ParameterCount:
+    """How many parameters a rank or model has, those of experts apart."""
 
     dense: int  # parameters of no expert; the optimizer divides them over dp ranks
     expert: int  # parameters of experts; the optimizer divides them over dp * tp / (ep * etp) ranks
 
     @property
     def total(self) -> int:
-        """Sum of both."""
+        """Number of all parameters."""
         return self.dense + self.expert
 
-    def __add__(self, other: Count) -> Count:
-        return Count(self.dense + other.dense, self.expert + other.expert)
+    def __add__(self, other: ParameterCount) -> ParameterCount:
+        return ParameterCount(self.dense + other.dense, self.expert + other.expert)
 
 
 def rank_count(
     spec: ModelSpec, division: ParallelDivision, pp_rank: int, at: Coordinates | None = None, *, vocab_multiple: int = 1
-) -> Count:
+) -> ParameterCount:
     """Count the parameters of one rank.
 
     Args:
         spec: of the model.
-        division: of the model.
+        division: the parallel sizes.
         pp_rank: the rank's pipeline stage; all its chunks are counted.
         at: the rank's place in the stage; None: the first. All ranks of a stage hold equally many.
         vocab_multiple: multiple of rows to which each rank's part of the vocabulary is padded:
@@ -48,7 +48,7 @@ def rank_count(
     """
     at = at or Coordinates(tp=division.tp, ep=division.ep, etp=division.expert_tp)
     chunks = stage_chunks(spec.num_layers, division)[pp_rank]
-    return sum((_chunk_count(spec, stage, at, vocab_multiple) for stage in chunks), Count(0, 0))
+    return sum((_chunk_count(spec, stage, at, vocab_multiple) for stage in chunks), ParameterCount(0, 0))
 
 
 @lru_cache(maxsize=4096)
@@ -59,13 +59,13 @@ def stage_chunks(num_layers: int, division: ParallelDivision) -> tuple[tuple[Pip
 
 
 @lru_cache(maxsize=4096)
-def stage_counts(spec: ModelSpec, division: ParallelDivision, vocab_multiple: int = 1) -> tuple[Count, ...]:
+def stage_counts(spec: ModelSpec, division: ParallelDivision, vocab_multiple: int = 1) -> tuple[ParameterCount, ...]:
     """Count the parameters of one rank of each pipeline stage."""
     return tuple(rank_count(spec, division, rank, vocab_multiple=vocab_multiple) for rank in range(division.pp))
 
 
 @lru_cache(maxsize=4096)
-def whole_count(spec: ModelSpec) -> Count:
+def whole_count(spec: ModelSpec) -> ParameterCount:
     """Count the parameters of the whole model; a tied output layer counts once."""
     return _chunk_count(spec, PipelineStage(0, spec.num_layers, first=True, last=True), Coordinates(), 1)
 
@@ -79,7 +79,7 @@ def active_count(spec: ModelSpec) -> int:
 
 
 @lru_cache(maxsize=65536)
-def _chunk_count(spec: ModelSpec, stage: PipelineStage, at: Coordinates, vocab_multiple: int) -> Count:
+def _chunk_count(spec: ModelSpec, stage: PipelineStage, at: Coordinates, vocab_multiple: int) -> ParameterCount:
     """Count one dense and one sparse layer, since layers of a kind are alike: plans of large models are repeated."""
     alike: dict[bool, list[int]] = {}
     for layer in range(stage.offset, stage.offset + stage.layers):
@@ -87,26 +87,26 @@ def _chunk_count(spec: ModelSpec, stage: PipelineStage, at: Coordinates, vocab_m
     ends = PipelineStage(stage.offset, 0, first=stage.first, last=stage.last)
     total = _sum(_sizes(spec, ends, at, vocab_multiple))
     for layers in alike.values():
-        one = _layer_count(spec, _first_like(spec, layers[0]), at)
-        total += Count(one.dense * len(layers), one.expert * len(layers))
+        one = _layer_count(spec, _first_alike(spec, layers[0]), at)
+        total += ParameterCount(one.dense * len(layers), one.expert * len(layers))
     return total
 
 
 @lru_cache(maxsize=4096)
-def _layer_count(spec: ModelSpec, layer: int, at: Coordinates) -> Count:
+def _layer_count(spec: ModelSpec, layer: int, at: Coordinates) -> ParameterCount:
     return _sum(_sizes(spec, PipelineStage(layer, 1, first=False, last=False), at, 1))
 
 
-def _first_like(spec: ModelSpec, layer: int) -> int:
+def _first_alike(spec: ModelSpec, layer: int) -> int:
     """Return the model's first layer that is dense or sparse as `layer` is."""
     return next(each for each in range(layer + 1) if spec.is_sparse(each) == spec.is_sparse(layer))
 
 
-def _sum(sizes: Iterator[tuple[int, bool]]) -> Count:
+def _sum(sizes: Iterator[tuple[int, bool]]) -> ParameterCount:
     dense = expert = 0
     for size, of_expert in sizes:
         expert, dense = (expert + size, dense) if of_expert else (expert, dense + size)
-    return Count(dense, expert)
+    return ParameterCount(dense, expert)
 
 
 def _sizes(spec: ModelSpec, stage: PipelineStage, at: Coordinates, vocab_multiple: int) -> Iterator[tuple[int, bool]]:

@@ -139,7 +139,7 @@ def generation_seconds(config: RunConfig, spec: ModelSpec, gpus: int, hardware: 
         return float("inf")
 
     def pass_seconds(sequences: float) -> float:
-        moved = memory.weights * _touched(spec, sequences) + sequences * length * memory.cache_per_token
+        moved = memory.weights * _share_of_weights_read(spec, sequences) + sequences * length * memory.cache_per_token
         flops = sequences * flops_per_token(spec, length) / tp
         return max(
             moved / (hardware.memory_bytes_per_s * assume.decode_bandwidth),
@@ -151,7 +151,7 @@ def generation_seconds(config: RunConfig, spec: ModelSpec, gpus: int, hardware: 
     return prefill + max(response / rate, config.rollout.max_new_tokens * pass_seconds(1))
 
 
-def _touched(spec: ModelSpec, sequences: float) -> float:
+def _share_of_weights_read(spec: ModelSpec, sequences: float) -> float:
     """Return the share of the weights that a pass reads: of the experts only those that some token is sent to."""
     if spec.experts is None:
         return 1.0

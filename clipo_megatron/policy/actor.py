@@ -29,15 +29,15 @@ class PolicyActor(Policy):
     """The policy with what trains it: optimizer, and as needed contrastive head, critic and reference policy.
 
     Args:
-        config: the run's.
-        layout: this rank's place.
+        config: the run's configuration.
+        layout: this rank's place in the parallel layout.
         needs: the signals that the algorithm needs.
         total_steps: updates in the whole run, over which the learning rate decays.
 
     Attributes:
-        pooled: on the last stage, if the algorithm needs mean response states or `wants_states` asks for them: those
-            of this rank's rollouts that were scored last, [b, H] float32, and their rows in the table, [b].
-        wants_states: whether mean response states of a step are kept, whatever the algorithm needs.
+        pooled: mean response states of this rank's rollouts that were scored last, [b, H] float32, and their rows in
+            the table, [b]; on the last stage, if the algorithm needs them or `wants_states` asks for them, else None.
+        wants_states: called with the number of a step; whether its mean response states are kept in any case.
     """
 
     def __init__(self, config: RunConfig, layout: Layout, *, needs: frozenset[str], total_steps: int):
@@ -68,7 +68,7 @@ class PolicyActor(Policy):
         Args:
             micro_batches: all of the step, in order; each rank of a replica passes the same.
             table: the step's facts; its signals are filled in place.
-            algorithm: the step's.
+            algorithm: says what is needed, and which variants of the prompts are scored.
 
         Returns:
             Metrics, identical on every rank: entropy, and how far engine and trainer disagree.
@@ -88,7 +88,7 @@ class PolicyActor(Policy):
         rows = [micro.rows for micro in micro_batches]
         self.pooled = (torch.cat(pooled), torch.cat(rows)) if pooled else None
         if contrastive:
-            self._contrast(table)
+            self._score_contrastive(table)
         if Signal.pooled_states in self.needs:
             table.signals["pooled_states"] = self._sum_by_row(pooled, rows, table).float()
         if Signal.logprob_sums in self.needs:
@@ -139,7 +139,8 @@ class PolicyActor(Policy):
         for micro, output in zip(micro_batches, outputs, strict=False):
             micro.signals[name] = output["logprobs"]
 
-    def _contrast(self, table: RolloutTable) -> None:
+    def _score_contrastive(self, table: RolloutTable) -> None:
+        """Fill the table's contrastive signals, and train the head one step on the way."""
         result = torch.zeros(2, table.size)
         if self.contrastive is not None:
             loss, valid = self.contrastive.step(*self.pooled, table)
@@ -149,7 +150,7 @@ class PolicyActor(Policy):
         table.signals["contrastive_valid"] = result[1] > 0
 
     def contrastive_metrics(self, table: RolloutTable, bonus: Tensor | None) -> dict[str, float]:
-        """Metrics of the contrastive head in this step, identical on every rank; {} if there is none, or no bonus.
+        """Metrics of the contrastive head in this step, identical on every rank; {} without a head or a bonus.
 
         `bonus` [B] float32 is what the contrastive losses added to the rewards.
         """
@@ -193,11 +194,11 @@ class PolicyActor(Policy):
     def update(
         self, batch: MiniBatch, experience: Experience, algorithm: Algorithm, *, first: bool = False
     ) -> dict[str, float]:
-        """One optimizer step on one mini-batch.
+        """Take one optimizer step on one mini-batch.
 
         Args:
             batch: as `Batcher.with_advantages` returns it.
-            experience: the step's; the mini-batch is a part of it.
+            experience: what the mini-batch is a part of.
             algorithm: its `objective`, summed over all ranks, is the loss.
             first: whether the weights are still those that were scored; then KL(old || new) must be 0, and is
                 reported as "policy/first_update_kl".
@@ -218,7 +219,7 @@ class PolicyActor(Policy):
                 total = -(micro.weights * logprobs).sum()
                 value = total.detach()
                 return total, {"policy/loss": value, "policy/demonstration_loss": value}
-            tokens = tokens_of(micro, logprobs, entropy)
+            tokens = token_batch(micro, logprobs, entropy)
             if score_gradient is not None:
                 tokens.score_gradient = score_gradient[tokens.rows]
             total, value = algorithm.objective(tokens)
@@ -238,7 +239,7 @@ class PolicyActor(Policy):
             metrics["policy/first_update_kl"] = metrics["policy/update_kl"]
         return metrics | {"policy/update_skipped": float(self._skipped)}
 
-    def learn_values(self, experience: Experience, algorithm: Algorithm) -> dict[str, float]:
+    def update_critic(self, experience: Experience, algorithm: Algorithm) -> dict[str, float]:
         """Update the critic on a step's rollouts, also in steps in which the policy is not updated.
 
         Returns:
@@ -261,14 +262,14 @@ class PolicyActor(Policy):
 
         if scored:
             parts = (
-                [algorithm.scores(tokens_of(micro, micro.old_logprobs)) for micro in micro_batches]
+                [algorithm.scores(token_batch(micro, micro.old_logprobs)) for micro in micro_batches]
                 if self.layout.is_last_stage
                 else []
             )
         else:
             parts = self.trainable.forward(
                 micro_batches,
-                lambda micro, hidden: algorithm.scores(tokens_of(micro, self._logprobs(micro, hidden)[0])),
+                lambda micro, hidden: algorithm.scores(token_batch(micro, self._logprobs(micro, hidden)[0])),
             )
         return self._sum_by_rollout(micro_batches, parts, table)
 
@@ -290,13 +291,13 @@ class PolicyActor(Policy):
                 part.offload()
 
     def onload(self) -> None:
-        """Inverse of `offload`; due before `score` or `update`. Gradients come back as zeros."""
+        """Undo `offload`, before `score` or `update`. Gradients come back as zeros."""
         for part in (self.trainable, self.critic, self.reference):
             if part is not None:
                 part.onload()
 
 
-def tokens_of(micro: MicroBatch, logprobs: Tensor, entropy: Tensor | None = None) -> TokenBatch:
+def token_batch(micro: MicroBatch, logprobs: Tensor, entropy: Tensor | None = None) -> TokenBatch:
     """A micro-batch's targets as the hooks of an algorithm see them."""
     nothing = torch.zeros_like(logprobs)
     return TokenBatch(

@@ -70,7 +70,7 @@ class CriticActor:
     # --- learning ----------------------------------------------------------------------------------------------------
 
     def learn(self, batches: Sequence[Sequence[MicroBatch]]) -> dict[str, float]:
-        """One optimizer step a mini-batch and epoch, on the returns.
+        """Take one optimizer step for each mini-batch and epoch, on the returns.
 
         Args:
             batches: the micro-batches of each mini-batch, as `Batcher.with_advantages` returns them.
@@ -80,7 +80,7 @@ class CriticActor:
             "critic/value_mean", "critic/return_mean" and "critic/explained_variance", 1 - Var(R - V) / Var(R), all of
             the values before the update; 0 where the returns do not vary.
         """
-        metrics = self._fit([micro for batch in batches for micro in batch])
+        metrics = self._fit_metrics([micro for batch in batches for micro in batch])
         skipped = 0.0
         for _ in range(self.epochs):
             for batch in batches:
@@ -89,8 +89,10 @@ class CriticActor:
         return metrics | {"critic/update_skipped": skipped}
 
     def update(self, micro_batches: Sequence[MicroBatch]) -> dict[str, float]:
-        """One optimizer step on half the squared distance of the values to the returns, clipped as in `value_loss` and
-        weighted as the policy's tokens are; see `Trainable.update` for the metrics."""
+        """Take one optimizer step on the `value_loss` of a mini-batch, weighted as the policy's tokens are.
+
+        Returns the metrics of `Trainable.update`, and the share of clipped values.
+        """
 
         def loss(micro: MicroBatch, hidden: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
             values = self.stage.values(hidden, micro.predict)
@@ -105,8 +107,8 @@ class CriticActor:
 
         return self.trainable.update(micro_batches, loss)
 
-    def _fit(self, micro_batches: Sequence[MicroBatch]) -> dict[str, float]:
-        """How well the scored values fit the returns."""
+    def _fit_metrics(self, micro_batches: Sequence[MicroBatch]) -> dict[str, float]:
+        """Measure how well the scored values fit the returns."""
         sums = torch.zeros(6, dtype=torch.float64, device=platform().device)
         if self.layout.is_last_stage:
             for micro in micro_batches:
@@ -132,7 +134,7 @@ class CriticActor:
         self.trainable.offload(weights=True)
 
     def onload(self) -> None:
-        """Inverse of `offload`; due before `score` or `learn`."""
+        """Undo `offload`, before `score` or `learn`."""
         self.trainable.onload()
 
 

@@ -112,7 +112,7 @@ class DistributedAdamW:
             self.inner.offload_to_cpu()
 
     def onload(self) -> None:
-        """Inverse of `offload`. Gradients come back as zeros."""
+        """Undo `offload`. Gradients come back as zeros."""
         self._model.restore_grad_buffers()
         if self._has_masters:
             with platform().cuda_tensor_names():

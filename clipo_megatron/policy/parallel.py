@@ -22,7 +22,7 @@ class Layout:
     Experts divide the TP x DP ranks of a pipeline stage in their own way: ETP changes fastest, then EP, then copies.
     """
 
-    division: ParallelDivision
+    division: ParallelDivision  # the sizes of all kinds of parallelism but DP
     dp: int  # replicas
     tp_rank: int
     pp_rank: int
@@ -45,12 +45,12 @@ class Layout:
 
     @property
     def tp(self) -> int:
-        """Tensor-parallel ranks."""
+        """Number of tensor-parallel ranks."""
         return self.division.tp
 
     @property
     def pp(self) -> int:
-        """Pipeline ranks."""
+        """Number of pipeline-parallel ranks."""
         return self.division.pp
 
     @property
@@ -85,7 +85,7 @@ class Layout:
 
     @property
     def world(self) -> int:
-        """Number of ranks."""
+        """Number of all ranks."""
         return self.tp * self.pp * self.dp
 
     @property
@@ -160,7 +160,7 @@ def initialize(config: LayoutConfig, *, seed: int, vpp: int = 1) -> Layout:
 
 
 def shutdown() -> None:
-    """Leave all process groups. Idempotent."""
+    """Leave all process groups; calling it again does nothing."""
     if parallel_state.is_initialized():
         parallel_state.destroy_model_parallel()
     if dist.is_initialized():

@@ -29,8 +29,8 @@ class Policy:
     """One rank's part of the policy. Every method is collective: all ranks call it, in the same order.
 
     Args:
-        config: the run's; model.path says which model it is.
-        layout: this rank's place.
+        config: the run's configuration; model.path says which model it is.
+        layout: this rank's place in the parallel layout.
         weights: a checkpoint of that model to read the weights from; None: from model.path.
 
     Raises:
@@ -53,7 +53,7 @@ class Policy:
         """Free the memory that only training needs; a policy that is not trained has none."""
 
     def onload(self) -> None:
-        """Inverse of `offload`."""
+        """Bring back what `offload` freed."""
 
 
 def loaded_stage(

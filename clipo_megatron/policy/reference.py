@@ -36,7 +36,7 @@ class ReferencePolicy:
         self._weights = [tensor.cpu() for tensor in self._weights]
 
     def onload(self) -> None:
-        """Inverse of `offload`."""
+        """Move the copy back to the device."""
         self._weights = [tensor.to(platform().device) for tensor in self._weights]
 
     @torch.no_grad()

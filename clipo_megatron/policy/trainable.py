@@ -6,17 +6,22 @@ The policy and the critic are both trained through it, so that what guards an up
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
+import torch
+from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from clipo_megatron.config.schema import OptimizerConfig
 from clipo_megatron.flow import MicroBatch
+from clipo_megatron.policy.batch.exchange import from_last_stage, share_from_last_stage
 from clipo_megatron.policy.model.model import PolicyStage
 from clipo_megatron.policy.optimizer import DistributedAdamW, data_parallel
 from clipo_megatron.policy.parallel import Layout
-from clipo_megatron.policy.pipeline import Loss, forward, forward_backward, summed_metrics
+
+Loss = Callable[[MicroBatch, Tensor], tuple[Tensor, dict[str, Tensor]]]
 
 
 class Trainable:
@@ -25,8 +30,8 @@ class Trainable:
     Args:
         name: first part of the names of its metrics: "policy" or "critic".
         stage: this rank's pipeline stage, its weights loaded.
-        layout: this rank's place.
-        settings: the optimizer's.
+        layout: this rank's place in the parallel layout.
+        settings: of the optimizer.
         total_steps: updates in the whole run, over which the learning rate decays.
 
     Attributes:
@@ -45,17 +50,27 @@ class Trainable:
     def forward(
         self, micro_batches: Sequence[MicroBatch], last_stage: Callable[[MicroBatch, Tensor], Any]
     ) -> list[Any]:
-        """Run the model without gradient; see `pipeline.forward`."""
-        return forward(self.model, micro_batches, last_stage)
+        """Run the micro-batches through the pipeline without gradient.
+
+        Returns:
+            What `last_stage` makes of each micro-batch and its states [T, H]; [] on stages before the last.
+        """
+        with torch.no_grad():
+            return _run_pipeline(
+                self.model,
+                micro_batches,
+                lambda micro, hidden, non_loss_data: last_stage(micro, hidden),
+                forward_only=True,
+            )
 
     def update(self, micro_batches: Sequence[MicroBatch], loss: Loss, *, added_loss: float = 0.0) -> dict[str, float]:
-        """One optimizer step; it is skipped, on all ranks alike, when the loss or a gradient is not finite.
+        """Take one optimizer step, or skip it on all ranks when the loss or a gradient is not finite.
 
         Args:
             micro_batches: this rank's part of the mini-batch.
             loss: the loss [] of a micro-batch from the last stage's states [T, H], and the metrics to add up; the sum
                 over all micro-batches and data-parallel ranks is minimised.
-            added_loss: what the caller has computed of the loss's value already; its gradient is in `loss`.
+            added_loss: a part of the loss's value that the caller has computed; its gradient comes through `loss`.
 
         Returns:
             Metrics, identical on every rank: the sums, "<name>/grad_norm" before clipping, "<name>/skipped_in_a_row"
@@ -63,8 +78,8 @@ class Trainable:
         """
         self.model.zero_grad_buffer()
         self.optimizer.inner.zero_grad()
-        outputs = forward_backward(self.model, micro_batches, loss)
-        metrics = summed_metrics(outputs, self.name, self.layout)
+        outputs = self._forward_backward(micro_batches, loss)
+        metrics = _summed_metrics(outputs, self.name, self.layout)
         total = metrics[f"{self.name}/loss"] = metrics.get(f"{self.name}/loss", 0.0) + added_loss
         norm = self.optimizer.gradient_norm()
         if math.isfinite(total) and math.isfinite(norm):
@@ -91,10 +106,62 @@ class Trainable:
                 buffer.param_data.untyped_storage().resize_(0)
 
     def onload(self) -> None:
-        """Inverse of `offload`. Gradients come back as zeros."""
+        """Undo `offload`. Gradients come back as zeros."""
         self.pre_mutation_hook()
         for weights, copy in self._weights_on_host:
             weights.untyped_storage().resize_(copy.untyped_storage().size())
             weights.copy_(copy)
         self._weights_on_host = []
         self.optimizer.onload()
+
+    def _forward_backward(self, micro_batches: Sequence[MicroBatch], loss: Loss) -> list[dict[str, Tensor]]:
+        """Add the gradients of the micro-batches' losses to Megatron's buffers.
+
+        Returns:
+            The metrics that `loss` returns with each loss; [] on stages before the last.
+        """
+
+        def with_count(micro: MicroBatch, hidden: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+            value, metrics = loss(micro, hidden)
+            count = torch.tensor(micro.targets.numel(), dtype=torch.int, device=hidden.device)
+            return value, count, metrics
+
+        return _run_pipeline(self.model, micro_batches, with_count, forward_only=False)
+
+
+def _run_pipeline(
+    model: torch.nn.Module, micro_batches: Sequence[MicroBatch], last_stage: Callable[..., Any], *, forward_only: bool
+) -> list[Any]:
+    """Run Megatron's pipeline schedule; returns what `last_stage` makes of each micro-batch, [] on other stages."""
+
+    def forward_step(batches: Iterator[MicroBatch], stage: torch.nn.Module) -> tuple[Tensor, Callable[..., Any]]:
+        micro = next(batches)
+        return stage(micro), partial(last_stage, micro)
+
+    return get_forward_backward_func()(
+        forward_step_func=forward_step,
+        data_iterator=iter(micro_batches),
+        model=[model],
+        num_microbatches=len(micro_batches),
+        seq_length=micro_batches[0].tokens.numel(),  # only a hint: lengths travel with the tensors
+        micro_batch_size=1,
+        forward_only=forward_only,
+        collect_non_loss_data=forward_only,
+    )
+
+
+def _summed_metrics(outputs: Sequence[dict[str, Tensor]], prefix: str, layout: Layout) -> dict[str, float]:
+    """Add up metrics over micro-batches and data-parallel ranks, which report the same names.
+
+    The sums are divided by "<prefix>/weight", the sum of all tokens' weights. Losses are weighted already and are not.
+    """
+    names: list[str] = from_last_stage(sorted(set().union(*outputs)), layout)
+    nothing = torch.zeros(())
+    sums = torch.zeros(len(names), dtype=torch.float64)
+    for output in outputs:
+        sums += torch.stack([output.get(name, nothing).double().cpu() for name in names])
+    values = share_from_last_stage(sums, layout, sum_over_dp=True).tolist()
+    metrics = dict(zip(names, values, strict=True))
+    weight = metrics.pop(f"{prefix}/weight", 0.0)
+    losses = (f"{prefix}/loss", f"{prefix}/demonstration_loss")
+    return {name: value / weight if weight and name not in losses else value for name, value in metrics.items()}

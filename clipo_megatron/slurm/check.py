@@ -10,7 +10,7 @@ from clipo_megatron.config.schema import EngineKind, RunConfig
 from clipo_megatron.planning.architecture import find_architecture, find_critic
 from clipo_megatron.planning.errors import PlanError
 from clipo_megatron.planning.hardware import HARDWARE, Assumptions
-from clipo_megatron.planning.layouts import judge
+from clipo_megatron.planning.layouts import plan_layout
 from clipo_megatron.slurm.resources import JobKind, Resources, SlurmError
 
 
@@ -99,7 +99,7 @@ def _check_memory(
         nodes = resources.server_nodes or resources.nodes
         planned, serving = config, nodes * config.serve.servers * config.serve.tp
     critic = find_critic(config, config_file)
-    plan = judge(planned, spec, dp, serving, HARDWARE[hardware], Assumptions(), critic=critic)
+    plan = plan_layout(planned, spec, dp, serving, HARDWARE[hardware], Assumptions(), critic=critic)
     if not plan.fits and not anyway:
         raise SlurmError(
             f"the job does not fit by the plan: {'; '.join(plan.problems)}. "

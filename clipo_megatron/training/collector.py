@@ -74,7 +74,7 @@ class Collector:
     Args:
         config: deadline, over-sampling, and what happens to unfinished requests.
         source: where this rank's rollouts come from.
-        graders: this rank's.
+        graders: judge this rank's responses.
         prompts: all training prompts, the same on every rank.
         sampler: draws their indices, the same on every rank; a batch has `sampler.prompts_per_step` groups.
         sampling: how to sample; the collector sets step and window.
@@ -289,7 +289,7 @@ class Collector:
         return self.config.unfinished is not Unfinished.drop
 
     def _weight(self, requests: Sequence[Request]) -> int:
-        """The number of requests, or with windows of their unfinished rollouts."""
+        """How much the requests load a rank: their number, or with windows that of their unfinished rollouts."""
         return count_unfinished(requests, self.sampling.samples) if self._windows else len(requests)
 
     def _places(self) -> int:

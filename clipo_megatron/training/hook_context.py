@@ -16,7 +16,7 @@ from clipo_megatron.rewards.voting import answer_key
 
 
 def build_hook_context(config: RunConfig, tokenizer: Any, prompts: Sequence[Prompt]) -> HookContext:
-    """The context of a run with these training prompts; `tokenizer` is the policy's."""
+    """Build the context of a run with these training prompts; `tokenizer` is the policy's."""
     renderer = ChatRenderer(tokenizer, config.model.system_prompt)
 
     def tokenize(text: str) -> Tensor:

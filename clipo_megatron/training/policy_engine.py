@@ -25,7 +25,7 @@ class PolicyEngine(Generic[P]):
     the first `update_weights`.
 
     Args:
-        session: of this rank.
+        session: this rank's session.
         build_policy: called once the engine exists.
     """
 
@@ -81,5 +81,5 @@ class PolicyEngine(Generic[P]):
         return replace(result, model=config.model.path)
 
     def close(self) -> None:
-        """Close the sync, the graders and the engine. Idempotent."""
+        """Close the sync, the graders and the engine; calling it again does nothing."""
         self._opened.close()

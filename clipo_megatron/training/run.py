@@ -189,7 +189,7 @@ class Run:
             self.engine.resync()
 
     def close(self) -> None:
-        """Close everything, after waiting for a checkpoint that is being written. Idempotent."""
+        """Close everything, after waiting for a checkpoint that is being written; calling it again does nothing."""
         self.session.heartbeat.stop()
         try:
             if not self.session.stop.repeated:
@@ -230,10 +230,10 @@ def sampling_params(config: RunConfig, stop_ids: tuple[int, ...]) -> SamplingPar
 
 
 def policy_updates(config: RunConfig, algorithm: Algorithm) -> int:
-    """The number of policy updates in the whole run, over which the learning rate decays. Replays that are left out
-    make fewer.
+    """The number of policy updates in the whole run, over which the learning rate decays; at most so many are made.
 
-    There are none in the first steps in which the policy waits for the contrastive head or for the critic.
+    The policy is not updated in the first steps if it waits for the contrastive head or the critic, and a step may
+    leave a replay out.
     """
     clipo = config.clipo
     waits = clipo.warmup_steps if clipo.enabled and not clipo.warmup_policy else 0

@@ -31,7 +31,7 @@ class Session:
     fail the other ranks before the user reads why.
 
     Args:
-        config: has been checked.
+        config: the configuration of the run, already checked.
         locks_output: whether no other run may write to the output folder meanwhile.
     """
 
@@ -71,7 +71,7 @@ class Session:
         self.eval_prompts = held_out_problems(config, self.tokenizer, self.reporter.say)
 
     def close(self) -> None:
-        """Leave the process group, and unlock the output folder. Idempotent."""
+        """Leave the process group, and unlock the output folder; calling it again does nothing."""
         self.heartbeat.stop()
         self.stop.uninstall()
         parallel.shutdown()

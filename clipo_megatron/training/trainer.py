@@ -53,7 +53,7 @@ class Trainer:
             experience = algorithm.assign_advantages(table, mini_batches)  # rewards, advantages, which rollouts train
             actor.batcher.assign_token_advantages(experience, algorithm)
         with watch("update"):
-            metrics |= actor.learn_values(experience, algorithm)  # if there is a critic
+            metrics |= actor.update_critic(experience, algorithm)  # if there is a critic
             first = True  # the weights are those that scored
             plan = algorithm.replay(experience)  # empty while a hook holds the policy
             for each in plan:

@@ -62,7 +62,7 @@ class Bucket:
 
 @dataclass(frozen=True, slots=True)
 class Holder:
-    """One rank among those that hold the model, with the process groups of its copy of the model.
+    """One of the ranks that hold the model, with the process groups of its copy of the model.
 
     A group of one rank may be None. Data parallelism makes copies of the model; the number of copies of the experts may
     differ from that of everything else.
@@ -102,7 +102,7 @@ class ExportPlan:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all tensors."""
+        """Number of bytes of all exported tensors."""
         return sum(bucket.numel for bucket in self.buckets) * self.dtype.itemsize
 
     def stages(self, pp_rank: int) -> tuple[PipelineStage, ...]:

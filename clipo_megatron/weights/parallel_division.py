@@ -52,7 +52,7 @@ class ParallelDivision:
         """
         if self.first_layers is None and self.last_layers is None:
             return even_stages(num_layers, self.pp * self.vpp)
-        counts = self._uneven(num_layers)
+        counts = self._layers_per_rank(num_layers)
         chunks = [counts[i % self.pp] // self.vpp for i in range(self.pp * self.vpp)]
         offsets = [sum(chunks[:i]) for i in range(len(chunks))]
         last = len(chunks) - 1
@@ -72,8 +72,8 @@ class ParallelDivision:
             for etp_rank in range(self.expert_tp):
                 yield Coordinates(ep=self.ep, ep_rank=ep_rank, etp=self.expert_tp, etp_rank=etp_rank)
 
-    def _uneven(self, num_layers: int) -> list[int]:
-        """Return the number of layers of each pipeline rank."""
+    def _layers_per_rank(self, num_layers: int) -> list[int]:
+        """Return the number of layers of each pipeline rank where the first or last has its own number."""
         counts: list[int | None] = [None] * self.pp
         counts[0], counts[-1] = self.first_layers, self.last_layers or counts[-1]
         if self.pp == 1:

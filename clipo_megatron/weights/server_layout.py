@@ -27,7 +27,7 @@ Cut = Callable[[Sequence["Tensor"], int, int], list["Tensor"]]
 
 @dataclass(frozen=True, slots=True)
 class ServerTensor:
-    """One tensor of a server."""
+    """One tensor as a rollout server holds it."""
 
     name: str
     sources: tuple[str, ...]  # Hugging Face names, in the order in which they lie in the tensor

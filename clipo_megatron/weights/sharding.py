@@ -146,7 +146,9 @@ class RowParallel(Sharding):
 
 @dataclass(frozen=True)
 class Interleaved(Sharding):
-    """Divided along the output features (dim 0), after the sources were interleaved in groups of rows.
+    """Column-parallel: divided along the output features (dim 0), after the sources were interleaved by groups of rows.
+
+    With one source and no groups this is plain column parallelism.
 
     Every source is split into `groups` equal runs of rows. The parameter is run 0 of every source, then run 1 of every
     source, and so on; rank r holds the r-th of `size` equal chunks of it, and a chunk may be a part of a group.
@@ -205,10 +207,6 @@ class Interleaved(Sharding):
         rows = [shape[0] // groups for shape in shapes]
         for group in range(groups):
             yield RowSpan(group * rows[source], group * sum(rows) + sum(rows[:source]), rows[source])
-
-
-class ColumnParallel(Interleaved):
-    """One source, divided along the output features (dim 0)."""
 
 
 class GateUp(Interleaved):

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from tiny_models import tiny_llama
 
 from clipo_megatron.conversion import running
-from clipo_megatron.conversion.plan import ConversionError
+from clipo_megatron.conversion.conversion import ConversionError
 from clipo_megatron.conversion.running import convert
 from clipo_megatron.conversion.to_hf import ToHF
 from clipo_megatron.conversion.to_megatron import ToMegatron

@@ -40,7 +40,7 @@ def one_critic_update(config: RunConfig, layout_config: LayoutConfig) -> dict[st
     if actor.layout.is_last_stage:
         for micro in batch.micro_batches:
             micro.signals["value"] = micro.signals["value"] + old_shift(micro.targets)
-    metrics = actor.learn_values(experience, algorithm)
+    metrics = actor.update_critic(experience, algorithm)
     gradients = {
         bare(name): whole(parameter, shard, parameter.main_grad.view(-1)[shard.start : shard.stop])
         for name, parameter, shard in state._shards(actor.critic.trainable.optimizer)

@@ -153,7 +153,7 @@ def train(
         facts["scores"].append(actor.score(micro_batches, table, algorithm))
         experience = algorithm.assign_advantages(table, mini_batches)
         actor.batcher.assign_token_advantages(experience, algorithm)
-        facts["values"].append(actor.learn_values(experience, algorithm))
+        facts["values"].append(actor.update_critic(experience, algorithm))
         fresh = True
         plan = algorithm.replay(experience)
         for each in plan:

@@ -37,7 +37,7 @@ class Clipo(Hook):
         return self.warming_up and not self.config.warmup_policy
 
     def bonus(self, table: RolloutTable) -> Tensor:
-        """[B] float32; zeros during the warm-up.
+        """The contrastive bonus, [B] float32; zeros during the warm-up.
 
         Raises:
             ValueError: the table lacks the signals "contrastive_loss" and "contrastive_valid".
@@ -61,10 +61,10 @@ class Clipo(Hook):
         )
 
     def _positives(self, table: RolloutTable) -> Tensor:
-        """[B] int64, the number of correct rollouts among those an anchor's positives come from: its group or the
-        batch.
+        """How many correct rollouts there are where each rollout's positives come from, its group or the batch.
 
-        1 for soft_nn, whose loss at perfect separation is 0 rather than ln(n_pos - 1): nothing is subtracted.
+        [B] int64; 1 for soft_nn, from whose loss nothing is subtracted: at perfect separation it is 0, not
+        ln(n_pos - 1).
         """
         if self.config.loss == ContrastiveLossName.soft_nn:
             return torch.ones_like(table.group)

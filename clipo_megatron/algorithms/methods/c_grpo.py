@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from clipo_megatron.algorithms.hook import Hook, HookContext, MethodOptions
-from clipo_megatron.algorithms.user_classes import imported, place_problems
+from clipo_megatron.algorithms.user_classes import import_object, import_path_problems
 from clipo_megatron.config.errors import ConfigError, ConfigProblem
 from clipo_megatron.config.ranges import within
 from clipo_megatron.config.schema import RunConfig
@@ -26,7 +26,7 @@ class CgrpoOptions(MethodOptions):
 
     def problems(self, config: RunConfig) -> Iterator[ConfigProblem]:
         if self.score is not None:
-            yield from place_problems("score", self.score, "function")
+            yield from import_path_problems("score", self.score, "function")
 
 
 class CGRPO(Hook):
@@ -47,7 +47,7 @@ class CGRPO(Hook):
     def __init__(self, options: CgrpoOptions | None = None):
         super().__init__(options)
         named = self.options.score
-        self.score: Callable[[Prompt, Rollout], float] = self._share if named is None else imported(named)
+        self.score: Callable[[Prompt, Rollout], float] = self._share if named is None else import_object(named)
         if not callable(self.score):
             raise ConfigError(f"{named} is no function. Name one that takes a prompt and a rollout.")
 

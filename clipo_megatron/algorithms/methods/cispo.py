@@ -23,7 +23,7 @@ class CISPO(GRPO):
     clip_low_below_one = False
 
     def loss(self, tokens: TokenBatch) -> Tensor:
-        """[N] float32; its gradient estimates that of the objective, its value does not."""
+        """The loss of each token, [N] float32: its gradient estimates that of the objective, its value does not."""
         ratio = (tokens.logprobs.detach() - tokens.old_logprobs).exp()
         weight = ratio.clamp(1 - self.clip_low, 1 + self.clip_high)
         tokens.metrics["policy/clip_fraction"] = (tokens.weights * (weight != ratio)).sum()

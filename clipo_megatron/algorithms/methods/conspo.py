@@ -39,11 +39,11 @@ class ConSPO(GroupLoss, Scheduled):
     options_class = ConspoOptions
 
     def scores(self, tokens: TokenBatch) -> Tensor:
-        """[N, 1], each token's part of s."""
+        """Each token's part of s, [N, 1]."""
         return (tokens.logprobs / tokens.length)[:, None]
 
     def group_loss(self, scores: Tensor, experience: Experience, rows: Tensor) -> Tensor:
-        """Scalar float64. The wrong rollouts of a group enter by their log-sum-exp, so one pass is enough."""
+        """The loss, a float64 scalar. A group's wrong rollouts enter by their log-sum-exp, so one pass is enough."""
         options, table = self.options, experience.table
         score = options.tau * scores[:, 0]
         correct, group = table.correct[rows], table.group[rows]

@@ -35,11 +35,11 @@ class CoPG(GroupLoss):
     takes_off_policy_rollouts = True
 
     def scores(self, tokens: TokenBatch) -> Tensor:
-        """[N, 1], each token's part of log(pi / pi_ref)."""
+        """Each token's part of log(pi / pi_ref), [N, 1]."""
         return (tokens.logprobs - tokens.reference_logprobs)[:, None]
 
     def group_loss(self, scores: Tensor, experience: Experience, rows: Tensor) -> Tensor:
-        """Scalar float64. The mean of a group's squared differences is twice its unbiased variance."""
+        """The loss, a float64 scalar. The mean of a group's squared differences is twice its unbiased variance."""
         table = experience.table
         group, zeros = table.group[rows], scores.new_zeros(len(table.prompt_ids))
         regularised = experience.reward[rows].to(scores) - self.options.beta * scores[:, 0]

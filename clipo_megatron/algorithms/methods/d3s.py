@@ -81,7 +81,7 @@ class D3S(Scheduled):
 
 
 def count_of(share: float, total: int) -> int:
-    """A share of `total`, rounded up, but not for the share's own rounding error."""
+    """`share * total` rounded up; an excess of 1e-9 over a whole number counts as rounding error."""
     return math.ceil(share * total - 1e-9)
 
 

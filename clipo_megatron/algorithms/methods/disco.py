@@ -53,7 +53,7 @@ class DisCO(GroupLoss):
     options_class = DiscoOptions
 
     def scores(self, tokens: TokenBatch) -> Tensor:
-        """[N, 2], each token's part of s, and log old - log new."""
+        """Each token's part of s, and its log old - log new; [N, 2]."""
         gap = tokens.logprobs - tokens.old_logprobs
         part = tokens.logprobs if self.options.score is DiscoScore.log_likelihood else gap.exp()
         return torch.stack([part / tokens.length, -gap], dim=1)

@@ -26,7 +26,7 @@ class GSPO(GRPO):
     default_aggregation = Aggregation.sequence_mean
 
     def log_ratio(self, tokens: TokenBatch) -> Tensor:
-        """[N] float32, the rollout's mean on each of its tokens, with the token's own gradient."""
+        """The rollout's mean log ratio on each of its tokens, with the token's own gradient; [N] float32."""
         return mean_with_own_gradient(tokens.logprobs - tokens.old_logprobs, tokens)
 
 
@@ -48,7 +48,7 @@ class GMPO(GRPO):
     default_aggregation = Aggregation.sequence_mean
 
     def loss(self, tokens: TokenBatch) -> Tensor:
-        """[N] float32, the rollout's value on each of its tokens."""
+        """The rollout's loss on each of its tokens, [N] float32."""
         log_ratio, positive = tokens.logprobs - tokens.old_logprobs, tokens.advantages > 0
         limited = torch.where(positive, log_ratio.clamp(max=self.clip_high), log_ratio.clamp(min=-self.clip_low))
         tokens.metrics["policy/clip_fraction"] = (tokens.weights * (limited != log_ratio)).sum().detach()

@@ -69,7 +69,7 @@ class HPT(DrGRPO):
         return found
 
     def token_weight(self, table: RolloutTable, rows: Tensor) -> Tensor:
-        """[B] float32; 0 in groups that learn from their demonstration."""
+        """The baseline's token weights, [B] float32; 0 in groups that learn from their demonstration."""
         learning = rows[~self._demonstrated(table)[table.group[rows]]]
         share = table.group[learning].unique().numel() / max(table.group[rows].unique().numel(), 1)
         return share * super().token_weight(table, learning)

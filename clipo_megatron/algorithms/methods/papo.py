@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from clipo_megatron.algorithms.hook import Hook, HookContext, MethodOptions, TokenBatch
-from clipo_megatron.algorithms.seeds import generator_of
+from clipo_megatron.algorithms.seeds import prompt_generator
 from clipo_megatron.config.ranges import within
 from clipo_megatron.flow import RolloutTable
 
@@ -45,7 +45,9 @@ class PAPO(Hook):
         options, masked = self.options, {}
         for group, name in enumerate(table.prompt_ids):
             tokens = self.context.prompts[name].tokens
-            hidden = torch.rand(tokens.numel(), generator=generator_of(options.seed, table.step, name)) < options.mask
+            hidden = (
+                torch.rand(tokens.numel(), generator=prompt_generator(options.seed, table.step, name)) < options.mask
+            )
             masked[group] = torch.where(hidden, self.context.mask_id, tokens)
         return {"masked_logprob": masked}
 

@@ -57,16 +57,16 @@ class PIPO(Replay):
         """The previous step's experience, its advantages times phi."""
         mean = _mean_reward(experience)
         self.phi = 0.0 if mean is None else self._phi(mean, self._before(experience))
-        return _times(self.previous, self.phi) if self.previous is not None and self.phi else None
+        return _with_advantages_times(self.previous, self.phi) if self.previous is not None and self.phi else None
 
     def after_update(self, experience: Experience, *, learned: bool) -> None:
         if learned:
             mean, before = _mean_reward(experience), self._before(experience)
             self.means = before if mean is None else [*before, mean][-self.options.window :]
-            self.previous = _kept(experience)
+            self.previous = _host_copy(experience)
 
     def loss(self, tokens: TokenBatch) -> None:
-        """Adds nothing; reports phi."""
+        """Adds nothing to the loss, and reports phi as a metric."""
         tokens.metrics["pipo/phi"] = (tokens.weights * self.phi).sum()
 
     def _before(self, experience: Experience) -> list[float]:
@@ -91,12 +91,12 @@ class PIPO(Replay):
 
 
 def _mean_reward(experience: Experience) -> float | None:
-    """The mean over graded rollouts; None without any."""
+    """The mean shaped reward of the graded rollouts; None if there are none."""
     rewards = experience.reward[experience.table.graded]
     return float(rewards.double().mean()) if rewards.numel() else None
 
 
-def _kept(experience: Experience) -> Experience:
+def _host_copy(experience: Experience) -> Experience:
     """A copy in host memory, without demonstrations and what only scoring and advantages needed."""
 
     def kept(micro: MicroBatch) -> MicroBatch:
@@ -109,7 +109,7 @@ def _kept(experience: Experience) -> Experience:
     return replace(experience, mini_batches=batches, table=replace(table, signals=small), demonstrations={})
 
 
-def _times(experience: Experience, phi: float) -> Experience:
+def _with_advantages_times(experience: Experience, phi: float) -> Experience:
     """A copy whose advantages are multiplied by phi."""
 
     def times(micro: MicroBatch) -> MicroBatch:

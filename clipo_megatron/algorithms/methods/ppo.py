@@ -56,7 +56,7 @@ class PPO(ClippedPolicyLoss):
     reads_token_rewards = True
 
     def advantage(self, table: RolloutTable, reward: Tensor) -> Tensor:
-        """[B] float32, the rewards; 0 where ungraded."""
+        """The rewards, [B] float32, 0 where ungraded: a critic turns them into advantages of tokens."""
         return torch.where(table.graded, reward, 0.0)
 
     def open_ends(self, table: RolloutTable) -> Tensor:
@@ -121,7 +121,7 @@ class TPPO(PPO):
         self.windows = context.config.rollout.window_tokens is not None
 
     def open_ends(self, table: RolloutTable) -> Tensor:
-        """[B] bool, the rollouts that the next step goes on with; without windows the truncated ones."""
+        """The rollouts that the next step goes on with, [B] bool; without windows the truncated ones."""
         return table.unfinished if self.windows else table.truncated
 
     def returns(self, returns: Tensor, value: Tensor, open_end: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 
 from clipo_megatron.algorithms.hook import Hook, Signal
 from clipo_megatron.algorithms.policy_loss import PolicyLoss
-from clipo_megatron.algorithms.user_classes import imported
+from clipo_megatron.algorithms.user_classes import import_object
 from clipo_megatron.config.errors import ConfigError
 from clipo_megatron.config.schema import AlgorithmConfig, RunConfig
 
@@ -80,7 +80,7 @@ def _class(name: str, table: Mapping[str, str], base: type[Hook]) -> type:
             raise ConfigError(f"there is no method {name!r} among {', '.join(table)}. Correct the name.")
         module, _, attribute = table[name].partition(":")
         return getattr(importlib.import_module(f"clipo_megatron.algorithms.methods.{module}"), attribute)
-    found = imported(name)
+    found = import_object(name)
     if not (isinstance(found, type) and issubclass(found, base)):
         raise ConfigError(f"{name} is no subclass of {base.__module__}.{base.__name__}. Name a class that is one.")
     return found

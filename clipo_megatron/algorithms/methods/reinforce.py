@@ -75,11 +75,11 @@ class ReinforcePP(ClippedPolicyLoss):
         return self.kl_in_reward
 
     def outcome(self, table: RolloutTable, reward: Tensor) -> Tensor:
-        """[B], what is whitened."""
+        """The rewards [B] that are whitened."""
         return reward
 
     def advantage(self, table: RolloutTable, reward: Tensor) -> Tensor:
-        """[B] float32, 0 where ungraded; not whitened yet where tokens have returns of their own."""
+        """The whitened rewards, [B] float32, 0 where ungraded; not yet whitened if tokens have returns of their own."""
         outcome = self.outcome(table, reward)
         if self.kl_in_reward:
             return torch.where(table.graded, outcome, 0.0).float()

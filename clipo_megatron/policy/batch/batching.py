@@ -70,8 +70,8 @@ class Batcher:
                     owner[rows[members]] = dp_rank
         return self._packed(planned, deliver(samples, table, owner, self.layout))
 
-    def mini_batches_again(self, samples: Mapping[int, Sample], table: RolloutTable) -> list[MiniBatch]:
-        """As `mini_batches_of`, but every rank has all rollouts, by row, so nothing is sent."""
+    def repack_mini_batches(self, samples: Mapping[int, Sample], table: RolloutTable) -> list[MiniBatch]:
+        """Plan and pack as `mini_batches_of` does, from all rollouts by row, which every rank has: nothing is sent."""
         return self._packed(self._plan(table), samples)
 
     def _plan(self, table: RolloutTable) -> list[tuple[Tensor, list[list[list[int]]]]]:
@@ -102,6 +102,7 @@ class Batcher:
         ]
 
     def pack(self, samples: Sequence[Sample]) -> MicroBatch:
+        """Pack rollouts into one micro-batch, by this run's rules."""
         return pack(
             samples,
             share_prompts=self.share_prompts,
@@ -146,7 +147,7 @@ class Batcher:
         return total
 
     def with_advantages(self, batch: MiniBatch, experience: Experience, algorithm: Algorithm) -> MiniBatch:
-        """The rows of a mini-batch that train, in micro-batches with the advantage and weight of every target.
+        """Return the rows of a mini-batch that train, with the advantage and weight of every target.
 
         Rollouts with advantage 0 are left out of the micro-batches where they have no gradient; they count in the
         weights all the same. Demonstrations follow in micro-batches of their own.
@@ -156,7 +157,7 @@ class Batcher:
         active = weight != 0
         if not algorithm.learns_without_advantage:
             active &= experience.advantage != 0
-        micro_batches = [self._without(micro.to(platform().device), active) for micro in batch.micro_batches]
+        micro_batches = [self._active_part(micro.to(platform().device), active) for micro in batch.micro_batches]
         for micro in micro_batches:
             own = micro.rows[micro.rollout].cpu()
             device = micro.tokens.device
@@ -198,8 +199,8 @@ class Batcher:
             packed.append(micro)
         return packed
 
-    def _without(self, micro: MicroBatch, active: Tensor) -> MicroBatch:
-        """The micro-batch without rollouts that are not `active` [B] bool; the columns of the others are kept."""
+    def _active_part(self, micro: MicroBatch, active: Tensor) -> MicroBatch:
+        """The micro-batch with only those rollouts that are `active` [B] bool, and their columns."""
         if bool(active[micro.rows.cpu()].all()):
             return micro
         smaller = self.pack([sample for sample in micro.samples if active[sample.row]])

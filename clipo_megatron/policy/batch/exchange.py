@@ -29,8 +29,10 @@ def build_table(
     Tokens of a rollout's earlier windows become part of its prompt: only the tokens of this step train.
 
     Args:
-        groups: what this rank generated; may be empty. step: number of the step. observe: further facts of one rollout,
-        under the same names for each; numbers become signals, texts text columns.
+        groups: what this rank generated; may be empty.
+        step: number of the step.
+        observe: further facts of one rollout, under the same names for each; numbers become signals, texts text
+            columns.
 
     Returns:
         The table, identical on every rank, and this rank's rollouts with their rows in it.
@@ -123,7 +125,7 @@ def deliver(samples: Sequence[Sample], table: RolloutTable, owner: Tensor, layou
         samples: this rank's rollouts.
         table: the step's facts.
         owner: [B] int64, the data-parallel rank that trains each row; -1 for none.
-        layout: the layout, as seen from this rank.
+        layout: this rank's place in the parallel layout.
 
     Returns:
         The rollouts of this rank's replica, by row; the same on all its ranks.

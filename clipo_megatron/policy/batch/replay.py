@@ -33,7 +33,7 @@ class ReplayCheckpointer:
         self.algorithm, self.batcher = algorithm, batcher
 
     def state_dict(self) -> dict[str, Any]:
-        """The experiences by place of the hook; complete on rank 0 only."""
+        """The experiences, by the hook's index in the algorithm; complete on rank 0 only."""
         return {
             str(place): self._gathered(hook.previous)
             for place, hook in enumerate(self.algorithm.hooks)
@@ -74,7 +74,7 @@ class ReplayCheckpointer:
             row: Sample(row, int(table.group[row]), prompt, by_row["response"][row].long(), by_row["logprobs"][row])
             for row, prompt in enumerate(prompts)
         }
-        batches = self.batcher.mini_batches_again(samples, table)
+        batches = self.batcher.repack_mini_batches(samples, table)
         experience = Experience(table, batches, **state["columns"]).to(HOST)
         if self.batcher.layout.is_last_stage:
             for batch in experience.mini_batches:

@@ -31,7 +31,7 @@ from torch import Tensor
 from clipo_megatron.runtime.durable_files import FolderWriter, StreamedFile
 from clipo_megatron.runtime.platform import platform
 from clipo_megatron.weights.formats.archive import write_tensor
-from clipo_megatron.weights.formats.torch_dist_writer import FileSpan, description, saved
+from clipo_megatron.weights.formats.torch_dist_writer import FileSpan, metadata_files, torch_save_bytes
 
 _ALIGNMENT = 64  # bytes, of the parts in the buffer
 
@@ -92,8 +92,10 @@ class SnapshotPlan:
             raise ValueError(f"{min(lost)} is in only one of the two forms of Megatron's state dict, whole and split")
         mine = [each for each in nested_values(sharded) if isinstance(each, ShardedObject) and _is_mine(each)]
         # Extra states of layers, stored as lists of one; nearly all of them are None.
-        nothing = saved([None])
-        self.objects = {each.unique_key: nothing if each.data is None else saved([each.data]) for each in mine}
+        no_state = torch_save_bytes([None])
+        self.objects = {
+            each.unique_key: no_state if each.data is None else torch_save_bytes([each.data]) for each in mine
+        }
         # Whether they never change, so that the plan holds for every snapshot.
         self.has_fixed_objects = all(each.data is None for each in mine)
 
@@ -153,7 +155,7 @@ class TrainableSnapshot:
     def __init__(
         self, parts: list[TensorPart], objects: dict[str, bytes], common: dict[str, Any], buffer: HostBuffer
     ) -> None:
-        self._parts, self._objects, self._common, self._buffer = parts, objects, saved(common), buffer
+        self._parts, self._objects, self._common, self._buffer = parts, objects, torch_save_bytes(common), buffer
         self._since, self._rank = platform().now(), dist.get_rank()
 
     def copy(self) -> None:
@@ -179,7 +181,7 @@ class TrainableSnapshot:
     def finish(self, files: FolderWriter, written: Sequence[list[FileSpan]]) -> None:
         """Write the files that describe the others; one rank does, with what `write` returned on every rank."""
         places = [place for spans in written for place in spans]
-        for name, data in description(places, self._common).items():
+        for name, data in metadata_files(places, self._common).items():
             files.write(name, data)
 
     def _write(self, file: StreamedFile, name: str) -> Iterator[FileSpan]:

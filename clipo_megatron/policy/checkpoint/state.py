@@ -36,7 +36,7 @@ from clipo_megatron.runtime.platform import platform
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 MASTER = "master"  # the fp32 parameter that the optimizer updates
-_NOTHING = torch.empty(0)
+_EMPTY = torch.empty(0)
 
 
 class TrainableCheckpointer:
@@ -48,16 +48,16 @@ class TrainableCheckpointer:
     def __init__(self, trainable: Trainable) -> None:
         self.stage, self.optimizer = trainable.stage, trainable.optimizer
         self._buffer = HostBuffer()
-        self._parameters: list[ShardedTensor | ShardedTensorFactory] = []  # and buffers of the stage
+        self._parameters: list[ShardedTensor | ShardedTensorFactory] = []  # the stage's, and its buffers
         self._plan: SnapshotPlan | None = None
-        self._checked = False
+        self._checked = False  # whether the ranks have checked that nothing is missing and nothing held twice
 
     def take(self) -> TrainableSnapshot:
         """A snapshot of the current state, to be copied or written before the next update.
 
         The first call is collective: the ranks check that together they hold every element of every tensor once.
         """
-        with _megatron_here():
+        with _adapted_megatron():
             if self._plan is None or not self._plan.has_fixed_objects:
                 self._plan = self._make_plan()
             plan = self._plan
@@ -69,7 +69,7 @@ class TrainableCheckpointer:
             ]
             for _, _, shard in _shards(self.optimizer):
                 states = _state_of(shard)
-                sources += [states[key].view(-1) if states else _NOTHING for key in (MASTER, *MOMENTS)]
+                sources += [states[key].view(-1) if states else _EMPTY for key in (MASTER, *MOMENTS)]
             are_copies += [False] * (len(sources) - len(are_copies))
         parts = plan.parts(sources, are_copies)
         return TrainableSnapshot(parts, plan.objects, plan.common | self._common(), self._buffer)
@@ -79,9 +79,9 @@ class TrainableCheckpointer:
 
         For a checkpoint of another architecture Megatron raises an error that names the key or shape.
         """
-        with _megatron_here():
+        with _adapted_megatron():
             model = _sharded(self.stage, stacked=_is_stacked(folder))
-            template = {"model": model, "optimizer": _in_model_shape(model, self.optimizer, _blank)}
+            template = {"model": model, "optimizer": _sharded_optimizer_state(model, self.optimizer, _empty_tensors)}
             state = dist_checkpointing.load(template, str(folder))
             self.stage.load_state_dict(state["model"])
         self.optimizer.schedule.load_state_dict(state["schedule"])
@@ -91,7 +91,7 @@ class TrainableCheckpointer:
 
     def _make_plan(self) -> SnapshotPlan:
         model = _sharded(self.stage)
-        states = _in_model_shape(model, self.optimizer, _nowhere)
+        states = _sharded_optimizer_state(model, self.optimizer, _meta_tensors)
         self._parameters = list(nested_values(extract_sharded_tensors_and_factories(model)[0]))
         spans = {name: (shard.start, shard.stop) for name, _, shard in _shards(self.optimizer)}
         sources = [
@@ -107,7 +107,7 @@ class TrainableCheckpointer:
 
 
 def _sharded(stage: torch.nn.Module, *, stacked: bool = False) -> dict[str, Any]:
-    """Megatron's sharded state dict of a stage, with keys for each layer or with the layers stacked."""
+    """Return Megatron's sharded state dict of a stage, with keys for each layer or with the layers stacked."""
     return stage.sharded_state_dict(metadata={"non_homogeneous_layers": not stacked})
 
 
@@ -153,10 +153,12 @@ def _state_of(shard: _Shard, *, updates: int | None = None) -> dict[str, Tensor]
     return {MASTER: shard.main.data, **moments}
 
 
-def _in_model_shape(model: dict[str, Any], optimizer: DistributedAdamW, fill: Any) -> dict[str, dict[str, Any]]:
+def _sharded_optimizer_state(
+    model: dict[str, Any], optimizer: DistributedAdamW, fill: Any
+) -> dict[str, dict[str, Any]]:
     """Sharded tensors of the optimizer's state, by parameter name and kind (master, exp_avg, exp_avg_sq).
 
-    They are divided as the parameters are. `fill(parameter, shard)` makes the tensor of each kind.
+    They are divided as the parameters are. `fill(parameter, shard)` makes the whole tensor of each kind.
     """
     sharded, _ = extract_sharded_tensors_and_factories(model)
     by_parameter = {id(each.data): each for each in nested_values(sharded)}
@@ -169,17 +171,18 @@ def _in_model_shape(model: dict[str, Any], optimizer: DistributedAdamW, fill: An
     }
 
 
-def _blank(parameter: torch.nn.Parameter, _shard: _Shard) -> dict[str, Tensor]:
+def _empty_tensors(parameter: torch.nn.Parameter, _shard: _Shard) -> dict[str, Tensor]:
+    """Make uninitialised tensors for a parameter's master and moments, into which a checkpoint is loaded."""
     return {key: torch.empty_like(parameter, dtype=torch.float32).detach() for key in (MASTER, *MOMENTS)}
 
 
-def _nowhere(parameter: torch.nn.Parameter, _shard: _Shard) -> dict[str, Tensor]:
-    """As `_blank`, without memory."""
+def _meta_tensors(parameter: torch.nn.Parameter, _shard: _Shard) -> dict[str, Tensor]:
+    """Make tensors of the same shapes on the meta device, where they take no memory."""
     return {key: torch.empty(parameter.shape, dtype=torch.float32, device="meta") for key in (MASTER, *MOMENTS)}
 
 
 def _shards(optimizer: DistributedAdamW) -> Iterator[tuple[str, torch.nn.Parameter, _Shard]]:
-    """Every trained parameter with its name and shard, in the same order on all data-parallel ranks."""
+    """Yield every trained parameter with its name and shard, in the same order on all data-parallel ranks."""
     for inner in optimizer.inner.chained_optimizers:
         trained = {parameter for buffer in inner.buffers for parameter in buffer.param_index_map}
         for chunk in inner.model_chunks:
@@ -200,8 +203,8 @@ def _updates(optimizer: DistributedAdamW) -> int:
 
 
 @contextmanager
-def _megatron_here() -> Iterator[None]:
-    """Within, Megatron's checkpoint code, which this module imports so that it is adapted, works on this platform."""
+def _adapted_megatron() -> Iterator[None]:
+    """Within, Megatron's checkpoint code works on this platform; the imports above load all that has to be adapted."""
     platform().adapt("megatron.core")
     with platform().cuda_tensor_names():
         yield

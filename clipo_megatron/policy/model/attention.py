@@ -56,7 +56,7 @@ def plan_segments(segments: Sequence[Segment], device: torch.device, window: int
     """Batch segments by the length of their context and their own.
 
     Args:
-        segments: the row's, in order.
+        segments: those of the packed row, in order.
         device: where index tensors and masks go.
         window: keys that a query sees, including its own; None: all up to its own.
     """

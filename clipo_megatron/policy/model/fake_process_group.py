@@ -37,10 +37,10 @@ def meta_stages(
     """Build the rank's model chunks on the meta device, so that parameters take no memory.
 
     Args:
-        spec: the model's.
+        spec: the architecture of the model.
         layout: the rank's place, from `fake_process_group`.
-        dtype: the parameters'.
-        vocab_multiple: rows a rank to which the vocabulary is padded; None: what this machine's devices want.
+        dtype: of the parameters.
+        vocab_multiple: each rank's rows of the vocabulary are padded to a multiple of it; None: as training does here.
     """
     config = transformer_config(spec, ModelConfig(dtype=dtype), layout)
     config.use_cpu_initialization = True  # else Megatron names a device for every parameter

@@ -106,7 +106,7 @@ def transformer_config(spec: ModelSpec, model: ModelConfig, layout: Layout) -> T
 
 
 def _stage_sizes(division: ParallelDivision) -> dict[str, int | None]:
-    """The settings for pipeline stages with more or fewer layers than the others, and for several chunks a rank."""
+    """Megatron's settings for uneven pipeline stages and for several model chunks a rank."""
     if division.pp == 1:
         return {}
     return {
@@ -141,7 +141,7 @@ def _layer_spec(spec: ModelSpec, sparse: bool) -> ModuleSpec:
 
 
 def _padded_vocab(size: int, tp: int, multiple: int | None) -> int:
-    """`size` rounded up: each of `tp` shards has a multiple of `multiple` rows; None: of 64 on GPUs, else of 1."""
+    """Round `size` up so that each of `tp` shards has a multiple of `multiple` rows; None: 64 on GPUs, else 1."""
     shards = tp * (multiple or (VOCAB_MULTIPLE_ON_GPUS if platform().has_gpu else 1))
     return -(-size // shards) * shards
 
@@ -157,9 +157,9 @@ class PolicyStage(GPTModel):
     """One pipeline stage of the policy, or one of its virtual stages.
 
     Args:
-        spec: the model's.
-        config: Megatron's, from `transformer_config`.
-        layout: this rank's place.
+        spec: the architecture of the model.
+        config: Megatron's configuration, from `transformer_config`.
+        layout: this rank's place in the parallel layout.
         chunk: which of the rank's model chunks; 0 without virtual stages.
         vocab_multiple: each rank's rows of the vocabulary are padded to a multiple of it; None: see `_padded_vocab`.
 

@@ -29,10 +29,10 @@ class ValueStage(PolicyStage):
     head, and on the last of several stages no copy of the embeddings where the language model ties the two.
 
     Args:
-        spec: the language model's that it is made from.
-        config: Megatron's; the stage does not share it with another.
-        layout: this rank's place.
-        seed: the value head's.
+        spec: the architecture of the language model that it is made from.
+        config: Megatron's configuration, which no other stage may share.
+        layout: this rank's place in the parallel layout.
+        seed: seed of the value head's weights.
     """
 
     has_lm_head = False

@@ -100,7 +100,7 @@ class _Archive:
         self._directory, self._count = self._directory + b"PK\x01\x02" + entry + path, self._count + 1
 
     def end(self) -> None:
-        """Write the directory."""
+        """Write the archive's directory, which ends it."""
         begin = self._file.nbytes - self._start
         sizes = struct.pack("<4H2IH", 0, 0, self._count, self._count, len(self._directory), begin, 0)
         self._file.append(self._directory + b"PK\x05\x06" + sizes)
@@ -113,7 +113,7 @@ def _description(tensor: Tensor) -> bytes:
 
 
 class _Description:
-    """Pickled as a call that makes a tensor of a storage."""
+    """Pickles as the call that makes a tensor of its storage, as torch.save writes it."""
 
     def __init__(self, tensor: Tensor) -> None:
         self._tensor = tensor
@@ -127,6 +127,8 @@ class _Description:
 
 @dataclass(frozen=True, slots=True)
 class _Storage:
+    """Stands for a torch storage while a tensor's description is pickled."""
+
     kind: str
     numel: int
 
@@ -177,7 +179,7 @@ class MetadataUnpickler(pickle.Unpickler):
 
 
 class _Shell:
-    """Stands for an object that is not needed."""
+    """Replaces a class that must not be loaded; accepts any arguments and state."""
 
     def __init__(self, *_: Any, **__: Any) -> None: ...
 
@@ -186,6 +188,8 @@ class _Shell:
 
 @dataclass(frozen=True, slots=True)
 class _Saved:
+    """The description of a saved tensor: sizes, strides and offset count elements of its storage."""
+
     storage: str
     dtype: torch.dtype
     offset: int

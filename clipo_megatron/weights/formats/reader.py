@@ -62,7 +62,7 @@ class HFReader:
         return tuple(sorted(self._files))
 
     def get(self, name: str) -> Tensor:
-        """Read a whole tensor."""
+        """Read a whole tensor into memory."""
         return self.view(name)[:]
 
     def view(self, name: str) -> LazyTensor:
@@ -84,7 +84,7 @@ class HFReader:
         return {name: self._handle(name) for name in sorted(set(self._files.values()))}
 
     def close(self) -> None:
-        """Close the files. Idempotent; reading afterwards is an error."""
+        """Close the files; calling it again does nothing, and reading afterwards is an error."""
         for handle in (self._open or {}).values():
             handle.close()
         self._open = None

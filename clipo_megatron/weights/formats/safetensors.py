@@ -53,7 +53,7 @@ class StoredTensor:
 
     @property
     def nbytes(self) -> int:
-        """Number of its bytes."""
+        """Size of the tensor in bytes."""
         return prod(self.shape) * self.dtype.itemsize
 
 
@@ -77,7 +77,7 @@ class Header:
         return len(raw).to_bytes(_LENGTH, "little") + raw
 
 
-def parse(text: str, source: object = "the header") -> Header:
+def parse_header(text: str, source: object = "the header") -> Header:
     """Parse a header's text; `source` names it in messages.
 
     Raises:
@@ -102,7 +102,7 @@ def parse(text: str, source: object = "the header") -> Header:
     return Header(text, tensors, start + end)
 
 
-def build(tensors: Iterable[tuple[str, torch.dtype, Shape]]) -> Header:
+def build_header(tensors: Iterable[tuple[str, torch.dtype, Shape]]) -> Header:
     """Make a header as the safetensors library does: sorted by falling size of the dtype, then by name."""
     ordered = sorted(tensors, key=lambda tensor: (-tensor[1].itemsize, tensor[0]))
     entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
@@ -112,7 +112,7 @@ def build(tensors: Iterable[tuple[str, torch.dtype, Shape]]) -> Header:
         entries[name] = {"dtype": NAMES[dtype], "shape": list(shape), "data_offsets": [end, end + nbytes]}
         end += nbytes
     text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False)
-    return parse(text + " " * (-len(text.encode()) % 8))
+    return parse_header(text + " " * (-len(text.encode()) % 8))
 
 
 class SafetensorsFile:
@@ -145,7 +145,7 @@ class SafetensorsFile:
         return target
 
     def close(self) -> None:
-        """Close the file. Idempotent."""
+        """Close the file; calling it again does nothing."""
         self._file.close()
 
     def _read_header(self) -> Header:
@@ -157,7 +157,7 @@ class SafetensorsFile:
             text = os.pread(self._file.fileno(), length, _LENGTH).decode()
         except UnicodeDecodeError as error:
             raise WeightsFolderError(f"{self.path} is damaged or truncated: {error}") from error
-        header = parse(text, self.path)
+        header = parse_header(text, self.path)
         if header.size != size:
             raise WeightsFolderError(
                 f"{self.path} is damaged or truncated: it has {size} bytes, its header says {header.size}"
@@ -198,7 +198,7 @@ class SlicedRead:
         raise NotImplementedError
 
     def whole(self) -> Tensor:
-        """Read a scalar."""
+        """Read a tensor without dimensions."""
         raise NotImplementedError
 
     def __getitem__(self, index: slice | tuple[slice, ...]) -> Tensor:

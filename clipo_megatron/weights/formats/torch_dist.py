@@ -91,7 +91,7 @@ class TorchDist:
             )
 
     def close(self) -> None:
-        """Close the files. Idempotent."""
+        """Close the files; calling it again does nothing."""
         with self._lock:
             for file in self._files.values():
                 file.close()

@@ -96,7 +96,7 @@ class TorchDistReader:
         return tuple(self._places)
 
     def get(self, name: str) -> Tensor:
-        """Read a whole tensor."""
+        """Read a whole tensor into memory."""
         return self.view(name)[:]
 
     def view(self, name: str) -> TorchDistView:
@@ -116,7 +116,7 @@ class TorchDistReader:
         )
 
     def close(self) -> None:
-        """Close the files. Idempotent."""
+        """Close the files; calling it again does nothing."""
         self.store.close()
 
     def __enter__(self) -> TorchDistReader:

@@ -46,12 +46,12 @@ class FileSpan:
     dtype: torch.dtype | None = None
 
 
-def description(places: Sequence[FileSpan], common: bytes) -> dict[str, bytes]:
-    """Make the files that Megatron reads first, by name.
+def metadata_files(places: Sequence[FileSpan], common: bytes) -> dict[str, bytes]:
+    """Make the files that describe the folder, by name; Megatron reads them first.
 
     Args:
-        places: everything in the folder.
-        common: what is the same on all ranks, as made by `saved`.
+        places: where every tensor part and object was written.
+        common: what is the same on all ranks, as made by `torch_save_bytes`.
 
     Raises:
         ValueError: a part of a tensor was not written.
@@ -63,8 +63,8 @@ def description(places: Sequence[FileSpan], common: bytes) -> dict[str, bytes]:
     }
 
 
-def saved(value: object) -> bytes:
-    """Return what `torch.save` makes of a small value."""
+def torch_save_bytes(value: object) -> bytes:
+    """Return the bytes that `torch.save` writes for a small value."""
     buffer = io.BytesIO()
     torch.save(value, buffer)
     return buffer.getvalue()

@@ -18,7 +18,7 @@ from clipo_megatron.algorithms.build import build_algorithm
 from clipo_megatron.cli.main import main
 from clipo_megatron.config.schema import AlgorithmConfig, DType, LayoutConfig, PluginConfig, RunConfig
 from clipo_megatron.planning.hardware import HARDWARE, Assumptions
-from clipo_megatron.planning.layouts import LayoutPlan, candidates, judge
+from clipo_megatron.planning.layouts import LayoutPlan, plan_layout, search_layouts
 from clipo_megatron.planning.memory import server_memory, trainer_memory
 from clipo_megatron.planning.parameters import active_count, rank_count, stage_counts, whole_count
 from clipo_megatron.policy import parallel
@@ -184,7 +184,7 @@ def test_methods_cost_what_they_declare():
 
     def planned(name: str, *plugins: str, **settings: int) -> LayoutPlan:
         algorithm = AlgorithmConfig(name, plugins=[PluginConfig(each) for each in plugins], **settings)
-        return judge(replace(config, algorithm=algorithm), spec, 1, 32, HARDWARE["h100"], Assumptions())
+        return plan_layout(replace(config, algorithm=algorithm), spec, 1, 32, HARDWARE["h100"], Assumptions())
 
     def times(plan: LayoutPlan, of: LayoutPlan) -> tuple[float, float]:
         return pytest.approx((plan.time.score / of.time.score, plan.time.update / of.time.update))
@@ -205,7 +205,9 @@ def test_a_critic_is_of_its_own_models_size():
     config, spec, small = large_run("llama"), architecture("llama-3.1-70b"), architecture("qwen2.5-72b")
     small = replace(small, num_layers=40)
     config.layout.tp, config.layout.pp, config.serve.tp, config.algorithm.name = 8, 4, 4, "ppo"
-    like, other = (judge(config, spec, 2, 64, HARDWARE["h100"], Assumptions(), critic=each) for each in (None, small))
+    like, other = (
+        plan_layout(config, spec, 2, 64, HARDWARE["h100"], Assumptions(), critic=each) for each in (None, small)
+    )
     ratio = stage_counts(small, like.division)[1].total / stage_counts(spec, like.division)[1].total
     assert 0.4 < ratio < 0.6
     assert other.trainer[1].critic / like.trainer[1].critic == pytest.approx(ratio, rel=1e-3)
@@ -235,7 +237,7 @@ def test_a_server_holds_as_many_sequences_as_its_cache():
 @pytest.mark.parametrize("gpus", [64, 256, 1024])
 def test_layouts_fit_and_the_settings_ask_for_them(name, gpus):
     config, spec, hardware = large_run(name), architecture(name), HARDWARE["h200"]
-    found = candidates(config, spec, gpus, hardware, Assumptions())
+    found = search_layouts(config, spec, gpus, hardware, Assumptions())
     assert found, "no layout"
     assert [each.time.total for each in found] == sorted(each.time.total for each in found)
     for each in found:
@@ -252,13 +254,13 @@ def as_configured(config: RunConfig, spec: ModelSpec, plan: LayoutPlan) -> Layou
     layout = replace(config.layout, **numbers, sequence_parallel=values["layout.sequence_parallel"] == "true")
     model = replace(config.model, recompute=values["model.recompute"] == "true")
     config = replace(config, layout=layout, model=model, serve=replace(config.serve, tp=int(values["serve.tp"])))
-    return judge(config, spec, layout.dp, plan.server_gpus, plan.hardware, Assumptions())
+    return plan_layout(config, spec, layout.dp, plan.server_gpus, plan.hardware, Assumptions())
 
 
 def test_what_does_not_fit_says_so():
     config, spec = large_run("llama"), architecture("llama-3.1-70b")
     config.serve.tp = 1
-    plan = judge(config, spec, 8, 8, HARDWARE["h100"], Assumptions())
+    plan = plan_layout(config, spec, 8, 8, HARDWARE["h100"], Assumptions())
     assert not plan.fits
     assert re.match(
         r"stage 0 of the trainer needs [\d.]+ GB of 73.6 GB \(activations alone [\d.]+ GB\)", plan.problems[0]
@@ -269,15 +271,15 @@ def test_what_does_not_fit_says_so():
 def test_time_follows_tokens_and_gpus():
     config, spec, hardware = large_run("llama"), architecture("llama-3.1-70b"), HARDWARE["h100"]
     config.layout.tp, config.layout.pp, config.serve.tp = 8, 4, 4
-    one = judge(config, spec, 2, 64, hardware, Assumptions()).time
-    wider = judge(config, spec, 4, 128, hardware, Assumptions()).time
+    one = plan_layout(config, spec, 2, 64, hardware, Assumptions()).time
+    wider = plan_layout(config, spec, 4, 128, hardware, Assumptions()).time
     assert wider.update < one.update < 2.1 * wider.update and wider.generate < one.generate
     config.model.recompute = True
-    assert judge(config, spec, 2, 64, hardware, Assumptions()).time.update == pytest.approx(
+    assert plan_layout(config, spec, 2, 64, hardware, Assumptions()).time.update == pytest.approx(
         one.update * 4 / 3, rel=0.05
     )
     config.data.prompts_per_step *= 2
-    assert judge(config, spec, 2, 64, hardware, Assumptions()).time.tokens == 2 * one.tokens
+    assert plan_layout(config, spec, 2, 64, hardware, Assumptions()).time.tokens == 2 * one.tokens
 
 
 # ---------------------------------------------------------------- the command

@@ -80,9 +80,9 @@ def test_the_plan_needs_no_weights_and_is_the_same_with_them(tmp_path: Path) -> 
     files = with_weights.files()
     with_weights.close()
     (source / "model.safetensors").unlink()
-    alone = dry_run.FromConfig(source, tmp_path / "out", division=division, dtype=None)
+    alone = dry_run.ConfigOnlyConversion(source, tmp_path / "out", division=division, dtype=None)
     assert alone.files() == files and len(files) >= 8
-    in_bf16 = dry_run.FromConfig(source, tmp_path / "out", division=division, dtype=torch.bfloat16)
+    in_bf16 = dry_run.ConfigOnlyConversion(source, tmp_path / "out", division=division, dtype=torch.bfloat16)
     assert in_bf16.files() == {name: nbytes // 2 for name, nbytes in files.items()}
 
 

@@ -20,7 +20,7 @@ from tiny_models import tiny_llama, tiny_qwen2
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from clipo_megatron.config.model_folder import hf_folder
-from clipo_megatron.conversion.plan import ConversionError
+from clipo_megatron.conversion.conversion import ConversionError
 from clipo_megatron.weights.coverage import check_tensors
 from clipo_megatron.weights.errors import WeightsError
 from clipo_megatron.weights.families import model_spec
@@ -28,9 +28,9 @@ from clipo_megatron.weights.formats.manifest import manifest_defects
 from clipo_megatron.weights.formats.source import open_weights
 from clipo_megatron.weights.sharding import (
     QKV,
-    ColumnParallel,
     Fused,
     GateUp,
+    Interleaved,
     Replicated,
     RowParallel,
     Shape,
@@ -156,7 +156,7 @@ def test_a_checkpoint_reads_like_its_source(tmp_path: Path, model: str) -> None:
     [
         (QKV(2), [(16, 8), (8, 8), (8, 8)]),
         (GateUp(), [(8, 8), (8, 8)]),
-        (ColumnParallel(), [(8, 8)]),
+        (Interleaved(), [(8, 8)]),
         (RowParallel(), [(8, 8)]),
         (Replicated(), [(8,)]),
         (Fused(QKV(2), (16, 8, 8)), [(32, 8)]),

@@ -17,7 +17,7 @@ from clipo_megatron.runtime.durable_files import FolderWriter, StreamedFile, joi
 from clipo_megatron.weights.errors import WeightsFolderError
 from clipo_megatron.weights.formats import torch_dist
 from clipo_megatron.weights.formats.archive import MetadataUnpickler, find_elements, write_tensor
-from clipo_megatron.weights.formats.torch_dist_writer import FileSpan, description, saved
+from clipo_megatron.weights.formats.torch_dist_writer import FileSpan, metadata_files, torch_save_bytes
 
 TENSORS = {
     "bf16": torch.randn(7, 5).bfloat16(),
@@ -115,7 +115,7 @@ def test_metadata_is_compared_with_the_manifest_before_it_is_unpickled(tmp_path,
     with files.open("policy/__0_0.distcp") as file:
         write_tensor(torch.arange(6.0), file)
     place = FileSpan("weight", "__0_0.distcp", 0, file.nbytes, (0,), (6,), (6,), torch.float32)
-    for name, data in description([place], saved({})).items():
+    for name, data in metadata_files([place], torch_save_bytes({})).items():
         files.write(f"policy/{name}", data)
     files.write("manifest.json", json.dumps({"files": files.written}))
     unpickled = []

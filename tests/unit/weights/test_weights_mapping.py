@@ -8,7 +8,7 @@ from torch import Tensor
 
 from clipo_megatron.weights.errors import WeightsError
 from clipo_megatron.weights.mapping import ChunkScope, PipelineStage, Rule, bind, even_stages, fused
-from clipo_megatron.weights.sharding import QKV, ColumnParallel, Fused, GateUp, Replicated, RowParallel, Sharding, Vocab
+from clipo_megatron.weights.sharding import QKV, Fused, GateUp, Interleaved, Replicated, RowParallel, Sharding, Vocab
 
 HIDDEN = 6
 
@@ -114,11 +114,11 @@ def test_gate_and_up_stand_beside_each_other_on_every_rank(tp: int) -> None:
 @pytest.mark.parametrize("tp", [1, 2, 4])
 def test_column_row_and_replicated(tp: int) -> None:
     weight, norm = random(8, 12), random(5)
-    columns, rows = shards_of(ColumnParallel(), [weight], tp), shards_of(RowParallel(), [weight], tp)
+    columns, rows = shards_of(Interleaved(), [weight], tp), shards_of(RowParallel(), [weight], tp)
     assert torch.equal(torch.cat(list(columns), 0), weight)
     assert torch.equal(torch.cat(list(rows), 1), weight)
     assert torch.equal(shards_of(Replicated(), [norm], tp), norm.expand(tp, 5))
-    for sharding, shards, source in ((ColumnParallel(), columns, weight), (RowParallel(), rows, weight)):
+    for sharding, shards, source in ((Interleaved(), columns, weight), (RowParallel(), rows, weight)):
         assert torch.equal(restored(sharding, shards, [source])[0], source)
 
 
@@ -157,7 +157,7 @@ def test_shards_may_be_strided_as_a_gathered_bucket_leaves_them() -> None:
 @pytest.mark.parametrize(
     ("sharding", "shapes"),
     [
-        (ColumnParallel(), [(10, 4)]),
+        (Interleaved(), [(10, 4)]),
         (RowParallel(), [(4, 10)]),
         (GateUp(), [(10, 4), (10, 4)]),
         (QKV(1), [(3, 4), (1, 4), (1, 4)]),
@@ -173,7 +173,7 @@ def test_sizes_that_do_not_divide_are_refused_with_both_numbers(
 def test_parts_are_cast_to_the_parameter() -> None:
     weight = random(4, 4)
     target = torch.empty(2, 4, dtype=torch.bfloat16)
-    ColumnParallel().shard([weight], target, rank=1, size=2)
+    Interleaved().shard([weight], target, rank=1, size=2)
     assert torch.equal(target, weight[2:].bfloat16())
 
 

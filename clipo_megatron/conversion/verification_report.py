@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from clipo_megatron.conversion.compare import Fingerprint, Side, TensorComparison
+from clipo_megatron.conversion.compare import Fingerprint, SideTotals, TensorComparison
 from clipo_megatron.conversion.logits import LogitsDifference
 
 TOLERANCE = 1e-5  # of logits, relative to the largest
@@ -131,7 +131,7 @@ def _differences(report: VerificationReport, most: int) -> Table:
     return table
 
 
-def _dtypes(side: Side) -> str:
+def _dtypes(side: SideTotals) -> str:
     return ", ".join(f"{count:,} {name}" for name, count in side.dtypes.most_common())
 
 

@@ -12,7 +12,7 @@ import shutil
 from pathlib import Path
 from typing import TextIO
 
-from clipo_megatron.conversion.plan import ConversionError
+from clipo_megatron.conversion.conversion import ConversionError
 from clipo_megatron.runtime.durable_files import LockedError, lock, sync, sync_tree
 
 _SPARE_BYTES = 64 * 1024**2  # beyond the weights: tokenizer, metadata

@@ -1,4 +1,4 @@
-"""What a conversion is made of: units of work, each done by one thread."""
+"""What a conversion consists of: units of work, each done by one thread."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ from typing import Any
 # Called with a number of bytes that were read or written; raises when the conversion is to stop.
 Tick = Callable[[int], None]
 
-UNIT_BYTES = 256 * 1024**2  # of one unit, unless a single parameter is larger
-PIECE_BYTES = 8 * 1024**2  # moved at a time; small enough that buffers are used again and stay near the caches
+UNIT_BYTES = 256 * 1024**2  # what one unit writes at most, unless a single parameter is larger
+# What is read and written at a time: small enough that buffers are used again and stay near the caches.
+PIECE_BYTES = 8 * 1024**2
 
 
 class ConversionError(ValueError):
@@ -67,4 +68,4 @@ class Conversion(ABC):
 
     @abstractmethod
     def close(self) -> None:
-        """Close the source. Idempotent."""
+        """Close the source; calling it again does nothing."""
