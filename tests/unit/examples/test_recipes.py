@@ -18,7 +18,7 @@ from clipo_megatron.config.schema import RunConfig
 from clipo_megatron.planning.architecture import find_architecture
 from clipo_megatron.planning.dry_run import build_ranks
 from clipo_megatron.planning.hardware import HARDWARE, Assumptions
-from clipo_megatron.planning.layouts import LayoutPlan, judge, server_gpus_of
+from clipo_megatron.planning.layouts import LayoutPlan, plan_layout, server_gpus_of
 from clipo_megatron.planning.parameters import whole_count
 from clipo_megatron.slurm.resources import Resources
 from clipo_megatron.slurm.submit import submit
@@ -50,7 +50,7 @@ class Recipe:
         ranks = self.config.layout.requested_ranks
         dp = ranks // (self.config.layout.tp * self.config.layout.pp)
         servers = server_gpus_of(self.config, ranks)
-        return judge(self.config, self.spec, dp, servers, HARDWARE["h100"], Assumptions())
+        return plan_layout(self.config, self.spec, dp, servers, HARDWARE["h100"], Assumptions())
 
 
 @pytest.fixture(scope="module", params=PUBLISHED)
