@@ -275,7 +275,7 @@ class ToHF(Conversion):
 
 
 def _write_at(descriptor: int, data: memoryview, offset: int) -> int:
-    """Write bytes to their place in an open file and return the offset behind them."""
+    """Write bytes to their place in an open file and return the offset after them."""
     for start in range(0, len(data), _WRITE_BYTES):
         piece = data[start : start + _WRITE_BYTES]
         while piece:

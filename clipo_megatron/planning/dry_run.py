@@ -51,8 +51,8 @@ def build_ranks(config: RunConfig, spec: ModelSpec, ranks: Iterable[int] | None 
     small, and is built in memory.
 
     Args:
-        config: of the run.
-        spec: of the model.
+        config: the run's configuration.
+        spec: the architecture of the model.
         ranks: global ranks to build; None: all of them.
 
     Raises:

@@ -92,7 +92,7 @@ def plan_layout(
 
     Args:
         config: of the run; its `layout.dp` is not used.
-        spec: of the model.
+        spec: the architecture of the model.
         dp: number of data-parallel replicas.
         server_gpus: number of GPUs that generate; with `rollout.colocated` those of the trainer.
         hardware: the kind of all GPUs.

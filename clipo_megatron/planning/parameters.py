@@ -36,7 +36,7 @@ def rank_count(
     """Count the parameters of one rank.
 
     Args:
-        spec: of the model.
+        spec: the architecture of the model.
         division: the parallel sizes.
         pp_rank: the rank's pipeline stage; all its chunks are counted.
         at: the rank's place in the stage; None: the first. All ranks of a stage hold equally many.

@@ -1,8 +1,9 @@
 """How a step gets its graded groups: prompts -> requests -> engine -> graders, in rounds.
 
 A round requests as many prompts as groups are missing, and some more with over-sampling. Each rank that sends requests
-takes the first groups that finish. With dynamic sampling, zero-advantage groups are replaced as long as rounds are
-left. Requests that are unfinished at the end are dropped, or carried over into the next round and the next step.
+takes the first groups that finish. With dynamic sampling, zero-advantage groups do not count: they are replaced as long
+as rounds are left. Requests that are unfinished at the end are dropped, or carried over into the next round and the
+next step.
 
 Where rollouts grow in windows, a step has one round. What each rollout gained trains, and unfinished rollouts are
 carried over into the next step, where they take the places of as many new ones.
@@ -41,7 +42,7 @@ from clipo_megatron.training.prompt_assignment import (
 
 @dataclass(slots=True)
 class _RankStatus:
-    """What a rank tells the others after a round."""
+    """What a rank tells the others after a round of requests."""
 
     groups: list[tuple[int, bool]]  # request id of each complete group of the step, and whether it counts
     carried: int  # unfinished prompts; with windows, unfinished rollouts
@@ -55,11 +56,10 @@ class _StepCounters:
 
     rounds: int = 0
     refilled: int = 0  # prompts drawn after the first round
-    dropped: int = 0
-    recoveries: int = 0
-    groups: dict[int, tuple[int, bool]] = field(
-        default_factory=dict
-    )  # request id -> rank that has it, and if it counts
+    dropped: int = 0  # prompts that were requested, not finished, and not carried over
+    recoveries: int = 0  # how often an engine was lost and requests were sent again
+    # Request id of each complete group -> the rank that has it, and whether it counts.
+    groups: dict[int, tuple[int, bool]] = field(default_factory=dict)
     elapsed_s: list[float] = field(default_factory=list)  # at the end of each round, on the slowest rank
 
     def has_time(self, deadline_s: float) -> bool:
@@ -101,7 +101,7 @@ class Collector:
         self._rank = dist.get_rank()
         self._began = 0.0  # when the step did
         self._next_id = 0  # request id of the next prompt drawn
-        self._carried: list[Request] = []  # this rank's, to be sent again; complete ones only wait to be taken
+        self._carried: list[Request] = []  # this rank's, to be sent again; complete ones wait for the next step
         self._running: list[Request] = []  # this rank's, which the engine still generates
         self._generation: Generation | None = None  # the detached generation that they belong to
         self._carried_by = [0] * len(source.rollout_ranks)  # `_weight` of each rank's requests; the same on every rank
@@ -293,7 +293,7 @@ class Collector:
         return count_unfinished(requests, self.sampling.samples) if self._windows else len(requests)
 
     def _places(self) -> int:
-        """How many places of the next batch are taken by what is carried over."""
+        """How many groups of the next batch are already taken by what is carried over."""
         carried = sum(self._carried_by)
         return math.ceil(carried / self.sampling.samples) if self._windows else carried
 

@@ -61,7 +61,7 @@ def evaluate_run(config: RunConfig, *, checkpoint: Path | None = None, file: Pat
 
 
 def steps_of(checkpoint: Path, config: RunConfig) -> int:
-    """The number of training steps behind a checkpoint's weights.
+    """The number of training steps that led to a checkpoint's weights.
 
     Raises:
         CheckpointError: the checkpoint is of another model than model.path. Where all weights have the same shapes,

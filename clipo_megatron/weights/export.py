@@ -162,9 +162,9 @@ def export(
 
 
 def _tensors(buckets: Iterator[tuple[Bucket, Tensor]]) -> Iterator[tuple[str, Tensor]]:
-    while (found := next(buckets, None)) is not None:
-        views = list(found[0].views(found[1]))
-        del found  # the views alone keep the bucket
+    while (item := next(buckets, None)) is not None:
+        views = list(item[0].views(item[1]))
+        del item  # the views alone keep the buffer alive
         while views:
             yield views.pop(0)
 
@@ -215,6 +215,7 @@ def own_buckets(
 def _own(
     plan: ExportPlan, chunks: Sequence[Mapping[str, Tensor]], holder: Holder, buffer: Callable[[int], Tensor]
 ) -> Iterator[tuple[Bucket, Tensor]]:
+    """Do the work of `own_buckets`, which has checked the arguments before the first bucket is asked for."""
     for bucket in plan.buckets:
         copy = holder.copy if bucket.ep_rank is None else holder.expert_copy
         if copy or not holder.has(bucket):
@@ -247,6 +248,7 @@ def _check_group(name: str, group: Group | None, size: int) -> None:
 def _stream(
     plan: ExportPlan, chunks: Sequence[Mapping[str, Tensor]], holder: Holder, to_all: bool
 ) -> Iterator[tuple[Bucket, Tensor]]:
+    """Do the work of `export_buckets`, which has checked the arguments before the first bucket is asked for."""
     device = next(iter(chunks[0].values())).device
     at = holder.at
     leads = to_all or not (at.tp_rank or at.ep_rank or at.etp_rank)  # the same for all ranks of a pipeline

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 VOCABULARY_MULTIPLE = 64  # rows to which both engines pad an embedding
 CPU_MLP_MULTIPLE = 32  # rows a rank to which SGLang pads the MLP on a CPU, where its kernels want that
 
-# (sources, rank, ranks) -> the parts that make up this rank's tensor when they are laid end to end
+# Takes (full HF tensors, rank, number of ranks); returns the parts that make up the rank's tensor, end to end.
 Cut = Callable[[Sequence["Tensor"], int, int], list["Tensor"]]
 
 

@@ -34,7 +34,7 @@ class CepoOptions(MethodOptions):
 class CEPO(Scheduled):
     """arXiv 2605.19436: A_t = A [(1 - l) + l clip(exp(sign(A) D_t), 1 - e, 1 + e)], D_t = log P+ - log P-.
 
-    P+ and P- are the scored policy's probabilities of a token behind the prompt with the gold answer as a hint, and
+    P+ and P- are the scored policy's probabilities of a token after the prompt with the gold answer as a hint, and
     with a wrong one: the answer of the group's first wrong rollout that gives one other than the gold answer. Groups
     without such a rollout keep A. l falls linearly from `mix` to 0 over `mix_steps` steps in which the policy learns;
     after that the two forwards are left out. The hint is appended to the last turn of the user. A is computed from the
@@ -67,7 +67,7 @@ class CEPO(Scheduled):
     def token_advantage(self, tokens: ScoredTokens, table: RolloutTable, advantage: Tensor) -> Tensor:
         if GOLD not in tokens.signals:
             return advantage
-        gap = tokens.signals[GOLD] - tokens.signals[WRONG]  # 0 where both are behind the prompt itself
+        gap = tokens.signals[GOLD] - tokens.signals[WRONG]  # 0 where both follow the prompt itself
         clip = self.options.clip
         evidence = (advantage.sign() * gap).exp().clamp(1 - clip, 1 + clip)
         return advantage * (1 + self._share() * (evidence - 1))

@@ -30,7 +30,7 @@ class ConSPO(GroupLoss, Scheduled):
     u- = tau s and u+ = tau (s - m), where s is the mean log-prob of a rollout's tokens. That the margin m is subtracted
     before the scale, so that a correct rollout must lead by m nats a token, and that m rises linearly from 0 to
     `margin` over `margin_steps` steps, is our reading of "scheduled margin". The mean is over the correct rollouts of a
-    group, then over the groups with both kinds; groups of one kind teach nothing. With `weigh_by_reward` a correct
+    group, then over the groups with both kinds; groups of one kind have no loss. With `weigh_by_reward` a correct
     rollout weighs 1 + what hooks added to its reward, at least 0: there CLIPO's bonus acts. Assumes verdicts.
     """
 

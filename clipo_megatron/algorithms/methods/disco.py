@@ -43,7 +43,7 @@ class DisCO(GroupLoss):
     mean of s_i - tau log sum_j exp(s_j / tau), j over its wrong rollouts, minus beta [KL(old || new) - delta]_+.
 
     s is the mean log-prob of a rollout's tokens, or their mean ratio to the scored policy. The mean is over the correct
-    rollouts of a group, then over the groups with both kinds; groups of one kind teach nothing. The KL is the mean of
+    rollouts of a group, then over the groups with both kinds; groups of one kind have no loss. The KL is the mean of
     log old - log new over the tokens of the mini-batch. With `weigh_by_reward` a correct rollout weighs 1 + what hooks
     added to its reward, at least 0: there CLIPO's bonus acts. Assumes verdicts.
     """

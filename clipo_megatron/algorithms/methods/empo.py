@@ -18,7 +18,7 @@ class Answers(Hook):
         self.context = context
 
     def observe(self, prompt: Prompt, rollout: Rollout) -> dict[str, float | str]:
-        """The final answer, spelt alike for answers that the grader's cheap rules call equal; "" if there is none."""
+        """The final answer, in one spelling for all that the grader's cheap rules call equal; "" if there is none."""
         return {"answer": self.context.answer(prompt, rollout)}
 
 

@@ -37,7 +37,7 @@ class GRACE(Hook):
     The bonus is paid to correct rollouts, or to all (option `rewarded`); to none where the group has no other correct
     or no other wrong rollout. There is no head: states are compared as they are. The source has no other reward, hence
     weight 1; beside verdicts of 0 and 1 less is wise. Assumes verdicts. CLIPO's bonus comes on top, from the same
-    states behind its head.
+    states, projected by its head.
     """
 
     source = "arXiv 2510.04506"

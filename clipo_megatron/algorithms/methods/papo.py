@@ -23,7 +23,7 @@ class PapoOptions(MethodOptions):
 
 class PAPO(Hook):
     """arXiv 2507.06448, perception-aware policy optimisation: adds weight * KL(pi || pi_mask) to the objective, k3 on
-    each token, so that answers depend on the prompt. pi_mask is the scored policy behind a prompt with masked tokens.
+    each token, so that answers depend on the prompt. pi_mask is the scored policy after a prompt with masked tokens.
 
     The paper masks patches of an image; here tokens of the prompt are masked, drawn anew in each step for each prompt.
     The log ratio is held within +-limit, for the term is maximised and has no bound. No gradient flows through pi_mask.

@@ -34,7 +34,7 @@ class TppoOptions(PpoOptions):
 class PPO(ClippedPolicyLoss):
     """arXiv 1707.06347 with generalised advantages, arXiv 1506.02438: each token's from a critic's values.
 
-    With V_t the value of the state that predicts token t, and V = 0 behind the last token:
+    With V_t the value of the state that predicts token t, and V = 0 after the last token:
 
         delta_t = r_t + gamma V_(t+1) - V_t,   A_t = sum_k (gamma lam)^k delta_(t+k),   return_t = A_t + V_t
 
@@ -60,8 +60,8 @@ class PPO(ClippedPolicyLoss):
         return torch.where(table.graded, reward, 0.0)
 
     def open_ends(self, table: RolloutTable) -> Tensor:
-        """Rollouts that go on behind their last token, [B] bool: they have no reward there, but a value to go on
-        from."""
+        """Which rollouts go on after their last token, [B] bool: there they have a value to bootstrap from, and no
+        reward."""
         return torch.zeros_like(table.truncated)
 
     def token_advantage(self, tokens: ScoredTokens, table: RolloutTable, advantage: Tensor) -> Tensor:
@@ -86,8 +86,13 @@ class PPO(ClippedPolicyLoss):
         return gains.float()
 
     def returns(self, returns: Tensor, value: Tensor, open_end: Tensor) -> Tensor:
-        """What the critic learns of each token, [N] float64, from the computed returns, its values, and whether the
-        token's rollout goes on."""
+        """The return that the critic learns for each token, [N] float64.
+
+        Args:
+            returns: [N] float64, as computed.
+            value: [N] float64, the critic's values.
+            open_end: [N] bool, whether the token's rollout goes on.
+        """
         return returns
 
 

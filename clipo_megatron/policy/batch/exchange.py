@@ -138,14 +138,14 @@ def deliver(samples: Sequence[Sample], table: RolloutTable, owner: Tensor, layou
     rows_from: list[list[list[int]]] = [None] * layout.world  # type: ignore[list-item]
     dist.all_gather_object(rows_from, rows_sent)
 
-    def words(rows: Sequence[int]) -> int:
+    def word_count(rows: Sequence[int]) -> int:
         return int((table.prompt_length[rows] + 2 * table.response_length[rows]).sum()) if rows else 0
 
     # One int32 word a token id, and one a log-prob (its bits).
     outgoing = [_encode(sample) for part in by_head for sample in part]
     sent = torch.cat(outgoing) if outgoing else torch.empty(0, dtype=torch.int32)
-    send_sizes = [words(rows) for rows in rows_sent]
-    receive_sizes = [words(rows_from[source][layout.rank]) for source in range(layout.world)]
+    send_sizes = [word_count(rows) for rows in rows_sent]
+    receive_sizes = [word_count(rows_from[source][layout.rank]) for source in range(layout.world)]
     device = platform().device
     received = torch.empty(sum(receive_sizes), dtype=torch.int32, device=device)
     dist.all_to_all_single(received, sent.to(device), receive_sizes, send_sizes)
@@ -154,7 +154,7 @@ def deliver(samples: Sequence[Sample], table: RolloutTable, owner: Tensor, layou
     order = [row for source in range(layout.world) for row in rows_from[source][head]]
     if layout.tp * layout.pp > 1:
         if not layout.is_head:
-            received = torch.empty(words(order), dtype=torch.int32, device=device)
+            received = torch.empty(word_count(order), dtype=torch.int32, device=device)
         dist.broadcast(received, src=head, group=layout.replica_group)
     return _decode(received.cpu(), order, table)
 

@@ -1,4 +1,4 @@
-"""Former experiences in checkpoints: gathered from the ranks that trained them, dealt out anew in any layout."""
+"""Former experiences in checkpoints: gathered from the ranks that trained them, distributed again in any layout."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class ReplayCheckpointer:
     """Saves and restores what the `Replay` hooks of an algorithm keep. All ranks call both methods.
 
     A state holds whole tables, and, for each rollout in the order of rows, its tokens and the columns that the last
-    pipeline stage has of them. So a run in another layout can deal the rollouts out anew, and one in the same layout
+    pipeline stage has of them. So a run in another layout can distribute the rollouts again, and one in the same layout
     gets the same micro-batches.
     """
 

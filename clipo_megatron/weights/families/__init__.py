@@ -69,7 +69,7 @@ def server_tensors(spec: ModelSpec, *, mlp_multiple: int = 1) -> list[ServerTens
     has all that such a tensor is made of: the proof of a weight sync names them as unproven.
 
     Args:
-        spec: of the model.
+        spec: the architecture of the model.
         mlp_multiple: the server pads each rank's share of the MLP's inner features with zeros to a multiple of this.
 
     Raises:

@@ -233,7 +233,7 @@ def _describe(
 
 
 def _contents(descriptor: int, start: int, member: zipfile.ZipInfo) -> int:
-    """Return where a member's bytes begin in the file: behind its header, which varies in length."""
+    """Return where a member's bytes begin in the file: after its header, which varies in length."""
     place = start + member.header_offset
     header = os.pread(descriptor, _LOCAL_HEADER, place)
     if header[:4] != b"PK\x03\x04":

@@ -68,7 +68,7 @@ class TorchDistReader:
 
     Args:
         folder: the folder with `.metadata`.
-        spec: of the model.
+        spec: the architecture of the model.
         master: whether to read the fp32 masters of a training checkpoint instead of the parameters.
 
     Raises:
