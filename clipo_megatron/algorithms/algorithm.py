@@ -69,7 +69,7 @@ class Algorithm:
     @property
     def policy_learns(self) -> bool:
         """Whether the policy is updated in the next step."""
-        return not any(hook.holds_policy for hook in self.hooks)
+        return not any(hook.freezes_policy for hook in self.hooks)
 
     def bind(self, context: HookContext) -> None:
         """Let every hook look at the run it belongs to.
@@ -146,7 +146,7 @@ class Algorithm:
     # --- update ------------------------------------------------------------------------------------------------------
 
     def replay(self, experience: Experience) -> list[Experience]:
-        """What the policy is updated on in this step, in order; nothing while a hook holds the policy."""
+        """What the policy is updated on in this step, in order; nothing while a hook freezes the policy."""
         if not self.policy_learns:
             return []
         former = [hook.replay(experience) for hook in self.hooks if isinstance(hook, Replay)]
@@ -195,7 +195,7 @@ class Algorithm:
         return weighted + (tokens.score_gradient * self.scores(tokens)).sum(), weighted.detach()
 
     def after_update(self, experience: Experience, *, learned: bool) -> None:
-        """Let every hook move its state on; `learned` is False where a hook held the policy in this step."""
+        """Let every hook move its state on; `learned` is False where a hook froze the policy in this step."""
         for hook in self.hooks:
             hook.after_update(experience, learned=learned)
 

@@ -149,7 +149,7 @@ class Hook:
     prompt_variants: ClassVar[frozenset[str]] = frozenset()  # names that `variants` gives; each costs a forward
     supports_windows: ClassVar[bool] = False  # whether it takes rollouts that go on in the next step
     learns_without_advantage = False  # whether `loss` has a gradient where the advantage is 0
-    holds_policy = False  # whether the policy waits in the next step, while something else of this hook learns
+    freezes_policy = False  # whether the next step leaves the policy as it is, while something else learns
 
     def __init__(self, options: Any = None) -> None:
         self.options = self.options_class() if options is None else options
@@ -220,7 +220,7 @@ class Hook:
         return None
 
     def after_update(self, experience: Experience, *, learned: bool) -> None:
-        """Moves the hook's state on at the end of a step; `learned` is False where a hook held the policy."""
+        """Moves the hook's state on at the end of a step; `learned` is False where a hook froze the policy."""
 
     def state_dict(self) -> dict[str, Any]:
         """The state that checkpoints keep: tensors, numbers, texts, and lists and dictionaries of them."""

@@ -9,7 +9,7 @@ from clipo_megatron.flow import Experience
 
 
 class Scheduled(Hook):
-    """A hook that counts the steps in which the policy learned; steps in which a hook held it do not count."""
+    """A hook that counts the steps in which the policy learned; steps in which a hook froze it do not count."""
 
     steps = 0  # in which the policy learned, before the current one
 

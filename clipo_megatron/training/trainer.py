@@ -55,7 +55,7 @@ class Trainer:
         with watch("update"):
             metrics |= actor.update_critic(experience, algorithm)  # if there is a critic
             first = True  # the weights are those that scored
-            plan = algorithm.replay(experience)  # empty while a hook holds the policy
+            plan = algorithm.replay(experience)  # empty while a hook freezes the policy
             for each in plan:
                 for batch in each.mini_batches * run.config.algorithm.epochs:
                     weighed = actor.batcher.with_advantages(batch, each, algorithm)

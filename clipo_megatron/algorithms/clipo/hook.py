@@ -32,7 +32,7 @@ class Clipo(Hook):
         return self.updates < self.config.warmup_steps
 
     @property
-    def holds_policy(self) -> bool:  # type: ignore[override]
+    def freezes_policy(self) -> bool:  # type: ignore[override]
         """True in a warm-up in which the head trains alone."""
         return self.warming_up and not self.config.warmup_policy
 

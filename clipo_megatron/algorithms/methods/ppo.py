@@ -134,13 +134,13 @@ class TPPO(PPO):
 
 
 class CriticWarmup(Hook):
-    """Holds the policy for the first `steps` steps, while the critic learns from its rollouts (critic.warmup_steps)."""
+    """Freezes the policy for the first `steps` steps (critic.warmup_steps); the critic learns from its rollouts."""
 
     def __init__(self, steps: int):
         self.steps, self.done = steps, 0
 
     @property
-    def holds_policy(self) -> bool:  # type: ignore[override]
+    def freezes_policy(self) -> bool:  # type: ignore[override]
         """Whether the next step still belongs to the warm-up."""
         return self.done < self.steps
 
