@@ -42,7 +42,7 @@ def timed(action: Callable[[], object]) -> float:
 
 
 def main() -> None:
-    """Print a line a round, and the medians."""
+    """Print a line for each round, and the medians."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="Hugging Face folder")
     parser.add_argument("folder", type=Path, help="on the disk to write to; is removed")

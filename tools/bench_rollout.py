@@ -1,4 +1,4 @@
-"""Tokens a second of the local engine against transformers' `generate`, same model, prompts and run.
+"""Tokens per second of the local engine against transformers' `generate`, same model, prompts and run.
 
     python tools/bench_rollout.py MODEL_DIR --prompts 8 --samples 8 --new-tokens 16 --threads 1
 

@@ -1,4 +1,4 @@
-"""Checkpoints: the state of a run in one folder a step, complete or absent.
+"""Checkpoints: the state of a run in one folder per step, complete or absent.
 
     checkpoints/step_000010/          written as .step_000010.partial, then renamed
         manifest.json                 step, facts of the run, size and CRC-32 of every file; written last

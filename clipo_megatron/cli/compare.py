@@ -23,7 +23,7 @@ Two results of `clipo eval`, problem by problem: is B better than A, and could t
 
 For each set that both have, and over all: pass@1 of each, B - A in points with its 95% interval (bootstrap over
 problems), and the problems that only A or only B solves (more than half of the samples are correct). Where both took
-one sample a problem, also the exact McNemar p, two-sided. Sets whose problems differ are refused.
+one sample per problem, also the exact McNemar p, two-sided. Sets whose problems differ are refused.
 """
 EXAMPLES = """\
 examples:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 _LONGEST_POLL_S = 30.0
 DESCRIPTION = """\
-Measure what more nodes give: submit the same run on several numbers of nodes, wait, and compare tokens a second a GPU.
+Submit the same run on several numbers of nodes, wait, and compare the tokens per second per GPU.
 
 Weak scaling: a step's prompts grow with the nodes, from data.prompts_per_step on the fewest. Strong scaling: they stay.
 layout.dp follows the nodes, TP, PP and EP stay. Runs are short, evaluate nothing, and their checkpoints are removed.
@@ -111,7 +111,9 @@ def _check(options: argparse.Namespace, rungs: Sequence[Rung]) -> None:
             options.config, rung.overrides, resources, hardware=options.hardware, anyway=options.anyway, dry_run=True
         )
         where = f"{rung.nodes} nodes" + (f" and {rung.server_nodes} of servers" if rung.server_nodes else "")
-        print(f"{rung.name:<10} {rung.ranks} ranks on {where}, {rung.prompts} prompts a step; {'; '.join(job.remarks)}")
+        print(
+            f"{rung.name:<10} {rung.ranks} ranks on {where}, {rung.prompts} prompts per step; {'; '.join(job.remarks)}"
+        )
 
 
 def _submit(options: argparse.Namespace, rungs: list[Rung], folder: Path) -> list[Rung]:

@@ -22,7 +22,7 @@ class PromptSampler:
             DataError: n or prompts_per_step is less than 1.
         """
         if n < 1 or prompts_per_step < 1:
-            raise DataError(f"cannot draw {prompts_per_step} prompts a step out of {n}. Both must be at least 1.")
+            raise DataError(f"cannot draw {prompts_per_step} prompts per step out of {n}. Both must be at least 1.")
         self.n = n
         self.prompts_per_step = prompts_per_step
         self.seed = seed

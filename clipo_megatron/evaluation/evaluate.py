@@ -40,7 +40,7 @@ def evaluate(
         params: how to sample; temperature 0 is greedy.
         step: recorded in the result.
         deadline_s: time for this rank's generation.
-        ks: for pass@k and maj@k; () for the powers of two.
+        ks: the values of k of pass@k and maj@k; (): the powers of two.
 
     Raises:
         Cancelled: on every rank, because the source of one cancelled.

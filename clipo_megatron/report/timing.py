@@ -1,4 +1,4 @@
-"""The section on time and memory: phases, padding, tokens a second, a step rank by rank, peak memory."""
+"""The section on time and memory: phases, padding, tokens per second, a step rank by rank, peak memory."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def timing(groups: Sequence[RunGroup]) -> Section:
     """The section: phases of all groups, then one traced step of each."""
     speed = Metric(
         TOKENS_PER_S,
-        "Tokens a second",
+        "Tokens per second",
         "tokens / s / rank",
         "Prompt and response tokens of a step, divided by its time.",
     )

@@ -42,10 +42,10 @@ class GraderStatistics:
     """What happened since the last call of `GraderPool.take_statistics`."""
 
     answers: int = 0
-    ungraded: int = 0  # of these answers
+    ungraded: int = 0  # answers without a verdict
     timeouts: int = 0  # workers killed at a deadline
     deaths: int = 0  # workers that crashed, were killed by others, or could not be started
-    seconds: float = 0.0  # of grading, summed over answers
+    seconds: float = 0.0  # time spent grading, summed over answers
 
 
 class GraderPool:
@@ -187,7 +187,7 @@ class GraderPool:
             if failure.started or self._closed:
                 raise
             self._count_failure(failure)
-        return process.ask(request, deadline_s=deadline_s)  # of a new process: the answer did not cause the failure
+        return process.ask(request, deadline_s=deadline_s)  # asks a new process: the answer did not cause the failure
 
     def _verdict(self, reply: dict[str, Any]) -> Verdict:
         if reply["event"] == "misconfigured":

@@ -58,7 +58,7 @@ def generate_all(
         params: how to sample.
         take: receives each group once; returns True when no more groups are needed.
         resync: gives engines that came back the current weights; collective.
-        deadline: for everything, on the clock of time.monotonic().
+        deadline: when everything must have ended, on the clock of time.monotonic().
         running: requests of a detached generation, whose groups the engine yields without being asked again.
         unfinished: what happens to requests that are unfinished when `take` returns True. Under `resume` they are
             returned with their partial rollouts.

@@ -53,7 +53,7 @@ class Heartbeat:
     """Sends this rank's heartbeat, and watches those of the others.
 
     Args:
-        rank: of this process.
+        rank: the rank of this process.
         world: number of ranks.
         store: shared by all ranks, over connections that nobody else uses; None with one rank.
         heartbeat_timeout_s: time without a heartbeat after which a rank counts as lost. It takes a few seconds more

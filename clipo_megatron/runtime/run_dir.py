@@ -1,7 +1,7 @@
 """A run's output folder: the names of everything in it, and the lock by which one run at a time writes to it.
 
 config.json            settings of the run              checkpoints/   step_<n>/ each
-metrics.jsonl          a line a step                    eval/          step_<n>.json, by training
+metrics.jsonl          one line per step                    eval/          step_<n>.json, by training
 rollouts.jsonl         texts of some rollouts           results/       step_<n>.json, by `clipo eval`
 trace.jsonl            phases of each rank's steps      states/        step_<n>.safetensors: pooled hidden states
 tensorboard/, wandb/   files of these tools             logs/          output of ranks and servers

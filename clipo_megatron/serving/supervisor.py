@@ -33,10 +33,10 @@ Say = Callable[[str], None]
 
 USAGE_EXIT = 2  # exit code of a program with wrong options, which would fail again
 _TICK_S = 0.1
-_STATES_EVERY_S = 1.0  # the states of a server's processes are read
-_REPORT_EVERY_S = 30.0  # that a server is still starting
+_STATES_EVERY_S = 1.0  # between two looks at the states of a server's processes
+_REPORT_EVERY_S = 30.0  # between two lines that a server is still starting
 _START_PROBE_S, _HTTP_PROBE_S, _ENGINE_PROBE_S = 0.5, 2.0, 10.0  # between two probes, at most
-_READY_TIMEOUT_S = 30.0  # of a probe; SGLang's own health check takes up to 20 s
+_READY_TIMEOUT_S = 30.0  # for a probe of a starting server; SGLang's own health check takes up to 20 s
 _PAUSED_S = 5.0  # without a tick: this process itself was stopped
 _MAX_BACKOFF_S = 60.0
 

@@ -109,5 +109,5 @@ def _check_memory(
     verdict = "fits" if plan.fits else "does not fit, and is submitted anyway"
     return (
         f"{verdict}: {fullest / 1e9:.1f} GB of {plan.hardware.memory_bytes / 1e9:.0f} GB on the trainer's fullest GPU; "
-        f"about {plan.time.total:.0f} s a step, {plan.tokens_per_s_per_gpu:.0f} tokens/s a GPU ({hardware})",
+        f"about {plan.time.total:.0f} s per step, {plan.tokens_per_s_per_gpu:.0f} tokens/s per GPU ({hardware})",
     )

@@ -1,7 +1,7 @@
 """The runs of a scaling study: one configuration on several numbers of nodes.
 
-weak      prompts a step grow with the nodes: the work of a replica stays, and so should the time of a step
-strong    prompts a step stay: twice the nodes should halve the time of a step
+weak      prompts per step grow with the nodes: the work of a replica stays, and so should the time of a step
+strong    prompts per step stay: twice the nodes should halve the time of a step
 
 Replicas (`layout.dp`) grow with the nodes in both; TP, PP and EP stay. The run on the fewest nodes belongs to both.
 """
@@ -33,7 +33,7 @@ class Rung:
     ranks: int
     gpus: int  # GPUs of all nodes; 0: a run on CPUs
     steps: int
-    prompts: int  # prompts a step
+    prompts: int  # prompts per step
     output: str  # train.output of the run
     overrides: tuple[str, ...]  # settings that win over the configuration file, the user's first
     job: str | None = None  # Slurm's number, once submitted
@@ -61,7 +61,7 @@ def ladder(
     """The rungs, fewest nodes first.
 
     Args:
-        config: the configuration; its prompts a step are those of the run on the fewest nodes.
+        config: the configuration; its prompts per step are those of the run on the fewest nodes.
         nodes: numbers of nodes that train, rising.
         server_nodes: as many numbers of nodes that only generate, or none.
         resources: from (nodes, server nodes), what a job on them asks for.

@@ -22,7 +22,7 @@ class Measured:
     seconds: float  # median time of a step
     fastest: float  # shortest time of a step, in seconds
     slowest: float  # longest time of a step, in seconds
-    tokens_per_s: float  # trained prompt and response tokens a second a GPU, or a rank on CPUs
+    tokens_per_s: float  # trained prompt and response tokens per second per GPU, or a rank on CPUs
     shares: dict[str, float]  # share of the time by phase; "other" is the time that no phase covers
 
 
@@ -58,10 +58,10 @@ def measure(rung: Rung, *, skip: int) -> Measured | None:
 
 
 def efficiency(runs: Sequence[Measured], kind: str) -> dict[str, float]:
-    """Tokens a second a GPU over those of the smallest run, by name of the run; {} if the smallest was not measured.
+    """Each run's tokens per second per GPU over those of the smallest run, by name; {} if that was not measured.
 
-    This holds for weak and strong scaling: n times the GPUs should train n times the tokens a second, with more tokens
-    a step or with shorter steps. Tokens are compared and not seconds, since responses differ in length between runs.
+    This holds for weak and strong scaling: n times the GPUs should train n times the tokens per second, with more
+    tokens per step or with shorter steps. Tokens are compared, not seconds, as responses differ in length between runs.
     """
     points = sorted((run for run in runs if kind in run.rung.kinds), key=lambda run: run.rung.nodes)
     if not points or not points[0].rung.is_first:

@@ -33,7 +33,7 @@ class Resources:
     nodes: int  # nodes that train
     server_nodes: int = 0  # further nodes that only generate; 0: servers share the nodes that train
     gpus_per_node: int = 0  # 0: a run on CPUs
-    ranks_per_node: int | None = None  # None: one rank a GPU; without GPUs one a node
+    ranks_per_node: int | None = None  # None: one rank per GPU; without GPUs one per node
     cpus_per_rank: int = 1
     time: str = ""  # walltime of one attempt in Slurm's spelling, such as 24:00:00; "": the partition's default
     partition: str = ""  # "": Slurm's default

@@ -78,7 +78,7 @@ def write(runs: Sequence[Measured], folder: Path) -> list[Path]:
 
 
 def draw(runs: Sequence[Measured], file: Path) -> bool:
-    """Draw tokens a second over GPUs, beside perfect scaling, and the share of each phase.
+    """Draw tokens per second over GPUs, beside perfect scaling, and the share of each phase.
 
     Returns:
         False without matplotlib, which need not be installed.

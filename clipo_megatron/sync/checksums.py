@@ -15,7 +15,7 @@ from clipo_megatron.weights.families import server_tensors
 from clipo_megatron.weights.server_layout import CPU_MLP_MULTIPLE, ServerTensor
 from clipo_megatron.weights.spec import ModelSpec
 
-_SLICE_BYTES = 8 * 2**20  # of a non-contiguous tensor that are copied at once
+_SLICE_BYTES = 8 * 2**20  # how much of a non-contiguous tensor is copied at once
 
 # How servers compute checksums. SGLang on a GPU has a hash of its own (`tile_hash`), SGLang on a CPU pads the MLP; all
 # others compute the plain `digest`.

@@ -1,4 +1,4 @@
-"""What a run prints for a person: a line a step, progress within long steps, and tables at the end."""
+"""What a run prints for a person: one line per step, progress within long steps, and tables at the end."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _CELL, _GAP = 10, "  "
 
 
 class Progress:
-    """Prints a line a step with the time left, in a terminal, a file or a CI log.
+    """Prints one line per step with the time left, in a terminal, a file or a CI log.
 
     Args:
         total_steps: steps of the whole run.

@@ -27,7 +27,7 @@ class Reporter:
     """Every rank has a reporter; that of the main rank writes and prints.
 
     Args:
-        config: of the run.
+        config: the configuration of the run.
         is_main: whether this is the main rank.
     """
 

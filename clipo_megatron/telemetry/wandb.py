@@ -22,7 +22,7 @@ class Wandb:
     """One run of the service, however often ours is resumed.
 
     Args:
-        config: of the run; shown as its configuration.
+        config: the configuration of the run, which the service shows.
         folder: where the service's library writes; its name is `wandb`.
         from_step: the first step to report. The service ignores steps that it already has.
 

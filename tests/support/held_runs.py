@@ -1,4 +1,4 @@
-"""Runs that wait at a moment which a test names, so that the test need not catch a run that takes half a second a step.
+"""Runs that wait at a moment which a test names, so that tests need not catch a run whose steps take half a second.
 
 The run imports this module (`warm.IMPORT`) and stands still at that moment, with all its threads but one working, until
 the test lets it go on; it does not stand still a second time.

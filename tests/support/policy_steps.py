@@ -113,7 +113,7 @@ def train(
         layout_config: replaces its layout.
         taking_turns: whether the actor's memory is offloaded before each step.
         steps: their numbers; if 0 is not among them, training resumes from the newest checkpoint.
-        folder: of checkpoints; one is saved after the last step.
+        folder: where checkpoints are; one is saved after the last step.
 
     Returns:
         Facts that are identical on every rank: metrics of each update, signals, rewards, advantages, and the final

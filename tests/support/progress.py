@@ -19,11 +19,11 @@ from pathlib import Path
 
 import pytest
 
-STALL_S = 120.0  # of a wait, without progress
-TEST_STALL_S = 240.0  # of a whole test
+STALL_S = 120.0  # without progress, after which a wait fails
+TEST_STALL_S = 240.0  # the same for a whole test
 TEST_CPU_S = 1800.0  # that a test may use: the deadline of a loop that never ends
 SOAK_CPU_S = 4 * 3600.0
-SLEEPY = 0.05  # of a core: less is polling
+SLEEPY = 0.05  # share of a core; a process that uses less is only polling
 INTERVAL_S = 2.0  # between two looks at /proc
 
 MARK = "CLIPO_TEST_SESSION"
@@ -98,8 +98,8 @@ def wait_until(
     """Poll until the condition holds.
 
     Args:
-        what: that is waited for, for the message.
-        pids: of the processes that bring it about; by default all that this session has started.
+        what: what is waited for, for the message.
+        pids: returns the ids of the processes that bring it about; by default all that this session has started.
         stall_s: ends the wait once they have not worked for so long.
         story: what has happened so far, for the message.
 

@@ -153,7 +153,7 @@ def _serve(connection: Connection, port: int) -> None:
         except EOFError:
             return
         if message == ALL_ANSWERED:
-            # Groups in reference cycles have threads that wake a hundred times a second. Until now others may have been
+            # Groups in reference cycles have threads that wake 100 times per second. Until now others may have been
             # reading what this rank sent. What was imported meanwhile is not looked through again.
             gc.collect()
             gc.freeze()

@@ -1,4 +1,4 @@
-"""`clipo` with a local engine that needs a minute a token in step CLIPO_SLOW_STEP, and creates CLIPO_SLOW_MARK there.
+"""`clipo` with a local engine that needs a minute per token in step CLIPO_SLOW_STEP, and creates CLIPO_SLOW_MARK there.
 
 python tests/support/slow_rank.py train CONFIG...     as a rank of a launcher, or of a job by --python
 """
@@ -23,7 +23,7 @@ def _decode(self: LocalEngine, wave: Any, params: Any, check: Callable) -> Itera
         check()
         if params.step == STEP and not MARK.with_suffix(".over").exists():
             MARK.touch()
-            for _ in range(int(TOKEN_S / 0.05)):  # as a forward of a large model would come back to its caller
+            for _ in range(int(TOKEN_S / 0.05)):  # between two checks, as the forwards of a large model
                 time.sleep(0.05)
                 check()
 

@@ -221,7 +221,7 @@ def checkpoint_state(output: Path, step: int) -> dict[str, Any]:
 
     folder = output / "checkpoints" / f"step_{step:06d}"
     models = [name for name in ("policy", "critic") if (folder / name).is_dir()]
-    with warnings.catch_warnings(action="ignore"):  # that there is no process group is meant so
+    with warnings.catch_warnings(action="ignore"):  # it warns that there is no process group
         states = {name: _load_state_dict_from_keys(storage_reader=FileSystemReader(folder / name)) for name in models}
     flat: dict[str, Any] = {}
 

@@ -87,7 +87,7 @@ def whole(parameter: torch.nn.Parameter, shard: Any, own: Tensor | None) -> Tens
 
 
 def plainly(config: RunConfig, advantage: Tensor) -> tuple[float, dict[str, Tensor]]:
-    """The same loss and its gradients with one forward a sequence, full logits and autograd."""
+    """The same loss and its gradients with one forward per sequence, full logits and autograd."""
     model = AutoModelForCausalLM.from_pretrained(config.model.path, dtype=torch.float32)
     settings = config.algorithm
     clip_low, clip_high = settings.clip_low or 0.2, settings.clip_high or 0.2

@@ -1,4 +1,4 @@
-"""Every setting of a run with its type, range, default and meaning, a file a subject. Imports no torch.
+"""Every setting of a run with its type, range, default and meaning, one file per subject. Imports no torch.
 
 Durations are in seconds, lengths in tokens, memory in bytes unless a name says otherwise. The comment of a field stands
 behind it or above it; `clipo settings` shows it.

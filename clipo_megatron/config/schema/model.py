@@ -18,7 +18,7 @@ class DType(str, Enum):
 @dataclass
 class ModelConfig:
     path: str = "???"  # Hugging Face folder (config.json, *.safetensors, tokenizer) or a checkpoint of `clipo convert`
-    dtype: DType = DType.bf16  # of parameters and activations; the optimizer keeps fp32 master weights
+    dtype: DType = DType.bf16  # dtype of parameters and activations; the optimizer keeps fp32 master weights
     recompute: bool = False  # recompute every layer in the backward pass: less memory, one more forward
     system_prompt: Optional[str] = None  # null: that of the chat template; "": none
 

@@ -22,8 +22,8 @@ class WandbConfig:
     mode: WandbMode = WandbMode.disabled  # whether, and how, metrics go there
     project: str = "clipo-megatron"  # project there
     run: Optional[str] = None  # name of the run there; null: name
-    entity: Optional[str] = None  # user or team; null: the account's default
-    group: Optional[str] = None  # under which runs that differ in the seed stand together; null: none
+    entity: Optional[str] = None  # user or team there; null: the account's default
+    group: Optional[str] = None  # group there, for runs that differ in the seed; null: none
 
 
 @dataclass
@@ -38,5 +38,5 @@ class ReportConfig:
     trace_every: int = within(10, 0)  # steps between two whose phases are traced on every rank; 0: none
     # alarm above this mean of exp(|log-prob of trainer - of engine|) over fresh rollouts; 1: they agree
     mult_prob_error_alarm: float = within(1.05, above=0)
-    rollout_kl_alarm: float = within(0.05, above=0)  # alarm above this KL of engine and trainer, nats a token
+    rollout_kl_alarm: float = within(0.05, above=0)  # alarm above this KL of engine and trainer, nats per token
     alarm_stops: bool = False  # an alarm ends the run before the step's checkpoint; false: it warns

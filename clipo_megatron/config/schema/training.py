@@ -21,16 +21,16 @@ class LearningRateSchedule(str, Enum):
 class OptimizerConfig:
     """AdamW of policy and critic."""
 
-    learning_rate: float = within(1.0e-6, above=0)  # the policy's, at its peak
+    learning_rate: float = within(1.0e-6, above=0)  # peak learning rate of the policy
     min_learning_rate: float = within(0.0, 0)  # learning rate at the end of the schedules
     warmup_steps: int = within(0, 0)  # first steps, over which the learning rate rises from 0
     schedule: LearningRateSchedule = LearningRateSchedule.constant  # course of the learning rate after the warm-up
-    weight_decay: float = within(0.01, 0)  # decoupled, as in AdamW
+    weight_decay: float = within(0.01, 0)  # decoupled weight decay, as in AdamW
     beta1: float = within(0.9, 0, below=1)  # decay rate of the mean of gradients
     beta2: float = within(0.999, 0, below=1)  # decay rate of the mean of squared gradients
-    epsilon: float = within(1.0e-8, above=0)  # added to the denominator
+    epsilon: float = within(1.0e-8, above=0)  # added to the denominator of Adam
     max_grad_norm: float = within(1.0, above=0)  # larger gradients are scaled down to this norm
-    max_skipped_updates: int = within(5, 0)  # skipped (not finite) in a row before the run ends
+    max_skipped_updates: int = within(5, 0)  # updates skipped in a row (not finite) before the run ends
     overlap_grad_reduce: bool = False  # reduce gradients over replicas during the backward pass
 
 

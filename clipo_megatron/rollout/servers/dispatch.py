@@ -31,7 +31,7 @@ from clipo_megatron.rollout.servers.http import EventLoop
 from clipo_megatron.rollout.servers.membership import Membership, NoServer, PoolMember
 from clipo_megatron.rollout.servers.server import Fault, Server, ServerError, sample_id
 
-GRACE_S = 15.0  # without any usable server before the engine counts as lost
+GRACE_S = 15.0  # time without a usable server after which the engine counts as lost
 _STOP_S = 30.0  # for servers to return the partial rollouts of stopped requests
 _POLL_S = 0.5  # between two looks at whether generation was cancelled
 _ABORT_EVERY_S = 1.0  # an abort is repeated, because the request may reach the server after it

@@ -7,7 +7,7 @@ import hashlib
 import torch
 
 CHECKSUM_BYTES = 8
-_PIECE_BYTES = 64 * 2**20  # that are copied to the host at once
+_PIECE_BYTES = 64 * 2**20  # how much is copied to the host at once
 
 
 class WeightChecksums:

@@ -140,7 +140,7 @@ def test_compare_reports_other_settings_and_problems(tmp_path, capsys):
     second = result(tmp_path, "b.json", {"x/0": 3, "x/1": 0}, samples=4, temperature=1.0)
     assert cli.main(["compare", first, second]) == 0
     assert "They sampled differently" in (said := capsys.readouterr().out)
-    assert said.splitlines()[-1].split()[-1] == "-", "McNemar's test is for one sample a problem"
+    assert said.splitlines()[-1].split()[-1] == "-", "McNemar's test is for one sample per problem"
     other = result(tmp_path, "c.json", {"x/0": 3, "x/1": 0}, samples=4, digest="other")
     assert cli.main(["compare", first, other]) == 2
     assert "2 of 2 problems of the set x have another question or ground truth" in capsys.readouterr().err

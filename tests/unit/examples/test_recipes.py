@@ -91,7 +91,7 @@ def test_the_recipe_is_sound(recipe, tmp_path, monkeypatch):
     job = submit(recipe.file, [], nodes, dry_run=True)
     assert (job.ranks, job.gpus) == (plan.trainer_gpus, plan.gpus)
     assert re.match(r"fits: [\d.]+ GB of 80 GB", job.remarks[0]), "the job finds what the plan found"
-    assert f"{plan.time.total:.0f} s a step" in job.remarks[0]
+    assert f"{plan.time.total:.0f} s per step" in job.remarks[0]
     for path in (model, *(Path(source.path).parent for source in recipe.config.data.train)):
         shutil.rmtree(path, ignore_errors=True)
     elsewhere = submit(recipe.file, [], nodes, dry_run=True)  # as on a laptop, with nothing but the recipe

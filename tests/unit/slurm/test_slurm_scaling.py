@@ -97,7 +97,7 @@ def test_a_ladder_is_continued_and_never_mixed_with_another(config, tmp_path):
 
 
 def write_run(rung: Rung, folder: Path, seconds: list[float], rate: float) -> Rung:
-    """Metrics of a run that trains `rate` tokens a second and rank, half of the time in `update`."""
+    """Metrics of a run that trains `rate` tokens per second per rank, half of the time in `update`."""
     rung = replace(rung, output=str(folder / rung.name), steps=len(seconds))
     Path(rung.output).mkdir(parents=True)
     lines = [
@@ -110,7 +110,7 @@ def write_run(rung: Rung, folder: Path, seconds: list[float], rate: float) -> Ru
 
 @pytest.fixture
 def measured_ladder(config, tmp_path) -> list[Rung]:
-    """One rank a GPU and 2 nodes of 8: 100, 80 (weak) and 60 (strong) tokens a second a GPU; the first step is slow."""
+    """One rank per GPU, 2 nodes of 8: 100, 80 (weak), 60 (strong) tokens per second per GPU; the first step is slow."""
     rungs = ladder(config, [1, 2], [], eight_gpus, kinds=(WEAK, STRONG), steps=3)
     rates = {"nodes-1": 100.0, "weak-2": 80.0, "strong-2": 60.0}
     return [write_run(rung, tmp_path / "scale", [50.0, 2.0, 4.0], rates[rung.name]) for rung in rungs]
@@ -127,7 +127,7 @@ def test_efficiency_compares_with_the_smallest_run(measured_ladder):
 
 
 def test_the_gpus_of_servers_count(config, tmp_path):
-    """A rank's 100 tokens a second, on 8 GPUs that train and 8 that generate."""
+    """A rank's 100 tokens per second, on 8 GPUs that train and 8 that generate."""
     (rung,) = ladder(config, [1], [1], eight_gpus, kinds=(WEAK,), steps=3)
     assert measure(write_run(rung, tmp_path, [1.0, 1.0], 100.0), skip=1).tokens_per_s == pytest.approx(50.0)
 
@@ -195,8 +195,8 @@ def test_a_dry_run_checks_every_rung_and_writes_nothing(small_config, tmp_path, 
     arguments = ["scale", str(small_config), f"train.output={tmp_path}/out", "--dry-run", "--ranks-per-node", "2"]
     assert main([*arguments, "--nodes", "1,2"]) == 0
     output = capsys.readouterr().out
-    assert "nodes-1    2 ranks on 1 nodes, 4 prompts a step" in output
-    assert "weak-2     4 ranks on 2 nodes, 8 prompts a step" in output
-    assert "strong-2   4 ranks on 2 nodes, 4 prompts a step" in output and list(tmp_path.iterdir()) == []
+    assert "nodes-1    2 ranks on 1 nodes, 4 prompts per step" in output
+    assert "weak-2     4 ranks on 2 nodes, 8 prompts per step" in output
+    assert "strong-2   4 ranks on 2 nodes, 4 prompts per step" in output and list(tmp_path.iterdir()) == []
     assert main([*arguments, "--nodes", "1,4", "--kind", "strong"]) == 2
     assert "there are 8 model replicas, and each needs at least one prompt" in capsys.readouterr().err

@@ -192,7 +192,7 @@ def test_a_layout_that_does_not_fit_by_the_plan_is_refused_without_anyway(config
     (remark,) = dry(config_file, f"model.path={folder}", gpus_per_node=1, anyway=True).remarks
     assert "is submitted anyway" in remark
     (remark,) = dry(config_file, gpus_per_node=1).remarks
-    assert remark.startswith("fits: ") and "s a step" in remark
+    assert remark.startswith("fits: ") and "s per step" in remark
 
 
 @pytest.mark.parametrize(

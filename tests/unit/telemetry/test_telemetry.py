@@ -1,4 +1,4 @@
-"""What a run writes and prints: metrics.jsonl, rollouts.jsonl, a line a step and the closing table."""
+"""What a run writes and prints: metrics.jsonl, rollouts.jsonl, one line per step and the closing table."""
 
 import builtins
 import io
