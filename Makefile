@@ -29,7 +29,7 @@ engines: install ## Set up SGLang and vLLM for servers without a GPU, each in an
 	CLIPO_PIP_OPTIONS="$(TORCH_OPTIONS)" $(VENV)/bin/python -m clipo_megatron.serving.environment
 
 # CONTRIBUTING.md says what each of them proves.
-test: ready ## Set up and run what a change is held to, real servers too.
+test: ready ## Set up and run the tests that every change must pass, real servers too.
 	$(PYTEST) -m "not full"
 
 test-rest: ready ## Set up and run the tests that `make test` leaves out.

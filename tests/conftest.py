@@ -1,4 +1,4 @@
-"""The tiers of the tests, and the fixtures that several rooms share."""
+"""The tiers of the tests, and the fixtures that tests of several subpackages share."""
 
 from __future__ import annotations
 

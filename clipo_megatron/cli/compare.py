@@ -59,7 +59,7 @@ def run(options: argparse.Namespace) -> int:
     shared = [each for each in first.sources if each in second.sources and (not options.sets or each in options.sets)]
     first, second = first.of(shared), second.of(shared)
     for letter, file, each in (("A", options.first, first), ("B", options.second, second)):
-        print(f"{letter}  {file}: {_spoken(each)}")
+        print(f"{letter}  {file}: {_summary(each)}")
     if _sampling(first) != _sampling(second):
         print("They sampled differently: a part of the difference may come from that.")
     found = comparisons(first, second, resamples=options.resamples, seed=options.seed)
@@ -93,7 +93,7 @@ def _with_sets(result: Evaluation, sets: Sequence[str]) -> Evaluation:
     return result.of(sets) if sets else result
 
 
-def _spoken(result: Evaluation) -> str:
+def _summary(result: Evaluation) -> str:
     how = result.settings
     drawn = "greedy" if how.greedy else f"{how.samples} samples, temperature {how.temperature:g}, top-p {how.top_p:g}"
     return f"{result.checkpoint or result.model}, {result.step} steps; {drawn}, at most {how.max_new_tokens} tokens"

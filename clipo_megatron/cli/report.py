@@ -12,7 +12,7 @@ One HTML page about one or several runs: what differs, held-out accuracy with in
 representation, pairs of rollouts with their texts, and where the time goes. It needs nothing else and no network.
 
 RUN is the folder that a run writes to, its train.output; it may still be going. Runs that differ only in their seed are
-drawn as one line with a band, and are a group. Every group is held against the first one, or against the one of
+drawn as one line with a band, and are a group. Every group is compared with the first one, or with the one of
 --against. Traced steps are also written beside the page, for chrome://tracing or Perfetto.
 """
 EXAMPLES = """\
@@ -31,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--against",
         metavar="NAME",
-        help="group that the others are held against, as the page calls it; default: the first",
+        help="group that the others are compared with, as the page calls it; default: the first",
     )
 
 
@@ -54,7 +54,7 @@ def write_page(folders: list[Path], out: Path, *, against: str | None = None) ->
     Args:
         folders: the runs' output folders; one that is given twice is read once.
         out: the page to write.
-        against: label of the group that the others are held against; None: the first.
+        against: label of the group that the others are compared with; None: the first.
 
     Returns:
         The files that were written.

@@ -33,7 +33,7 @@ class Setting:
 
     @property
     def section(self) -> str:
-        """The first part of the key; "" for settings that stand in no section."""
+        """The first part of the key; "" for settings of no section."""
         return self.key.partition(".")[0] if "." in self.key else ""
 
     @property

@@ -11,7 +11,7 @@ Table = tuple[list[str], list[list[str]]]
 _MOST_KS = 3  # columns of pass@k and of maj@k; the file has all of them
 
 
-def spoken(result: Evaluation) -> str:
+def summary_line(result: Evaluation) -> str:
     """An evaluation as one line: accuracy, standard error, accuracy of each of several sets, truncated and ungraded."""
     whole = result.figures()
     error = "" if not whole.error else f" ± {_points(whole.error)} (SE)"

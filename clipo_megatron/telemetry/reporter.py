@@ -13,7 +13,7 @@ from clipo_megatron.config.schema import RunConfig, WandbMode
 from clipo_megatron.evaluation.comparing import refuse_other_problems
 from clipo_megatron.evaluation.errors import EvaluationError
 from clipo_megatron.evaluation.results import Evaluation, read_evaluations, remove_evaluations, write_evaluation
-from clipo_megatron.evaluation.tables import progress_table, spoken
+from clipo_megatron.evaluation.tables import progress_table, summary_line
 from clipo_megatron.flow import StepReport
 from clipo_megatron.runtime.durable_files import write_durably
 from clipo_megatron.runtime.run_dir import CHECKPOINTS, EVALUATIONS, METRICS, ROLLOUTS, SETTINGS, TENSORBOARD, WANDB
@@ -100,7 +100,7 @@ class Reporter:
     def record_evaluation(self, result: Evaluation) -> None:
         """Print an evaluation, and write it to a file."""
         self.evaluations.append(result)
-        self.say(spoken(result))
+        self.say(summary_line(result))
         if self.is_main:
             with writing(self.output / EVALUATIONS):
                 write_evaluation(self.output / EVALUATIONS, result)

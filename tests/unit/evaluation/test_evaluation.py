@@ -23,7 +23,7 @@ from clipo_megatron.evaluation.results import (
     write_evaluation,
     write_result,
 )
-from clipo_megatron.evaluation.tables import comparison_table, lines_of, progress_table, result_table, spoken
+from clipo_megatron.evaluation.tables import comparison_table, lines_of, progress_table, result_table, summary_line
 from clipo_megatron.telemetry.reporter import Reporter
 
 
@@ -80,7 +80,7 @@ def test_the_table_has_a_row_for_each_set():
     assert (first["tokens"], first["cut"], first["ungraded"]) == ("8", "12.5%", "12.5%")
     lines = lines_of((headings, rows))
     assert len(lines) == 5 and max(map(len, lines)) <= 100
-    said = spoken(result)
+    said = summary_line(result)
     assert (
         "after 7 steps: 33.3% ± 22.0 (SE) of 3 problems (a 50.0%, x/b 0.0%) (42% cut" in said
         and "25.0% could not" in said
@@ -91,7 +91,7 @@ def test_figures_without_a_spread_have_no_error():
     for shares in ([0.0] * 6, [1.0] * 6, [0.5]):
         result = evaluation({f"a/{n}": share for n, share in enumerate(shares)})
         headings, rows = result_table(result)
-        assert dict(zip(headings, rows[0], strict=True))["± SE"] == "-" and "±" not in spoken(result)
+        assert dict(zip(headings, rows[0], strict=True))["± SE"] == "-" and "±" not in summary_line(result)
 
 
 def test_ks():

@@ -86,10 +86,12 @@ def test_paths_settings_and_metrics_exist(page):
     assert missing == []
 
 
-def test_the_architecture_names_every_room():
-    rooms = {path.relative_to(ROOT / "clipo_megatron").parts[0] for path in (ROOT / "clipo_megatron").rglob("*.py")}
+def test_the_architecture_names_every_subpackage():
+    subpackages = {
+        path.relative_to(ROOT / "clipo_megatron").parts[0] for path in (ROOT / "clipo_megatron").rglob("*.py")
+    }
     named = {span.rstrip("/") for span in spans(TEXT["architecture.md"])}
-    assert rooms - named - {"__init__.py"} == set()
+    assert subpackages - named - {"__init__.py"} == set()
 
 
 @pytest.mark.parametrize("page", sorted(TEXT))

@@ -1,4 +1,4 @@
-"""The house rules: who may import whom, what only one room may say, and what no committed file may hold."""
+"""The house rules: who may import whom, what only one subpackage may say, and what no committed file may hold."""
 
 import ast
 import re
@@ -15,8 +15,8 @@ from paths import ROOT, TOOLS
 PACKAGE = ROOT / "clipo_megatron"
 MODULES = sorted(PACKAGE.rglob("*.py"))
 
-# A room imports rooms that stand before it in this list, and no others.
-ROOMS = (
+# A subpackage imports subpackages that stand before it in this list, and no others.
+SUBPACKAGES = (
     "flow",
     "config",
     "runtime",
@@ -39,9 +39,9 @@ ROOMS = (
     "training",
     "cli",
 )
-MOST_ARROWS = 100  # pairs of rooms of which one imports the other, the programs in tools/ counted as one more room
+MOST_ARROWS = 100  # pairs of subpackages of which one imports the other; the programs in tools/ count as one
 
-# package -> the rooms that may import it, anywhere in a file
+# package -> the subpackages that may import it, anywhere in a file
 ONLY_IN = {
     "megatron": {"policy", "weights"},
     "transformer_engine": {"policy"},
@@ -74,8 +74,8 @@ HOMES = ("home", "root", "work", "tmp")
 REGISTRIES = ("pypi", "pythonhosted", "download.pytorch", "anaconda", "conda.io")
 
 
-def room_of(path: Path) -> str:
-    """The room a module stands in: a subpackage, or a module of its own."""
+def subpackage_of(path: Path) -> str:
+    """The subpackage of a module; flow.py counts as one."""
     return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
 
 
@@ -135,12 +135,14 @@ def python(script: str, *arguments: str) -> None:
 def test_there_is_something_to_judge():
     assert len(MODULES) > 50
     assert len(committed_files()) > 80
-    assert {room_of(path) for path in MODULES} - {"__init__"} == set(ROOMS), "give the new room its place in ROOMS"
+    assert {subpackage_of(path) for path in MODULES} - {"__init__"} == set(SUBPACKAGES), (
+        "give the new subpackage its place in SUBPACKAGES"
+    )
     assert {path.name for path in PACKAGE.glob("*.py")} == {"__init__.py", "flow.py"}
 
 
-def rooms_imported(path: Path) -> Iterator[tuple[int, str]]:
-    """Line and room of each import of another room of the package."""
+def subpackages_imported(path: Path) -> Iterator[tuple[int, str]]:
+    """Line and subpackage of each import from this package."""
     for line, name in imports(path):
         parts = name.split(".")
         if parts[0] == "clipo_megatron" and parts[1] != "__version__":
@@ -150,10 +152,10 @@ def rooms_imported(path: Path) -> Iterator[tuple[int, str]]:
 def test_imports_point_inward():
     outward = []
     for path in MODULES:
-        room = room_of(path)
-        for line, other in rooms_imported(path):
-            if other != room and ROOMS.index(other) > ROOMS.index(room):
-                outward.append(f"{path.relative_to(ROOT)}:{line}: {room} imports {other}")
+        subpackage = subpackage_of(path)
+        for line, other in subpackages_imported(path):
+            if other != subpackage and SUBPACKAGES.index(other) > SUBPACKAGES.index(subpackage):
+                outward.append(f"{path.relative_to(ROOT)}:{line}: {subpackage} imports {other}")
     assert outward == []
 
 
@@ -162,9 +164,9 @@ def test_imports_are_written_out_in_full():
 
 
 def test_few_rooms_know_each_other():
-    arrows = {(room_of(path), other) for path in MODULES for _, other in rooms_imported(path)}
-    arrows |= {("tools", other) for path in TOOLS.glob("*.py") for _, other in rooms_imported(path)}
-    assert len({(room, other) for room, other in arrows if room != other}) <= MOST_ARROWS
+    arrows = {(subpackage_of(path), other) for path in MODULES for _, other in subpackages_imported(path)}
+    arrows |= {("tools", other) for path in TOOLS.glob("*.py") for _, other in subpackages_imported(path)}
+    assert len({(subpackage, other) for subpackage, other in arrows if subpackage != other}) <= MOST_ARROWS
 
 
 def test_no_modules_import_each_other_in_a_circle():
@@ -207,15 +209,17 @@ def test_no_constructor_takes_many_parameters():
 
 @pytest.mark.parametrize("package", sorted(ONLY_IN))
 def test_a_package_is_imported_where_it_belongs(package):
-    rooms = {room_of(path) for path in MODULES for _, name in imports(path) if name.split(".")[0] == package}
-    assert rooms <= ONLY_IN[package]
+    subpackages = {
+        subpackage_of(path) for path in MODULES for _, name in imports(path) if name.split(".")[0] == package
+    }
+    assert subpackages <= ONLY_IN[package]
 
 
 def test_importing_configuration_and_command_loads_no_torch():
     names = [
         ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
         for path in MODULES
-        if (room_of(path) in ("config", "serving") or path.parts[-2:] in TORCH_FREE)
+        if (subpackage_of(path) in ("config", "serving") or path.parts[-2:] in TORCH_FREE)
         and not RUNS_IN_SERVERS & set(path.parts)
     ]
     assert "clipo_megatron.config.schema" in names
@@ -229,11 +233,11 @@ def test_importing_configuration_and_command_loads_no_torch():
     )
 
 
-def test_importing_inner_rooms_loads_no_megatron():
+def test_importing_inner_subpackages_loads_no_megatron():
     names = [
         ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
         for path in MODULES
-        if room_of(path) in ("flow", "config", "runtime", "data", "rewards", "rollout", "algorithms")
+        if subpackage_of(path) in ("flow", "config", "runtime", "data", "rewards", "rollout", "algorithms")
     ]
     python(
         "import importlib, sys\n"
