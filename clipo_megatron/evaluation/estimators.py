@@ -75,7 +75,7 @@ def majority_at(samples: int, correct: int, others: tuple[int, ...], ks: tuple[i
 
 
 def _ways(groups: Sequence[int], votes: int, room: int) -> np.ndarray:
-    """[ties, voters]: ways to draw that many voters, at most `votes` of a group, with `ties` groups at `votes`."""
+    """Ways to draw so many voters, at most `votes` of each group, exactly `ties` groups at `votes`: [ties, voters]."""
     import numpy as np
 
     table = np.zeros((room // votes + 1, room + 1))

@@ -178,7 +178,7 @@ class Supervisor:
                     signal.signal(number, handler)
 
     def _notice_pause(self) -> None:
-        """If this process itself was stopped (Ctrl-Z), the servers are not to blame for the silence."""
+        """Forgive the servers their silence if this process itself was stopped (Ctrl-Z)."""
         now = time.monotonic()
         if now - self._ticked_at > _PAUSED_S:
             for server in self._servers:

@@ -1,4 +1,4 @@
-"""The runs of a scaling study: one configuration on several numbers of nodes.
+"""The ladder of a scaling study: its runs, which are one configuration on several numbers of nodes.
 
 weak      prompts per step grow with the nodes: the work of a replica stays, and so should the time of a step
 strong    prompts per step stay: twice the nodes should halve the time of a step
@@ -24,7 +24,7 @@ LADDER = "ladder.json"
 
 @dataclass(frozen=True, slots=True)
 class Rung:
-    """One run of the ladder."""
+    """One run of the ladder, and its Slurm job."""
 
     name: str
     kinds: tuple[str, ...]  # WEAK, STRONG or both

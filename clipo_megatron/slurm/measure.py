@@ -1,4 +1,4 @@
-"""Speed of a run of the ladder, read from its metrics, and its scaling efficiency."""
+"""Speed of a run of the ladder (ladder.py), read from its metrics, and its scaling efficiency."""
 
 from __future__ import annotations
 

@@ -47,7 +47,7 @@ class Membership:
 
     Args:
         connect: makes the client for a URL.
-        slack: see `routing.choose`.
+        slack: how much busier than the idlest a prompt's preferred server may be; see `routing.choose`.
         counts: counters for the step's report.
     """
 

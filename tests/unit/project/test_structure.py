@@ -163,7 +163,7 @@ def test_imports_are_written_out_in_full():
     assert [f"{path}:{line}" for path in MODULES for line, name in imports(path) if name.startswith(".")] == []
 
 
-def test_few_rooms_know_each_other():
+def test_few_subpackages_know_each_other():
     arrows = {(subpackage_of(path), other) for path in MODULES for _, other in subpackages_imported(path)}
     arrows |= {("tools", other) for path in TOOLS.glob("*.py") for _, other in subpackages_imported(path)}
     assert len({(subpackage, other) for subpackage, other in arrows if subpackage != other}) <= MOST_ARROWS
@@ -273,7 +273,7 @@ def words_in_code(path: Path) -> Iterator[tuple[int, str]]:
                 yield line, value
 
 
-def test_one_room_knows_the_devices():
+def test_one_module_knows_the_devices():
     said, excused = [], set()
     for path in MODULES:
         if path.parts[-2:] == ("runtime", "platform.py"):
