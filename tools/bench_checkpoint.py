@@ -1,12 +1,15 @@
-"""How long a checkpoint holds up training, written while training goes on and written at once, in one run.
+"""Measures how long a checkpoint delays training: written while training continues, and written at once, in one run.
 
     python tools/bench_checkpoint.py MODEL_DIR FOLDER [--rounds 5 --dtype bf16]
 
-Each round saves once each way, with steps between. Asynchronous: the time until `save` returns, and what the next
-update waits for the copy; a step here scores and updates, and generates nothing, so that the update comes early. Beside
-that, by how much the steps that follow are slower, until the checkpoint is complete, than those without one (a median).
-Synchronous: the time until `save` returns. The same threads, files, checksums and disk for both. Under torchrun it runs
-on several ranks.
+Each round saves once in each way, with steps between: both use the same threads, files, checksums and disk.
+
+    synchronous     the time until `save` returns
+    asynchronous    the time until `save` returns; how long the next update waits for the copy; and by how much the
+                    steps until the checkpoint is complete are slower than steps without one (a median)
+
+A step here scores and updates, and generates nothing, so that the update comes early. Under torchrun this runs on
+several ranks.
 """
 
 from __future__ import annotations

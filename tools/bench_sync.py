@@ -3,10 +3,11 @@
     python tools/bench_sync.py MODEL http://127.0.0.1:30000 [more servers ...] --pp 2
 
 The servers are real ones that hold the same model (`clipo serve`). Ranks of a trainer are started here: they hold the
-model's weights, change them before each update, and send them as a run does. In between, as many plain processes as
-there are members in a sender's group receive the same number of bytes in one broadcast, into memory of their own that
-is new, as a server's buckets are, and into memory that they have used before. An update counts from the call to its
-return, with groups formed and checksums off; an update with checksums is shown beside it.
+model's weights, change them before each update, and send them as a run does. An update is timed from the call to its
+return, with the groups formed before, once without checksums and once with them.
+
+The plain broadcast runs between updates: as many processes as a sender's group has members exchange the same number of
+bytes, once into new memory, as servers receive their buckets, and once into memory that they have used before.
 """
 
 from __future__ import annotations
