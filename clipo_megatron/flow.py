@@ -20,10 +20,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 Finish = Literal["stop", "length", "window", "abort"]
 
@@ -124,7 +125,7 @@ class RolloutTable:
     @property
     def unfinished(self) -> Tensor:
         """Which rollouts go on in the next step, [B] bool."""
-        return torch.zeros_like(self.graded) if self.goes_on is None else self.goes_on
+        return self.graded.new_zeros(self.size) if self.goes_on is None else self.goes_on
 
     @property
     def fresh(self) -> Tensor:
@@ -134,7 +135,7 @@ class RolloutTable:
     @property
     def mixed_versions(self) -> Tensor:
         """Rollouts whose tokens were drawn under more than one set of weights, [B] bool."""
-        return torch.zeros_like(self.correct) if self.newest is None else self.newest > self.version
+        return self.correct.new_zeros(self.size) if self.newest is None else self.newest > self.version
 
 
 @dataclass(slots=True)
@@ -210,6 +211,8 @@ class MicroBatch:
 
     def to(self, device: torch.device) -> MicroBatch:
         """A copy on the device, or the micro-batch itself if it is there already."""
+        from torch import Tensor  # here, since the command line reads what methods need without torch
+
         if self.tokens.device == device:
             return self
         columns = {each.name: getattr(self, each.name) for each in fields(self)}

@@ -21,14 +21,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Any, ClassVar
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from clipo_megatron.config.errors import ConfigProblem
 from clipo_megatron.config.schema import RunConfig
 from clipo_megatron.flow import Demonstration, Experience, Prompt, Rollout, RolloutTable
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class Signal(str, Enum):
@@ -78,7 +78,7 @@ class TokenBatch:
     @property
     def length(self) -> Tensor:
         """The response length of each token's rollout, [N] int64."""
-        return torch.bincount(self.rollout)[self.rollout]
+        return self.rollout.bincount()[self.rollout]
 
 
 @dataclass(slots=True)

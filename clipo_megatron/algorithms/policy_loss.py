@@ -4,14 +4,15 @@ groups."""
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
-import torch
-from torch import Tensor
-
+from clipo_megatron.algorithms import late_torch as torch
 from clipo_megatron.algorithms.hook import Hook, TokenBatch
 from clipo_megatron.config.schema import Aggregation
 from clipo_megatron.flow import Experience, RolloutTable
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 
-import torch
+from clipo_megatron.algorithms import late_torch as torch
 
 
 def prompt_generator(seed: int, step: int, name: str) -> torch.Generator:

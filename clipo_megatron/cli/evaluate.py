@@ -65,12 +65,11 @@ def add_sets(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
+    from clipo_megatron.checks.run import check
     from clipo_megatron.runtime import launch
 
     place = launch.from_environment()
     target = find_target(options)
-    from clipo_megatron.checks.run import check  # imports torch, so wrong targets are refused before
-
     check(target.config, ranks=place.world if place else None, trains=False)
 
     def work() -> None:

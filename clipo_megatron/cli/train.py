@@ -39,13 +39,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
+    from clipo_megatron.checks.run import check
     from clipo_megatron.config.load import load
     from clipo_megatron.runtime import launch
 
     place = launch.from_environment()
     config = load(options.config, options.overrides)
-    from clipo_megatron.checks.run import check  # imports torch, so wrong settings are refused before
-
     check(config, ranks=place.world if place else None)
     if options.check:
         return _report(config, place)

@@ -6,11 +6,12 @@ import difflib
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import is_dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import yaml
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException, ValidationError
 
 from clipo_megatron.config import reference, renamed
@@ -59,11 +60,15 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     for override in overrides:
         problems += _apply(content, override)
         old_names |= renamed.rename(content)
-    problems += _inspect(RunConfig, content, "")
+    try:
+        merged = _merged(content)
+    except (OmegaConfBaseException, TypeError):  # TypeError: a list in place of a section
+        merged = None
+    problems += _inspect(RunConfig, content, "", typed=merged is not None)
     problems += _missing(content)
     if problems:
         raise ConfigError(problems, origin=str(path))
-    config = _convert(content, origin=str(path))
+    config = _convert(merged or _merged(content), origin=str(path))
     if problems := list(range_problems(config)):
         raise ConfigError(problems, origin=str(path))
     renamed.announce(old_names)
@@ -189,8 +194,9 @@ def _dotted(parts: Sequence[str]) -> str:
     return re.sub(r"\.(\d+)(?=\.|$)", r"[\1]", ".".join(parts))
 
 
-def _inspect(section: type, content: dict[Any, Any], prefix: str) -> Iterator[ConfigProblem]:
-    """Yield a problem for each key of a section's content whose name or type is not that of the schema."""
+def _inspect(section: type, content: dict[Any, Any], prefix: str, *, typed: bool) -> Iterator[ConfigProblem]:
+    """Yield a problem for each key of a section's content whose name or type is not that of the schema; `typed` says
+    that OmegaConf takes the whole content, so that it need not be asked about each value."""
     hints = reference.hints(section)
     for name, value in content.items():
         key = f"{prefix}{name}"
@@ -200,14 +206,14 @@ def _inspect(section: type, content: dict[Any, Any], prefix: str) -> Iterator[Co
         annotation = hints[name]
         if is_dataclass(annotation):
             if isinstance(value, dict):
-                yield from _inspect(annotation, value, f"{key}.")
+                yield from _inspect(annotation, value, f"{key}.", typed=typed)
             else:
                 remedy = f"Write its settings below it, or `{key}.<setting>=value`"
                 yield ConfigProblem(key, "a section of settings was expected", remedy, value)
         elif inner := reference.list_section(annotation):
-            yield from _inspect_list(inner, value, key)
+            yield from _inspect_list(inner, value, key, typed=typed)
         else:
-            yield from _inspect_leaf(section, name, annotation, value, key)
+            yield from _inspect_leaf(section, name, value, key, typed=typed)
 
 
 def option_problems(section: type, given: dict[str, Any], prefix: str, *, owner: str) -> Iterator[ConfigProblem]:
@@ -215,7 +221,7 @@ def option_problems(section: type, given: dict[str, Any], prefix: str, *, owner:
     known = reference.hints(section)
     for name, value in given.items():
         if name in known:
-            yield from _inspect_leaf(section, name, known[name], value, f"{prefix}{name}")
+            yield from _inspect_leaf(section, name, value, f"{prefix}{name}")
         else:
             close = difflib.get_close_matches(str(name), known, n=1, cutoff=0.6)
             remedy = f"Did you mean {close[0]}?" if close else f"It has {', '.join(known) or 'no options'}"
@@ -224,16 +230,27 @@ def option_problems(section: type, given: dict[str, Any], prefix: str, *, owner:
 
 def typed_options(section: type, given: dict[str, Any]) -> Any:
     """The dataclass of options `section`, with what was given in the types of its fields, and defaults elsewhere."""
-    return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(section), given))
+    return OmegaConf.to_object(OmegaConf.merge(_defaults(section), given))
 
 
-def _inspect_list(inner: type, value: Any, key: str) -> Iterator[ConfigProblem]:
+@cache
+def _defaults(section: type) -> DictConfig:
+    """A section as OmegaConf sees it, built once: that is slow, and `OmegaConf.merge` copies it."""
+    return OmegaConf.structured(section)
+
+
+def _merged(content: dict[str, Any]) -> DictConfig:
+    """The defaults of a run, overlaid with the content; whatever OmegaConf raises where it refuses a part of that."""
+    return OmegaConf.merge(_defaults(RunConfig), content)
+
+
+def _inspect_list(inner: type, value: Any, key: str, *, typed: bool) -> Iterator[ConfigProblem]:
     if not isinstance(value, list):
         yield ConfigProblem(key, "a list was expected", f"Write `{key}: [{{...}}]`, one entry each", value)
         return
     for index, entry in enumerate(value):
         if isinstance(entry, dict):
-            yield from _inspect(inner, entry, f"{key}[{index}].")
+            yield from _inspect(inner, entry, f"{key}[{index}].", typed=typed)
         else:
             some = ", ".join(list(reference.hints(inner))[:3])
             yield ConfigProblem(
@@ -241,7 +258,8 @@ def _inspect_list(inner: type, value: Any, key: str) -> Iterator[ConfigProblem]:
             )
 
 
-def _inspect_leaf(section: type, name: str, annotation: Any, value: Any, key: str) -> Iterator[ConfigProblem]:
+def _inspect_leaf(section: type, name: str, value: Any, key: str, *, typed: bool = False) -> Iterator[ConfigProblem]:
+    annotation = reference.hints(section)[name]
     if value == reference.MANDATORY:
         yield _must_be_given(key)
         return
@@ -261,9 +279,9 @@ def _inspect_leaf(section: type, name: str, annotation: Any, value: Any, key: st
     bad |= (inner is str and isinstance(value, bool)) or (
         inner is bool and isinstance(value, (int, float)) and not isinstance(value, bool)
     )
-    if not bad:
+    if not bad and not typed:
         try:
-            OmegaConf.merge(OmegaConf.structured(section), {name: value})
+            OmegaConf.merge(_defaults(section), {name: value})
         except ValidationError:
             bad = True
         except OmegaConfBaseException as error:  # a malformed ${...}
@@ -312,8 +330,7 @@ def _must_be_given(key: str) -> ConfigProblem:
     )
 
 
-def _convert(content: dict[str, Any], *, origin: str) -> RunConfig:
-    merged = OmegaConf.merge(OmegaConf.structured(RunConfig), content)
+def _convert(merged: DictConfig, *, origin: str) -> RunConfig:
     try:
         config = OmegaConf.to_object(merged)
     except OmegaConfBaseException as error:

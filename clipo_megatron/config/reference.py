@@ -29,7 +29,16 @@ class Setting:
     annotation: Any
     default: object  # MANDATORY when it has to be given
     range: Range | None
-    comment: str
+    owner: type  # the dataclass that it is a field of
+
+    @property
+    def comment(self) -> str:
+        """What stands behind and above the field in the source, which is read when it is first asked for."""
+        name = self.key.rpartition(".")[2]
+        for each in filter(is_dataclass, self.owner.__mro__):
+            if name in (described := comments(sys.modules[each.__module__])[each.__name__]):
+                return described[name]
+        return ""
 
     @property
     def section(self) -> str:
@@ -126,9 +135,6 @@ def describe(annotation: Any) -> str:
 
 
 def _walk(section: type, prefix: str) -> Iterator[Setting]:
-    described: dict[str, str] = {}
-    for each in filter(is_dataclass, reversed(section.__mro__)):
-        described |= comments(sys.modules[each.__module__])[each.__name__]
     for item in fields(section):
         annotation, key = hints(section)[item.name], f"{prefix}{item.name}"
         if is_dataclass(annotation):
@@ -137,7 +143,7 @@ def _walk(section: type, prefix: str) -> Iterator[Setting]:
             yield from _walk(inner, f"{key}[].")
         else:
             default = item.default_factory() if item.default is MISSING else item.default
-            yield Setting(key, annotation, default, range_of(item), described.get(item.name, ""))
+            yield Setting(key, annotation, default, range_of(item), section)
 
 
 @cache

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from clipo_megatron.config.schema import Perturbation, SourceConfig
+from clipo_megatron.data.generators import factory_with
 from clipo_megatron.data.perturbations import PerturbationError, perturb
 
 AnyProblem = TypeVar("AnyProblem")  # a Row, a Prompt or whatever has `messages`
@@ -204,23 +205,22 @@ def _kind(value: Any) -> str:
 
 
 def _generate(source: SourceConfig) -> Iterator[Row]:
-    from reasoning_gym.factory import DATASETS, create_dataset
-
     generator, name = source.generator or "", source.label
-    if generator not in DATASETS:
-        close = difflib.get_close_matches(generator, DATASETS, n=3, cutoff=0.5)
-        remedy = f"Did you mean {' or '.join(close)}?" if close else f"There are {', '.join(sorted(DATASETS))}."
+    factory = factory_with(generator)
+    if generator not in factory.DATASETS:
+        close = difflib.get_close_matches(generator, factory.DATASETS, n=3, cutoff=0.5)
+        remedy = f"Did you mean {' or '.join(close)}?" if close else f"There are {', '.join(sorted(factory.DATASETS))}."
         raise DataError(f"reasoning-gym has no data set {generator!r}. {remedy}")
     if source.size is None:
         raise DataError(f"the generator {generator} needs a size: how many problems to make. Set it.")
-    known = {item.name for item in fields(DATASETS[generator][1])} - {"seed", "size"}
+    known = {item.name for item in fields(factory.DATASETS[generator][1])} - {"seed", "size"}
     for option in source.options:
         if option not in known:
             raise DataError(
                 f"the generator {generator} has no option {option!r}. It has {', '.join(sorted(known)) or 'none'}."
             )
     try:
-        problems = create_dataset(generator, seed=source.seed, size=source.size, **source.options)
+        problems = factory.create_dataset(generator, seed=source.seed, size=source.size, **source.options)
     except Exception as error:  # generators check their options with assertions that have messages
         raise DataError(
             f"the generator {generator} refuses its options {source.options}: {error}. Correct them."

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from functools import cache
 from typing import Any
 
+from clipo_megatron.data.generators import factory_with
 from clipo_megatron.rewards.answer import UnknownGraderError, after_thinking, last_boxed
 
 PREFIX = "reasoning_gym/"
@@ -51,17 +52,13 @@ def final_text(response: str) -> str:
 
 @cache
 def _scorer(name: str) -> Callable[[str, Mapping[str, Any]], float]:
-    from reasoning_gym.factory import (
-        DATASETS,
-        get_score_answer_fn,
-    )  # takes two seconds, since it imports every generator
-
-    if name not in DATASETS:
+    factory = factory_with(name)
+    if name not in factory.DATASETS:
         raise UnknownGraderError(
             f"data source {PREFIX + name!r}: reasoning-gym has no data set {name!r}; "
-            f"write '{PREFIX}<name>' with one of its {len(DATASETS)} names, for instance '{PREFIX}chain_sum'"
+            f"write '{PREFIX}<name>' with one of its {len(factory.DATASETS)} names, for instance '{PREFIX}chain_sum'"
         )
-    return get_score_answer_fn(name)
+    return factory.get_score_answer_fn(name)
 
 
 def _tuples(value: Any) -> Any:

@@ -1,7 +1,8 @@
 """Tells whether this process is a rank, and starts ranks on this machine if no launcher did.
 
 A rank is started by torchrun (RANK, WORLD_SIZE, LOCAL_RANK), by srun (SLURM_PROCID and the step's number of tasks), or
-by `supervise`, which sets torchrun's variables. Imports no torch, so that the supervising process stays small.
+by `supervise`, which sets torchrun's variables. Imports no torch, and neither do the checks of a configuration, so that
+the supervising process stays small.
 """
 
 from __future__ import annotations

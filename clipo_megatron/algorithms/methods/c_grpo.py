@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Optional
+from typing import TYPE_CHECKING, Optional
 
-import torch
-from torch import Tensor
-
+from clipo_megatron.algorithms import late_torch as torch
 from clipo_megatron.algorithms.hook import Hook, HookContext, MethodOptions
 from clipo_megatron.algorithms.user_classes import import_object, import_path_problems
 from clipo_megatron.config.errors import ConfigError, ConfigProblem
 from clipo_megatron.config.ranges import within
 from clipo_megatron.config.schema import RunConfig
 from clipo_megatron.flow import Prompt, Rollout, RolloutTable
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass

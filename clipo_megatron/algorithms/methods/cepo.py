@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
-
+from clipo_megatron.algorithms import late_torch as torch
 from clipo_megatron.algorithms.hook import HookContext, MethodOptions, ScoredTokens, Signal
 from clipo_megatron.algorithms.schedule import Scheduled
 from clipo_megatron.config.errors import ConfigProblem
 from clipo_megatron.config.ranges import within
 from clipo_megatron.config.schema import RunConfig
 from clipo_megatron.flow import Prompt, Rollout, RolloutTable
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 ANSWER = "{answer}"
 GOLD, WRONG = "cepo_gold_logprob", "cepo_wrong_logprob"

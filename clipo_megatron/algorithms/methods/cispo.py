@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from clipo_megatron.algorithms.hook import TokenBatch
 from clipo_megatron.algorithms.methods.grpo import GRPO
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class CISPO(GRPO):

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
-from torch.nn.functional import softplus
-
+from clipo_megatron.algorithms import late_torch as torch
 from clipo_megatron.algorithms.hook import MethodOptions, TokenBatch
 from clipo_megatron.algorithms.policy_loss import GroupLoss, bonus_weight
 from clipo_megatron.algorithms.schedule import Scheduled
 from clipo_megatron.config.ranges import within
 from clipo_megatron.flow import Experience
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass
@@ -57,7 +58,9 @@ class ConSPO(GroupLoss, Scheduled):
         anchors = correct & (wrong[group] > 0)
         own = group[anchors]
         margin = options.tau * self.linear(0.0, options.margin, options.margin_steps)
-        losses = softplus(largest[own] + total[own].log() - (score[anchors] - margin), threshold=40.0)
+        losses = torch.nn.functional.softplus(
+            largest[own] + total[own].log() - (score[anchors] - margin), threshold=40.0
+        )
         weight = bonus_weight(experience, rows[anchors]).to(score) if options.weigh_by_reward else 1.0
         both = (right > 0) & (wrong > 0)
         return (weight * losses / right[own]).sum() / both.sum().clamp(min=1)

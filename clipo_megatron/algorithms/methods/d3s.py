@@ -5,15 +5,16 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from enum import Enum
-from typing import Optional
+from typing import TYPE_CHECKING, Optional
 
-import torch
-from torch import Tensor
-
+from clipo_megatron.algorithms import late_torch as torch
 from clipo_megatron.algorithms.hook import HookContext, MethodOptions, ScoredTokens, Signal
 from clipo_megatron.algorithms.schedule import Scheduled
 from clipo_megatron.config.ranges import within
 from clipo_megatron.flow import RolloutTable
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 INFINITY_BITS = 0x7F800000  # of float32
 

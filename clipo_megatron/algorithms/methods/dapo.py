@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Optional
+from typing import TYPE_CHECKING, Optional
 
-import torch
-from torch import Tensor
-
+from clipo_megatron.algorithms import late_torch as torch
 from clipo_megatron.algorithms.hook import HookContext, MethodOptions
 from clipo_megatron.algorithms.methods.grpo import GRPO
 from clipo_megatron.algorithms.policy_loss import BaselineSettings
@@ -16,6 +14,9 @@ from clipo_megatron.config.errors import ConfigProblem
 from clipo_megatron.config.ranges import within
 from clipo_megatron.config.schema import RunConfig
 from clipo_megatron.flow import RolloutTable
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 CUSHION = 5  # Lmax / Lc of the paper: 20480 / 4096
 

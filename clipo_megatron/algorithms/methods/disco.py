@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import Enum
-from typing import Optional
+from typing import TYPE_CHECKING, Optional
 
-import torch
-from torch import Tensor
-
+from clipo_megatron.algorithms import late_torch as torch
 from clipo_megatron.algorithms.hook import MethodOptions, TokenBatch
 from clipo_megatron.algorithms.policy_loss import GroupLoss, bonus_weight
 from clipo_megatron.config.ranges import within
 from clipo_megatron.flow import Experience
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class DiscoScore(str, Enum):

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
-
+from clipo_megatron.algorithms import late_torch as torch
 from clipo_megatron.algorithms.hook import Hook, HookContext, Signal
 from clipo_megatron.flow import Prompt, Rollout, RolloutTable
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class Answers(Hook):

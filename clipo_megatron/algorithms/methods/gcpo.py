@@ -5,15 +5,17 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
-
+from clipo_megatron.algorithms import late_torch as torch
 from clipo_megatron.algorithms.hook import Hook, MethodOptions
 from clipo_megatron.config.errors import ConfigProblem
 from clipo_megatron.config.ranges import within
 from clipo_megatron.config.schema import RunConfig
 from clipo_megatron.flow import Prompt, Rollout, RolloutTable
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass

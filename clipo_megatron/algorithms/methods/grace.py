@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import Enum
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
-from torch.nn.functional import normalize
-
+from clipo_megatron.algorithms import late_torch as torch
 from clipo_megatron.algorithms.hook import Hook, MethodOptions, Signal
 from clipo_megatron.config.ranges import within
 from clipo_megatron.flow import RolloutTable
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class Rewarded(str, Enum):
@@ -47,7 +48,7 @@ class GRACE(Hook):
 
     def shape_reward(self, table: RolloutTable, reward: Tensor) -> Tensor:
         options = self.options
-        states = normalize(table.signals["pooled_states"].double(), dim=-1)
+        states = torch.nn.functional.normalize(table.signals["pooled_states"].double(), dim=-1)
         bonus = torch.zeros(table.size, dtype=torch.float64)
         for group in range(len(table.prompt_ids)):
             rows = ((table.group == group) & table.graded).nonzero().squeeze(1)

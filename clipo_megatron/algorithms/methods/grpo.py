@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
+from clipo_megatron.algorithms import late_torch as torch
 from clipo_megatron.algorithms.policy_loss import ClippedPolicyLoss
 from clipo_megatron.config.schema import Aggregation
 from clipo_megatron.flow import RolloutTable
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 # Added to the standard deviation of a group's rewards, as in the released code of arXiv 2402.03300.
 STD_EPSILON = 1e-6

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
+from clipo_megatron.algorithms import late_torch as torch
 from clipo_megatron.algorithms.hook import TokenBatch
 from clipo_megatron.algorithms.methods.grpo import GRPO
 from clipo_megatron.config.schema import Aggregation
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class GSPO(GRPO):

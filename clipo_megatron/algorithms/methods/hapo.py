@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
-
+from clipo_megatron.algorithms import late_torch as torch
 from clipo_megatron.algorithms.hook import Hook, MethodOptions
 from clipo_megatron.config.ranges import within
 from clipo_megatron.flow import Experience, RolloutTable
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass

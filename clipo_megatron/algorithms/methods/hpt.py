@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Optional
+from typing import TYPE_CHECKING, Optional
 
-import torch
-from torch import Tensor
-
+from clipo_megatron.algorithms import late_torch as torch
 from clipo_megatron.algorithms.hook import HookContext, MethodOptions, Signal
 from clipo_megatron.algorithms.methods.grpo import DrGRPO
 from clipo_megatron.config.errors import ConfigError
 from clipo_megatron.config.ranges import within
 from clipo_megatron.config.schema import Aggregation
 from clipo_megatron.flow import Demonstration, Prompt, RolloutTable
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 SOLUTION = "solution"
 BOX = r"\boxed{"

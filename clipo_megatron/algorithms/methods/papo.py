@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
-
+from clipo_megatron.algorithms import late_torch as torch
 from clipo_megatron.algorithms.hook import Hook, HookContext, MethodOptions, TokenBatch
 from clipo_megatron.algorithms.seeds import prompt_generator
 from clipo_megatron.config.ranges import within
 from clipo_megatron.flow import RolloutTable
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass

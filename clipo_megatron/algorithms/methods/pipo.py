@@ -7,14 +7,12 @@ import statistics
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
-
+from clipo_megatron.algorithms import late_torch as torch
 from clipo_megatron.algorithms.hook import HookContext, MethodOptions, Replay, TokenBatch
 from clipo_megatron.algorithms.methods.cepo import GOLD, WRONG
 from clipo_megatron.config.ranges import within
 from clipo_megatron.flow import Experience, MicroBatch, MiniBatch
 
-HOST = torch.device("cpu")
 # Signals of tokens that no loss reads: they are only needed for advantages and returns, which are known by then.
 SPENT = frozenset({"entropy", "value", "next_value", GOLD, WRONG})
 
@@ -101,7 +99,7 @@ def _host_copy(experience: Experience) -> Experience:
 
     def kept(micro: MicroBatch) -> MicroBatch:
         signals = {name: signal for name, signal in micro.signals.items() if name not in SPENT}
-        return replace(micro, signals=signals, returns=None, advantages=None, weights=None).to(HOST)
+        return replace(micro, signals=signals, returns=None, advantages=None, weights=None).to(torch.device("cpu"))
 
     table = experience.table
     small = {name: signal for name, signal in table.signals.items() if signal.dim() == 1}

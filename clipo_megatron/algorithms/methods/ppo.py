@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Optional
+from typing import TYPE_CHECKING, Any, Optional
 
-import torch
-from torch import Tensor
-
+from clipo_megatron.algorithms import late_torch as torch
 from clipo_megatron.algorithms.hook import Hook, HookContext, MethodOptions, ScoredTokens, Signal
 from clipo_megatron.algorithms.policy_loss import BaselineSettings, ClippedPolicyLoss
 from clipo_megatron.algorithms.whitening import centred
 from clipo_megatron.config.ranges import within
 from clipo_megatron.flow import Experience, RolloutTable
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 # Added to the variance of the batch's advantages where they are whitened.
 VARIANCE_EPSILON = 1e-8

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import Enum
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
-
+from clipo_megatron.algorithms import late_torch as torch
 from clipo_megatron.algorithms.hook import HookContext, MethodOptions, ScoredTokens
 from clipo_megatron.algorithms.methods.grpo import STD_EPSILON, group_statistics
 from clipo_megatron.algorithms.methods.ppo import discounted_sums, tokens_left
@@ -15,6 +14,9 @@ from clipo_megatron.algorithms.policy_loss import BaselineSettings, ClippedPolic
 from clipo_megatron.algorithms.whitening import centred
 from clipo_megatron.config.schema import KLPlace
 from clipo_megatron.flow import RolloutTable
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class WhitenOver(str, Enum):

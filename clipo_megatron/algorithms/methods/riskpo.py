@@ -5,11 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import Enum
-from typing import Any, Optional
+from typing import TYPE_CHECKING, Any, Optional
 
-import torch
-from torch import Tensor
-
+from clipo_megatron.algorithms import late_torch as torch
 from clipo_megatron.algorithms.hook import MethodOptions
 from clipo_megatron.algorithms.methods.grpo import STD_EPSILON, group_statistics
 from clipo_megatron.algorithms.policy_loss import BaselineSettings, ClippedPolicyLoss
@@ -17,6 +15,9 @@ from clipo_megatron.config.errors import ConfigProblem
 from clipo_megatron.config.ranges import within
 from clipo_megatron.config.schema import RunConfig
 from clipo_megatron.flow import Experience, RolloutTable
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 SMALLEST_DEVIATION = 1e-3  # smaller ones do not scale: scores that are nearly equal say nothing about their spread
 

@@ -5,6 +5,7 @@ import sys
 import textwrap
 
 import pytest
+from omegaconf import OmegaConf
 
 from clipo_megatron.config import reference
 from clipo_megatron.config.errors import ConfigError
@@ -260,3 +261,11 @@ def test_only_rank_0_tells_new_names(write, capsys, monkeypatch):
 def test_renamed_settings_exist_and_stay_in_their_section():
     assert RENAMED.keys().isdisjoint(reference.keys()) and set(RENAMED.values()) <= set(reference.keys())
     assert all(old.partition(".")[0] == new.partition(".")[0] for old, new in RENAMED.items())
+
+
+def test_the_schema_is_translated_for_omegaconf_once(write, monkeypatch):
+    built, structured = [], OmegaConf.structured
+    monkeypatch.setattr(OmegaConf, "structured", lambda section: built.append(section) or structured(section))
+    first, second = load(write(MODEL), ["layout.tp=2"]), load(write(MODEL))
+    assert len(built) <= 1
+    assert first.layout.tp == 2 and second.layout.tp == 1 and second.data.train is not first.data.train

@@ -63,9 +63,9 @@ DEVICE_WORDS_ELSEWHERE = {
     "model_parallel_cuda_manual_seed",
     "cuda_tensor_names",
 }
-# What servers import in environments of their own
-# Modules outside config/ and serving/ that a command line or the start of a rank needs before there is torch.
+# Modules outside the subpackages without torch that a command line or the start of a rank needs before there is torch.
 TORCH_FREE = {("runtime", "slurm_env.py"), ("runtime", "launch.py"), ("runtime", "warning_filters.py")}
+# What servers import in environments of their own
 RUNS_IN_SERVERS = {"stand_ins", "vllm_extension"}
 VAGUE_NAMES = {"utils", "util", "helpers", "helper", "common", "misc"}
 LONGEST_FILE = 400
@@ -219,7 +219,7 @@ def test_importing_configuration_and_command_loads_no_torch():
     names = [
         ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
         for path in MODULES
-        if (subpackage_of(path) in ("config", "serving") or path.parts[-2:] in TORCH_FREE)
+        if (subpackage_of(path) in ("flow", "config", "serving", "checks") or path.parts[-2:] in TORCH_FREE)
         and not RUNS_IN_SERVERS & set(path.parts)
     ]
     assert "clipo_megatron.config.schema" in names
