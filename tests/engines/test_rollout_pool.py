@@ -260,7 +260,7 @@ def test_idle_servers_take_what_a_busy_one_cannot(proxies, make_pool):
 def started(pool: ServerPool, requests: list[Request], params: SamplingParams, proxy: FaultyProxy):
     """Start a generation and wait until the server has all its requests and some tokens."""
     generation = pool.generate(requests, params, deadline_s=200)
-    wait_until(lambda: proxy.in_flight == len(requests), "all requests to be on the server")
+    wait_until(lambda: proxy.in_flight >= len(requests), "all requests to be on the server")
     time.sleep(0.3)
     return generation
 
