@@ -39,6 +39,8 @@ class Prompt:
     data_source: str  # decides which grader is used
     ground_truth: str
     extra: Mapping[str, Any] = field(default_factory=dict)  # the row's `extra_info`, or a generator's entry
+    forms: tuple[str, ...] | None = None  # of the answer, as its text asks for them (data/asked.py); None: not known
+    thinking: bool = False  # whether its text ends with thinking that it opened
 
 
 @dataclass(slots=True)
@@ -47,7 +49,7 @@ class Rollout:
 
     tokens: Tensor  # [R] int64, the stop token included when one was produced; R >= 1
     logprobs: Tensor  # [R] float32, under the temperature-scaled policy, before truncation by top-p and top-k
-    text: str  # decoded without special tokens
+    text: str  # decoded without control tokens; tags such as </think> stay
     finish: Finish  # "window": it goes on in the next step; "abort": interrupted, a later request can go on
     versions: Tensor  # [R] int64, version of the weights that produced each token; never decreasing
     sample: int  # 0 .. G-1 within its group

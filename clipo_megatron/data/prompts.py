@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from clipo_megatron.config.schema import SourceConfig
+from clipo_megatron.data.asked import asked_forms, opens_thinking
 from clipo_megatron.data.sources import DataError, Row, read_all
 from clipo_megatron.flow import Prompt
 
@@ -90,8 +91,10 @@ def tokenize(rows: Sequence[Row], tokenizer: Any, *, system_prompt: str | None, 
             data_source=row.data_source,
             ground_truth=row.ground_truth,
             extra=row.extra,
+            forms=asked_forms(text),
+            thinking=opens_thinking(text),
         )
-        for row, messages, tokens in zip(rows, turns, ids, strict=True)
+        for row, messages, text, tokens in zip(rows, turns, texts, ids, strict=True)
         if len(tokens) <= max_prompt_tokens
     ]
     if rows and not prompts:

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from clipo_megatron.config.schema import EvalConfig, RolloutConfig
 from clipo_megatron.evaluation.results import Evaluation, EvaluationSettings, ProblemResult, digest_of, ks_of
 from clipo_megatron.flow import Prompt, RolloutGroup, ScoredGroup
-from clipo_megatron.rewards.pool import GraderPool
+from clipo_megatron.rewards.pool import GraderPool, asked_by
 from clipo_megatron.rewards.voting import answer_key
 from clipo_megatron.rollout.engine import Request, SamplingParams
 from clipo_megatron.rollout.source import RolloutSource
@@ -71,8 +71,9 @@ def count(scored: ScoredGroup, graders: GraderPool) -> ProblemResult:
     """Count the right, ungraded and truncated responses to one problem, and the votes for each wrong answer."""
     group, verdicts = scored.group, scored.verdicts
     prompt, mode = group.prompt, graders.mode_of(group.prompt.data_source)
+    asked = asked_by(prompt)
     answers = Counter(
-        answer_key(rollout.text, data_source=prompt.data_source, mode=mode)
+        answer_key(rollout.text, data_source=prompt.data_source, mode=mode, asked=asked)
         for rollout, verdict in zip(group.rollouts, verdicts, strict=True)
         if not verdict.correct
     )

@@ -22,7 +22,8 @@ import re
 from fractions import Fraction
 from typing import Any
 
-from clipo_megatron.rewards.answer import after_thinking, gold_answer, last_boxed
+from clipo_megatron.data.asked import NOTHING, Asked
+from clipo_megatron.rewards.final_answer import box_or_text, gold_answer
 
 _LONGEST_NUMERAL = 200  # characters; no task has a longer answer, and exact arithmetic stays fast
 _LARGEST_EXPONENT = 400
@@ -50,19 +51,25 @@ _DEGREES = re.compile(r"\^\s*+(?:\\circ|\{\s*+\\circ\s*+\})")
 _THIN_SPACE = re.compile(r"(?<=[0-9])(?:\\[,!]|\{,\}(?:\\!)?|,\\!)(?=[0-9]{3}(?![0-9]))")
 
 
-def grade(response: str, ground_truth: str, *, data_source: str = "", extra: Any = None) -> float:
+def grade(
+    response: str, ground_truth: str, *, data_source: str = "", extra: Any = None, asked: Asked = NOTHING
+) -> float:
     """1.0 if the last number of `response` equals the ground truth's last, else 0.0.
 
     A ground truth without a number equals no answer. `data_source` and `extra` are not used.
     """
-    answer = final_number(response)
+    answer = final_number(response, thinking=asked.thinking)
     return float(answer is not None and answer == last_number(f"={gold_answer(ground_truth)}"))
 
 
-def final_number(response: str) -> Fraction | None:
-    """The number that a response ends with (see the module's docstring); None when there is none."""
-    text = after_thinking(response)
-    boxed = last_boxed(text)
+def final_number(response: str, *, thinking: bool = False) -> Fraction | None:
+    """The number that a response ends with (see the module's docstring); None when there is none.
+
+    Args:
+        response: the model's text.
+        thinking: whether the prompt opened the thinking.
+    """
+    boxed, text = box_or_text(response, thinking=thinking)
     return last_number(text) if boxed is None else last_number(f"={boxed}")
 
 

@@ -21,7 +21,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from clipo_megatron.config.schema import GraderMode, RewardConfig
-from clipo_megatron.flow import RolloutGroup, ScoredGroup, Verdict
+from clipo_megatron.data.asked import NOTHING, Asked
+from clipo_megatron.flow import Prompt, RolloutGroup, ScoredGroup, Verdict
 from clipo_megatron.rewards.answer import UnknownGraderError
 from clipo_megatron.rewards.modes import describe, mode_for
 from clipo_megatron.rewards.process import GraderFailure, GraderProcess
@@ -35,6 +36,7 @@ class Answer:
     ground_truth: str
     data_source: str
     extra: Mapping[str, Any] | None = None  # the reasoning-gym entry, for that mode
+    asked: Asked = NOTHING  # what the prompt asks for
 
 
 @dataclass(slots=True)
@@ -95,10 +97,11 @@ class GraderPool:
         Rollouts that continue in the next step are not graded yet, and those that ended in an earlier one already were.
         """
         prompt = group.prompt
+        asked = asked_by(prompt)
         verdicts = [
             _no_verdict()
             if rollout.finish == "window" or rollout.spent
-            else self.submit_answer(Answer(rollout.text, prompt.ground_truth, prompt.data_source, prompt.extra))
+            else self.submit_answer(Answer(rollout.text, prompt.ground_truth, prompt.data_source, prompt.extra, asked))
             for rollout in group.rollouts
         ]
         self._submitted.append((group, verdicts))
@@ -179,6 +182,7 @@ class GraderPool:
             "ground_truth": answer.ground_truth,
             "data_source": answer.data_source,
             "extra": dict(answer.extra) if answer.extra and mode == "reasoning_gym" else None,
+            "asked": answer.asked.as_json(),
         }
         request = {"mode": mode, "deadline_s": deadline_s, "answer": arguments}
         try:
@@ -206,6 +210,11 @@ class GraderPool:
         with self._lock:
             for name, value in counts.items():
                 setattr(self._statistics, name, getattr(self._statistics, name) + value)
+
+
+def asked_by(prompt: Prompt) -> Asked:
+    """What a prompt asks for, as its rendered text and its turns say."""
+    return Asked.by_turns(prompt.messages, forms=prompt.forms, thinking=prompt.thinking)
 
 
 def _no_verdict() -> Future[Verdict]:

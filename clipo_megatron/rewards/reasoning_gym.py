@@ -11,15 +11,24 @@ from collections.abc import Callable, Mapping
 from functools import cache
 from typing import Any
 
+from clipo_megatron.data.asked import NOTHING, Asked
 from clipo_megatron.data.generators import factory_with
-from clipo_megatron.rewards.answer import UnknownGraderError, after_thinking, last_boxed
+from clipo_megatron.rewards.answer import UnknownGraderError
+from clipo_megatron.rewards.final_answer import box_or_text
 
 PREFIX = "reasoning_gym/"
 _TAGGED = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
 _FULL_SCORE = 1.0 - 1e-9  # scores are sums of floats in some data sets
 
 
-def grade(response: str, ground_truth: str, *, data_source: str, extra: Mapping[str, Any] | None = None) -> float:
+def grade(
+    response: str,
+    ground_truth: str,
+    *,
+    data_source: str,
+    extra: Mapping[str, Any] | None = None,
+    asked: Asked = NOTHING,
+) -> float:
     """1.0 if the data set gives the answer its full score, else 0.0.
 
     Args:
@@ -27,27 +36,27 @@ def grade(response: str, ground_truth: str, *, data_source: str, extra: Mapping[
         ground_truth: the entry's "answer"; used where `extra` has none.
         data_source: "reasoning_gym/<data set>".
         extra: the generator's entry ("question", "answer", "metadata"); most data sets need only the answer.
+        asked: whether the prompt opened the thinking.
 
     Raises:
         UnknownGraderError: `data_source` names no data set of reasoning-gym.
     """
     score = _scorer(data_source.removeprefix(PREFIX))
     entry = {"answer": ground_truth, "metadata": {}, **(extra or {})}
-    answer = final_text(response)
+    answer = final_text(response, thinking=asked.thinking)
     candidates = {answer, answer.removesuffix(".").rstrip()}
     # JSON turned the tuples of some entries (grids) into lists; the data set compares them as tuples.
     entries = (entry, {**entry, "metadata": _tuples(entry["metadata"])})
     return float(any(score(c, e) >= _FULL_SCORE for c in candidates for e in entries))
 
 
-def final_text(response: str) -> str:
-    """The final answer as text (see the module's docstring)."""
-    response = after_thinking(response)
-    tagged = _TAGGED.findall(response)
+def final_text(response: str, *, thinking: bool = False) -> str:
+    """The final answer as text (see the module's docstring); `thinking`: whether the prompt opened the thinking."""
+    boxed, said = box_or_text(response, thinking=thinking)
+    tagged = _TAGGED.findall(said)
     if tagged:
         return tagged[-1].strip()
-    boxed = last_boxed(response)
-    return (response if boxed is None else boxed).strip()
+    return (said if boxed is None else boxed).strip()
 
 
 @cache

@@ -27,8 +27,8 @@ from clipo_megatron.rewards.latex_text import LatexError, latex_to_text
 _WRAPPED_TEXT = re.compile(r"^\\text\{(.+?)\}$")
 
 
-def grade(response: str, ground_truth: str, *, data_source: str, extra: Any = None) -> float:
-    """1.0 if the reference grader accepts `response`, else 0.0. `extra` is not used.
+def grade(response: str, ground_truth: str, *, data_source: str, extra: Any = None, asked: Any = None) -> float:
+    """1.0 if the reference grader accepts `response`, else 0.0. `extra` and `asked` are not used.
 
     Raises:
         MemoryError, RecursionError: the answer exhausted the process; the caller counts it as ungraded.

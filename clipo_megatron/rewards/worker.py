@@ -24,6 +24,7 @@ import time
 from functools import cache
 from typing import Any, TextIO
 
+from clipo_megatron.data.asked import Asked
 from clipo_megatron.rewards.answer import UnknownGraderError
 from clipo_megatron.rewards.modes import describe, judge
 
@@ -61,7 +62,8 @@ def _serve(request: dict[str, Any], replies: TextIO) -> bool:
     signal.setitimer(signal.ITIMER_REAL, 2 * request["deadline_s"] + 5)
     sound, begun = True, time.perf_counter()
     try:
-        reply = {"event": "graded", "score": judge(**request["answer"], mode=request["mode"])}
+        answer = request["answer"] | {"asked": Asked.of_json(request["answer"]["asked"])}
+        reply = {"event": "graded", "score": judge(**answer, mode=request["mode"])}
     except UnknownGraderError as error:
         reply = {"event": "misconfigured", "reason": str(error)}
     except Exception as error:
@@ -78,6 +80,8 @@ def _load(mode: str) -> None:
     if mode == "reasoning_gym":
         import reasoning_gym  # noqa: F401
     elif mode in ("math", "reference"):
+        import math_verify  # noqa: F401
+
         judge("\\boxed{\\frac{2}{4}}", "0.5 x", data_source="", mode=mode)
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from clipo_megatron.flow import Rollout
 from clipo_megatron.rollout.engine import Request, SamplingParams
 
-Decode = Callable[[Sequence[int]], str]  # token ids -> text without special tokens
+Decode = Callable[[Sequence[int]], str]  # token ids -> text without control tokens
 
 
 def missing_samples(request: Request, params: SamplingParams) -> list[int]:

@@ -11,6 +11,7 @@ import torch.distributed as dist
 
 from clipo_megatron.config.model_folder import hf_folder
 from clipo_megatron.config.schema import EngineKind, RunConfig, Transport, Unfinished
+from clipo_megatron.data.response_text import response_decoder
 from clipo_megatron.policy.model.model import TORCH_DTYPE
 from clipo_megatron.policy.parallel import Layout
 from clipo_megatron.policy.policy import Policy
@@ -54,7 +55,7 @@ def build_engine(config: RunConfig, layout: Layout, tokenizer: Any, say: Callabl
         )
     pool = None
     if layout.rank in rollout_ranks(config, layout):
-        pool = ServerPool.from_config(config, lambda ids: tokenizer.decode(ids, skip_special_tokens=True))
+        pool = ServerPool.from_config(config, response_decoder(tokenizer))
         wanted = len(config.rollout.endpoints) or config.rollout.servers
         if len(pool.discover()) < wanted:
             where = ", ".join(config.rollout.endpoints) or f"`clipo serve` with train.output={config.train.output}"

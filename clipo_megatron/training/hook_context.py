@@ -12,6 +12,7 @@ from clipo_megatron.algorithms.hook import HookContext
 from clipo_megatron.config.schema import RunConfig
 from clipo_megatron.data.prompts import ChatRenderer, Messages
 from clipo_megatron.flow import Prompt, Rollout
+from clipo_megatron.rewards.pool import asked_by
 from clipo_megatron.rewards.voting import answer_key
 
 
@@ -27,7 +28,8 @@ def build_hook_context(config: RunConfig, tokenizer: Any, prompts: Sequence[Prom
 
     def answer(prompt: Prompt, rollout: Rollout) -> str:
         mode = config.reward.by_source.get(prompt.data_source, config.reward.mode)
-        return answer_key(rollout.text, data_source=prompt.data_source, mode=mode.value) or ""
+        asked = asked_by(prompt)
+        return answer_key(rollout.text, data_source=prompt.data_source, mode=mode.value, asked=asked) or ""
 
     end = tokenizer.eos_token_id
     mask = next((each for each in (tokenizer.mask_token_id, tokenizer.pad_token_id, end) if each is not None), 0)

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.initialization import no_init_weights
 
+from clipo_megatron.data.response_text import response_decoder
 from clipo_megatron.flow import Prompt, Rollout, RolloutGroup
 from clipo_megatron.rollout.continuation import append_tokens, if_finished, missing_samples
 from clipo_megatron.rollout.engine import (
@@ -77,6 +78,7 @@ class LocalEngine:
         self._batch_size = batch_size
         self._version = -1
         self._tokenizer, self._model = _build(Path(model_dir), dtype, torch.device(device))
+        self._decode_text = response_decoder(self._tokenizer)
 
     @property
     def version(self) -> int:
@@ -108,7 +110,7 @@ class LocalEngine:
 
     def close(self) -> None:
         """Free model and tokenizer. Idempotent."""
-        self._model = self._tokenizer = None
+        self._model = self._tokenizer = self._decode_text = None
         self._version = -1
 
     def load_weights(self, tensors: Iterable[tuple[str, Tensor]], *, version: int) -> None:
@@ -252,12 +254,9 @@ class LocalEngine:
                         sample=sample,
                         finish="stop" if stopped else "length",
                         params=params,
-                        decode=self._text,
+                        decode=self._decode_text,
                     )
                     yield line.index, rollout
-
-    def _text(self, tokens: Sequence[int]) -> str:
-        return self._tokenizer.decode(tokens, skip_special_tokens=True)
 
     def _check_lengths(self, requests: Sequence[Request], params: SamplingParams) -> None:
         positions = self._model.config.max_position_embeddings

@@ -41,7 +41,7 @@ class HttpServer(ABC):
 
     Args:
         url: URL of the server, or of a router that forwards generation calls.
-        decode: turns token ids into text without special tokens.
+        decode: turns token ids into text without control tokens.
         api_key_env: environment variable that holds the server's key.
         routed: whether the URL is that of a router.
     """

@@ -51,7 +51,7 @@ class ServerPool:
 
     Args:
         kind: sglang or vllm.
-        decode: turns token ids into text without special tokens.
+        decode: turns token ids into text without control tokens.
         config: bounds, deadlines and number of attempts.
         endpoints: URLs of the servers; if empty, the servers in the registry are used.
         registry: folder in which servers are registered.

@@ -9,7 +9,7 @@ def evaluate_here(answers):
     """Runs on a rank: greedy answers from an engine of fixed texts, graded for real."""
     import torch
 
-    from clipo_megatron.config.schema import EvalConfig, RewardConfig, RolloutConfig
+    from clipo_megatron.config.schema import EvalConfig, GraderMode, RewardConfig, RolloutConfig
     from clipo_megatron.flow import Prompt, Rollout, RolloutGroup
     from clipo_megatron.rewards.pool import GraderPool
     from clipo_megatron.rollout.source import RolloutSource
@@ -27,11 +27,11 @@ def evaluate_here(answers):
 
     world = torch.distributed.get_world_size()
     prompts = [
-        Prompt(name, ({"role": "user", "content": "?"},), torch.zeros(1, dtype=torch.long), "openai/gsm8k", "7")
+        Prompt(name, ({"role": "user", "content": "?"},), torch.zeros(1, dtype=torch.long), "openai/gsm8k", "7.5")
         for name in answers
     ]
     params = evaluation_params(EvalConfig(), RolloutConfig(), (1,), seed=3)
-    with GraderPool(RewardConfig(deadline_s=5.0)) as pool:
+    with GraderPool(RewardConfig(mode=GraderMode.reference, deadline_s=5.0)) as pool:
         source = RolloutSource(Spoken(), range(world), lambda: None)
         return evaluate(source, pool, prompts, params, step=4, deadline_s=60)
 
@@ -82,7 +82,8 @@ def test_an_engine_that_is_lost_changes_no_result(ranks, tmp_path):
 
 
 def test_an_ungraded_response_counts_as_wrong(ranks):
-    right, wrong, never = ("\\boxed{7}", "stop"), ("\\boxed{8}", "length"), ("\\boxed{9^{9^{9^{9^9}}}!!}", "stop")
+    right, wrong = ("\\boxed{7.5}", "stop"), ("\\boxed{8.5}", "length")
+    never = ("\\boxed{9999999**99999999}", "stop")  # SymPy, which mode `reference` asks, does not return
     answers = {"s/0": [right, right], "s/1": [wrong, right], "s/2": [right, never], "s/3": [wrong, wrong]}
     first, second = ranks.run(evaluate_here, 2, answers)
     assert first == second

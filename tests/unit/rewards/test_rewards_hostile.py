@@ -66,11 +66,12 @@ def hostile_answers() -> list[str]:
 
 def test_three_hundred_hostile_answers_leave_the_pool_alive():
     answers = [
-        Answer(response, gold, "mmlu" if gold == "C" else "math")
+        Answer(response, gold, "mmlu" if gold == "C" else "math" if index % HANGING_EVERY else "strict")
         for index, response in enumerate(hostile_answers())
         for gold in [GOLDS[index // HANGING_EVERY % len(GOLDS)]]
     ]
-    with GraderPool(RewardConfig(mode=GraderMode.auto, workers=2, deadline_s=DEADLINE_S)) as pool:
+    modes = {"strict": GraderMode.reference}  # SymPy evaluates there; mode `math` ends by itself
+    with GraderPool(RewardConfig(mode=GraderMode.auto, by_source=modes, workers=2, deadline_s=DEADLINE_S)) as pool:
         verdicts = grade_many(pool, answers)
         statistics = pool.take_statistics()
         after = grade_many(pool, [Answer("\\boxed{\\frac{2}{4}}", "0.5", "math"), Answer("\\boxed{4}", "3", "math")])

@@ -19,8 +19,9 @@ from clipo_megatron.flow import Prompt, Rollout, RolloutGroup
 from clipo_megatron.rewards import GraderPool
 from clipo_megatron.rewards.pool import Answer
 
-# SymPy evaluates this power for hours; the golds differ by being no integers, else the reference says no at once.
-HANGING = Answer("\\boxed{9999999**99999999}", "0.75", "math")
+# Mode `reference` of the source "strict" lets SymPy evaluate this power, which takes hours.
+STRICT = {"strict": GraderMode.reference}
+HANGING = Answer("\\boxed{9999999**99999999}", "0.75", "strict")
 RIGHT = Answer("\\boxed{\\frac{2}{4}}", "1/2", "math")
 WRONG = Answer("\\boxed{4}", "5", "math")
 
@@ -39,7 +40,7 @@ def group(position: int, texts: list[str], gold: str = "5", source: str = "math"
 def pool():
     config = RewardConfig(
         mode=GraderMode.auto,
-        by_source={"strict": GraderMode.reference},
+        by_source=STRICT,
         workers=2,
         deadline_s=2.0,
         correct_reward=2.0,
@@ -88,8 +89,9 @@ def test_a_hang_is_killed_counted_and_ungraded(pool):
 
 
 def test_a_worker_killed_while_it_grades_leaves_that_answer_ungraded():
-    with GraderPool(RewardConfig(workers=1, deadline_s=600.0)) as pool:
-        grade_many(pool, [RIGHT])  # the worker is up and its libraries loaded: from here on, CPU time is grading
+    with GraderPool(RewardConfig(by_source=STRICT, workers=1, deadline_s=600.0)) as pool:
+        # The worker is up and the libraries of both modes are loaded: from here on, CPU time is grading.
+        grade_many(pool, [RIGHT, Answer("\\boxed{0.75}", "0.75", "strict")])
         worker = psutil.Process(worker_pids(pool)[0])
         idle_s = sum(worker.cpu_times()[:2])
         verdict = pool.submit_answer(HANGING)
@@ -99,7 +101,7 @@ def test_a_worker_killed_while_it_grades_leaves_that_answer_ungraded():
         assert verdict.result().reason == "grader process was ended by SIGKILL"
         assert [v.correct for v in grade_many(pool, [RIGHT, WRONG])] == [True, False]
         statistics = pool.take_statistics()
-        assert (statistics.answers, statistics.ungraded, statistics.deaths) == (4, 1, 1)
+        assert (statistics.answers, statistics.ungraded, statistics.deaths) == (5, 1, 1)
 
 
 def test_workers_killed_while_idle_are_replaced_and_inherit_no_sockets(number_pool):
@@ -182,7 +184,7 @@ def test_memory_is_limited():
 
 
 def test_close_kills_the_workers_and_settles_what_waits():
-    pool = GraderPool(RewardConfig(workers=1, deadline_s=30.0))
+    pool = GraderPool(RewardConfig(by_source=STRICT, workers=1, deadline_s=30.0))
     grade_many(pool, [RIGHT])
     waiting = [pool.submit_answer(HANGING), pool.submit_answer(RIGHT)]
     pids = worker_pids(pool)
@@ -198,9 +200,9 @@ def test_close_kills_the_workers_and_settles_what_waits():
 
 PARENT = """
 import sys, time
-from clipo_megatron.config.schema import RewardConfig
+from clipo_megatron.config.schema import GraderMode, RewardConfig
 from clipo_megatron.rewards.pool import Answer, GraderPool
-pool = GraderPool(RewardConfig(workers=2, deadline_s=600.0))
+pool = GraderPool(RewardConfig(mode=GraderMode.reference, workers=2, deadline_s=600.0))
 answers = [pool.submit_answer(Answer("\\\\boxed{1}", "1", "math")) for _ in range(2)]
 assert [answer.result().correct for answer in answers] == [True, True]
 pool.submit_answer(Answer("\\\\boxed{9999999**99999999}", "0.75", "math"))
