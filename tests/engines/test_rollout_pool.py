@@ -374,11 +374,12 @@ def test_detached_rollouts_are_among_the_unanswered(proxies, make_pool, monkeypa
 
 def test_requests_interrupted_by_others_are_asked_again(proxies, make_pool):
     pool = make_pool(proxies[0].url)
-    generation = started(pool, ask(2), LONG, proxies[0])
+    params = dataclasses.replace(LONG, max_new_tokens=300)
+    generation = started(pool, ask(2), params, proxies[0])
     pool.pause(InFlight.abort)
     timer = threading.Timer(1.0, pool.resume)
     timer.start()
-    check_answers(ask(2), list(generation), LONG)
+    check_answers(ask(2), list(generation), params)
     timer.join()
     assert pool.take_statistics()["rollout/retries"] >= 2
 

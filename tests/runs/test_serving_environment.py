@@ -122,6 +122,7 @@ def _words(pid: int) -> str:
         return ""
 
 
+@pytest.mark.full
 def test_two_at_once_make_one(recipe):
     slow = replace(recipe, proof="import time, tiny_engine; time.sleep(2)")
     both = [in_another_process(slow) for _ in range(2)]
@@ -131,6 +132,7 @@ def test_two_at_once_make_one(recipe):
     assert errors == ["Setting", "Waiting"]
 
 
+@pytest.mark.full
 def test_a_package_that_is_not_there(recipe):
     recipe.requirements.write_text("tiny-base==1.0\nno-such-package==1.0\n")
     broken = replace(recipe)

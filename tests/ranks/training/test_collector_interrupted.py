@@ -101,7 +101,10 @@ SETTINGS = {
 
 
 @pytest.mark.parametrize("name", SETTINGS)
-@pytest.mark.parametrize(("world", "rollout_ranks"), [(1, None), (3, [0, 2])], ids=["one rank", "two of three ask"])
+@pytest.mark.parametrize(
+    ("world", "rollout_ranks"),
+    [pytest.param(1, None, id="one rank", marks=pytest.mark.full), pytest.param(3, [0, 2], id="two of three ask")],
+)
 def test_every_prompt_is_accounted_for_once(ranks: RankPool, model: Path, name: str, world: int, rollout_ranks: Any):
     config, seed = SETTINGS[name], random.SystemRandom().randrange(10**6)
     print(f"interruptions drawn with seed {seed}")
@@ -238,7 +241,7 @@ def _comparable(state: tuple[Any, Any]) -> Any:
     return sampler, carried
 
 
-@pytest.mark.parametrize("world", [1, 2, 3])
+@pytest.mark.parametrize("world", [*(pytest.param(ranks, marks=pytest.mark.full) for ranks in (1, 2)), 3])
 @pytest.mark.parametrize("name", ["plain", "refill", "refill, resume", "keep running"])
 def test_a_cancelled_step_leaves_no_trace(ranks: RankPool, model: Path, world: int, name: str):
     undisturbed = ranks.run(should_cancel, world, model, SETTINGS[name], None)

@@ -64,7 +64,7 @@ def test_the_batch_level_keeps_nothing_of_that_size_for_backward(similarity):
     assert z.numel() <= sum(kept) < rollouts * rollouts / 4
 
 
-@pytest.mark.parametrize("form", ["grouped", "infonce"])
+@pytest.mark.parametrize("form", [pytest.param("grouped", marks=pytest.mark.full), "infonce"])
 def test_8192_rollouts_take_less_than_300_ms_and_300_mb(form):
     # One thread: stricter than a core pair, and not at the mercy of whatever else runs on the second core.
     command = [sys.executable, str(BENCH), "--one", form, "--rollouts", "8192", "--group", "16", "--dim", "512"]
