@@ -60,10 +60,21 @@ def run(options: argparse.Namespace) -> int:
 
 def _report(config: RunConfig, place: Launch | None) -> int:
     """Read the data and print what the run would do. Of a generator some problems are made, to see that it can."""
+    from clipo_megatron.checks.answers import check_answers, source_problems, template_text
+    from clipo_megatron.config.errors import ConfigError
+    from clipo_megatron.config.model_folder import hf_folder
+    from clipo_megatron.data.golds import without_answer
     from clipo_megatron.data.sources import DataError, overlap, without
 
     found, made = _read(config.data.train)
     held_out, made_held_out = _read(config.data.eval)
+    generated = {
+        f"reasoning_gym/{each.generator}" for each in [*config.data.train, *config.data.eval] if each.generator
+    }
+    if problems := [*source_problems(config.reward, {row.data_source for row in [*found, *held_out]} | generated)]:
+        raise ConfigError(problems)
+    (found, no_answer), (held_out, no_held_out_answer) = without_answer(found), without_answer(held_out)
+    check_answers(config, [*found, *held_out], template=template_text(hf_folder(config.model.path)))
     train = without(found, held_out) if config.data.hold_out else found
     if not train and not made:
         raise DataError(
@@ -85,6 +96,9 @@ def _report(config: RunConfig, place: Launch | None) -> int:
     left_out = len(found) - len(train)
     shared += f"; {left_out} training problems are among them and left out" if left_out else ""
     print(f"  held out  {len(held_out) + made_held_out} problems{shared}")
+    if unanswered := [*no_answer, *no_held_out_answer]:
+        names = ", ".join(row.id for row in unanswered[:5])
+        print(f"  left out  {len(unanswered)} problems whose answer is an empty \\boxed{{}}: {names}")
     print(f"  output    {config.train.output}")
     return 0
 

@@ -24,10 +24,11 @@ _PROBES: tuple[list[dict[str, str]], ...] = (
 
 @dataclass(frozen=True, slots=True)
 class PromptSet:
-    """The prompts that fit, and the number of those that were too long."""
+    """The prompts that fit, the number of those that were too long, and the data sources of both."""
 
     prompts: list[Prompt]
     too_long: int
+    data_sources: frozenset[str] = frozenset()
 
 
 def load_tokenizer(path: str | Path) -> Any:
@@ -103,7 +104,7 @@ def tokenize(rows: Sequence[Row], tokenizer: Any, *, system_prompt: str | None, 
             f"data.max_prompt_tokens = {max_prompt_tokens} leaves out all {len(rows)} prompts: the shortest has "
             f"{shortest} tokens. Raise it."
         )
-    return PromptSet(prompts, too_long=len(rows) - len(prompts))
+    return PromptSet(prompts, len(rows) - len(prompts), frozenset(row.data_source for row in rows))
 
 
 class ChatRenderer:

@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 
 from clipo_megatron.config.schema import Perturbation, SourceConfig
 from clipo_megatron.data.generators import factory_with
+from clipo_megatron.data.golds import why_no_answer
 from clipo_megatron.data.perturbations import PerturbationError, perturb
 
 AnyProblem = TypeVar("AnyProblem")  # a Row, a Prompt or whatever has `messages`
@@ -186,6 +187,8 @@ def _row(record: Any, *, id: str, place: str) -> Row:
     truth = rule.get("ground_truth")
     if isinstance(truth, bool) or not isinstance(truth, (str, int, float)) or truth == "":
         raise refuse("reward_model.ground_truth", f"text was expected, not {_kind(truth)}")
+    if (reason := why_no_answer(truth)) is not None:
+        raise refuse("reward_model.ground_truth", reason)
     extra = record.get("extra_info")
     if extra is not None and not isinstance(extra, Mapping):
         raise refuse("extra_info", f"a mapping was expected, not {_kind(extra)}")

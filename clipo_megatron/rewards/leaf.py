@@ -21,7 +21,7 @@ _TEXT = re.compile(r"\\text\s*\{([^{}]*)\}")
 _INFINITE = re.compile(r"([-+]?)\s*(?:\\infty|infinity|oo)")
 _NOT_A_NUMBER = {"nan", "none", "null", "n/a", "inf", "-inf", "undefinednan"}
 _WORD = re.compile(r"[A-Za-z]{3,}|[^\x00-\x7f]")
-_PLAIN_NUMBER = re.compile(r"[-+]?[\d.]+(?:/\d+)?")
+_THREE_LETTERS = re.compile(r"[A-Za-z]{3}")
 
 
 def leaves_agree(answer: str, gold: str) -> bool:
@@ -38,6 +38,8 @@ def leaves_agree(answer: str, gold: str) -> bool:
         verdict = rule(answer, gold)
         if verdict is not None:
             return verdict
+    if _THREE_LETTERS.fullmatch(answer) and _THREE_LETTERS.fullmatch(gold):  # May, not a product of letters
+        return answer.casefold() == gold.casefold()
     verdict = closeness.equal(answer, gold)
     if verdict is None:
         return _same_words(answer, gold) or symbolic.equal(answer, gold)

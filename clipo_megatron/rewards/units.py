@@ -75,6 +75,7 @@ _ALIASES = {
     **dict.fromkeys(("hz", "hertz"), "hertz"),
     **dict.fromkeys(("pa", "pascal"), "pascal"),
 }
+_UNITS = set(_ALIASES.values())
 _SHORT_UNITS = {"m", "s", "h", "g", "l", "n", "j", "w", "v", "k", "cm", "mm", "km", "in", "ft", "yd", "mi", "kg", "mg"}
 _SHORT_UNITS |= {"lb", "oz", "ml", "hr", "min", "sec", "mph", "kph", "rad", "deg", "mol", "hz", "pa", "kj", "kw", "lbs"}
 
@@ -122,11 +123,18 @@ def _unit_in_words(text: str) -> tuple[str, str]:
         before = text[: found.start()].strip()
         if not re.search(r"[\d})\]ie]$|\\pi$|[a-z]$", before) or re.search(r"\\text\s*$", before):
             continue
-        if pattern is _WORDS and not re.search(r"[\d})]$", before):
+        if pattern is _WORDS and not (re.search(r"[\d})]$", before) and _is_word(found[1])):
             continue
         power = next((group for group in found.groups()[1:] if group), "")
         return before, found[1] + (f"^{power}" if power else "")
     return text, ""
+
+
+def _is_word(text: str) -> bool:
+    """Whether letters after a number are a word or a known unit, and no product of variables such as xy."""
+    word = re.match(r"[A-Za-zµ]*", text)[0]
+    known = _canonical(word) in _UNITS or word.lower() in _SHORT_UNITS
+    return known or len(word) > 3 or (len(word) == 3 and re.search("[eiouEIOU]", word) is not None)
 
 
 def units_agree(one: str, other: str) -> bool:
@@ -137,7 +145,7 @@ def units_agree(one: str, other: str) -> bool:
 
 def _known(name: str) -> str | None:
     base = re.sub(r"\^.*$", "", name)
-    return name if base in set(_ALIASES.values()) else None
+    return name if base in _UNITS else None
 
 
 def _canonical(unit: str) -> str:

@@ -14,6 +14,8 @@ from clipo_megatron.algorithms.build import build_algorithm
 from clipo_megatron.algorithms.hook import Signal
 from clipo_megatron.algorithms.methods.registry import max_refill_rounds
 from clipo_megatron.checkpoint import CheckpointContents, CheckpointItem, Checkpoints
+from clipo_megatron.checks.answers import check_answers, source_problems
+from clipo_megatron.config.errors import ConfigError
 from clipo_megatron.config.model_folder import CRITIC, POLICY
 from clipo_megatron.config.schema import RunConfig
 from clipo_megatron.data.sampler import PromptSampler
@@ -40,7 +42,11 @@ class Run:
         self.config = config
         self.session = session = Session(config)
         self.reporter = session.reporter
-        self.train_prompts = training_problems(config, session.tokenizer, session.eval_prompts, self.reporter.say)
+        seen = session.data_sources
+        self.train_prompts = training_problems(config, session.tokenizer, session.eval_prompts, self.reporter.say, seen)
+        check_answers(config, self.train_prompts)
+        if problems := [*source_problems(config.reward, seen)]:
+            raise ConfigError(problems)
         self.sampler = PromptSampler(
             len(self.train_prompts), config.data.prompts_per_step, seed=config.train.seed, shuffle=config.data.shuffle
         )

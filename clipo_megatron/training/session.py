@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from clipo_megatron.checks.answers import check_answers
 from clipo_megatron.config.model_folder import hf_folder
 from clipo_megatron.config.schema import RunConfig
 from clipo_megatron.data.prompts import load_tokenizer
@@ -68,7 +69,9 @@ class Session:
         model_files = hf_folder(config.model.path)
         self.tokenizer = load_tokenizer(model_files)
         self.stop_ids = stop_ids(model_files, self.tokenizer)
-        self.eval_prompts = held_out_problems(config, self.tokenizer, self.reporter.say)
+        self.data_sources: set[str] = set()  # of all rows read
+        self.eval_prompts = held_out_problems(config, self.tokenizer, self.reporter.say, self.data_sources)
+        check_answers(config, self.eval_prompts)
 
     def close(self) -> None:
         """Leave the process group, and unlock the output folder; calling it again does nothing."""
