@@ -60,11 +60,11 @@ def run(options: argparse.Namespace) -> int:
 
 def _report(config: RunConfig, place: Launch | None) -> int:
     """Read the data and print what the run would do. Of a generator some problems are made, to see that it can."""
-    from clipo_megatron.checks.answers import check_answers, source_problems, template_text
     from clipo_megatron.config.errors import ConfigError
     from clipo_megatron.config.model_folder import hf_folder
     from clipo_megatron.data.golds import without_answer
     from clipo_megatron.data.sources import DataError, overlap, without
+    from clipo_megatron.rewards.row_checks import check_answers, source_problems, template_text
 
     found, made = _read(config.data.train)
     held_out, made_held_out = _read(config.data.eval)

@@ -14,7 +14,6 @@ from clipo_megatron.algorithms.build import build_algorithm
 from clipo_megatron.algorithms.hook import Signal
 from clipo_megatron.algorithms.methods.registry import max_refill_rounds
 from clipo_megatron.checkpoint import CheckpointContents, CheckpointItem, Checkpoints
-from clipo_megatron.checks.answers import check_answers, source_problems
 from clipo_megatron.config.errors import ConfigError
 from clipo_megatron.config.model_folder import CRITIC, POLICY
 from clipo_megatron.config.schema import RunConfig
@@ -23,6 +22,7 @@ from clipo_megatron.data.splits import training_problems
 from clipo_megatron.policy.actor import PolicyActor
 from clipo_megatron.policy.batch.replay import ReplayCheckpointer
 from clipo_megatron.policy.checkpoint.state import TrainableCheckpointer
+from clipo_megatron.rewards.row_checks import check_answers, source_problems
 from clipo_megatron.rollout.engine import Cancelled, SamplingParams
 from clipo_megatron.runtime.platform import platform
 from clipo_megatron.runtime.run_dir import CHECKPOINTS, set_aside

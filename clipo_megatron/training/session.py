@@ -11,12 +11,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from clipo_megatron.checks.answers import check_answers
 from clipo_megatron.config.model_folder import hf_folder
 from clipo_megatron.config.schema import RunConfig
 from clipo_megatron.data.prompts import load_tokenizer
 from clipo_megatron.data.splits import held_out_problems
 from clipo_megatron.policy import parallel
+from clipo_megatron.rewards.row_checks import check_answers
 from clipo_megatron.runtime.heartbeat import Heartbeat
 from clipo_megatron.runtime.platform import platform
 from clipo_megatron.runtime.rendezvous import rendezvous

@@ -4,10 +4,10 @@ import json
 
 import pytest
 
-from clipo_megatron.checks.answers import check_answers, source_problems
 from clipo_megatron.cli import main as cli
 from clipo_megatron.config.schema import GraderMode, RunConfig, SourceConfig
 from clipo_megatron.data.sources import DataError, Row
+from clipo_megatron.rewards.row_checks import check_answers, source_problems
 
 BOX = "\nPut your final answer within \\boxed{}."
 TESTS = json.dumps({"inputs": ["1\n"], "outputs": ["2\n"]})
