@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from importlib import util
 
 from clipo_megatron.config.errors import ConfigProblem
+from clipo_megatron.config.packages import unusable
 from clipo_megatron.config.schema import RunConfig, WandbMode
 
 
 def report_problems(config: RunConfig) -> Iterator[ConfigProblem]:
-    """Packages that are not installed, and names of projects that Weights & Biases does not take."""
+    """Packages that cannot be used, and names of projects that Weights & Biases does not take."""
     report = config.report
-    if report.tensorboard and util.find_spec("tensorboard") is None:
-        reason = "the package tensorboard is not installed"
-        remedy = "pip install tensorboard, or set it to false: metrics.jsonl has the same numbers"
+    # What torch's writer imports of it; torch itself is not imported here.
+    if report.tensorboard and (problem := unusable("tensorboard", "tensorboard.summary.writer.event_file_writer")):
+        reason, remedy = problem
+        remedy += ", or set it to false: metrics.jsonl has the same numbers"
         yield ConfigProblem("report.tensorboard", reason, remedy, True, absent=True)
     if report.wandb.mode is not WandbMode.disabled:
-        if util.find_spec("wandb") is None:
-            reason = "the package wandb is not installed"
-            remedy = "pip install wandb, or set it to disabled: metrics.jsonl has the same numbers"
+        if problem := unusable("wandb"):
+            reason, remedy = problem
+            remedy += ", or set it to disabled: metrics.jsonl has the same numbers"
             yield ConfigProblem("report.wandb.mode", reason, remedy, report.wandb.mode, absent=True)
         if not report.wandb.project or set(report.wandb.project) & set("/\\#?%:"):
             reason = "it names a project of Weights & Biases"

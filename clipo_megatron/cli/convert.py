@@ -51,21 +51,23 @@ Then: clipo train run.yaml model.path=checkpoints/llama-70b
 """
 _TO_HF = """\
 Write the Hugging Face folder OUT from CHECKPOINT: a checkpoint of `convert to-megatron`, or of training
-(train.output/checkpoints/step_N). Its files are first compared with its manifest.
+(train.output/checkpoints/step_N). The folder of a run stands for its newest checkpoint, which is named. The files of
+the checkpoint are first compared with its manifest.
 
 The weights are divided over files as in the checkpoint's own source, and unchanged files are the same byte for byte,
 unless you give --max-shard-gb.
 """
 _TO_HF_EXAMPLES = """\
 examples:
-  clipo convert to-hf runs/demo/checkpoints/step_000200 release
+  clipo convert to-hf runs/demo release                                        its newest checkpoint
   clipo convert to-hf runs/demo/checkpoints/step_000200 release --dtype bf16 --max-shard-gb 5
   clipo convert to-hf runs/demo/checkpoints/step_000200 masters --master       the optimizer's fp32 weights
   clipo convert to-hf old/step_000100 release --hf Qwen2.5-7B-Instruct         checkpoints without hf/
 """
 _VERIFY = """\
 Tell whether A and B hold the same weights: names, shapes, dtypes and a SHA-256 of every tensor, and the facts of their
-config.json. Each is a Hugging Face folder or a checkpoint. The exit code is 1 if they differ.
+config.json. Each is a Hugging Face folder, a checkpoint, or the folder of a run, which stands for its newest
+checkpoint. The exit code is 1 if they differ.
 """
 _VERIFY_EXAMPLES = """\
 examples:
@@ -102,7 +104,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     _add_common(parser)
 
     parser = command("to-hf", _TO_HF, _TO_HF_EXAMPLES, _to_hf)
-    parser.add_argument("source", metavar="CHECKPOINT", type=Path, help="folder with policy/ and manifest.json")
+    parser.add_argument(
+        "source", metavar="CHECKPOINT", type=Path, help="folder with policy/ and manifest.json, or of a run"
+    )
     parser.add_argument("target", metavar="OUT", type=Path, help="folder to make")
     parser.add_argument("--max-shard-gb", metavar="GB", type=_positive, help="largest file of weights")
     parser.add_argument("--master", action="store_true", help="the optimizer's fp32 weights in place of the parameters")
@@ -149,10 +153,11 @@ def _to_megatron(options: argparse.Namespace) -> int:
 
 
 def _to_hf(options: argparse.Namespace) -> int:
+    from clipo_megatron.conversion.newest_step import newest_step
     from clipo_megatron.conversion.to_hf import ToHF
 
     conversion = ToHF(
-        options.source,
+        newest_step(options.source),
         _target(options),
         dtype=_dtype(options.dtype),
         shard_bytes=options.max_shard_gb and int(options.max_shard_gb * 1e9),
@@ -179,11 +184,15 @@ def _convert(options: argparse.Namespace, conversion: Conversion) -> int:
 
 def _verify(options: argparse.Namespace) -> int:
     from clipo_megatron.conversion import verify
+    from clipo_megatron.conversion.newest_step import newest_step
+
+    def say(line: str) -> None:
+        print(line, file=sys.stderr)  # standard output may be JSON
 
     tolerance = verify.TOLERANCE if options.tolerance is None else options.tolerance
     return verify.run(
-        options.a,
-        options.b,
+        newest_step(options.a, say),
+        newest_step(options.b, say),
         dtype=_dtype(options.dtype),
         with_logits=options.logits,
         tolerance=tolerance,

@@ -81,8 +81,24 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     if rest and hasattr(options, "overrides") and not any(word.startswith("-") for word in rest):
         options.overrides, rest = [*options.overrides, *rest], []
     if rest:
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+        _refuse(parser, arguments, rest, submits=hasattr(options, "sbatch"))
     return options
+
+
+def _refuse(parser: argparse.ArgumentParser, arguments: Sequence[str], rest: Sequence[str], *, submits: bool) -> None:
+    """End the command for arguments that it does not know; an option of sbatch is shown as it is handed on."""
+    options = [word for word in rest if word.startswith("-")]
+    if not submits or not options:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    place = arguments.index(options[0])
+    value = arguments[place + 1 : place + 2]
+    spelled = options[0]
+    if "=" not in spelled and value and not value[0].startswith("-") and "=" not in value[0]:
+        spelled += f"={value[0]}" if spelled.startswith("--") else value[0]  # --qos=high, -qhigh
+    parser.error(
+        f"{options[0].partition('=')[0]} is no option of `clipo {arguments[0]}`. If it is one of sbatch, hand it on: "
+        f"--sbatch={spelled}"
+    )
 
 
 def is_for_users(error: BaseException) -> bool:

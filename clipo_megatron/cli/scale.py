@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from clipo_megatron.cli.submit import add_resources, resources_of
+from clipo_megatron.cli.submit import add_resources, hardware_of, resources_of
 from clipo_megatron.slurm.ladder import STRONG, WEAK, Rung, continued, folder_of, ladder, read, write
 from clipo_megatron.slurm.resources import SlurmError
 
@@ -108,7 +108,12 @@ def _check(options: argparse.Namespace, rungs: Sequence[Rung]) -> None:
     for rung in rungs:
         resources = resources_of(options, rung.nodes, rung.server_nodes)
         job = submit(
-            options.config, rung.overrides, resources, hardware=options.hardware, anyway=options.anyway, dry_run=True
+            options.config,
+            rung.overrides,
+            resources,
+            hardware=hardware_of(options),
+            anyway=options.anyway,
+            dry_run=True,
         )
         where = f"{rung.nodes} nodes" + (f" and {rung.server_nodes} of servers" if rung.server_nodes else "")
         print(
@@ -128,7 +133,7 @@ def _submit(options: argparse.Namespace, rungs: list[Rung], folder: Path) -> lis
         earlier = [each.job for each in rungs[:index] if each.job]
         if options.one_by_one and earlier:
             resources = replace(resources, options=(*resources.options, f"--dependency=afterany:{':'.join(earlier)}"))
-        job = submit(options.config, rung.overrides, resources, hardware=options.hardware, anyway=options.anyway)
+        job = submit(options.config, rung.overrides, resources, hardware=hardware_of(options), anyway=options.anyway)
         rungs[index] = replace(rung, job=job.id)
         write(folder, rungs)  # at once, so that the number of the job is never lost
         print(f"{rung.name:<10} job {job.id}, {job.folder / 'job.log'}")

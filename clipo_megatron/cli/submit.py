@@ -6,6 +6,8 @@ import argparse
 from pathlib import Path
 
 from clipo_megatron.runtime.run_dir import LOGS
+from clipo_megatron.slurm.container import RUNTIMES
+from clipo_megatron.slurm.nodes import gpus_of
 from clipo_megatron.slurm.resources import JobKind, Resources
 
 DESCRIPTION = """\
@@ -20,6 +22,7 @@ EXAMPLES = """\
 examples:
   clipo submit run.yaml --nodes 4 --gpus-per-node 8 --time 24:00:00
   clipo submit run.yaml --nodes 4 --server-nodes 2 --gpus-per-node 8 --partition gpu --account me rollout.engine=sglang
+  clipo submit run.yaml --nodes 4 --gpus-per-node h100:8 --partition train
   clipo submit run.yaml --nodes 2 --gpus-per-node 8 --container image.sqsh --mount /data:/data
   clipo submit run.yaml --nodes 2 --gpus-per-node 8 --setup 'module load gcc' --sbatch=--qos=high --dry-run
   clipo submit run.yaml --nodes 1 --gpus-per-node 8 --job eval
@@ -57,16 +60,27 @@ def add_resources(parser: argparse.ArgumentParser) -> None:
     def repeated(name: str, metavar: str, help: str) -> None:
         parser.add_argument(name, metavar=metavar, action="append", default=[], help=f"{help}; may be repeated")
 
-    number("--gpus-per-node", "N", 0, "GPUs of each node; 0: a run on CPUs")
+    parser.add_argument(
+        "--gpus-per-node", metavar="[TYPE:]N", default="0", help="GPUs of each node, such as 8 or h100:8; 0: on CPUs"
+    )
     number("--ranks-per-node", "N", None, "ranks on each node; default: one for each GPU, or one without GPUs")
-    number("--cpus-per-rank", "N", 1, "CPU cores of each rank")
+    number("--cpus-per-rank", "N", None, "CPU cores of each rank; default: whole nodes, divided by their ranks")
+    text("--mem", "SIZE", "memory of each node, such as 200G; default: all of it")
     text("--time", "TIME", "walltime of one attempt, such as 24:00:00")
     text("--partition", "NAME", "Slurm partition; default: Slurm's own")
+    text("--server-partition", "NAME", "partition of the nodes that only generate; default: the same")
     text("--account", "NAME", "Slurm account; default: Slurm's own")
     repeated("--sbatch", "=OPTION", "another option of sbatch")
+    repeated("--server-sbatch", "=OPTION", "another option for the nodes that only generate")
     text("--setup", "SHELL", "shell commands that each node runs first")
     text("--python", "FILE", "interpreter on the nodes; default: this one")
-    text("--container", "IMAGE", "image for pyxis, a file or docker://NAME")
+    text("--container", "IMAGE", "image that every step runs in, a file or docker://NAME")
+    parser.add_argument(
+        "--container-runtime",
+        choices=RUNTIMES,
+        default="",
+        help="what starts it; default: apptainer for *.sif, else pyxis",
+    )
     repeated("--mount", "HOST:INSIDE", "folder of the node, and where the container has it")
     number(
         "--stop-before",
@@ -77,31 +91,48 @@ def add_resources(parser: argparse.ArgumentParser) -> None:
     number("--requeues", "N", default.requeues, "most times that the job queues again")
     number("--restarts", "N", default.restarts, "failures in a row without a new checkpoint that end the job")
     number("--ranks-deadline", "SECONDS", default.ranks_deadline_s, "for the other ranks to end once one has")
-    parser.add_argument("--hardware", metavar="GPU", default="h100", help="GPUs that the plan assumes; default h100")
+    parser.add_argument(
+        "--hardware", metavar="GPU", default="", help="GPUs that the plan assumes; default: the TYPE, or h100"
+    )
     parser.add_argument("--anyway", action="store_true", help="submit even what does not fit according to the plan")
 
 
 def resources_of(options: argparse.Namespace, nodes: int, server_nodes: int) -> Resources:
     """The resources of a job on this number of nodes, with everything else from the command line."""
+    gpus, gpu_type = gpus_of(options.gpus_per_node)
     return Resources(
         nodes=nodes,
         server_nodes=server_nodes,
-        gpus_per_node=options.gpus_per_node,
+        gpus_per_node=gpus,
+        gpu_type=gpu_type,
         ranks_per_node=options.ranks_per_node,
         cpus_per_rank=options.cpus_per_rank,
+        memory=options.mem,
         time=options.time,
         partition=options.partition,
+        server_partition=options.server_partition,
         account=options.account,
         options=tuple(options.sbatch),
+        server_options=tuple(options.server_sbatch),
         setup=options.setup,
         python=options.python,
         container=options.container,
+        container_runtime=options.container_runtime,
         mounts=tuple(options.mount),
         stop_before_s=options.stop_before,
         requeues=options.requeues,
         restarts=options.restarts,
         ranks_deadline_s=options.ranks_deadline,
     )
+
+
+def hardware_of(options: argparse.Namespace) -> str:
+    """The GPUs that the plan assumes: those named, else of the type that is asked of Slurm if the plan knows it."""
+    from clipo_megatron.planning.hardware import HARDWARE
+
+    _, gpu_type = gpus_of(options.gpus_per_node)
+    known = next((name for name in HARDWARE if name in gpu_type.lower()), "h100")
+    return options.hardware or known
 
 
 def run(options: argparse.Namespace) -> int:
@@ -114,7 +145,7 @@ def run(options: argparse.Namespace) -> int:
         resources_of(options, options.nodes, options.server_nodes),
         kind=JobKind(options.job),
         target=options.target,
-        hardware=options.hardware,
+        hardware=hardware_of(options),
         anyway=options.anyway,
         dry_run=options.dry_run,
     )

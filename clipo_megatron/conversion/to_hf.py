@@ -57,7 +57,7 @@ class ToHF(Conversion):
     """The conversion of the checkpoint `source` into the Hugging Face folder `target`.
 
     Args:
-        source: a checkpoint of conversion or training, or a bare torch_dist folder.
+        source: a checkpoint of conversion or training, or a bare torch_dist folder; `newest_step` finds a run's.
         target: folder to make.
         dtype: of the output; None: of the checkpoint.
         shard_bytes: largest output file; None: as the checkpoint's own source was divided, if that is known.
@@ -191,6 +191,7 @@ class ToHF(Conversion):
             layout = json.loads(self.sidecar_files[SOURCE_HEADERS])
             sources = {Path(name).name: parse_header(text, name) for name, text in layout["headers"].items()}
             index = layout["index"]
+            indexed = set() if index is None else set(json.loads(index)["weight_map"])
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise WeightsFolderError(f"{self.source}/{HF_FILES}/{SOURCE_HEADERS} is damaged: {error!r}") from error
         present = set(self.reader.names())
@@ -208,7 +209,10 @@ class ToHF(Conversion):
             raise CoverageError(
                 [f"{HF_FILES}/{SOURCE_HEADERS} has no place for tensor {name}" for name in sorted(missing)]
             )
-        return headers, (self._index(headers) if changed else index) if index is not None else None, dropped
+        if index is None:
+            return headers, None, dropped
+        complete = {name for header in headers.values() for name in header.tensors} <= indexed
+        return headers, index if complete and not changed else self._index(headers), dropped
 
     @staticmethod
     def _index(headers: Mapping[str, Header]) -> str:

@@ -12,7 +12,7 @@ import hashlib
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -88,6 +88,8 @@ def verify(
     report.defects = {side: _defects(path) for side, path in (("A", a), ("B", b))}
     report.architecture, tied = _compare_architectures(configs, report.remarks)
     report.remarks += _other_files(hf_folder(a), hf_folder(b))
+    for side, path in (("A", a), ("B", b)):
+        report.remarks += _beside_the_index(side, path)
     side = "A"
     try:
         with open_weights(a) as left:
@@ -137,23 +139,51 @@ def _defects(folder: Path) -> list[str]:
 
 
 def _misplaced_tensors(folder: Path) -> Iterator[str]:
-    """List tensors that the index and the files do not agree on: readers go by the one or the other."""
+    """List damaged files, and tensors that the index places in a file that does not hold them."""
+    for path, named, held in _indexed_files(folder):
+        if isinstance(held, str):
+            yield held
+            continue
+        yield from (
+            f"{path} does not hold {name}, though {INDEX} places it there" for name in sorted(named) if name not in held
+        )
+
+
+def _beside_the_index(side: str, folder: Path) -> Iterator[str]:
+    """Remark on what an index leaves out: tensors of its files, which count all the same, and whole files, unread.
+
+    That is what transformers, SGLang and vLLM make of such a folder.
+    """
+    files = {path.name: (named, held) for path, named, held in _indexed_files(folder)}
+    placed = {name for named, _ in files.values() for name in named}
+    for file, (_, held) in files.items():
+        if not isinstance(held, str) and (more := sorted(set(held) - placed)):
+            yield f"{side}: {file} holds {', '.join(more)}, which {INDEX} does not name; compared all the same"
+    if files and (unread := sorted(path.name for path in folder.glob("*.safetensors") if path.name not in files)):
+        yield f"{side}: {', '.join(unread)}: not named by {INDEX}, and not read"
+
+
+def _indexed_files(folder: Path) -> Iterator[tuple[Path, list[str], Sequence[str] | str]]:
+    """Yield (file, tensors that the index places in it, tensors that it holds, or what is wrong with it)."""
     if (folder / SINGLE).is_file() or not (folder / INDEX).is_file():
         return
+    named: dict[str, list[str]] = {}
     try:
-        named: dict[str, str] = json.loads((folder / INDEX).read_text())["weight_map"]
-    except (OSError, ValueError, KeyError):
+        for name, file in json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"].items():
+            named.setdefault(file, []).append(name)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return  # the reader will say so
-    for path in sorted(folder.glob("*.safetensors")):
+    for path in sorted(folder / str(file) for file in named):
         try:
             file = SafetensorsFile(path)
         except WeightsFolderError as error:
-            yield str(error)
-            continue
-        held = sorted(file.header.tensors)
-        file.close()
-        yield from (f"{path} holds {name}, which {INDEX} does not place there" for name in held
-                    if named.get(name) != path.name)  # fmt: skip
+            yield path, named[path.name], str(error)
+        except (OSError, ValueError):
+            continue  # the reader will say so
+        else:
+            held = list(file.header.tensors)
+            file.close()
+            yield path, named.get(path.name, []), held
 
 
 def _compare_architectures(configs: dict[str, dict[str, Any]], remarks: list[str]) -> tuple[list[str], bool]:

@@ -203,3 +203,8 @@ def flops_per_token(spec: ModelSpec, context: float) -> float:
     """Return the FLOPs of the forward pass of one token that attends to `context` others on average."""
     seen = context if spec.sliding_window is None else min(context, spec.sliding_window)
     return 2.0 * active_count(spec) + 4.0 * spec.num_layers * spec.query_size * seen
+
+
+def output_layer_flops(spec: ModelSpec) -> float:
+    """Return the share of `flops_per_token` that the output layer takes, which the last pipeline stage computes."""
+    return 2.0 * spec.vocab_size * spec.hidden_size

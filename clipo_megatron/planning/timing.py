@@ -11,8 +11,16 @@ from clipo_megatron.algorithms.hook import Replay
 from clipo_megatron.algorithms.methods.registry import baseline, has_critic, methods, needs_reference
 from clipo_megatron.config.schema import RunConfig
 from clipo_megatron.planning.hardware import Assumptions, Hardware
-from clipo_megatron.planning.memory import BF16, FP32, flops_per_token, micro_batches, server_memory, step_tokens
-from clipo_megatron.planning.parameters import active_count, stage_counts, whole_count
+from clipo_megatron.planning.memory import (
+    BF16,
+    FP32,
+    flops_per_token,
+    micro_batches,
+    output_layer_flops,
+    server_memory,
+    step_tokens,
+)
+from clipo_megatron.planning.parameters import active_count, stage_chunks, stage_counts, whole_count
 from clipo_megatron.weights.parallel_division import ParallelDivision
 from clipo_megatron.weights.spec import ModelSpec
 
@@ -83,11 +91,31 @@ def _forward_seconds(
     config: RunConfig, spec: ModelSpec, division: ParallelDivision, dp: int, hardware: Hardware, assume: Assumptions
 ) -> float:
     """Return the seconds of one forward pass over a step's tokens."""
-    tokens, gpus = sum(step_tokens(config, assume)), division.tp * division.pp * dp
+    stages = stage_seconds(config, spec, division, dp, hardware, assume)
+    slowest = max(stages)
+    # Micro-batches leave at the pace of the slowest stage, once the first has passed the others: the bubble.
+    return slowest + (sum(stages) - slowest) / micro_batches(config, dp, assume)
+
+
+def stage_seconds(
+    config: RunConfig, spec: ModelSpec, division: ParallelDivision, dp: int, hardware: Hardware, assume: Assumptions
+) -> list[float]:
+    """Return, for each pipeline stage, the seconds in which it computes a step's tokens of one replica.
+
+    Layers count alike, and the last stage has the output layer beside its own.
+    """
+    tokens = sum(step_tokens(config, assume)) / dp
     length = assume.mean_prompt * config.data.max_prompt_tokens + assume.mean_response * config.rollout.max_new_tokens
-    computed = tokens * flops_per_token(spec, length / 2) / (gpus * hardware.flops * assume.train_flops)
-    computed += _exchange_seconds(spec, division, tokens / dp, hardware, assume)
-    return computed * (1 + (division.pp - 1) / micro_batches(config, dp, assume))  # the pipeline's bubble
+    rate = division.tp * hardware.flops * assume.train_flops
+    head = output_layer_flops(spec)
+    layer = (flops_per_token(spec, length / 2) - head) / spec.num_layers
+    exchange = _exchange_seconds(spec, division, tokens, hardware, assume) * division.pp / spec.num_layers  # of a layer
+    seconds = []
+    for rank, chunks in enumerate(stage_chunks(spec.num_layers, division)):
+        layers = sum(chunk.layers for chunk in chunks)
+        flops = layers * layer + (head if rank == division.pp - 1 else 0.0)
+        seconds.append(tokens * flops / rate + layers * exchange)
+    return seconds
 
 
 def _exchange_seconds(

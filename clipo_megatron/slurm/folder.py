@@ -27,9 +27,10 @@ from typing import Any
 import yaml
 
 from clipo_megatron import __version__
-from clipo_megatron.config.schema import EngineKind, RunConfig, SourceConfig
+from clipo_megatron.config.schema import EngineKind, RunConfig
 from clipo_megatron.runtime.durable_files import write_durably
 from clipo_megatron.runtime.run_dir import JOBS, LOGS
+from clipo_megatron.slurm import paths
 from clipo_megatron.slurm.resources import Resources, SlurmError
 
 CONFIG, SCRIPT, SUBMISSION = "config.yaml", "job.sbatch", "submission.json"
@@ -45,19 +46,21 @@ def resolve(config: RunConfig, resources: Resources) -> RunConfig:
     grace_period_s = (
         config.faults.grace_period_s if config.faults.grace_period_s is not None else resources.grace_period_s / 2
     )
-    sync = replace(rollout.sync, folder=_absolute(rollout.sync.folder))
+    sync = replace(rollout.sync, folder=paths.absolute(rollout.sync.folder))
     return replace(
         config,
-        model=replace(config.model, path=_absolute(config.model.path)),
+        model=replace(config.model, path=paths.absolute(config.model.path)),
+        critic=replace(config.critic, path=paths.absolute(config.critic.path)),
         data=replace(
             config.data,
-            train=[_with_absolute_path(source) for source in config.data.train],
-            eval=[_with_absolute_path(source) for source in config.data.eval],
+            train=[paths.source(source) for source in config.data.train],
+            eval=[paths.source(source) for source in config.data.eval],
         ),
+        algorithm=paths.algorithm(config.algorithm),
         rollout=replace(rollout, servers=servers, sync=sync),
-        serve=replace(serve, python=_absolute(serve.python)),
+        serve=replace(serve, python=paths.program(serve.python, "serve.python") if serve.python else None),
         faults=replace(config.faults, grace_period_s=grace_period_s),
-        train=replace(config.train, output=_absolute(config.train.output)),
+        train=replace(config.train, output=paths.absolute(config.train.output)),
     )
 
 
@@ -135,12 +138,3 @@ def _commit() -> dict[str, Any]:
     except (OSError, subprocess.SubprocessError):
         return {}
     return {"hash": head.strip(), "changed files": [line[3:] for line in changed.splitlines()]}
-
-
-def _with_absolute_path(source: SourceConfig) -> SourceConfig:
-    return replace(source, path=_absolute(source.path))
-
-
-def _absolute(path: str | None) -> str | None:
-    """`path` made absolute, links kept: a link may be the name under which all nodes know a place."""
-    return path if path is None else os.path.abspath(path)

@@ -7,6 +7,10 @@ from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 
+# Options of sbatch that say how much of a node a job gets; where a user gives one, it is not chosen here.
+_SHARING = ("--exclusive", "--oversubscribe", "-s", "--cpus-per-task", "-c", "--cpus-per-gpu")
+_MEMORY = ("--mem", "--mem-per-cpu", "--mem-per-gpu")
+
 
 class SlurmError(RuntimeError):
     """A job or a scaling study cannot be submitted or read; the message says why, and what to change."""
@@ -34,14 +38,19 @@ class Resources:
     server_nodes: int = 0  # further nodes that only generate; 0: servers share the nodes that train
     gpus_per_node: int = 0  # 0: a run on CPUs
     ranks_per_node: int | None = None  # None: one rank per GPU; without GPUs one per node
-    cpus_per_rank: int = 1
+    gpu_type: str = ""  # of --gpus-per-node, such as h100; "": any
+    cpus_per_rank: int | None = None  # None: whole nodes, whose cores are divided by their ranks
+    memory: str = ""  # of each node in Slurm's spelling, such as 200G; "": all that the node has
     time: str = ""  # walltime of one attempt in Slurm's spelling, such as 24:00:00; "": the partition's default
     partition: str = ""  # "": Slurm's default
+    server_partition: str = ""  # of the nodes that only generate; "": the same
     account: str = ""  # "": Slurm's default
     options: tuple[str, ...] = ()  # further options of sbatch, such as --qos=high
+    server_options: tuple[str, ...] = ()  # further ones for the nodes that only generate
     setup: str = ""  # shell lines that run first, such as: module load gcc
     python: str = ""  # interpreter on the nodes; "": this one, or the container's python3
-    container: str = ""  # image for pyxis: a file or docker://...; "": no container
+    container: str = ""  # image: a file or docker://...; "": no container
+    container_runtime: str = ""  # what starts it: pyxis, apptainer or singularity; "": by the image
     mounts: tuple[str, ...] = ()  # HOST:INSIDE, beyond the folders that the configuration needs
     stop_before_s: int = 300  # time before the walltime at which the ranks are asked to end their step and save
     requeues: int = 100  # most requeues of one job
@@ -59,6 +68,16 @@ class Resources:
         return self.nodes * self.ranks_a_node
 
     @property
+    def whole_nodes(self) -> bool:
+        """Tell whether the job gets its nodes with all their cores and for itself."""
+        return self.cpus_per_rank is None and not _given(self.options, _SHARING)
+
+    @property
+    def memory_options(self) -> list[str]:
+        """The option of sbatch that asks for memory: all of each node, unless the user says otherwise."""
+        return [] if _given(self.options, _MEMORY) else [f"--mem={self.memory or 0}"]
+
+    @property
     def grace_period_s(self) -> int:
         """Seconds that the ranks have to end their step and save: four fifths of `stop_before_s`."""
         before = max(10, self.stop_before_s)
@@ -71,7 +90,8 @@ class Resources:
 
     def check(self) -> None:
         """Raise a SlurmError if a number is out of range or contradicts another."""
-        least = {"nodes": 1, "cpus_per_rank": 1, "ranks_deadline_s": 5, "nodes_deadline_s": 5}
+        least = {"nodes": 1, "ranks_deadline_s": 5, "nodes_deadline_s": 5}
+        least |= {} if self.cpus_per_rank is None else {"cpus_per_rank": 1}
         for name in ("server_nodes", "gpus_per_node", "requeues", "restarts", "stop_before_s"):
             least[name] = 0
         for name, limit in least.items():
@@ -92,7 +112,10 @@ class Resources:
         for mount in self.mounts:
             if ":" not in mount or not self.container:
                 raise SlurmError(f"--mount {mount}: it takes HOST:INSIDE, and a --container. Correct it.")
-        for option in self.options:
+        if (self.server_partition or self.server_options) and not self.server_nodes:
+            option = "--server-partition" if self.server_partition else "--server-sbatch"
+            raise SlurmError(f"{option} is for the nodes that only generate. Give --server-nodes, or leave it out.")
+        for option in (*self.options, *self.server_options):
             if not option.startswith("-") or "\n" in option:
                 raise SlurmError(f"--sbatch {option}: it takes an option of sbatch, such as --sbatch=--qos=high")
 
@@ -120,6 +143,10 @@ def shared_paths(*paths: str | Path | None) -> list[str]:
     """The folders that a container must mount to see `paths`; none of them lies below another."""
     found = {str(path if (path := Path(each)).is_dir() else path.parent) for each in paths if each}
     return sorted(one for one in found if not any(one != other and one.startswith(f"{other}/") for other in found))
+
+
+def _given(options: tuple[str, ...], names: tuple[str, ...]) -> bool:
+    return any(re.split(r"[= ]", option, maxsplit=1)[0] in names for option in options)
 
 
 def _flag(name: str) -> str:

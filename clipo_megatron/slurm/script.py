@@ -58,28 +58,38 @@ def render(
 
 def directives_of(name: str, job: Path, resources: Resources) -> dict[str, list[str]]:
     """Options of sbatch by marker: for the nodes that train, and for those that only serve."""
-    ranks, common = resources.ranks_a_node, []
-    for option, value in (("time", resources.time), ("partition", resources.partition), ("account", resources.account)):
-        common += [f"--{option}={value}"] if value else []
-    common += [f"--gpus-per-node={resources.gpus_per_node}"] if resources.gpus_per_node else []
-    common += resources.options
+    ranks, cores = resources.ranks_a_node, resources.cpus_per_rank
+    common = [
+        f"--{option}={value}" for option, value in (("time", resources.time), ("account", resources.account)) if value
+    ]
+    kind = f"{resources.gpu_type}:" if resources.gpu_type else ""
+    common += [f"--gpus-per-node={kind}{resources.gpus_per_node}"] if resources.gpus_per_node else []
+    common += ["--exclusive"] if resources.whole_nodes else []
+    common += [*resources.memory_options, *resources.options]
     stop = [f"--signal=B:USR1@{resources.stop_before_s}"] if resources.stop_before_s else []
     train = [
         f"--job-name={re.sub(r'[^A-Za-z0-9_.-]', '-', name)}",
         f"--output={job / 'job.log'}",
         f"--nodes={resources.nodes}",
         f"--ntasks-per-node={ranks}",
-        f"--cpus-per-task={resources.cpus_per_rank}",
+        *([f"--cpus-per-task={cores}"] if cores else []),
+        *_partition(resources.partition),
         *stop,
         *common,
     ]
     servers = [
         f"--nodes={resources.server_nodes}",
         "--ntasks-per-node=1",
-        f"--cpus-per-task={resources.cpus_per_rank * ranks}",
+        *([f"--cpus-per-task={cores * ranks}"] if cores else []),
+        *_partition(resources.server_partition or resources.partition),
         *common,
+        *resources.server_options,
     ]
     return {"directives": train, "server-directives": servers}
+
+
+def _partition(name: str) -> list[str]:
+    return [f"--partition={name}"] if name else []
 
 
 def _shell(value: Setting) -> str:

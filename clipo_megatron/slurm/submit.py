@@ -16,9 +16,13 @@ from clipo_megatron.config.load import load
 from clipo_megatron.config.schema import EngineKind, RunConfig
 from clipo_megatron.runtime.durable_files import write_durably
 from clipo_megatron.runtime.run_dir import CHECKPOINTS, JOBS, newest_checkpoint
+from clipo_megatron.serving.environment import root
 from clipo_megatron.slurm import folder as folders
+from clipo_megatron.slurm import paths
 from clipo_megatron.slurm.check import check
-from clipo_megatron.slurm.resources import JobKind, Resources, SlurmError, shared_paths
+from clipo_megatron.slurm.container import IMAGE_DEADLINE_S, command_within, environments, mounted, steps_within
+from clipo_megatron.slurm.nodes import fitted, node_facts
+from clipo_megatron.slurm.resources import JobKind, Resources, SlurmError
 from clipo_megatron.slurm.script import Setting, directives_of, render, template_of
 
 _SLURM_S = 60.0  # time for Slurm's controller to answer
@@ -64,11 +68,20 @@ def submit(
         ConfigError, SlurmError, PlanError: what is wrong, and what to change.
     """
     resources.check()
+    if resources.gpus_per_node:
+        resources = fitted(resources, node_facts(resources.partition, resources.gpu_type))
+    resources = replace(
+        resources, python=paths.program(resources.python, "--python", must_exist=not resources.container)
+    )
     if kind.converts:  # in one process on one node
-        cpus = resources.ranks_a_node * resources.cpus_per_rank
+        cpus = resources.cpus_per_rank and resources.ranks_a_node * resources.cpus_per_rank
         resources = replace(resources, nodes=1, ranks_per_node=1, cpus_per_rank=cpus)
-    config = folders.resolve(load(config_file, overrides), resources)
-    remarks = check(config, resources, kind, config_file=config_file, hardware=hardware, anyway=anyway, absent=dry_run)
+    written = load(config_file, overrides)
+    config = folders.resolve(written, resources)
+    # What is said of a model that is not there should name it as the user did: it may be meant for a model hub.
+    known = dry_run or os.path.exists(config.model.path)
+    checked = config if known else replace(config, model=written.model)
+    remarks = check(checked, resources, kind, config_file=config_file, hardware=hardware, anyway=anyway, absent=dry_run)
     output = Path(config.train.output)
     folder = folders.next_folder(output)
     settings = _settings(config, folder, resources, kind, target)
@@ -115,37 +128,45 @@ def _settings(
 ) -> dict[str, Setting]:
     output = Path(config.train.output)
     python = resources.python or ("python3" if resources.container else sys.executable)
+    clipo = [python, "-m", "clipo_megatron.cli"]
     inputs = [config.model.path, *(each.path for each in (*config.data.train, *config.data.eval) if each.path)]
+    inputs += [config.critic.path] if config.critic.path else []
+    inputs += paths.files_of(config.algorithm)
     found: dict[str, Setting] = {
         "JOB": str(folder),
         "OUTPUT": str(output),
-        "CLIPO": [python, "-m", "clipo_megatron.cli"],
+        "CLIPO": command_within(python) if resources.container else clipo,
         "ENGINE": config.rollout.engine.value if not config.rollout.endpoints and not kind.converts else "local",
         "NODES": resources.nodes,
         "SERVER_NODES": resources.server_nodes,
         "RANKS": resources.ranks,
         "RANKS_PER_NODE": resources.ranks_a_node,
-        "CPUS_PER_RANK": resources.cpus_per_rank,
-        "SERVER_CPUS": resources.cpus_per_rank * (resources.ranks_a_node if resources.server_nodes else 1),
+        "CPUS_PER_RANK": resources.cpus_per_rank or 0,
         "STOP_BEFORE": max(10, resources.stop_before_s),
         "REQUEUES": resources.requeues,
         "RESTARTS": resources.restarts,
         "RANKS_DEADLINE": resources.ranks_deadline_s,
-        "NODES_DEADLINE": resources.nodes_deadline_s,
+        "NODES_DEADLINE": max(resources.nodes_deadline_s, IMAGE_DEADLINE_S if resources.container else 0),
     }
     if kind.converts:
         if target is None:
             raise SlurmError(f"--job {kind.value} needs the folder that it writes. Give --target FOLDER.")
         found["CONVERSION"] = _conversion(config, kind, Path(os.path.abspath(target)))
-    # Paths in a container's image cannot be looked up from outside.
-    found["MUST_SEE"] = [] if resources.container else [python, *inputs]
-    mounts = [*(f"{path}:{path}" for path in shared_paths(output, *inputs, target)), *resources.mounts]
-    found["CONTAINER"] = (
-        [f"--container-image={resources.container}", f"--container-mounts={','.join(mounts)}"]
-        if resources.container
-        else []
-    )
+    # Each node looks for these within the container, if there is one; a bare name is found by its PATH.
+    found["MUST_SEE"] = [*([python] if "/" in python else []), *inputs]
+    found["CONTAINER"] = _container(config, output, [*inputs, target], resources)
     return found
+
+
+def _container(config: RunConfig, output: Path, inputs: Sequence[str | Path | None], resources: Resources) -> list[str]:
+    """What the steps of a job run within; [] without a container."""
+    if not resources.container:
+        return []
+    pythons = environments(resources) + ([config.serve.python] if config.serve.python else [])
+    more = [config.rollout.sync.folder]
+    if config.rollout.engine is not EngineKind.local and not config.serve.python:
+        more += [engines] if (engines := root()).is_dir() else []
+    return steps_within(resources, mounted(resources, output, [*inputs, *more], pythons))
 
 
 def _conversion(config: RunConfig, kind: JobKind, target: Path) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shlex
 import time
 from pathlib import Path
 
@@ -16,10 +17,20 @@ from clipo_megatron.evaluation.results import Evaluation, read_evaluations, remo
 from clipo_megatron.evaluation.tables import progress_table, summary_line
 from clipo_megatron.flow import StepReport
 from clipo_megatron.runtime.durable_files import write_durably
-from clipo_megatron.runtime.run_dir import CHECKPOINTS, EVALUATIONS, METRICS, ROLLOUTS, SETTINGS, TENSORBOARD, WANDB
+from clipo_megatron.runtime.run_dir import (
+    CHECKPOINTS,
+    EVALUATIONS,
+    METRICS,
+    ROLLOUTS,
+    SETTINGS,
+    TENSORBOARD,
+    WANDB,
+    newest_checkpoint,
+)
 from clipo_megatron.telemetry.alarms import alarms, stop_on, stop_on_skips
 from clipo_megatron.telemetry.console import Progress, duration
 from clipo_megatron.telemetry.sinks import JsonLines, Sink, TensorBoard, read_lines, writing
+from clipo_megatron.telemetry.standstill import Standstill
 from clipo_megatron.telemetry.wandb import Wandb
 
 
@@ -36,6 +47,7 @@ class Reporter:
         self.output = Path(config.train.output)
         self.progress = Progress(config.train.steps, enabled=is_main and config.report.console)
         self.evaluations: list[Evaluation] = []
+        self._standstill = Standstill(config)
         self._started = time.time()
         self._sinks: list[Sink] = []
 
@@ -91,6 +103,8 @@ class Reporter:
         stop_on_skips(report, self.config.optimizer.max_skipped_updates)
         if ungraded := report.metrics.get("reward/ungraded"):
             self.say(f"warning: step {report.step}: {ungraded:.1%} of the answers could not be graded")
+        for line in self._standstill.warnings(report.step, report.metrics):
+            self.say(line)
         found = alarms(report, self.config.report)
         if self.config.report.alarm_stops:
             stop_on(found)
@@ -121,14 +135,19 @@ class Reporter:
         self.say(f"{step} of {self.config.train.steps} steps done, {spent} in this session")
         if len(self.evaluations) > 1:
             self._compare(self.evaluations[0], self.evaluations[-1])
-        self.progress.paths(
-            {
-                "metrics": self.output / METRICS,
-                "rollouts": self.output / ROLLOUTS,
-                "evaluation": self.output / EVALUATIONS,
-                "checkpoints": self.output / CHECKPOINTS,
-            }
-        )
+        places = {"metrics": METRICS, "rollouts": ROLLOUTS, "evaluation": EVALUATIONS, "checkpoints": CHECKPOINTS}
+        self.progress.paths({what: path for what, name in places.items() if (path := self.output / name).exists()})
+        self._next_steps()
+
+    def _next_steps(self) -> None:
+        """Print the commands that a user is likely to want next."""
+        output = shlex.quote(str(self.output))
+        self.say("next:")
+        self.say(f"  clipo report {output} -o {shlex.quote(str(self.output / 'report.html'))}")
+        if newest_checkpoint(self.output):
+            problems = "" if self.config.data.eval else " 'data.eval=[{path: test.parquet}]'"
+            self.say(f"  clipo eval {output}{problems}")
+            self.say(f"  clipo convert to-hf {output} OUT")
 
     def _compare(self, first: Evaluation, last: Evaluation) -> None:
         """Print what training has changed, unless an earlier session had other problems under the same names."""

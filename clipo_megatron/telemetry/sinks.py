@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TextIO
 
+from clipo_megatron.config.packages import why
 from clipo_megatron.runtime.durable_files import write_durably
 
 if TYPE_CHECKING:
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class MissingPackageError(RuntimeError):
-    """The package of a configured sink is not installed."""
+    """The package of a configured sink cannot be used; the message says whether it is missing or broken."""
 
 
 class ReportError(RuntimeError):
@@ -84,14 +85,15 @@ class TensorBoard:
         """Open the folder for steps >= `from_step`; TensorBoard hides earlier events of these steps.
 
         Raises:
-            MissingPackageError: tensorboard is not installed.
+            MissingPackageError: tensorboard, or something that it needs, is not installed.
         """
         try:
             from torch.utils.tensorboard import SummaryWriter
-        except ImportError as error:
+        except Exception as error:
+            reason, remedy = why("tensorboard", error)
             raise MissingPackageError(
-                "report.tensorboard is true, but the package tensorboard is not installed: pip install tensorboard, "
-                "or set report.tensorboard=false (metrics.jsonl has the same numbers)"
+                f"report.tensorboard is true, but {reason}: {remedy}, or set report.tensorboard=false (metrics.jsonl "
+                "has the same numbers)"
             ) from error
         self._writer = SummaryWriter(str(folder), purge_step=from_step or None)
 

@@ -8,6 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from clipo_megatron.config.packages import why
 from clipo_megatron.config.schema import RunConfig
 from clipo_megatron.runtime.durable_files import write_durably
 from clipo_megatron.telemetry.sinks import MissingPackageError, ReportError
@@ -27,17 +28,18 @@ class Wandb:
         from_step: the first step to report. The service ignores steps that it already has.
 
     Raises:
-        MissingPackageError: wandb is not installed.
+        MissingPackageError: wandb, or something that it needs, is not installed.
         ReportError: the service refuses the run or cannot be reached.
     """
 
     def __init__(self, config: RunConfig, folder: Path, *, from_step: int):
         try:
             import wandb
-        except ImportError as error:
+        except Exception as error:
+            reason, remedy = why("wandb", error)
             raise MissingPackageError(
-                f"report.wandb.mode is {config.report.wandb.mode.value}, but the package wandb is not installed: pip "
-                "install wandb, or set report.wandb.mode=disabled (metrics.jsonl has the same numbers)"
+                f"report.wandb.mode is {config.report.wandb.mode.value}, but {reason}: {remedy}, or set "
+                "report.wandb.mode=disabled (metrics.jsonl has the same numbers)"
             ) from error
         chosen = config.report.wandb
         folder.mkdir(parents=True, exist_ok=True)

@@ -13,6 +13,7 @@ from clipo_megatron.weights.errors import CoverageError, UnsupportedModel
 from clipo_megatron.weights.families import entries
 from clipo_megatron.weights.formats.source import Reader
 from clipo_megatron.weights.mapping import EMBEDDING, OUTPUT_LAYER, Coordinates, MappingEntry, PipelineStage
+from clipo_megatron.weights.prefixes import prefix_problem
 from clipo_megatron.weights.spec import ModelSpec
 
 # Buffers that old releases of transformers saved, and that config.json determines.
@@ -66,11 +67,20 @@ def check_tensors(reader: Reader, spec: ModelSpec) -> None:
     if spec.tied_embeddings and OUTPUT_LAYER in unknown and EMBEDDING in present:
         _check_tied(reader)
         unknown.discard(OUTPUT_LAYER)
-    problems = [f"{reader.folder} has no tensor {name}" for name in sorted(set(uses) - present)]
-    problems += [f"no parameter takes tensor {name} of {reader.folder}" for name in sorted(unknown)]
+    missing = sorted(set(uses) - present)
+    problems = [f"{reader.folder} has no tensor {name}" for name in missing]
+    problems += [_no_parameter_takes(reader, name) for name in sorted(unknown)]
     problems += [f"{count} parameters take tensor {name}" for name, count in uses.items() if count > 1]
+    if sentence := prefix_problem(missing, sorted(unknown), reader.folder):
+        raise CoverageError([sentence])
     if problems:
         raise CoverageError(problems)
+
+
+def _no_parameter_takes(reader: Reader, name: str) -> str:
+    file = getattr(reader, "unindexed", {}).get(name)
+    hidden = f" ({file} holds it, and the folder's index does not name it)" if file else ""
+    return f"no parameter takes tensor {name} of {reader.folder}{hidden}"
 
 
 def _check_tied(reader: Reader, rows: int = 4096) -> None:

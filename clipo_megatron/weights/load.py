@@ -11,6 +11,7 @@ from clipo_megatron.weights.coverage import match
 from clipo_megatron.weights.errors import CoverageError
 from clipo_megatron.weights.formats.source import Reader
 from clipo_megatron.weights.mapping import Coordinates, MappingEntry
+from clipo_megatron.weights.prefixes import prefix_problem
 
 
 def load_into(
@@ -57,4 +58,6 @@ def check_shapes(bound: Sequence[MappingEntry], reader: Reader) -> None:
                 f"its config.json gives {list(tensor.shape)}"
             )
     if problems:
-        raise CoverageError(problems)
+        missing = [tensor.name for entry in bound for tensor in entry.hf if tensor.name not in present]
+        sentence = prefix_problem(missing, sorted(present), reader.folder)
+        raise CoverageError([sentence] if sentence else problems)

@@ -137,37 +137,39 @@ def read_config_file(path: Path) -> dict[str, Any]:
     return config
 
 
-# Fields with which other decoders change their mathematics, each with the values that change nothing. The families here
-# do not read them, so a model that sets one to another value would be computed differently from what its author meant.
-NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "attention_multiplier": (),
-    "embedding_multiplier": (1,),
-    "residual_multiplier": (1,),
-    "logits_scaling": (1,),
-    "logit_scale": (1,),
-    "scale_emb": (1,),
-    "scale_depth": (),
-    "attn_logit_softcapping": (),
-    "final_logit_softcapping": (),
-    "query_pre_attn_scalar": (),
-    "clip_qkv": (),
-    "qk_layernorm": (False,),
-    "use_qk_norm": (False,),
-    "alibi": (False,),
-    "rope_interleaved": (False,),
-    "use_mrope": (False,),
-    "no_rope_layers": ([],),
-    "attention_chunk_size": (),
-    "is_causal": (True,),
-    "use_bidirectional_attention": (False,),
-    "attention_sink_bias": (False,),
+_SCALES = "it multiplies activations by a factor that the policy does not have"
+_CAPS = "it caps scores or logits, which the policy does not"
+_ELSEWHERE = "the policy's attention is causal and reaches over the whole sequence, or over sliding_window"
+# Fields with which decoders change their mathematics, each with the values that change nothing and the reason why
+# others are refused: a model that sets one would be computed differently from what its author meant.
+NEUTRAL: dict[str, tuple[tuple[Any, ...], str]] = {
+    "attention_multiplier": ((), _SCALES),
+    "embedding_multiplier": ((1,), _SCALES),
+    "residual_multiplier": ((1,), _SCALES),
+    "logits_scaling": ((1,), _SCALES),
+    "logit_scale": ((1,), _SCALES),
+    "scale_emb": ((1,), _SCALES),
+    "scale_depth": ((), _SCALES),
+    "attn_logit_softcapping": ((), _CAPS),
+    "final_logit_softcapping": ((), _CAPS),
+    "query_pre_attn_scalar": ((), "scores are divided by the root of the head size here, and by nothing else"),
+    "clip_qkv": ((), "it clips query, key and value, which the policy does not"),
+    "alibi": ((False,), "positions are rotary here"),
+    "rope_interleaved": ((False,), "rotary pairs are the two halves of a head here, not neighbours"),
+    "use_mrope": ((False,), "positions have one axis here, those of text"),
+    "no_rope_layers": (([],), "all layers rotate alike here"),
+    "attention_chunk_size": ((), _ELSEWHERE),
+    "is_causal": ((True,), _ELSEWHERE),
+    "use_bidirectional_attention": ((False,), _ELSEWHERE),
+    "attention_sink_bias": ((False,), "attention has no sinks here"),
 }
+_QK_NORM = ("use_qk_norm", "qk_layernorm")  # what some configurations say of norms on each head's query and key
 
 
 def decoder_spec(
     config: Mapping[str, Any], *, qkv_bias: bool = False, qk_norm: bool = False, windowed: bool = False
 ) -> ModelSpec:
-    """Read the fields that decoders like Llama share; fields that are left out have the defaults of `LlamaConfig`.
+    """Read the fields that decoders like Llama share; `Family.defaults` has filled in those that are left out.
 
     Args:
         config: the contents of config.json.
@@ -182,11 +184,12 @@ def decoder_spec(
         raise UnsupportedModel("hidden_act", activation, "only the SiLU-gated MLP is implemented")
     if quantization := config.get("quantization_config"):
         raise UnsupportedModel("quantization_config", quantization, "the policy trains unquantised weights")
-    for field, neutral in NEUTRAL.items():
-        if (value := config.get(field)) is not None and value not in neutral:
-            raise UnsupportedModel(
-                field, value, f"{config.get('model_type')} models do not have it, nor does the policy"
-            )
+    for field, (neutral, reason) in NEUTRAL.items():
+        value = config.get(field)
+        everywhere = isinstance(value, list) and all(value)  # no_rope_layers names the layers that do rotate with 1
+        if value is not None and value not in neutral and not everywhere:
+            raise UnsupportedModel(field, value, reason)
+    _check_qk_norm(config, qk_norm)
     sliding_window = config.get("sliding_window") if windowed else None
     _check_window(config, sliding_window)
     heads, hidden = positive_number(config, "num_attention_heads"), positive_number(config, "hidden_size")
@@ -212,6 +215,19 @@ def decoder_spec(
         qk_norm=qk_norm,
         sliding_window=sliding_window,
     )
+
+
+def _check_qk_norm(config: Mapping[str, Any], qk_norm: bool) -> None:
+    """Check that a configuration which mentions norms on query and key means what its family has."""
+    kind = config.get("model_type")
+    for field in _QK_NORM:
+        if (value := config.get(field)) is not None and bool(value) != qk_norm:
+            reason = (
+                f"{kind} models always normalise each head's query and key, in transformers as here"
+                if qk_norm
+                else f"{kind} models have no norms on query and key, neither in transformers nor here"
+            )
+            raise UnsupportedModel(field, value, reason)
 
 
 def _check_window(config: Mapping[str, Any], window: int | None) -> None:

@@ -26,6 +26,7 @@ def cluster() -> Iterator[Cluster]:
 def test_a_ladder_runs_is_measured_and_not_run_twice(cluster, small_config, tmp_path):
     """One rung, of two nodes, for the sake of time: what several are compared by is tested on their metrics."""
     arguments = [str(small_config), f"train.output={tmp_path}/out", "clipo.dim=16", "--nodes", "2", "--steps", "2"]
+    arguments += ["--cpus-per-rank", "1"]
 
     def scale(*more: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(

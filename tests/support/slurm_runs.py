@@ -17,13 +17,18 @@ from small_runs import steps_logged
 
 
 class SlurmRun:
-    """One `clipo submit`, from a folder that has nothing to do with the run."""
+    """One `clipo submit`, from a folder that has nothing to do with the run.
 
-    def __init__(self, cluster: Cluster, config: Path, output: Path, *arguments: str):
+    Ranks get one core, as runs have that they are compared with, unless `defaults` leaves that to the command.
+    """
+
+    def __init__(self, cluster: Cluster, config: Path, output: Path, *arguments: str, defaults: bool = False):
         self.cluster, self.output = cluster, output
         self.elsewhere = output.with_name(f"{output.name}.elsewhere")
-        self.elsewhere.mkdir()
-        self.printed = clipo(cluster, self.elsewhere, "submit", str(config), f"train.output={output}", *arguments)
+        self.elsewhere.mkdir(exist_ok=True)
+        cores = () if defaults else ("--cpus-per-rank", "1")
+        command = ("submit", str(config), f"train.output={output}", *cores, *arguments)
+        self.printed = clipo(cluster, self.elsewhere, *command)
         found = re.match(r"job (\d+): ", self.printed)
         assert found, self.printed
         self.job, self.folder = found[1], output / "jobs" / "001"

@@ -54,11 +54,28 @@ address_of() { # NODE: prints the address at which Slurm reaches it
     echo "${answer#NodeAddr=}"
 }
 
+cores_of() { # GROUP: prints how many cores the job has on each node of that group, the fewest of them
+    local group=SLURM_JOB_CPUS_PER_NODE_HET_GROUP_$1
+    local told=${!group:-$SLURM_JOB_CPUS_PER_NODE} # such as 96(x3),64
+    told=$(tr , '\n' <<< "$told" | sed 's/(.*//' | sort -n | head -n 1)
+    echo "${told:-${SLURM_CPUS_ON_NODE:-$(nproc)}}"
+}
+
+divide_cores() { # the cores of a node go to its ranks alike; servers get a node's cores, with ranks beside them in turn
+    local cores
+    cores=$(cores_of 0)
+    ((CPUS_PER_RANK)) || CPUS_PER_RANK=$((cores / RANKS_PER_NODE > 0 ? cores / RANKS_PER_NODE : 1))
+    SERVERS_TOLD=
+    if ((SERVER_NODES)); then SERVER_CPUS=$(cores_of 1); else SERVER_CPUS=$cores; fi
+    [[ $ENGINE == local ]] || SERVERS_TOLD=", $SERVER_CPUS cores for a node's servers"
+}
+
 begin() {
     trap on_usr1 USR1
     trap on_term TERM
     trap on_alarm ALRM
     trap '((${#helpers[@]})) && kill "${helpers[@]}" 2>/dev/null' EXIT
+    divide_cores
     export CLIPO_JOB=$JOB PYTHONUNBUFFERED=1 PYTHONFAULTHANDLER=1 OMP_NUM_THREADS=$CPUS_PER_RANK
     mkdir -p "$JOB/logs" "$JOB/nodes" || exit 1
     nodes=${SLURM_JOB_NODELIST_HET_GROUP_0:-$SLURM_JOB_NODELIST}
@@ -72,6 +89,7 @@ begin() {
     export CLIPO_ADDRESSES MASTER_ADDR
     attempt=${SLURM_RESTART_COUNT:-0}
     say "job $SLURM_JOB_ID, requeued $attempt times of $REQUEUES at most, on" $all
+    say "$RANKS_PER_NODE ranks a node with $CPUS_PER_RANK cores each$SERVERS_TOLD"
     env | sort | sed -E 's/^([A-Za-z0-9_]*(KEY|TOKEN|SECRET|PASSW)[A-Za-z0-9_]*)=.*/\1=(kept out)/I' \
         > "$JOB/environment.$attempt.txt"
     check_nodes "$all"
@@ -82,16 +100,20 @@ check_nodes() { # NODES: ends the job unless each node sees its files, and the o
     local token=$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}.$RANDOM place missing node tries
     place=$JOB/nodes/$token
     mkdir "$place" && echo "$token" > "$place/token" || exit 1
-    local look='place=$1 token=$2; shift 2
+    local look='place=$1 token=$2 count=$3; shift 3
         [[ $(cat "$place/token" 2>/dev/null) == "$token" ]] || {
             echo "$SLURMD_NODENAME does not see $place, where the job writes: it is not shared with this node" >&2; exit 1; }
-        for path; do [[ -e $path ]] || { echo "$SLURMD_NODENAME has no $path" >&2; exit 1; }; done
+        for path in "${@:1:count}"; do [[ -e $path ]] || { echo "$SLURMD_NODENAME has no $path" >&2; exit 1; }; done
+        shift "$count"
+        (($#)) && ! said=$("$@" 2>&1) && { echo "$SLURMD_NODENAME cannot run ${*: -4}: ${said: -2000}" >&2; exit 1; }
         touch "$place/$SLURMD_NODENAME"'
-    local group patience=10 # a network file system may show new names late
+    local trial=() group patience=10 # a network file system may show new names late
+    ((${#CONTAINER[@]})) && trial=("${CLIPO[@]}" --version)
     for group in "${GROUPS_OF_NODES[@]}"; do
         # --ntasks too: the one in the job's environment would win over --ntasks-per-node
         timeout "$NODES_DEADLINE" srun $group --ntasks="${group##*=}" --ntasks-per-node=1 --cpus-per-task=1 --overlap --chdir=/ \
-            --kill-on-bad-exit=0 bash -c "$look" look "$place" "$token" "${MUST_SEE[@]}" </dev/null || patience=1
+            --kill-on-bad-exit=0 "${CONTAINER[@]}" bash -c "$look" look "$place" "$token" "${#MUST_SEE[@]}" \
+            "${MUST_SEE[@]}" "${trial[@]}" </dev/null || patience=1
     done
     for ((tries = 0; tries < patience; tries++)); do
         missing=

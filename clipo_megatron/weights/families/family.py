@@ -14,7 +14,11 @@ from clipo_megatron.weights.spec import ModelSpec, decoder_spec
 # Reasons that several families refuse a field for.
 BIAS_ON_O_PROJ = "it puts a bias on o_proj, which Megatron cannot represent"
 NO_MLP_BIAS = "Megatron's gated MLP is built without biases"
-WHOLE_SEQUENCE = "every layer attends to the whole sequence"
+WHOLE_SEQUENCE = "it lets layers attend to a window; here every layer of this family attends to the whole sequence"
+
+# transformers' values for fields that config.json leaves out: what most families share, and what those of Qwen do.
+DECODER = {"vocab_size": 32000, "hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32}
+QWEN = DECODER | {"vocab_size": 151936, "intermediate_size": 22016, "max_position_embeddings": 32768}
 
 
 @dataclass(frozen=True, slots=True)

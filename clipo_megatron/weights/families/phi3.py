@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import partial
 
 from clipo_megatron.weights.families.decoder import HF, MEGATRON, decoder_rules
-from clipo_megatron.weights.families.family import Family
+from clipo_megatron.weights.families.family import DECODER, Family
 from clipo_megatron.weights.mapping import Rule, fused
 from clipo_megatron.weights.server_layout import fused_projections
 from clipo_megatron.weights.spec import ModelSpec, decoder_spec
@@ -23,7 +23,14 @@ def rules(spec: ModelSpec) -> list[Rule]:
 
 FAMILY = Family(
     architecture="Phi3ForCausalLM",
-    defaults={"rms_norm_eps": 1e-5},
+    defaults=DECODER
+    | {
+        "vocab_size": 32064,
+        "hidden_size": 3072,
+        "intermediate_size": 8192,
+        "max_position_embeddings": 4096,
+        "rms_norm_eps": 1e-5,
+    },
     refused=dict.fromkeys(("attention_bias", "mlp_bias"), "Phi-3 has no biases"),
     spec=partial(decoder_spec, windowed=True),
     rules=rules,

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from clipo_megatron.weights.errors import UnsupportedModel
-from clipo_megatron.weights.families.family import BIAS_ON_O_PROJ, WHOLE_SEQUENCE, Family
+from clipo_megatron.weights.families.family import BIAS_ON_O_PROJ, QWEN, WHOLE_SEQUENCE, Family
 from clipo_megatron.weights.server_layout import fused_projections
 from clipo_megatron.weights.spec import Experts, ModelSpec, decoder_spec, positive_number
 
@@ -20,7 +20,8 @@ def spec(config: Mapping[str, Any]) -> ModelSpec:
 
 def _experts(config: Mapping[str, Any], layers: int) -> Experts:
     # transformers 5 writes the number under another name than released models have it under.
-    field = "num_experts" if "num_experts" in config else "num_local_experts"
+    field = "num_local_experts" if "num_local_experts" in config and "num_experts" not in config else "num_experts"
+    config = {"num_experts": 128, **config}  # transformers' number, where neither name is given
     count, per_token = positive_number(config, field), positive_number(config, "num_experts_per_tok")
     if per_token > count:
         raise UnsupportedModel("num_experts_per_tok", per_token, f"there are only {field}={count} experts")
@@ -39,6 +40,15 @@ def _experts(config: Mapping[str, Any], layers: int) -> Experts:
 
 FAMILY = Family(
     architecture="Qwen3MoeForCausalLM",
+    defaults=QWEN
+    | {
+        "hidden_size": 2048,
+        "intermediate_size": 6144,
+        "num_hidden_layers": 24,
+        "num_key_value_heads": 4,
+        "num_experts_per_tok": 8,
+        "moe_intermediate_size": 768,
+    },
     refused={
         "attention_bias": BIAS_ON_O_PROJ,
         "use_sliding_window": WHOLE_SEQUENCE,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 
@@ -42,12 +42,12 @@ class LazyTensor(SlicedRead):
 class HFReader:
     """The tensors of a folder by name. Use it as a context manager, or call `close`.
 
-    Files are opened when one of their tensors is first asked for. Several threads may read at a time. `bytes_read`
-    counts what was indexed.
+    Of the files, headers are read at once and tensors when they are asked for. Several threads may read at a time.
+    `bytes_read` counts what was indexed; `unindexed` are the tensors that the index leaves out, each with its file.
 
     Raises:
         WeightsFolderError: there are no safetensors, the folder lacks a file that the index names, a file is damaged
-            or truncated, or a tensor is not there; names file or tensor.
+            or truncated, two files hold one tensor, or a tensor is not there; names file or tensor.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -55,6 +55,7 @@ class HFReader:
         self.bytes_read = 0
         self._open: dict[str, SafetensorsFile] | None = {}
         self._opening = threading.Lock()
+        self.unindexed: Mapping[str, str] = {}
         self._files = self._locate()
 
     def names(self) -> tuple[str, ...]:
@@ -98,7 +99,10 @@ class HFReader:
         self.close()
 
     def _locate(self) -> Mapping[str, str]:
-        """Return the file of each tensor. A single file takes precedence over an index, as in transformers."""
+        """Return the file of each tensor, as transformers finds it.
+
+        A single file takes precedence over an index, and a file that the index names counts with all its tensors.
+        """
         if (self.folder / SINGLE).is_file():
             return dict.fromkeys(self._handle(SINGLE).header.tensors, SINGLE)
         index = self.folder / INDEX
@@ -109,6 +113,8 @@ class HFReader:
             )
         try:
             files = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+            if wrong := [name for name in files.values() if not isinstance(name, str)]:
+                raise ValueError(f"{wrong[0]!r} is no file name")
             names = sorted(set(files.values()))
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise WeightsFolderError(f"{index} cannot be read: {error!r}") from error
@@ -118,7 +124,36 @@ class HFReader:
             raise WeightsFolderError(f"{index} names files outside its folder: {', '.join(outside)}")
         if missing:
             raise WeightsFolderError(f"{self.folder} lacks files that {INDEX} names: {', '.join(missing)}")
-        return files
+        self.unindexed = self._unindexed(files, names)
+        return {**files, **self.unindexed}
+
+    def _unindexed(self, files: Mapping[str, str], names: Sequence[str]) -> dict[str, str]:
+        """Find tensors that the files `names` hold and the index leaves out, each with its file.
+
+        A file that cannot be read is passed over: it is named when one of its tensors is asked for.
+        """
+        found: dict[str, str] = {}
+        for file in names:
+            try:
+                held = self._handle(file).header.tensors
+            except WeightsFolderError:
+                continue
+            for name in held:
+                place = files.get(name, found.get(name))
+                if place is None:
+                    found[name] = file
+                elif place != file and self._holds(place, name):
+                    raise WeightsFolderError(
+                        f"{self.folder / place} and {self.folder / file} both hold {name}, and which of them counts "
+                        "depends on the reader. Remove one of the two, or save the model again with save_pretrained"
+                    )
+        return found
+
+    def _holds(self, file: str, name: str) -> bool:
+        try:
+            return name in self._handle(file).header.tensors
+        except WeightsFolderError:
+            return False
 
     def _handle(self, file: str) -> SafetensorsFile:
         if self._open is None:

@@ -171,8 +171,12 @@ def test_a_tensor_that_the_index_does_not_name(dense: Path, tmp_path: Path) -> N
     assert verify(dense, folder).equal
     save_file(tensors | {"stray.weight": torch.zeros(3)}, folder / "part.safetensors", {"format": "pt"})
     verdict = verify(dense, folder)
-    assert not verdict.equal and differences(verdict) == {}
-    assert verdict.defects["B"] == [f"{folder}/part.safetensors holds stray.weight, which {INDEX} does not place there"]
+    assert not verdict.equal and differences(verdict) == {"stray.weight": "only B has it"}
+    assert f"B: part.safetensors holds stray.weight, which {INDEX} does not name; compared all the same" in (
+        verdict.remarks
+    )
+    with pytest.raises(CoverageError, match=r"no parameter takes tensor stray\.weight .*part\.safetensors holds it"):
+        ToMegatron(folder, tmp_path / "out")
 
 
 def test_a_dtype_that_changed(dense: Path, tmp_path: Path) -> None:

@@ -99,12 +99,12 @@ def test_trainer_and_servers_are_two_groups_of_one_job(config_file):
 
 
 def test_a_container_gets_the_folders_that_the_configuration_names(config_file):
-    script = dry(config_file, container="image.sqsh", mounts=("/data:/data",)).script
+    script = dry(config_file, container="docker://image", mounts=("/data:/data",)).script
     image, mounts = setting(script, "CONTAINER").splitlines()
-    assert image == "--container-image=image.sqsh"
+    assert image == "--container-image=docker://image"
     inside = mounts.removeprefix("--container-mounts=").split(",")
     assert f"{config_file.parent}:{config_file.parent}" in inside and "/data:/data" in inside
-    assert setting(script, "CLIPO").split() == ["python3", "-m", "clipo_megatron.cli"]
+    assert setting(script, "CLIPO").splitlines()[-3:] == ["python3", "-m", "clipo_megatron.cli"]
     assert '"${CONTAINER[@]}"' in script
 
 

@@ -1,6 +1,7 @@
 """Weights & Biases: its absence is named before anything is built, and its own library gets what metrics.jsonl gets."""
 
 import json
+import re
 import struct
 import sys
 from importlib import util
@@ -8,8 +9,8 @@ from importlib import util
 import pytest
 from progress import wait_until
 
-from clipo_megatron.checks import report as checks_report
 from clipo_megatron.checks.report import report_problems
+from clipo_megatron.config import packages
 from clipo_megatron.config.schema import RunConfig, WandbMode
 from clipo_megatron.flow import StepReport
 from clipo_megatron.telemetry.sinks import MissingPackageError
@@ -29,7 +30,7 @@ def config(mode=WandbMode.offline, **settings):
 
 
 def test_a_missing_package_is_found_before_anything_is_built(monkeypatch):
-    monkeypatch.setattr(checks_report.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(packages.util, "find_spec", lambda name: None)
     (problem,) = report_problems(config())
     assert str(problem) == (
         "report.wandb.mode = offline: the package wandb is not installed. pip install wandb, or set it to disabled: "
@@ -44,8 +45,31 @@ def test_a_missing_package_is_found_before_anything_is_built(monkeypatch):
     assert list(report_problems(RunConfig())) == []
 
 
+@pytest.mark.parametrize(
+    ("source", "reason"),
+    [
+        ("import something_that_is_not_here\n", r"wandb is installed, and something_that_is_not_here, which it needs, is "
+         r"not. pip install something_that_is_not_here"),
+        ("import json.nothing\n", r"wandb is installed, and json.nothing, which it needs, is not"),
+        ("from json import nothing\n", r"wandb is installed and cannot be imported \(ImportError: cannot import name"),
+        ("raise RuntimeError('protobuf is too new')\n", r"cannot be imported \(RuntimeError: protobuf is too new\).*pip "
+         r"install --upgrade --force-reinstall wandb"),
+    ],
+)  # fmt: skip
+def test_a_package_that_is_there_and_broken_is_not_called_missing(monkeypatch, tmp_path, source, reason):
+    (tmp_path / "wandb").mkdir()
+    (tmp_path / "wandb" / "__init__.py").write_text(source)
+    for name in [name for name in sys.modules if name.partition(".")[0] == "wandb"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (problem,) = report_problems(config())
+    assert re.search(reason, str(problem)) and "not installed" not in str(problem)
+    with pytest.raises(MissingPackageError, match=reason.partition(". pip")[0]):
+        Wandb(config(), tmp_path / "runs", from_step=0)
+
+
 def test_projects_have_names(monkeypatch):
-    monkeypatch.setattr(checks_report.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(packages.util, "find_spec", lambda name: object())
     assert list(report_problems(config())) == []
     for name in ("", "a/b", "what?"):
         (problem,) = report_problems(config(project=name))

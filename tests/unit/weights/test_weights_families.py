@@ -24,7 +24,7 @@ from clipo_megatron.weights.errors import UnsupportedModel, WeightsFolderError
 from clipo_megatron.weights.families import entries, model_spec
 from clipo_megatron.weights.mapping import PipelineStage, even_stages
 from clipo_megatron.weights.rope import LinearRope, Llama3Rope
-from clipo_megatron.weights.spec import Experts, inverse_frequencies, read_config
+from clipo_megatron.weights.spec import NEUTRAL, Experts, inverse_frequencies, read_config
 
 LLAMA3 = {
     "rope_type": "llama3",
@@ -88,6 +88,67 @@ def test_absent_fields_mean_what_transformers_means(family: Any) -> None:
     assert spec.rope_theta == reference.rope_parameters["rope_theta"]
     assert spec.tied_embeddings == reference.tie_word_embeddings
     assert spec.sliding_window == getattr(reference, "sliding_window", None)
+
+
+# Each fact, and the field of config.json that gives it, under its name in transformers' configuration.
+FACTS = {
+    "num_layers": "num_hidden_layers",
+    "hidden_size": "hidden_size",
+    "ffn_hidden_size": "intermediate_size",
+    "num_heads": "num_attention_heads",
+    "num_kv_heads": "num_key_value_heads",
+    "vocab_size": "vocab_size",
+    "rms_norm_eps": "rms_norm_eps",
+    "max_positions": "max_position_embeddings",
+    "tied_embeddings": "tie_word_embeddings",
+}
+
+
+@pytest.mark.parametrize("family", families.FAMILIES)
+def test_a_config_that_says_nothing_is_that_of_transformers(family: str) -> None:
+    spec, reference = model_spec({"model_type": family}), AutoConfig.for_model(family)
+    for fact, field in FACTS.items():
+        assert getattr(spec, fact) == getattr(reference, field), field
+    heads = getattr(reference, "head_dim", None) or reference.hidden_size // reference.num_attention_heads
+    assert spec.head_dim == heads
+    assert spec.rope_theta == reference.rope_parameters["rope_theta"] and spec.rope_scaling is None
+    assert spec.sliding_window == getattr(reference, "sliding_window", None)
+    if spec.experts is not None:
+        assert (spec.experts.count, spec.experts.per_token, spec.experts.ffn_hidden_size) == (
+            reference.num_experts,
+            reference.num_experts_per_tok,
+            reference.moe_intermediate_size,
+        )
+        assert spec.experts.renormalised == reference.norm_topk_prob and not spec.experts.dense_layers
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_null_number_of_kv_heads_is_the_number_of_heads(family: Any) -> None:
+    assert model_spec(family(num_key_value_heads=None)).num_kv_heads == 4
+
+
+def test_norms_on_query_and_key_are_no_news_to_a_qwen3() -> None:
+    """Qwen3-Coder says `use_qk_norm: true`, which is what every Qwen3 has."""
+    assert model_spec(qwen3(use_qk_norm=True)).qk_norm
+    assert model_spec({"model_type": "qwen3_moe", "use_qk_norm": True, "qk_layernorm": True}).qk_norm
+    assert not model_spec(llama(use_qk_norm=False, qk_layernorm=False)).qk_norm
+    with pytest.raises(UnsupportedModel, match=r"use_qk_norm=False.*qwen3 models always normalise"):
+        model_spec(qwen3(use_qk_norm=False))
+    with pytest.raises(UnsupportedModel, match=r"qk_layernorm=True.*llama models have no norms on query and key"):
+        model_spec(llama(qk_layernorm=True))
+
+
+def test_a_field_that_names_what_every_layer_does_is_no_reason_to_refuse() -> None:
+    model_spec(llama(no_rope_layers=[1, 1, 1, 1], logits_scaling=1.0, is_causal=True, use_mrope=False))
+
+
+@pytest.mark.parametrize("family", families.FAMILIES)
+@pytest.mark.parametrize("field", NEUTRAL)
+def test_no_refusal_claims_what_a_family_has(family: str, field: str) -> None:
+    value = False if field == "is_causal" else [0] if field == "no_rope_layers" else 3
+    with pytest.raises(UnsupportedModel) as refusal:
+        model_spec({"model_type": family, field: value})
+    assert "do not have it" not in str(refusal.value) and str(refusal.value).endswith(NEUTRAL[field][1])
 
 
 def test_what_families_differ_in() -> None:
