@@ -23,7 +23,7 @@ def overview(groups: Sequence[RunGroup]) -> Section:
     body = (
         f'<div class="tiles">{"".join(_tile(group) for group in groups)}</div>'
         f'<div class="card"><h3>Runs</h3>{_runs(groups)}</div>'
-        f'<div class="card below"><h3>Settings that differ</h3>{_differences(groups)}</div>'
+        + _differences(groups)
         + (f'<div class="card below"><h3>What is missing</h3><ul class="notes">{notes}</ul></div>' if notes else "")
     )
     return Section("summary", "Summary", _lead(groups), body)
@@ -93,6 +93,7 @@ def _tile(group: RunGroup) -> str:
         else:
             low, high = everything[0][1]
             note += f"95%: {percent(low)} to {percent(high)}"
+        note += _before(group, end.step)
     else:
         points = group.points("reward/accuracy")
         value = percent(points[-1].mean) if points else "–"
@@ -105,6 +106,12 @@ def _tile(group: RunGroup) -> str:
         f'<div class="tile c{group.slot % SLOTS}"><div class="what">{swatch(group)}</div>'
         f'<div class="value">{value}</div><div class="note">{safe(note)}</div></div>'
     )
+
+
+def _before(group: RunGroup, step: int) -> str:
+    """What the tile says of the accuracy before training; empty where that was not measured."""
+    before = [_overall(found)[0] for run in group.runs if step and (found := accuracies_at(run, 0))]
+    return f"; before training {percent(sum(before) / len(before))}" if before else ""
 
 
 def _overall(accuracies: Sequence[Accuracy]) -> tuple[float, tuple[float, float]]:
@@ -176,19 +183,25 @@ def _ranks(run: RunRecord) -> str:
 
 
 def _differences(groups: Sequence[RunGroup]) -> str:
+    """The card of settings that differ; empty for one group, which differs from none."""
+    if len(groups) == 1:
+        return ""
     known = [group for group in groups if group.first.settings]
     if len(known) < 2:
-        only = "There is one group, so nothing is compared." if len(groups) == 1 else "Settings are known of one only."
-        return f'<p class="caption">{only}</p>'
+        return _differences_card('<p class="caption">Settings are known of one group only.</p>')
     rows = [
         [f"<code>{safe(key)}</code>", *(f"<code>{safe(_spelt(value))}</code>" for value in values)]
         for key, values in differences(known)
     ]
     left_out = ", ".join(NOT_COMPARED)
-    return (
+    return _differences_card(
         table(["setting", *(group.label for group in known)], rows)
         + f'<p class="caption">All other settings are the same. Not compared: <code>{safe(left_out)}</code>.</p>'
     )
+
+
+def _differences_card(content: str) -> str:
+    return f'<div class="card below"><h3>Settings that differ</h3>{content}</div>'
 
 
 def _spelt(value: Any) -> str:

@@ -9,7 +9,7 @@ from clipo_megatron.evaluation.comparing import Comparison, comparisons, refuse_
 from clipo_megatron.evaluation.errors import EvaluationError
 from clipo_megatron.evaluation.estimators import interval, unpaired_interval
 from clipo_megatron.evaluation.results import Evaluation, ProblemResult
-from clipo_megatron.report.endings import Ending, endings_of, evaluation_at
+from clipo_megatron.report.endings import Ending, ending, endings_of, evaluation_at
 from clipo_megatron.report.grouping import RunGroup
 from clipo_megatron.report.parts import swatch, table
 from clipo_megatron.report.reading import RunRecord
@@ -29,10 +29,10 @@ class Paired:
 
 
 def paired(groups: Sequence[RunGroup]) -> str:
-    """The card of paired differences; empty where nothing can be paired."""
+    """The card of paired differences; of one group, before and after training. Empty where nothing can be paired."""
     with_results = [group for group in groups if any(run.evaluations for run in group.runs)]
     if len(with_results) < 2:
-        return ""
+        return "".join(_before_and_after(group) for group in with_results)
     first, *others = with_results
     pairs, notes = [], []
     for group in others:
@@ -56,7 +56,35 @@ def paired(groups: Sequence[RunGroup]) -> str:
     items = "".join(f"<li>{safe(sentence)}</li>" for sentence in notes)
     below = f'<ul class="notes">{items}</ul>' if items else ""
     below += f'<p class="caption">{_caption(first, seeds=seeds, tested=tested)}</p>'
-    return f'<div class="card below"><h3>Paired differences: against {safe(first.label)}</h3>{shown}{below}</div>'
+    return _card(f"Paired differences: against {safe(first.label)}", shown + below)
+
+
+def _card(title: str, content: str) -> str:
+    return f'<div class="card below"><h3>{title}</h3>{content}</div>'
+
+
+def _before_and_after(group: RunGroup) -> str:
+    """The card on what training changed: the first evaluation of each run against that at the end of its group."""
+    end = ending(group)
+    begun = {run.evaluations[0].step for run in end.runs} if end else set()
+    if end is None or len(begun) != 1 or (first := min(begun)) >= end.step:
+        return ""
+    before, after = replace(end, step=first), end
+    try:
+        _refuse(before, after)
+    except EvaluationError as error:
+        return _card("Before and after", f'<ul class="notes"><li>{safe(str(error))}</li></ul>')
+    found = _differences(before, after, matched=len(end.runs) >= _SEVERAL, several=len(end.runs) >= _SEVERAL)
+    seeds = any(each.half is not None for each in found)
+    tested = any(each.problems.p_value is not None for each in found)
+    rows = [_row(group, each, seeds=seeds, tested=tested)[1:] for each in found]
+    headings = ["set", "solved"]
+    headings += ["points, 95% over seeds", "(over problems)"] if seeds else ["points, 95% over problems"]
+    headings += ["gained / lost"] + ["p"] * tested
+    begin = "before training" if first == 0 else f"after {first} steps"
+    caption = f"The policy {begin} against that after {end.step} steps, on the same problems. {_how(seeds, tested)}"
+    shown = table(headings, rows, numbers=range(1, len(headings)))
+    return _card("Before and after", f'{shown}<p class="caption">{caption}</p>')
 
 
 def pair(first: RunGroup, second: RunGroup) -> tuple[list[Paired], list[str]]:
@@ -85,8 +113,13 @@ def pair(first: RunGroup, second: RunGroup) -> tuple[list[Paired], list[str]]:
         after = replace(after, runs=tuple(other[seed] for seed in shared))
     elif several:
         notes.append("their seeds differ, so the interval over seeds is Welch's for unpaired samples.")
-    whole = _together(before), _together(after)
     _refuse(before, after)
+    return _differences(before, after, matched=matched, several=several), notes
+
+
+def _differences(before: Ending, after: Ending, *, matched: bool, several: bool) -> list[Paired]:
+    """The differences on each set and on all sets together; `matched`: the runs of both sides belong together."""
+    whole = _together(before), _together(after)
     sets = [source for source in whole[0].sources if source in whole[1].sources]
     figures = [[_figures(run, end.step, sets) for run in end.runs] for end in (before, after)]
     found = []
@@ -98,7 +131,7 @@ def pair(first: RunGroup, second: RunGroup) -> tuple[list[Paired], list[str]]:
             found.append(Paired(each, *interval([b - a for a, b in zip(was, became, strict=True)])))
         else:
             found.append(Paired(each, *unpaired_interval(was, became)))
-    return found, notes
+    return found
 
 
 def _by_seed(end: Ending) -> dict[int, RunRecord]:
@@ -170,15 +203,20 @@ def _points(low: float, high: float) -> str:
 
 def _caption(first: RunGroup, *, seeds: bool, tested: bool) -> str:
     text = f"Each group against {safe(first.label)}, which is the first group or the one of <code>--against</code>. "
+    return text + _how(seeds, tested)
+
+
+def _how(seeds: bool, tested: bool) -> str:
+    """How the figures of a row came about."""
     if seeds:
-        text += (
+        text = (
             "The interval over seeds (Student's t of the differences seed by seed) covers training with other seeds: "
             "it tells whether a method is better. The one in brackets (bootstrap over problems) covers these trained "
             "policies on other problems, not other seeds. A group of one run has no interval over seeds. Gained and "
             "lost: problems that more than half of the answers of all seeds solve on one side only."
         )
     else:
-        text += (
+        text = (
             "The interval (bootstrap over problems) covers other problems, not other seeds. "
             "Gained and lost: problems that only one side solves."
         )

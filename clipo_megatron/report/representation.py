@@ -149,14 +149,9 @@ def _pairs_of(group: RunGroup) -> str:
             continue
         found = list(_all_pairs(run, states))
         shown = [
-            _shown(title, chosen)
-            for title, chosen in (
-                ("Nearest, both correct", _best(found, (True, True), nearest=True)),
-                ("Farthest, both correct", _best(found, (True, True), nearest=False)),
-                ("Nearest, one correct and one wrong", _best(found, None, nearest=True)),
-                ("Farthest, one correct and one wrong", _best(found, None, nearest=False)),
-            )
-            if chosen is not None
+            _shown(f"{place}, {what}", pair)
+            for what, verdicts in (("both correct", (True, True)), ("one correct and one wrong", None))
+            for place, pair in _extremes(found, verdicts)
         ]
         if shown:
             opened = " open" if not blocks else ""
@@ -190,10 +185,13 @@ def _all_pairs(run: RunRecord, states: States) -> Iterator[_Pair]:
                     yield _Pair(float(unit[rows[a]] @ unit[rows[b]]), group, (a, b), verdicts)
 
 
-def _best(found: Sequence[_Pair], verdicts: tuple[bool, bool] | None, *, nearest: bool) -> _Pair | None:
-    """The nearest or farthest pair with these verdicts; `verdicts` None stands for different ones."""
+def _extremes(found: Sequence[_Pair], verdicts: tuple[bool, bool] | None) -> list[tuple[str, _Pair]]:
+    """The nearest and the farthest pair with these verdicts, or the only one; `verdicts` None: different ones."""
     fitting = [p for p in found if (p.verdicts == verdicts if verdicts else p.verdicts[0] != p.verdicts[1])]
-    return (max if nearest else min)(fitting, key=lambda pair: pair.cosine, default=None)
+    fitting.sort(key=lambda pair: pair.cosine)
+    if len(fitting) == 1:
+        return [("The only pair", fitting[0])]
+    return [("Nearest", fitting[-1]), ("Farthest", fitting[0])] if fitting else []
 
 
 def _shown(title: str, pair: _Pair) -> str:

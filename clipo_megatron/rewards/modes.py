@@ -59,8 +59,8 @@ def grade(
     response: str,
     ground_truth: str,
     *,
-    data_source: str,
-    mode: str = "math",
+    data_source: str = "",
+    mode: str = "auto",
     extra: Mapping[str, Any] | None = None,
     prompt: str | Sequence[Mapping[str, Any]] | None = None,
 ) -> float | None:
@@ -74,7 +74,8 @@ def grade(
         ground_truth: the gold answer, or a worked solution that ends with it, in `\\boxed{}` or after `####`.
         data_source: the row's source, such as "openai/gsm8k"; it tells which sets are multiple choice, and the data set
             for mode "reasoning_gym".
-        mode: "math", "reference", "choice", "number", "reasoning_gym", or "auto" to choose by `data_source`.
+        mode: "math", "reference", "choice", "number", "reasoning_gym", or "auto" to choose by `data_source`, as a run
+            does: "math" where it names no other.
         extra: the reasoning-gym entry, for that mode.
         prompt: the prompt's text or chat turns. They tell in which form the answer was asked for, the options of a
             multiple-choice question, and whether the text ends with an open `<think>`.

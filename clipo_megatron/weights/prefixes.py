@@ -59,11 +59,12 @@ def _added(name: str, needed: set[str]) -> Iterator[str]:
     """Yield what `name` has more than a needed name: a prefix, a prefix in place of "model.", or a wrapper's name."""
     parts = name.split(".")
     plain = [part for part in parts if part != "base_layer"]
+    prefixed = False
     for start in range(1, len(plain)):
         rest = ".".join(plain[start:])
         before = ".".join(plain[:start]) + "."
         if rest in needed or (before != _BODY and _BODY + rest in needed):
+            prefixed = True
             yield before
-    for wrapper in _WRAPPERS.intersection(parts):
-        if ".".join(part for part in parts if part not in _WRAPPERS) in needed and parts[0] != wrapper:
-            yield wrapper + "."
+    if not prefixed and ".".join(part for part in parts if part not in _WRAPPERS) in needed:
+        yield from (f"{wrapper}." for wrapper in _WRAPPERS.intersection(parts))

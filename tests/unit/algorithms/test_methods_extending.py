@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -21,8 +23,9 @@ from clipo_megatron.cli.methods import listing
 from clipo_megatron.config.schema import PluginConfig, RunConfig
 
 PAGE = (ROOT / "docs" / "extending.md").read_text()
-CODE, CONFIGURATION, LINE = (
-    re.search(rf"^```{kind}\n(.*?)^```$", PAGE, re.DOTALL | re.MULTILINE)[1] for kind in ("python", "yaml", "text")
+CODE, CONFIGURATION, LINE, ROW = (
+    re.search(rf"^```{kind}\n(.*?)^```$", PAGE, re.DOTALL | re.MULTILINE)[1]
+    for kind in ("python", "yaml", "text", "md")
 )
 CLASS = "LengthBonus"
 
@@ -106,3 +109,36 @@ def test_a_method_that_is_built_in_is_listed(name: str) -> None:
         shown = "\n".join(listing([name]))
         assert "reward for the shortest correct answers so far (arXiv 2505.11225)" in shown
         assert "# of the bonus, beside the grader's reward" in shown
+
+
+def test_built_in_as_the_page_says_it_passes_style_and_the_tests_of_methods(file: Path, tmp_path: Path) -> None:
+    """A copy of the project with the page's file, line and row in their places."""
+    copy = tmp_path / "copy"
+    for part in ("clipo_megatron", "docs", "tests/support", "tests/unit/algorithms"):
+        shutil.copytree(ROOT / part, copy / part, ignore=shutil.ignore_patterns("__pycache__"))
+    for part in ("pyproject.toml", "tests/conftest.py"):
+        shutil.copy(ROOT / part, copy / part)
+    folder = copy / "clipo_megatron" / "algorithms" / "methods"
+    shutil.copy(file, folder)
+    insert(folder / "registry.py", after="PLUGINS = {\n", text=f"    {LINE.strip()}\n")
+    table = "|---|---|---|---|---|\n"
+    head, tail = (copy / "docs" / "methods.md").read_text().split("## Plug-ins")
+    assert tail.count(table) == 1
+    (copy / "docs" / "methods.md").write_text(f"{head}## Plug-ins{tail.replace(table, table + ROW)}")
+    environment = os.environ | {"PYTHONPATH": str(copy)}
+    tests = ["tests/unit/algorithms/test_methods_listing.py", "-k", "length_bonus or every_method"]
+    for command in (
+        ["ruff", "check"],
+        ["ruff", "format", "--check"],
+        ["pytest", "-q", "-p", "no:cacheprovider", *tests],
+    ):
+        words = [sys.executable, "-m", *command, *(["clipo_megatron/algorithms"] if command[0] == "ruff" else [])]
+        done = subprocess.run(words, cwd=copy, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+    assert re.search(r"\b[6-9] passed", done.stdout), "the tests of this method ran"
+
+
+def insert(file: Path, *, after: str, text: str) -> None:
+    content = file.read_text()
+    assert content.count(after) == 1
+    file.write_text(content.replace(after, after + text))

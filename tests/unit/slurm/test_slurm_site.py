@@ -25,7 +25,8 @@ SERVED = ("rollout.engine=sglang", "layout.distributed_timeout_s=2700")
 
 
 def dry(config_file, *overrides, kind=JobKind.train, **resources):
-    return submit(config_file, overrides, Resources(**{"nodes": 2, **resources}), kind=kind, anyway=True, dry_run=True)
+    enough = ("data.prompts_per_step=16", *overrides)  # for every replica of these nodes
+    return submit(config_file, enough, Resources(**{"nodes": 2, **resources}), kind=kind, anyway=True, dry_run=True)
 
 
 def directives(script: str) -> list[str]:

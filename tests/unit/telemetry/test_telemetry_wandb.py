@@ -48,12 +48,10 @@ def test_a_missing_package_is_found_before_anything_is_built(monkeypatch):
 @pytest.mark.parametrize(
     ("source", "reason"),
     [
-        ("import something_that_is_not_here\n", r"wandb is installed, and something_that_is_not_here, which it needs, is "
-         r"not. pip install something_that_is_not_here"),
+        ("import not_here\n", r"wandb is installed, and not_here, which it needs, is not. pip install not_here"),
         ("import json.nothing\n", r"wandb is installed, and json.nothing, which it needs, is not"),
         ("from json import nothing\n", r"wandb is installed and cannot be imported \(ImportError: cannot import name"),
-        ("raise RuntimeError('protobuf is too new')\n", r"cannot be imported \(RuntimeError: protobuf is too new\).*pip "
-         r"install --upgrade --force-reinstall wandb"),
+        ("raise RuntimeError('too new')\n", r"cannot be imported \(RuntimeError: too new\).*--force-reinstall wandb"),
     ],
 )  # fmt: skip
 def test_a_package_that_is_there_and_broken_is_not_called_missing(monkeypatch, tmp_path, source, reason):
