@@ -29,7 +29,7 @@ def unusable(package: str, module: str = "") -> tuple[str, str] | None:
 def why(package: str, error: Exception) -> tuple[str, str]:
     """Say why importing `package` raised `error`: it is missing, something that it needs is, or it is broken."""
     missing = getattr(error, "name", None) if isinstance(error, ModuleNotFoundError) else None
-    if missing and missing.partition(".")[0] == package:
+    if util.find_spec(package) is None or (missing and missing.partition(".")[0] == package):
         return not_installed(package)
     if missing:
         root = missing.partition(".")[0]

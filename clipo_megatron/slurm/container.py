@@ -7,7 +7,6 @@ import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-import clipo_megatron
 from clipo_megatron.slurm.resources import Resources, SlurmError, shared_paths
 
 PYXIS, APPTAINER, SINGULARITY = "pyxis", "apptainer", "singularity"
@@ -39,7 +38,7 @@ def image_of(container: str) -> str:
 
 def checkout() -> Path | None:
     """The repository that this package runs from; None for an installed package."""
-    root = Path(clipo_megatron.__file__).absolute().parents[1]
+    root = Path(__file__).absolute().parents[2]
     return root if (root / "pyproject.toml").is_file() else None
 
 

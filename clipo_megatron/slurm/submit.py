@@ -16,7 +16,6 @@ from clipo_megatron.config.load import load
 from clipo_megatron.config.schema import EngineKind, RunConfig
 from clipo_megatron.runtime.durable_files import write_durably
 from clipo_megatron.runtime.run_dir import CHECKPOINTS, JOBS, newest_checkpoint
-from clipo_megatron.serving.environment import root
 from clipo_megatron.slurm import folder as folders
 from clipo_megatron.slurm import paths
 from clipo_megatron.slurm.check import check
@@ -163,10 +162,7 @@ def _container(config: RunConfig, output: Path, inputs: Sequence[str | Path | No
     if not resources.container:
         return []
     pythons = environments(resources) + ([config.serve.python] if config.serve.python else [])
-    more = [config.rollout.sync.folder]
-    if config.rollout.engine is not EngineKind.local and not config.serve.python:
-        more += [engines] if (engines := root()).is_dir() else []
-    return steps_within(resources, mounted(resources, output, [*inputs, *more], pythons))
+    return steps_within(resources, mounted(resources, output, [*inputs, config.rollout.sync.folder], pythons))
 
 
 def _conversion(config: RunConfig, kind: JobKind, target: Path) -> list[str]:

@@ -105,7 +105,8 @@ check_nodes() { # NODES: ends the job unless each node sees its files, and the o
             echo "$SLURMD_NODENAME does not see $place, where the job writes: it is not shared with this node" >&2; exit 1; }
         for path in "${@:1:count}"; do [[ -e $path ]] || { echo "$SLURMD_NODENAME has no $path" >&2; exit 1; }; done
         shift "$count"
-        (($#)) && ! said=$("$@" 2>&1) && { echo "$SLURMD_NODENAME cannot run ${*: -4}: ${said: -2000}" >&2; exit 1; }
+        (($#)) && ! said=$("$@" 2>&1) && {
+            echo "$SLURMD_NODENAME cannot run ${*: -4}: $(tail -c 2000 <<< "$said")" >&2; exit 1; }
         touch "$place/$SLURMD_NODENAME"'
     local trial=() group patience=10 # a network file system may show new names late
     ((${#CONTAINER[@]})) && trial=("${CLIPO[@]}" --version)

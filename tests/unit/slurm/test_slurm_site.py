@@ -192,7 +192,7 @@ def test_each_group_of_nodes_has_its_partition(config_file):
         (["layout.dp=null", "--qos", "high"], "--sbatch=--qos=high"),
         (["--qos=high", "layout.dp=null"], "--sbatch=--qos=high"),
         (["--qos", "high", "layout.dp=null"], "--sbatch=--qos=high"),
-        (["--requeue"], "--sbatch=--requeue"),
+        (["--exclusive"], "--sbatch=--exclusive"),
         (["-q", "high"], "--sbatch=-qhigh"),
         (["--constraint", "ib", "--exclude", "n1"], "--sbatch=--constraint=ib"),
         (["--reservation", "mine", "--dry-run"], "--sbatch=--reservation=mine"),
@@ -334,7 +334,7 @@ def test_nodes_are_checked_within_the_container(config_file, tmp_path, slurm):
     slurm("srun", '#!/bin/bash\nwhile [[ $1 == --* ]]; do shift; done\nSLURMD_NODENAME=n1 "$@"\n')
     slurm(
         "apptainer",
-        '#!/bin/bash\necho "$@" >> "$CALLS"\n[[ $BROKEN ]] && { echo no such image; exit 1; }\nshift 3\nexec "$@"\n',
+        '#!/bin/bash\necho "$1 $2" >> "$CALLS"\n[[ $BROKEN ]] && { echo no such image; exit 1; }\nshift 3\nexec "$@"\n',
     )
     slurm("python3", f'#!/bin/bash\n[[ $LACKS && $* == *--version ]] && {{ echo "No module named $LACKS"; exit 1; }}\n'
                      f'[[ $* == *--version ]] && exec {sys.executable} "$@"\nexit 0\n')  # fmt: skip
