@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
-
+from clipo_megatron.algorithms import late_torch as torch
 from clipo_megatron.algorithms.hook import Hook, HookContext, Replay, ScoredTokens, Signal, TokenBatch
 from clipo_megatron.algorithms.policy_loss import GroupLoss, PolicyLoss
-from clipo_megatron.config.errors import ConfigError
+from clipo_megatron.config.errors import ConfigError, is_for_users
 from clipo_megatron.flow import Experience, MiniBatch, Prompt, Rollout, RolloutTable
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class Algorithm:
@@ -78,7 +79,13 @@ class Algorithm:
             ConfigError: the run lacks what a hook needs.
         """
         for hook in self.hooks:
-            hook.bind(context)
+            try:
+                hook.bind(context)
+            except Exception as error:  # of a user's hook, which can raise anything
+                if is_for_users(error) or type(hook).__module__.startswith("clipo_megatron."):
+                    raise
+                reason = f"{type(error).__name__}: {error}"
+                raise ConfigError(f"{type(hook).__name__}.bind raises {reason}. Correct it.") from error
 
     # --- rollouts ----------------------------------------------------------------------------------------------------
 

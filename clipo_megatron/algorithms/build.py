@@ -13,7 +13,7 @@ from clipo_megatron.algorithms.methods.empo import Answers
 from clipo_megatron.algorithms.methods.ppo import CriticWarmup
 from clipo_megatron.algorithms.methods.registry import baseline_class, plugin_class
 from clipo_megatron.algorithms.policy_loss import BaselineSettings, PolicyLoss
-from clipo_megatron.config.errors import ConfigError
+from clipo_megatron.config.errors import ConfigError, is_for_users
 from clipo_megatron.config.load import typed_options
 from clipo_megatron.config.schema import Aggregation, CorrectionKind, KLConfig, KLPlace, RunConfig
 
@@ -75,3 +75,8 @@ def _build_hook(name: str, chosen: type[Any], options: dict[str, Any], *settings
     except TypeError as error:
         takes = "(settings, options)" if settings else "(options)"
         raise ConfigError(f"{name} cannot be built: {error}. Let its constructor take {takes}.") from error
+    except Exception as error:  # a user's constructor can raise anything
+        if is_for_users(error):
+            raise
+        reason = f"{type(error).__name__}: {error}"
+        raise ConfigError(f"{name} cannot be built: its constructor raises {reason}. Correct it.") from error

@@ -18,11 +18,14 @@ The weights multiply the policy gradient alone, and no gradient flows through th
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
+from clipo_megatron.algorithms import late_torch as torch
 from clipo_megatron.algorithms.hook import Hook, TokenBatch
 from clipo_megatron.config.schema import CorrectionConfig, CorrectionKind, CorrectionLevel
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 # exp(20) is 4.9e8: far beyond any cap, and far from overflow, also when squared
 LARGEST_EXPONENT = 20.0

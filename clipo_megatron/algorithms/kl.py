@@ -5,12 +5,15 @@ Estimators of KL(pi || pi_ref) from samples of pi: http://joschu.net/blog/kl-app
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
+from clipo_megatron.algorithms import late_torch as torch
 from clipo_megatron.algorithms.hook import Hook, ScoredTokens, Signal, TokenBatch
 from clipo_megatron.config.schema import KLKind
 from clipo_megatron.flow import RolloutTable
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def kl_estimate(kind: KLKind, logprobs: Tensor, reference: Tensor) -> Tensor:

@@ -27,7 +27,7 @@ def import_object(path: str) -> Any:
             module = _module_of(file, file.stat().st_mtime_ns)
         else:
             module = importlib.import_module(source)
-    except Exception as error:  # a user's file can raise anything while it is run
+    except (Exception, SystemExit) as error:  # a user's file can raise anything while it is run
         raise ConfigError(f"{source} cannot be imported: {type(error).__name__}: {error}. Correct it.") from error
     if not hasattr(module, name):
         raise ConfigError(f"{path}: {name} is not in it. Correct the name.")

@@ -156,7 +156,8 @@ def _named(config: RunConfig, key: str, method: AlgorithmConfig | PluginConfig) 
         chosen = baseline_class(name) if known is BASELINES else plugin_class(name)
     except ConfigError as error:
         reason, _, remedy = str(error).rpartition(". ")
-        yield ConfigProblem(f"{key}.name", reason, remedy, name, absent=True)
+        missing = isinstance(error.__cause__, ModuleNotFoundError)  # what else is wrong is wrong everywhere
+        yield ConfigProblem(f"{key}.name", reason, remedy, name, absent=missing)
         return
     yield from _options(config, chosen, method, f"{key}.options.")
 

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import Any
 
 from clipo_megatron.checks.layout import division_problems
 from clipo_megatron.config.errors import ConfigProblem, spell
-from clipo_megatron.config.model_folder import hf_folder, is_checkpoint, vocabulary_problem
+from clipo_megatron.config.model_folder import hf_folder, hub_cache, is_checkpoint, vocabulary_problem
 from clipo_megatron.config.schema import EngineKind, RunConfig
-from clipo_megatron.weights.families import FAMILIES
+from clipo_megatron.weights.errors import UnsupportedModel
+from clipo_megatron.weights.families import FAMILIES, REFUSED_FAMILIES, model_spec
 
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_FOLDERS = ("models", "model", "runs", "checkpoints", "data")  # first words of paths that are no owners on the hub
 ARCHITECTURES = {family.architecture: family for family in FAMILIES.values()}
 
 
@@ -37,9 +41,6 @@ def _policy(config: RunConfig) -> Generator[ConfigProblem, None, dict[str, Any] 
         reason = f"it is a checkpoint, and {config.rollout.engine.value} serves Hugging Face folders"
         yield ConfigProblem(key, reason, f"Run `clipo convert to-hf {value} OUT` and set model.path to OUT", value)
         return None
-    if not _has_chat_template(hf_folder(value)):
-        reason = "its tokenizer has no chat template, so prompts cannot be rendered"
-        yield ConfigProblem(key, reason, "Use an instruct model, or add a chat_template.jinja to the folder", value)
     return facts
 
 
@@ -47,8 +48,7 @@ def _folder(key: str, value: str, remedy: str) -> Generator[ConfigProblem, None,
     """Problems of a folder by itself. Returns the content of its config.json; None if other checks cannot use it."""
     weights = Path(value)
     if not weights.is_dir():
-        reason = "there is no such folder" + ("" if weights.is_absolute() else f" below {Path.cwd()}")
-        yield ConfigProblem(key, reason, remedy, value, absent=True)
+        yield _no_folder(key, value, remedy)
         return None
     file = hf_folder(weights) / "config.json"
     if is_checkpoint(weights) and not file.is_file():
@@ -65,26 +65,50 @@ def _folder(key: str, value: str, remedy: str) -> Generator[ConfigProblem, None,
             key, reason, "Give a Hugging Face model folder (config.json, *.safetensors, tokenizer)", value
         )
         return None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         yield ConfigProblem(key, f"{file.name} is no valid JSON ({error})", "Fetch the model folder again", value)
         return None
-    architectures = facts.get("architectures") or ["none"]
-    if architectures[0] not in ARCHITECTURES:
-        reason = f"its architecture is {architectures[0]}"
+    if not isinstance(facts, dict):
+        reason = f"{file.name} holds a {type(facts).__name__}, not an object"
+        yield ConfigProblem(key, reason, "Fetch the model folder again", value)
+        return None
+    architecture = (facts.get("architectures") or ["none"])[0]
+    if architecture not in ARCHITECTURES:
+        reason = f"its architecture is {architecture}"
+        if refused := REFUSED_FAMILIES.get(str(facts.get("model_type"))):
+            reason += f"; {refused}"
         yield ConfigProblem(key, reason, f"Supported are {', '.join(ARCHITECTURES)}", value)
+        return None
+    try:
+        model_spec(facts)
+    except UnsupportedModel as error:
+        yield ConfigProblem(key, str(error), "Choose another model, or correct its config.json", value)
+        return None
+    except (TypeError, ValueError, OverflowError, ZeroDivisionError) as error:
+        reason = f"{file.name} cannot be understood ({type(error).__name__}: {error})"
+        yield ConfigProblem(key, reason, "Fetch the model folder again", value)
         return None
     if not is_checkpoint(weights) and not any(weights.glob("*.safetensors")):
         yield ConfigProblem(key, "the folder has no *.safetensors", "Fetch the weights as safetensors", value)
     return facts
 
 
-def _has_chat_template(folder: Path) -> bool:
-    if (folder / "chat_template.jinja").is_file() or (folder / "chat_template.json").is_file():
-        return True
-    try:
-        return bool(json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8")).get("chat_template"))
-    except (FileNotFoundError, json.JSONDecodeError):
-        return False
+def _no_folder(key: str, value: str, remedy: str) -> ConfigProblem:
+    """The problem of a folder that is not there; for the name of a model on the hub, with the way to get it."""
+    path, here = Path(value), Path.cwd()
+    reason = "there is no such folder" + ("" if path.is_absolute() else f" below {here}")
+    # A job's paths are made absolute before they are checked.
+    name = str(path.relative_to(here)) if path.is_absolute() and path.is_relative_to(here) else value
+    if _HUB_NAME.fullmatch(name) and not path.parent.exists() and name.partition("/")[0] not in _FOLDERS:
+        snapshots = hub_cache() / f"models--{name.replace('/', '--')}" / "snapshots"
+        found = sorted(snapshots.glob("*/config.json"), key=lambda file: file.stat().st_mtime)
+        if found:
+            remedy = f"It was downloaded before: set {key}={found[-1].parent}"
+        else:
+            folder = f"models/{path.name}"
+            remedy = f"To fetch it: `hf download {name} --local-dir {folder}`; then set {key}={folder}"
+        reason = f"{reason}, and nothing is downloaded by itself"
+    return ConfigProblem(key, reason, remedy, value, absent=True)
 
 
 def _window(config: RunConfig, facts: dict[str, Any]) -> Iterator[ConfigProblem]:

@@ -14,6 +14,7 @@ import sys
 from collections.abc import Sequence
 
 from clipo_megatron import __version__
+from clipo_megatron.config.errors import is_for_users
 
 USER_ERROR = 2
 
@@ -99,11 +100,6 @@ def _refuse(parser: argparse.ArgumentParser, arguments: Sequence[str], rest: Seq
         f"{options[0].partition('=')[0]} is no option of `clipo {arguments[0]}`. If it is one of sbatch, hand it on: "
         f"--sbatch={spelled}"
     )
-
-
-def is_for_users(error: BaseException) -> bool:
-    """Whether the message alone tells the user what to do: true of every exception class that this package defines."""
-    return type(error).__module__.partition(".")[0] == "clipo_megatron"
 
 
 def _parser(wanted: str) -> argparse.ArgumentParser:

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from clipo_megatron.cli.ranks import on_ranks
 
 if TYPE_CHECKING:
     from clipo_megatron.config.schema import RunConfig, SourceConfig
-    from clipo_megatron.data.sources import Row
     from clipo_megatron.runtime.launch import Launch
 
-TRIED = 8  # problems of a generator that --check makes
 DESCRIPTION = """\
 Train a model as CONFIG, a YAML file, says. `key=value` overrides settings; values are YAML.
 
@@ -48,6 +46,8 @@ def run(options: argparse.Namespace) -> int:
     check(config, ranks=place.world if place else None)
     if options.check:
         return _report(config, place)
+    if launch.leads(place):
+        _prepare(config, place)
 
     def work() -> None:
         from clipo_megatron.training.trainer import run
@@ -58,56 +58,47 @@ def run(options: argparse.Namespace) -> int:
     return on_ranks(options, config, place, work, words, restarts=config.faults.max_restarts)
 
 
-def _report(config: RunConfig, place: Launch | None) -> int:
-    """Read the data and print what the run would do. Of a generator some problems are made, to see that it can."""
-    from clipo_megatron.config.errors import ConfigError
-    from clipo_megatron.config.model_folder import hf_folder
-    from clipo_megatron.data.golds import without_answer
-    from clipo_megatron.data.sources import DataError, overlap, without
-    from clipo_megatron.rewards.row_checks import check_answers, source_problems, template_text
+def _prepare(config: RunConfig, place: Launch | None) -> None:
+    """Check what the run reads as --check does, and make its prompts, which all of its ranks then find."""
+    from clipo_megatron.checks.contents import check_contents
+    from clipo_megatron.runtime.run_dir import PROMPTS
 
-    found, made = _read(config.data.train)
-    held_out, made_held_out = _read(config.data.eval)
-    generated = {
-        f"reasoning_gym/{each.generator}" for each in [*config.data.train, *config.data.eval] if each.generator
-    }
-    if problems := [*source_problems(config.reward, {row.data_source for row in [*found, *held_out]} | generated)]:
-        raise ConfigError(problems)
-    (found, no_answer), (held_out, no_held_out_answer) = without_answer(found), without_answer(held_out)
-    check_answers(config, [*found, *held_out], template=template_text(hf_folder(config.model.path)))
-    train = without(found, held_out) if config.data.hold_out else found
-    if not train and not made:
-        raise DataError(
-            f"all {len(found)} training problems are also held out, and data.hold_out leaves those out of training. "
-            "Give other problems, or set data.hold_out=false."
-        )
+    starts_ranks = place is None and config.layout.requested_ranks > 1
+    check_contents(config, folder=Path(config.train.output) / PROMPTS, light=starts_ranks)
+
+
+def _report(config: RunConfig, place: Launch | None) -> int:
+    """Read what the run reads and print what it would do. Of a generator some problems are made, to see that it can."""
     if place is not None and place.rank != 0:
         return 0
-    layout, ranks = config.layout, place.world if place else config.layout.requested_ranks
+    from clipo_megatron.checks.contents import check_contents
+    from clipo_megatron.data.sources import unread_fields
+
+    contents = check_contents(config, light=True)
+    layout, ranks, train = config.layout, place.world if place else config.layout.requested_ranks, contents.train
     print(f"{config.name}: the configuration is sound.")
     print(f"  ranks     {ranks} = tp {layout.tp} x pp {layout.pp} x dp {layout.replicas(ranks)}")
     prompts, samples = config.data.prompts_per_step, config.rollout.samples_per_prompt
     print(f"  a step    {prompts} prompts x {samples} samples = {prompts * samples} rollouts")
-    problems = len(train) + made
+    problems = len(train) + _not_made(config.data.train)
     epochs = config.train.steps * prompts / problems
-    print(f"  training  {problems} problems, {config.train.steps} steps = {epochs:.3g} epochs")
-    of_files = " of files" if made or made_held_out else ""
-    shared = f", {overlap(train, held_out)}{of_files} also trained on" if held_out else ""
-    left_out = len(found) - len(train)
-    shared += f"; {left_out} training problems are among them and left out" if left_out else ""
-    print(f"  held out  {len(held_out) + made_held_out} problems{shared}")
-    if unanswered := [*no_answer, *no_held_out_answer]:
-        names = ", ".join(row.id for row in unanswered[:5])
-        print(f"  left out  {len(unanswered)} problems whose answer is an empty \\boxed{{}}: {names}")
+    longest = f"; prompts of up to {max(train.lengths())} tokens"
+    print(f"  training  {problems} problems, {config.train.steps} steps = {epochs:.3g} epochs{longest}")
+    held_out, shared = contents.held_out, ""
+    if held_out is not None and (trained_on := len(held_out) - len(held_out.without(train))):
+        shared = f", {trained_on} also trained on"
+    print(f"  held out  {len(held_out or ()) + _not_made(config.data.eval)} problems{shared}")
+    for remark in contents.remarks:
+        print(f"            {remark}")
+    for source in (*config.data.train, *config.data.eval):
+        if unread := unread_fields(source):
+            print(f"  not read  {', '.join(unread)} of {source.path}")
     print(f"  output    {config.train.output}")
     return 0
 
 
-def _read(sources: Sequence[SourceConfig]) -> tuple[list[Row], int]:
-    """The rows of all files, and the number of problems that generators will make."""
-    from clipo_megatron.data.sources import read_all
+def _not_made(sources: Sequence[SourceConfig]) -> int:
+    """The number of problems that generators will make, without those that were made to try them."""
+    from clipo_megatron.checks.contents import TRIED
 
-    generated = [source for source in sources if source.generator]
-    read_all([replace(source, size=min(source.size or 0, TRIED)) for source in generated])
-    rows = read_all([source for source in sources if not source.generator])
-    return rows, sum(source.size or 0 for source in generated)
+    return sum(max((source.size or 0) - TRIED, 0) for source in sources if source.generator)

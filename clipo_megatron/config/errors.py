@@ -39,6 +39,11 @@ class ConfigError(ValueError):
         super().__init__(message)
 
 
+def is_for_users(error: object) -> bool:
+    """Whether an error's message alone tells the user what to do: true of every exception that this package defines."""
+    return type(error).__module__.partition(".")[0] == "clipo_megatron"
+
+
 def spell(value: object) -> str:
     """A value as a YAML file would have it, cut to 80 characters."""
     if value is None:

@@ -28,6 +28,12 @@ def hf_folder(path: str | os.PathLike[str]) -> Path:
     return Path(path) / HF_FILES if is_checkpoint(path) else Path(path)
 
 
+def hub_cache() -> Path:
+    """The folder in which Hugging Face's libraries keep what they have downloaded."""
+    home = os.environ.get("HF_HOME") or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "huggingface"
+    return Path(os.environ.get("HF_HUB_CACHE") or Path(home) / "hub")
+
+
 def tokens_of(path: str | os.PathLike[str]) -> dict[int, str] | None:
     """The text of each token id in a model's tokenizer.json; None if there is no such file, or it cannot be read."""
     try:
@@ -47,7 +53,7 @@ def vocabulary_problem(path: str, policy: str) -> ConfigProblem | None:
     Embeddings have to have one size. Tokenizers are compared where both folders have a tokenizer.json; a token that
     only one of them has is no contradiction.
     """
-    sizes = [_vocab_size(path), _vocab_size(policy)]
+    sizes = [vocab_size(path), vocab_size(policy)]
     own, others = tokens_of(path) or {}, tokens_of(policy) or {}
     differing = min((token for token in own.keys() & others.keys() if own[token] != others[token]), default=None)
     if None not in sizes and sizes[0] != sizes[1]:
@@ -60,7 +66,7 @@ def vocabulary_problem(path: str, policy: str) -> ConfigProblem | None:
     return ConfigProblem("critic.path", f"{reason}; it reads the policy's tokens", remedy, path)
 
 
-def _vocab_size(path: str) -> int | None:
+def vocab_size(path: str) -> int | None:
     """The `vocab_size` of a model's config.json; None if that cannot be read, which loading the model reports."""
     try:
         return json.loads((hf_folder(path) / "config.json").read_text(encoding="utf-8")).get("vocab_size")

@@ -25,8 +25,8 @@ from clipo_megatron.conversion.to_hf import ToHF
 from clipo_megatron.conversion.to_megatron import ToMegatron
 from clipo_megatron.weights.errors import UnsupportedModel
 from clipo_megatron.weights.families import entries, model_spec
+from clipo_megatron.weights.formats.header import StoredTensor, kind_of
 from clipo_megatron.weights.formats.reader import INDEX, SINGLE
-from clipo_megatron.weights.formats.safetensors import StoredTensor
 from clipo_megatron.weights.mapping import PipelineStage
 from clipo_megatron.weights.parallel_division import ParallelDivision
 from clipo_megatron.weights.spec import ModelSpec, read_config
@@ -43,7 +43,7 @@ class ConfigOnlyReader:
     def __init__(self, spec: ModelSpec, dtype: torch.dtype) -> None:
         whole = PipelineStage(0, spec.num_layers, first=True, last=True)
         self._stored = {
-            tensor.name: StoredTensor(dtype, tensor.shape, 0)
+            tensor.name: StoredTensor(kind_of(dtype), tensor.shape, 0)
             for entry in entries(spec, whole)
             if not entry.copy
             for tensor in entry.hf

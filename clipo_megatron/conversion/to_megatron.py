@@ -35,8 +35,7 @@ from clipo_megatron.weights.formats.manifest import MANIFEST
 from clipo_megatron.weights.formats.reader import HFReader
 from clipo_megatron.weights.formats.source import sidecar_files
 from clipo_megatron.weights.formats.torch_dist_writer import FileSpan, metadata_files, torch_save_bytes
-from clipo_megatron.weights.load import check_shapes
-from clipo_megatron.weights.mapping import Coordinates, MappingEntry, PipelineStage
+from clipo_megatron.weights.mapping import Coordinates, MappingEntry
 from clipo_megatron.weights.parallel_division import ParallelDivision
 from clipo_megatron.weights.sharding import RowParallel, Shape, Source, Vocab
 from clipo_megatron.weights.spec import read_config
@@ -86,9 +85,7 @@ class ToMegatron(Conversion):
         self.division = division or ParallelDivision()
         self.spec = model_spec(read_config(source))
         self.reader = HFReader(source)
-        whole = entries(self.spec, PipelineStage(0, self.spec.num_layers, first=True, last=True))
         check_tensors(self.reader, self.spec)
-        check_shapes(whole, self.reader)
         self.sidecar_files = sidecar_files(source)
         self.units: Sequence[WorkUnit] = tuple(self._divide())
         self._written: dict[str, _Written] = {}  # by unit

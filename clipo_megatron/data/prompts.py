@@ -1,66 +1,105 @@
-"""Turns rows into prompts: chat template, token ids, and a limit on their length."""
+"""The tokenizer of a model, and rows as prompts: chat template, token ids, and a limit on their length."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import os
+import sys
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from clipo_megatron.config.schema import SourceConfig
-from clipo_megatron.data.asked import asked_forms, opens_thinking
-from clipo_megatron.data.sources import DataError, Row, read_all
+from clipo_megatron.data.preparing import PromptSettings, write_prompts
+from clipo_megatron.data.prompt_table import PromptTable
+from clipo_megatron.data.rendering import ChatRenderer, Messages
+from clipo_megatron.data.sources import DataError, Row
 from clipo_megatron.flow import Prompt
 
-Messages = Sequence[Mapping[str, str]]
-
-_PROBES: tuple[list[dict[str, str]], ...] = (
-    [{"role": "user", "content": "first"}],
-    [{"role": "user", "content": "first"}, {"role": "assistant", "content": "second"}],
-)
+__all__ = ["ChatRenderer", "Messages", "PromptSet", "load_tokenizer", "tokenize", "without_torch"]
 
 
 @dataclass(frozen=True, slots=True)
 class PromptSet:
-    """The prompts that fit, the number of those that were too long, and the data sources of both."""
+    """The prompts that fit, and the number of those that were too long, in all and by source."""
 
-    prompts: list[Prompt]
+    prompts: Sequence[Prompt]
     too_long: int
-    data_sources: frozenset[str] = frozenset()
+    too_long_by_source: Mapping[str, int] = field(default_factory=dict)
 
 
 def load_tokenizer(path: str | Path) -> Any:
-    """The tokenizer of a Hugging Face folder on this machine.
+    """The tokenizer of a Hugging Face folder on this machine. No code of the folder is run.
 
     Raises:
-        DataError: the tokenizer cannot be loaded, or has no chat template.
+        DataError: the tokenizer cannot be loaded, or has no chat template that stands for itself.
     """
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise DataError(f"the tokenizer of model.path = {path} cannot be loaded: {reason}") from error
-    if not tokenizer.chat_template:
-        raise DataError(f"the tokenizer of model.path = {path} has no chat template. Add a chat_template.jinja to it.")
+        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+    except ImportError as error:
+        raise DataError(f"the tokenizer of model.path = {path} needs a package: {_first_line(error)}") from error
+    except Exception as error:  # whatever a damaged file leads to, in several libraries
+        raise DataError(
+            f"the tokenizer of model.path = {path} cannot be loaded: {_first_line(error)}. Fetch the folder's "
+            "tokenizer files again."
+        ) from error
+    template = tokenizer.chat_template
+    if not template:
+        raise DataError(f"the tokenizer of model.path = {path} has no chat template. {_template_remedy(Path(path))}")
+    if isinstance(template, dict) and "default" not in template:
+        raise DataError(
+            f"the tokenizer of model.path = {path} has the chat templates {', '.join(sorted(template))}, and none of "
+            "them is the default. Write the one to use into chat_template.jinja."
+        )
     return tokenizer
 
 
-def load_prompts(
-    sources: Sequence[SourceConfig], tokenizer: Any, *, system_prompt: str | None, max_prompt_tokens: int
-) -> PromptSet:
-    """Read all sources and tokenize them; see `tokenize`.
+@contextmanager
+def without_torch() -> Iterator[None]:
+    """A context in which transformers is used as where there is no torch, which saves seconds: tokenizers need none.
 
-    Raises:
-        DataError: a source cannot be read, or no prompt fits.
+    It is for processes that compute nothing. transformers is forgotten at the end, so that it can be imported again.
+    Nothing is different where torch or transformers has been imported before.
     """
-    return tokenize(read_all(sources), tokenizer, system_prompt=system_prompt, max_prompt_tokens=max_prompt_tokens)
+    if {"torch", "transformers"} & set(sys.modules):
+        yield
+        return
+    sys.modules["torch"] = None  # type: ignore[assignment]
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # it would advise to install torch
+    try:
+        yield
+    finally:
+        del sys.modules["torch"]
+        for name in [each for each in sys.modules if each.partition(".")[0] == "transformers"]:
+            del sys.modules[name]
 
 
-def tokenize(rows: Sequence[Row], tokenizer: Any, *, system_prompt: str | None, max_prompt_tokens: int) -> PromptSet:
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return (lines[0] if lines else type(error).__name__).rstrip(".")
+
+
+def _template_remedy(folder: Path) -> str:
+    """How a folder gets a chat template that tokenizers read."""
+    if (folder / "chat_template.json").is_file():
+        return (
+            "Tokenizers do not read its chat_template.json, which is for models that see pictures: write the text that "
+            "stands there under chat_template into a file chat_template.jinja."
+        )
+    return "Use an instruct model, or add a chat_template.jinja to the folder."
+
+
+def tokenize(
+    rows: Iterable[Row],
+    tokenizer: Any,
+    *,
+    system_prompt: str | None,
+    max_prompt_tokens: int,
+    template_options: Mapping[str, Any] | None = None,
+) -> PromptSet:
     """Apply the chat template with its generation prompt, and leave out prompts of more than `max_prompt_tokens`.
 
     Args:
@@ -69,93 +108,15 @@ def tokenize(rows: Sequence[Row], tokenizer: Any, *, system_prompt: str | None, 
         system_prompt: None keeps a row's own system turn, or else the template's default; text replaces both; ""
             removes both.
         max_prompt_tokens: the limit.
+        template_options: what the template reads beside the turns.
 
     Raises:
         DataError: there are rows and none fits, or the template cannot render a row.
     """
-    renderer = ChatRenderer(tokenizer, system_prompt)
-    texts, turns = [], []
-    for row in rows:
-        try:
-            text, messages = renderer.render(row.messages)
-        except DataError as error:
-            raise DataError(f"prompt {row.id}: {error}") from error
-        texts.append(text)
-        turns.append(messages)
-    # The template has written the special tokens already.
-    ids = tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
-    prompts = [
-        Prompt(
-            id=row.id,
-            messages=messages,
-            tokens=torch.tensor(tokens, dtype=torch.int64),
-            data_source=row.data_source,
-            ground_truth=row.ground_truth,
-            extra=row.extra,
-            forms=asked_forms(text),
-            thinking=opens_thinking(text),
-        )
-        for row, messages, text, tokens in zip(rows, turns, texts, ids, strict=True)
-        if len(tokens) <= max_prompt_tokens
-    ]
-    if rows and not prompts:
-        shortest = min(map(len, ids))
-        raise DataError(
-            f"data.max_prompt_tokens = {max_prompt_tokens} leaves out all {len(rows)} prompts: the shortest has "
-            f"{shortest} tokens. Raise it."
-        )
-    return PromptSet(prompts, len(rows) - len(prompts), frozenset(row.data_source for row in rows))
-
-
-class ChatRenderer:
-    """Renders turns by the chat template, with the run's setting of the system prompt."""
-
-    def __init__(self, tokenizer: Any, system_prompt: str | None):
-        self.tokenizer = tokenizer
-        self.system_prompt = system_prompt
-
-    def render(self, messages: Messages) -> tuple[str, tuple[Mapping[str, str], ...]]:
-        """The text for the model, generation prompt included, and the turns that it contains.
-
-        Raises:
-            DataError: the template refuses the turns.
-        """
-        if self.system_prompt is None:
-            return self._apply(messages, open_turn=True), tuple(messages)
-        turns = tuple(turn for turn in messages if turn["role"] != "system")
-        if self.system_prompt:
-            turns = ({"role": "system", "content": self.system_prompt}, *turns)
-            return self._apply(turns, open_turn=True), turns
-        return self._without_system_prompt(turns), turns
-
-    def _without_system_prompt(self, messages: Messages) -> str:
-        """The text without any system prompt.
-
-        Templates write their default system prompt before the first turn only. So the turns are rendered after another
-        exchange, and the text of that exchange is removed.
-        """
-        for probe in _PROBES:
-            try:
-                before = self._apply(probe, open_turn=False)
-                both = self._apply([*probe, *messages], open_turn=True)
-            except DataError:
-                continue  # a template that insists on alternating turns refuses the first probe
-            if not both.startswith(before) or messages[0]["content"].strip() not in both[len(before) :]:
-                continue
-            text, start = both[len(before) :], self.tokenizer.bos_token or ""
-            opens = start and self._apply(messages, open_turn=True).startswith(start)
-            return start + text if opens and not text.startswith(start) else text
-        raise DataError(
-            "model.system_prompt = '': this chat template cannot be rendered without a system prompt. "
-            "Write one out, or leave it null for the template's own."
-        )
-
-    def _apply(self, messages: Messages, *, open_turn: bool) -> str:
-        from jinja2 import TemplateError
-
-        try:
-            return self.tokenizer.apply_chat_template(
-                [dict(turn) for turn in messages], tokenize=False, add_generation_prompt=open_turn
-            )
-        except TemplateError as error:
-            raise DataError(f"the chat template refuses the turns: {error}. Change the row or the template.") from error
+    rows = list(rows)
+    by_id = {row.id: row for row in rows}
+    with tempfile.TemporaryFile() as file:
+        settings = PromptSettings(system_prompt, max_prompt_tokens, template_options or {})
+        write_prompts(rows, tokenizer, settings, file)
+        table = PromptTable(file, reread=lambda name: by_id)
+    return PromptSet(table, table.too_long, table.too_long_by_source)

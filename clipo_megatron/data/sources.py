@@ -23,7 +23,8 @@ AnyProblem = TypeVar("AnyProblem")  # a Row, a Prompt or whatever has `messages`
 
 FILE_TYPES = (".parquet", ".jsonl")
 ROLES = ("system", "user", "assistant", "tool")
-_COLUMNS = ("data_source", "prompt", "reward_model")
+_COLUMNS, _EXTRA = ("data_source", "prompt", "reward_model"), "extra_info"
+MEDIA = ("images", "image", "videos", "video", "audios", "audio")  # fields that a text model cannot be asked with
 
 
 class DataError(ValueError):
@@ -42,6 +43,11 @@ class Row:
 
 
 def read_all(sources: Sequence[SourceConfig]) -> list[Row]:
+    """The rows of all sources as a list; see `rows_of_all`."""
+    return list(rows_of_all(sources))
+
+
+def rows_of_all(sources: Sequence[SourceConfig]) -> Iterator[Row]:
     """The rows of all sources, one after another.
 
     Raises:
@@ -51,26 +57,34 @@ def read_all(sources: Sequence[SourceConfig]) -> list[Row]:
     for name in names:
         if names.count(name) > 1:
             raise DataError(f"{names.count(name)} sources are called {name}, and prompt ids derive from it. Name each.")
-    return [row for source in sources for row in read(source)]
+    return (row for source in sources for row in rows_of(source))
 
 
 def read(source: SourceConfig) -> list[Row]:
-    """The rows of one source, with its suffix appended to the last user turn.
+    """The rows of one source; see `rows_of`."""
+    return list(rows_of(source))
+
+
+def rows_of(source: SourceConfig) -> Iterator[Row]:
+    """The rows of one source one after another, with its suffix appended to the last user turn.
 
     Raises:
         DataError: a missing or unreadable file, an invalid row, fewer rows than `size`, an unknown generator or option.
     """
     if source.generator is not None:
-        rows = list(_generate(source))
+        rows = _generate(source)
     elif source.path is not None:
-        rows = list(_read_file(source, Path(source.path)))
-        if source.size is not None and len(rows) < source.size:
-            raise DataError(f"{source.path} has {len(rows)} rows, and size = {source.size} asks for more. Lower it.")
+        rows = _read_file(source, Path(source.path))
     else:
         raise DataError(f"the source {source.name!r} has neither a path nor a generator. Give one of them.")
-    if not rows:
+    count = 0
+    for row in rows:
+        count += 1
+        yield _with_suffix(row, source.suffix) if source.suffix else row
+    if not count:
         raise DataError(f"{source.path or source.generator} has no rows. Remove the source, or fill it.")
-    return [_with_suffix(row, source.suffix) for row in rows] if source.suffix else rows
+    if source.path is not None and source.size is not None and count < source.size:
+        raise DataError(f"{source.path} has {count} rows, and size = {source.size} asks for more. Lower it.")
 
 
 def overlap(train: Iterable[AnyProblem], held_out: Iterable[AnyProblem]) -> int:
@@ -89,9 +103,18 @@ def distinct(problems: Iterable[AnyProblem]) -> list[AnyProblem]:
     """The problems without exact repetitions; the first of several equal ones stays."""
     first: dict[Any, AnyProblem] = {}
     for problem in problems:
-        turns = tuple((turn["role"], turn["content"]) for turn in problem.messages)
-        first.setdefault((problem.data_source, problem.ground_truth, turns), problem)
+        first.setdefault(problem_key(problem.data_source, problem.ground_truth, problem.messages), problem)
     return list(first.values())
+
+
+def question_key(messages: Iterable[Mapping[str, str]]) -> tuple[str, ...]:
+    """What is equal for problems that ask the same: their user turns, up to white space."""
+    return tuple(" ".join(turn["content"].split()) for turn in messages if turn["role"] == "user")
+
+
+def problem_key(data_source: str, ground_truth: str, messages: Iterable[Mapping[str, str]]) -> tuple[Any, ...]:
+    """What is equal for exact repetitions of a problem."""
+    return data_source, ground_truth, tuple((turn["role"], turn["content"]) for turn in messages)
 
 
 def source_of(problem: str) -> str:
@@ -100,7 +123,7 @@ def source_of(problem: str) -> str:
 
 
 def _question(problem: Any) -> tuple[str, ...]:
-    return tuple(" ".join(turn["content"].split()) for turn in problem.messages if turn["role"] == "user")
+    return question_key(problem.messages)
 
 
 def _with_suffix(row: Row, suffix: str) -> Row:
@@ -132,14 +155,48 @@ def _parquet(path: Path) -> Iterator[tuple[str, Any]]:
             present = file.schema_arrow.names
             if absent := [column for column in _COLUMNS if column not in present]:
                 raise DataError(f"{path} has no column {', '.join(absent)}; it has {', '.join(present)}. Rename them.")
-            columns = [column for column in (*_COLUMNS, "extra_info") if column in present]
-            number = 0
-            for batch in file.iter_batches(batch_size=1024, columns=columns):
-                for record in batch.to_pylist():
+            columns = [column for column in (*_COLUMNS, _EXTRA) if column in present]
+            media, number = [column for column in MEDIA if column in present], 0
+            size = 64 if media else 1024  # a picture is as large as thousands of texts
+            for batch in file.iter_batches(batch_size=size, columns=[*columns, *media]):
+                shown = {row: column for column in media for row in _filled(batch.column(column))}
+                for row, record in enumerate(batch.select(columns).to_pylist()):
+                    if row in shown:
+                        raise _media_error(f"{path}, row {number}", shown[row])
                     yield f"{path}, row {number}", record
                     number += 1
     except (pyarrow.ArrowException, OSError) as error:
         raise DataError(f"{path} cannot be read as parquet: {error}. Write the file again.") from None
+
+
+def _filled(column: Any) -> list[int]:
+    """The rows of a batch that have something in this column: neither nothing nor an empty list or text."""
+    return [row for row, value in enumerate(column) if value.is_valid and (not hasattr(value, "__len__") or len(value))]
+
+
+def _media_error(place: str, field: str) -> DataError:
+    return DataError(
+        f"{place}, field {field}: the question comes with {field}, and policies here read text alone. Remove such "
+        "rows, or the field where the text says everything."
+    )
+
+
+def unread_fields(source: SourceConfig) -> list[str]:
+    """The fields of a file's rows that nothing here reads, as far as its schema or its first row tells.
+
+    Raises:
+        DataError: the file cannot be read.
+    """
+    if source.path is None:
+        return []
+    path = Path(source.path)
+    if path.suffix == ".parquet":
+        import pyarrow.parquet
+
+        names = pyarrow.parquet.read_schema(path).names
+    else:
+        names = next((list(record) for _, record in _jsonl(path) if isinstance(record, Mapping)), [])
+    return [name for name in names if name not in (*_COLUMNS, _EXTRA)]
 
 
 def _jsonl(path: Path) -> Iterator[tuple[str, Any]]:
@@ -151,7 +208,7 @@ def _jsonl(path: Path) -> Iterator[tuple[str, Any]]:
             place = f"{path}, row {number} (line {line_number})"
             try:
                 yield place, json.loads(line)
-            except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            except (ValueError, RecursionError) as error:
                 raise DataError(f"{place}: not valid JSON: {error}. Correct the line.") from None
             number += 1
 
@@ -167,6 +224,9 @@ def _row(record: Any, *, id: str, place: str) -> Row:
     data_source = record.get("data_source")
     if not isinstance(data_source, str) or not data_source:
         raise refuse("data_source", f"text was expected, not {_kind(data_source)}")
+    for field in MEDIA:
+        if record.get(field):
+            raise _media_error(place, field)
     turns = record.get("prompt")
     if not isinstance(turns, list) or not turns:
         raise refuse("prompt", f"a list of turns {{role, content}} was expected, not {_kind(turns)}")
@@ -189,7 +249,7 @@ def _row(record: Any, *, id: str, place: str) -> Row:
         raise refuse("reward_model.ground_truth", f"text was expected, not {_kind(truth)}")
     if (reason := why_no_answer(truth)) is not None:
         raise refuse("reward_model.ground_truth", reason)
-    extra = record.get("extra_info")
+    extra = record.get(_EXTRA)
     if extra is not None and not isinstance(extra, Mapping):
         raise refuse("extra_info", f"a mapping was expected, not {_kind(extra)}")
     messages = tuple({"role": turn["role"], "content": turn["content"]} for turn in turns)

@@ -3,91 +3,123 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
+from clipo_megatron.config.model_folder import vocab_size
 from clipo_megatron.config.schema import RunConfig, SourceConfig
-from clipo_megatron.data.golds import without_answer
-from clipo_megatron.data.prompts import load_prompts
-from clipo_megatron.data.sources import DataError, distinct, source_of, without
-from clipo_megatron.flow import Prompt
+from clipo_megatron.data.preparing import PromptSettings, prompt_file, prompts_of, rereader
+from clipo_megatron.data.prompt_table import PromptTable
+from clipo_megatron.data.sources import DataError, source_of
+
+Say = Callable[[str], None]
+Once = Callable[[Callable[[], Path]], Path]  # calls a function on one rank, and gives all ranks what it returned
 
 
-def held_out_problems(
-    config: RunConfig, tokenizer: Any, say: Callable[[str], None], seen: set[str] | None = None
-) -> list[Prompt]:
-    """Evaluation prompts, none of a source twice; `say` is told what is left out.
+class ProblemSets:
+    """The training problems and the held-out problems of a configuration.
 
-    The data sources of all rows that are read are added to `seen`.
-
-    Raises:
-        DataError: a source cannot be read.
+    Args:
+        config: the run's configuration.
+        tokenizer: the policy's.
+        say: is told what is left out.
+        folder: where the files of prompts are kept; None for files that are gone when nobody uses them any more.
+        once: by which ranks that share `folder` have the files made by one of them.
     """
-    if not config.data.eval:
-        return []
-    return _once(_load(config, config.data.eval, tokenizer, "evaluation", say, seen), say)
 
+    def __init__(
+        self,
+        config: RunConfig,
+        tokenizer: Any,
+        say: Say,
+        folder: Path | None = None,
+        once: Once = lambda make: make(),
+    ):
+        self.config, self.tokenizer, self.say = config, tokenizer, say
+        self._folder, self._once = folder, once
 
-def training_problems(
-    config: RunConfig,
-    tokenizer: Any,
-    held_out: Sequence[Prompt],
-    say: Callable[[str], None],
-    seen: set[str] | None = None,
-) -> list[Prompt]:
-    """Training prompts, without those of `held_out` unless data.hold_out is false; `say` is told what is left out.
+    def held_out(self) -> PromptTable | None:
+        """Evaluation prompts, none of a source twice; None without data.eval.
 
-    The data sources of all rows that are read are added to `seen`.
-
-    Raises:
-        DataError: a source cannot be read, or nothing is left to train on.
-    """
-    found = _load(config, config.data.train, tokenizer, "training", say, seen)
-    train = without(found, held_out) if config.data.hold_out else found
-    if not train:
-        raise DataError(
-            f"all {len(found)} training problems are also evaluation problems, and data.hold_out leaves those out. "
-            "Give other problems to data.train or data.eval, or set data.hold_out=false"
-        )
-    if len(train) < len(found):
-        say(
-            f"{len(found) - len(train)} of {len(found)} training problems are also evaluation problems and are left "
-            "out (data.hold_out)"
-        )
-    return train
-
-
-def _load(
-    config: RunConfig,
-    sources: Sequence[SourceConfig],
-    tokenizer: Any,
-    purpose: str,
-    say: Callable[[str], None],
-    seen: set[str] | None,
-) -> list[Prompt]:
-    limit = config.data.max_prompt_tokens
-    found = load_prompts(sources, tokenizer, system_prompt=config.model.system_prompt, max_prompt_tokens=limit)
-    if found.too_long:
-        say(f"{found.too_long} {purpose} prompts are longer than data.max_prompt_tokens = {limit} and are left out")
-    if seen is not None:
-        seen |= found.data_sources
-    answered, unanswered = without_answer(found.prompts)
-    if unanswered:
-        names = ", ".join(prompt.id for prompt in unanswered[:5])
-        say(f"{len(unanswered)} {purpose} problems have an empty \\boxed{{}} as answer and are left out: {names}")
-    return answered
-
-
-def _once(prompts: Sequence[Prompt], say: Callable[[str], None]) -> list[Prompt]:
-    by_source: dict[str, list[Prompt]] = {}
-    for prompt in prompts:
-        by_source.setdefault(source_of(prompt.id), []).append(prompt)
-    kept: list[Prompt] = []
-    for source, found in by_source.items():
-        first = distinct(found)
+        Raises:
+            DataError: a source cannot be read or rendered, or its prompts have tokens that the model has not.
+        """
+        if not self.config.data.eval:
+            return None
+        found = self._load(self.config.data.eval, "evaluation")
+        first = found.distinct()
         if len(first) < len(found):
-            say(
-                f"{len(found) - len(first)} of {len(found)} evaluation problems of {source} repeat others and are left "
-                "out: a paired test counts each problem once"
+            for source, repeated in _counts(found).items():
+                if (left_out := repeated - _counts(first)[source]) > 0:
+                    self.say(
+                        f"{left_out} of {repeated} evaluation problems of {source} repeat others and are left out: a "
+                        "paired test counts each problem once"
+                    )
+        return first
+
+    def training(self, held_out: PromptTable | None) -> PromptTable:
+        """Training prompts, without those of `held_out` unless data.hold_out is false.
+
+        Raises:
+            DataError: as for `held_out`, or nothing is left to train on.
+        """
+        found = self._load(self.config.data.train, "training")
+        train = found.without(held_out) if self.config.data.hold_out and held_out is not None else found
+        if not len(train):
+            raise DataError(
+                f"all {len(found)} training problems are also evaluation problems, and data.hold_out leaves those out. "
+                "Give other problems to data.train or data.eval, or set data.hold_out=false"
             )
-        kept += first
-    return kept
+        if len(train) < len(found):
+            self.say(
+                f"{len(found) - len(train)} of {len(found)} training problems are also evaluation problems and are "
+                "left out (data.hold_out)"
+            )
+        return train
+
+    def _load(self, sources: Sequence[SourceConfig], purpose: str) -> PromptTable:
+        config, limit = self.config, self.config.data.max_prompt_tokens
+        options = getattr(config.model, "template_options", {})
+        settings = PromptSettings(config.model.system_prompt, limit, options)
+        if self._folder is None:
+            found = prompts_of(sources, self.tokenizer, settings)
+        else:
+            folder = self._folder
+            file = self._once(lambda: prompt_file(sources, self.tokenizer, settings, folder))
+            found = PromptTable(file, reread=rereader(sources))
+        if found.too_long:
+            self.say(
+                f"{found.too_long} of {found.too_long + len(found)} {purpose} prompts are longer than "
+                f"data.max_prompt_tokens = {limit} and are left out"
+            )
+        if found.unanswered:
+            names = ", ".join(found.unanswered[:5])
+            count = len(found.unanswered)
+            self.say(f"{count} {purpose} problems have an empty \\boxed{{}} as answer and are left out: {names}")
+        size = vocab_size(config.model.path)
+        if size is not None and found.largest_token >= size:
+            raise DataError(
+                f"prompt {found.largest_in} has the token {found.largest_token}, and the vocabulary of model.path = "
+                f"{config.model.path} has {size} (vocab_size of its config.json). Give the model the tokenizer that it "
+                "was trained with."
+            )
+        return found
+
+
+def held_out_problems(config: RunConfig, tokenizer: Any, say: Say) -> Sequence[Any]:
+    """The evaluation prompts of `ProblemSets`; none without data.eval."""
+    found = ProblemSets(config, tokenizer, say).held_out()
+    return [] if found is None else found
+
+
+def training_problems(config: RunConfig, tokenizer: Any, held_out: Sequence[Any], say: Say) -> PromptTable:
+    """The training prompts of `ProblemSets`; `held_out` is what `held_out_problems` gave."""
+    return ProblemSets(config, tokenizer, say).training(held_out if isinstance(held_out, PromptTable) else None)
+
+
+def _counts(table: PromptTable) -> dict[str, int]:
+    found: dict[str, int] = {}
+    for index in range(len(table)):
+        source = source_of(table.id_of(index))
+        found[source] = found.get(source, 0) + 1
+    return found

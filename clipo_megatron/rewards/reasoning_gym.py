@@ -59,6 +59,11 @@ def final_text(response: str, *, thinking: bool = False) -> str:
     return (said if boxed is None else boxed).strip()
 
 
+def known_name(name: str) -> bool:
+    """Whether reasoning-gym has a data set of this name."""
+    return name in factory_with(name).DATASETS
+
+
 @cache
 def _scorer(name: str) -> Callable[[str, Mapping[str, Any]], float]:
     factory = factory_with(name)

@@ -44,12 +44,13 @@ def check_answers(config: RunConfig, problems: Sequence[Problem], *, template: s
     paths = {source.label: source for source in [*config.data.train, *config.data.eval]}
     for name, source, rows in _by_source(problems):
         mode = _mode(config.reward, source)
-        for row in rows:
+        for index in rows:
+            row = problems[index]
             if row.ground_truth.startswith(("[", "{")) and why_no_short_answer(row.ground_truth) is not None:
                 _judge(config, row, mode, template, paths.get(name), 0)
         step = max(1, len(rows) // SAMPLE)
-        for row in [*rows[::step][:SAMPLE], rows[-1]]:
-            _judge(config, row, mode, template, paths.get(name), len(rows))
+        for index in [*rows[::step][:SAMPLE], rows[-1]]:
+            _judge(config, problems[index], mode, template, paths.get(name), len(rows))
 
 
 def source_problems(reward: RewardConfig, data_sources: Iterable[str]) -> Iterator[ConfigProblem]:
@@ -75,11 +76,11 @@ def template_text(folder: Any) -> str:
     return found if isinstance(found, str) else ""
 
 
-def _by_source(problems: Iterable[Problem]) -> Iterator[tuple[str, str, list[Problem]]]:
-    """The problems of each file and data source."""
-    groups: dict[tuple[str, str], list[Problem]] = {}
-    for problem in problems:
-        groups.setdefault((source_of(problem.id), problem.data_source), []).append(problem)
+def _by_source(problems: Iterable[Problem]) -> Iterator[tuple[str, str, list[int]]]:
+    """The indices of the problems of each file and data source."""
+    groups: dict[tuple[str, str], list[int]] = {}
+    for index, problem in enumerate(problems):
+        groups.setdefault((source_of(problem.id), problem.data_source), []).append(index)
     for (name, source), rows in groups.items():
         yield name, source, rows
 

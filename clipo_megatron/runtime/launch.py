@@ -25,6 +25,7 @@ from clipo_megatron.runtime.heartbeat import HEARTBEAT_LOST
 from clipo_megatron.runtime.ports import LOOPBACK, PORTS, free_port
 
 TAIL_LINES = 20
+_CHECKED = "CLIPO_CHECKED"  # set for ranks whose parent has checked what they read
 
 
 class RankError(RuntimeError):
@@ -111,6 +112,11 @@ def export_environment(launch: Launch, environment: MutableMapping[str, str] = o
             environment.setdefault(name, value)
 
 
+def leads(place: Launch | None) -> bool:
+    """Whether this process is the one of a run that checks what it reads: the parent of its ranks, or else rank 0."""
+    return _CHECKED not in os.environ and (place is None or place.rank == 0)
+
+
 def cores() -> int:
     """The number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -130,6 +136,7 @@ def local_commands(
             "here). Start them on several machines with srun or torchrun, or lower layout.tp, pp or dp."
         )
     shared = {
+        _CHECKED: "1",
         "WORLD_SIZE": str(ranks),
         "MASTER_ADDR": LOOPBACK,
         "MASTER_PORT": str(free_port()),

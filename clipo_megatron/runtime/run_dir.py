@@ -7,12 +7,13 @@ trace.jsonl            phases of each rank's steps      states/        step_<n>.
 tensorboard/, wandb/   files of these tools             logs/          output of ranks and servers
 servers/               a record of each server          weights/       weights on their way to servers
 jobs/<n>/              Slurm jobs                       scale/         measurements of `clipo scale`
-previous/<n>/          results of runs that were started over
+prompts/               prompts as the ranks map them    previous/<n>/  results of runs that were started over
 """
 
 from __future__ import annotations
 
 import os
+import tempfile
 from pathlib import Path
 from typing import TextIO
 
@@ -31,6 +32,7 @@ WANDB = "wandb"
 LOGS = "logs"
 SERVERS = "servers"
 WEIGHTS = "weights"
+PROMPTS = "prompts"
 JOBS = "jobs"
 SCALE = "scale"
 PREVIOUS = "previous"
@@ -65,6 +67,7 @@ def lock_output(output: Path) -> TextIO | None:
     Raises:
         OutputError: another run holds the lock, or the folder cannot be created.
     """
+    refuse_unwritable(output)
     try:
         output.mkdir(parents=True, exist_ok=True)
         return lock(output / _LOCK, wait_s=_LOCK_WAIT_S)
@@ -75,6 +78,27 @@ def lock_output(output: Path) -> TextIO | None:
         ) from None
     except OSError as error:
         raise OutputError(f"train.output = {output} cannot be written to: {error}. Choose another one.") from error
+
+
+def refuse_unwritable(output: Path) -> None:
+    """Refuse an output folder that cannot be created or written to; nothing is left on the disk.
+
+    Raises:
+        OutputError: it is a file, or the folder or the nearest one above it takes no files.
+    """
+    folder = output.absolute()
+    try:
+        while not folder.exists() and folder != folder.parent:
+            if folder.is_symlink():
+                raise FileNotFoundError(f"{folder} is a link to {os.readlink(folder)}, which is not there")
+            folder = folder.parent
+        if not folder.is_dir():
+            raise NotADirectoryError(f"{folder} is no folder")
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except (OSError, ValueError) as error:
+        reason = f"{folder}: {error.strerror}" if getattr(error, "strerror", None) else str(error)
+        raise OutputError(f"train.output = {output} cannot be written to: {reason}. Choose another one.") from error
 
 
 def set_aside(output: Path) -> Path | None:

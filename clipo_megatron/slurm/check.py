@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+from clipo_megatron.checks.contents import check_contents
 from clipo_megatron.checks.run import check as check_config
 from clipo_megatron.config.schema import EngineKind, RunConfig
 from clipo_megatron.planning.architecture import find_architecture, find_critic
@@ -45,6 +46,7 @@ def check(
         return ()
     elsewhere = check_config(config, ranks=resources.ranks, absent=absent, trains=kind is not JobKind.evaluation)
     _check_servers(config, resources)
+    check_contents(config, trains=kind is not JobKind.evaluation, absent={each.key for each in elsewhere}, light=True)
     missing = tuple(f"not on this machine: {each.key} = {each.value}" for each in elsewhere)
     return (*_check_memory(config, resources, config_file, hardware, anyway), *missing)
 

@@ -23,6 +23,7 @@ from typing import Any
 import torch.distributed as dist
 
 from clipo_megatron.config.schema import RolloutConfig, Unfinished
+from clipo_megatron.data.prompt_table import PromptsById
 from clipo_megatron.data.sampler import PromptSampler
 from clipo_megatron.flow import Prompt, Rollout, RolloutGroup, ScoredGroup
 from clipo_megatron.rewards.pool import GraderPool
@@ -318,7 +319,7 @@ class Collector:
         Raises:
             ValueError: a prompt is not among the training prompts.
         """
-        by_id = {prompt.id: prompt for prompt in self.prompts} if state["carried"] else {}
+        by_id = PromptsById(self.prompts)
         assigned: list[list[Request]] = [[] for _ in self.source.rollout_ranks]
         self._carried, self._running, self._generation = [], [], None
         self._next_id = len(state["carried"])

@@ -40,7 +40,8 @@ def evaluate_run(config: RunConfig, *, checkpoint: Path | None = None, file: Pat
     """
     if checkpoint and (reason := defect(checkpoint)):
         raise CheckpointError(f"{checkpoint} is damaged: {reason}. Choose another checkpoint.")
-    session = Session(config, locks_output=checkpoint is None or config.rollout.engine is not EngineKind.local)
+    locks_output = checkpoint is None or config.rollout.engine is not EngineKind.local
+    session = Session(config, locks_output=locks_output, judges_golds=True)
     with ExitStack() as opened:
         opened.callback(session.close)
         chosen = checkpoint or newest(session.output / CHECKPOINTS, session.reporter.say)

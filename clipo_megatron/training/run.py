@@ -13,22 +13,19 @@ from clipo_megatron.algorithms.algorithm import Algorithm
 from clipo_megatron.algorithms.build import build_algorithm
 from clipo_megatron.algorithms.hook import Signal
 from clipo_megatron.algorithms.methods.registry import max_refill_rounds
+from clipo_megatron.algorithms.run_context import build_hook_context
 from clipo_megatron.checkpoint import CheckpointContents, CheckpointItem, Checkpoints
-from clipo_megatron.config.errors import ConfigError
 from clipo_megatron.config.model_folder import CRITIC, POLICY
 from clipo_megatron.config.schema import RunConfig
 from clipo_megatron.data.sampler import PromptSampler
-from clipo_megatron.data.splits import training_problems
 from clipo_megatron.policy.actor import PolicyActor
 from clipo_megatron.policy.batch.replay import ReplayCheckpointer
 from clipo_megatron.policy.checkpoint.state import TrainableCheckpointer
-from clipo_megatron.rewards.row_checks import check_answers, source_problems
 from clipo_megatron.rollout.engine import Cancelled, SamplingParams
 from clipo_megatron.runtime.platform import platform
 from clipo_megatron.runtime.run_dir import CHECKPOINTS, set_aside
 from clipo_megatron.telemetry.recorder import Recorder
 from clipo_megatron.training.collector import Collector
-from clipo_megatron.training.hook_context import build_hook_context
 from clipo_megatron.training.policy_engine import PolicyEngine
 from clipo_megatron.training.session import Session
 from clipo_megatron.training.stop_signal import Stopped
@@ -42,11 +39,7 @@ class Run:
         self.config = config
         self.session = session = Session(config)
         self.reporter = session.reporter
-        seen = session.data_sources
-        self.train_prompts = training_problems(config, session.tokenizer, session.eval_prompts, self.reporter.say, seen)
-        check_answers(config, self.train_prompts)
-        if problems := [*source_problems(config.reward, seen)]:
-            raise ConfigError(problems)
+        self.train_prompts = session.problems.training(session.held_out)
         self.sampler = PromptSampler(
             len(self.train_prompts), config.data.prompts_per_step, seed=config.train.seed, shuffle=config.data.shuffle
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +15,14 @@ import torch.distributed as dist
 from clipo_megatron.config.model_folder import hf_folder
 from clipo_megatron.config.schema import RunConfig
 from clipo_megatron.data.prompts import load_tokenizer
-from clipo_megatron.data.splits import held_out_problems
+from clipo_megatron.data.splits import ProblemSets
+from clipo_megatron.flow import Prompt
 from clipo_megatron.policy import parallel
 from clipo_megatron.rewards.row_checks import check_answers
 from clipo_megatron.runtime.heartbeat import Heartbeat
 from clipo_megatron.runtime.platform import platform
 from clipo_megatron.runtime.rendezvous import rendezvous
-from clipo_megatron.runtime.run_dir import lock_output
+from clipo_megatron.runtime.run_dir import PROMPTS, lock_output
 from clipo_megatron.telemetry.reporter import Reporter
 from clipo_megatron.training.stop_signal import GRACE_PERIOD_S, StopSignal
 
@@ -34,9 +36,10 @@ class Session:
     Args:
         config: the configuration of the run, already checked.
         locks_output: whether no other run may write to the output folder meanwhile.
+        judges_golds: whether gold answers are judged here; for training that was done before its ranks met.
     """
 
-    def __init__(self, config: RunConfig, *, locks_output: bool = True):
+    def __init__(self, config: RunConfig, *, locks_output: bool = True, judges_golds: bool = False):
         self.config = config
         self.output = Path(config.train.output)
         random.seed(config.train.seed)
@@ -69,9 +72,19 @@ class Session:
         model_files = hf_folder(config.model.path)
         self.tokenizer = load_tokenizer(model_files)
         self.stop_ids = stop_ids(model_files, self.tokenizer)
-        self.data_sources: set[str] = set()  # of all rows read
-        self.eval_prompts = held_out_problems(config, self.tokenizer, self.reporter.say, self.data_sources)
-        check_answers(config, self.eval_prompts)
+        self.problems = ProblemSets(
+            config, self.tokenizer, self.reporter.say, self._folder_of_prompts(), once=_made_by_rank_zero
+        )
+        self.held_out = self.problems.held_out()
+        self.eval_prompts: Sequence[Prompt] = self.held_out or []
+        if judges_golds and self.is_main and self.held_out is not None:
+            check_answers(config, self.held_out.rows())
+
+    def _folder_of_prompts(self) -> Path | None:
+        """Where the prompts of all ranks are kept; None, on all ranks, where rank 0 may not write; collective."""
+        found = [self.output / PROMPTS if os.access(self.output, os.W_OK) else None]
+        dist.broadcast_object_list(found, src=0)
+        return found[0]
 
     def close(self) -> None:
         """Leave the process group, and unlock the output folder; calling it again does nothing."""
@@ -80,6 +93,13 @@ class Session:
         parallel.shutdown()
         if self._lock is not None:
             self._lock.close()
+
+
+def _made_by_rank_zero(make: Callable[[], Path]) -> Path:
+    """The file that `make` makes on rank 0; ranks with another disk do not see it and make their own; collective."""
+    found = [make() if dist.get_rank() == 0 else None]
+    dist.broadcast_object_list(found, src=0)
+    return found[0] if found[0] is not None and found[0].is_file() else make()
 
 
 def stop_ids(folder: Path, tokenizer: Any) -> tuple[int, ...]:

@@ -5,17 +5,23 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from clipo_megatron.weights.errors import CoverageError, UnsupportedModel
 from clipo_megatron.weights.families import entries
-from clipo_megatron.weights.formats.source import Reader
+from clipo_megatron.weights.formats.reader import HFReader
 from clipo_megatron.weights.mapping import EMBEDDING, OUTPUT_LAYER, Coordinates, MappingEntry, PipelineStage
 from clipo_megatron.weights.prefixes import prefix_problem
 from clipo_megatron.weights.spec import ModelSpec
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from clipo_megatron.weights.formats.source import Reader
+
+# Element types that weights may have, as safetensors files name them. Integers and 8-bit floats are scaled by numbers
+# that stand elsewhere, so they are no weights by themselves.
+TRAINABLE = ("BF16", "F16", "F32", "F64")
 # Buffers that old releases of transformers saved, and that config.json determines.
 IGNORED = ("*.rotary_emb.inv_freq",)
 
@@ -52,13 +58,15 @@ def match(
 
 
 def check_tensors(reader: Reader, spec: ModelSpec) -> None:
-    """Check that the model uses every tensor of the folder once, and that none is missing.
+    """Check that the model uses every tensor of the folder once, that none is missing, and that all fit config.json.
 
-    The folder of a tied model may hold the output layer too, if it equals the embedding bit for bit.
+    Of the files only their headers are read. The folder of a tied model may hold the output layer too, if it equals the
+    embedding bit for bit.
 
     Raises:
-        CoverageError: missing or unknown tensors; lists all.
+        CoverageError: missing or unknown tensors, or tensors of other shapes or element types; lists all.
         UnsupportedModel: a tied model whose output layer differs from its embedding.
+        WeightsFolderError: a file is missing, damaged or truncated.
     """
     whole = entries(spec, PipelineStage(offset=0, layers=spec.num_layers, first=True, last=True))
     uses = Counter(tensor.name for entry in whole for tensor in entry.hf)
@@ -73,6 +81,7 @@ def check_tensors(reader: Reader, spec: ModelSpec) -> None:
     problems += [f"{count} parameters take tensor {name}" for name, count in uses.items() if count > 1]
     if sentence := prefix_problem(missing, sorted(unknown), reader.folder):
         raise CoverageError([sentence])
+    problems += _unfit(whole, reader, present)
     if problems:
         raise CoverageError(problems)
 
@@ -83,14 +92,38 @@ def _no_parameter_takes(reader: Reader, name: str) -> str:
     return f"no parameter takes tensor {name} of {reader.folder}{hidden}"
 
 
-def _check_tied(reader: Reader, rows: int = 4096) -> None:
-    """Compare output layer and embedding, `rows` rows at a time."""
-    output, embedding = reader.view(OUTPUT_LAYER), reader.view(EMBEDDING)
-    equal = output.shape == embedding.shape and all(
-        torch.equal(output[start : start + rows], embedding[start : start + rows])
-        for start in range(0, output.shape[0], rows)
-    )
-    if not equal:
+def check_shapes(bound: Sequence[MappingEntry], reader: Reader) -> None:
+    """Raise a CoverageError that lists every tensor of `bound` that is missing, or has another shape or no weights."""
+    present = set(reader.names())
+    missing = [tensor.name for entry in bound for tensor in entry.hf if tensor.name not in present]
+    problems = [f"{reader.folder} has no tensor {name}" for name in missing] + _unfit(bound, reader, present)
+    if problems:
+        sentence = prefix_problem(missing, sorted(present), reader.folder)
+        raise CoverageError([sentence] if sentence else problems)
+
+
+def _unfit(bound: Sequence[MappingEntry], reader: Reader, present: set[str]) -> list[str]:
+    """Sentences on the present tensors of `bound` that have another shape than config.json gives, or no weights."""
+    problems: list[str] = []
+    for tensor in (tensor for entry in bound for tensor in entry.hf):
+        if tensor.name not in present:
+            continue
+        view = reader.view(tensor.name)
+        if view.shape != tensor.shape:
+            problems.append(
+                f"tensor {tensor.name} of {reader.folder} has shape {list(view.shape)}; "
+                f"its config.json gives {list(tensor.shape)}"
+            )
+        if view.kind not in TRAINABLE:
+            problems.append(
+                f"tensor {tensor.name} of {reader.folder} holds {view.kind}, and weights are {', '.join(TRAINABLE)}"
+            )
+    return problems
+
+
+def _check_tied(reader: Reader) -> None:
+    """Compare output layer and embedding; a checkpoint has no output layer of its own."""
+    if isinstance(reader, HFReader) and not reader.same_bytes(OUTPUT_LAYER, EMBEDDING):
         raise UnsupportedModel(
             "tie_word_embeddings", True, f"{OUTPUT_LAYER} differs from {EMBEDDING}; set it to false to keep both"
         )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+_LINES = 20  # most lines of a message: a wrong number of layers misses hundreds of tensors
+
 
 class WeightsError(ValueError):
     """Base class of the others."""
@@ -21,9 +23,10 @@ class WeightsFolderError(WeightsError):
 
 
 class CoverageError(WeightsError):
-    """Parameters and tensors do not match one to one. `problems` has a line for each, and the message has all lines."""
+    """Parameters and tensors do not match one to one. `problems` has a line for each; the message has some of them."""
 
     def __init__(self, problems: list[str]) -> None:
         count = f"{len(problems)} problem{'s' if len(problems) != 1 else ''}"
-        super().__init__(f"the weights do not cover the model exactly ({count}):\n  " + "\n  ".join(problems))
+        lines = problems if len(problems) <= _LINES else [*problems[:_LINES], f"and {len(problems) - _LINES} more"]
+        super().__init__(f"the weights do not cover the model exactly ({count}):\n  " + "\n  ".join(lines))
         self.problems = problems

@@ -7,11 +7,9 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from clipo_megatron.weights.coverage import match
-from clipo_megatron.weights.errors import CoverageError
+from clipo_megatron.weights.coverage import check_shapes, match
 from clipo_megatron.weights.formats.source import Reader
 from clipo_megatron.weights.mapping import Coordinates, MappingEntry
-from clipo_megatron.weights.prefixes import prefix_problem
 
 
 def load_into(
@@ -43,21 +41,3 @@ def load_into(
             sources = [reader.view(tensor.name) for tensor in entry.hf]
             size, rank = entry.shard_of(at)
             entry.sharding.shard(sources, parameters[name], rank=rank, size=size)
-
-
-def check_shapes(bound: Sequence[MappingEntry], reader: Reader) -> None:
-    """Raise a CoverageError that lists every tensor of `bound` that is missing or has another shape."""
-    present = set(reader.names())
-    problems: list[str] = []
-    for tensor in (tensor for entry in bound for tensor in entry.hf):
-        if tensor.name not in present:
-            problems.append(f"{reader.folder} has no tensor {tensor.name}")
-        elif (shape := reader.view(tensor.name).shape) != tensor.shape:
-            problems.append(
-                f"tensor {tensor.name} of {reader.folder} has shape {list(shape)}; "
-                f"its config.json gives {list(tensor.shape)}"
-            )
-    if problems:
-        missing = [tensor.name for entry in bound for tensor in entry.hf if tensor.name not in present]
-        sentence = prefix_problem(missing, sorted(present), reader.folder)
-        raise CoverageError([sentence] if sentence else problems)

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
-
+from clipo_megatron.algorithms import late_torch as torch
 from clipo_megatron.algorithms.clipo.reward import contrastive_reward
 from clipo_megatron.algorithms.hook import Hook, Signal
 from clipo_megatron.config.schema import ClipoConfig, ContrastiveLossName, Level
 from clipo_megatron.flow import Experience, RolloutTable
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class Clipo(Hook):

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
+
+from clipo_megatron.algorithms import late_torch as torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def contrastive_reward(

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.initialization import no_init_weights
 
 from clipo_megatron.data.response_text import response_decoder
@@ -37,9 +37,7 @@ from clipo_megatron.rollout.engine import (
 )
 from clipo_megatron.rollout.local.decoding import DecodeBatch, NonFiniteLogits, prefill
 from clipo_megatron.rollout.local.sampling import rollout_uniforms
-
-# Settings of some families that change the logits after the LM head, which the decoding loop does not do.
-_LOGIT_CHANGES = ("final_logit_softcapping", "logit_scale", "logits_scaling")
+from clipo_megatron.rollout.local.supported import configuration, unusable
 
 
 class _Line(NamedTuple):
@@ -270,20 +268,13 @@ class LocalEngine:
 
 def _build(folder: Path, dtype: torch.dtype, device: torch.device) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
     """The tokenizer of a Hugging Face folder, and its model with parameters allocated but not initialised."""
-    if not (folder / "config.json").is_file():
-        raise EngineError(f"{folder} has no config.json; model.path must be a Hugging Face folder.")
+    if reason := unusable(folder):
+        raise EngineError(reason)
     try:
-        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+        config = configuration(folder)
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError, KeyError) as error:
         raise EngineError(f"The configuration or tokenizer in {folder} cannot be loaded: {error}") from error
-    unsupported = [kind for kind in sorted(set(getattr(config, "layer_types", None) or ())) if kind != "full_attention"]
-    unsupported += [f"{name} = {getattr(config, name)}" for name in _LOGIT_CHANGES if getattr(config, name, None)]
-    if unsupported:
-        raise EngineError(
-            f"The model in {folder} has {', '.join(unsupported)}, which the local engine does not compute; "
-            "use another engine for it."
-        )
     with no_init_weights():  # faster, and leaves the global random state alone
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
     model.tie_weights()

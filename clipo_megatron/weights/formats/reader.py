@@ -7,15 +7,19 @@ import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from clipo_megatron.weights.errors import WeightsFolderError
-from clipo_megatron.weights.formats.safetensors import SafetensorsFile, SlicedRead, StoredTensor
+from clipo_megatron.weights.formats.header import StoredTensor, dtype_of
+from clipo_megatron.weights.formats.safetensors import SafetensorsFile, SlicedRead
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+_PART_BYTES = 1 << 24  # of each tensor, while two are compared
 
 
 class LazyTensor(SlicedRead):
@@ -24,8 +28,13 @@ class LazyTensor(SlicedRead):
     def __init__(self, reader: HFReader, file: SafetensorsFile, name: str) -> None:
         stored = file.header.tensors[name]
         super().__init__(stored.shape)
-        self.dtype: torch.dtype = stored.dtype
+        self.kind = stored.kind
         self._reader, self._file, self._name = reader, file, name
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The element type as torch names it."""
+        return dtype_of(self.kind)
 
     def rows(self, start: int, stop: int) -> Tensor:
         return self._file.read(self._name, slice(start, stop))
@@ -78,6 +87,18 @@ class HFReader:
     def stored(self, name: str) -> StoredTensor:
         """Return dtype and shape of a tensor."""
         return self.view(name)._file.header.tensors[name]
+
+    def same_bytes(self, name: str, other: str) -> bool:
+        """Tell whether two tensors are equal bit for bit, element type and shape included; holds a part at a time."""
+        mine, its = self.stored(name), self.stored(other)
+        if (mine.kind, mine.shape) != (its.kind, its.shape):
+            return False
+        files = [(self._handle(self._files[each]), each) for each in (name, other)]
+        for start in range(0, mine.nbytes, _PART_BYTES):
+            first, second = (file.read_bytes(each, start, _PART_BYTES) for file, each in files)
+            if first != second:
+                return False
+        return True
 
     @property
     def files(self) -> dict[str, SafetensorsFile]:

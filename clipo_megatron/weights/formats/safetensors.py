@@ -10,96 +10,23 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Sequence
 from math import prod
 from pathlib import Path
-from typing import Any
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from clipo_megatron.weights.errors import WeightsFolderError
+from clipo_megatron.weights.formats.header import LENGTH_BYTES, Header, StoredTensor, kind_of, parse_header
 from clipo_megatron.weights.sharding import Shape
 
-DTYPES: dict[str, torch.dtype] = {
-    "BF16": torch.bfloat16,
-    "F16": torch.float16,
-    "F32": torch.float32,
-    "F64": torch.float64,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
-NAMES = {dtype: name for name, dtype in DTYPES.items()}
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
-_LENGTH = 8
+__all__ = ["Header", "SafetensorsFile", "SlicedRead", "StoredTensor", "as_bytes", "build_header", "parse_header"]
+
 _LONGEST_HEADER = 100_000_000  # the format's own limit
 _LARGEST_READ = 1 << 30  # of one system call
-
-
-@dataclass(frozen=True, slots=True)
-class StoredTensor:
-    """One tensor of a file."""
-
-    dtype: torch.dtype
-    shape: Shape
-    start: int  # offset of its bytes in the file
-
-    @property
-    def nbytes(self) -> int:
-        """Size of the tensor in bytes."""
-        return prod(self.shape) * self.dtype.itemsize
-
-
-@dataclass(frozen=True, slots=True)
-class Header:
-    """The header of a file. The same text with the same tensors is the same file."""
-
-    text: str
-    tensors: Mapping[str, StoredTensor] = field(repr=False)  # in the order of their bytes
-    size: int  # of the whole file, in bytes
-
-    @property
-    def start(self) -> int:
-        """Offset of the first tensor's bytes."""
-        return _LENGTH + len(self.text.encode())
-
-    @property
-    def bytes(self) -> bytes:
-        """All bytes before the tensors."""
-        raw = self.text.encode()
-        return len(raw).to_bytes(_LENGTH, "little") + raw
-
-
-def parse_header(text: str, source: object = "the header") -> Header:
-    """Parse a header's text; `source` names it in messages.
-
-    Raises:
-        WeightsFolderError: it is not a header, or its tensors do not lie end to end.
-    """
-    try:
-        entries: dict[str, Any] = json.loads(text)
-        start = _LENGTH + len(text.encode())
-        tensors, end = {}, 0
-        for name, entry in sorted(
-            ((name, entry) for name, entry in entries.items() if name != "__metadata__"),
-            key=lambda item: item[1]["data_offsets"],
-        ):
-            stored = StoredTensor(DTYPES[entry["dtype"]], tuple(entry["shape"]), start + entry["data_offsets"][0])
-            if entry["data_offsets"] != [end, end + stored.nbytes]:
-                raise WeightsFolderError(f"{source} is damaged or truncated: the bytes of {name} are misplaced")
-            tensors[name], end = stored, end + stored.nbytes
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
-        if isinstance(error, WeightsFolderError):
-            raise
-        raise WeightsFolderError(f"{source} is damaged or truncated: no safetensors header ({error!r})") from error
-    return Header(text, tensors, start + end)
 
 
 def build_header(tensors: Iterable[tuple[str, torch.dtype, Shape]]) -> Header:
@@ -109,7 +36,7 @@ def build_header(tensors: Iterable[tuple[str, torch.dtype, Shape]]) -> Header:
     end = 0
     for name, dtype, shape in ordered:
         nbytes = prod(shape) * dtype.itemsize
-        entries[name] = {"dtype": NAMES[dtype], "shape": list(shape), "data_offsets": [end, end + nbytes]}
+        entries[name] = {"dtype": kind_of(dtype), "shape": list(shape), "data_offsets": [end, end + nbytes]}
         end += nbytes
     text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False)
     return parse_header(text + " " * (-len(text.encode()) % 8))
@@ -139,10 +66,17 @@ class SafetensorsFile:
         else:
             first, last, _ = rows.indices(stored.shape[0])
             shape = (max(last - first, 0), *stored.shape[1:])
-            start = stored.start + first * prod(stored.shape[1:]) * stored.dtype.itemsize
+            start = stored.start + first * prod(stored.shape[1:]) * stored.itemsize
+        import torch  # here, so that reading headers needs no torch
+
         target = torch.empty(shape, dtype=stored.dtype) if into is None else into.view(shape)
         read_exactly(self._file.fileno(), target, start, self.path)
         return target
+
+    def read_bytes(self, name: str, start: int, count: int) -> bytes:
+        """Read `count` bytes of a tensor from its byte `start` on, or fewer at its end."""
+        stored = self.header.tensors[name]
+        return os.pread(self._file.fileno(), max(min(count, stored.nbytes - start), 0), stored.start + start)
 
     def close(self) -> None:
         """Close the file; calling it again does nothing."""
@@ -150,11 +84,11 @@ class SafetensorsFile:
 
     def _read_header(self) -> Header:
         size = os.fstat(self._file.fileno()).st_size
-        length = int.from_bytes(os.pread(self._file.fileno(), _LENGTH, 0), "little")
-        if size < _LENGTH or length > min(size - _LENGTH, _LONGEST_HEADER):
+        length = int.from_bytes(os.pread(self._file.fileno(), LENGTH_BYTES, 0), "little")
+        if size < LENGTH_BYTES or length > min(size - LENGTH_BYTES, _LONGEST_HEADER):
             raise WeightsFolderError(f"{self.path} is damaged or truncated: it ends within its header")
         try:
-            text = os.pread(self._file.fileno(), length, _LENGTH).decode()
+            text = os.pread(self._file.fileno(), length, LENGTH_BYTES).decode()
         except UnicodeDecodeError as error:
             raise WeightsFolderError(f"{self.path} is damaged or truncated: {error}") from error
         header = parse_header(text, self.path)
@@ -167,6 +101,8 @@ class SafetensorsFile:
 
 def as_bytes(tensor: Tensor) -> memoryview:
     """Return the memory of a contiguous tensor."""
+    import torch
+
     return memoryview(tensor.detach().reshape(-1).view(torch.uint8).numpy())
 
 

@@ -5,19 +5,22 @@ from __future__ import annotations
 import json
 from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import TYPE_CHECKING, Union
 
 from clipo_megatron.config.model_folder import POLICY, hf_folder, is_checkpoint
 from clipo_megatron.weights.families import model_spec
 from clipo_megatron.weights.formats.reader import INDEX, HFReader
-from clipo_megatron.weights.formats.torch_dist_reader import TorchDistReader
 from clipo_megatron.weights.spec import ModelSpec, read_config
+
+if TYPE_CHECKING:
+    from clipo_megatron.weights.formats.torch_dist_reader import TorchDistReader
 
 SOURCE_HEADERS = "weights.json"  # in a checkpoint's hf/: how the source's weights were divided over files
 # Weights in any format, and what tools leave in a folder. Everything else in it is a sidecar file.
 _NO_SIDECAR = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.gguf", "*.h5", "*.msgpack", "*.onnx", "*.index.json", ".*")
 _LARGEST_SIDECAR = 64 * 1024**2
 
-Reader = HFReader | TorchDistReader
+Reader = Union[HFReader, "TorchDistReader"]
 
 
 def open_weights(path: str | Path, spec: ModelSpec | None = None, *, master: bool = False) -> Reader:
@@ -33,6 +36,8 @@ def open_weights(path: str | Path, spec: ModelSpec | None = None, *, master: boo
     """
     if not is_checkpoint(path):
         return HFReader(path)
+    from clipo_megatron.weights.formats.torch_dist_reader import TorchDistReader  # imports torch
+
     return TorchDistReader(Path(path) / POLICY, spec or model_spec(read_config(hf_folder(path))), master=master)
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from clipo_megatron.weights.errors import WeightsFolderError
 from clipo_megatron.weights.families import entries
+from clipo_megatron.weights.formats.header import kind_of
 from clipo_megatron.weights.formats.safetensors import SlicedRead
 from clipo_megatron.weights.formats.torch_dist import TorchDist
 from clipo_megatron.weights.mapping import MappingEntry, PipelineStage
@@ -28,6 +29,11 @@ class TorchDistView(SlicedRead):
         super().__init__(place.shape)
         self.dtype: torch.dtype = reader.store.tensors[place.key].dtype
         self._reader, self._place = reader, place
+
+    @property
+    def kind(self) -> str:
+        """The element type as safetensors files name it."""
+        return kind_of(self.dtype)
 
     def rows(self, start: int, stop: int) -> Tensor:
         return self.read_into(torch.empty((max(stop - start, 0), *self.shape[1:]), dtype=self.dtype), start)

@@ -75,7 +75,13 @@ def test_tensor_parallel_sizes_that_do_not(config, tp, part):
     assert f"layout.tp = {tp}" in message and part in message and "1, 2, 4, 6, 12" in message
 
 
-EXPERTS = {"architectures": ["Qwen3MoeForCausalLM"], "num_experts": 8, "moe_intermediate_size": 40}
+EXPERTS = {
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "model_type": "qwen3_moe",
+    "num_experts": 8,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 40,
+}
 
 
 @pytest.mark.parametrize(
@@ -193,7 +199,6 @@ def test_refusals(config, settings, ranks, key, part):
         (lambda model: (model / "config.json").write_text("{"), "no valid JSON"),
         (lambda model: (model / "config.json").write_text('{"architectures": ["GPT2LMHeadModel"]}'), "GPT2LMHeadModel"),
         (lambda model: (model / "model.safetensors").unlink(), "safetensors"),
-        (lambda model: (model / "chat_template.jinja").unlink(), "chat template"),
     ],
 )
 def test_unusable_model_folders(config, folder, spoil, part):
@@ -204,7 +209,13 @@ def test_unusable_model_folders(config, folder, spoil, part):
 
 @pytest.mark.parametrize("window", [{}, {"sliding_window": 2047}])
 def test_a_sliding_window_that_the_engine_ignores(config, folder, window):
-    mistral = {**FACTS, "architectures": ["MistralForCausalLM"], "max_position_embeddings": 32768, **window}
+    mistral = {
+        **FACTS,
+        "architectures": ["MistralForCausalLM"],
+        "model_type": "mistral",
+        "max_position_embeddings": 32768,
+        **window,
+    }
     (folder / "model" / "config.json").write_text(json.dumps(mistral))
     config.data.max_prompt_tokens, config.rollout.max_new_tokens = 1000, 1047 if window else 3096
     config.rollout.engine = EngineKind.sglang
@@ -219,12 +230,6 @@ def test_a_sliding_window_that_the_engine_ignores(config, folder, window):
     (folder / "model" / "config.json").write_text(json.dumps({**mistral, "sliding_window": None}))
     config.rollout.engine = EngineKind.sglang
     check(config, ranks=1)
-
-
-def test_chat_template_inside_the_tokenizer_configuration(config, folder):
-    (folder / "model" / "chat_template.jinja").unlink()
-    (folder / "model" / "tokenizer_config.json").write_text('{"chat_template": "x"}')
-    check(config)
 
 
 def test_all_problems_come_at_once_and_numbered(config):

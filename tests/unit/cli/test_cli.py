@@ -1,11 +1,11 @@
 """The command line: its help, and one message without a traceback for what the user can correct."""
 
-import json
 import os
 import subprocess
 import sys
 
 import pytest
+from model_folders import whole_folder
 
 from clipo_megatron.cli import main as cli
 from clipo_megatron.config.reference import settings
@@ -14,16 +14,16 @@ from clipo_megatron.config.reference import settings
 @pytest.fixture
 def run_file(tmp_path):
     model = tmp_path / "model"
-    model.mkdir()
     facts = {
         "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_size": 8,
+        "vocab_size": 260,
         "num_attention_heads": 4,
         "num_hidden_layers": 4,
         "intermediate_size": 8,
     }
-    (model / "config.json").write_text(json.dumps(facts))
-    (model / "model.safetensors").touch()
-    (model / "chat_template.jinja").write_text("x")
+    whole_folder(model, facts)
     file = tmp_path / "run.yaml"
     file.write_text(f"""
 name: demo

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from model_folders import whole_folder
 from paths import EXAMPLES
 
 FACTS = {
     "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
     "hidden_size": 8,
     "num_attention_heads": 4,
     "num_hidden_layers": 4,
     "intermediate_size": 8,
-    "vocab_size": 16,
+    "vocab_size": 260,
 }
 PROGRAM = """
 import sys
@@ -36,9 +37,7 @@ assert code == 0 and not heavy, (code, heavy)
 def run_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A configuration whose method, plug-ins and generator are checked, on two ranks."""
     folder = tmp_path_factory.mktemp("run")
-    (folder / "config.json").write_text(json.dumps(FACTS))
-    for name in ("model.safetensors", "chat_template.jinja"):
-        (folder / name).touch()
+    whole_folder(folder, FACTS)
     file = folder / "run.yaml"
     file.write_text(f"""
 name: quick

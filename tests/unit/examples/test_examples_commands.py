@@ -29,6 +29,7 @@ make() { tell make "$@"; }
 # The architecture of the quickstart's model.
 SMALL = {
     "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
     "hidden_size": 576,
     "num_attention_heads": 9,
     "num_hidden_layers": 30,

@@ -32,7 +32,8 @@ from clipo_megatron.checks.run import check
 from clipo_megatron.config.load import load
 
 architectures, folder = Path(sys.argv[1]), Path(sys.argv[2])
-plain = {"architectures": ["LlamaForCausalLM"], "num_attention_heads": 48, "num_hidden_layers": 48,
+plain = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 48, "num_attention_heads": 48,
+         "num_hidden_layers": 48,
          "num_key_value_heads": 48, "intermediate_size": 48, "vocab_size": 480}
 os.chdir(folder)
 for path in sys.argv[3:]:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 import yaml
+from model_folders import whole_folder
 from paths import EXAMPLES
 
 from clipo_megatron.checks.run import check
@@ -73,16 +77,15 @@ def test_the_model_is_the_published_one(recipe):
 
 
 def test_the_recipe_is_sound(recipe, tmp_path, monkeypatch):
-    """Model and data stand where the recipe says, by name; the rest of `clipo train --check` is the real thing."""
+    """Weights of zeros and one problem stand where the recipe says; all else of `clipo train --check` is real."""
     monkeypatch.chdir(tmp_path)
     model = Path(recipe.config.model.path)
-    model.mkdir(parents=True)
-    shutil.copy(recipe.architecture, model / "config.json")
-    for source in recipe.config.data.train + recipe.config.data.eval:
+    whole_folder(model, json.loads(recipe.architecture.read_text()))
+    for number, source in enumerate(recipe.config.data.train + recipe.config.data.eval):
         Path(source.path).parent.mkdir(exist_ok=True)
-        Path(source.path).touch()
-    for name in ("model.safetensors", "chat_template.jinja"):
-        (model / name).touch()
+        turn = {"role": "user", "content": f"What is {number} and one? Put the answer into \\boxed{{}}."}
+        row = {"data_source": "math", "prompt": [turn], "reward_model": {"ground_truth": "1"}}
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist([row]), source.path)
     check(recipe.config, ranks=recipe.config.layout.requested_ranks)
     plan, node = recipe.plan, HARDWARE["h100"].gpus_per_node
     nodes = Resources(nodes=plan.trainer_gpus // node, gpus_per_node=node)

@@ -102,7 +102,9 @@ def test_long_prompts_are_counted(small):
     assert longer  # else the test shows nothing
     kept, _, said = problems(small, f"data.max_prompt_tokens={limit}", "data.eval=[]")
     assert len(kept) == len(train) - longer
-    assert said == [f"{longer} training prompts are longer than data.max_prompt_tokens = {limit} and are left out"]
+    assert said == [
+        f"{longer} of {len(train)} training prompts are longer than data.max_prompt_tokens = {limit} and are left out"
+    ]
 
 
 def test_a_checkpoint_of_another_model_is_not_evaluated(small, tmp_path):

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
-
+from clipo_megatron.algorithms import late_torch as torch
 from clipo_megatron.algorithms.hook import HookContext
 from clipo_megatron.config.schema import RunConfig
-from clipo_megatron.data.prompts import ChatRenderer, Messages
+from clipo_megatron.data.prompt_table import PromptsById
+from clipo_megatron.data.rendering import ChatRenderer, Messages
 from clipo_megatron.flow import Prompt, Rollout
 from clipo_megatron.rewards.pool import asked_by
 from clipo_megatron.rewards.voting import answer_key
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def build_hook_context(config: RunConfig, tokenizer: Any, prompts: Sequence[Prompt]) -> HookContext:
@@ -33,5 +35,5 @@ def build_hook_context(config: RunConfig, tokenizer: Any, prompts: Sequence[Prom
 
     end = tokenizer.eos_token_id
     mask = next((each for each in (tokenizer.mask_token_id, tokenizer.pad_token_id, end) if each is not None), 0)
-    by_id = {prompt.id: prompt for prompt in prompts}
+    by_id = PromptsById(prompts)
     return HookContext(config, by_id, encode, tokenize, answer, mask_id=mask, end_id=mask if end is None else end)
