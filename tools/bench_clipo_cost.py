@@ -141,7 +141,7 @@ def measure(options: argparse.Namespace) -> tuple[dict[str, list[float]], list[d
 
     clock = Clock()
     actor.stage.pooled_states = clock.timed("pooling", actor.stage.pooled_states)
-    actor._contrast = clock.timed("head, loss, head step", actor._contrast)
+    actor.contrastive.step = clock.timed("head, loss, head step", actor.contrastive.step)
     with_clipo.bonus = clock.timed("reward", with_clipo.bonus)
     report = clock.timed("metrics", contrastive_metrics)
 

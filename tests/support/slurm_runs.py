@@ -8,7 +8,7 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from progress import wait_until
@@ -85,15 +85,30 @@ class SlurmRun:
 
     def near_the_walltime(self) -> None:
         """Send the signal that Slurm sends some time before the walltime."""
-        self.cluster.run("scancel", "--batch", "--signal=USR1", self.job)
+        heard = self.log.count("USR1: ")
+        with self.standing_still():
+            self.cluster.run("scancel", "--batch", "--signal=USR1", self.job)
+            self.wait_for(lambda: self.log.count("USR1: ") > heard, "the job to hear the signal")
         self.begin_again()
 
     def cancel_the_ranks(self) -> None:
         """Cancel the step of the ranks; the job keeps its nodes."""
         done = len(self.outcomes())
         self.wait_for(lambda: bool(self.steps("ranks")), "the ranks to start")
-        self.cluster.run("scancel", *self.steps("ranks"))
+        with self.standing_still():
+            self.cluster.run("scancel", *self.steps("ranks"))
         self.wait_for(lambda: len(self.outcomes()) > done, "the end of the step")
+
+    @contextlib.contextmanager
+    def standing_still(self) -> Iterator[None]:
+        """Stop the ranks meanwhile: a busy machine's Slurm may take longer for a command than they for all steps."""
+        ranks = [pid for node in ("n1", "n2") for pid in self.pids(node)]
+        for number in (signal.SIGSTOP, signal.SIGCONT):
+            for pid in ranks:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, number)
+            if number == signal.SIGSTOP:
+                yield
 
     def steps(self, name: str) -> list[str]:
         """Ids of the job's steps with this name."""
