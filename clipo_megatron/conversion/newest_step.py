@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from clipo_megatron.checkpoint.retention import complete, defect, newest_first
 from clipo_megatron.config.model_folder import is_checkpoint
 from clipo_megatron.conversion.conversion import ConversionError
-from clipo_megatron.runtime.run_dir import CHECKPOINTS
+from clipo_megatron.runtime.run_dir import CHECKPOINTS, STEP_NAMES, step_of
+from clipo_megatron.weights.formats.manifest import manifest_defects
 
 
 def newest_step(path: Path, say: Callable[[str], None] = print) -> Path:
@@ -22,13 +22,16 @@ def newest_step(path: Path, say: Callable[[str], None] = print) -> Path:
         ConversionError: the run has checkpoints, and none of them is complete.
     """
     folder = path / CHECKPOINTS if (path / CHECKPOINTS).is_dir() else path
-    if is_checkpoint(path) or not (steps := newest_first(folder)):
+    steps = [each for each in folder.glob(STEP_NAMES) if each.name.removeprefix("step_").isdigit() and each.is_dir()]
+    if is_checkpoint(path) or not steps:
         return path
-    if not (whole := complete(folder)):
-        raise ConversionError(
-            f"no checkpoint in {folder} is complete: of {steps[0].name}, {defect(steps[0])}. Restore the file, or give "
-            "the folder of another checkpoint"
-        )
-    left = f"; {steps[0].name} is newer and not complete" if steps[0] != whole[-1] else ""
-    say(f"{path} is a run: taking its newest checkpoint, {whole[-1].name}{left}")
-    return whole[-1]
+    steps.sort(key=step_of, reverse=True)
+    for step in steps:
+        if not manifest_defects(step, contents=False):
+            left = f"; {steps[0].name} is newer and not complete" if step != steps[0] else ""
+            say(f"{path} is a run: taking its newest checkpoint, {step.name}{left}")
+            return step
+    raise ConversionError(
+        f"no checkpoint in {folder} is complete: {manifest_defects(steps[0], contents=False)[0]}. Restore the file, or "
+        "give the folder of another checkpoint"
+    )

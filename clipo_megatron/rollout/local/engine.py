@@ -18,7 +18,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.initialization import no_init_weights
 
 from clipo_megatron.data.response_text import response_decoder
 from clipo_megatron.flow import Prompt, Rollout, RolloutGroup
@@ -38,6 +37,11 @@ from clipo_megatron.rollout.engine import (
 from clipo_megatron.rollout.local.decoding import DecodeBatch, NonFiniteLogits, prefill
 from clipo_megatron.rollout.local.sampling import rollout_uniforms
 from clipo_megatron.rollout.local.supported import configuration, unusable
+
+try:
+    from transformers.initialization import no_init_weights
+except ImportError:  # transformers 4
+    from transformers.modeling_utils import no_init_weights
 
 
 class _Line(NamedTuple):

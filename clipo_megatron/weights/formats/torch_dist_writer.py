@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from math import prod
 
 import torch
-from torch.distributed.checkpoint.filesystem import CURRENT_DCP_VERSION, _StorageInfo
+from torch.distributed.checkpoint import filesystem
+from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import (
     BytesStorageMetadata,
     ChunkStorageMetadata,
@@ -85,4 +86,7 @@ def _metadata(places: Sequence[FileSpan]) -> Metadata:
     for key, held in chunks.items():
         if (count := sum(prod(chunk.sizes) for chunk in held)) != prod(kept[key].size):
             raise ValueError(f"{count} of {prod(kept[key].size)} elements of {key} were written")
-    return Metadata(kept, storage_data=stored, storage_meta=StorageMeta(), version=CURRENT_DCP_VERSION)
+    found = Metadata(kept, storage_data=stored, storage_meta=StorageMeta())
+    if version := getattr(filesystem, "CURRENT_DCP_VERSION", None):  # torch before 2.8 writes no version
+        found.version = version
+    return found
