@@ -277,4 +277,4 @@ def _start(ends: np.ndarray, place: int) -> int:
 
 
 def _digest(key: object) -> bytes:
-    return blake2b(json.dumps(key).encode(), digest_size=_DIGEST_BYTES).digest()
+    return blake2b(repr(key).encode(errors="surrogatepass"), digest_size=_DIGEST_BYTES).digest()

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from model_folders import whole_folder
 
 from clipo_megatron.cli import main as cli
 from clipo_megatron.config.schema import GraderMode, RunConfig, SourceConfig
@@ -98,12 +99,9 @@ def test_a_key_of_by_source_that_no_row_has_is_a_problem():
 
 
 def test_check_refuses_what_no_response_can_answer(tmp_path, capsys):
-    model = tmp_path / "model"
-    model.mkdir()
-    facts = {"architectures": ["LlamaForCausalLM"], "num_attention_heads": 4, "num_hidden_layers": 4}
-    (model / "config.json").write_text(json.dumps(facts | {"intermediate_size": 8}))
-    (model / "model.safetensors").touch()
-    (model / "chat_template.jinja").write_text("x")
+    facts = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 8, "vocab_size": 260}
+    facts |= {"num_attention_heads": 4, "num_hidden_layers": 4, "intermediate_size": 8}
+    model = whole_folder(tmp_path / "model", facts)
     row = {
         "data_source": "my/set",
         "prompt": [{"role": "user", "content": "6*7?"}],

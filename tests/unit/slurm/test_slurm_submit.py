@@ -10,6 +10,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
+from model_folders import whole_folder
 from paths import ROOT
 
 from clipo_megatron.cli import main as cli
@@ -177,16 +178,11 @@ def test_the_number_of_ranks_must_suit_the_layout(config_file):
 
 
 def test_a_layout_that_does_not_fit_by_the_plan_is_refused_without_anyway(config_file, tmp_path):
-    """A model of 70 B parameters, as far as its configuration goes, on two GPUs."""
+    """A model of 70 B parameters, all zero and without bytes on the disk, on two GPUs."""
     facts = json.loads((config_file.parent / "model" / "config.json").read_text())
     facts |= {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80}
     facts |= {"num_attention_heads": 64, "num_key_value_heads": 8, "vocab_size": 128256, "head_dim": 128}
-    folder = tmp_path / "large"
-    folder.mkdir()
-    for file in (config_file.parent / "model").iterdir():
-        (folder / file.name).symlink_to(file)
-    (folder / "config.json").unlink()
-    (folder / "config.json").write_text(json.dumps(facts))
+    folder = whole_folder(tmp_path / "large", facts)
     with pytest.raises(SlurmError, match=r"does not fit by the plan: stage 0 .* GB of .*--anyway"):
         dry(config_file, f"model.path={folder}", gpus_per_node=1)
     (remark,) = dry(config_file, f"model.path={folder}", gpus_per_node=1, anyway=True).remarks
