@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from clipo_megatron.algorithms import late_torch as torch
@@ -194,9 +195,11 @@ class Algorithm:
     def objective(self, tokens: TokenBatch) -> tuple[Tensor, Tensor]:
         """What a micro-batch adds to the loss: a scalar to differentiate, and its value without gradient.
 
-        They differ by the group loss: its derivative divides among micro-batches, its value does not.
+        They differ by the group loss: its derivative divides among micro-batches, its value does not. Tokens of weight
+        0 enter with a ratio of 1, so that one that is far off cannot turn 0 into "not a number".
         """
-        weighted = (tokens.weights * self.loss(tokens)).sum()
+        counted = replace(tokens, logprobs=torch.where(tokens.weights == 0, tokens.old_logprobs, tokens.logprobs))
+        weighted = (tokens.weights * self.loss(counted)).sum()
         if tokens.score_gradient is None:
             return weighted, weighted.detach()
         return weighted + (tokens.score_gradient * self.scores(tokens)).sum(), weighted.detach()

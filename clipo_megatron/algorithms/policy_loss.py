@@ -14,6 +14,9 @@ from clipo_megatron.flow import Experience, RolloutTable
 if TYPE_CHECKING:
     from torch import Tensor
 
+# exp(80) = 5.5e34 fits into float32 with room for an advantage; from 88.7 on it is infinite.
+LARGEST_LOG_RATIO = 80.0
+
 
 @dataclass(frozen=True, slots=True)
 class BaselineSettings:
@@ -87,12 +90,32 @@ class ClippedPolicyLoss(PolicyLoss):
         return tokens.logprobs - tokens.old_logprobs
 
     def loss(self, tokens: TokenBatch) -> Tensor:
-        ratio = self.log_ratio(tokens).exp()
+        log_ratio = self.log_ratio(tokens)
+        # Where the advantage is not negative, a large ratio is clipped, or multiplies 0.
+        ratio = exp_where_it_acts(log_ratio, idle=(tokens.advantages >= 0) | without_importance(tokens))
         clipped = ratio.clamp(1 - self.clip_low, 1 + self.clip_high)
         plain, limited = -ratio * tokens.advantages, -clipped * tokens.advantages
         tokens.metrics["policy/clip_fraction"] = (tokens.weights * (limited > plain)).sum().detach()
         loss = torch.maximum(plain, limited)
         return loss if tokens.importance is None else tokens.importance * loss
+
+
+def exp_where_it_acts(log_ratio: Tensor, *, idle: Tensor) -> Tensor:
+    """exp(log_ratio) [N], whose gradient is exactly 0, not 0 times infinity, where it overflows and nothing learns from
+    it.
+
+    Args:
+        log_ratio: [N] float32, with gradient.
+        idle: [N] bool, tokens from which nothing is learned if their ratio is large: they are clipped or masked.
+    """
+    return torch.where(idle & (log_ratio > LARGEST_LOG_RATIO), LARGEST_LOG_RATIO, log_ratio).exp()
+
+
+def without_importance(tokens: TokenBatch) -> Tensor:
+    """Which tokens an off-policy correction has masked, [N] bool."""
+    if tokens.importance is None:
+        return torch.zeros_like(tokens.rollout, dtype=torch.bool)
+    return tokens.importance == 0
 
 
 class GroupLoss(PolicyLoss):

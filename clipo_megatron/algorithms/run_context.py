@@ -18,9 +18,12 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-def build_hook_context(config: RunConfig, tokenizer: Any, prompts: Sequence[Prompt]) -> HookContext:
-    """Build the context of a run with these training prompts; `tokenizer` is the policy's."""
-    renderer = ChatRenderer(tokenizer, config.model.system_prompt)
+def build_hook_context(
+    config: RunConfig, tokenizer: Any, prompts: Sequence[Prompt], stop_ids: Sequence[int] = ()
+) -> HookContext:
+    """Build the context of a run with these training prompts; `tokenizer` is the policy's, and `stop_ids` end a
+    response where the tokenizer itself names no end."""
+    renderer = ChatRenderer(tokenizer, config.model.system_prompt, config.model.template_options)
 
     def tokenize(text: str) -> Tensor:
         return torch.tensor(tokenizer(text, add_special_tokens=False)["input_ids"], dtype=torch.int64)
@@ -33,7 +36,7 @@ def build_hook_context(config: RunConfig, tokenizer: Any, prompts: Sequence[Prom
         asked = asked_by(prompt)
         return answer_key(rollout.text, data_source=prompt.data_source, mode=mode.value, asked=asked) or ""
 
-    end = tokenizer.eos_token_id
+    end = next((each for each in (tokenizer.eos_token_id, *stop_ids) if each is not None), None)
     mask = next((each for each in (tokenizer.mask_token_id, tokenizer.pad_token_id, end) if each is not None), 0)
     by_id = PromptsById(prompts)
     return HookContext(config, by_id, encode, tokenize, answer, mask_id=mask, end_id=mask if end is None else end)

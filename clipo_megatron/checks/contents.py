@@ -15,6 +15,7 @@ from typing import Any
 
 from clipo_megatron.algorithms.run_context import build_hook_context
 from clipo_megatron.checks.grading import grading_problems
+from clipo_megatron.checks.stopping import check_stopping
 from clipo_megatron.checks.weights import check_weights
 from clipo_megatron.config.errors import ConfigError, is_for_users
 from clipo_megatron.config.model_folder import hf_folder
@@ -77,6 +78,8 @@ def check_contents(
         with without_torch() if light else nullcontext(), found.noted():
             _refuse_engine(config)
             tokenizer = load_tokenizer(hf_folder(config.model.path))
+            with found.noted():
+                check_stopping(config, tokenizer)
             sets = ProblemSets(tried, tokenizer, remarks.append, folder)
             if not _any_absent("eval", absent):
                 contents.held_out = sets.held_out()

@@ -14,7 +14,7 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException, ValidationError
 
-from clipo_megatron.config import reference, renamed
+from clipo_megatron.config import naming, reference, renamed
 from clipo_megatron.config.errors import ConfigError, ConfigProblem, spell
 from clipo_megatron.config.ranges import range_problems
 from clipo_megatron.config.schema import RunConfig
@@ -46,7 +46,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     Values of overrides are YAML: `layout.tp=2`, `data.train=[{path: train.parquet}]`, `data.train[0].size=100`,
     `model.system_prompt=''`. Mappings merge into what is there; anything else replaces it. `${train.seed}` refers to
     another setting. Relative paths of models, data and output are relative to the current directory. Old names of
-    settings are read, and the new ones are said on stderr.
+    settings are read, and the new ones are said on stderr. A run without a name is named after the file.
 
     Raises:
         ConfigError: the file cannot be read or parsed, a key or a type is wrong (all of these are listed at once), or
@@ -60,6 +60,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     for override in overrides:
         problems += _apply(content, override)
         old_names |= renamed.rename(content)
+    named_after_file = naming.name_after(path, content)
     try:
         merged = _merged(content)
     except (OmegaConfBaseException, TypeError):  # TypeError: a list in place of a section
@@ -72,7 +73,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     if problems := list(range_problems(config)):
         raise ConfigError(problems, origin=str(path))
     renamed.announce(old_names)
-    return config
+    return naming.at_its_former_place(config, path) if named_after_file else config
 
 
 def nearest_keys(key: str) -> list[str]:
@@ -272,9 +273,10 @@ def _inspect_leaf(section: type, name: str, value: Any, key: str, *, typed: bool
                 )
         return
     expected = reference.describe(annotation)
-    inner = reference.unwrap_optional(annotation)[0]
+    inner, optional = reference.unwrap_optional(annotation)
     bad = isinstance(value, dict) != expected.startswith("a mapping")
     bad |= isinstance(value, list) != expected.startswith("a list")
+    bad &= not (value is None and optional)
     # OmegaConf would turn `name: no` (false in YAML) into the text "False", and any number into true or false.
     bad |= (inner is str and isinstance(value, bool)) or (
         inner is bool and isinstance(value, (int, float)) and not isinstance(value, bool)

@@ -125,6 +125,20 @@ class PromptTable(Sequence[Prompt]):
         counts = np.diff(self._columns["token_ends"], prepend=0)
         return counts if self._chosen is None else counts[self._chosen]
 
+    def fingerprint(self) -> dict[str, Any]:
+        """Plain values by which other prompts are told from these: their number, and digests of the questions, of the
+        whole problems (with turns of the system and gold answers), and of the tokens, each in this order."""
+        found: dict[str, Any] = {"count": len(self)}
+        for name in ("questions", "problems"):
+            rows = self._columns[name].reshape(-1, _DIGEST_BYTES)
+            found[name] = _hex(rows if self._chosen is None else rows[self._chosen])
+        tokens = self._columns["tokens"]
+        if self._chosen is not None:
+            kept = np.zeros(len(self._columns["row_ends"]), dtype=bool)
+            kept[self._chosen] = True
+            tokens = tokens[np.repeat(kept, np.diff(self._columns["token_ends"], prepend=0))]
+        return found | {"tokens": _hex(tokens)}
+
     def without(self, others: PromptTable) -> PromptTable:
         """The prompts whose question is not among those of `others`; user turns are compared up to white space."""
         known = set(others._digests("questions"))
@@ -274,6 +288,10 @@ class TableWriter:
 
 def _start(ends: np.ndarray, place: int) -> int:
     return int(ends[place - 1]) if place else 0
+
+
+def _hex(values: np.ndarray) -> str:
+    return blake2b(np.ascontiguousarray(values), digest_size=8).hexdigest()
 
 
 def _digest(key: object) -> bytes:

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from clipo_megatron.data.sources import DataError
+from clipo_megatron.data.template_options import check_template_options
 
 Messages = Sequence[Mapping[str, str]]
 Rendered = tuple[str, tuple[Mapping[str, str], ...]]  # the text, and the turns that it contains
@@ -23,13 +24,17 @@ class ChatRenderer:
         tokenizer: a Hugging Face tokenizer with a chat template.
         system_prompt: None keeps a row's own system turn, or else the template's default; text replaces both; ""
             removes both.
-        options: what the template reads beside the turns.
+        options: what the template reads beside the turns (model.template_options).
+
+    Raises:
+        DataError: the template does not read one of the options, or reads it as something else.
     """
 
     def __init__(self, tokenizer: Any, system_prompt: str | None, options: Mapping[str, Any] | None = None):
         self.tokenizer = tokenizer
         self.system_prompt = system_prompt
         self.options = dict(options or {})
+        check_template_options(tokenizer, self.options)
         self._before: dict[int, str | DataError] = {}  # the text of each probe by itself
 
     def render(self, messages: Messages) -> Rendered:

@@ -79,7 +79,7 @@ class ProblemSets:
 
     def _load(self, sources: Sequence[SourceConfig], purpose: str) -> PromptTable:
         config, limit = self.config, self.config.data.max_prompt_tokens
-        options = getattr(config.model, "template_options", {})
+        options = config.model.template_options
         settings = PromptSettings(config.model.system_prompt, limit, options)
         if self._folder is None:
             found = prompts_of(sources, self.tokenizer, settings)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch.distributed as dist
 
@@ -30,6 +30,7 @@ def evaluate(
     step: int,
     deadline_s: float,
     ks: Sequence[int] = (),
+    progress: Callable[[int, int], None] = lambda done, wanted: None,
 ) -> Evaluation:
     """Generate and grade responses to all problems; collective, and the same result on every rank.
 
@@ -41,16 +42,22 @@ def evaluate(
         step: recorded in the result.
         deadline_s: time for this rank's generation.
         ks: the values of k of pass@k and maj@k; (): the powers of two.
+        progress: called with this rank's numbers of responses that are there and that are wanted.
 
     Raises:
         Cancelled: on every rank, because the source of one cancelled.
     """
 
+    requests = source.share([Request(index, prompt) for index, prompt in enumerate(prompts)])
+    done = 0
+
     def take(group: RolloutGroup) -> bool:
+        nonlocal done
         graders.submit(group)
+        done += 1
+        progress(done * params.samples, len(requests) * params.samples)
         return False
 
-    requests = source.share([Request(index, prompt) for index, prompt in enumerate(prompts)])
     source.generate_all(requests, params, take=take, deadline=time.monotonic() + deadline_s)
     mine = {scored.group.prompt.id: count(scored, graders) for scored in graders.collect()}
     results: list[dict[str, ProblemResult]] = [{}] * dist.get_world_size()
@@ -64,7 +71,8 @@ def evaluate(
         params.seed,
         ks_of(ks, params.samples),
     )
-    return Evaluation(step, {name: each for part in results for name, each in part.items()}, settings)
+    found = {name: each for part in results for name, each in part.items()}
+    return Evaluation(step, found, settings)
 
 
 def count(scored: ScoredGroup, graders: GraderPool) -> ProblemResult:

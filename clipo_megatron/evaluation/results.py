@@ -10,6 +10,7 @@ The file is JSON, schema 1:
     all          figures of all problems: problems, samples, pass@1, pass@1 error, pass@k and maj@k by k, length,
                  truncated, ungraded
     sets         the same figures of each set; `mean of sets`: pass@1 and its error, every set weighing the same
+    left_out     problems of each set that were not asked, because their prompts exceed data.max_prompt_tokens
     problems     by id, "<set>/<row>": samples, correct, ungraded, truncated, tokens, votes, digest
 
 The figures are for people and scripts; reading the file computes them again from `problems`.
@@ -117,6 +118,7 @@ class Evaluation:
     settings: EvaluationSettings = field(default_factory=EvaluationSettings)
     model: str = ""
     checkpoint: str = ""
+    left_out: Mapping[str, int] = field(default_factory=dict)  # by set: problems whose prompts are too long
 
     @cached_property
     def correct(self) -> dict[str, float]:
@@ -164,7 +166,8 @@ class Evaluation:
     def of(self, sources: Sequence[str]) -> Evaluation:
         """This evaluation restricted to some sets."""
         kept = {name: each for name, each in self.problems.items() if source_of(name) in sources}
-        return Evaluation(self.step, kept, self.settings, self.model, self.checkpoint)
+        left_out = {source: count for source, count in self.left_out.items() if source in sources}
+        return Evaluation(self.step, kept, self.settings, self.model, self.checkpoint, left_out)
 
     def figures(self, source: str | None = None) -> Figures:
         """The figures of one set, or of all problems."""
@@ -239,6 +242,7 @@ def as_json(result: Evaluation) -> dict[str, Any]:
         "all": _spelled(result.figures()),
         "sets": {source: _spelled(result.figures(source)) for source in result.sources},
         "mean of sets": dict(zip(("pass@1", "pass@1 error"), result.mean_of_sets, strict=True)),
+        "left_out": dict(result.left_out),
         "problems": {name: {**asdict(each), "votes": list(each.votes)} for name, each in result.problems.items()},
     }
 
@@ -295,7 +299,8 @@ def read_result(file: Path) -> Evaluation:
         }
         if not _is_count(facts["step"], 0):
             raise ValueError(f"step is {facts['step']!r}")
-        return Evaluation(facts["step"], problems, settings, str(facts["model"]), str(facts["checkpoint"]))
+        left_out = {str(name): int(count) for name, count in facts.get("left_out", {}).items()}
+        return Evaluation(facts["step"], problems, settings, str(facts["model"]), str(facts["checkpoint"]), left_out)
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise EvaluationError(f"{file} is damaged ({error}). Evaluate again.") from None
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 
+from clipo_megatron.data.sources import source_of
 from clipo_megatron.evaluation.comparing import Comparison, comparisons
 from clipo_megatron.evaluation.results import Evaluation, Figures
 
@@ -18,6 +20,8 @@ def summary_line(result: Evaluation) -> str:
     line = f"held-out accuracy after {result.step} steps: {whole.accuracy:.1%}{error} of {whole.problems} problems"
     if len(result.sources) > 1:
         line += f" ({', '.join(f'{source} {value:.1%}' for source, value in result.by_source().items())})"
+    if missing := sum(result.left_out.values()):
+        line += f" ({missing} more are too long and were not asked)"
     line += f" ({whole.truncated:.0%} cut at the length limit"
     return line + (f", {whole.ungraded:.1%} could not be graded and count as wrong)" if whole.ungraded else ")")
 
@@ -34,6 +38,16 @@ def result_table(result: Evaluation) -> Table:
         mean, error = result.mean_of_sets
         rows.append(["mean of sets", "", f"{mean:.1%}", _points(error), *[""] * (len(headings) - 4)])
     return headings, rows
+
+
+def left_out_lines(result: Evaluation) -> list[str]:
+    """A sentence for each set of which problems were not asked."""
+    asked = Counter(map(source_of, result.problems))
+    return [
+        f"{source}: {count} of {count + asked[source]} problems have prompts of more than "
+        "data.max_prompt_tokens tokens and were not asked; the figures are of the others"
+        for source, count in sorted(result.left_out.items())
+    ]
 
 
 def _row(name: str, figures: Figures, ks: Sequence[int]) -> list[str]:

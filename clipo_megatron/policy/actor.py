@@ -11,6 +11,7 @@ from torch import Tensor
 from clipo_megatron.algorithms.algorithm import Algorithm
 from clipo_megatron.algorithms.hook import Signal, TokenBatch
 from clipo_megatron.algorithms.kl import kl_estimate
+from clipo_megatron.algorithms.policy_loss import LARGEST_LOG_RATIO
 from clipo_megatron.config.schema import RunConfig
 from clipo_megatron.flow import Experience, MicroBatch, MiniBatch, RolloutTable
 from clipo_megatron.policy.batch.batching import Batcher
@@ -200,12 +201,13 @@ class PolicyActor(Policy):
             batch: as `Batcher.with_advantages` returns it.
             experience: what the mini-batch is a part of.
             algorithm: its `objective`, summed over all ranks, is the loss.
-            first: whether the weights are still those that were scored; then KL(old || new) must be 0, and is
-                reported as "policy/first_update_kl".
+            first: whether the weights are still those that were scored. Then KL(old || new) must be 0, and is reported
+                as "policy/first_update_kl".
 
         Returns:
             Metrics, identical on every rank: see `Trainable.update`. "policy/update_skipped" counts the step's updates
-            that were skipped because the loss or a gradient was not finite.
+            that were skipped because the loss or a gradient was not finite. "policy/update_kl", of later updates, is
+            KL(old || new) on the mini-batch's tokens where the update begins: what the updates before it have done.
         """
         group_loss, score_gradient = 0.0, None
         if algorithm.has_group_loss:
@@ -223,11 +225,10 @@ class PolicyActor(Policy):
             if score_gradient is not None:
                 tokens.score_gradient = score_gradient[tokens.rows]
             total, value = algorithm.objective(tokens)
-            ratio = (logprobs - micro.old_logprobs).detach()
+            gap = (logprobs - micro.old_logprobs).detach().clamp(max=LARGEST_LOG_RATIO)
             metrics = {
                 "policy/loss": value,
-                # k3, the low-variance estimate of KL(old || new)
-                "policy/update_kl": (micro.weights * (ratio.exp() - 1 - ratio)).sum(),
+                "policy/update_kl": (micro.weights * k3(gap)).sum(),
                 "policy/weight": micro.weights.sum(),
                 **tokens.metrics,
             }
@@ -235,9 +236,23 @@ class PolicyActor(Policy):
 
         metrics = self.trainable.update(batch.micro_batches, loss, added_loss=group_loss)
         self._skipped = (0 if first else self._skipped) + (metrics["policy/skipped_in_a_row"] > 0)
-        if first:
-            metrics["policy/first_update_kl"] = metrics["policy/update_kl"]
+        if first and "policy/update_kl" in metrics:
+            metrics["policy/first_update_kl"] = metrics.pop("policy/update_kl")
         return metrics | {"policy/update_skipped": float(self._skipped)}
+
+    def measure_update(self, micro_batches: Sequence[MicroBatch]) -> dict[str, float]:
+        """How far a step's updates have moved the policy, at the price of one forward; collective.
+
+        Returns:
+            "policy/kl_after_update": KL(old || new) over all tokens of the step's rollouts, identical on every rank.
+        """
+        outputs = self._forward(micro_batches, want_pooled=False, want_entropy=False)
+        sums = torch.zeros(2, dtype=torch.float64)
+        for micro, output in zip(micro_batches, outputs, strict=False):
+            gap = (output["logprobs"] - micro.old_logprobs).double().clamp(max=LARGEST_LOG_RATIO)
+            sums += torch.tensor([k3(gap).sum().item(), gap.numel()], dtype=torch.float64)
+        total, count = share_from_last_stage(sums, self.layout, sum_over_dp=True).tolist()
+        return {"policy/kl_after_update": total / max(count, 1.0)}
 
     def update_critic(self, experience: Experience, algorithm: Algorithm) -> dict[str, float]:
         """Update the critic on a step's rollouts, also in steps in which the policy is not updated.
@@ -295,6 +310,11 @@ class PolicyActor(Policy):
         for part in (self.trainable, self.critic, self.reference):
             if part is not None:
                 part.onload()
+
+
+def k3(gap: Tensor) -> Tensor:
+    """The low-variance estimate of KL(old || new) at each token, [N], from gap = log new - log old [N]."""
+    return gap.exp() - 1 - gap
 
 
 def token_batch(micro: MicroBatch, logprobs: Tensor, entropy: Tensor | None = None) -> TokenBatch:

@@ -72,10 +72,17 @@ LEARNING = (
         zero=True,
     ),
     Metric(
-        "policy/update_kl",
-        "KL of an update",
+        "policy/kl_after_update",
+        "KL of a step",
         "nats per token",
-        "KL divergence between the policy before and after a step.",
+        "KL divergence between the policy before and after a step's updates (report.measure_update_kl).",
+        zero=True,
+    ),
+    Metric(
+        "policy/update_kl",
+        "KL before the last update",
+        "nats per token",
+        "KL divergence between the policy that scored a step's rollouts and the one that its last update starts from.",
         zero=True,
     ),
     Metric(

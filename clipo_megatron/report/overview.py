@@ -13,6 +13,7 @@ from clipo_megatron.report.grouping import NOT_COMPARED, RunGroup, differences, 
 from clipo_megatron.report.parts import Section, swatch, table
 from clipo_megatron.report.reading import Accuracy, RunRecord, setting
 from clipo_megatron.report.scales import number, percent, safe, seconds
+from clipo_megatron.report.sessions import changed_settings
 from clipo_megatron.telemetry.metric_names import STEP_TIME
 
 _MOST_ROWS = 12  # most rows of the table of runs that are shown unfolded
@@ -24,6 +25,7 @@ def overview(groups: Sequence[RunGroup]) -> Section:
         f'<div class="tiles">{"".join(_tile(group) for group in groups)}</div>'
         f'<div class="card"><h3>Runs</h3>{_runs(groups)}</div>'
         + _differences(groups)
+        + changed_settings(groups)
         + (f'<div class="card below"><h3>What is missing</h3><ul class="notes">{notes}</ul></div>' if notes else "")
     )
     return Section("summary", "Summary", _lead(groups), body)

@@ -14,6 +14,7 @@ from clipo_megatron.config.model_folder import is_run_settings
 from clipo_megatron.evaluation.estimators import mean_and_error
 from clipo_megatron.evaluation.results import Evaluation, read_evaluations
 from clipo_megatron.runtime.run_dir import EVALUATIONS, METRICS, ROLLOUTS, SETTINGS, STATES, STEP_NAMES, TRACE
+from clipo_megatron.telemetry.segments import RunSegment, read_segments
 from clipo_megatron.telemetry.sinks import read_lines
 from clipo_megatron.telemetry.states import States, file_of, read_states, steps_with_states
 
@@ -65,6 +66,7 @@ class RunRecord:
     groups: list[dict[str, Any]]  # rollouts.jsonl: groups of rollouts with their texts
     traces: list[dict[str, Any]]  # trace.jsonl, one entry a traced step
     state_steps: list[int]  # steps whose pooled states were kept
+    segments: list[RunSegment] = field(default_factory=list)  # its sessions, with their settings
     missing: list[str] = field(default_factory=list)  # notes on what is missing
 
     @property
@@ -138,6 +140,7 @@ def read_run(folder: Path) -> RunRecord:
         groups=[group for group in groups if isinstance(group.get("rollouts"), list)],
         traces=[trace for trace in traces if isinstance(trace.get("ranks"), list)],
         state_steps=steps_with_states(folder / STATES),
+        segments=read_segments(folder),
     )
     if no_settings:
         run.missing.append(f"{no_settings}.")

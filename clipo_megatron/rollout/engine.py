@@ -51,7 +51,7 @@ class SamplingParams:
     top_p: float = 1.0
     top_k: int = 0  # 0 keeps every token
     stop_ids: tuple[int, ...] = ()
-    seed: int = 0  # the run's; the engine derives a seed from (seed, step, prompt id, sample)
+    seed: int = 0  # the run's; the engine derives a seed from (seed, step, prompt id, occurrence, sample)
     step: int = 0
     exact_logprobs: bool = True  # log-probs must be those before truncation; evaluation does not read them
 
@@ -84,6 +84,7 @@ class Request(NamedTuple):
     position: int  # unique among unanswered requests; the request's group carries it
     prompt: Prompt
     begun: tuple[Rollout, ...] = ()  # partial rollouts of an interrupted request; aborted ones continue
+    occurrence: int = 0  # tells copies of a prompt in one step apart: the first is 0, and each draws differently
 
 
 def name_prompts(requests: Iterable[Request]) -> str:

@@ -1,6 +1,7 @@
 """A run's output folder: the names of everything in it, and the lock by which one run at a time writes to it.
 
 config.json            settings of the run              checkpoints/   step_<n>/ each
+segments.jsonl         settings of each session
 metrics.jsonl          one line per step                    eval/          step_<n>.json, by training
 rollouts.jsonl         texts of some rollouts           results/       step_<n>.json, by `clipo eval`
 trace.jsonl            phases of each rank's steps      states/        step_<n>.safetensors: pooled hidden states
@@ -20,6 +21,7 @@ from typing import TextIO
 from clipo_megatron.runtime.durable_files import LockedError, lock
 
 SETTINGS = "config.json"
+SEGMENTS = "segments.jsonl"
 METRICS = "metrics.jsonl"
 ROLLOUTS = "rollouts.jsonl"
 TRACE = "trace.jsonl"
@@ -37,7 +39,7 @@ JOBS = "jobs"
 SCALE = "scale"
 PREVIOUS = "previous"
 RESULTS = (
-    METRICS, ROLLOUTS, CHECKPOINTS, EVALUATIONS, EVAL_RESULTS, TENSORBOARD, WANDB, STATES, TRACE, SETTINGS
+    METRICS, ROLLOUTS, CHECKPOINTS, EVALUATIONS, EVAL_RESULTS, TENSORBOARD, WANDB, STATES, TRACE, SETTINGS, SEGMENTS
 )  # fmt: skip
 STEP_NAMES = "step_*"  # a pattern of what `step_name` returns
 _LOCK = ".lock"

@@ -44,6 +44,7 @@ class Progress:
         self.console = console or Console(highlight=False, soft_wrap=True)
         self._durations: list[float] = []
         self._phase = _Countdown(self.console)
+        self._minutes = _Countdown(self.console, in_place=False)
         self._shown = 0
 
     def say(self, message: str) -> None:
@@ -57,25 +58,36 @@ class Progress:
         if self.enabled and self.console.is_terminal:
             self._phase.show("rollouts", done, wanted)
 
+    def answers(self, done: int, wanted: int) -> None:
+        """Show how far a long evaluation is, and the time left: in place on a terminal, else by a line now and then.
+
+        The last call of an evaluation has `done` equal to `wanted`.
+        """
+        if self.enabled:
+            (self._phase if self.console.is_terminal else self._minutes).show("answers", done, wanted)
+
     def step(self, report: StepReport) -> None:
-        """Print the step's line, with a dash for each metric that the step does not have."""
+        """Print the step's line: its number as in metrics.jsonl, the steps that are done with it, and its metrics, with
+        a dash for each that the step does not have."""
         if not self.enabled:
             return
         self._durations = [*self._durations[-9:], report.metrics.get(STEP_TIME, 0.0)]
         left = (self.total - report.step - 1) * sum(self._durations) / len(self._durations)
         columns = self._columns()
         if self._shown % HEADING_EVERY == 0:
-            self._line(["step", *(heading for heading, _, _ in columns), "time left"])
+            self._line(["step", "done", *(heading for heading, _, _ in columns), "time left"])
         self._shown += 1
         cells = [
             form.format(report.metrics[metric]) if metric in report.metrics else "-" for _, metric, form in columns
         ]
-        self._line([f"{report.step + 1}/{self.total}", *cells, duration(left)])
+        self._line([str(report.step), f"{report.step + 1}/{self.total}", *cells, duration(left)])
 
     def _columns(self) -> tuple[tuple[str, str, str], ...]:
         if not self.console.is_terminal:
             return COLUMNS
-        fitting = (self.console.width + len(_GAP)) // (_CELL + len(_GAP)) - 2  # step and time left are always shown
+        fitting = (self.console.width + len(_GAP)) // (
+            _CELL + len(_GAP)
+        ) - 3  # step, done and time left are always shown
         return COLUMNS[: max(fitting, 2)]
 
     def _line(self, cells: Sequence[str]) -> None:
@@ -100,12 +112,16 @@ class Progress:
 
 
 class _Countdown:
-    """A line that is overwritten about once a second until something else is printed."""
+    """A line that is overwritten about once a second until something else is printed; or, where nothing can be
+    overwritten, a line about twice a minute."""
 
     PATIENCE_S, EVERY_S = 5.0, 1.0
+    LINES_EVERY_S = 30.0
 
-    def __init__(self, console: Console):
-        self.console = console
+    def __init__(self, console: Console, *, in_place: bool = True):
+        self.console, self.in_place = console, in_place
+        self._patience_s = self.PATIENCE_S if in_place else self.LINES_EVERY_S
+        self._every_s = self.EVERY_S if in_place else self.LINES_EVERY_S
         self._start = self._last = 0.0
         self._done = self._first = 0
         self._width = 0  # of the text on the line
@@ -121,7 +137,7 @@ class _Countdown:
         self._done = done
         if done >= wanted:
             self.clear()
-        elif now - self._start >= self.PATIENCE_S and now - self._last >= self.EVERY_S:
+        elif now - self._start >= self._patience_s and now - self._last >= self._every_s:
             left = (now - self._start) / max(done - self._first, 1) * (wanted - done)
             self._write(f"{what} {done} of {wanted}, about {duration(left)} left")
             self._last = now
@@ -133,6 +149,10 @@ class _Countdown:
         self._start = 0.0
 
     def _write(self, text: str) -> None:
+        if not self.in_place:
+            if text:
+                self.console.print(text, markup=False, highlight=False, soft_wrap=True)
+            return
         text = text[: self.console.width - 1]
         self.console.file.write("\r" + text.ljust(self._width) + ("" if text else "\r"))
         self.console.file.flush()

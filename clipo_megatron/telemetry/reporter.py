@@ -6,10 +6,14 @@ import dataclasses
 import json
 import shlex
 import time
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch.distributed as dist
 
+from clipo_megatron.config.differences import plain
+from clipo_megatron.config.errors import spell
 from clipo_megatron.config.schema import RunConfig, WandbMode
 from clipo_megatron.evaluation.comparing import refuse_other_problems
 from clipo_megatron.evaluation.errors import EvaluationError
@@ -22,6 +26,7 @@ from clipo_megatron.runtime.run_dir import (
     EVALUATIONS,
     METRICS,
     ROLLOUTS,
+    SEGMENTS,
     SETTINGS,
     TENSORBOARD,
     WANDB,
@@ -29,6 +34,7 @@ from clipo_megatron.runtime.run_dir import (
 )
 from clipo_megatron.telemetry.alarms import alarms, stop_on, stop_on_skips
 from clipo_megatron.telemetry.console import Progress, duration
+from clipo_megatron.telemetry.segments import RunSegment, add_segment, changes, segment_before
 from clipo_megatron.telemetry.sinks import JsonLines, Sink, TensorBoard, read_lines, writing
 from clipo_megatron.telemetry.standstill import Standstill
 from clipo_megatron.telemetry.wandb import Wandb
@@ -71,10 +77,31 @@ class Reporter:
         dist.broadcast_object_list(found, src=0)
         self.evaluations = found[0]
 
-    def open(self, step: int) -> None:
-        """Open the logs for the steps from `step` on."""
+    def before(self, step: int) -> RunSegment | None:
+        """The session that made the step before `step`, on the main rank; None if nothing is known about it."""
+        return segment_before(self.output, step) if self.is_main else None
+
+    def say_changes(self, before: RunSegment) -> None:
+        """Print the settings that differ from those of a former session."""
+        found = changes(before, plain(self.config))
+        if not found:
+            return
+        self.say(f"settings that are not those of the steps before, {len(found)}:")
+        width = max(len(each.key) for each in found)
+        for each in found:
+            self.say(f"  {each.key:<{width}}  before {spell(each.before)}, now {spell(each.now)}")
+
+    def open(self, step: int, fingerprints: Mapping[str, Any] | None = None) -> None:
+        """Open the logs for the steps from `step` on, and write down with which settings these are trained.
+
+        Args:
+            step: the steps that are done.
+            fingerprints: what the settings stand for, on the main rank.
+        """
         if self.is_main:
             settings = json.dumps(dataclasses.asdict(self.config), indent=1, default=str)
+            with writing(self.output / SEGMENTS):
+                add_segment(self.output, step, plain(self.config), fingerprints or {})
             with writing(self.output / SETTINGS):
                 write_durably(self.output / SETTINGS, settings)
             self._sinks = [JsonLines(self.output / METRICS, from_step=step)]

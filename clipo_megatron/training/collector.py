@@ -9,7 +9,8 @@ Where rollouts grow in windows, a step has one round. What each rollout gained t
 carried over into the next step, where they take the places of as many new ones.
 
 Every prompt drawn from the sampler gets a request id, the same on all ranks: its number in the order of drawing, which
-is also the `position` of its request. The selected groups of a step get the positions 0, 1, ... in that order.
+is also the `position` of its request. The selected groups of a step get the positions 0, 1, ... in that order. Copies
+of a prompt that are at work in the same step are counted by `occurrence`, so that their rollouts are drawn differently.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
+from itertools import count
 from typing import Any
 
 import torch.distributed as dist
@@ -45,8 +47,10 @@ from clipo_megatron.training.prompt_assignment import (
 class _RankStatus:
     """What a rank tells the others after a round of requests."""
 
-    groups: list[tuple[int, bool]]  # request id of each complete group of the step, and whether it counts
+    # request id of each complete group of the step, whether it counts, and whether its answers are right and wrong
+    groups: list[tuple[int, bool, bool]]
     carried: int  # unfinished prompts; with windows, unfinished rollouts
+    copies: list[tuple[str, int]]  # prompt id and occurrence of what is carried over
     dropped: int  # prompts of this round that were dropped
     elapsed_s: float  # since the step began
 
@@ -61,6 +65,8 @@ class _StepCounters:
     recoveries: int = 0  # how often an engine was lost and requests were sent again
     # Request id of each complete group -> the rank that has it, and whether it counts.
     groups: dict[int, tuple[int, bool]] = field(default_factory=dict)
+    mixed: int = 0  # complete groups with right and wrong answers
+    copies: set[tuple[str, int]] = field(default_factory=set)  # prompt id and occurrence of what is carried over
     elapsed_s: list[float] = field(default_factory=list)  # at the end of each round, on the slowest rank
 
     def has_time(self, deadline_s: float) -> bool:
@@ -106,6 +112,8 @@ class Collector:
         self._running: list[Request] = []  # this rank's, which the engine still generates
         self._generation: Generation | None = None  # the detached generation that they belong to
         self._carried_by = [0] * len(source.rollout_ranks)  # `_weight` of each rank's requests; the same on every rank
+        # (prompt id, occurrence) of what was carried over or drawn in this step; the same on every rank
+        self._in_use: set[tuple[str, int]] = set()
 
     # --- a step --------------------------------------------------------------------------------------------------
 
@@ -127,12 +135,12 @@ class Collector:
                 but graders may still be at work.
         """
         sampler, carried = self.sampler.state_dict(), [*self._carried, *self._running]
-        before = (self._next_id, self._carried_by)
+        before = (self._next_id, self._carried_by, set(self._in_use))
         try:
             return self._collect(step)
         except Cancelled:
             self.sampler.load_state_dict(sampler)
-            self._next_id, self._carried_by = before
+            self._next_id, self._carried_by, self._in_use = before
             self._carried, self._running, self._generation = sorted(carried, key=_request_id), [], None
             raise
 
@@ -161,13 +169,14 @@ class Collector:
         positions, surplus = select_groups(counters.groups, size)
         mine = self._take_selected(held, positions, surplus, counters)
         finished = counters.groups.values()
+        self._in_use = counters.copies
         return mine, {
             "rollout/rounds": float(counters.rounds),
             "rollout/refilled_groups": float(counters.refilled),
             "rollout/discarded_groups": float(len(finished) - size - len(surplus)),
             "rollout/dropped_prompts": float(counters.dropped),
             "rollout/carried_prompts": float(self._places()),
-            "rollout/mixed_groups": sum(counts for _, counts in finished) / len(finished),
+            "rollout/mixed_groups": counters.mixed / len(finished),
             "rollout/recoveries": float(counters.recoveries),
             **self._engine_counts(),
         }
@@ -190,13 +199,15 @@ class Collector:
                 for rank, carried in zip(ranks, self._carried_by, strict=True)
             ]
             owners = assign_in_turn(room)
-        request_ids = range(self._next_id, self._next_id + len(owners))
-        self._next_id += len(owners)
-        return [
-            Request(request_id, self.prompts[index])
-            for request_id, owner, index in zip(request_ids, owners, self.sampler.draw(len(owners)), strict=True)
-            if ranks[owner] == self._rank
-        ]
+        drawn = [self._request(self.prompts[index]) for index in self.sampler.draw(len(owners))]
+        return [request for request, owner in zip(drawn, owners, strict=True) if ranks[owner] == self._rank]
+
+    def _request(self, prompt: Prompt) -> Request:
+        """A new request for a prompt, told apart from the others for the same prompt in this step."""
+        occurrence = next(each for each in count() if (prompt.id, each) not in self._in_use)
+        self._in_use.add((prompt.id, occurrence))
+        self._next_id += 1
+        return Request(self._next_id - 1, prompt, occurrence=occurrence)
 
     def _round(
         self, fresh: list[Request], quota: int, params: SamplingParams, deadline: float
@@ -233,23 +244,32 @@ class Collector:
             dropped = len(rest.unanswered) - len(self._running) - len(self._carried)
         groups = buffer.groups()
         if self._windows:
-            self._carried = continuations(each.group for each in groups)
+            occurrences = {each.position: each.occurrence for each in [*complete, *waiting]}
+            self._carried = [
+                each._replace(occurrence=occurrences[each.position])
+                for each in continuations(each.group for each in groups)
+            ]
         return groups, dropped, rest.resyncs
 
     def _share_status(self, held: dict[int, ScoredGroup], dropped: int, counters: _StepCounters) -> None:
         """Tell every rank how far the step is; collective."""
         dynamic = self.max_refill_rounds > 0
+        mixed = {request_id: has_reward_variance(scored) for request_id, scored in held.items()}
+        left = [*self._carried, *self._running]
         mine = _RankStatus(
-            [(request_id, has_reward_variance(scored) if dynamic else True) for request_id, scored in held.items()],
-            self._weight([*self._carried, *self._running]),
+            [(request_id, mixed[request_id] or not dynamic, mixed[request_id]) for request_id in held],
+            self._weight(left),
+            [(each.prompt.id, each.occurrence) for each in left],
             dropped,
             time.monotonic() - self._began,
         )
         everybody: list[_RankStatus] = [mine] * dist.get_world_size()
         dist.all_gather_object(everybody, mine)
         counters.groups = {
-            request_id: (rank, counts) for rank, each in enumerate(everybody) for request_id, counts in each.groups
+            request_id: (rank, counts) for rank, each in enumerate(everybody) for request_id, counts, _ in each.groups
         }
+        counters.mixed = sum(mixed for each in everybody for _, _, mixed in each.groups)
+        counters.copies = {pair for each in everybody for pair in each.copies}
         counters.elapsed_s.append(max(each.elapsed_s for each in everybody))
         counters.dropped += sum(each.dropped for each in everybody)
         self._carried_by = [everybody[rank].carried for rank in self.source.rollout_ranks]
@@ -304,7 +324,11 @@ class Collector:
         Rollouts that the engine still generates are in it as they were when it got them.
         """
         mine = {
-            each.position: {"id": each.prompt.id, "begun": [_facts(rollout) for rollout in each.begun]}
+            each.position: {
+                "id": each.prompt.id,
+                "begun": [_facts(rollout) for rollout in each.begun],
+                **({"occurrence": each.occurrence} if each.occurrence else {}),
+            }
             for each in [*self._carried, *self._running]
         }
         everybody: list[dict[int, dict[str, Any]]] = [{} for _ in range(dist.get_world_size())]
@@ -331,9 +355,9 @@ class Collector:
                 )
             rollouts = tuple(Rollout(**facts) for facts in each["begun"])
             fits = (self._carries or self._windows) and all(map(self._is_usable, rollouts))
-            assigned[request_id % len(self.source.rollout_ranks)].append(
-                Request(request_id, by_id[each["id"]], rollouts if fits else ())
-            )
+            request = Request(request_id, by_id[each["id"]], rollouts if fits else (), each.get("occurrence", 0))
+            assigned[request_id % len(self.source.rollout_ranks)].append(request)
+        self._in_use = {(each.prompt.id, each.occurrence) for requests in assigned for each in requests}
         self._carried_by = [self._weight(requests) for requests in assigned]
         if self._rank in self.source.rollout_ranks:
             self._carried = assigned[self.source.rollout_ranks.index(self._rank)]

@@ -12,7 +12,7 @@ from clipo_megatron.checkpoint.retention import MANIFEST, defect
 from clipo_megatron.config.model_folder import hf_folder
 from clipo_megatron.config.schema import EngineKind, RunConfig
 from clipo_megatron.evaluation.results import free_name, write_result
-from clipo_megatron.evaluation.tables import lines_of, result_table
+from clipo_megatron.evaluation.tables import left_out_lines, lines_of, result_table
 from clipo_megatron.policy.policy import Policy
 from clipo_megatron.rollout.engine import Cancelled
 from clipo_megatron.runtime.run_dir import CHECKPOINTS, EVAL_RESULTS
@@ -50,12 +50,15 @@ def evaluate_run(config: RunConfig, *, checkpoint: Path | None = None, file: Pat
         opened.callback(engine.close)
         session.stop.install()
         engine.update_weights(step)
+        problems, samples = len(session.eval_prompts), config.eval.samples
+        session.reporter.say(f"evaluating {chosen or config.model.path}: {problems} problems x {samples} samples")
         try:
             result = replace(engine.evaluate(step), checkpoint=str(chosen or ""))
         except Cancelled:
             raise EvaluationStopped(session.stop.signum) from None
         if session.is_main:
-            print(f"{chosen or config.model.path}, {step} steps", *lines_of(result_table(result)), sep="\n", flush=True)
+            lines = [*lines_of(result_table(result)), *left_out_lines(result)]
+            print(f"{chosen or config.model.path}, {step} steps", *lines, sep="\n", flush=True)
             file = file or free_name(session.output / EVAL_RESULTS, result)
             write_result(file, result)
             print(file)

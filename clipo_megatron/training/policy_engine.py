@@ -77,8 +77,10 @@ class PolicyEngine(Generic[P]):
             step=step,
             deadline_s=config.rollout.deadline_s,
             ks=config.eval.ks,
+            progress=session.reporter.progress.answers,
         )
-        return replace(result, model=config.model.path)
+        left_out = dict(session.held_out.too_long_by_source) if session.held_out is not None else {}
+        return replace(result, model=config.model.path, left_out=left_out)
 
     def close(self) -> None:
         """Close the sync, the graders and the engine; calling it again does nothing."""

@@ -14,7 +14,7 @@ from clipo_megatron.algorithms.build import build_algorithm
 from clipo_megatron.algorithms.hook import Signal
 from clipo_megatron.algorithms.methods.registry import max_refill_rounds
 from clipo_megatron.algorithms.run_context import build_hook_context
-from clipo_megatron.checkpoint import CheckpointContents, CheckpointItem, Checkpoints
+from clipo_megatron.checkpoint import CheckpointContents, CheckpointError, CheckpointItem, Checkpoints
 from clipo_megatron.config.model_folder import CRITIC, POLICY
 from clipo_megatron.config.schema import RunConfig
 from clipo_megatron.data.sampler import PromptSampler
@@ -23,9 +23,11 @@ from clipo_megatron.policy.batch.replay import ReplayCheckpointer
 from clipo_megatron.policy.checkpoint.state import TrainableCheckpointer
 from clipo_megatron.rollout.engine import Cancelled, SamplingParams
 from clipo_megatron.runtime.platform import platform
-from clipo_megatron.runtime.run_dir import CHECKPOINTS, set_aside
+from clipo_megatron.runtime.run_dir import CHECKPOINTS, set_aside, step_of
 from clipo_megatron.telemetry.recorder import Recorder
+from clipo_megatron.telemetry.segments import refusals, remarks
 from clipo_megatron.training.collector import Collector
+from clipo_megatron.training.fingerprints import fingerprints
 from clipo_megatron.training.policy_engine import PolicyEngine
 from clipo_megatron.training.session import Session
 from clipo_megatron.training.stop_signal import Stopped
@@ -40,10 +42,17 @@ class Run:
         self.session = session = Session(config)
         self.reporter = session.reporter
         self.train_prompts = session.problems.training(session.held_out)
+        self._fingerprints = (
+            fingerprints(config, session.tokenizer, train=self.train_prompts, held_out=session.held_out)
+            if session.is_main
+            else {}
+        )
         self.sampler = PromptSampler(
             len(self.train_prompts), config.data.prompts_per_step, seed=config.train.seed, shuffle=config.data.shuffle
         )
-        self.algorithm = build_algorithm(config, build_hook_context(config, session.tokenizer, self.train_prompts))
+        self.algorithm = build_algorithm(
+            config, build_hook_context(config, session.tokenizer, self.train_prompts, session.stop_ids)
+        )
         needs, updates = self.algorithm.needs, policy_updates(config, self.algorithm)
         with ExitStack() as opened:  # closes what was opened if something later fails
             self.engine = PolicyEngine(
@@ -114,6 +123,7 @@ class Run:
             if is_main and (previous := set_aside(output)):
                 self.reporter.say(f"starting over: the results of the run before are in {previous}")
         elif newest := self.checkpoints.latest():
+            self._compare_with_steps_before(step_of(newest))
             step = self.checkpoints.load(newest)
             self.reporter.say(f"resumed from {newest}, {step} steps done")
         elif is_main and self.reporter.has_metrics:
@@ -122,10 +132,26 @@ class Run:
         self.engine.update_weights(step)
         return step
 
+    def _compare_with_steps_before(self, step: int) -> None:
+        """Say what has changed since the steps up to `step`; collective.
+
+        Raises:
+            CheckpointError: on every rank, because the run cannot go on with what has changed.
+        """
+        found: list[list[str]] = [[]]
+        if (before := self.reporter.before(step)) is not None:
+            self.reporter.say_changes(before)
+            for remark in remarks(before.fingerprints, self._fingerprints):
+                self.reporter.say(f"warning: {remark}")
+            found = [refusals(before.fingerprints, self._fingerprints)]
+        dist.broadcast_object_list(found, src=0)
+        if found[0]:
+            raise CheckpointError(f"this run cannot be resumed: {' '.join(found[0])}")
+
     def before_training(self, step: int) -> None:
         """Open the logs, and evaluate the policy if that is due and was not done; collective."""
         config, layout = self.config, self.session.layout
-        self.reporter.open(step)
+        self.reporter.open(step, self._fingerprints)
         self.recorder.open(step)
         self.reporter.say(
             f"{config.name}: {Path(config.model.path).name}, {len(self.train_prompts)} problems, "

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import os
 import random
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -16,6 +14,7 @@ from clipo_megatron.config.model_folder import hf_folder
 from clipo_megatron.config.schema import RunConfig
 from clipo_megatron.data.prompts import load_tokenizer
 from clipo_megatron.data.splits import ProblemSets
+from clipo_megatron.data.stopping import stop_ids
 from clipo_megatron.flow import Prompt
 from clipo_megatron.policy import parallel
 from clipo_megatron.rewards.row_checks import check_answers
@@ -71,7 +70,7 @@ class Session:
 
         model_files = hf_folder(config.model.path)
         self.tokenizer = load_tokenizer(model_files)
-        self.stop_ids = stop_ids(model_files, self.tokenizer)
+        self.stop_ids = stop_ids(model_files, self.tokenizer, config.rollout.stop_tokens)
         self.problems = ProblemSets(
             config, self.tokenizer, self.reporter.say, self._folder_of_prompts(), once=_made_by_rank_zero
         )
@@ -100,13 +99,3 @@ def _made_by_rank_zero(make: Callable[[], Path]) -> Path:
     found = [make() if dist.get_rank() == 0 else None]
     dist.broadcast_object_list(found, src=0)
     return found[0] if found[0] is not None and found[0].is_file() else make()
-
-
-def stop_ids(folder: Path, tokenizer: Any) -> tuple[int, ...]:
-    """Token ids that end a response: the tokenizer's end of turn and those of generation_config.json."""
-    ids = {tokenizer.eos_token_id} - {None}
-    file = folder / "generation_config.json"
-    if file.exists():
-        declared = json.loads(file.read_text()).get("eos_token_id") or []
-        ids |= set(declared if isinstance(declared, list) else [declared])
-    return tuple(sorted(ids))

@@ -61,6 +61,8 @@ class Trainer:
                     weighed = actor.batcher.with_advantages(batch, each, algorithm)
                     metrics |= actor.update(weighed, each, algorithm, first=first)
                     first = False
+            if plan and run.config.report.measure_update_kl:
+                metrics |= actor.measure_update(micro_batches)
             algorithm.after_update(experience, learned=bool(plan))
         with watch("sync"):
             metrics |= run.engine.update_weights(self.step + 1)

@@ -44,3 +44,17 @@ def test_a_checkpoint_gets_the_result_that_training_gave_it(tmp_path):
     SmallRun(output, output, *other, "--output", str(one), command="eval").wait()
     assert len(read_result(one).problems) == 12 and read_result(one).step == 1
     assert read_result(one).model == trained.model and not practice.exists()
+
+
+def test_problems_that_are_too_long_are_counted(tmp_path):
+    """Three of eight problems do not fit: the result says so, in its file and on the console."""
+    config = write_config(tmp_path, write_model(tmp_path / "model", layers=1))
+    asked = write_problems(tmp_path / "mixed.jsonl", [f"Q{n}" * (1 if n < 5 else 40) for n in range(8)])
+    output = tmp_path / "run"
+    run = SmallRun(config, output, f"data.eval=[{{path: {asked}}}]", command="eval").wait()
+    result = read_result(output / "results" / "step_000000.json")
+    assert (len(result.problems), result.left_out) == (5, {"mixed": 3})
+    assert (
+        "mixed: 3 of 8 problems have prompts of more than data.max_prompt_tokens tokens and were not asked" in run.said
+    )
+    assert "5 problems x 1 samples" in run.said

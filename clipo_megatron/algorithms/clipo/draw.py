@@ -8,12 +8,15 @@ from hashlib import blake2b
 import torch
 from torch import Tensor
 
+from clipo_megatron.algorithms.seeds import told_apart
+
 
 def draws(prompt_ids: Sequence[str], group: Tensor, sample: Tensor | None, seed: int, step: int) -> Tensor:
     """Draw one uniform number for each rollout, for `contrastive_loss(uniform=...)`.
 
     The number is the leading 53 bits of BLAKE2b over (seed, step, prompt id, sample). It depends neither on the order
     of the rows, nor on the rank that computes it, nor on which other rollouts there are, nor on torch's generators.
+    Where a prompt stands in a step more than once, its later groups get numbers of their own.
 
     Args:
         prompt_ids: the id of each group's prompt.
@@ -31,7 +34,7 @@ def draws(prompt_ids: Sequence[str], group: Tensor, sample: Tensor | None, seed:
     if sample is not None and sample.shape != group.shape:
         raise ValueError(f"sample has shape {tuple(sample.shape)}, group {tuple(group.shape)}: give one of each a row.")
     seen = [0] * len(prompt_ids)
-    keys = [blake2b(f"{int(seed)}/{int(step)}/{prompt}".encode(), digest_size=8) for prompt in prompt_ids]
+    keys = [blake2b(f"{int(seed)}/{int(step)}/{prompt}".encode(), digest_size=8) for prompt in told_apart(prompt_ids)]
     samples = None if sample is None else sample.tolist()
     uniform = []
     for row, index in enumerate(group.tolist()):

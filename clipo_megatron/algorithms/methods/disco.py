@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Optional
 
 from clipo_megatron.algorithms import late_torch as torch
 from clipo_megatron.algorithms.hook import MethodOptions, TokenBatch
-from clipo_megatron.algorithms.policy_loss import GroupLoss, bonus_weight
+from clipo_megatron.algorithms.policy_loss import GroupLoss, bonus_weight, exp_where_it_acts
 from clipo_megatron.config.ranges import within
 from clipo_megatron.flow import Experience
 
@@ -56,7 +56,12 @@ class DisCO(GroupLoss):
     def scores(self, tokens: TokenBatch) -> Tensor:
         """Each token's part of s, and its log old - log new; [N, 2]."""
         gap = tokens.logprobs - tokens.old_logprobs
-        part = tokens.logprobs if self.options.score is DiscoScore.log_likelihood else gap.exp()
+        if self.options.score is DiscoScore.log_likelihood:
+            part = tokens.logprobs
+        elif tokens.score_gradient is None:
+            part = gap.exp()
+        else:  # rollouts of groups of one kind have no part in the loss
+            part = exp_where_it_acts(gap, idle=tokens.score_gradient[:, 0] == 0)
         return torch.stack([part / tokens.length, -gap], dim=1)
 
     def group_loss(self, scores: Tensor, experience: Experience, rows: Tensor) -> Tensor:

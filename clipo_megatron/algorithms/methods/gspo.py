@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from clipo_megatron.algorithms import late_torch as torch
 from clipo_megatron.algorithms.hook import TokenBatch
 from clipo_megatron.algorithms.methods.grpo import GRPO
+from clipo_megatron.algorithms.policy_loss import exp_where_it_acts, without_importance
 from clipo_megatron.config.schema import Aggregation
 
 if TYPE_CHECKING:
@@ -55,7 +56,9 @@ class GMPO(GRPO):
         log_ratio, positive = tokens.logprobs - tokens.old_logprobs, tokens.advantages > 0
         limited = torch.where(positive, log_ratio.clamp(max=self.clip_high), log_ratio.clamp(min=-self.clip_low))
         tokens.metrics["policy/clip_fraction"] = (tokens.weights * (limited != log_ratio)).sum().detach()
-        loss = -mean_with_own_gradient(limited, tokens).exp() * tokens.advantages
+        idle = (limited != log_ratio) | (tokens.advantages == 0) | without_importance(tokens)
+        mean_ratio = exp_where_it_acts(mean_with_own_gradient(limited, tokens), idle=idle)
+        loss = -mean_ratio * tokens.advantages
         return loss if tokens.importance is None else tokens.importance * loss
 
 

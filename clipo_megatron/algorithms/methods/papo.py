@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from clipo_megatron.algorithms import late_torch as torch
 from clipo_megatron.algorithms.hook import Hook, HookContext, MethodOptions, TokenBatch
-from clipo_megatron.algorithms.seeds import prompt_generator
+from clipo_megatron.algorithms.seeds import prompt_generator, told_apart
 from clipo_megatron.config.ranges import within
 from clipo_megatron.flow import RolloutTable
 
@@ -45,10 +45,10 @@ class PAPO(Hook):
     def variants(self, table: RolloutTable) -> dict[str, dict[int, Tensor]]:
         """Every prompt with about a share `mask` of its tokens replaced."""
         options, masked = self.options, {}
-        for group, name in enumerate(table.prompt_ids):
+        for group, (name, own) in enumerate(zip(table.prompt_ids, told_apart(table.prompt_ids), strict=True)):
             tokens = self.context.prompts[name].tokens
             hidden = (
-                torch.rand(tokens.numel(), generator=prompt_generator(options.seed, table.step, name)) < options.mask
+                torch.rand(tokens.numel(), generator=prompt_generator(options.seed, table.step, own)) < options.mask
             )
             masked[group] = torch.where(hidden, self.context.mask_id, tokens)
         return {"masked_logprob": masked}

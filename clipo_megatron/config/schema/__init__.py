@@ -63,7 +63,7 @@ __all__ = [
 
 @dataclass
 class RunConfig:
-    name: str = "run"  # name of the run, and by default of its folder
+    name: str = "run"  # name of the run, and by default of its folder; not given: that of the configuration file
     model: ModelConfig = field(default_factory=ModelConfig)
     layout: LayoutConfig = field(default_factory=LayoutConfig)
     data: DataConfig = field(default_factory=DataConfig)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 from math import gcd
-from typing import Optional
+from typing import Any, Optional
 
 from clipo_megatron.config.ranges import within
 
@@ -21,6 +21,8 @@ class ModelConfig:
     dtype: DType = DType.bf16  # dtype of parameters and activations; the optimizer keeps fp32 master weights
     recompute: bool = False  # recompute every layer in the backward pass: less memory, one more forward
     system_prompt: Optional[str] = None  # null: that of the chat template; "": none
+    # what the chat template reads beside the turns, such as enable_thinking: false
+    template_options: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass

@@ -35,6 +35,7 @@ class ReportConfig:
     # rollouts of a recorded step whose pooled states and embeddings are kept for `clipo report`; 0: none
     save_states: int = within(256, 0)
     states_every: int = within(0, 0)  # steps between two recorded ones; the first and the last are always recorded
+    measure_update_kl: bool = False  # measure how far a step moved the policy; costs one forward of its rollouts a step
     trace_every: int = within(10, 0)  # steps between two whose phases are traced on every rank; 0: none
     # alarm above this mean of exp(|log-prob of trainer - of engine|) over fresh rollouts; 1: they agree
     mult_prob_error_alarm: float = within(1.05, above=0)

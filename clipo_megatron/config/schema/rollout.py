@@ -70,6 +70,8 @@ class RolloutConfig:
     max_refill_rounds: Optional[int] = within(None, 0)
     samples_per_prompt: int = within(8, 1)  # rollouts of a group, G
     max_new_tokens: int = within(1024, 1)  # longest response, in tokens
+    # tokens that end a response, beside those that the model's files name; null: these must end a turn of the template
+    stop_tokens: Optional[list[str]] = None
     window_tokens: Optional[int] = within(None, 1)  # most tokens a step adds to a rollout; null: whole responses
     temperature: float = within(1.0, above=0)  # sampling temperature, also of the trainer's log-probs
     top_p: float = within(1.0, above=0, most=1, because="it is a share of the probability mass")  # 1: off

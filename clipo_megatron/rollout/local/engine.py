@@ -53,14 +53,15 @@ class _Line(NamedTuple):
     samples: tuple[int, ...]
     limit: int  # new tokens of each sample, at most
     begun: Rollout | None = None
+    occurrence: int = 0  # of the prompt in the step
 
 
 class LocalEngine:
     """Implements the `Engine` contract with transformers, in the process and on the device of its caller.
 
     It is built from `config.json` and the tokenizer of a Hugging Face folder; weights come only through `load_weights`.
-    The same weights and the same (seed, step, prompt id, sample) give the same response in any batch, except for
-    floating-point ties, which bf16 makes likely.
+    The same weights and the same (seed, step, prompt id, occurrence, sample) give the same response in any batch,
+    except for floating-point ties, which bf16 makes likely.
 
     Args:
         model_dir: Hugging Face folder.
@@ -237,7 +238,12 @@ class LocalEngine:
                 uniforms = np.stack(
                     [
                         rollout_uniforms(
-                            max(limits), seed=params.seed, step=params.step, prompt_id=line.prompt.id, sample=sample
+                            max(limits),
+                            seed=params.seed,
+                            step=params.step,
+                            prompt_id=line.prompt.id,
+                            sample=sample,
+                            occurrence=line.occurrence,
                         )
                         for line, sample in rows
                     ]
@@ -329,8 +335,9 @@ def _lines(index: int, request: Request, params: SamplingParams) -> Iterator[_Li
     """The tokens from which a request's unfinished samples are decoded."""
     prompt = request.prompt
     if missing := missing_samples(request, params):
-        yield _Line(index, prompt, prompt.tokens, tuple(missing), params.token_limit())
+        yield _Line(index, prompt, prompt.tokens, tuple(missing), params.token_limit(), occurrence=request.occurrence)
     for begun in request.begun:
         if if_finished(begun, params) is None:
             limit = params.token_limit(begun.trained) - begun.tokens.numel()
-            yield _Line(index, prompt, torch.cat((prompt.tokens, begun.tokens)), (begun.sample,), limit, begun)
+            tokens = torch.cat((prompt.tokens, begun.tokens))
+            yield _Line(index, prompt, tokens, (begun.sample,), limit, begun, request.occurrence)

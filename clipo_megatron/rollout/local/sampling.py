@@ -1,7 +1,7 @@
 """Sampling: the uniform random numbers of a rollout, and how a number selects a token.
 
-The numbers depend only on (seed, step, prompt id, sample), so the same policy gives the same responses whatever the
-batch, its order and the rank that generates.
+The numbers depend only on (seed, step, prompt id, occurrence, sample), so the same policy gives the same responses
+whatever the batch, its order and the rank that generates.
 """
 
 from __future__ import annotations
@@ -17,13 +17,17 @@ _CPU_CHUNK = 2**19  # logits that are processed at once on a CPU
 _TOP_P_CANDIDATES = 1024  # tried first: sorting the whole vocabulary takes about seven times as long
 
 
-def rollout_uniforms(count: int, *, seed: int, step: int, prompt_id: str, sample: int) -> np.ndarray:
+def rollout_uniforms(
+    count: int, *, seed: int, step: int, prompt_id: str, sample: int, occurrence: int = 0
+) -> np.ndarray:
     """The numbers in [0, 1) that select a rollout's tokens, [count] float64.
 
     A larger count extends the sequence without changing its beginning. Philox takes the whole 128-bit hash as its key,
-    so that two rollouts of a run never share a sequence.
+    so that two rollouts of a run never share a sequence. A prompt id ends with a number, "<source>/<row>", so no id
+    equals another one with its `occurrence`.
     """
-    name = f"{seed}/{step}/{sample}/{prompt_id}".encode()
+    copy = f"#{occurrence}" if occurrence else ""
+    name = f"{seed}/{step}/{sample}/{prompt_id}{copy}".encode()
     key = int.from_bytes(blake2b(name, digest_size=16).digest(), "little")
     return np.random.Generator(np.random.Philox(key=key)).random(count)
 

@@ -122,3 +122,10 @@ def test_ranks_with_equal_generators_draw_what_one_rank_would():
         for rows in torch.arange(48).chunk(3)
     ]
     torch.testing.assert_close(sum(shares), whole, rtol=1e-13, atol=1e-13)
+
+
+def test_copies_of_a_prompt_draw_differently():
+    twice = draws(["a/0", "b/0", "a/0"], torch.tensor([0, 0, 1, 2, 2]), torch.tensor([0, 1, 0, 0, 1]), seed=1, step=2)
+    once = draws(["a/0", "b/0"], torch.tensor([0, 0, 1]), torch.tensor([0, 1, 0]), seed=1, step=2)
+    assert torch.equal(twice[:3], once), "the first copy draws as if it were alone"
+    assert twice.unique().numel() == 5

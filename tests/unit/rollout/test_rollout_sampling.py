@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from hashlib import blake2b
+
 import numpy as np
 import pytest
 import torch
@@ -103,3 +105,13 @@ def test_streams_are_stable_distinct_and_uniform():
     assert first.min() >= 0 and first.max() < 1
     deciles = np.histogram(first, bins=10, range=(0, 1))[0]
     assert ((deciles - 400) ** 2 / 400).sum() < 27.9  # chi-square, 9 degrees of freedom, p = 0.001
+
+
+def test_copies_of_a_prompt_have_numbers_of_their_own():
+    place = {"seed": 1, "step": 2, "prompt_id": "gsm8k/17", "sample": 3}
+    copies = [rollout_uniforms(8, **place, occurrence=each).tolist() for each in range(3)]
+    assert copies[0] == rollout_uniforms(8, **place).tolist()
+    assert len({str(numbers) for numbers in copies}) == 3
+    name = f"{1}/{2}/{3}/gsm8k/17".encode()  # as runs before had it, without copies
+    key = int.from_bytes(blake2b(name, digest_size=16).digest(), "little")
+    assert copies[0] == np.random.Generator(np.random.Philox(key=key)).random(8).tolist()

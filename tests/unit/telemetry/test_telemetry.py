@@ -152,10 +152,10 @@ def test_lines_fit_the_terminal(width):
     heading, *rows = lines()
     assert len(rows) == 3
     assert all(len(line) == len(heading) <= width for line in rows)
-    assert heading.split()[:4] == ["step", "reward", "accuracy", "clipo"]
+    assert heading.split()[:5] == ["step", "done", "reward", "accuracy", "clipo"]
     assert heading.endswith("time left")
-    assert ("tokens" in heading) == (width >= 120)
-    assert rows[0].split()[0] == "1/20"
+    assert ("tokens" in heading) == (width > 120)
+    assert [row.split()[:2] for row in rows] == [["0", "1/20"], ["1", "2/20"], ["2", "3/20"]]
     assert rows[0].endswith("3m10s")  # 19 steps of 10 s
 
 
@@ -181,6 +181,33 @@ def test_a_long_step_counts_its_rollouts_on_a_terminal(terminal, monkeypatch):
     assert all(len(part) < 60 for part in lines())
 
 
+@pytest.mark.parametrize("terminal", [True, False])
+def test_a_long_evaluation_says_how_much_time_is_left(terminal, monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr("clipo_megatron.telemetry.console.time.monotonic", lambda: now[0])
+    progress, lines = screen(60, terminal=terminal)
+    for done in range(1, 101):
+        progress.answers(done, 100)
+        now[0] += 1.0
+    shown = [part.strip() for part in lines() if part.strip()]
+    if terminal:
+        assert shown[0] == "answers 6 of 100, about 1m34s left" and len(shown) > 80
+    else:
+        left = {31: "1m09s", 61: "39s", 91: "9s"}
+        assert shown == [f"answers {done} of 100, about {left[done]} left" for done in left]
+
+
+def test_the_console_and_the_metrics_number_steps_alike(tmp_path):
+    progress, lines = screen(200, terminal=False)
+    sink = JsonLines(tmp_path / "metrics.jsonl", from_step=0)
+    for step in range(3):
+        progress.step(report(step))
+        sink.write(report(step))
+    sink.close()
+    said = [int(line.split()[0]) for line in lines()[1:]]
+    assert said == [line["step"] for line in read_lines(tmp_path / "metrics.jsonl")]
+
+
 def test_a_file_gets_all_columns_and_no_colours():
     progress, lines = screen(40, terminal=False)
     for step in range(20):
@@ -194,7 +221,7 @@ def test_a_file_gets_all_columns_and_no_colours():
 def test_a_metric_that_a_step_lacks_is_a_dash():
     progress, lines = screen(120, terminal=False)
     progress.step(StepReport(0, {"time/step_s": 1.0, "reward/mean": math.nan}))
-    assert lines()[1].split() == ["1/20", "nan", "-", "-", "-", "1.0", "-", "-", "-", "19s"]
+    assert lines()[1].split() == ["0", "1/20", "nan", "-", "-", "-", "1.0", "-", "-", "-", "19s"]
 
 
 def test_other_ranks_print_nothing():
