@@ -49,7 +49,7 @@ def test_a_checkpoint_gets_the_result_that_training_gave_it(tmp_path):
 def test_problems_that_are_too_long_are_counted(tmp_path):
     """Three of eight problems do not fit: the result says so, in its file and on the console."""
     config = write_config(tmp_path, write_model(tmp_path / "model", layers=1))
-    asked = write_problems(tmp_path / "mixed.jsonl", [f"Q{n}" * (1 if n < 5 else 40) for n in range(8)])
+    asked = write_problems(tmp_path / "mixed.jsonl", [f"Q{n}" * (1 if n < 5 else 60) for n in range(8)])
     output = tmp_path / "run"
     run = SmallRun(config, output, f"data.eval=[{{path: {asked}}}]", command="eval").wait()
     result = read_result(output / "results" / "step_000000.json")
