@@ -41,6 +41,7 @@ class Prompt:
     extra: Mapping[str, Any] = field(default_factory=dict)  # the row's `extra_info`, or a generator's entry
     forms: tuple[str, ...] | None = None  # of the answer, as its text asks for them (data/asked.py); None: not known
     thinking: bool = False  # whether its text ends with thinking that it opened
+    occurrence: int = 0  # tells copies of it in one step apart: the first is 0, and each draws differently
 
 
 @dataclass(slots=True)

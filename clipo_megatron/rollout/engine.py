@@ -84,7 +84,6 @@ class Request(NamedTuple):
     position: int  # unique among unanswered requests; the request's group carries it
     prompt: Prompt
     begun: tuple[Rollout, ...] = ()  # partial rollouts of an interrupted request; aborted ones continue
-    occurrence: int = 0  # tells copies of a prompt in one step apart: the first is 0, and each draws differently
 
 
 def name_prompts(requests: Iterable[Request]) -> str:

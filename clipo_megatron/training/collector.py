@@ -207,7 +207,7 @@ class Collector:
         occurrence = next(each for each in count() if (prompt.id, each) not in self._in_use)
         self._in_use.add((prompt.id, occurrence))
         self._next_id += 1
-        return Request(self._next_id - 1, prompt, occurrence=occurrence)
+        return Request(self._next_id - 1, replace(prompt, occurrence=occurrence) if occurrence else prompt)
 
     def _round(
         self, fresh: list[Request], quota: int, params: SamplingParams, deadline: float
@@ -244,11 +244,7 @@ class Collector:
             dropped = len(rest.unanswered) - len(self._running) - len(self._carried)
         groups = buffer.groups()
         if self._windows:
-            occurrences = {each.position: each.occurrence for each in [*complete, *waiting]}
-            self._carried = [
-                each._replace(occurrence=occurrences[each.position])
-                for each in continuations(each.group for each in groups)
-            ]
+            self._carried = continuations(each.group for each in groups)
         return groups, dropped, rest.resyncs
 
     def _share_status(self, held: dict[int, ScoredGroup], dropped: int, counters: _StepCounters) -> None:
@@ -259,7 +255,7 @@ class Collector:
         mine = _RankStatus(
             [(request_id, mixed[request_id] or not dynamic, mixed[request_id]) for request_id in held],
             self._weight(left),
-            [(each.prompt.id, each.occurrence) for each in left],
+            [(each.prompt.id, each.prompt.occurrence) for each in left],
             dropped,
             time.monotonic() - self._began,
         )
@@ -327,7 +323,7 @@ class Collector:
             each.position: {
                 "id": each.prompt.id,
                 "begun": [_facts(rollout) for rollout in each.begun],
-                **({"occurrence": each.occurrence} if each.occurrence else {}),
+                **({"occurrence": each.prompt.occurrence} if each.prompt.occurrence else {}),
             }
             for each in [*self._carried, *self._running]
         }
@@ -355,9 +351,12 @@ class Collector:
                 )
             rollouts = tuple(Rollout(**facts) for facts in each["begun"])
             fits = (self._carries or self._windows) and all(map(self._is_usable, rollouts))
-            request = Request(request_id, by_id[each["id"]], rollouts if fits else (), each.get("occurrence", 0))
+            prompt = by_id[each["id"]]
+            if occurrence := each.get("occurrence", 0):
+                prompt = replace(prompt, occurrence=occurrence)
+            request = Request(request_id, prompt, rollouts if fits else ())
             assigned[request_id % len(self.source.rollout_ranks)].append(request)
-        self._in_use = {(each.prompt.id, each.occurrence) for requests in assigned for each in requests}
+        self._in_use = {(each.prompt.id, each.prompt.occurrence) for requests in assigned for each in requests}
         self._carried_by = [self._weight(requests) for requests in assigned]
         if self._rank in self.source.rollout_ranks:
             self._carried = assigned[self.source.rollout_ranks.index(self._rank)]

@@ -53,7 +53,6 @@ class _Line(NamedTuple):
     samples: tuple[int, ...]
     limit: int  # new tokens of each sample, at most
     begun: Rollout | None = None
-    occurrence: int = 0  # of the prompt in the step
 
 
 class LocalEngine:
@@ -243,7 +242,7 @@ class LocalEngine:
                             step=params.step,
                             prompt_id=line.prompt.id,
                             sample=sample,
-                            occurrence=line.occurrence,
+                            occurrence=line.prompt.occurrence,
                         )
                         for line, sample in rows
                     ]
@@ -335,9 +334,8 @@ def _lines(index: int, request: Request, params: SamplingParams) -> Iterator[_Li
     """The tokens from which a request's unfinished samples are decoded."""
     prompt = request.prompt
     if missing := missing_samples(request, params):
-        yield _Line(index, prompt, prompt.tokens, tuple(missing), params.token_limit(), occurrence=request.occurrence)
+        yield _Line(index, prompt, prompt.tokens, tuple(missing), params.token_limit())
     for begun in request.begun:
         if if_finished(begun, params) is None:
             limit = params.token_limit(begun.trained) - begun.tokens.numel()
-            tokens = torch.cat((prompt.tokens, begun.tokens))
-            yield _Line(index, prompt, tokens, (begun.sample,), limit, begun, request.occurrence)
+            yield _Line(index, prompt, torch.cat((prompt.tokens, begun.tokens)), (begun.sample,), limit, begun)
