@@ -11,6 +11,7 @@ from clipo_megatron.data.sources import DataError
 
 _KEY = "model.template_options"
 _WRITTEN_BY_US = {"messages", "add_generation_prompt"}  # what every rendering gives the template
+_HANDED_ON = {"tools", "documents"}  # arguments of `apply_chat_template` that it gives to the template as they are
 # What else a template is given without being asked, so that naming it would change nothing or break the rendering.
 _GIVEN = {"raise_exception", "strftime_now", "namespace", "range", "dict", "lipsum", "cycler", "joiner"}
 _TURNS = [{"role": "user", "content": "first"}]
@@ -68,7 +69,8 @@ def _template_of(tokenizer: Any) -> str:
 
 def _arguments(tokenizer: Any) -> set[str]:
     """The names that `apply_chat_template` takes itself, before the template sees them, and special tokens."""
-    return set(inspect.signature(tokenizer.apply_chat_template).parameters) | set(tokenizer.special_tokens_map)
+    arguments = set(inspect.signature(tokenizer.apply_chat_template).parameters) - _HANDED_ON
+    return arguments | set(tokenizer.special_tokens_map)
 
 
 def _why_unknown(name: str, known: set[str], tokenizer: Any) -> str:

@@ -51,6 +51,17 @@ def test_options_reach_the_template(tokenizer):
     assert tokenizer.decode(without.tokens) == tokenizer.decode(plain.tokens) + "<think></think>\n"
 
 
+def test_tools_are_handed_on_to_a_template_that_reads_them(tokenizer):
+    with pytest.raises(DataError, match="does not read it"):
+        rendered(tokenizer, tools=[])
+    template = tokenizer.chat_template
+    tokenizer.chat_template = "{% for each in tools or [] %}{{ each.name }} {% endfor %}" + template
+    try:
+        assert rendered(tokenizer, tools=[{"name": "search"}]).startswith("search <|im_start|>")
+    finally:
+        tokenizer.chat_template = template
+
+
 def test_every_rendering_of_a_run_has_them(model, tokenizer, tmp_path):
     from small_runs import write_config
 
