@@ -44,8 +44,8 @@ def left_out_lines(result: Evaluation) -> list[str]:
     """A sentence for each set of which problems were not asked."""
     asked = Counter(map(source_of, result.problems))
     return [
-        f"{source}: {count} of {count + asked[source]} problems have prompts of more than data.max_prompt_tokens tokens "
-        f"and were not asked; {'the figures are of the others' if asked[source] else 'it has no figures'}"
+        f"{source}: {count} of {count + asked[source]} problems have prompts of more than data.max_prompt_tokens "
+        f"tokens and were not asked; {'the figures are of the others' if asked[source] else 'it has no figures'}"
         for source, count in sorted(result.left_out.items())
     ]
 
