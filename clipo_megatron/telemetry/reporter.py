@@ -100,8 +100,9 @@ class Reporter:
         """
         if self.is_main:
             settings = json.dumps(dataclasses.asdict(self.config), indent=1, default=str)
-            with writing(self.output / SEGMENTS):
-                add_segment(self.output, step, plain(self.config), fingerprints or {})
+            if step < self.config.train.steps:  # a session that trains nothing is no segment of the run
+                with writing(self.output / SEGMENTS):
+                    add_segment(self.output, step, plain(self.config), fingerprints or {})
             with writing(self.output / SETTINGS):
                 write_durably(self.output / SETTINGS, settings)
             self._sinks = [JsonLines(self.output / METRICS, from_step=step)]
