@@ -11,10 +11,9 @@ from collections.abc import Collection, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
-from clipo_megatron.algorithms.run_context import build_hook_context
 from clipo_megatron.checks.grading import grading_problems
+from clipo_megatron.checks.method import build_method
 from clipo_megatron.checks.stopping import check_stopping
 from clipo_megatron.checks.weights import check_weights
 from clipo_megatron.config.errors import ConfigError, is_for_users
@@ -22,7 +21,7 @@ from clipo_megatron.config.model_folder import hf_folder
 from clipo_megatron.config.schema import EngineKind, RunConfig, SourceConfig
 from clipo_megatron.data.prompt_table import PromptTable
 from clipo_megatron.data.prompts import load_tokenizer, without_torch
-from clipo_megatron.data.sources import rows_of_all
+from clipo_megatron.data.sources import rows_of_all, unread_fields
 from clipo_megatron.data.splits import ProblemSets
 from clipo_megatron.rewards.row_checks import check_answers
 from clipo_megatron.rollout.local.supported import unusable
@@ -74,12 +73,12 @@ def check_contents(
         with found.noted():
             _read_rows(tried, trains, absent)
     else:
-        tokenizer = None
+        tokenizer, stop_ids = None, ()
         with without_torch() if light else nullcontext(), found.noted():
             _refuse_engine(config)
             tokenizer = load_tokenizer(hf_folder(config.model.path))
             with found.noted():
-                check_stopping(config, tokenizer)
+                stop_ids = check_stopping(config, tokenizer)
             sets = ProblemSets(tried, tokenizer, remarks.append, folder)
             if not _any_absent("eval", absent):
                 contents.held_out = sets.held_out()
@@ -87,13 +86,20 @@ def check_contents(
                 contents.train = sets.training(contents.held_out)
         if contents.train is not None:
             with found.noted():
-                _build_method(config, tokenizer, contents.train)
+                build_method(config, tokenizer, contents.train, stop_ids)
     if contents.train is not None or (contents.held_out is not None and not trains):
         with found.noted():
             _refuse_grading(config, contents, trains)
     found.refuse()
     contents.remarks = tuple(remarks)
     return contents
+
+
+def unread_files(config: RunConfig) -> Iterator[tuple[str, list[str]]]:
+    """The files of problems that have fields which nothing reads, and these fields."""
+    for source in (*config.data.train, *config.data.eval):
+        if source.path is not None and (unread := unread_fields(source.path)):
+            yield source.path, unread
 
 
 class _Findings:
@@ -125,13 +131,6 @@ def _refuse_engine(config: RunConfig) -> None:
     local = config.rollout.engine is EngineKind.local
     if local and (reason := unusable(hf_folder(config.model.path))):
         raise ConfigError(reason)
-
-
-def _build_method(config: RunConfig, tokenizer: Any, prompts: PromptTable) -> None:
-    """Build the baseline and the plug-ins, and let them look at the training problems."""
-    from clipo_megatron.algorithms.build import build_algorithm
-
-    build_algorithm(config, build_hook_context(config, tokenizer, prompts))
 
 
 def _refuse_grading(config: RunConfig, contents: Contents, trains: bool) -> None:

@@ -9,7 +9,7 @@ from urllib.parse import urlsplit
 
 from clipo_megatron.config.errors import ConfigProblem
 from clipo_megatron.config.schema import CorrectionKind, EngineKind, RunConfig, Transport, Unfinished
-from clipo_megatron.serving.commands import is_loopback
+from clipo_megatron.runtime.ports import is_loopback
 
 # The transports that an engine can receive weights by, the default first.
 TRANSPORTS = {

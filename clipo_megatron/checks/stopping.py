@@ -10,8 +10,8 @@ from clipo_megatron.config.schema import RunConfig
 from clipo_megatron.data.stopping import stop_ids, unended_turn
 
 
-def check_stopping(config: RunConfig, tokenizer: Any) -> None:
-    """Refuse a run in which nothing ends a turn; `tokenizer` is the policy's.
+def check_stopping(config: RunConfig, tokenizer: Any) -> tuple[int, ...]:
+    """Return the tokens that the run stops at, and refuse it where nothing ends a turn; `tokenizer` is the policy's.
 
     Raises:
         ConfigError: every response that ends its turn as the template writes it would go on to the length limit; the
@@ -21,10 +21,10 @@ def check_stopping(config: RunConfig, tokenizer: Any) -> None:
     tokens = config.rollout.stop_tokens
     ids = stop_ids(hf_folder(config.model.path), tokenizer, tokens)
     if tokens is not None:
-        return  # it says which tokens end a turn, or that none needs to
+        return ids  # it says which tokens end a turn, or that none needs to
     found = unended_turn(tokenizer, ids, config.model.template_options)
     if found is None:
-        return
+        return ids
     reason = f"nothing ends a turn, so responses would go on to rollout.max_new_tokens: {found.reason}. Candidates: "
     if found.candidates:
         reason += ", ".join(found.candidates)

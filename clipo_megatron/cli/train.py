@@ -71,8 +71,7 @@ def _report(config: RunConfig, place: Launch | None) -> int:
     """Read what the run reads and print what it would do. Of a generator some problems are made, to see that it can."""
     if place is not None and place.rank != 0:
         return 0
-    from clipo_megatron.checks.contents import check_contents
-    from clipo_megatron.data.sources import unread_fields
+    from clipo_megatron.checks.contents import check_contents, unread_files
 
     contents = check_contents(config, light=True)
     layout, ranks, train = config.layout, place.world if place else config.layout.requested_ranks, contents.train
@@ -90,9 +89,8 @@ def _report(config: RunConfig, place: Launch | None) -> int:
     print(f"  held out  {len(held_out or ()) + _not_made(config.data.eval)} problems{shared}")
     for remark in contents.remarks:
         print(f"            {remark}")
-    for source in (*config.data.train, *config.data.eval):
-        if unread := unread_fields(source):
-            print(f"  not read  {', '.join(unread)} of {source.path}")
+    for file, unread in unread_files(config):
+        print(f"  not read  {', '.join(unread)} of {file}")
     print(f"  output    {config.train.output}")
     return 0
 

@@ -77,3 +77,12 @@ def vocab_size(path: str) -> int | None:
 def is_run_settings(facts: Any) -> bool:
     """Whether the content of a config.json is a run's resolved configuration rather than a model's."""
     return isinstance(facts, dict) and "data" in facts and "train" in facts
+
+
+def read_run_settings(file: Path) -> dict[str, Any] | None:
+    """The settings in a run's config.json; None where there are none, or the file is something else."""
+    try:
+        settings = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return settings if is_run_settings(settings) else None

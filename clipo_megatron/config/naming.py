@@ -6,16 +6,14 @@ settings are those of the file; otherwise a line says where it is.
 
 from __future__ import annotations
 
-import json
 import os
 import sys
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from clipo_megatron.config.differences import differences, plain
-from clipo_megatron.config.model_folder import is_run_settings
+from clipo_megatron.config.model_folder import read_run_settings
 from clipo_megatron.config.schema import RunConfig
 
 _FORMER = "run"  # the name that all runs without one had
@@ -37,7 +35,7 @@ def at_its_former_place(config: RunConfig, file: Path) -> RunConfig:
     former, place = _RUNS / _FORMER, _RUNS / config.name
     if config.name == _FORMER or Path(config.train.output) != place or place.exists():
         return config
-    settings = _settings(former / "config.json")
+    settings = read_run_settings(former / "config.json")
     if settings is None or settings.get("name") != _FORMER:
         return config
     if found := differences(settings, plain(config), ignore=_MAY_DIFFER):
@@ -51,14 +49,6 @@ def at_its_former_place(config: RunConfig, file: Path) -> RunConfig:
         f"there. Write `name: {_FORMER}` into the file to keep it there for good"
     )
     return replace(config, name=_FORMER, train=replace(config.train, output=str(former)))
-
-
-def _settings(file: Path) -> Mapping[str, Any] | None:
-    try:
-        settings = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return settings if is_run_settings(settings) else None
 
 
 def _say(line: str) -> None:

@@ -181,15 +181,13 @@ def _media_error(place: str, field: str) -> DataError:
     )
 
 
-def unread_fields(source: SourceConfig) -> list[str]:
+def unread_fields(file: str) -> list[str]:
     """The fields of a file's rows that nothing here reads, as far as its schema or its first row tells.
 
     Raises:
         DataError: the file cannot be read.
     """
-    if source.path is None:
-        return []
-    path = Path(source.path)
+    path = Path(file)
     if path.suffix == ".parquet":
         import pyarrow.parquet
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import random
 import socket
 
@@ -9,6 +10,14 @@ import socket
 PORTS = range(20_000, 32_000)
 LOOPBACK = "127.0.0.1"
 _TRIES = 200
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach the address."""
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 class PortError(RuntimeError):

@@ -17,6 +17,7 @@ from typing import Any
 from clipo_megatron.config.errors import ConfigError
 from clipo_megatron.config.schema import DType, EngineKind, RunConfig
 from clipo_megatron.runtime.launch import cores
+from clipo_megatron.runtime.ports import is_loopback
 
 HERE = Path(__file__).parent
 DTYPES = {DType.fp32: "float32", DType.bf16: "bfloat16"}
@@ -75,14 +76,6 @@ def api_key(config: RunConfig, environment: Mapping[str, str] = os.environ) -> s
             "and where the trainer runs, or set serve.host=127.0.0.1."
         )
     return key or None
-
-
-def is_loopback(host: str) -> bool:
-    """Whether only this machine can reach the address."""
-    try:
-        return ipaddress.ip_address(host.strip("[]")).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 def url(host: str, port: int) -> str:

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from clipo_megatron.config.differences import ChangedSetting, differences
-from clipo_megatron.config.model_folder import is_run_settings
+from clipo_megatron.config.model_folder import is_run_settings, read_run_settings
 from clipo_megatron.runtime.run_dir import SEGMENTS, SETTINGS
 from clipo_megatron.telemetry.sinks import append, keep_before, read_lines
 
@@ -57,11 +57,8 @@ def segment_before(output: Path, step: int) -> RunSegment | None:
     trained = [each for each in found if each.step < step]
     if found:
         return (trained or found)[-1]
-    try:
-        settings = json.loads((output / SETTINGS).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return RunSegment(0, settings) if is_run_settings(settings) else None
+    settings = read_run_settings(output / SETTINGS)
+    return None if settings is None else RunSegment(0, settings)
 
 
 def add_segment(output: Path, step: int, settings: Mapping[str, Any], fingerprints: Mapping[str, Any]) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from clipo_megatron.checks.rollout import transport_of
 from clipo_megatron.config.model_folder import hf_folder
 from clipo_megatron.config.schema import EngineKind, RunConfig, Transport, Unfinished
 from clipo_megatron.data.response_text import response_decoder
@@ -19,7 +20,7 @@ from clipo_megatron.rollout.engine import Engine, InFlight, Memory
 from clipo_megatron.rollout.local.engine import LocalEngine
 from clipo_megatron.rollout.servers.pool import ServerPool
 from clipo_megatron.runtime.platform import platform
-from clipo_megatron.runtime.run_dir import WEIGHTS
+from clipo_megatron.runtime.run_dir import SERVERS, WEIGHTS
 from clipo_megatron.sync.broadcast import BroadcastSync
 from clipo_megatron.sync.colocation import ColocatedSync
 from clipo_megatron.sync.disk import DiskSync
@@ -55,7 +56,7 @@ def build_engine(config: RunConfig, layout: Layout, tokenizer: Any, say: Callabl
         )
     pool = None
     if layout.rank in rollout_ranks(config, layout):
-        pool = ServerPool.from_config(config, response_decoder(tokenizer))
+        pool = _pool_of_servers(config, tokenizer)
         wanted = len(config.rollout.endpoints) or config.rollout.servers
         if len(pool.discover()) < wanted:
             where = ", ".join(config.rollout.endpoints) or f"`clipo serve` with train.output={config.train.output}"
@@ -69,13 +70,25 @@ def build_engine(config: RunConfig, layout: Layout, tokenizer: Any, say: Callabl
     return pool
 
 
+def _pool_of_servers(config: RunConfig, tokenizer: Any) -> ServerPool:
+    rollout = config.rollout
+    return ServerPool(
+        rollout.engine,
+        decode=response_decoder(tokenizer),
+        config=rollout.pool,
+        endpoints=rollout.endpoints,
+        registry=Path(config.train.output) / SERVERS,
+        router=rollout.router,
+        api_key_env=rollout.api_key_env,
+        model=config.model.path,
+    )
+
+
 def build_sync(config: RunConfig, policy: Policy, engine: Engine | None) -> WeightSync:
     """Build this rank's part in giving the policy's weights to the engine."""
     if config.rollout.engine is EngineKind.local:
         return InProcessSync(policy, engine)
-    rollout = config.rollout
-    default = Transport.broadcast if rollout.engine is EngineKind.sglang else Transport.disk
-    transport = rollout.sync.transport or default
+    rollout, transport = config.rollout, transport_of(config)
     options: dict[str, Any] = {
         "in_flight": InFlight.retract if rollout.unfinished is Unfinished.keep_running else InFlight.abort,
         "join_deadline_s": rollout.pool.join_deadline_s,

@@ -10,11 +10,10 @@ from typing import Any
 import torch.distributed as dist
 
 from clipo_megatron.algorithms.algorithm import Algorithm
-from clipo_megatron.algorithms.build import build_algorithm
 from clipo_megatron.algorithms.hook import Signal
 from clipo_megatron.algorithms.methods.registry import max_refill_rounds
-from clipo_megatron.algorithms.run_context import build_hook_context
 from clipo_megatron.checkpoint import CheckpointContents, CheckpointError, CheckpointItem, Checkpoints
+from clipo_megatron.checks.method import build_method
 from clipo_megatron.config.model_folder import CRITIC, POLICY
 from clipo_megatron.config.schema import RunConfig
 from clipo_megatron.data.sampler import PromptSampler
@@ -24,11 +23,11 @@ from clipo_megatron.policy.checkpoint.state import TrainableCheckpointer
 from clipo_megatron.rollout.engine import Cancelled, SamplingParams
 from clipo_megatron.runtime.platform import platform
 from clipo_megatron.runtime.run_dir import CHECKPOINTS, set_aside, step_of
-from clipo_megatron.telemetry.recorder import Recorder
 from clipo_megatron.telemetry.segments import refusals, remarks
 from clipo_megatron.training.collector import Collector
 from clipo_megatron.training.fingerprints import fingerprints
 from clipo_megatron.training.policy_engine import PolicyEngine
+from clipo_megatron.training.recorder import Recorder
 from clipo_megatron.training.session import Session
 from clipo_megatron.training.stop_signal import Stopped
 from clipo_megatron.weights.formats.source import sidecar_files
@@ -50,9 +49,7 @@ class Run:
         self.sampler = PromptSampler(
             len(self.train_prompts), config.data.prompts_per_step, seed=config.train.seed, shuffle=config.data.shuffle
         )
-        self.algorithm = build_algorithm(
-            config, build_hook_context(config, session.tokenizer, self.train_prompts, session.stop_ids)
-        )
+        self.algorithm = build_method(config, session.tokenizer, self.train_prompts, session.stop_ids)
         needs, updates = self.algorithm.needs, policy_updates(config, self.algorithm)
         with ExitStack() as opened:  # closes what was opened if something later fails
             self.engine = PolicyEngine(

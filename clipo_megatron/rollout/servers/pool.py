@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
-from clipo_megatron.config.schema import EngineKind, PoolConfig, RunConfig
+from clipo_megatron.config.schema import EngineKind, PoolConfig
 from clipo_megatron.rollout.continuation import Decode
 from clipo_megatron.rollout.engine import (
     EngineError,
@@ -33,7 +33,6 @@ from clipo_megatron.rollout.servers.registry import Registry, Status
 from clipo_megatron.rollout.servers.server import LiveServer, Server, ServerError
 from clipo_megatron.rollout.servers.sglang import SGLangServer
 from clipo_megatron.rollout.servers.vllm import VLLMServer
-from clipo_megatron.runtime.run_dir import SERVERS
 
 T = TypeVar("T")
 
@@ -88,20 +87,6 @@ class ServerPool:
             self._members, config, router=self._connect(router, routed=True) if router else None, counts=self._counts
         )
         self._generation: PoolGeneration | None = None
-
-    @classmethod
-    def from_config(cls, config: RunConfig, decode: Decode) -> ServerPool:
-        rollout = config.rollout
-        return cls(
-            rollout.engine,
-            decode=decode,
-            config=rollout.pool,
-            endpoints=rollout.endpoints,
-            registry=Path(config.train.output) / SERVERS,
-            router=rollout.router,
-            api_key_env=rollout.api_key_env,
-            model=config.model.path,
-        )
 
     def _connect(self, url: str, **options: bool) -> Server:
         return _CLIENTS[self.kind](url, api_key_env=self._api_key_env, decode=self._decode, **options)

@@ -4,7 +4,7 @@ import pytest
 from tiny_models import tiny_llama
 from transformers import AutoTokenizer
 
-from clipo_megatron.algorithms.run_context import build_hook_context
+from clipo_megatron.checks.method import build_hook_context
 from clipo_megatron.config.errors import ConfigError
 from clipo_megatron.config.load import load
 from clipo_megatron.data.prompts import ChatRenderer, tokenize

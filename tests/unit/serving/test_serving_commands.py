@@ -6,11 +6,12 @@ from pathlib import Path
 import pytest
 
 from clipo_megatron.cli import main as cli
-from clipo_megatron.cli import serve as command
 from clipo_megatron.config.errors import ConfigError
 from clipo_megatron.config.load import load
 from clipo_megatron.config.schema import DType, EngineKind, ModelConfig, RolloutConfig, RunConfig, ServeConfig
-from clipo_megatron.serving.commands import ServerSlot, api_key, is_loopback, server_command, url
+from clipo_megatron.runtime.ports import is_loopback
+from clipo_megatron.serving import serve as command
+from clipo_megatron.serving.commands import ServerSlot, api_key, server_command, url
 
 PYTHON = Path("envs/bin/python")
 KEY = "s3cret-key"
@@ -209,9 +210,9 @@ def test_refusals(run_file, capsys, monkeypatch, words, part):
 def test_more_gpus_than_there_are(run_file, monkeypatch):
     run = load(run_file, ["serve.servers=3", "serve.tp=2"])
     with pytest.raises(ConfigError, match=r"3 x 2 = 6 GPUs, and this machine offers 4"):
-        command._slots(run, ["a GPU"] * 4)
+        command.slots_of(run, ["a GPU"] * 4)
     run.serve.servers = 2
-    assert [slot.devices for slot in command._slots(run, ["a GPU"] * 4)] == [("0", "1"), ("2", "3")]
+    assert [slot.devices for slot in command.slots_of(run, ["a GPU"] * 4)] == [("0", "1"), ("2", "3")]
 
 
 def test_serve_help_teaches(capsys):

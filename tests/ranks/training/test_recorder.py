@@ -14,9 +14,9 @@ from clipo_megatron.policy import parallel
 from clipo_megatron.policy.actor import PolicyActor
 from clipo_megatron.policy.batch.exchange import build_table
 from clipo_megatron.telemetry.console import Stopwatch
-from clipo_megatron.telemetry.recorder import Recorder
 from clipo_megatron.telemetry.sinks import read_lines
 from clipo_megatron.telemetry.states import States, chosen, file_of, read_states, steps_with_states, write_states
+from clipo_megatron.training.recorder import Recorder
 
 STEPS, SAMPLES = 4, 4
 ALONE = LayoutConfig(max_tokens_per_microbatch=100)

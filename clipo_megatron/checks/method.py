@@ -1,4 +1,4 @@
-"""What the hooks of an algorithm may use of the run they belong to."""
+"""Builds a run's method and shows it the training problems: before the run as a check, and by the run itself."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from clipo_megatron.algorithms import late_torch as torch
+from clipo_megatron.algorithms.algorithm import Algorithm
 from clipo_megatron.algorithms.hook import HookContext
 from clipo_megatron.config.schema import RunConfig
 from clipo_megatron.data.prompt_table import PromptsById
@@ -18,11 +19,28 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+def build_method(config: RunConfig, tokenizer: Any, prompts: Sequence[Prompt], stop_ids: Sequence[int]) -> Algorithm:
+    """Build the baseline and the plug-ins, and let them look at the training problems; see `build_hook_context`.
+
+    Raises:
+        ConfigError: a hook cannot be found or built, or needs what nothing provides.
+    """
+    from clipo_megatron.algorithms.build import build_algorithm
+
+    return build_algorithm(config, build_hook_context(config, tokenizer, prompts, stop_ids))
+
+
 def build_hook_context(
     config: RunConfig, tokenizer: Any, prompts: Sequence[Prompt], stop_ids: Sequence[int] = ()
 ) -> HookContext:
-    """Build the context of a run with these training prompts; `tokenizer` is the policy's, and `stop_ids` end a
-    response where the tokenizer itself names no end."""
+    """Build what the hooks of a method may use of the run they belong to.
+
+    Args:
+        config: the configuration.
+        tokenizer: the policy's.
+        prompts: the training problems.
+        stop_ids: tokens that end a response; the first stands for the end where the tokenizer itself names none.
+    """
     renderer = ChatRenderer(tokenizer, config.model.system_prompt, config.model.template_options)
 
     def tokenize(text: str) -> Tensor:
