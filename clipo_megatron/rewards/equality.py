@@ -11,6 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from itertools import pairwise
+from typing import TypeVar
 
 from clipo_megatron.rewards import closeness
 from clipo_megatron.rewards.leaf import leaves_agree
@@ -26,6 +27,10 @@ _GROUPED = re.compile(r"(?<![\d.,])\d{1,3}(?:,\d{3})+(?![\d,])")
 _INDIAN = re.compile(r"(?<![\d.,])\d{1,2}(?:,\d{2})+,\d{3}(?![\d,])")
 _UNIT_OF_COLLECTION = re.compile(r"(?<=[)\]}])\s*\\text\s*\{\s*(?!,?\s*(?:and|or|but|not|if|when)\b)[^{}]*\}$")
 _INFINITE = re.compile(r"([-+]?)\s*(?:\\infty|\\text\{inf(?:inity)?\}|infinity|inf|oo)")
+
+# What a relation's sign becomes when its sides change places.
+_TURNED = {"<": ">", ">": "<", "<=": ">=", ">=": "<=", "=": "=", "!=": "!=", "~": "~"}
+_Part = TypeVar("_Part")
 
 Interval = tuple[str, str, str, str]  # bracket, start, end, bracket
 
@@ -57,7 +62,7 @@ def shapes_agree(answer: Shape, gold: Shape) -> bool:
     if any(_may_be_region(shape) for shape in (answer, gold)):
         regions = _region(answer), _region(gold)
         if regions[0] is not None and regions[1] is not None:
-            return _same_regions(*regions)
+            return _pair_up(*regions, _same_interval)
     if answer.kind == gold.kind == "relation":
         return _relations_agree(answer, gold)
     if answer.kind == "relation" and gold.kind not in ("list", "set"):
@@ -104,13 +109,18 @@ def _any_order(answer: Shape, gold: Shape) -> bool:
     if len(answers) != len(golds):
         return False
     answers, golds = _without_common_name(answers), _without_common_name(golds)
+    return _pair_up(answers, golds, shapes_agree)
+
+
+def _pair_up(answers: Sequence[_Part], golds: Sequence[_Part], same: Callable[[_Part, _Part], bool]) -> bool:
+    """Whether each part of the gold answer has one of the answer for itself, and none is left."""
     left = list(answers)
-    for wanted in golds:
-        found = next((each for each in left if shapes_agree(each, wanted)), None)
+    for gold in golds:
+        found = next((each for each in left if same(each, gold)), None)
         if found is None:
             return False
         left.remove(found)
-    return True
+    return not left
 
 
 def _elements(shape: Shape) -> list[Shape]:
@@ -235,7 +245,6 @@ def _shortened(chain: Shape, plain: Shape, chain_is_answer: bool) -> tuple[Shape
 
 
 def _say_the_same(answer: Shape, gold: Shape) -> bool:
-    turned = {"<": ">", ">": "<", "<=": ">=", ">=": "<=", "=": "=", "!=": "!=", "~": "~"}
     left, right = [part.text for part in answer.parts], [part.text for part in gold.parts]
     if _squeezed("".join(left)) == _squeezed("".join(right)) and answer.signs == gold.signs:
         return True
@@ -243,10 +252,10 @@ def _say_the_same(answer: Shape, gold: Shape) -> bool:
         return False
     ratio = closeness.proportional((left[0], left[1]), (right[0], right[1]))
     if ratio is None:
-        both_sides: Callable[[Sequence[Shape]], bool] = lambda parts: _in_order(parts, gold.parts)  # noqa: E731
-        straight, swapped = answer.signs == gold.signs, turned[answer.signs[0]] == gold.signs[0]
-        return (straight and both_sides(answer.parts)) or (swapped and both_sides(answer.parts[::-1]))
-    wanted = answer.signs[0] if ratio > 0 else turned[answer.signs[0]]
+        if answer.signs == gold.signs and _in_order(answer.parts, gold.parts):
+            return True
+        return _TURNED[answer.signs[0]] == gold.signs[0] and _in_order(answer.parts[::-1], gold.parts)
+    wanted = answer.signs[0] if ratio > 0 else _TURNED[answer.signs[0]]
     return wanted == gold.signs[0]
 
 
@@ -286,7 +295,7 @@ def _solutions(shape: Shape) -> list[Interval] | None:
     if not _is_name(parts[0]) or not closeness.is_constant(bound):
         if not _is_name(parts[1]) or not closeness.is_constant(parts[0].text):
             return None
-        sign, bound = {"<": ">", ">": "<", "<=": ">=", ">=": "<="}.get(sign, sign), parts[0].text
+        sign, bound = _TURNED[sign], parts[0].text
     if sign == "!=":
         return [("(", "-\\infty", bound, ")"), ("(", bound, "\\infty", ")")]
     if sign[0] == "<":
@@ -311,16 +320,6 @@ def _intersection(pieces: list[Interval]) -> list[Interval] | None:
 def _bound(text: str) -> str:
     infinite = _INFINITE.fullmatch(text.strip())
     return f"{infinite[1].replace('+', '')}\\infty" if infinite else text
-
-
-def _same_regions(answers: list[Interval], golds: list[Interval]) -> bool:
-    left = list(answers)
-    for gold in golds:
-        found = next((each for each in left if _same_interval(each, gold)), None)
-        if found is None:
-            return False
-        left.remove(found)
-    return not left
 
 
 def _same_interval(answer: Interval, gold: Interval) -> bool:
