@@ -24,9 +24,9 @@ os.environ["RAYON_NUM_THREADS"] = "1"  # the tokenizer's threads
 
 from clipo_megatron.config.schema import SourceConfig
 from clipo_megatron.data.preparing import PromptSettings, prompts_of
-from clipo_megatron.data.prompts import load_tokenizer, without_torch
 from clipo_megatron.data.rendering import ChatRenderer
 from clipo_megatron.data.sources import rows_of
+from clipo_megatron.data.tokenizer import load_tokenizer, without_torch
 
 TEXT = (
     "the a train leaves station with passengers and travels kilometres every hour until it reaches next city where "

@@ -20,9 +20,9 @@ from clipo_megatron.config.errors import ConfigError, is_for_users
 from clipo_megatron.config.model_folder import hf_folder
 from clipo_megatron.config.schema import EngineKind, RunConfig, SourceConfig
 from clipo_megatron.data.prompt_table import PromptTable
-from clipo_megatron.data.prompts import load_tokenizer, without_torch
 from clipo_megatron.data.sources import rows_of_all, unread_fields
 from clipo_megatron.data.splits import ProblemSets
+from clipo_megatron.data.tokenizer import load_tokenizer, without_torch
 from clipo_megatron.rewards.row_checks import check_answers
 from clipo_megatron.rollout.local.supported import unusable
 from clipo_megatron.runtime.run_dir import refuse_unwritable

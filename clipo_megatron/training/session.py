@@ -12,9 +12,9 @@ import torch.distributed as dist
 
 from clipo_megatron.config.model_folder import hf_folder
 from clipo_megatron.config.schema import RunConfig
-from clipo_megatron.data.prompts import load_tokenizer
 from clipo_megatron.data.splits import ProblemSets
 from clipo_megatron.data.stopping import stop_ids
+from clipo_megatron.data.tokenizer import load_tokenizer
 from clipo_megatron.flow import Prompt
 from clipo_megatron.policy import parallel
 from clipo_megatron.rewards.row_checks import check_answers

@@ -12,7 +12,7 @@ from small_runs import SmallRun, metrics
 from transformers import AutoModelForCausalLM
 
 from clipo_megatron.config.schema import DType, EngineKind, PoolConfig
-from clipo_megatron.data.prompts import load_tokenizer
+from clipo_megatron.data.tokenizer import load_tokenizer
 from clipo_megatron.flow import Prompt
 from clipo_megatron.rollout.engine import Request, SamplingParams
 from clipo_megatron.rollout.local.engine import LocalEngine

@@ -9,7 +9,7 @@ from update_steps import actor_on
 
 from clipo_megatron.config.load import load
 from clipo_megatron.config.schema import LayoutConfig
-from clipo_megatron.data.prompts import load_tokenizer
+from clipo_megatron.data.tokenizer import load_tokenizer
 from clipo_megatron.training.stop_signal import SIGNALS, StopSignal
 
 

@@ -2,11 +2,13 @@
 
 import pytest
 import torch
+from tokenized import tokenize
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from clipo_megatron.data.prompts import ChatRenderer, load_tokenizer, tokenize
+from clipo_megatron.data.rendering import ChatRenderer
 from clipo_megatron.data.sources import DataError, Row
+from clipo_megatron.data.tokenizer import load_tokenizer
 
 # Writes a default system prompt before the first turn, as SmolLM2 and Qwen2.5 do.
 DEFAULT_SYSTEM = """\
@@ -57,7 +59,7 @@ def row(question="Why?", *before, number=0):
 def rendered(template, system_prompt, *rows):
     made = tokenizer(template)
     found = tokenize(rows or [row()], made, system_prompt=system_prompt, max_prompt_tokens=10_000)
-    return [made.decode(prompt.tokens) for prompt in found.prompts]
+    return [made.decode(prompt.tokens) for prompt in found]
 
 
 @pytest.mark.parametrize(
@@ -110,7 +112,7 @@ def test_earlier_turns_stay():
 
 def test_prompt_carries_the_row():
     made = tokenizer(DEFAULT_SYSTEM)
-    (prompt,) = tokenize([row(number=7)], made, system_prompt="Hi", max_prompt_tokens=100).prompts
+    (prompt,) = tokenize([row(number=7)], made, system_prompt="Hi", max_prompt_tokens=100)
     assert (prompt.id, prompt.data_source, prompt.ground_truth, prompt.extra) == ("demo/7", "demo", "x", {"index": 7})
     assert prompt.tokens.dtype == torch.int64 and prompt.tokens.ndim == 1
     assert prompt.messages == ({"role": "system", "content": "Hi"}, {"role": "user", "content": "Why?"})
@@ -121,9 +123,9 @@ def test_prompt_carries_the_row():
 def test_long_prompts_are_left_out_and_counted():
     made = tokenizer(DEFAULT_SYSTEM)
     rows = [row("x" * length, number=length) for length in (1, 2, 3, 4)]
-    edge = len(tokenize(rows[1:2], made, system_prompt="", max_prompt_tokens=1000).prompts[0].tokens)
+    edge = len(tokenize(rows[1:2], made, system_prompt="", max_prompt_tokens=1000)[0].tokens)
     found = tokenize(rows, made, system_prompt="", max_prompt_tokens=edge)
-    assert [prompt.id for prompt in found.prompts] == ["demo/1", "demo/2"] and found.too_long == 2
+    assert [prompt.id for prompt in found] == ["demo/1", "demo/2"] and found.too_long == 2
     with pytest.raises(DataError, match=f"leaves out all 4 prompts: the shortest has {edge - 1} tokens"):
         tokenize(rows, made, system_prompt="", max_prompt_tokens=3)
 

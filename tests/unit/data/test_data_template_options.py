@@ -2,12 +2,13 @@
 
 import pytest
 from tiny_models import tiny_llama
+from tokenized import tokenize
 from transformers import AutoTokenizer
 
 from clipo_megatron.checks.method import build_hook_context
 from clipo_megatron.config.errors import ConfigError
 from clipo_megatron.config.load import load
-from clipo_megatron.data.prompts import ChatRenderer, tokenize
+from clipo_megatron.data.rendering import ChatRenderer
 from clipo_megatron.data.sources import DataError, Row
 from clipo_megatron.data.splits import held_out_problems, training_problems
 
@@ -45,7 +46,7 @@ def test_options_reach_the_template(tokenizer):
     assert rendered(tokenizer, reasoning_effort="high").endswith("Effort: high")
     row = Row("a/0", ({"role": "user", "content": "Why?"},), "a", "x", {})
     plain, without = (
-        tokenize([row], tokenizer, system_prompt=None, max_prompt_tokens=99, template_options=options).prompts[0]
+        tokenize([row], tokenizer, system_prompt=None, max_prompt_tokens=99, template_options=options)[0]
         for options in ({}, {"enable_thinking": False})
     )
     assert tokenizer.decode(without.tokens) == tokenizer.decode(plain.tokens) + "<think></think>\n"

@@ -7,16 +7,25 @@ from model_folders import whole_folder
 
 from clipo_megatron.cli import main as cli
 from clipo_megatron.config.schema import GraderMode, RunConfig, SourceConfig
-from clipo_megatron.data.sources import DataError, Row
+from clipo_megatron.data.asked import asked_forms
+from clipo_megatron.data.prompt_table import RenderedRow
+from clipo_megatron.data.sources import DataError
 from clipo_megatron.rewards.row_checks import check_answers, source_problems
 
 BOX = "\nPut your final answer within \\boxed{}."
 TESTS = json.dumps({"inputs": ["1\n"], "outputs": ["2\n"]})
 
 
-def rows(truth: str, *, asks: str = BOX, source: str = "my/set", count: int = 3) -> list[Row]:
-    turns = ({"role": "user", "content": f"What is it?{asks}"},)
-    return [Row(f"set/{number}", turns, source, truth, {}) for number in range(count)]
+def rows(
+    truth: str, *, asks: str = BOX, before: str = "", source: str = "my/set", count: int = 3, first: int = 0
+) -> list[RenderedRow]:
+    """Rows whose prompt asks for an answer in their turn, or in what a template writes `before` it."""
+    text = f"What is it?{asks}"
+    forms = asked_forms(f"{before}\n{text}")
+    turns = ({"role": "user", "content": text},)
+    return [
+        RenderedRow(f"set/{number}", turns, source, truth, {}, forms, False) for number in range(first, first + count)
+    ]
 
 
 def config(**reward) -> RunConfig:
@@ -64,11 +73,8 @@ def test_rows_that_are_wrong_for_ever_are_refused_with_file_and_row(truth, asks,
     assert str(caught.value).startswith("folder/set.jsonl, row 0")
 
 
-def test_the_system_prompt_and_the_template_may_ask():
-    asking = config()
-    asking.model.system_prompt = "Put your final answer within \\boxed{}."
-    check_answers(asking, rows("42", asks=""))
-    check_answers(config(), rows("42", asks=""), template="{{ 'put your final answer within \\\\boxed{}.' }}")
+def test_what_is_rendered_before_the_turn_may_ask():
+    check_answers(config(), rows("42", asks="", before="Put your final answer within \\boxed{}."))
 
 
 def test_modes_that_need_no_form_and_modes_that_need_the_box():
@@ -83,7 +89,7 @@ def test_modes_that_need_no_form_and_modes_that_need_the_box():
 def test_one_row_of_tests_among_many_is_found():
     found = [
         *rows("42", count=2000),
-        Row("set/2000", rows("1")[0].messages, "my/set", TESTS, {}),
+        *rows(TESTS, count=1, first=2000),
         *rows("42", count=2000),
     ]
     with pytest.raises(DataError, match="row 2000"):

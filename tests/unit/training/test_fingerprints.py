@@ -8,8 +8,8 @@ from small_runs import write_config, write_model
 
 from clipo_megatron.config.load import load
 from clipo_megatron.data.prompt_table import PromptTable
-from clipo_megatron.data.prompts import load_tokenizer
 from clipo_megatron.data.splits import held_out_problems, training_problems
+from clipo_megatron.data.tokenizer import load_tokenizer
 from clipo_megatron.telemetry.segments import refusals, remarks
 from clipo_megatron.training.fingerprints import fingerprints, weights_digest
 

@@ -12,9 +12,9 @@ from small_runs import write_config, write_model
 from clipo_megatron.algorithms.build import build_algorithm
 from clipo_megatron.checkpoint import CheckpointError
 from clipo_megatron.config.load import load
-from clipo_megatron.data.prompts import load_tokenizer
 from clipo_megatron.data.sources import DataError, overlap
 from clipo_megatron.data.splits import held_out_problems, training_problems
+from clipo_megatron.data.tokenizer import load_tokenizer
 from clipo_megatron.runtime.warning_filters import NOISE, quiet_libraries
 from clipo_megatron.training.eval_run import steps_of
 from clipo_megatron.training.run import policy_updates

@@ -1,32 +1,15 @@
-"""The tokenizer of a model, and rows as prompts: chat template, token ids, and a limit on their length."""
+"""Loads the tokenizer of a model, with its chat template."""
 
 from __future__ import annotations
 
 import os
 import sys
-import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from clipo_megatron.data.preparing import PromptSettings, write_prompts
-from clipo_megatron.data.prompt_table import PromptTable
-from clipo_megatron.data.rendering import ChatRenderer, Messages
-from clipo_megatron.data.sources import DataError, Row
-from clipo_megatron.flow import Prompt
-
-__all__ = ["ChatRenderer", "Messages", "PromptSet", "load_tokenizer", "tokenize", "without_torch"]
-
-
-@dataclass(frozen=True, slots=True)
-class PromptSet:
-    """The prompts that fit, and the number of those that were too long, in all and by source."""
-
-    prompts: Sequence[Prompt]
-    too_long: int
-    too_long_by_source: Mapping[str, int] = field(default_factory=dict)
+from clipo_megatron.data.sources import DataError
 
 
 def load_tokenizer(path: str | Path) -> Any:
@@ -90,33 +73,3 @@ def _template_remedy(folder: Path) -> str:
             "stands there under chat_template into a file chat_template.jinja."
         )
     return "Use an instruct model, or add a chat_template.jinja to the folder."
-
-
-def tokenize(
-    rows: Iterable[Row],
-    tokenizer: Any,
-    *,
-    system_prompt: str | None,
-    max_prompt_tokens: int,
-    template_options: Mapping[str, Any] | None = None,
-) -> PromptSet:
-    """Apply the chat template with its generation prompt, and leave out prompts of more than `max_prompt_tokens`.
-
-    Args:
-        rows: the problems.
-        tokenizer: a Hugging Face tokenizer with a chat template.
-        system_prompt: None keeps a row's own system turn, or else the template's default; text replaces both; ""
-            removes both.
-        max_prompt_tokens: the limit.
-        template_options: what the template reads beside the turns.
-
-    Raises:
-        DataError: there are rows and none fits, or the template cannot render a row.
-    """
-    rows = list(rows)
-    by_id = {row.id: row for row in rows}
-    with tempfile.TemporaryFile() as file:
-        settings = PromptSettings(system_prompt, max_prompt_tokens, template_options or {})
-        write_prompts(rows, tokenizer, settings, file)
-        table = PromptTable(file, reread=lambda name: by_id)
-    return PromptSet(table, table.too_long, table.too_long_by_source)
