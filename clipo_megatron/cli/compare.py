@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from clipo_megatron.cli.evaluate import add_sets
+from clipo_megatron.cli.numbers import whole
+from clipo_megatron.config.schema.training import LARGEST_SEED
 from clipo_megatron.evaluation.comparing import Comparison, comparisons, refuse_other_problems
 from clipo_megatron.evaluation.errors import EvaluationError
 from clipo_megatron.evaluation.estimators import RESAMPLES
@@ -17,7 +19,7 @@ from clipo_megatron.evaluation.results import Evaluation, read_result
 from clipo_megatron.evaluation.tables import comparison_table, lines_of
 from clipo_megatron.runtime.durable_files import write_durably
 
-_SEEDS = 2**32
+_MOST_RESAMPLES = 1_000_000  # beyond, an interval is no better and takes minutes
 DESCRIPTION = """\
 Two results of `clipo eval`, problem by problem: is B better than A, and could that be luck?
 
@@ -37,8 +39,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("first", metavar="A.json", type=Path, help="a result of `clipo eval`, or of a run's eval/")
     parser.add_argument("second", metavar="B.json", type=Path, help="another one, of the same problems")
     add_sets(parser)
-    parser.add_argument("--seed", type=int, default=0, help="seed of the bootstrap; default 0")
-    parser.add_argument("--resamples", type=int, default=RESAMPLES, help=f"bootstrap samples; default {RESAMPLES}")
+    parser.add_argument(
+        "--seed", metavar="N", type=whole(0, LARGEST_SEED), default=0, help="seed of the bootstrap; default 0"
+    )
+    parser.add_argument(
+        "--resamples",
+        metavar="N",
+        type=whole(100, _MOST_RESAMPLES),
+        default=RESAMPLES,
+        help=f"bootstrap samples; default {RESAMPLES}",
+    )
     parser.add_argument("--json", metavar="FILE", type=Path, help="also write the figures to this file")
 
 
@@ -48,10 +58,6 @@ def run(options: argparse.Namespace) -> int:
     Raises:
         EvaluationError: a file holds no result, or the problems differ.
     """
-    if not 0 <= options.seed < _SEEDS:
-        raise EvaluationError(f"--seed {options.seed}: a seed is between 0 and {_SEEDS - 1}")
-    if options.resamples < 100:
-        raise EvaluationError(f"--resamples {options.resamples}: an interval needs 100 or more; 10000 are usual")
     first, second = read_result(options.first), read_result(options.second)
     refuse_other_problems(*(_with_sets(each, options.sets) for each in (first, second)), ("A", "B"))
     for source in sorted({*first.sources} ^ {*second.sources}) if not options.sets else ():

@@ -9,6 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from clipo_megatron.cli.numbers import positive, whole
+
 if TYPE_CHECKING:
     import torch
 
@@ -97,10 +99,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         ("vpp", "model chunks of each pipeline rank"),
         ("ep", "expert-parallel ranks"),
     ):
-        parser.add_argument(f"--{name}", metavar="N", type=_count, default=1, help=words)
-    parser.add_argument("--etp", metavar="N", type=_count, help="tensor-parallel ranks of each expert; default --tp")
-    parser.add_argument("--first-layers", metavar="N", type=_count, help="layers of the first pipeline rank")
-    parser.add_argument("--last-layers", metavar="N", type=_count, help="layers of the last pipeline rank")
+        parser.add_argument(f"--{name}", metavar="N", type=whole(), default=1, help=words)
+    parser.add_argument("--etp", metavar="N", type=whole(), help="tensor-parallel ranks of each expert; default --tp")
+    parser.add_argument("--first-layers", metavar="N", type=whole(), help="layers of the first pipeline rank")
+    parser.add_argument("--last-layers", metavar="N", type=whole(), help="layers of the last pipeline rank")
     _add_common(parser)
 
     parser = command("to-hf", _TO_HF, _TO_HF_EXAMPLES, _to_hf)
@@ -108,7 +110,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "source", metavar="CHECKPOINT", type=Path, help="folder with policy/ and manifest.json, or of a run"
     )
     parser.add_argument("target", metavar="OUT", type=Path, help="folder to make")
-    parser.add_argument("--max-shard-gb", metavar="GB", type=_positive, help="largest file of weights")
+    parser.add_argument("--max-shard-gb", metavar="GB", type=positive, help="largest file of weights")
     parser.add_argument("--master", action="store_true", help="the optimizer's fp32 weights in place of the parameters")
     parser.add_argument("--hf", metavar="DIR", type=Path, help="config and tokenizer, if the checkpoint has none")
     _add_common(parser)
@@ -118,8 +120,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("b", metavar="B", type=Path)
     parser.add_argument("--dtype", choices=DTYPES, help="dtype to cast to before comparing")
     parser.add_argument("--logits", action="store_true", help="also compare logits, through transformers")
-    parser.add_argument("--tolerance", type=_positive, help="largest difference of logits, relative to the largest")
-    parser.add_argument("--show", metavar="N", type=int, default=20, help="differences to list; default 20")
+    parser.add_argument("--tolerance", type=positive, help="largest difference of logits, relative to the largest")
+    parser.add_argument("--show", metavar="N", type=whole(0), default=20, help="differences to list; default 20")
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
@@ -132,7 +134,7 @@ def run(options: argparse.Namespace) -> int:
 
 def _add_common(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=DTYPES, help="cast to it on the way; default: as it is")
-    parser.add_argument("--threads", metavar="N", type=_count, help="threads that read and write; default up to 4")
+    parser.add_argument("--threads", metavar="N", type=whole(), help="threads that read and write; default up to 4")
     parser.add_argument("--dry-run", action="store_true", help="print what would be written, and write nothing")
 
 
@@ -210,19 +212,3 @@ def _dtype(name: str | None) -> torch.dtype | None:
     import torch
 
     return None if name is None else getattr(torch, DTYPES[name])
-
-
-def _count(text: str) -> int:
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of 1 or more")
-    return int(text)
-
-
-def _positive(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not value > 0:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
-    return value

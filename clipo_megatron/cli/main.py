@@ -58,7 +58,7 @@ examples:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code: 0, 2 for an error that the user can correct, 128 + a signal."""
-    options = parse(sys.argv[1:] if arguments is None else arguments)
+    options = parse(_readable(sys.argv[1:] if arguments is None else arguments))
     try:
         return options.run(options)
     except KeyboardInterrupt:
@@ -72,6 +72,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if _reports_errors(options):
             print(f"clipo: {_rank_prefix()}{error}", file=sys.stderr, flush=True)
         return getattr(error, "exit_code", USER_ERROR)
+
+
+def _readable(arguments: Sequence[str]) -> Sequence[str]:
+    """The arguments; ends the command where one is no text, which no file that is written could hold."""
+    for number, word in enumerate(arguments, start=1):
+        try:
+            word.encode()
+            if "\0" not in word:
+                continue
+            reason = "a NUL character"
+        except UnicodeEncodeError:
+            reason = "bytes that are not UTF-8"
+        shown = word.encode(errors="backslashreplace").decode().replace("\0", "\\0")
+        print(f"clipo: argument {number}, {shown[:60]!r}, holds {reason}. Correct it.", file=sys.stderr)
+        sys.exit(USER_ERROR)
+    return arguments
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:

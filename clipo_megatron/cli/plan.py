@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from dataclasses import fields, replace
 from typing import TYPE_CHECKING
 
+from clipo_megatron.cli.numbers import whole_numbers
+from clipo_megatron.config.ranges import range_violation
 from clipo_megatron.planning.errors import PlanError
 from clipo_megatron.planning.hardware import HARDWARE, Assumptions, Hardware
 from clipo_megatron.runtime.warning_filters import quiet_libraries
@@ -38,15 +40,22 @@ examples:
 """
 
 
+def ranks(text: str) -> tuple[int, ...] | None:
+    """A type for argparse: numbers of ranks; None where the text names none."""
+    return whole_numbers(text, least=0) or None
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", metavar="CONFIG", help="YAML file, the one that training gets")
     parser.add_argument("overrides", metavar="key=value", nargs="*", help="settings that win over the file")
-    parser.add_argument("--gpus", metavar="N,N", default="", help="find layouts for these numbers of GPUs")
+    parser.add_argument(
+        "--gpus", metavar="N,N", type=whole_numbers, default=(), help="find layouts for these numbers of GPUs"
+    )
     parser.add_argument("--hardware", default="h100", help="a100 (80 GB), h100, h200, b200 or mi300x; default h100")
     parser.add_argument("--assume", action="append", default=[], metavar="name=number", help="change an assumption")
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument("--dry-run", action="store_true", help="build the layout's ranks without memory, and compare")
-    parser.add_argument("--rank", metavar="N,N", help="with --dry-run: build these ranks alone")
+    parser.add_argument("--rank", metavar="N,N", type=ranks, help="with --dry-run: build these ranks alone")
 
 
 def run(options: argparse.Namespace) -> int:
@@ -66,16 +75,15 @@ def run(options: argparse.Namespace) -> int:
     from clipo_megatron.planning.layouts import search_layouts
     from clipo_megatron.planning.tables import as_json, print_plan
 
-    gpus, ranks = _numbers("--gpus", options.gpus, least=1), _numbers("--rank", options.rank or "", least=0)
     build = options.dry_run or options.rank is not None
-    if build and (gpus or options.json):
+    if build and (options.gpus or options.json):
         raise PlanError("--dry-run builds the configured layout and prints a table: leave out --gpus and --json")
     quiet_libraries()
     config, console = load(options.config, options.overrides), Console()
     spec, source = find_architecture(config.model.path, options.config)
     critic = find_critic(config, options.config)
     hardware, assume = _hardware(options.hardware), _assumptions(options.assume)
-    searched = {count: search_layouts(config, spec, count, hardware, assume, critic=critic) for count in gpus}
+    searched = {count: search_layouts(config, spec, count, hardware, assume, critic=critic) for count in options.gpus}
     own = None if searched else _configured(config, spec, hardware, assume, critic)
     if options.json:
         print(json.dumps(as_json(spec, own, searched, assume), indent=1))
@@ -87,7 +95,7 @@ def run(options: argparse.Namespace) -> int:
     if build:
         from clipo_megatron.planning.dry_run import report  # with Megatron, which takes seconds to import
 
-        sound &= report(config, spec, ranks or None, console)
+        sound &= report(config, spec, options.rank, console)
     return 0 if sound else 1
 
 
@@ -101,21 +109,6 @@ def _configured(
     return plan_layout(config, spec, dp, server_gpus_of(config, ranks), hardware, assume, critic=critic)
 
 
-def _numbers(option: str, text: str, *, least: int) -> tuple[int, ...]:
-    """The whole numbers of an option such as "8,16".
-
-    Raises:
-        PlanError: something else, or a number below `least`.
-    """
-    try:
-        found = tuple(int(each) for each in text.split(",") if each.strip())
-    except ValueError:
-        found = (least - 1,)
-    if any(each < least for each in found):
-        raise PlanError(f"{option} {text}: it takes whole numbers, such as 8 or 64,128, from {least} on")
-    return found
-
-
 def _hardware(name: str) -> Hardware:
     if name not in HARDWARE:
         raise PlanError(f"--hardware {name}: the table has no such GPU. Choose one of {', '.join(HARDWARE)}")
@@ -123,15 +116,15 @@ def _hardware(name: str) -> Hardware:
 
 
 def _assumptions(given: Sequence[str]) -> Assumptions:
-    known = {field.name for field in fields(Assumptions)}
+    known = {field.name: field for field in fields(Assumptions)}
     chosen: dict[str, float] = {}
     for each in given:
         name, _, value = each.partition("=")
         try:
-            if name not in known:
-                raise ValueError
             chosen[name] = float(value)
-        except ValueError:
+            if (reason := range_violation(known[name], chosen[name])) is not None:
+                raise PlanError(f"--assume {each}: {reason}. The default is {known[name].default:g}.")
+        except (ValueError, KeyError):
             names = ", ".join(sorted(known))
             raise PlanError(f"--assume {each}: it takes name=number with a name of {names}") from None
     return replace(Assumptions(), **chosen)

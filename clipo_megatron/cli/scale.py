@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from clipo_megatron.cli.numbers import hours, whole, whole_numbers
 from clipo_megatron.cli.submit import add_resources, hardware_of, resources_of
 from clipo_megatron.slurm.ladder import STRONG, WEAK, Rung, continued, folder_of, ladder, read, write
 from clipo_megatron.slurm.resources import SlurmError
@@ -39,13 +40,21 @@ examples:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", metavar="CONFIG", help="YAML file, the one that training gets")
     parser.add_argument("overrides", metavar="key=value", nargs="*", help="settings that win over the file")
-    parser.add_argument("--nodes", metavar="N,N", help="numbers of nodes that train, such as 1,2,4,8")
-    parser.add_argument("--server-nodes", metavar="N,N", default="", help="as many numbers of nodes that only generate")
+    parser.add_argument(
+        "--nodes", metavar="N,N", type=whole_numbers, help="numbers of nodes that train, such as 1,2,4,8"
+    )
+    parser.add_argument(
+        "--server-nodes",
+        metavar="N,N",
+        type=whole_numbers,
+        default=(),
+        help="as many numbers of nodes that only generate",
+    )
     parser.add_argument("--kind", choices=(WEAK, STRONG, "both"), default="both", help="kind of scaling; default both")
-    parser.add_argument("--steps", metavar="N", type=int, default=6, help="steps of each run; default 6")
-    parser.add_argument("--skip", metavar="N", type=int, default=1, help="first steps to leave out; default 1")
+    parser.add_argument("--steps", metavar="N", type=whole(), default=6, help="steps of each run; default 6")
+    parser.add_argument("--skip", metavar="N", type=whole(0), default=1, help="first steps to leave out; default 1")
     parser.add_argument("--one-by-one", action="store_true", help="no two runs at the same time")
-    parser.add_argument("--wait", metavar="HOURS", type=float, default=24.0, help="wait for the jobs; default 24")
+    parser.add_argument("--wait", metavar="HOURS", type=hours, default=24.0, help="wait for the jobs; default 24")
     parser.add_argument("--collect", action="store_true", help="submit nothing; show what is measured")
     parser.add_argument("--dry-run", action="store_true", help="show and check the ladder, and submit nothing")
     add_resources(parser)
@@ -85,20 +94,13 @@ def _wanted(options: argparse.Namespace, config: RunConfig) -> list[Rung]:
     kinds = (WEAK, STRONG) if options.kind == "both" else (options.kind,)
     rungs = ladder(
         config,
-        _numbers("--nodes", options.nodes),
-        _numbers("--server-nodes", options.server_nodes),
+        options.nodes,
+        options.server_nodes,
         lambda nodes, servers: resources_of(options, nodes, servers),
         kinds=kinds,
         steps=options.steps,
     )
     return [replace(rung, overrides=(*options.overrides, *rung.overrides)) for rung in rungs]
-
-
-def _numbers(option: str, text: str) -> list[int]:
-    try:
-        return [int(word) for word in text.split(",") if word.strip()]
-    except ValueError:
-        raise SlurmError(f"{option} {text}: it takes whole numbers, such as 1,2,4,8") from None
 
 
 def _check(options: argparse.Namespace, rungs: Sequence[Rung]) -> None:

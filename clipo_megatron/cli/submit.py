@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from clipo_megatron.cli.numbers import whole
 from clipo_megatron.runtime.run_dir import LOGS
 from clipo_megatron.slurm.container import RUNTIMES
 from clipo_megatron.slurm.nodes import gpus_of
@@ -37,8 +38,8 @@ good; scontrol requeue JOB requeues it at once; scancel JOB ends it. Then the sa
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", metavar="CONFIG", help="YAML file, the one that training gets")
     parser.add_argument("overrides", metavar="key=value", nargs="*", help="settings that win over the file")
-    parser.add_argument("--nodes", metavar="N", type=int, required=True, help="nodes that train")
-    parser.add_argument("--server-nodes", metavar="N", type=int, default=0, help="nodes that only generate")
+    parser.add_argument("--nodes", metavar="N", type=whole(), required=True, help="nodes that train")
+    parser.add_argument("--server-nodes", metavar="N", type=whole(0), default=0, help="nodes that only generate")
     add_resources(parser)
     kinds = [kind.value for kind in JobKind]
     parser.add_argument("--job", choices=kinds, default="train", help="what the job does; default train")
@@ -52,7 +53,7 @@ def add_resources(parser: argparse.ArgumentParser) -> None:
 
     def number(name: str, metavar: str, value: int | None, help: str) -> None:
         told = "" if value is None else f"; default {value}"
-        parser.add_argument(name, metavar=metavar, type=int, default=value, help=help + told)
+        parser.add_argument(name, metavar=metavar, type=whole(0), default=value, help=help + told)
 
     def text(name: str, metavar: str, help: str) -> None:
         parser.add_argument(name, metavar=metavar, default="", help=help)

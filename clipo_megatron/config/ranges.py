@@ -9,6 +9,12 @@ from typing import Any
 
 from clipo_megatron.config.errors import ConfigProblem, spell
 
+# What a number may be at most where its field says nothing: beyond these it is a slip, and it overflows somewhere.
+LARGEST_WHOLE = 2**31 - 1  # of an int32, in which tokens and lengths are kept
+LARGEST = 1e9
+LONGEST_S = 2e6  # 23 days; poll(2) counts 2**31 milliseconds
+SECONDS = "_s"  # ends the name of a number of seconds
+
 
 @dataclass(frozen=True, slots=True)
 class Range:
@@ -21,7 +27,11 @@ class Range:
     because: str = ""  # why others make no sense, as a clause
 
     def __contains__(self, number: float) -> bool:
-        return isfinite(number) and self.least <= number <= self.most and self.above < number < self.below
+        return (
+            (isinstance(number, int) or isfinite(number))
+            and self.least <= number <= self.most
+            and self.above < number < self.below
+        )
 
     def __str__(self) -> str:
         if isfinite(self.least) and isfinite(self.most):
@@ -48,16 +58,21 @@ def range_of(declared: Field[Any]) -> Range | None:
 def range_violation(declared: Field[Any], value: Any) -> str | None:
     """What was expected in place of `value`, as "it must be ..."; None if the value is in the field's range.
 
-    Values that are no numbers have no range. A number without a declared range must be finite.
+    Values that are no numbers have no range. A number whose field has no bound must be finite, and no larger than any
+    that makes sense.
     """
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
-    bounds = range_of(declared)
-    if value in (bounds or Range()):
+    bounds = range_of(declared) or Range()
+    if value not in bounds:
+        expected = str(bounds) or "a finite number"
+        return f"it must be {expected}" + (f": {bounds.because}" if bounds.because else "")
+    if isfinite(min(bounds.most, bounds.below)):
         return None
-    if bounds is None or not str(bounds):
-        return "it must be a finite number"
-    return f"it must be {bounds}" + (f": {bounds.because}" if bounds.because else "")
+    if declared.name.endswith(SECONDS):
+        return None if value <= LONGEST_S else f"it must be at most {LONGEST_S:.0f} s, which are 23 days"
+    largest = LARGEST_WHOLE if isinstance(value, int) else LARGEST
+    return None if abs(value) <= largest else f"its size must be at most {largest:.0f}"
 
 
 def range_problems(section: Any, prefix: str = "") -> Iterator[ConfigProblem]:
@@ -70,6 +85,8 @@ def range_problems(section: Any, prefix: str = "") -> Iterator[ConfigProblem]:
             for index, entry in enumerate(value):
                 if is_dataclass(entry):
                     yield from range_problems(entry, f"{key}[{index}].")
+                elif reason := range_violation(each, entry):
+                    yield ConfigProblem(f"{key}[{index}]", reason, "Correct it", entry)
         elif reason := range_violation(each, value):
             remedy = "or set it to null" if each.default is None else f"the default is {spell(each.default)}"
             yield ConfigProblem(key, reason, f"Correct it{',' if each.default is None else ';'} {remedy}", value)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from clipo_megatron.config.ranges import within
+
 GB = 1e9
 
 
@@ -40,12 +42,16 @@ class Assumptions:
     sets others.
     """
 
-    train_flops: float = 0.40  # of `flops`, in forward and backward
-    prefill_flops: float = 0.40  # in the servers' forward over prompts
-    decode_bandwidth: float = 0.50  # of `memory_bytes_per_s`, while servers generate
-    network: float = 0.60  # of `network_bytes_per_s`
-    memory: float = 0.92  # of `memory_bytes` that may be planned for; fragments and spikes take the rest
-    reserve_bytes: float = 3 * GB  # context, communication buffers and workspaces of one process
-    server_memory: float = 0.85  # of the GPU that a server takes for weights and cache
-    mean_response: float = 0.5  # of rollout.max_new_tokens
-    mean_prompt: float = 0.5  # of data.max_prompt_tokens
+    train_flops: float = within(0.40, above=0, most=1)  # of `flops`, in forward and backward
+    prefill_flops: float = within(0.40, above=0, most=1)  # in the servers' forward over prompts
+    decode_bandwidth: float = within(0.50, above=0, most=1)  # of `memory_bytes_per_s`, while servers generate
+    network: float = within(0.60, above=0, most=1)  # of `network_bytes_per_s`
+    memory: float = within(
+        0.92, above=0, most=1
+    )  # of `memory_bytes` that may be planned for; fragments and spikes take the rest
+    reserve_bytes: float = within(
+        3.0 * GB, 0, 1000 * GB
+    )  # context, communication buffers and workspaces of one process
+    server_memory: float = within(0.85, above=0, most=1)  # of the GPU that a server takes for weights and cache
+    mean_response: float = within(0.5, above=0, most=1)  # of rollout.max_new_tokens
+    mean_prompt: float = within(0.5, above=0, most=1)  # of data.max_prompt_tokens

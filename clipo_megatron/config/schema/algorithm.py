@@ -89,7 +89,7 @@ class CriticConfig:
 
     # Hugging Face folder or checkpoint that it starts from, without LM head; null: model.path
     path: Optional[str] = None
-    learning_rate: float = within(1.0e-5, above=0)  # peak learning rate
+    learning_rate: float = within(1.0e-5, above=0, most=1)  # peak learning rate
     # how far a value may move from the scored one before its loss stops falling; null: no limit
     clip: Optional[float] = within(0.2, above=0, because="values could not move at all")
     epochs: Optional[int] = within(None, 1)  # passes over the batch; null: algorithm.epochs

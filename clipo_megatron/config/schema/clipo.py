@@ -59,7 +59,7 @@ class ClipoConfig:
     constant: float = 0.0  # added to the bonus before the floor
     calibrate: bool = False  # subtract the loss of perfect separation before it is weighed
     debias: Debias = Debias.none  # what is taken out of pooled states before the head
-    learning_rate: float = within(1.0e-3, above=0)  # learning rate of the head
+    learning_rate: float = within(1.0e-3, above=0, most=1)  # learning rate of the head
     weight_decay: float = within(0.01, 0)  # weight decay of the head
     warmup_steps: int = within(0, 0)  # first steps, in which the head trains and gives no bonus
     warmup_policy: bool = True  # whether the policy trains, on the plain reward, during the warm-up

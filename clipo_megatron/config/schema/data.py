@@ -59,7 +59,7 @@ class DataConfig:
 class RewardConfig:
     mode: GraderMode = GraderMode.auto  # how answers are graded
     by_source: dict[str, GraderMode] = field(default_factory=dict)  # data_source: mode, which wins over reward.mode
-    workers: int = within(1, 1)  # grader processes of each rank
+    workers: int = within(1, 1, 1024)  # grader processes of each rank
     deadline_s: float = within(10.0, above=0)  # seconds for one answer; without a verdict by then it is ungraded
     correct_reward: float = 1.0  # reward of a correct answer
     wrong_reward: float = 0.0  # reward of a wrong one

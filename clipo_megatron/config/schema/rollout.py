@@ -33,7 +33,8 @@ class Unfinished(str, Enum):
 class PoolConfig:
     """How each data-parallel replica asks the servers."""
 
-    concurrency: int = within(64, 1)  # requests in flight of a replica, over all servers; a request is a prompt's group
+    # requests in flight of a replica, over all servers; a request is a prompt's group
+    concurrency: int = within(64, 1, 100_000)
     request_deadline_s: float = within(900.0, above=0)  # seconds for one request to one server
     attempts: int = within(4, 1)  # servers asked for one request before generation fails
     backoff_s: float = within(0.5, 0)  # seconds before the second attempt; doubles with each further one

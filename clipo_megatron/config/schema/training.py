@@ -8,6 +8,7 @@ from typing import Optional
 
 from clipo_megatron.config.ranges import within
 
+LARGEST_SEED = 2**32 - 1  # of NumPy
 MOST_SAMPLES = 1000  # of a problem; beyond it, numbers of possible draws would overflow float64
 
 
@@ -21,8 +22,8 @@ class LearningRateSchedule(str, Enum):
 class OptimizerConfig:
     """AdamW of policy and critic."""
 
-    learning_rate: float = within(1.0e-6, above=0)  # peak learning rate of the policy
-    min_learning_rate: float = within(0.0, 0)  # learning rate at the end of the schedules
+    learning_rate: float = within(1.0e-6, above=0, most=1)  # peak learning rate of the policy
+    min_learning_rate: float = within(0.0, 0, 1)  # learning rate at the end of the schedules
     warmup_steps: int = within(0, 0)  # first steps, over which the learning rate rises from 0
     schedule: LearningRateSchedule = LearningRateSchedule.constant  # course of the learning rate after the warm-up
     weight_decay: float = within(0.01, 0)  # decoupled weight decay, as in AdamW
@@ -37,7 +38,7 @@ class OptimizerConfig:
 @dataclass
 class TrainConfig:
     steps: int = within(100, 1)  # each generates one batch of rollouts and learns from it
-    seed: int = within(0, 0)  # seed of everything that is drawn at random
+    seed: int = within(0, 0, LARGEST_SEED)  # seed of everything that is drawn at random
     output: str = "runs/${name}"  # folder for metrics, checkpoints and samples
 
 
@@ -80,4 +81,4 @@ class EvalConfig:
     top_k: int = within(0, 0)  # likeliest tokens to draw from; 0: all
     ks: list[int] = field(default_factory=list)  # k of pass@k and maj@k; []: 1, 2, 4 and so on, up to eval.samples
     max_new_tokens: Optional[int] = within(None, 1)  # longest response, in tokens; null: rollout.max_new_tokens
-    seed: Optional[int] = within(None, 0)  # seed of the draws; null: train.seed
+    seed: Optional[int] = within(None, 0, LARGEST_SEED)  # seed of the draws; null: train.seed

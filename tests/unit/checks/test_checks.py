@@ -316,7 +316,7 @@ def test_sound_ways_to_get_rollouts(config, settings, monkeypatch):
         ({**SGLANG, "rollout__sync__deadline_s": 1900.0}, "layout.distributed_timeout_s", "900 + 1900 = 2800"),
         ({"rollout__pool__request_deadline_s": 0.0}, "rollout.pool.request_deadline_s", "above 0"),
         ({"rollout__pool__join_deadline_s": -1.0}, "rollout.pool.join_deadline_s", "above 0"),
-        ({"rollout__pool__concurrency": 0}, "rollout.pool.concurrency", "at least 1"),
+        ({"rollout__pool__concurrency": 0}, "rollout.pool.concurrency", "from 1 to 100000"),
         ({"rollout__pool__attempts": 0}, "rollout.pool.attempts", "at least 1"),
         ({"rollout__pool__backoff_s": -0.1}, "rollout.pool.backoff_s", "at least 0"),
         ({"rollout__servers": 0}, "rollout.servers", "at least 1"),

@@ -222,6 +222,17 @@ def test_a_list_of_plain_values(tmp_path):
         ),
         ("clipo.constant=.nan", "clipo.constant = nan: it must be a finite number. Correct it; the default is 0.0."),
         ("serve.port=70000", "serve.port = 70000: it must be from 0 to 65535"),
+        ("optimizer.learning_rate=1e300", "it must be above 0 and at most 1"),
+        ("optimizer.weight_decay=1e300", "its size must be at most 1000000000. Correct it"),
+        ("clipo.constant=-1e300", "its size must be at most 1000000000"),
+        ("rollout.deadline_s=1e15", "it must be at most 2000000 s, which are 23 days"),
+        ("rollout.max_new_tokens=3000000000", "its size must be at most 2147483647"),
+        (f"train.seed={'9' * 400}", "it must be from 0 to 4.29497e+09"),
+        ("data.train=[{generator: chain_sum, seed: -9999999999}]", "data.train[0].seed = -9999999999: its size must"),
+        ("reward.workers=100000", "it must be from 1 to 1024"),
+        ("eval.ks=[1,9999999999]", "eval.ks[1] = 9999999999: its size must be at most 2147483647"),
+        ("eval.ks=[1,[2]]", "a list, each entry a whole number was expected"),
+        ("eval.ks=[1,{a: 2}]", "eval.ks = [1, {'a': 2}]: a list, each entry a whole number was expected"),
     ],
 )
 def test_numbers_out_of_range_are_refused_with_value_reason_and_remedy(write, override, message):

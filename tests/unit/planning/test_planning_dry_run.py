@@ -101,7 +101,6 @@ EXPERTS = ["model.path=qwen3-235b-a22b", "layout.tp=1", "layout.pp=1", "layout.s
     ("arguments", "message"),
     [
         (["--rank", "64"], "--rank 64: the layout has 64 ranks, 0 to 63"),
-        (["--rank", "-1"], "--rank -1: it takes whole numbers, such as 8 or 64,128, from 0 on"),
         (["--dry-run", "--gpus", "64"], "--dry-run builds the configured layout"),
         (["model.path=some-hub/other"], "model.path = some-hub/other has no config.json, and there is no"),
         (["--rank", "0", "layout.tp=24", "layout.pp=1"], "rows cannot be divided into 24 equal parts"),
