@@ -1,4 +1,4 @@
-"""Grades answers to problems of reasoning-gym by the data set that made them.
+"""Grades answers to problems of reasoning-gym by the data set that made them, or as it does (`gym_scorers.py`).
 
 The answer is the content of the last `<answer>...</answer>`, else of the last `\\boxed{}`, else the whole text after
 the last `</think>`, stripped. It is scored with and without a final period, and the better score counts.
@@ -7,7 +7,7 @@ the last `</think>`, stripped. It is scored with and without a final period, and
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import cache
 from typing import Any
 
@@ -15,6 +15,7 @@ from clipo_megatron.data.asked import NOTHING, Asked
 from clipo_megatron.data.generators import factory_with
 from clipo_megatron.rewards.answer import UnknownGraderError
 from clipo_megatron.rewards.final_answer import box_or_text
+from clipo_megatron.rewards.gym_scorers import SCORERS, Scorer, evaluator_in
 
 PREFIX = "reasoning_gym/"
 _TAGGED = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
@@ -39,7 +40,7 @@ def grade(
         asked: whether the prompt opened the thinking.
 
     Raises:
-        UnknownGraderError: `data_source` names no data set of reasoning-gym.
+        UnknownGraderError: `data_source` names no data set of reasoning-gym, or one that evaluates answers as code.
     """
     score = _scorer(data_source.removeprefix(PREFIX))
     entry = {"answer": ground_truth, "metadata": {}, **(extra or {})}
@@ -65,14 +66,22 @@ def known_name(name: str) -> bool:
 
 
 @cache
-def _scorer(name: str) -> Callable[[str, Mapping[str, Any]], float]:
+def _scorer(name: str) -> Scorer:
     factory = factory_with(name)
     if name not in factory.DATASETS:
         raise UnknownGraderError(
             f"data source {PREFIX + name!r}: reasoning-gym has no data set {name!r}; "
             f"write '{PREFIX}<name>' with one of its {len(factory.DATASETS)} names, for instance '{PREFIX}chain_sum'"
         )
-    return factory.get_score_answer_fn(name)
+    if name in SCORERS:
+        return SCORERS[name]
+    scorer = factory.get_score_answer_fn(name)
+    if (evaluator := evaluator_in(scorer)) is not None:
+        raise UnknownGraderError(
+            f"data source {PREFIX + name!r}: the scorer of this data set uses {evaluator}, which can run an answer as "
+            "code; leave its rows out, or choose another mode for them in reward.by_source"
+        )
+    return scorer
 
 
 def _tuples(value: Any) -> Any:

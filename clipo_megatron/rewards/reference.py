@@ -18,9 +18,9 @@ One deliberate difference: `\boxed 9` without braces is read as 9, in answers an
 from __future__ import annotations
 
 import re
-import warnings
 from typing import Any
 
+from clipo_megatron.rewards.algebra import read_informal
 from clipo_megatron.rewards.answer import after_thinking, gold_answer, is_choice_source, last_boxed
 from clipo_megatron.rewards.latex_text import LatexError, latex_to_text
 
@@ -123,7 +123,7 @@ _FRACTION = re.compile(r"^-?[0-9]+.?/0*[1-9][0-9]*.?$")
 _BRACKETS = "()[]"
 # Powers of powers and large exponents are not evaluated: SymPy would not return.
 _NOT_EVALUATED = re.compile(r"\^[{(]|\^[0-9]+\^|\^[0-9][0-9]+")
-# No answer needs these characters, and a parser that evaluates Python must not see them.
+# Answers with these characters are not arithmetic.
 _NOT_ARITHMETIC = re.compile(r"__|[\"'`;:@\\]")
 
 
@@ -219,15 +219,10 @@ def _difference_is_zero(answer: str, gold: str) -> bool:
         return False
 
     import sympy  # takes half a second, and few answers need it
-    from sympy.parsing import sympy_parser
 
-    rules = (*sympy_parser.standard_transformations, sympy_parser.implicit_multiplication_application)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Python and SymPy warn about odd answers: "3(4)" looks like a call
-            difference = sympy_parser.parse_expr(expression.replace("^", "**"), transformations=rules)
-            return bool(sympy.simplify(difference) == 0)
+        return bool(sympy.simplify(read_informal(expression.replace("^", "**"))) == 0)
     except (MemoryError, RecursionError):
         raise
-    except Exception:  # text that is not an expression raises anything: SyntaxError, TokenError, TypeError ...
+    except Exception:  # text that is no expression is unreadable, and SymPy raises anything
         return False
