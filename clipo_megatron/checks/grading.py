@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 
 from clipo_megatron.config.errors import ConfigProblem
-from clipo_megatron.config.schema import GraderMode, RewardConfig
+from clipo_megatron.config.schema import GraderMode, GraderSandbox, RewardConfig
+from clipo_megatron.rewards import sandbox
 from clipo_megatron.rewards.modes import mode_for
 from clipo_megatron.rewards.reasoning_gym import PREFIX, known_name
 from clipo_megatron.rewards.row_checks import source_problems
@@ -19,6 +20,8 @@ def grading_problems(reward: RewardConfig, data_sources: Mapping[str, int]) -> I
         data_sources: how many rows each data source has, over training and held-out problems.
     """
     yield from source_problems(reward, data_sources)
+    if reward.sandbox is GraderSandbox.required and (reason := sandbox.missing(sandbox.layers_of_this_machine())):
+        yield ConfigProblem("reward.sandbox", reason, sandbox.REMEDY, reward.sandbox)
     for name in sorted(data_sources):
         mode = reward.by_source.get(name, reward.mode)
         if mode is GraderMode.auto:
@@ -27,3 +30,9 @@ def grading_problems(reward: RewardConfig, data_sources: Mapping[str, int]) -> I
             reason = f"{data_sources[name]} rows are to be graded by reasoning-gym, which has no such data set"
             remedy = f"Write {PREFIX}NAME with one of its names into the rows, or give reward.by_source another mode"
             yield ConfigProblem("data_source", reason, remedy, name)
+
+
+def sandbox_here() -> tuple[str, str]:
+    """The layers of the sandbox that graders have on this machine, and what its lack of others means."""
+    layers = sandbox.layers_of_this_machine()
+    return ", ".join(layers) or "none", sandbox.missing(layers)

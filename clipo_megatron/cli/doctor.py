@@ -15,6 +15,7 @@ import psutil
 from rich.console import Console
 from rich.table import Table
 
+from clipo_megatron.checks.grading import sandbox_here
 from clipo_megatron.runtime.launch import cores, from_environment
 from clipo_megatron.serving.environment import RECIPES, Recipe
 from clipo_megatron.serving.gpus import gpus
@@ -87,6 +88,7 @@ def _machine() -> list[Finding]:
         found("memory", f"{memory.total / GIB:.0f} GiB", f"{memory.available / GIB:.0f} GiB available"),
         found("disk", f"{disk.free / GIB:.0f} GiB free", f"in {Path.cwd()}"),
         *([found("GPU", gpu, unused) for gpu in found_gpus] or [found("GPU", "none", reason)]),
+        found("sandbox of graders", *sandbox_here()),
     ]
 
 

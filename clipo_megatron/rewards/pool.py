@@ -20,12 +20,13 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import Any
 
-from clipo_megatron.config.schema import GraderMode, RewardConfig
+from clipo_megatron.config.schema import GraderMode, GraderSandbox, RewardConfig
 from clipo_megatron.data.asked import NOTHING, Asked
 from clipo_megatron.flow import Prompt, RolloutGroup, ScoredGroup, Verdict
 from clipo_megatron.rewards.answer import UnknownGraderError
 from clipo_megatron.rewards.modes import describe, mode_for
 from clipo_megatron.rewards.process import GraderFailure, GraderProcess
+from clipo_megatron.rewards.sandbox import SandboxError
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +76,12 @@ class GraderPool:
         self._lock = threading.Lock()  # of the statistics
         first_mode = "math" if self._default_mode == "auto" else self._default_mode
         self._processes = [
-            GraderProcess(memory_bytes=memory_bytes, first_mode=first_mode, start_deadline_s=start_deadline_s)
+            GraderProcess(
+                memory_bytes=memory_bytes,
+                sandbox=GraderSandbox(config.sandbox),
+                first_mode=first_mode,
+                start_deadline_s=start_deadline_s,
+            )
             for _ in range(config.workers)
         ]
         self._idle: queue.SimpleQueue[GraderProcess] = queue.SimpleQueue()
@@ -110,7 +116,8 @@ class GraderPool:
         """The groups whose verdicts are all in by now, by position; does not wait. `collect` returns the others.
 
         Raises:
-            UnknownGraderError: a data source has no grader; the configuration must change.
+            UnknownGraderError, SandboxError: a data source has no grader, or this machine not the sandbox that
+                `reward.sandbox` requires; the configuration must change.
         """
         graded, waiting = [], []
         for each in self._submitted:
@@ -122,7 +129,8 @@ class GraderPool:
         """Wait for all groups submitted since the last call; by position, each rollout with its verdict.
 
         Raises:
-            UnknownGraderError: a data source has no grader; the configuration must change.
+            UnknownGraderError, SandboxError: a data source has no grader, or this machine not the sandbox that
+                `reward.sandbox` requires; the configuration must change.
         """
         groups, self._submitted = self._submitted, []
         wait([verdict for _, verdicts in groups for verdict in verdicts])
@@ -163,7 +171,7 @@ class GraderPool:
         process, begun = self._idle.get(), time.monotonic()
         try:
             verdict = self._verdict(self._ask(process, answer))
-        except UnknownGraderError:
+        except (UnknownGraderError, SandboxError):
             raise
         except GraderFailure as failure:
             self._count_failure(failure)

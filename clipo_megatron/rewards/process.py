@@ -8,18 +8,21 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import select
 import signal
 import subprocess
-import sys
 import tempfile
 import threading
 import time
-from pathlib import Path
+from functools import cache
 from typing import Any
 
-_PACKAGE_PARENT = str(Path(__file__).resolve().parents[2])
+from clipo_megatron.config.schema import GraderSandbox
+from clipo_megatron.rewards import sandbox
+
+_log = logging.getLogger(__name__)
 _LONGEST_REPLY = 1 << 16  # bytes
 
 
@@ -38,18 +41,20 @@ class GraderFailure(Exception):
 
 
 class GraderProcess:
-    """One worker process at a time, and the two pipes to it. It inherits no other descriptor.
+    """One worker process at a time, and the two pipes to it. It inherits no other descriptor, and no environment.
 
     One thread at a time may call `ask`; `start` and `close` may be called from any thread.
 
     Args:
         memory_bytes: limit of the worker's address space.
+        sandbox: what the worker may do besides (`sandbox/`).
         first_mode: the grading mode whose libraries the worker loads before its first answer.
         start_deadline_s: seconds for the worker to start and load the libraries of a mode.
     """
 
-    def __init__(self, *, memory_bytes: int, first_mode: str, start_deadline_s: float):
+    def __init__(self, *, memory_bytes: int, sandbox: GraderSandbox, first_mode: str, start_deadline_s: float):
         self._memory_bytes = memory_bytes
+        self._sandbox = sandbox
         self._first_mode = first_mode
         self._start_deadline_s = start_deadline_s
         self._process: subprocess.Popen | None = None
@@ -81,13 +86,15 @@ class GraderProcess:
             self._received.clear()
             self._loaded.clear()
             try:
+                arguments = (str(self._memory_bytes), str(os.getpid()), self._sandbox.value)
                 process = subprocess.Popen(
-                    [sys.executable, "-m", "clipo_megatron.rewards.worker", str(self._memory_bytes), str(os.getpid())],
+                    sandbox.python("clipo_megatron.rewards.worker", *arguments),
                     stdin=subprocess.PIPE,
                     stdout=subprocess.PIPE,
                     stderr=self._errors,
                     bufsize=0,
-                    env=_environment(),
+                    env=sandbox.environment(),
+                    cwd="/",
                 )
             except OSError as error:  # no memory or no process left; the next answer tries again
                 raise GraderFailure(f"the grader process could not be started: {error}") from None
@@ -106,6 +113,7 @@ class GraderProcess:
 
         Raises:
             GraderFailure: a deadline passed, or the process ended or could not be started.
+            SandboxError: the worker has not the sandbox that the run insists on.
             TypeError: JSON cannot carry the request.
         """
         line, started, wait_s = _encode(request), False, deadline_s
@@ -115,14 +123,15 @@ class GraderProcess:
         try:
             until = time.monotonic() + wait_s
             self._send(line, until)
-            self._receive(until)
+            layers = self._receive(until).get("layers", [])
             started, wait_s = True, deadline_s
+            self._judge_sandbox(layers)
             self._loaded.add(request["mode"])
             return self._receive(time.monotonic() + deadline_s)
         except TimeoutError:
             waited = f"{wait_s:g} s" if started else f"{wait_s:g} s of waiting for the worker to start"
             reason, timeout = f"no verdict within {waited}; worker killed", True
-        except (EOFError, OSError, ValueError) as error:
+        except (EOFError, OSError, ValueError, RecursionError) as error:  # the latter two: a reply that is none
             reason, timeout = self._how_it_ended(error), False
         self._kill()
         raise GraderFailure(reason, started=started, timeout=timeout)
@@ -138,6 +147,14 @@ class GraderProcess:
         """Close the files of a closed process that no thread uses any more."""
         self._kill()
         self._errors.close()
+
+    def _judge_sandbox(self, layers: list[str]) -> None:
+        reason = sandbox.missing(layers)
+        if reason and self._sandbox is GraderSandbox.required:
+            self._kill()
+            raise sandbox.SandboxError(f"reward.sandbox = required: {reason}. {sandbox.REMEDY}.")
+        if reason and self._sandbox is GraderSandbox.auto:
+            _warn(reason)
 
     def _kill(self) -> None:
         with self._lock:
@@ -166,7 +183,10 @@ class GraderProcess:
                 raise EOFError
             self._received += part
         line, _, self._received = self._received.partition(b"\n")
-        return json.loads(line)
+        reply = json.loads(line)
+        if not isinstance(reply, dict):
+            raise ValueError("a reply that is no JSON object")
+        return reply
 
     def _how_it_ended(self, error: Exception) -> str:
         try:
@@ -179,14 +199,10 @@ class GraderProcess:
         return f"grader process {ended}" + (f": {last_line}" if last_line else "")
 
 
-def _environment() -> dict[str, str]:
-    return {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join(filter(None, [_PACKAGE_PARENT, os.environ.get("PYTHONPATH", "")])),
-        "OMP_NUM_THREADS": "1",  # threads reserve address space, which is limited
-        "OPENBLAS_NUM_THREADS": "1",
-        "MPLBACKEND": "Agg",
-    }
+@cache
+def _warn(reason: str) -> None:
+    """Log a warning, once."""
+    _log.warning("%s", reason)
 
 
 def _encode(message: dict[str, Any]) -> bytes:

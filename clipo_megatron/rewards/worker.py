@@ -1,14 +1,14 @@
 """A grader process: reads answers from its standard input and writes verdicts to its standard output, until input ends.
 
-    python -m clipo_megatron.rewards.worker MEMORY_BYTES PARENT_PID
+    python -P -m clipo_megatron.rewards.worker MEMORY_BYTES PARENT_PID SANDBOX
 
 A line of input is a JSON object: {"load": mode}, or {"mode", "deadline_s", "answer": the arguments of `judge`}. For an
-answer two lines go out. {"event": "started"} follows once the libraries of the mode are loaded, so that the deadline
-counts grading alone. Then one of {"event": "graded", "score"}, {"event": "failed", "reason"} and
-{"event": "misconfigured", "reason"}, each with the "seconds" of grading.
+answer two lines go out. {"event": "started", "layers": of the sandbox} follows once the libraries of the mode are
+loaded, so that the deadline counts grading alone. Then one of {"event": "graded", "score"}, {"event": "failed",
+"reason"} and {"event": "misconfigured", "reason"}, each with the "seconds" of grading.
 
-The process never outlives its parent: the kernel kills it when the parent dies, and an alarm ends an answer that its
-parent has forgotten.
+The process enters its sandbox before it reads anything, and loads libraries from within. It never outlives its parent:
+the kernel kills it when the parent dies, and an alarm ends an answer that its parent has forgotten.
 """
 
 from __future__ import annotations
@@ -17,48 +17,42 @@ import contextlib
 import ctypes
 import json
 import os
-import resource
 import signal
 import sys
 import time
 from functools import cache
 from typing import Any, TextIO
 
+from clipo_megatron.config.schema import GraderSandbox
 from clipo_megatron.data.asked import Asked
+from clipo_megatron.rewards import sandbox
 from clipo_megatron.rewards.answer import UnknownGraderError
 from clipo_megatron.rewards.modes import describe, judge
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
-_FILE_BYTES = 16 << 20
 
 
 def main() -> None:
-    memory_bytes, parent = int(sys.argv[1]), int(sys.argv[2])
+    memory_bytes, parent, choice = int(sys.argv[1]), int(sys.argv[2]), GraderSandbox(sys.argv[3])
     _die_with(parent)
     # Ctrl-C, and what Slurm sends to all processes of a job, is for the parent, which then closes the pool.
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
-    for limit, value in (
-        (resource.RLIMIT_AS, memory_bytes),
-        (resource.RLIMIT_FSIZE, _FILE_BYTES),
-        (resource.RLIMIT_CORE, 0),
-    ):
-        with contextlib.suppress(ValueError, OSError):  # a lower limit is in force, or macOS, which has no RLIMIT_AS
-            resource.setrlimit(limit, (value, value))
     requests, replies = _claim_standard_streams()
+    layers = sandbox.enter(choice, memory_bytes=memory_bytes)
     with contextlib.suppress(BrokenPipeError):
         for line in requests:
             request = json.loads(line)
             if "load" in request:
                 _load(request["load"])
-            elif not _serve(request, replies):
+            elif not _serve(request, replies, layers):
                 break
 
 
-def _serve(request: dict[str, Any], replies: TextIO) -> bool:
+def _serve(request: dict[str, Any], replies: TextIO, layers: tuple[str, ...]) -> bool:
     """Reply to one request; False when the process should not judge another answer."""
     _load(request["mode"])
-    _send(replies, {"event": "started"})
+    _send(replies, {"event": "started", "layers": layers})
     signal.setitimer(signal.ITIMER_REAL, 2 * request["deadline_s"] + 5)
     sound, begun = True, time.perf_counter()
     try:

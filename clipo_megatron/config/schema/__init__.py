@@ -30,7 +30,14 @@ from clipo_megatron.config.schema.clipo import (
     Level,
     Similarity,
 )
-from clipo_megatron.config.schema.data import DataConfig, GraderMode, Perturbation, RewardConfig, SourceConfig
+from clipo_megatron.config.schema.data import (
+    DataConfig,
+    GraderMode,
+    GraderSandbox,
+    Perturbation,
+    RewardConfig,
+    SourceConfig,
+)
 from clipo_megatron.config.schema.model import DType, LayoutConfig, ModelConfig
 from clipo_megatron.config.schema.report import ReportConfig, WandbConfig, WandbMode
 from clipo_megatron.config.schema.rollout import (
@@ -54,10 +61,10 @@ from clipo_megatron.config.schema.training import (
 __all__ = [
     "Aggregation", "AlgorithmConfig", "Anchors", "CheckpointConfig", "ClipoConfig", "ContrastiveLossName",
     "CorrectionConfig", "CorrectionKind", "CorrectionLevel", "CriticConfig", "DType", "DataConfig", "Debias",
-    "EngineKind", "EvalConfig", "FaultsConfig", "GraderMode", "HeadKind", "KLConfig", "KLKind", "KLPlace",
-    "LayoutConfig", "LearningRateSchedule", "Level", "ModelConfig", "OptimizerConfig", "Perturbation", "PluginConfig",
-    "PoolConfig", "ReportConfig", "RewardConfig", "RolloutConfig", "RunConfig", "ServeConfig", "Similarity",
-    "SourceConfig", "SyncConfig", "TrainConfig", "Transport", "Unfinished", "WandbConfig", "WandbMode",
+    "EngineKind", "EvalConfig", "FaultsConfig", "GraderMode", "GraderSandbox", "HeadKind", "KLConfig", "KLKind",
+    "KLPlace", "LayoutConfig", "LearningRateSchedule", "Level", "ModelConfig", "OptimizerConfig", "Perturbation",
+    "PluginConfig", "PoolConfig", "ReportConfig", "RewardConfig", "RolloutConfig", "RunConfig", "ServeConfig",
+    "Similarity", "SourceConfig", "SyncConfig", "TrainConfig", "Transport", "Unfinished", "WandbConfig", "WandbMode",
 ]  # fmt: skip
 
 

@@ -25,6 +25,12 @@ class GraderMode(str, Enum):
     reasoning_gym = "reasoning_gym"  # by the data set's own scorer
 
 
+class GraderSandbox(str, Enum):
+    auto = "auto"  # every layer that this machine has; a warning names what it lacks
+    required = "required"  # the run is refused where Landlock or seccomp is missing
+    none = "none"  # graders may use files, programs and the network, and so may an answer that a grader runs as code
+
+
 @dataclass
 class SourceConfig:
     """One source of problems: a file with rows in verl's schema, or a reasoning-gym generator."""
@@ -59,6 +65,7 @@ class DataConfig:
 class RewardConfig:
     mode: GraderMode = GraderMode.auto  # how answers are graded
     by_source: dict[str, GraderMode] = field(default_factory=dict)  # data_source: mode, which wins over reward.mode
+    sandbox: GraderSandbox = GraderSandbox.auto  # what holds grader processes back, should an answer run as code
     workers: int = within(1, 1, 1024)  # grader processes of each rank
     deadline_s: float = within(10.0, above=0)  # seconds for one answer; without a verdict by then it is ungraded
     correct_reward: float = 1.0  # reward of a correct answer
