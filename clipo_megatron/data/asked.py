@@ -36,16 +36,18 @@ _HASHES = re.compile(
     r"|(?:after|with|by|following|using|format)\s*:?\s*#{4}",
     re.IGNORECASE | re.MULTILINE,
 )
+_ANSWER = re.compile("[aA][nN][sS][wW][eE][rR]|答案")
 _LINE = re.compile(r"(?:\banswer|答案)[\"'*`”’]*\s*[:：]\s*(?=\S|$)", re.IGNORECASE)
+_BEFORE_SENTENCE = re.compile(r"\b(?:the|your)\s+(?:(?:final|correct|best|right)\s+)*$", re.IGNORECASE)
 _SENTENCE = re.compile(
-    r"\b(?:the|your)\s+(?:(?:final|correct|best|right)\s+)*answer\s+(?:is|would be)\s*:?\s*"
+    r"answer\s+(?:is|would be)\s*:?\s*"
     r"(?=[\[<{($\"'`*\\X]|_|\d+\b|[A-J]\b|(?:N|answer|letter|number|insert|your)\b|\.\.)",
     re.IGNORECASE,
 )
+_NEAR = 80  # characters before the word "answer" in which a sentence that asks for it begins
 _TAG = re.compile(rf"<({'|'.join(ANSWER_TAGS)})\s*>", re.IGNORECASE)
-_COMPLETION = re.compile(
-    r"(?:\banswer|答案)\s*[:：]\s*$", re.IGNORECASE
-)  # the prompt's end, which the response follows
+# the prompt's end, which the response follows
+_COMPLETION = re.compile(r"(?:\banswer|答案)\s*[:：]\s*$", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -105,10 +107,14 @@ def asked_forms(text: str) -> tuple[str, ...]:
         found.append("boxed")
     if "####" in text and _HASHES.search(text):
         found.append("hashes")
-    asks = "answer" in folded
-    if (asks or "答案" in text) and _LINE.search(_COMPLETION.sub("", text.rstrip())):
+    # Patterns are tried where the word is: to search whole texts for them takes longer than to tokenize these.
+    places = [place.start() for place in _ANSWER.finditer(text)] if "answer" in folded or "答案" in text else []
+    if any(_LINE.match(text, place) and not _COMPLETION.match(text, place) for place in places):
         found.append("line")
-    if asks and _SENTENCE.search(text):
+    if any(
+        _SENTENCE.match(text, place) and _BEFORE_SENTENCE.search(text[max(0, place - _NEAR) : place])
+        for place in places
+    ):
         found.append("sentence")
     if "<" in text:
         found += dict.fromkeys(f"<{tag[1].lower()}>" for tag in _TAG.finditer(text))

@@ -101,8 +101,7 @@ def write_prompts(rows: Iterable[Row], tokenizer: Any, settings: PromptSettings,
     writer, count, shortest = TableWriter(file), 0, 0
     for some in _batches(rows):
         rendered = _rendered(renderer, some)
-        # The template has written the special tokens already.
-        ids = tokenizer([text for text, _ in rendered], add_special_tokens=False)["input_ids"]
+        ids = _tokenized(tokenizer, [text for text, _ in rendered])
         for row, (text, turns), tokens in zip(some, rendered, ids, strict=True):
             if len(tokens) > settings.max_prompt_tokens:
                 writer.leave_out(row)
@@ -138,6 +137,15 @@ def _rendered(renderer: ChatRenderer, rows: Sequence[Row]) -> list[tuple[str, tu
             except DataError as error:
                 raise DataError(f"prompt {row.id}: {error}") from error
         return found
+
+
+def _tokenized(tokenizer: Any, texts: list[str]) -> list[list[int]]:
+    """The token ids of rendered texts, in which the template has written the special tokens already."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        return tokenizer(texts, add_special_tokens=False)["input_ids"]
+    # The same without the places of tokens in the text, which take a tenth of the time.
+    return [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)]
 
 
 def _batches(rows: Iterable[Row]) -> Iterator[list[Row]]:

@@ -322,7 +322,10 @@ def test_layouts_to_choose_from(run_file, capsys):
     [
         (["--hardware", "h300"], "--hardware h300: the table has no such GPU. Choose one of a100, h100"),
         (["--assume", "luck=1"], "--assume luck=1: it takes name=number with a name of decode_bandwidth"),
-        (["--assume", "train_flops=0"], "--assume train_flops=0: it must be above 0 and at most 1. The default is 0.4."),
+        (
+            ["--assume", "train_flops=0"],
+            "--assume train_flops=0: it must be above 0 and at most 1. The default is 0.4.",
+        ),
         (["--assume", "mean_response=1e400"], "--assume mean_response=1e400: it must be above 0 and at most 1"),
         (["--assume", "reserve_bytes=nan"], "--assume reserve_bytes=nan: it must be"),
         (["layout.pp=7"], "tp 8 x pp 7 x ep 1: 80 layers cannot be divided into 7 equal parts"),
