@@ -4,22 +4,15 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from clipo_megatron.checkpoint.retention import (
-    MANIFEST,
-    PICKLED,
-    changed,
-    complete,
-    defect,
-    newest_first,
-    sweep,
-)
+from clipo_megatron.checkpoint.retention import PICKLED, complete, defect, newest_first, sweep
 from clipo_megatron.checkpoint.states import (
     CheckpointContents,
     CheckpointError,
@@ -28,7 +21,9 @@ from clipo_megatron.checkpoint.states import (
     take_snapshot,
 )
 from clipo_megatron.checkpoint.writing import CheckpointSnapshot, CheckpointWriter
+from clipo_megatron.config.errors import is_for_users
 from clipo_megatron.config.schema import CheckpointConfig
+from clipo_megatron.runtime.manifest import changed_file, read_manifest
 from clipo_megatron.runtime.platform import platform
 
 
@@ -169,20 +164,22 @@ class Checkpoints:
             CheckpointError: the checkpoint is of another model or algorithm, lacks the state of an item, or has a
                 changed file that would be unpickled.
         """
-        manifest = json.loads((path / MANIFEST).read_text())
+        manifest = read_manifest(path)
         self._check_facts(path, manifest)
-        if reason := _first_nonempty(changed(path, names=PICKLED)):
+        if reason := _first_nonempty(changed_file(path, names=PICKLED)):
             raise CheckpointError(f"{path} is damaged: {reason}. Remove that folder to use an older one")
         self.wait_for_snapshot()
         for folder, model in self.contents.models.items():
-            model.load(path / folder)
+            with _named(path, folder):
+                model.load(path / folder)
         for item in self.contents.items:
             stem = item.stem(_rank())
             if not has_state(path, stem):
-                if item.optional or (item.per_rank and manifest["world"] != _world()):
+                if item.optional or (item.per_rank and manifest.get("world") != _world()):
                     continue  # written by another number of ranks: this one keeps its initial state
                 raise CheckpointError(f"{path} has no state of {item.name}: remove that folder to use an older one")
-            item.stateful.load_state_dict(read_state(path, stem))
+            with _named(path, item.name):
+                item.stateful.load_state_dict(read_state(path, stem))
         dist.all_reduce(torch.zeros(1))
         self._step, self._safe = int(manifest["step"]), path
         return self._step
@@ -249,7 +246,7 @@ def newest(folder: Path, say: Callable[[str], None]) -> Path | None:
     damaged = []
     for path in _from_rank_0(lambda: newest_first(folder)):
         reason = _from_rank_0(lambda path=path: defect(path))
-        if not reason and not (reason := _first_nonempty(changed(path, share=_rank(), shares=_world()))):
+        if not reason and not (reason := _first_nonempty(changed_file(path, share=_rank(), shares=_world()))):
             return path
         damaged.append(f"{path} is damaged: {reason}")
         say(f"warning: {damaged[-1]}; looking for an older checkpoint")
@@ -259,6 +256,20 @@ def newest(folder: Path, say: Callable[[str], None]) -> Path | None:
             "checkpoint.resume=false"
         )
     return None
+
+
+@contextmanager
+def _named(path: Path, part: str) -> Iterator[None]:
+    """A context in which whatever a damaged file leads to becomes an error that names the checkpoint and its part."""
+    try:
+        yield
+    except Exception as error:
+        if is_for_users(error):
+            raise
+        raise CheckpointError(
+            f"{path} has a state of {part} that cannot be loaded ({type(error).__name__}: {error}). Remove that folder "
+            "to use an older one"
+        ) from error
 
 
 def _spell(fact: Any) -> str:

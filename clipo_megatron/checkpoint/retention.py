@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shutil
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from clipo_megatron.config.schema import CheckpointConfig
-from clipo_megatron.runtime.durable_files import crc32
+from clipo_megatron.runtime.manifest import ManifestError, read_manifest
 from clipo_megatron.runtime.run_dir import STEP_NAMES, step_name, step_of
 
-MANIFEST = "manifest.json"
-PICKLED = (".metadata", "common.pt")  # files that are unpickled, which runs what they hold
+PICKLED = (".metadata", "common.pt")  # files that are unpickled, whose bytes are compared first
+_LEFTOVER = re.compile(r"\.step_\d+\.(partial|removed)")
 
 
 def retained(steps: Sequence[int], accuracy: Mapping[int, float], settings: CheckpointConfig) -> set[int]:
@@ -47,36 +46,18 @@ def complete(folder: Path) -> list[Path]:
 def defect(path: Path) -> str:
     """What is wrong with a checkpoint as far as names and sizes tell; empty if nothing is."""
     try:
-        manifest = json.loads((path / MANIFEST).read_text())
+        manifest = read_manifest(path)
         for name, entry in manifest["files"].items():
+            if not (path / name).is_file():
+                return f"{name} is missing"
             if (size := (path / name).stat().st_size) != entry["bytes"]:
                 return f"{name} has {size} bytes, {entry['bytes']} were written"
-        return "" if path.name == step_name(manifest["step"]) else f"it holds step {manifest['step']}"
-    except FileNotFoundError as error:
-        return f"{Path(error.filename).relative_to(path)} is missing"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        return f"{MANIFEST} cannot be read ({error})"
-
-
-def changed(path: Path, *, share: int = 0, shares: int = 1, names: Collection[str] | None = None) -> str:
-    """The first file whose checksum is not the manifest's, in words; empty if there is none.
-
-    Args:
-        path: the checkpoint's folder.
-        share: which part of the files to read, when as many ranks as `shares` divide them.
-        shares: number of parts.
-        names: read only files with these names, in any folder.
-    """
-    try:
-        written = json.loads((path / MANIFEST).read_text())["files"]
-        for name in sorted(written)[share::shares]:
-            if names is not None and Path(name).name not in names:
-                continue
-            if crc32(path / name) != written[name]["crc32"]:
-                return f"the bytes of {name} are not those that were written"
-    except OSError as error:  # a disk that fails to read what it once wrote
+    except ManifestError as error:
+        return error.reason
+    except OSError as error:
         return f"{error.filename} cannot be read ({error.strerror})"
-    return ""
+    step = manifest.get("step")
+    return "" if step is not None and path.name == step_name(step) else f"it holds step {step}"
 
 
 def remove(path: Path) -> None:
@@ -89,6 +70,7 @@ def remove(path: Path) -> None:
 
 
 def sweep(folder: Path) -> None:
-    """Remove what was being written or deleted when a process died."""
+    """Remove what was being written or deleted when a process died; all else stays, whatever its name begins with."""
     for leftover in folder.glob(f".{STEP_NAMES}"):
-        shutil.rmtree(leftover, ignore_errors=True)
+        if _LEFTOVER.fullmatch(leftover.name):
+            shutil.rmtree(leftover, ignore_errors=True)

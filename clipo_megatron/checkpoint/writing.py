@@ -18,11 +18,12 @@ from typing import Any
 
 import torch.distributed as dist
 
-from clipo_megatron.checkpoint.retention import MANIFEST, complete, remove, retained, sweep
+from clipo_megatron.checkpoint.retention import complete, remove, retained, sweep
 from clipo_megatron.checkpoint.states import ItemSnapshot, ModelSnapshot
 from clipo_megatron.config.model_folder import HF_FILES
 from clipo_megatron.config.schema import CheckpointConfig
 from clipo_megatron.runtime.durable_files import FolderWriter, sync, sync_tree
+from clipo_megatron.runtime.manifest import FORMAT, MANIFEST
 from clipo_megatron.runtime.run_dir import step_name, step_of
 
 
@@ -124,7 +125,7 @@ class CheckpointWriter:
             inside = FolderWriter(self.partial / folder)
             model.finish(inside, [facts[folder] for facts, _ in parts])
             listed |= _below(folder, inside)
-        manifest = {"step": self.snapshot.step, "world": len(parts), **self.snapshot.facts}
+        manifest = {"format": FORMAT, "step": self.snapshot.step, "world": len(parts), **self.snapshot.facts}
         files.write(MANIFEST, json.dumps({**manifest, "files": dict(sorted(listed.items()))}, indent=1))
         sync_tree(self.partial)
         remove(self.final)  # a damaged one of this step, or one of a run that was started over

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import os
 import re
 from collections.abc import Generator, Iterator
 from pathlib import Path
@@ -10,8 +10,17 @@ from typing import Any
 
 from clipo_megatron.checks.layout import division_problems
 from clipo_megatron.config.errors import ConfigProblem, spell
-from clipo_megatron.config.model_folder import hf_folder, hub_cache, is_checkpoint, vocabulary_problem
+from clipo_megatron.config.model_folder import (
+    ModelFileError,
+    foreign_links,
+    hf_folder,
+    hub_cache,
+    is_checkpoint,
+    read_object,
+    vocabulary_problem,
+)
 from clipo_megatron.config.schema import EngineKind, RunConfig
+from clipo_megatron.weights.config_fields import check_fields
 from clipo_megatron.weights.errors import UnsupportedModel
 from clipo_megatron.weights.families import FAMILIES, REFUSED_FAMILIES, model_spec
 
@@ -58,19 +67,24 @@ def _folder(key: str, value: str, remedy: str) -> Generator[ConfigProblem, None,
         )
         return None
     try:
-        facts = json.loads(file.read_text(encoding="utf-8"))
+        facts = read_object(file)
     except FileNotFoundError:
         reason = "the folder has no config.json"
         yield ConfigProblem(
             key, reason, "Give a Hugging Face model folder (config.json, *.safetensors, tokenizer)", value
         )
         return None
-    except (OSError, ValueError, RecursionError) as error:
-        yield ConfigProblem(key, f"{file.name} is no valid JSON ({error})", "Fetch the model folder again", value)
+    except ModelFileError as error:
+        yield ConfigProblem(key, str(error), "Fetch the model folder again", value)
         return None
-    if not isinstance(facts, dict):
-        reason = f"{file.name} holds a {type(facts).__name__}, not an object"
-        yield ConfigProblem(key, reason, "Fetch the model folder again", value)
+    if foreign := next(foreign_links(file.parent), None):
+        reason = f"{foreign.name} is a link to {os.readlink(foreign)}, outside the folder, and would be copied with it"
+        yield ConfigProblem(key, reason, "Replace the link by its file, if it belongs to the model", value)
+        return None
+    try:
+        check_fields({name: facts[name] for name in ("architectures", "model_type") if name in facts})
+    except UnsupportedModel as error:
+        yield ConfigProblem(key, str(error), "Correct its config.json, or fetch the model folder again", value)
         return None
     architecture = (facts.get("architectures") or ["none"])[0]
     if architecture not in ARCHITECTURES:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections import Counter
 from collections.abc import Iterator
 from urllib.parse import urlsplit
@@ -75,6 +76,9 @@ def _addresses(config: RunConfig) -> Iterator[ConfigProblem]:
             yield ConfigProblem("rollout.endpoints", reason, "List it once", show_value=False)
     if rollout.engine is EngineKind.local:
         return
+    if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*|", rollout.api_key_env):
+        reason = "it is no name of an environment variable, and a job's script uses it as one"
+        yield ConfigProblem("rollout.api_key_env", reason, "Name one, such as CLIPO_API_KEY", rollout.api_key_env)
     if not is_loopback(config.serve.host):
         outside.append(("serve.host", config.serve.host))
     if outside and not os.environ.get(rollout.api_key_env):

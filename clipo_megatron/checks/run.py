@@ -14,11 +14,12 @@ from clipo_megatron.checks.evaluation import evaluation_problems
 from clipo_megatron.checks.layout import layout_problems
 from clipo_megatron.checks.methods import method_problems
 from clipo_megatron.checks.model import model_problems
+from clipo_megatron.checks.output import output_problems
 from clipo_megatron.checks.report import report_problems
 from clipo_megatron.checks.rollout import rollout_problems
 from clipo_megatron.checks.training import training_problems
 from clipo_megatron.checks.windows import window_problems
-from clipo_megatron.config.errors import ConfigError, ConfigProblem
+from clipo_megatron.config.errors import CONTROL, ConfigError, ConfigProblem
 from clipo_megatron.config.ranges import range_problems
 from clipo_megatron.config.schema import RunConfig
 
@@ -48,8 +49,10 @@ def check(
 
 
 def _problems(config: RunConfig, ranks: int | None, trains: bool) -> Iterator[ConfigProblem]:
-    if not config.name or "/" in config.name:
-        yield ConfigProblem("name", "it becomes a folder's name", "Use a name without a slash", config.name)
+    if not config.name or "/" in config.name or CONTROL.search(config.name):
+        reason, remedy = "it becomes a folder's name", "Use a name without a slash or control characters"
+        yield ConfigProblem("name", reason, remedy, config.name)
+    yield from output_problems(config)
     yield from layout_problems(config.layout, ranks)
     yield from model_problems(config, config.layout.replicas(ranks), trains=trains)
     yield from data_problems(config, ("train", "eval") if trains else ("eval",))

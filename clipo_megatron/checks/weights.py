@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from clipo_megatron.config.errors import ConfigError
 from clipo_megatron.config.model_folder import hf_folder
+from clipo_megatron.runtime.manifest import ManifestError
 from clipo_megatron.weights.coverage import check_tensors
 from clipo_megatron.weights.errors import WeightsError
 from clipo_megatron.weights.families import model_spec
@@ -25,5 +26,5 @@ def check_weights(key: str, path: str) -> None:
         spec = model_spec(read_config(hf_folder(path)))
         with open_weights(path, spec) as reader:
             check_tensors(reader, spec)
-    except (WeightsError, OSError) as error:
+    except (WeightsError, ManifestError, OSError) as error:
         raise ConfigError(f"{key} = {path}: {error}. Fetch the model again, or correct its config.json.") from error

@@ -17,7 +17,7 @@ from clipo_megatron.evaluation.errors import EvaluationError
 from clipo_megatron.evaluation.estimators import RESAMPLES
 from clipo_megatron.evaluation.results import Evaluation, read_result
 from clipo_megatron.evaluation.tables import comparison_table, lines_of
-from clipo_megatron.runtime.durable_files import write_durably
+from clipo_megatron.runtime.durable_files import write_output
 
 _MOST_RESAMPLES = 1_000_000  # beyond, an interval is no better and takes minutes
 DESCRIPTION = """\
@@ -75,7 +75,7 @@ def run(options: argparse.Namespace) -> int:
         facts = {"A": str(options.first), "B": str(options.second), "seed": options.seed,
                  "resamples": options.resamples, "comparisons": list(map(_as_json, found))}  # fmt: skip
         try:
-            write_durably(options.json, json.dumps(facts, indent=1))
+            write_output(options.json, json.dumps(facts, indent=1))
         except OSError as error:
             raise EvaluationError(f"{options.json} cannot be written: {error}. Choose another file.") from error
     return 0

@@ -14,6 +14,7 @@ from clipo_megatron.config.load import load
 from clipo_megatron.config.model_folder import is_checkpoint, is_run_settings
 from clipo_megatron.config.schema import RunConfig, SourceConfig
 from clipo_megatron.evaluation.errors import EvaluationError
+from clipo_megatron.runtime.durable_files import refuse_special
 from clipo_megatron.runtime.run_dir import CHECKPOINTS, SETTINGS, STEP_NAMES
 
 _YAML = (".yaml", ".yml")
@@ -139,6 +140,7 @@ def _refuse_no_file(file: Path) -> None:
     if file.is_dir():
         raise EvaluationError(f"--output {file} is a folder. Name a file, such as {file / 'result.json'}.")
     try:
+        refuse_special(file)
         file.parent.mkdir(parents=True, exist_ok=True)
         if not os.access(file.parent, os.W_OK):
             raise PermissionError(f"{file.parent} is not writable")

@@ -66,7 +66,7 @@ def write_page(folders: list[Path], out: Path, *, against: str | None = None) ->
     from clipo_megatron.report.document import document
     from clipo_megatron.report.reading import PageError, read_run
     from clipo_megatron.report.timing import chrome_trace
-    from clipo_megatron.runtime.durable_files import write_durably
+    from clipo_megatron.runtime.durable_files import refuse_special, write_output
 
     groups = grouping.group_runs([read_run(folder) for folder in {each.resolve(): each for each in folders}.values()])
     if against is not None:
@@ -77,8 +77,10 @@ def write_page(folders: list[Path], out: Path, *, against: str | None = None) ->
         written[out.with_suffix(".trace.json")] = json.dumps(chrome_trace(traced))
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
+        for path in written:
+            refuse_special(path)
         for path, text in written.items():
-            write_durably(path, text)
+            write_output(path, text)
     except OSError as error:
         raise PageError(f"{out} cannot be written: {error.strerror or error}. Choose another --out") from error
     return list(written)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+
+CONTROL = re.compile(r"[\x00-\x1f\x7f]")  # characters that end a line or a word where nobody expects it
 
 
 @dataclass(frozen=True, slots=True)

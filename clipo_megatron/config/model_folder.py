@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,47 @@ from clipo_megatron.config.errors import ConfigProblem
 POLICY = "policy"  # the policy's weights, in Megatron's torch_dist
 CRITIC = "critic"  # the value model's weights, if the run has one
 HF_FILES = "hf"  # config.json, the tokenizer and other files that stood beside the source's weights
+
+
+class ModelFileError(ValueError):
+    """A file of a model cannot be read as what it should be; the message names it."""
+
+
+def read_object(file: Path) -> dict[str, Any]:
+    """Read a JSON object of a model's folder.
+
+    Raises:
+        FileNotFoundError: there is none. ModelFileError: it is no file, cannot be read, or holds something else.
+    """
+    try:
+        if file.exists() and not file.is_file():
+            raise ModelFileError(f"{file} is no file")
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise ModelFileError(f"{file} cannot be read: {error}") from error
+    except (ValueError, RecursionError) as error:
+        if isinstance(error, ModelFileError):
+            raise
+        raise ModelFileError(f"{file} cannot be read: it is no valid JSON ({error})") from error
+    if not isinstance(found, dict):
+        raise ModelFileError(f"{file} holds a {type(found).__name__}, not an object")
+    return found
+
+
+def foreign_links(folder: Path) -> Iterator[Path]:
+    """The links in a model's folder that lead out of it, other than those of the hub's cache to its blobs.
+
+    Weights are left out: nothing but tensors is read from them, and many a folder has them on another disk.
+    """
+    home = folder.resolve()
+    blobs = home.parent.parent / "blobs" if home.parent.name == "snapshots" else None
+    for file in sorted(folder.iterdir()):
+        if file.is_symlink() and not file.name.endswith(".safetensors"):
+            target = file.resolve()
+            if not target.is_relative_to(home) and target.parent != blobs:
+                yield file
 
 
 def is_checkpoint(path: str | os.PathLike[str]) -> bool:
@@ -37,14 +79,15 @@ def hub_cache() -> Path:
 def tokens_of(path: str | os.PathLike[str]) -> dict[int, str] | None:
     """The text of each token id in a model's tokenizer.json; None if there is no such file, or it cannot be read."""
     try:
-        content = json.loads((hf_folder(path) / "tokenizer.json").read_text(encoding="utf-8"))
+        content = read_object(hf_folder(path) / "tokenizer.json")
         words = content["model"]["vocab"]
         pairs = words.items() if isinstance(words, dict) else ((word, index) for index, (word, _) in enumerate(words))
-        return {index: word for word, index in pairs} | {
+        found = {index: word for word, index in pairs} | {
             each["id"]: each["content"] for each in content.get("added_tokens", ())
         }
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
+    return {index: word for index, word in found.items() if isinstance(index, int)}
 
 
 def vocabulary_problem(path: str, policy: str) -> ConfigProblem | None:
@@ -69,8 +112,8 @@ def vocabulary_problem(path: str, policy: str) -> ConfigProblem | None:
 def vocab_size(path: str) -> int | None:
     """The `vocab_size` of a model's config.json; None if that cannot be read, which loading the model reports."""
     try:
-        return json.loads((hf_folder(path) / "config.json").read_text(encoding="utf-8")).get("vocab_size")
-    except (OSError, ValueError, AttributeError):
+        return read_object(hf_folder(path) / "config.json").get("vocab_size")
+    except (OSError, ValueError):
         return None
 
 
@@ -82,7 +125,7 @@ def is_run_settings(facts: Any) -> bool:
 def read_run_settings(file: Path) -> dict[str, Any] | None:
     """The settings in a run's config.json; None where there are none, or the file is something else."""
     try:
-        settings = json.loads(file.read_text(encoding="utf-8"))
+        settings = read_object(file)
     except (OSError, ValueError):
         return None
     return settings if is_run_settings(settings) else None

@@ -49,9 +49,9 @@ def logits(weights: Weights, config_folder: Path) -> Tensor:
     Raises:
         CoverageError: transformers misses tensors, or does not know some; lists all.
     """
-    config = AutoConfig.from_pretrained(config_folder)
+    config = AutoConfig.from_pretrained(config_folder, local_files_only=True, trust_remote_code=False)
     with torch.device("meta"):
-        model_class = type(AutoModelForCausalLM.from_config(config))
+        model_class = type(AutoModelForCausalLM.from_config(config, trust_remote_code=False))
     state = {name: weights.get(name) for name in weights.names()}
     shown, bar = library_logging.get_verbosity(), library_logging.is_progress_bar_enabled()
     library_logging.set_verbosity_error()  # its warnings are raised as errors below

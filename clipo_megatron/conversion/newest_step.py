@@ -7,8 +7,8 @@ from pathlib import Path
 
 from clipo_megatron.config.model_folder import is_checkpoint
 from clipo_megatron.conversion.conversion import ConversionError
+from clipo_megatron.runtime.manifest import manifest_defects
 from clipo_megatron.runtime.run_dir import CHECKPOINTS, STEP_NAMES, step_of
-from clipo_megatron.weights.formats.manifest import manifest_defects
 
 
 def newest_step(path: Path, say: Callable[[str], None] = print) -> Path:

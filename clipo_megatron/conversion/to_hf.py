@@ -28,14 +28,14 @@ from clipo_megatron.conversion.conversion import (
     WorkUnit,
 )
 from clipo_megatron.runtime.durable_files import write_durably
+from clipo_megatron.runtime.manifest import read_manifest
 from clipo_megatron.weights.coverage import check_tensors
 from clipo_megatron.weights.errors import CoverageError, WeightsFolderError
 from clipo_megatron.weights.families import model_spec
-from clipo_megatron.weights.formats.manifest import manifest
+from clipo_megatron.weights.formats.metadata import METADATA
 from clipo_megatron.weights.formats.reader import INDEX, SINGLE
 from clipo_megatron.weights.formats.safetensors import Header, as_bytes, build_header, parse_header
 from clipo_megatron.weights.formats.source import SOURCE_HEADERS, sidecar_files
-from clipo_megatron.weights.formats.torch_dist import METADATA
 from clipo_megatron.weights.formats.torch_dist_reader import TorchDistReader
 from clipo_megatron.weights.mapping import EMBEDDING, OUTPUT_LAYER
 from clipo_megatron.weights.spec import read_config
@@ -139,7 +139,7 @@ class ToHF(Conversion):
                     "one checkpoint, such as checkpoints/step_000010"
                 )
             return
-        for name, entry in manifest(source).items():
+        for name, entry in read_manifest(source)["files"].items():
             if name.startswith((f"{POLICY}/", f"{HF_FILES}/")):
                 path = source / name
                 size = path.stat().st_size if path.is_file() else None
@@ -198,6 +198,12 @@ class ToHF(Conversion):
         headers, dropped, changed = {}, [], False
         for file, header in sources.items():
             kept = [name for name in header.tensors if self._origin(name) in present]
+            for name in kept:
+                if header.tensors[name].shape != self.reader.view(self._origin(name)).shape:
+                    raise WeightsFolderError(
+                        f"{self.source}/{HF_FILES}/{SOURCE_HEADERS} is damaged: it gives {name} another shape than the "
+                        "checkpoint holds"
+                    )
             dropped += [name for name in header.tensors if name not in kept]
             wanted = [(name, self._stored_as(name), header.tensors[name].shape) for name in kept]
             if wanted == [(name, stored.dtype, stored.shape) for name, stored in header.tensors.items()]:

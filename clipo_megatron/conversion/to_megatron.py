@@ -28,10 +28,10 @@ from clipo_megatron.conversion.conversion import (
     WorkUnit,
 )
 from clipo_megatron.runtime.durable_files import StreamedFile, crc32, write_durably
+from clipo_megatron.runtime.manifest import FORMAT, MANIFEST
 from clipo_megatron.weights.coverage import check_tensors
 from clipo_megatron.weights.families import entries, model_spec
 from clipo_megatron.weights.formats.archive import write_tensor
-from clipo_megatron.weights.formats.manifest import MANIFEST
 from clipo_megatron.weights.formats.reader import HFReader
 from clipo_megatron.weights.formats.source import sidecar_files
 from clipo_megatron.weights.formats.torch_dist_writer import FileSpan, metadata_files, torch_save_bytes
@@ -141,7 +141,7 @@ class ToMegatron(Conversion):
             name = f"{path.parent.name}/{path.name}"
             if name not in files:
                 files[name] = {"bytes": path.stat().st_size, "crc32": crc32(path)}
-        manifest = {"converted_from": self.source.name, "files": dict(sorted(files.items()))}
+        manifest = {"format": FORMAT, "converted_from": self.source.name, "files": dict(sorted(files.items()))}
         write_durably(content / MANIFEST, json.dumps(manifest, indent=1))
 
     def close(self) -> None:

@@ -20,13 +20,13 @@ from typing import Any
 
 import torch
 
-from clipo_megatron.config.model_folder import HF_FILES, hf_folder, is_checkpoint
+from clipo_megatron.config.model_folder import HF_FILES, hf_folder, is_checkpoint, read_object
 from clipo_megatron.conversion.compare import Weights, compare
 from clipo_megatron.conversion.logits import difference, logits
 from clipo_megatron.conversion.verification_report import TOLERANCE, VerificationReport, show
+from clipo_megatron.runtime.manifest import ManifestError, manifest_defects
 from clipo_megatron.weights.errors import UnsupportedModel, WeightsError, WeightsFolderError
 from clipo_megatron.weights.families import model_spec
-from clipo_megatron.weights.formats.manifest import manifest_defects
 from clipo_megatron.weights.formats.reader import INDEX, SINGLE
 from clipo_megatron.weights.formats.safetensors import SafetensorsFile
 from clipo_megatron.weights.formats.source import SOURCE_HEADERS, Reader, open_weights
@@ -100,7 +100,7 @@ def verify(
                 report.comparison = compare(left, right, tied=tied, cast=cast, details=details, progress=progress)
                 if with_logits:
                     _compare_logits(report, left, right)
-    except WeightsError as error:
+    except (WeightsError, ManifestError) as error:
         report.defects[side].append(str(error))
     report.seconds = time.monotonic() - start
     return report
@@ -169,11 +169,11 @@ def _indexed_files(folder: Path) -> Iterator[tuple[Path, list[str], Sequence[str
         return
     named: dict[str, list[str]] = {}
     try:
-        for name, file in json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"].items():
-            named.setdefault(file, []).append(name)
+        for name, file in read_object(folder / INDEX)["weight_map"].items():
+            named.setdefault(Path(file).name, []).append(name)
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return  # the reader will say so
-    for path in sorted(folder / str(file) for file in named):
+    for path in sorted(folder / file for file in named):
         try:
             file = SafetensorsFile(path)
         except WeightsFolderError as error:

@@ -38,6 +38,7 @@ class WorkFolder:
         self._refuse_existing()
         try:
             self.target.parent.mkdir(parents=True, exist_ok=True)
+            self._refuse_foreign()
             self._acquire()
         except OSError as error:
             raise ConversionError(f"{self.target} cannot be written: {error}. Choose another place.") from error
@@ -82,6 +83,16 @@ class WorkFolder:
             raise ConversionError(
                 f"{self.target} exists already, and nothing is overwritten. Remove it (rm -r {self.target}) or choose "
                 "another name"
+            )
+
+    def _refuse_foreign(self) -> None:
+        """Refuse a work folder that no conversion has made: it would be cleared."""
+        if self.folder.is_symlink() or (
+            self.folder.exists() and not {path.name for path in self.folder.iterdir()} <= {"lock", "content"}
+        ):
+            raise ConversionError(
+                f"{self.folder}, where {self.target.name} would be written, holds something else. Move it away, or "
+                "choose another name"
             )
 
     def _acquire(self) -> None:

@@ -27,6 +27,7 @@ from clipo_megatron.data.sources import DataError, Row, read, rows_of_all
 
 SUFFIX = ".prompts"
 _AT_ONCE = 256  # rows that are rendered and tokenized together: more are not faster
+_WHOLE = 200_000  # characters of a prompt that is tokenised as a whole, however many tokens may be too many
 _READ_BYTES = 1 << 20
 _LIBRARIES = ("transformers", "tokenizers", "jinja2", "reasoning-gym")  # whose versions decide what prompts are
 
@@ -99,11 +100,13 @@ def write_prompts(rows: Iterable[Row], tokenizer: Any, settings: PromptSettings,
     """
     renderer = ChatRenderer(tokenizer, settings.system_prompt, settings.template_options)
     writer, count, shortest = TableWriter(file), 0, 0
+    # More characters are too many tokens for certain, and could take a minute to be tokenised.
+    most = max(_WHOLE, (settings.max_prompt_tokens + 1) * max(map(len, tokenizer.get_vocab()), default=1))
     for some in _batches(rows):
         rendered = _rendered(renderer, some)
-        ids = _tokenized(tokenizer, [text for text, _ in rendered])
+        ids = _tokenized(tokenizer, [text[:most] for text, _ in rendered])
         for row, (text, turns), tokens in zip(some, rendered, ids, strict=True):
-            if len(tokens) > settings.max_prompt_tokens:
+            if len(tokens) > settings.max_prompt_tokens or len(text) > most:
                 writer.leave_out(row)
             elif without_answer([row])[1]:
                 writer.leave_out_unanswered(row)

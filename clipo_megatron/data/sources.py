@@ -14,10 +14,12 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
 
+from clipo_megatron.config.errors import spell
 from clipo_megatron.config.schema import Perturbation, SourceConfig
 from clipo_megatron.data.generators import factory_with
 from clipo_megatron.data.golds import why_no_answer
 from clipo_megatron.data.perturbations import PerturbationError, perturb
+from clipo_megatron.data.row_values import may_be_unfit, unfit_part, why_unfit
 
 AnyProblem = TypeVar("AnyProblem")  # a Row, a Prompt or whatever has `messages`
 
@@ -160,13 +162,30 @@ def _parquet(path: Path) -> Iterator[tuple[str, Any]]:
             size = 64 if media else 1024  # a picture is as large as thousands of texts
             for batch in file.iter_batches(batch_size=size, columns=[*columns, *media]):
                 shown = {row: column for column in media for row in _filled(batch.column(column))}
-                for row, record in enumerate(batch.select(columns).to_pylist()):
+                for row, record in enumerate(_records(batch.select(columns), path, number)):
                     if row in shown:
                         raise _media_error(f"{path}, row {number}", shown[row])
                     yield f"{path}, row {number}", record
                     number += 1
     except (pyarrow.ArrowException, OSError) as error:
         raise DataError(f"{path} cannot be read as parquet: {error}. Write the file again.") from None
+
+
+def _records(batch: Any, path: Path, first: int) -> list[Any]:
+    """The rows of a batch as plain values; a DataError if a text is none."""
+    try:
+        return batch.to_pylist()
+    except UnicodeDecodeError:
+        for row in range(len(batch)):
+            for name in batch.schema.names:
+                try:
+                    batch.column(name)[row].as_py()
+                except UnicodeDecodeError as error:
+                    raise DataError(
+                        f"{path}, row {first + row}, field {name}: its bytes are no UTF-8 ({error.reason} at byte "
+                        f"{error.start}). Write the column as text again."
+                    ) from None
+        raise
 
 
 def _filled(column: Any) -> list[int]:
@@ -205,9 +224,12 @@ def _jsonl(path: Path) -> Iterator[tuple[str, Any]]:
                 continue
             place = f"{path}, row {number} (line {line_number})"
             try:
-                yield place, json.loads(line)
+                record = json.loads(line.decode("utf-8-sig"))
             except (ValueError, RecursionError) as error:
                 raise DataError(f"{place}: not valid JSON: {error}. Correct the line.") from None
+            if may_be_unfit(line) and (found := unfit_part(record)):
+                raise DataError(f"{place}, field {found[0]}: {found[1]}. Correct the row.")
+            yield place, record
             number += 1
 
 
@@ -232,7 +254,9 @@ def _row(record: Any, *, id: str, place: str) -> Row:
         if not isinstance(turn, Mapping):
             raise refuse(f"prompt[{index}]", f"a turn {{role, content}} was expected, not {_kind(turn)}")
         if turn.get("role") not in ROLES:
-            raise refuse(f"prompt[{index}].role", f"one of {', '.join(ROLES)} was expected, not {turn.get('role')!r}")
+            raise refuse(
+                f"prompt[{index}].role", f"one of {', '.join(ROLES)} was expected, not {_kind(turn.get('role'))}"
+            )
         if not isinstance(turn.get("content"), str):
             raise refuse(f"prompt[{index}].content", f"text was expected, not {_kind(turn.get('content'))}")
     if turns[-1]["role"] != "user":
@@ -250,6 +274,10 @@ def _row(record: Any, *, id: str, place: str) -> Row:
     extra = record.get(_EXTRA)
     if extra is not None and not isinstance(extra, Mapping):
         raise refuse("extra_info", f"a mapping was expected, not {_kind(extra)}")
+    texts = {f"prompt[{index}].content": turn["content"] for index, turn in enumerate(turns)}
+    for field, text in {"data_source": data_source, "reward_model.ground_truth": truth, **texts}.items():
+        if reason := why_unfit(text):
+            raise refuse(field, reason)
     messages = tuple({"role": turn["role"], "content": turn["content"]} for turn in turns)
     return Row(id=id, messages=messages, data_source=data_source, ground_truth=str(truth), extra=dict(extra or {}))
 
@@ -259,7 +287,7 @@ def _kind(value: Any) -> str:
         return "nothing"
     if value == "" or value == []:
         return "an empty one"
-    return f"{type(value).__name__} {value!r}" if not isinstance(value, (dict, list)) else type(value).__name__
+    return f"{type(value).__name__} {spell(value)}" if not isinstance(value, (dict, list)) else type(value).__name__
 
 
 # ---------------------------------------------------------------- generators

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from clipo_megatron.config.model_folder import ModelFileError, read_object
 from clipo_megatron.data.sources import DataError
 
 _TEXT_MODELS = ("decoder", "generator", "text_config")  # where composite models keep their text model's settings
@@ -132,14 +133,11 @@ def _id_of(text: str, tokenizer: Any) -> int:
 
 def _read(file: Path) -> dict[str, Any]:
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        return read_object(file)
     except FileNotFoundError:
         return {}
-    except ValueError as error:
-        raise DataError(f"{file} is no valid JSON ({error}). Fetch the model folder again.") from error
-    if not isinstance(content, dict):
-        raise DataError(f"{file} holds no settings but a {type(content).__name__}. Fetch the model folder again.")
-    return content
+    except ModelFileError as error:
+        raise DataError(f"{error}. Fetch the model folder again.") from error
 
 
 def _places(config: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:

@@ -30,7 +30,7 @@ from typing import Any
 from clipo_megatron.data.sources import source_of
 from clipo_megatron.evaluation.errors import EvaluationError
 from clipo_megatron.evaluation.estimators import majority_at, mean_and_error, pass_at_k, usual_ks
-from clipo_megatron.runtime.durable_files import write_durably
+from clipo_megatron.runtime.durable_files import write_output
 from clipo_megatron.runtime.run_dir import STEP_NAMES, step_name
 
 SCHEMA = 1
@@ -269,7 +269,7 @@ def write_result(file: Path, result: Evaluation) -> None:
     """
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        write_durably(file, json.dumps(as_json(result), indent=1))
+        write_output(file, json.dumps(as_json(result), indent=1))
     except OSError as error:
         raise EvaluationError(f"{file} cannot be written: {error}. Choose another file with --output.") from error
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import io
 import os
+import shutil
 import socket
 import time
 import zlib
@@ -67,6 +68,38 @@ def write_durably(path: Path, data: str | bytes) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(partial, path)
+
+
+def refuse_special(path: Path) -> None:
+    """Refuse to write where something else than a file is; a link stands for its target.
+
+    Raises:
+        OSError: it is a device, a FIFO, a folder or a link to nothing, which would be replaced, or block for ever.
+    """
+    if os.path.lexists(path) and not path.is_file():
+        kind = "a folder" if path.is_dir() else "a link to nothing" if not path.exists() else "a device or a pipe"
+        raise OSError(f"it is {kind}, and nothing but a file is overwritten")
+
+
+def write_output(path: Path, data: str) -> None:
+    """Write a file that the user has named, completely or not at all; where it is a link, its target is written.
+
+    Raises:
+        OSError: it cannot be written, or `refuse_special` refuses it.
+    """
+    refuse_special(path)
+    target = Path(os.path.realpath(path))
+    partial = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    try:
+        with partial.open("x", encoding="utf-8") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        if target.exists():
+            shutil.copymode(target, partial)
+        os.replace(partial, target)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def sync(path: Path) -> None:

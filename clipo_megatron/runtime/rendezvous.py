@@ -1,7 +1,10 @@
-"""The rendezvous of the ranks of a Slurm job: rank 0 chooses a port and writes it into the job's folder.
+"""The rendezvous of ranks.
 
-Rank 0 listens at the port from the moment it chooses it, so that it cannot clash with another job's. The other ranks
-wait for the file, and every rank reports what it waited for in vain.
+In a Slurm job, rank 0 chooses a port and writes it into the job's folder. It listens at the port from the moment it
+chooses it, so that it cannot clash with another job's. The other ranks wait for the file, and every rank reports what
+it waited for in vain.
+
+On one machine, rank 0 listens at MASTER_PORT of loopback alone, because whoever reaches the store can end the run.
 """
 
 from __future__ import annotations
@@ -22,6 +25,8 @@ from clipo_megatron.runtime.ports import LOOPBACK, listen
 
 JOB = "CLIPO_JOB"  # environment variable with the job's folder, set by its script
 FOLDER = "rendezvous"  # below the job's folder
+_LOCAL = (LOOPBACK, "localhost")
+_TORCHRUN = "TORCHELASTIC_USE_AGENT_STORE"  # "True" where torchrun's agent keeps the store
 TIMEOUT_S = 600.0  # between the first rank and the last: a node may have to load a container first
 _POLL_S = 0.2
 
@@ -31,19 +36,22 @@ class RendezvousError(RuntimeError):
 
 
 def rendezvous(environment: Mapping[str, str] = os.environ, *, timeout_s: float = TIMEOUT_S) -> dist.Store | None:
-    """Wait for all ranks of a job, and return the store that they share.
+    """Wait for all ranks of a job or of a run on one machine, and return the store that they share.
 
     Args:
         environment: has RANK, WORLD_SIZE and MASTER_ADDR, and in a job CLIPO_JOB and Slurm's numbers of the step.
         timeout_s: how long to wait for the other ranks.
 
     Returns:
-        The store; None outside a job, or if MASTER_PORT is set, which torch uses by itself.
+        The store; None where torch does it by itself: under torchrun, or on several machines with MASTER_PORT.
 
     Raises:
-        RendezvousError: some rank did not come in time.
+        RendezvousError: some rank did not come in time, or MASTER_PORT is taken.
     """
-    if JOB not in environment or "MASTER_PORT" in environment:
+    if "MASTER_PORT" in environment:
+        is_local = environment.get("MASTER_ADDR") in _LOCAL and environment.get(_TORCHRUN) != "True"
+        return _on_loopback(environment, timeout_s) if is_local else None
+    if JOB not in environment:
         return None
     rank, world, host = int(environment["RANK"]), int(environment["WORLD_SIZE"]), environment["MASTER_ADDR"]
     here = environment.get("SLURMD_NODENAME") or socket.gethostname()
@@ -58,6 +66,25 @@ def rendezvous(environment: Mapping[str, str] = os.environ, *, timeout_s: float 
     return store
 
 
+def _on_loopback(environment: Mapping[str, str], timeout_s: float) -> dist.TCPStore:
+    rank, world, port = (int(environment[name]) for name in ("RANK", "WORLD_SIZE", "MASTER_PORT"))
+    timeout = timedelta(seconds=timeout_s)
+    try:
+        if rank:
+            return dist.TCPStore(LOOPBACK, port, world, is_master=False, timeout=timeout)
+        with socket.create_server((LOOPBACK, port), backlog=1024) as listener:
+            return dist.TCPStore(
+                LOOPBACK, port, world, is_master=True, wait_for_workers=False, timeout=timeout,
+                master_listen_fd=listener.detach(),
+            )  # fmt: skip
+    except (OSError, OverflowError, RuntimeError, dist.DistError) as error:
+        what = "cannot listen at" if rank == 0 else "does not reach rank 0 at"
+        raise RendezvousError(
+            f"rank {rank} of {world} {what} {LOOPBACK}:{port}: {str(error).splitlines()[0]}. Set MASTER_PORT to a free "
+            "port, the same on all ranks."
+        ) from error
+
+
 def _step(environment: Mapping[str, str]) -> str:
     """A name that differs between steps, attempts and jobs."""
     return ".".join(environment.get(name, "0") for name in ("SLURM_JOB_ID", "SLURM_RESTART_COUNT", "SLURM_STEP_ID"))
@@ -65,7 +92,7 @@ def _step(environment: Mapping[str, str]) -> str:
 
 def _open(file: Path, host: str, here: str, world: int) -> dist.TCPStore:
     # A name may resolve to different addresses on different nodes, so all but loopback listen at every address.
-    with listen(LOOPBACK if host in (LOOPBACK, "localhost") else "") as listener:
+    with listen(LOOPBACK if host in _LOCAL else "") as listener:
         port = listener.getsockname()[1]
         store = dist.TCPStore(
             host, port, world, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach(),

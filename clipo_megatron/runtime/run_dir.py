@@ -18,6 +18,7 @@ import tempfile
 from pathlib import Path
 from typing import TextIO
 
+from clipo_megatron.config.model_folder import read_run_settings
 from clipo_megatron.runtime.durable_files import LockedError, lock
 
 SETTINGS = "config.json"
@@ -101,6 +102,21 @@ def refuse_unwritable(output: Path) -> None:
     except (OSError, ValueError) as error:
         reason = f"{folder}: {error.strerror}" if getattr(error, "strerror", None) else str(error)
         raise OutputError(f"train.output = {output} cannot be written to: {reason}. Choose another one.") from error
+
+
+def foreign_result(output: Path, file: Path | None = None) -> str:
+    """The name of a result in an output folder that no run has written there; "" if there is none.
+
+    Args:
+        output: the folder.
+        file: None: whether any of the names of results is taken in a folder that is no run's. A file: whether it is
+            what a run would write under such a name, whoever has written it.
+    """
+    if file is not None:
+        return next((name for name in RESULTS if file.is_relative_to(output / name)), "")
+    if (output / _LOCK).exists() or (output / SEGMENTS).exists() or read_run_settings(output / SETTINGS):
+        return ""
+    return next((name for name in RESULTS if os.path.lexists(output / name)), "")
 
 
 def set_aside(output: Path) -> Path | None:

@@ -11,6 +11,7 @@ import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from clipo_megatron.config.errors import CONTROL
 from clipo_megatron.slurm.resources import JobKind, Resources, SlurmError
 
 TEMPLATES = Path(__file__).parent / "scripts"
@@ -39,18 +40,18 @@ def render(
         setup: shell lines that follow the settings.
 
     Raises:
-        SlurmError: the template, or a file that it includes, is missing.
+        SlurmError: the template, or a file that it includes, is missing, or a value has a control character.
     """
     lines: list[str] = []
     for line in _read(template).splitlines():
         marker, _, argument = line.removeprefix("#@").partition(" ") if line.startswith("#@") else ("", "", "")
         if marker == "settings":
-            lines += [f"{name}={_shell(value)}" for name, value in settings.items()]
+            lines += [f"{name}={_shell(_one_line(name, value))}" for name, value in settings.items()]
             lines += setup.splitlines()
         elif marker == "include":
             lines += _read(argument).splitlines()
         elif marker:
-            lines += [f"#SBATCH {option}" for option in directives[marker]]
+            lines += [f"#SBATCH {_one_line('an option of sbatch', option)}" for option in directives[marker]]
         else:
             lines.append(line)
     return "\n".join(lines) + "\n"
@@ -86,6 +87,17 @@ def directives_of(name: str, job: Path, resources: Resources) -> dict[str, list[
         *resources.server_options,
     ]
     return {"directives": train, "server-directives": servers}
+
+
+def _one_line(name: str, value: Setting) -> Setting:
+    """The value, if it stays on its line of the script; a SlurmError if it does not."""
+    for part in (value,) if isinstance(value, str | int) else value:
+        if CONTROL.search(str(part)):
+            raise SlurmError(
+                f"{part!r} ({name}) has a control character, such as the end of a line, and would become other lines "
+                "of the job's script. Remove it."
+            )
+    return value
 
 
 def _partition(name: str) -> list[str]:

@@ -3,6 +3,8 @@
 Every sender writes its own buckets, with one of them in memory. When all files are written, the coordinator adds an
 index and the model's sidecar files and renames the folder, so that a version's folder is complete or absent. Then the
 servers load it. The folder of the previous version is removed after the update.
+
+All versions of a run lie in a folder that the run has made, below the one that the user named: nothing else is removed.
 """
 
 from __future__ import annotations
@@ -10,6 +12,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +20,14 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from clipo_megatron.rollout.engine import EngineError
 from clipo_megatron.rollout.servers.hf_folder import copy_sidecar_files
 from clipo_megatron.sync.attempt import Attempt
 from clipo_megatron.sync.checksums import Sums
 from clipo_megatron.sync.served import AttemptPlan, ServedSync
 
 _VERSION = re.compile(r"v(\d+)(\.tmp)?")
+_MARKER = ".written-by-a-run"
 _INDEX = "model.safetensors.index.json"
 
 
@@ -31,14 +36,16 @@ class DiskSync(ServedSync):
 
     Args:
         model: the model's Hugging Face folder, whose sidecar files are copied.
-        folder: where versions are written; trainer and servers see it under the same path.
+        folder: where the run's own folder is made; trainer and servers see it under the same path.
+        run: the run's output folder, by which its own folder is told from those of other runs.
         args: positional arguments of `ServedSync`.
         kwargs: keyword arguments of `ServedSync`.
     """
 
-    def __init__(self, *args: Any, model: str | Path, folder: str | Path, **kwargs: Any):
+    def __init__(self, *args: Any, model: str | Path, folder: str | Path, run: str | Path, **kwargs: Any):
         super().__init__(*args, **kwargs)
-        self.model, self.folder = Path(model), Path(folder).absolute()
+        name = blake2b(str(Path(run).absolute()).encode(), digest_size=4).hexdigest()
+        self.model, self.folder = Path(model), Path(folder).absolute() / f"clipo-{name}"
         self._memory: Tensor | None = None
 
     def _begin(self, version: int) -> None:
@@ -47,7 +54,7 @@ class DiskSync(ServedSync):
 
         def prepare() -> None:
             if self.shard.is_coordinator:
-                self.folder.mkdir(parents=True, exist_ok=True)
+                self._claim()
                 self._remove(keep=self._newest())  # servers may be loading it
                 draft.mkdir()
 
@@ -86,6 +93,22 @@ class DiskSync(ServedSync):
         return sums[0]
 
     # --- files ---------------------------------------------------------------------------------------------------
+
+    def _claim(self) -> None:
+        """Make the run's own folder, and mark it.
+
+        Raises:
+            EngineError: a folder of this name is there, and no run has made it.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        marker = self.folder / _MARKER
+        if not marker.is_file():
+            if any(self.folder.iterdir()):
+                raise EngineError(
+                    f"{self.folder} holds files that no run has written there. Move them away, or choose another "
+                    "rollout.sync.folder."
+                )
+            marker.write_text("The run removes what it has written here.\n")
 
     def _buffer(self, numel: int) -> Tensor:
         """The memory of one bucket, which every bucket reuses: each is written before the next is gathered."""

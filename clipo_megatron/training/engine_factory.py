@@ -96,6 +96,7 @@ def build_sync(config: RunConfig, policy: Policy, engine: Engine | None) -> Weig
     if transport is Transport.disk:
         options["model"] = Path(config.model.path)
         options["folder"] = Path(rollout.sync.folder or Path(config.train.output) / WEIGHTS)
+        options["run"] = Path(config.train.output)
     kind = {Transport.broadcast: BroadcastSync, Transport.disk: DiskSync, Transport.ipc: IpcSync}[transport]
     sync = kind(Shard.of(policy), engine, rollout.sync, **options)
     return ColocatedSync(sync, policy, engine) if rollout.colocated else sync

@@ -8,13 +8,14 @@ from dataclasses import replace
 from pathlib import Path
 
 from clipo_megatron.checkpoint import CheckpointError, newest
-from clipo_megatron.checkpoint.retention import MANIFEST, defect
+from clipo_megatron.checkpoint.retention import defect
 from clipo_megatron.config.model_folder import hf_folder
 from clipo_megatron.config.schema import EngineKind, RunConfig
 from clipo_megatron.evaluation.results import free_name, write_result
 from clipo_megatron.evaluation.tables import left_out_lines, lines_of, result_table
 from clipo_megatron.policy.policy import Policy
 from clipo_megatron.rollout.engine import Cancelled
+from clipo_megatron.runtime.manifest import read_manifest
 from clipo_megatron.runtime.run_dir import CHECKPOINTS, EVAL_RESULTS
 from clipo_megatron.training.policy_engine import PolicyEngine
 from clipo_megatron.training.session import Session
@@ -71,7 +72,7 @@ def steps_of(checkpoint: Path, config: RunConfig) -> int:
         CheckpointError: the checkpoint is of another model than model.path. Where all weights have the same shapes,
             nothing else would notice.
     """
-    manifest = json.loads((checkpoint / MANIFEST).read_text())
+    manifest = read_manifest(checkpoint)
     mine = model_spec(read_config(hf_folder(config.model.path))).architecture()
     written = manifest.get("model") or {}
     differing = [name for name in mine if name in written and json.loads(json.dumps(mine[name])) != written[name]]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+_LONGEST_VALUE = 200  # characters of a value in a message
 _LINES = 20  # most lines of a message: a wrong number of layers misses hundreds of tensors
 
 
@@ -13,7 +14,9 @@ class UnsupportedModel(WeightsError):
     """config.json asks for something that Megatron would compute differently; names the field and its value."""
 
     def __init__(self, field: str, value: object, reason: str) -> None:
-        super().__init__(f"config.json: {field}={value!r} is not supported: {reason}")
+        spelled = repr(value)
+        spelled = spelled if len(spelled) <= _LONGEST_VALUE else f"{spelled[: _LONGEST_VALUE - 3]}..."
+        super().__init__(f"config.json: {field}={spelled} is not supported: {reason}")
         self.field = field
         self.value = value
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from clipo_megatron.config.model_folder import ModelFileError, read_object
 from clipo_megatron.weights.errors import UnsupportedModel, WeightsFolderError
 from clipo_megatron.weights.rope import LinearRope, Llama3Rope, read_rope
 
@@ -127,14 +127,11 @@ def read_config(folder: str | Path) -> dict[str, Any]:
 def read_config_file(path: Path) -> dict[str, Any]:
     """Read a config.json that may have another name; raises what `read_config` does."""
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        return read_object(path)
     except FileNotFoundError:
         raise WeightsFolderError(f"{path} does not exist: the path must be a Hugging Face folder") from None
-    except (OSError, ValueError) as error:
-        raise WeightsFolderError(f"{path} cannot be read: {error}") from error
-    if not isinstance(config, dict):
-        raise WeightsFolderError(f"{path} holds a JSON {type(config).__name__}, not an object")
-    return config
+    except ModelFileError as error:
+        raise WeightsFolderError(str(error)) from error
 
 
 _SCALES = "it multiplies activations by a factor that the policy does not have"

@@ -15,10 +15,8 @@ from sync_steps import update_repeatedly
 def test_both_engines_load_the_folder(engine, ranks: RankPool, servers: Servers, tiny_model: Path, tmp_path: Path):
     server = servers.shared(engine, tiny_model, options={"mem_fraction_static": 0.5} if engine == "sglang" else None)
     folder = tmp_path / "weights"
-    (folder / "v7.tmp").mkdir(parents=True)  # left by a killed run
-    (folder / "v7.tmp" / "model-stage0-00000.safetensors").write_bytes(b"half")
-    (folder / "v3").mkdir()
-    (folder / "notes").mkdir()  # a folder that is no version
+    for name in ("v1", "v2", "v3.tmp", "notes"):
+        (folder / name).mkdir(parents=True)  # the user's
     settings = {"folder": str(folder), "model": str(tiny_model)}
     results = ranks.run(update_repeatedly, 2, str(tiny_model), [server.url], 1, 2, 2, settings, "disk", engine)
     assert results[0] == results[1]
@@ -30,4 +28,6 @@ def test_both_engines_load_the_folder(engine, ranks: RankPool, servers: Servers,
         else:
             assert not report.unverified
         assert report.phases["load"] > 0 and report.phases["verify"] > 0
-    assert sorted(path.name for path in folder.iterdir()) == ["notes", "v1"]
+    *users, own = sorted(folder.iterdir(), key=lambda path: path.name.startswith("clipo-"))
+    assert {path.name for path in users} == {"v1", "v2", "v3.tmp", "notes"}
+    assert [path.name for path in own.glob("v*")] == ["v1"]

@@ -18,8 +18,8 @@ from clipo_megatron.conversion.conversion import ConversionError
 from clipo_megatron.conversion.running import convert
 from clipo_megatron.conversion.to_hf import ToHF
 from clipo_megatron.conversion.to_megatron import ToMegatron
+from clipo_megatron.runtime.manifest import manifest_defects
 from clipo_megatron.weights.errors import WeightsError
-from clipo_megatron.weights.formats.manifest import manifest_defects
 from clipo_megatron.weights.parallel_division import ParallelDivision
 
 KILLS = 20

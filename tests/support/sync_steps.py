@@ -124,7 +124,7 @@ def make_sync(transport: str, shard: Shard, pool: ServerPool | None, settings: d
     join_deadline_s, model = settings.pop("join_deadline_s"), settings.pop("model", None)
     config, rest = SyncConfig(**settings), {"in_flight": InFlight.retract, "join_deadline_s": join_deadline_s}
     if transport == "disk":
-        return DiskSync(shard, pool, config, model=model, folder=config.folder, **rest)
+        return DiskSync(shard, pool, config, model=model, folder=config.folder, run=config.folder, **rest)
     if transport == "ipc":
         return IpcSync(shard, pool, config, **rest)
     return BroadcastSync(shard, pool, config, **rest)
@@ -229,9 +229,8 @@ def update_without_servers() -> None:
 def write_and_compare(folder: str, target: str, tp: int, pp: int, ep: int = 1) -> dict[str, Tensor]:
     """Let all ranks write a version; returns the export of all weights."""
     shard = make_shard(folder, tp, pp, ep=ep)
-    sync = DiskSync(
-        shard, make_pool(shard, ["http://127.0.0.1:9"]), SyncConfig(bucket_mb=1), model=folder, folder=target
-    )
+    pool, settings = make_pool(shard, ["http://127.0.0.1:9"]), SyncConfig(bucket_mb=1)
+    sync = DiskSync(shard, pool, settings, model=folder, folder=target, run=target)
     change(shard, 5)
     sync._begin(5)
     whole = export(sync.export_plan, shard.chunks(), shard.holder)

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 from megatron.core.dist_checkpointing.optimizer import make_sharded_optimizer_tensor
@@ -27,12 +26,13 @@ from megatron.core.dist_checkpointing.strategies import torch as torch_dist  # n
 from megatron.core.dist_checkpointing.utils import extract_sharded_tensors_and_factories
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch import Tensor
-from torch.distributed.checkpoint import FileSystemReader
 
+from clipo_megatron.policy.checkpoint.reading import loaded_state
 from clipo_megatron.policy.checkpoint.snapshot import HostBuffer, SnapshotPlan, SourceTensor, TrainableSnapshot
 from clipo_megatron.policy.optimizer import DistributedAdamW
 from clipo_megatron.policy.trainable import Trainable
 from clipo_megatron.runtime.platform import platform
+from clipo_megatron.weights.formats.metadata import read_metadata
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 MASTER = "master"  # the fp32 parameter that the optimizer updates
@@ -82,7 +82,7 @@ class TrainableCheckpointer:
         with _adapted_megatron():
             model = _sharded(self.stage, stacked=_is_stacked(folder))
             template = {"model": model, "optimizer": _sharded_optimizer_state(model, self.optimizer, _empty_tensors)}
-            state = dist_checkpointing.load(template, str(folder))
+            state = loaded_state(template, folder)
             self.stage.load_state_dict(state["model"])
         self.optimizer.schedule.load_state_dict(state["schedule"])
         for name, _, shard in _shards(self.optimizer):
@@ -114,7 +114,7 @@ def _sharded(stage: torch.nn.Module, *, stacked: bool = False) -> dict[str, Any]
 def _is_stacked(folder: Path) -> bool:
     """Whether a checkpoint has all layers under one key."""
     layers = "decoder.layers."
-    keys = FileSystemReader(folder).read_metadata().state_dict_metadata
+    keys = read_metadata(folder).state_dict_metadata
     return any(key.startswith(layers) and not key.removeprefix(layers)[:1].isdigit() for key in keys)
 
 

@@ -281,11 +281,13 @@ def _build(folder: Path, dtype: torch.dtype, device: torch.device) -> tuple[PreT
         raise EngineError(reason)
     try:
         config = configuration(folder)
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         raise EngineError(f"The configuration or tokenizer in {folder} cannot be loaded: {error}") from error
     with no_init_weights():  # faster, and leaves the global random state alone
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
+        model = AutoModelForCausalLM.from_config(
+            config, dtype=dtype, attn_implementation="sdpa", trust_remote_code=False
+        )
     model.tie_weights()
     return tokenizer, model.to(device).eval().requires_grad_(False)
 

@@ -31,4 +31,4 @@ def configuration(folder: Path) -> Any:
     """The configuration of the model in a folder, as transformers reads it."""
     from transformers import AutoConfig
 
-    return AutoConfig.from_pretrained(folder, local_files_only=True)
+    return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)

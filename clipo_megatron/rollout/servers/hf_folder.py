@@ -11,6 +11,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from clipo_megatron.config.model_folder import foreign_links
 from clipo_megatron.rollout.engine import EngineError
 
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".index.json")
@@ -47,7 +48,13 @@ def write_folder(folder: Path, tensors: Iterable[tuple[str, Tensor]], model: Pat
 
 
 def copy_sidecar_files(model: Path, folder: Path) -> None:
-    """Copy everything in a model's folder but its weights: config.json, the tokenizer and the like."""
+    """Copy everything in a model's folder but its weights: config.json, the tokenizer and the like.
+
+    Raises:
+        EngineError: one of them is a link to a file elsewhere, which may be nobody's business.
+    """
+    if foreign := next(foreign_links(model), None):
+        raise EngineError(f"{foreign} is a link out of the model's folder. Replace the link by its file.")
     for path in sorted(model.iterdir()):
         if path.is_file() and not path.name.endswith(_WEIGHT_SUFFIXES):
             shutil.copyfile(path, folder / path.name)

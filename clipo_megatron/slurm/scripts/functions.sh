@@ -90,10 +90,25 @@ begin() {
     attempt=${SLURM_RESTART_COUNT:-0}
     say "job $SLURM_JOB_ID, requeued $attempt times of $REQUEUES at most, on" $all
     say "$RANKS_PER_NODE ranks a node with $CPUS_PER_RANK cores each$SERVERS_TOLD"
-    env | sort | sed -E 's/^([A-Za-z0-9_]*(KEY|TOKEN|SECRET|PASSW)[A-Za-z0-9_]*)=.*/\1=(kept out)/I' \
-        > "$JOB/environment.$attempt.txt"
+    note_environment "$JOB/environment.$attempt.txt"
     check_nodes "$all"
     note started
+}
+
+note_environment() { # FILE: writes what decides how a job runs, a line each; everything else may be a secret
+    local name
+    rm -f "$1"
+    (
+        umask 077
+        for name in $(compgen -e | sort); do
+            case $name in
+            SLURM_JWT | *KEY* | *TOKEN* | *SECRET* | *PASS* | *CREDENTIAL* | *PROXY*) ;;
+            SLURM_* | SLURMD_* | CUDA_* | NCCL_* | GLOO_* | UCX_* | FI_* | OMP_* | MKL_* | TORCH_* | PYTORCH_* | \
+                CLIPO_JOB | CLIPO_ADDRESSES | MASTER_ADDR | PATH | LD_LIBRARY_PATH | PYTHON* | VIRTUAL_ENV | \
+                CONDA_PREFIX | LANG | LC_* | TMPDIR | HOSTNAME) printf '%s=%q\n' "$name" "${!name}" ;;
+            esac
+        done > "$1"
+    )
 }
 
 check_nodes() { # NODES: ends the job unless each node sees its files, and the others what it writes

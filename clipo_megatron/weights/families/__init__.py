@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from importlib import import_module
 from typing import Any
 
+from clipo_megatron.weights.config_fields import check_fields
 from clipo_megatron.weights.errors import UnsupportedModel
 from clipo_megatron.weights.families.family import Family
 from clipo_megatron.weights.mapping import WHOLE, Coordinates, MappingEntry, PipelineStage, bind
@@ -41,9 +42,12 @@ def model_spec(config: Mapping[str, Any]) -> ModelSpec:
     """Read the facts of an architecture from the contents of config.json.
 
     Raises:
-        UnsupportedModel: the family is unknown, or a field asks for what Megatron would compute differently.
+        UnsupportedModel: the family is unknown, a field has a wrong type, or asks for what Megatron would compute
+            differently.
     """
     name = config.get("model_type")
+    if name is not None:
+        check_fields({"model_type": name})
     if name not in FAMILIES:
         reason = f"known families are {', '.join(sorted(FAMILIES))}"
         if name in REFUSED_FAMILIES:
@@ -51,6 +55,7 @@ def model_spec(config: Mapping[str, Any]) -> ModelSpec:
         raise UnsupportedModel("model_type", name, reason)
     family = FAMILIES[name]
     known = {**family.defaults, **config}
+    check_fields(known)
     for field, reason in family.refused.items():
         if known.get(field):
             raise UnsupportedModel(field, known[field], reason)

@@ -1,7 +1,6 @@
 """The archive that `torch.save` makes of one tensor: written in one pass, and located without loading it.
 
-It is an uncompressed zip archive: data.pkl describes dtype, shape and strides, data/0 holds the elements. Metadata of
-checkpoints are pickles too, and are read here without running what is in them.
+It is an uncompressed zip archive: data.pkl describes dtype, shape and strides, data/0 holds the elements.
 """
 
 from __future__ import annotations
@@ -39,19 +38,6 @@ _STORAGE_NAMES = {dtype: name for name, dtype in _STORAGES.items() if dtype is n
 _ALIGNMENT = 64  # of the elements' offset in the archive, in bytes
 _SIZES_FOLLOW, _UTF8 = 0x0008, 0x0800  # zip's flags: checksum and size follow the member; its name is UTF-8
 _LARGEST = 0xFFFF0000  # bytes of an archive without 64-bit fields
-# The classes that a checkpoint's metadata is made of. A pickle can name any code, so all else is kept out.
-_METADATA_MODULES = (
-    "torch.distributed.checkpoint.metadata",
-    "torch.distributed.checkpoint.filesystem",
-    "torch.distributed.checkpoint.planner",
-)
-_METADATA_NAMES = {
-    ("torch", "Size"),
-    ("torch.serialization", "_get_layout"),
-    ("collections", "OrderedDict"),
-    ("pathlib", "PosixPath"),
-    ("pathlib", "PurePosixPath"),
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,26 +152,6 @@ def find_elements(descriptor: int, start: int, length: int) -> Elements:
     return Elements(tensor.dtype, tensor.shape, elements)
 
 
-class MetadataUnpickler(pickle.Unpickler):
-    """Unpickles `.metadata`; every class that does not belong there is replaced by an empty one."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        """Return a class of metadata or one of torch's dtypes."""
-        if module in _METADATA_MODULES or (module, name) in _METADATA_NAMES:
-            return super().find_class(module, name)
-        if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
-            return getattr(torch, name)
-        return _Shell
-
-
-class _Shell:
-    """Replaces a class that must not be loaded; accepts any arguments and state."""
-
-    def __init__(self, *_: Any, **__: Any) -> None: ...
-
-    def __setstate__(self, state: Any) -> None: ...
-
-
 @dataclass(frozen=True, slots=True)
 class _Saved:
     """The description of a saved tensor: sizes, strides and offset count elements of its storage."""
@@ -220,7 +186,7 @@ class _TensorUnpickler(pickle.Unpickler):
             return OrderedDict
         if module in ("torch", "torch.storage") and name in _STORAGES:
             return _STORAGES[name]
-        if module == "torch" and isinstance(found := getattr(torch, name, None), torch.dtype):
+        if module == "torch" and isinstance(found := vars(torch).get(name), torch.dtype):
             return found
         raise pickle.UnpicklingError(f"{module}.{name} is in it")
 

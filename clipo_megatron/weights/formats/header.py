@@ -113,6 +113,8 @@ def parse_header(text: str, source: object = "the header") -> Header:
                     f"{source}: {name} has the element type {entry['dtype']!r}, and known are {', '.join(KINDS)}. "
                     "Save the model with torch_dtype bfloat16 or float32"
                 )
+            if not all(type(size) is int and size >= 0 for size in (*entry["shape"], *entry["data_offsets"])):
+                raise WeightsFolderError(f"{source} is damaged: {name} has no shape or place of whole numbers")
             stored = StoredTensor(entry["dtype"], tuple(entry["shape"]), start + entry["data_offsets"][0])
             if entry["data_offsets"] != [end, end + stored.nbytes]:
                 raise WeightsFolderError(f"{source} is damaged or truncated: the bytes of {name} are misplaced")

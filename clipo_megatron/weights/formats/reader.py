@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
 
+from clipo_megatron.config.errors import spell
+from clipo_megatron.config.model_folder import read_object
 from clipo_megatron.weights.errors import WeightsFolderError
 from clipo_megatron.weights.formats.header import StoredTensor, dtype_of
 from clipo_megatron.weights.formats.safetensors import SafetensorsFile, SlicedRead
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+_LONGEST_NAME = 255  # bytes
 _PART_BYTES = 1 << 24  # of each tensor, while two are compared
 
 
@@ -133,12 +135,14 @@ class HFReader:
                 "(save the model with save_pretrained to get safetensors)"
             )
         try:
-            files = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-            if wrong := [name for name in files.values() if not isinstance(name, str)]:
-                raise ValueError(f"{wrong[0]!r} is no file name")
+            files = read_object(index)["weight_map"]
+            for name, file in files.items():
+                if not isinstance(file, str) or "\0" in file or len(file.encode()) > _LONGEST_NAME:
+                    raise ValueError(f"{spell(file)} is no file name, and weight_map gives it to {spell(name)}")
             names = sorted(set(files.values()))
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise WeightsFolderError(f"{index} cannot be read: {error!r}") from error
+            reason = str(error) if isinstance(error, ValueError) else f"it has no weight_map ({error!r})"
+            raise WeightsFolderError(f"{index} cannot be read: {reason}") from error
         outside = [name for name in names if Path(name).name != name]
         missing = [name for name in names if name not in outside and not (self.folder / name).is_file()]
         if outside:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Union
 
-from clipo_megatron.config.model_folder import POLICY, hf_folder, is_checkpoint
+from clipo_megatron.config.model_folder import POLICY, foreign_links, hf_folder, is_checkpoint
+from clipo_megatron.weights.errors import WeightsFolderError
 from clipo_megatron.weights.families import model_spec
 from clipo_megatron.weights.formats.reader import INDEX, HFReader
 from clipo_megatron.weights.spec import ModelSpec, read_config
@@ -48,6 +50,11 @@ def sidecar_files(path: str | Path) -> dict[str, bytes]:
     files of weights.
     """
     folder = hf_folder(path)
+    if foreign := next(foreign_links(folder), None):
+        raise WeightsFolderError(
+            f"{foreign} is a link to {os.readlink(foreign)}, outside the model's folder, and would be copied into the "
+            "checkpoint. Replace the link by its file, if it belongs to the model"
+        )
     kept = {
         file.name: file.read_bytes()
         for file in sorted(folder.iterdir())

@@ -21,12 +21,10 @@ from torch import Tensor
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from clipo_megatron.weights.errors import WeightsFolderError
-from clipo_megatron.weights.formats.archive import MetadataUnpickler, find_elements
-from clipo_megatron.weights.formats.manifest import read_checked
+from clipo_megatron.weights.formats.archive import find_elements
+from clipo_megatron.weights.formats.metadata import METADATA, read_metadata
 from clipo_megatron.weights.formats.safetensors import read_exactly
 from clipo_megatron.weights.sharding import RowSpan, Shape
-
-METADATA = ".metadata"
 
 
 @dataclass(slots=True)
@@ -133,8 +131,6 @@ class TorchDist:
         with self._lock:
             if name not in self._files:
                 path = self.folder / name
-                if Path(name).name != name:
-                    raise WeightsFolderError(f"{self.folder / METADATA} names a file outside its folder: {name}")
                 try:
                     self._files[name] = path.open("rb", buffering=0)
                 except OSError as error:
@@ -142,28 +138,25 @@ class TorchDist:
             return self._files[name]
 
     def _catalogue(self) -> dict[str, CheckpointTensor]:
-        path = self.folder / METADATA
-        try:
-            metadata = MetadataUnpickler(io.BytesIO(read_checked(path))).load()
-            boxes: dict[str, list[TensorBox]] = {}
-            for index, info in metadata.storage_data.items():
-                if index.offset is not None and not getattr(info, "transform_descriptors", None):
-                    boxes.setdefault(index.fqn, []).append(
-                        TensorBox(tuple(index.offset), (), info.relative_path, info.offset, info.length)
+        metadata = read_metadata(self.folder)
+        boxes: dict[str, list[TensorBox]] = {}
+        for index, info in metadata.storage_data.items():
+            if index.offset is not None and not getattr(info, "transform_descriptors", None):
+                boxes.setdefault(index.fqn, []).append(
+                    TensorBox(tuple(index.offset), (), info.relative_path, info.offset, info.length)
+                )
+        tensors = {}
+        for key, tensor in metadata.state_dict_metadata.items():
+            if not isinstance(tensor, TensorStorageMetadata):
+                continue
+            sizes = {tuple(chunk.offsets): tuple(chunk.sizes) for chunk in tensor.chunks}
+            ordered = tuple(sorted(boxes.get(key, []), key=lambda box: box.offset))
+            for box in ordered:
+                if box.offset not in sizes:
+                    raise WeightsFolderError(
+                        f"{self.folder / METADATA} is damaged: it places a part of {key} at {list(box.offset)}, where "
+                        "it names none"
                     )
-            tensors = {}
-            for key, tensor in metadata.state_dict_metadata.items():
-                if not isinstance(tensor, TensorStorageMetadata):
-                    continue
-                sizes = {tuple(chunk.offsets): tuple(chunk.sizes) for chunk in tensor.chunks}
-                for box in boxes.get(key, []):
-                    box.sizes = sizes[box.offset]
-                ordered = tuple(sorted(boxes.get(key, []), key=lambda box: box.offset))
-                tensors[key] = CheckpointTensor(tensor.properties.dtype, tuple(tensor.size), ordered)
-        except FileNotFoundError:
-            raise WeightsFolderError(f"{self.folder} has no {METADATA}: it is no torch_dist checkpoint") from None
-        except WeightsFolderError:
-            raise
-        except Exception as error:  # a damaged pickle can raise any exception, even MemoryError
-            raise WeightsFolderError(f"{path} is damaged or truncated: {error!r}") from error
+                box.sizes = sizes[box.offset]
+            tensors[key] = CheckpointTensor(tensor.properties.dtype, tuple(tensor.size), ordered)
         return tensors

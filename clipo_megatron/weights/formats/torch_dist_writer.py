@@ -22,7 +22,7 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from clipo_megatron.weights.formats.torch_dist import METADATA
+from clipo_megatron.weights.formats.metadata import METADATA
 
 # Megatron's description of the format.
 _FORMAT = {

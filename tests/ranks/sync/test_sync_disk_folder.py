@@ -20,8 +20,12 @@ from tiny_models import tiny_qwen2, tiny_qwen3_moe
 )
 def test_the_folder_is_a_model_folder(family, tp, pp, ep, world, senders, ranks: RankPool, tmp_path: Path):
     model = family(tmp_path / "model", tied=False)
+    users = [tmp_path / "weights" / name for name in ("v1", "v3.tmp", "v5", "notes")]
+    for folder in users:
+        folder.mkdir(parents=True)
     exported = ranks.run(write_and_compare, world, str(model), str(tmp_path / "weights"), tp, pp, ep)
-    (folder,) = (tmp_path / "weights").iterdir()
+    (folder,) = (tmp_path / "weights").glob("clipo-*/v*")
+    assert all(folder.is_dir() for folder in users), "only what the run has written is removed"
     index = json.loads((folder / "model.safetensors.index.json").read_text())
     files = {name: load_file(folder / name) for name in set(index["weight_map"].values())}
     assert len({name[: len("model-0-0")] for name in files}) == senders

@@ -222,7 +222,7 @@ CASES: dict[str, tuple[Callable[[Case], Any], str]] = {
     "layers of several kinds": (_facts(layer_types=["full_attention", "sliding_attention"]), "layer_types="),
     "scaled logits": (_facts(logits_scaling=8), "logits_scaling=8"),
     "heads that are not divided": (_facts(num_key_value_heads=3), "num_key_value_heads=3"),
-    "a size that is text": (_facts(max_position_embeddings="long"), "config.json cannot be understood"),
+    "a size that is text": (_facts(max_position_embeddings="long"), "max_position_embeddings='long' is not supported"),
     "no vocabulary": (_facts(vocab_size=None), "vocab_size=None"),
     "gemma": (_facts(architectures=["Gemma2ForCausalLM"], model_type="gemma2"), "it caps logits"),
     "gpt2": (_facts(architectures=["GPT2LMHeadModel"], model_type="gpt2"), "its architecture is GPT2LMHeadModel"),

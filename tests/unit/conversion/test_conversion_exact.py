@@ -21,10 +21,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from clipo_megatron.config.model_folder import hf_folder
 from clipo_megatron.conversion.conversion import ConversionError
+from clipo_megatron.runtime.manifest import manifest_defects
 from clipo_megatron.weights.coverage import check_tensors
 from clipo_megatron.weights.errors import WeightsError
 from clipo_megatron.weights.families import model_spec
-from clipo_megatron.weights.formats.manifest import manifest_defects
 from clipo_megatron.weights.formats.source import open_weights
 from clipo_megatron.weights.sharding import (
     QKV,

@@ -67,9 +67,40 @@ def test_a_rank_0_that_has_ended_is_reported(tmp_path):
         rendezvous(place(tmp_path, 1), timeout_s=1.0)
 
 
-def test_without_a_job_or_with_a_master_port_torch_does_the_rendezvous(tmp_path):
-    assert rendezvous({"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": LOOPBACK, "MASTER_PORT": "1"}) is None
-    assert rendezvous(place(tmp_path, 0, MASTER_PORT="1")) is None
+def local(rank, port, **more):
+    return {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(port), **more}
+
+
+def test_under_torchrun_and_between_machines_torch_does_the_rendezvous(tmp_path):
+    assert rendezvous(local(0, 1, TORCHELASTIC_USE_AGENT_STORE="True")) is None
+    assert rendezvous(local(0, 1, MASTER_ADDR="192.0.2.1")) is None
+    assert rendezvous({"RANK": "0", "WORLD_SIZE": "1"}) is None
+
+
+def listening(port):
+    """The addresses at which this machine listens at a port, as the kernel has them."""
+    found = set()
+    for table in ("/proc/net/tcp", "/proc/net/tcp6"):
+        with open(table) as file:
+            lines = [line.split() for line in file.readlines()[1:]]
+        addresses = [fields[1] for fields in lines if fields[3] == "0A"]
+        found |= {address for address in addresses if int(address.rpartition(":")[2], 16) == port}
+    return found
+
+
+def test_a_run_on_one_machine_meets_on_loopback_alone(at_once):
+    port = free_port()
+    stores = list(at_once.map(lambda rank: rendezvous(local(rank, port), timeout_s=20), range(2)))
+    stores[1].set("word of 1", "heard")
+    assert stores[0].get("word of 1") == b"heard"
+    assert listening(port) == {f"0100007F:{port:04X}"}
+
+
+def test_a_port_that_is_taken_is_named():
+    with listen(LOOPBACK) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(RendezvousError, match=rf"rank 0 of 2 cannot listen at 127\.0\.0\.1:{port}: .*in use.*free"):
+            rendezvous(local(0, port), timeout_s=1.0)
 
 
 def test_ports_are_below_the_ephemeral_ones():

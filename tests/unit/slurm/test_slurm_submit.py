@@ -117,6 +117,21 @@ def test_setup_and_odd_names_reach_the_shell_whole(config_file, tmp_path):
     assert "\nmodule load x\nexport Y=1\n" in script
 
 
+@pytest.mark.parametrize(
+    ("override", "resources"),
+    [
+        ("train.output='/tmp/a\\nscancel 1'", {}),
+        ("name='a\\n#SBATCH --wrap=x'", {}),
+        ("", {"partition": "x\nrm -r /"}),
+        ("", {"account": "x\r#SBATCH --x"}),
+    ],
+)
+def test_no_value_becomes_a_line_of_the_script(config_file, override, resources):
+    overrides = [override.replace("'", '"')] if override else []
+    with pytest.raises((ConfigError, SlurmError), match="control character"):
+        dry(config_file, *overrides, **resources)
+
+
 def test_conversions_take_their_layout_from_the_configuration(config_file, tmp_path):
     job = {"nodes": 2, "ranks_per_node": 4, "cpus_per_rank": 2, "kind": JobKind.to_megatron, "target": tmp_path / "out"}
     script = dry(config_file, "layout.tp=2", "layout.pp=2", **job).script

@@ -112,9 +112,11 @@ def test_a_checkpoint_of_another_model_is_not_evaluated(small, tmp_path):
     config = load(small[0], [])
     facts = model_spec(read_config(config.model.path)).architecture()
     for model, step in ((facts, 7), ({}, 8), (None, 9)):  # older checkpoints say less
-        (tmp_path / "manifest.json").write_text(json.dumps({"step": step, "model": model}))
+        (tmp_path / "manifest.json").write_text(json.dumps({"step": step, "model": model, "files": {}}))
         assert steps_of(tmp_path, config) == step
-    (tmp_path / "manifest.json").write_text(json.dumps({"step": 7, "model": {**facts, "norm epsilon": 0.5}}))
+    (tmp_path / "manifest.json").write_text(
+        json.dumps({"step": 7, "model": {**facts, "norm epsilon": 0.5}, "files": {}})
+    )
     with pytest.raises(CheckpointError, match=r"no checkpoint of model.path = .*norm epsilon 0.5 in place of"):
         steps_of(tmp_path, config)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 import os
 import zipfile
 import zlib
@@ -13,11 +12,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from clipo_megatron.runtime.durable_files import FolderWriter, StreamedFile, joined_crc32
-from clipo_megatron.weights.errors import WeightsFolderError
-from clipo_megatron.weights.formats import torch_dist
-from clipo_megatron.weights.formats.archive import MetadataUnpickler, find_elements, write_tensor
-from clipo_megatron.weights.formats.torch_dist_writer import FileSpan, metadata_files, torch_save_bytes
+from clipo_megatron.runtime.durable_files import StreamedFile, joined_crc32
+from clipo_megatron.weights.formats.archive import find_elements, write_tensor
 
 TENSORS = {
     "bf16": torch.randn(7, 5).bfloat16(),
@@ -106,26 +102,3 @@ def test_checksums_of_parts_beyond_four_gigabytes() -> None:
 
 def raw(tensor: Tensor) -> bytes:
     return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
-
-
-@pytest.mark.parametrize("flipped", [False, True])
-def test_metadata_is_compared_with_the_manifest_before_it_is_unpickled(tmp_path, monkeypatch, flipped):
-    (tmp_path / "policy").mkdir()
-    files = FolderWriter(tmp_path)
-    with files.open("policy/__0_0.distcp") as file:
-        write_tensor(torch.arange(6.0), file)
-    place = FileSpan("weight", "__0_0.distcp", 0, file.nbytes, (0,), (6,), (6,), torch.float32)
-    for name, data in metadata_files([place], torch_save_bytes({})).items():
-        files.write(f"policy/{name}", data)
-    files.write("manifest.json", json.dumps({"files": files.written}))
-    unpickled = []
-    monkeypatch.setattr(torch_dist, "MetadataUnpickler", lambda file: unpickled.append(1) or MetadataUnpickler(file))
-    if flipped:
-        content = bytearray((metadata := tmp_path / "policy" / ".metadata").read_bytes())
-        content[len(content) // 2] ^= 1
-        metadata.write_bytes(content)
-        with pytest.raises(WeightsFolderError, match=r"policy/\.metadata is damaged: its bytes are not those"):
-            torch_dist.TorchDist(tmp_path / "policy")
-        assert not unpickled
-    else:
-        assert torch_dist.TorchDist(tmp_path / "policy").tensors["weight"].shape == (6,) and unpickled
