@@ -31,7 +31,7 @@ from clipo_megatron.config.schema import CheckpointConfig, DType, RunConfig
 from clipo_megatron.policy import parallel
 from clipo_megatron.policy.actor import PolicyActor
 from clipo_megatron.policy.checkpoint.state import TrainableCheckpointer
-from clipo_megatron.runtime.launch import Launch, export_environment, from_environment
+from clipo_megatron.runtime.launcher_env import Launch, export_environment, from_environment
 from clipo_megatron.runtime.platform import platform
 
 

@@ -31,7 +31,7 @@ from clipo_megatron.flow import RolloutTable, Sample
 from clipo_megatron.policy import parallel
 from clipo_megatron.policy.actor import PolicyActor
 from clipo_megatron.policy.batch.batching import Batcher
-from clipo_megatron.runtime.launch import Launch, export_environment
+from clipo_megatron.runtime.launcher_env import Launch, export_environment
 from clipo_megatron.runtime.platform import platform
 
 

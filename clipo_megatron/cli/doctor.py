@@ -16,7 +16,8 @@ from rich.console import Console
 from rich.table import Table
 
 from clipo_megatron.checks.grading import sandbox_here
-from clipo_megatron.runtime.launch import cores, from_environment
+from clipo_megatron.runtime.launch import cores
+from clipo_megatron.runtime.launcher_env import from_environment
 from clipo_megatron.serving.environment import RECIPES, Recipe
 from clipo_megatron.serving.gpus import gpus
 

@@ -67,9 +67,10 @@ def add_sets(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     from clipo_megatron.checks.run import check
-    from clipo_megatron.runtime import launch
+    from clipo_megatron.runtime import launcher_env
 
-    place = launch.from_environment()
+    place = launcher_env.this_process()
+    options.is_reported_by_another = launcher_env.is_reported_by_another()
     target = find_target(options)
     check(target.config, ranks=place.world if place else None, trains=False)
 

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 
 from clipo_megatron import __version__
 from clipo_megatron.config.errors import is_for_users
+from clipo_megatron.runtime.stop_requests import report
 
 USER_ERROR = 2
 
@@ -58,18 +59,19 @@ examples:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code: 0, 2 for an error that the user can correct, 128 + a signal."""
-    options = parse(_readable(sys.argv[1:] if arguments is None else arguments))
+    options = argparse.Namespace()
     try:
+        options = parse(_readable(sys.argv[1:] if arguments is None else arguments))
         return options.run(options)
-    except KeyboardInterrupt:
-        return 130
+    except KeyboardInterrupt as request:
+        return report(request)
     except BrokenPipeError:  # `clipo settings | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except Exception as error:
         if not is_for_users(error) or os.environ.get("CLIPO_TRACEBACK") == "1":
             raise
-        if _reports_errors(options):
+        if not _is_told_by_another(options, error):
             print(f"clipo: {_rank_prefix()}{error}", file=sys.stderr, flush=True)
         return getattr(error, "exit_code", USER_ERROR)
 
@@ -139,15 +141,12 @@ def _parser(wanted: str) -> argparse.ArgumentParser:
     return parser
 
 
-def _reports_errors(options: argparse.Namespace) -> bool:
-    """Whether this process reports its error. Before ranks compute, all find the same error, and rank 0 reports it."""
-    return getattr(options, "computing", False) or os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
+def _is_told_by_another(options: argparse.Namespace, error: Exception) -> bool:
+    """Whether another rank surely tells the same, so that what the ranks of a launcher print has it once."""
+    told_by_rank_0 = getattr(error, "is_the_same_on_all_ranks", False) and os.environ.get("RANK", "0") != "0"
+    return told_by_rank_0 or getattr(options, "is_reported_by_another", False)
 
 
 def _rank_prefix() -> str:
     rank = os.environ.get("RANK", "0")
     return f"rank {rank}: " if rank != "0" else ""
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -8,11 +8,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from clipo_megatron.runtime.stop_requests import REQUESTS
 from clipo_megatron.runtime.warning_filters import quiet_libraries
 
 if TYPE_CHECKING:
     from clipo_megatron.config.schema import RunConfig
-    from clipo_megatron.runtime.launch import Launch
+    from clipo_megatron.runtime.launcher_env import Launch
 
 
 def on_ranks(
@@ -27,7 +28,8 @@ def on_ranks(
     """Run `work` as the rank that a launcher started, or start all ranks of the layout on this machine.
 
     Args:
-        options: the parsed command line; `options.computing` is set once this process is a rank.
+        options: the parsed command line; `options.is_reported_by_another` is false from the moment at which this
+            process goes its own way as a rank.
         config: the run; its layout says how many ranks there are without a launcher.
         place: the rank that the launcher gave this process; None without a launcher.
         work: what a rank does.
@@ -37,14 +39,15 @@ def on_ranks(
     Returns:
         The exit code.
     """
-    from clipo_megatron.runtime import launch
+    from clipo_megatron.runtime import launcher_env
 
     if place is None and (ranks := config.layout.requested_ranks) > 1:
         return _start_here(words, config, ranks, restarts=restarts)
-    launch.export_environment(place or launch.Launch(rank=0, world=1, local_rank=0))
-    options.computing = True
-    quiet_libraries()
-    work()
+    options.is_reported_by_another = False
+    with REQUESTS.handled(tolerated=1):
+        launcher_env.export_environment(place or launcher_env.Launch(rank=0, world=1, local_rank=0))
+        quiet_libraries()
+        work()
     return 0
 
 

@@ -11,7 +11,7 @@ from clipo_megatron.cli.ranks import on_ranks
 
 if TYPE_CHECKING:
     from clipo_megatron.config.schema import RunConfig, SourceConfig
-    from clipo_megatron.runtime.launch import Launch
+    from clipo_megatron.runtime.launcher_env import Launch
 
 DESCRIPTION = """\
 Train a model as CONFIG, a YAML file, says. `key=value` overrides settings; values are YAML.
@@ -39,14 +39,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     from clipo_megatron.checks.run import check
     from clipo_megatron.config.load import load
-    from clipo_megatron.runtime import launch
+    from clipo_megatron.runtime import launcher_env
 
-    place = launch.from_environment()
+    place = launcher_env.this_process()
+    options.is_reported_by_another = launcher_env.is_reported_by_another()
     config = load(options.config, options.overrides)
     check(config, ranks=place.world if place else None)
     if options.check:
         return _report(config, place)
-    if launch.leads(place):
+    if launcher_env.leads(place):
         _prepare(config, place)
 
     def work() -> None:

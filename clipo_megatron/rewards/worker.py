@@ -36,7 +36,7 @@ def main() -> None:
     memory_bytes, parent, choice = int(sys.argv[1]), int(sys.argv[2]), GraderSandbox(sys.argv[3])
     _die_with(parent)
     # Ctrl-C, and what Slurm sends to all processes of a job, is for the parent, which then closes the pool.
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     requests, replies = _claim_standard_streams()
     layers = sandbox.enter(choice, memory_bytes=memory_bytes)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import resource
 import sys
 import threading
@@ -28,7 +29,8 @@ from clipo_megatron.runtime.ports import listen
 VISIBLE_DEVICES = "CUDA_VISIBLE_DEVICES"
 
 # Environment with which ranks on one machine meet on loopback, whatever the machine's name resolves to.
-LOCAL_RENDEZVOUS_ENV = {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"}
+INTERFACE = "GLOO_SOCKET_IFNAME"  # the network interfaces that collectives on the CPU use
+LOCAL_RENDEZVOUS_ENV = {INTERFACE: "lo", "NCCL_SOCKET_IFNAME": "lo"}
 
 
 @dataclass(frozen=True)
@@ -286,6 +288,12 @@ def _outlive(holders: list[Any], works: list[dist.Work]) -> None:
             work.wait()
     works.clear()
     holders.clear()
+
+
+def are_device_names(text: str) -> bool:
+    """Whether a value of `VISIBLE_DEVICES` names GPUs, or hides all. What else it may say hides them without a word."""
+    hides_all = text in ("", "-1", "NoDevFiles")  # the last as Slurm spells it
+    return hides_all or all(re.fullmatch(r"\d{1,4}|(GPU|MIG)-[\w/-]+", name.strip()) for name in text.split(","))
 
 
 @cache

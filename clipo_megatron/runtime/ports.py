@@ -5,11 +5,13 @@ from __future__ import annotations
 import ipaddress
 import random
 import socket
+import threading
 
 # Linux's ephemeral ports are 32768 and up.
 PORTS = range(20_000, 32_000)
 LOOPBACK = "127.0.0.1"
 _TRIES = 200
+_RESOLUTION_S = 15.0
 
 
 def is_loopback(host: str) -> bool:
@@ -18,6 +20,23 @@ def is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host.strip("[]")).is_loopback
     except ValueError:
         return host == "localhost"
+
+
+def resolution_error(host: str) -> str:
+    """Why a host's name cannot be resolved; empty if it can. A name service that does not answer is given up."""
+    found: list[str] = []
+
+    def ask() -> None:
+        try:
+            socket.getaddrinfo(host, None)
+            found.append("")
+        except (OSError, UnicodeError) as error:
+            found.append(getattr(error, "strerror", None) or str(error))
+
+    asking = threading.Thread(target=ask, name="resolve", daemon=True)
+    asking.start()
+    asking.join(_RESOLUTION_S)
+    return found[0] if found else f"the name service did not answer within {_RESOLUTION_S:.0f} s"
 
 
 class PortError(RuntimeError):

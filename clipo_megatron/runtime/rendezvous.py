@@ -21,6 +21,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from clipo_megatron.runtime.durable_files import write_durably
+from clipo_megatron.runtime.platform import platform
 from clipo_megatron.runtime.ports import LOOPBACK, listen
 
 JOB = "CLIPO_JOB"  # environment variable with the job's folder, set by its script
@@ -33,6 +34,28 @@ _POLL_S = 0.2
 
 class RendezvousError(RuntimeError):
     """The ranks did not find each other; the message says which rank waited for which, and where."""
+
+
+def meet(timeout_s: float) -> None:
+    """Join the default process group, whose members are all ranks, as the environment says.
+
+    Args:
+        timeout_s: limit of its collectives, and of the wait for the other ranks where torch finds them.
+
+    Raises:
+        RendezvousError: the ranks did not find each other.
+    """
+    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    store = rendezvous()
+    try:
+        platform().init_process_group(rank, world, timeout_s=timeout_s, store=store)
+    except (RuntimeError, ValueError) as error:
+        place = f"{os.environ['MASTER_ADDR']}:{os.environ.get('MASTER_PORT', '')}"
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise RendezvousError(
+            f"rank {rank} of {world} does not meet the others at MASTER_ADDR:MASTER_PORT = {place}: {reason}. Give all "
+            "ranks the same address, and a port at which nothing else listens."
+        ) from error
 
 
 def rendezvous(environment: Mapping[str, str] = os.environ, *, timeout_s: float = TIMEOUT_S) -> dist.Store | None:

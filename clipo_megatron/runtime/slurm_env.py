@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import re
-import socket
 import subprocess
 from collections.abc import Callable, Mapping
 
 from clipo_megatron.config.errors import ConfigError
+from clipo_megatron.runtime.ports import resolution_error
 
 _SCONTROL_TIMEOUT_S = 20.0
 
@@ -35,10 +35,10 @@ def reachable(node: str, ask: Callable[[str], str | None] = node_address) -> str
     Raises:
         ConfigError: neither can be resolved. Reported here, before ranks wait for each other in vain.
     """
-    if _resolves(node):
+    if not resolution_error(node):
         return node
     address = ask(node)
-    if address and _resolves(address):
+    if address and not resolution_error(address):
         return address
     raise ConfigError(
         f"the ranks are to rendezvous on {node}, the first node of the Slurm step, and neither this machine nor "
@@ -47,14 +47,15 @@ def reachable(node: str, ask: Callable[[str], str | None] = node_address) -> str
 
 
 def step_number(environment: Mapping[str, str]) -> int:
-    """A number that all ranks of a step share, and that differs between the steps of a job."""
-    job, step = (int(environment.get(name, "0")) for name in ("SLURM_JOB_ID", "SLURM_STEP_ID"))
-    return job * 17 + step
+    """A number that all ranks of a step share, and that differs between the steps of a job.
 
-
-def _resolves(host: str) -> bool:
-    try:
-        socket.getaddrinfo(host, None)
-    except OSError:
-        return False
-    return True
+    Raises:
+        ConfigError: the ids of job and step are no numbers.
+    """
+    numbers = []
+    for name in ("SLURM_JOB_ID", "SLURM_STEP_ID"):
+        value = environment.get(name, "0")
+        if not (value.isascii() and value.isdecimal()):
+            raise ConfigError(f"{name}={value} is no number, as srun sets it. Start under srun, or unset SLURM_PROCID.")
+        numbers.append(int(value))
+    return numbers[0] * 17 + numbers[1]

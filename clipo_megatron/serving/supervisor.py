@@ -10,8 +10,6 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
-import queue
-import signal
 import socket
 import sys
 import tempfile
@@ -24,6 +22,7 @@ from pathlib import Path
 
 from clipo_megatron.rollout.servers.registry import Registry, ServerRecord, Status
 from clipo_megatron.runtime.ports import free_port
+from clipo_megatron.runtime.stop_requests import AGAIN_AFTER_S, ALL, REQUESTS, signal_name
 from clipo_megatron.serving.commands import ServerCommand
 from clipo_megatron.serving.errors import ServingError
 from clipo_megatron.serving.probes import Probe
@@ -140,7 +139,6 @@ class Supervisor:
     ):
         self._servers = [_SupervisedServer(spec, spec.record, spec.port) for spec in specs]
         self._registry, self._limits, self._secrets, self._say = registry, limits, tuple(secrets), say
-        self._signals: queue.SimpleQueue[int] = queue.SimpleQueue()
         self._last_failure = ""
         self._ticked_at = time.monotonic()
 
@@ -153,29 +151,22 @@ class Supervisor:
         Raises:
             ServingError: no server is left that can be started; has the end of the last one's log.
         """
-        handlers = {
-            number: signal.signal(number, lambda number, _frame: self._signals.put(number))
-            for number in (signal.SIGINT, signal.SIGTERM)
-            if number == signal.SIGINT or signal.getsignal(number) is not signal.SIG_IGN  # job scripts may ignore it
-        }
-        try:
-            with tempfile.TemporaryDirectory(prefix="clipo-serve-") as scratch:
-                while self._signals.empty():
-                    self._notice_pause()
-                    for server in self._servers:
-                        self._check(server, Path(scratch))
-                    if all(server.retry_at is None for server in self._servers):
-                        raise ServingError(self._last_failure)
-                    time.sleep(_TICK_S)
-                number = self._signals.get()
-                self._say(f"Stopping {_count(len(self._servers), 'server')}. The same signal again kills them.")
-                return 128 + number
-        finally:
+        with REQUESTS.handled(tolerated=ALL):
             try:
-                self._end()
+                with tempfile.TemporaryDirectory(prefix="clipo-serve-") as scratch:
+                    while not REQUESTS.count:
+                        self._notice_pause()
+                        for server in self._servers:
+                            self._check(server, Path(scratch))
+                        if all(server.retry_at is None for server in self._servers):
+                            raise ServingError(self._last_failure)
+                        time.sleep(_TICK_S)
+                    servers = _count(len(self._servers), "server")
+                    name = signal_name(REQUESTS.signum)
+                    self._say(f"{name}: stopping {servers}. A signal after {AGAIN_AFTER_S:g} s kills them.")
+                    return 128 + REQUESTS.signum
             finally:
-                for number, handler in handlers.items():
-                    signal.signal(number, handler)
+                self._end()
 
     def _notice_pause(self) -> None:
         """Forgive the servers their silence if this process itself was stopped (Ctrl-Z)."""
@@ -317,7 +308,7 @@ class Supervisor:
         for server in running:
             server.process.terminate()
         deadline = time.monotonic() + self._limits.grace_period_s
-        while time.monotonic() < deadline and self._signals.empty():
+        while time.monotonic() < deadline and REQUESTS.count < 2:
             if all(server.process.exit_code() is not None for server in running):
                 break
             time.sleep(_TICK_S)
@@ -379,10 +370,7 @@ def _is_free(host: str, port: int) -> bool:
 def _describe_exit(code: int) -> str:
     if code >= 0:
         return f"ended with exit code {code}"
-    try:
-        return f"was killed by {signal.Signals(-code).name}"
-    except ValueError:
-        return f"was killed by signal {-code}"
+    return f"was killed by {signal_name(-code)}"
 
 
 def _count(number: int, noun: str) -> str:

@@ -49,7 +49,6 @@ def evaluate_run(config: RunConfig, *, checkpoint: Path | None = None, file: Pat
         step = steps_of(chosen, config) if chosen else 0
         engine = PolicyEngine(session, lambda: Policy(config, session.layout, weights=chosen))
         opened.callback(engine.close)
-        session.stop.install()
         engine.update_weights(step)
         problems, samples = len(session.eval_prompts), config.eval.samples
         session.reporter.say(f"evaluating {chosen or config.model.path}: {problems} problems x {samples} samples")

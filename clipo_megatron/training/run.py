@@ -79,7 +79,6 @@ class Run:
             for each in (self.actor, *([self.actor.critic] if self.actor.critic else [])):
                 each.trainable.pre_mutation_hook = self.checkpoints.wait_for_snapshot
             self._opened = opened.pop_all()
-        session.stop.install()
 
     def _checkpoint_contents(self) -> CheckpointContents:
         config, actor, layout, is_main = self.config, self.actor, self.session.layout, self.session.is_main
@@ -158,7 +157,7 @@ class Run:
         due = config.eval.at_start if step == 0 else is_due(config.eval.every, step)
         if step >= config.train.steps:
             self.reporter.say(f"nothing to train: {step} steps are done; to continue, set train.steps higher than that")
-        elif due and not self._is_evaluated(step):
+        elif due and not self._is_evaluated(step) and not self.session.stop.on_any_rank():
             self.evaluate(step)
 
     def after_step(self, step: int) -> None:

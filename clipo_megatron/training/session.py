@@ -20,10 +20,10 @@ from clipo_megatron.policy import parallel
 from clipo_megatron.rewards.row_checks import check_answers
 from clipo_megatron.runtime.heartbeat import Heartbeat
 from clipo_megatron.runtime.platform import platform
-from clipo_megatron.runtime.rendezvous import rendezvous
+from clipo_megatron.runtime.rendezvous import meet
 from clipo_megatron.runtime.run_dir import PROMPTS, lock_output
 from clipo_megatron.telemetry.reporter import Reporter
-from clipo_megatron.training.stop_signal import GRACE_PERIOD_S, StopSignal
+from clipo_megatron.training.stop_signal import GRACE_PERIOD_S, StoppedEarly, StopSignal
 
 
 class Session:
@@ -36,6 +36,9 @@ class Session:
         config: the configuration of the run, already checked.
         locks_output: whether no other run may write to the output folder meanwhile.
         judges_golds: whether gold answers are judged here; for training that was done before its ranks met.
+
+    Raises:
+        StoppedEarly: a signal asked a rank to end while the ranks started.
     """
 
     def __init__(self, config: RunConfig, *, locks_output: bool = True, judges_golds: bool = False):
@@ -44,12 +47,7 @@ class Session:
         random.seed(config.train.seed)
         torch.manual_seed(config.train.seed)
         if not dist.is_initialized():
-            platform().init_process_group(
-                int(os.environ["RANK"]),
-                int(os.environ["WORLD_SIZE"]),
-                timeout_s=config.layout.distributed_timeout_s,
-                store=rendezvous(),
-            )
+            meet(config.layout.distributed_timeout_s)
         grace_period_s = GRACE_PERIOD_S if config.faults.grace_period_s is None else config.faults.grace_period_s
         announce = dist.get_rank() == 0 and config.report.console
         self.stop = StopSignal(announce=announce, grace_period_s=grace_period_s)
@@ -63,6 +61,7 @@ class Session:
             stop=self.stop,
         )
         self.heartbeat.start()
+        self._end_if_asked()
         self.layout = parallel.initialize(config.layout, seed=config.train.seed)
         self.is_main = self.layout.rank == 0
         self._lock = lock_output(self.output) if self.is_main and locks_output else None
@@ -78,6 +77,12 @@ class Session:
         self.eval_prompts: Sequence[Prompt] = self.held_out or []
         if judges_golds and self.is_main and self.held_out is not None:
             check_answers(config, self.held_out.rows())
+        self._end_if_asked()  # what follows takes long: a model is built and loaded
+
+    def _end_if_asked(self) -> None:
+        if self.stop.on_any_rank():
+            self.heartbeat.stop()
+            raise StoppedEarly(self.stop.signum)
 
     def _folder_of_prompts(self) -> Path | None:
         """Where the prompts of all ranks are kept; None, on all ranks, where rank 0 may not write; collective."""
@@ -88,7 +93,6 @@ class Session:
     def close(self) -> None:
         """Leave the process group, and unlock the output folder; calling it again does nothing."""
         self.heartbeat.stop()
-        self.stop.uninstall()
         parallel.shutdown()
         if self._lock is not None:
             self._lock.close()

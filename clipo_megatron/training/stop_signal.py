@@ -5,69 +5,76 @@ from __future__ import annotations
 import os
 import signal
 import time
-from typing import Any
 
 import torch
 import torch.distributed as dist
+
+from clipo_megatron.runtime.stop_requests import AGAIN_AFTER_S, REQUESTS, StopRequests, signal_name
 
 GRACE_PERIOD_S = 60.0  # the default of faults.grace_period_s
 # Slurm and Kubernetes kill 30 s after SIGTERM unless told otherwise. Rollouts get this much of it, and the checkpoint
 # the rest.
 TERM_GRACE_S = 5.0
-# Ctrl-C; the end of a job; and what Slurm sends before the end if asked to (`--signal=USR1@300`).
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
-class Stopped(RuntimeError):
-    """A run ended before its last step because of a signal, and saved its state; `exit_code` is 128 + the signal."""
+class AgreedToStop(RuntimeError):
+    """All ranks have agreed to end, because of a signal that any of them received; `exit_code` is 128 + the signal."""
+
+    is_the_same_on_all_ranks = True
+
+    def __init__(self, signum: int, outcome: str):
+        super().__init__(f"stopped by {signal_name(signum)}{outcome}")
+        self.exit_code = 128 + signum
+
+
+class Stopped(AgreedToStop):
+    """A run ended before its last step, and saved its state."""
 
     def __init__(self, step: int, steps: int, signum: int):
-        super().__init__(
-            f"stopped by {_name(signum)} after {step} of {steps} steps; the state is saved, and the same command "
-            "resumes from it"
-        )
-        self.exit_code = 128 + signum
+        outcome = f" after {step} of {steps} steps; the state is saved, and the same command resumes from it"
+        super().__init__(signum, outcome)
 
 
-class EvaluationStopped(RuntimeError):
-    """An evaluation ended without a result because of a signal; `exit_code` is 128 + the signal."""
+class StoppedEarly(AgreedToStop):
+    """A command on ranks ended before its work began."""
 
     def __init__(self, signum: int):
-        super().__init__(f"stopped by {_name(signum)}; no result is kept, and the same command evaluates again")
-        self.exit_code = 128 + signum
+        super().__init__(signum, " before the work began; there was nothing to save, and the same command begins it")
+
+
+class EvaluationStopped(AgreedToStop):
+    """An evaluation ended without a result."""
+
+    def __init__(self, signum: int):
+        super().__init__(signum, "; no result is kept, and the same command evaluates again")
 
 
 class StopSignal:
-    """Handles the signals that ask to end. The first one ends the run after its step, the second one at once.
+    """What the ranks make of requests to end: the first ends the run after its step, a later one at once.
 
     Args:
         announce: whether this rank prints that it received a signal.
         grace_period_s: time after a signal until generation is cancelled.
-
-    Attributes:
-        signum: the signal that any rank received; 0 without one.
-        repeated: whether this rank received a second one, so that nothing is waited for any more.
+        requests: those that this process receives.
     """
 
-    def __init__(self, *, announce: bool, grace_period_s: float):
-        self.signum = 0
-        self.repeated = False
-        self._received = False  # whether this rank itself has received one
-        self._cancel_at = float("inf")
-        self._announce, self._grace_period_s = announce, grace_period_s
+    def __init__(self, *, announce: bool, grace_period_s: float, requests: StopRequests = REQUESTS):
+        self._requests, self._grace_period_s = requests, grace_period_s
+        self._others, self._others_since = 0, float("inf")  # the signal that another rank received, and when we heard
+        requests.on_first = self._announce if announce else None
 
-    def install(self) -> None:
-        """Handle the signals from now on."""
-        for number in SIGNALS:
-            signal.signal(number, self._handle)
+    @property
+    def signum(self) -> int:
+        """The signal that any rank received, as far as this one knows; 0 without one."""
+        return self._others or self._requests.signum
 
-    def uninstall(self) -> None:
-        """Ignore Slurm's warning from now on: it would kill an interpreter that is shutting down."""
-        if signal.getsignal(signal.SIGUSR1) == self._handle:
-            signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    @property
+    def repeated(self) -> bool:
+        """Whether this rank received another one later, so that nothing is waited for any more."""
+        return self._requests.count > 1
 
     def on_any_rank(self) -> bool:
-        """Whether any rank has received a signal; collective, and the same on all ranks."""
+        """Whether any rank has received a signal; collective, and the same on all ranks, as `signum` is then."""
         flag = torch.tensor([self.signum])
         dist.all_reduce(flag, op=dist.ReduceOp.MAX)
         # A signal that arrives during the reduction counts the next time, on all ranks.
@@ -76,25 +83,16 @@ class StopSignal:
 
     def set_by_other_rank(self, signum: int) -> None:
         """Note that another rank received a signal; 0 means that none did."""
-        if signum and not self.signum:
-            seconds = min(self._grace_period_s, TERM_GRACE_S) if signum == signal.SIGTERM else self._grace_period_s
-            self._cancel_at = time.monotonic() + seconds
-            self.signum = signum
+        if signum:
+            self._others, self._others_since = signum, min(self._others_since, time.monotonic())
 
     def should_cancel(self) -> bool:
         """Whether generation is to be cancelled, because the grace period is over."""
-        return time.monotonic() >= self._cancel_at
+        seconds = min(self._grace_period_s, TERM_GRACE_S) if self.signum == signal.SIGTERM else self._grace_period_s
+        return time.monotonic() >= min(self._requests.since, self._others_since) + seconds
 
-    def _handle(self, signum: int, _frame: Any) -> None:
-        if self._received:
-            self.repeated = True
-            raise KeyboardInterrupt
-        self._received = True
-        self.set_by_other_rank(signum)
-        if self._announce:  # not through the console, which may be printing when the signal arrives
-            line = f"{_name(signum)}: ending after this step; once more to end at once\n"
-            os.write(2, line.encode())
-
-
-def _name(signum: int) -> str:
-    return signal.Signals(signum).name if signum else "a request"
+    @staticmethod
+    def _announce(signum: int) -> None:
+        # Not through the console, which may be printing when the signal arrives.
+        line = f"{signal_name(signum)}: ending after this step; once more after {AGAIN_AFTER_S:g} s to end at once\n"
+        os.write(2, line.encode())

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from clipo_megatron.cli.main import main as clipo
 from clipo_megatron.runtime.launch import dies_with_this_process
+from clipo_megatron.runtime.stop_requests import SIGNALS
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
@@ -68,7 +69,7 @@ def train_while_served(serving: subprocess.Popen[bytes], arguments: list[str]) -
     from clipo_megatron.runtime.run_dir import SERVERS
 
     signals: list[int] = []
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in SIGNALS:
         signal.signal(number, lambda number, _frame: signals.append(number))
     output = next(word.partition("=")[2] for word in reversed(arguments) if word.startswith("train.output="))
     registry = Registry(Path(output) / SERVERS)

@@ -14,14 +14,10 @@ from progress import end_of, wait_until
 from clipo_megatron.config.errors import ConfigError
 from clipo_megatron.runtime import launch
 from clipo_megatron.runtime import slurm_env as slurm
-from clipo_megatron.runtime.launch import (
-    Launch,
-    RankCommand,
-    RankError,
-    export_environment,
-    from_environment,
-    supervise,
-)
+from clipo_megatron.runtime.launch import RankCommand, RankError, supervise, supervise_again
+from clipo_megatron.runtime.launcher_env import Launch, export_environment, from_environment
+from clipo_megatron.runtime.ports import PORTS
+from clipo_megatron.runtime.stop_requests import StopRequests
 
 
 def python(program, log=None, **environment):
@@ -79,7 +75,7 @@ def test_ranks_of_a_slurm_step_have_one_rendezvous_address(monkeypatch):
         assert environment["LOCAL_RANK"] == str(rank % 2)
         meetings.add((environment["MASTER_ADDR"], environment["MASTER_PORT"]))
     ((address, port),) = meetings
-    assert address == "gpu07" and int(port) in launch.PORTS
+    assert address == "gpu07" and int(port) in PORTS
 
 
 def test_several_ranks_without_a_rendezvous_address_are_an_error():
@@ -90,7 +86,7 @@ def test_several_ranks_without_a_rendezvous_address_are_an_error():
 def test_a_single_rank_uses_loopback():
     environment = {}
     export_environment(Launch(0, 1, 0), environment)
-    assert environment["MASTER_ADDR"] == "127.0.0.1" and int(environment["MASTER_PORT"]) in launch.PORTS
+    assert environment["MASTER_ADDR"] == "127.0.0.1" and int(environment["MASTER_PORT"]) in PORTS
     assert environment["WORLD_SIZE"] == "1"
 
 
@@ -125,7 +121,7 @@ def test_local_commands(tmp_path):
     commands = launch.local_commands(["train"], 3, logs=tmp_path, environment={})
     assert [command.environment["RANK"] for command in commands] == ["0", "1", "2"]
     assert len({command.environment["MASTER_PORT"] for command in commands}) == 1
-    assert int(commands[0].environment["MASTER_PORT"]) in launch.PORTS
+    assert int(commands[0].environment["MASTER_PORT"]) in PORTS
     assert [command.log for command in commands] == [None, tmp_path / "rank1.log", tmp_path / "rank2.log"]
     assert int(commands[0].environment["OMP_NUM_THREADS"]) == max(1, launch.cores() // 3)
     kept = launch.local_commands(["train"], 3, logs=tmp_path, environment={"OMP_NUM_THREADS": "5"})
@@ -223,7 +219,9 @@ def test_child_processes_of_ended_ranks_are_killed(tmp_path):
 DRIVER = """
     import sys
     from pathlib import Path
+    from clipo_megatron.runtime import stop_requests
     from clipo_megatron.runtime.launch import RankCommand, supervise
+    stop_requests.AGAIN_AFTER_S = 0.4
     room, rank = Path(sys.argv[1]), sys.argv[2]
     ranks = [RankCommand([sys.executable, "-S", "-c", rank, str(room / str(number))]) for number in range(2)]
     sys.exit(supervise(ranks, grace_s=0.5))
@@ -231,6 +229,7 @@ DRIVER = """
 # Notes its pid; at the first SIGINT or SIGTERM it notes that and ends well, as a trainer does after its step.
 WELL_BEHAVED = """
 import os, signal, sys, time
+signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT, signal.SIGTERM])
 def end(number, frame):
     open(sys.argv[1] + ".signal", "w").write(str(number))
     sys.exit(0)
@@ -279,17 +278,48 @@ def test_a_signal_is_forwarded_once_and_ranks_end_by_themselves(driven, tmp_path
     assert end_of(driver) == expected
     assert [(tmp_path / f"{rank}.signal").read_text() for rank in range(2)] == [str(int(number))] * 2
     assert not any(map(alive, pids))
-    assert "again kills" in driver.stderr.read()
+    assert "kills them" in driver.stderr.read()
 
 
-def test_a_second_signal_kills(driven):
+def test_a_signal_after_a_while_kills(driven):
     driver, pids = driven(DEAF)
-    driver.send_signal(signal.SIGINT)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGINT):  # one request
+        driver.send_signal(number)
     time.sleep(0.5)
     assert driver.poll() is None and all(map(alive, pids))
     driver.send_signal(signal.SIGINT)
     assert end_of(driver) == 130
     assert not any(map(alive, pids))
+
+
+def test_a_rank_that_was_asked_itself_ends_the_run_and_is_no_failure(driven, tmp_path):
+    """As when all ranks agree to end because of it; the one that is deaf to them is ended."""
+    program = f"if sys.argv[1].endswith('0'):\n{textwrap.indent(WELL_BEHAVED, '    ')}\nelse:\n"
+    program = "import sys\n" + program.replace("sys.exit(0)", "sys.exit(143)") + textwrap.indent(DEAF, "    ")
+    driver, pids = driven(program)
+    os.kill(pids[0], signal.SIGTERM)
+    assert end_of(driver) == 143
+    assert not any(map(alive, pids)) and driver.stderr.read() == ""
+
+
+def test_ranks_are_not_started_again_once_their_supervisor_was_asked(tmp_path):
+    requests, said = StopRequests(), []
+
+    def start(attempt):
+        requests.note(signal.SIGUSR1)
+        ranks = [python(f"open({str(tmp_path / 'started')!r}, 'w')")]
+        return supervise(ranks, requests=requests)
+
+    assert supervise_again(start, restarts=3, progress=lambda: 0, say=said.append, requests=requests) == 138
+    assert not (tmp_path / "started").exists()
+
+    def fail(attempt):
+        requests.note(signal.SIGTERM)
+        raise RankError("a rank fails meanwhile", 1)
+
+    with pytest.raises(RankError):
+        supervise_again(fail, restarts=3, progress=lambda: 0, say=said.append, requests=requests)
+    assert said == []
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux ties a child's life to its parent's")

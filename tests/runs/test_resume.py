@@ -26,6 +26,7 @@ from small_runs import (
 
 from clipo_megatron.runtime.platform import LOCAL_RENDEZVOUS_ENV
 from clipo_megatron.runtime.ports import free_port
+from clipo_megatron.runtime.stop_requests import AGAIN_AFTER_S
 
 PP2 = "layout.pp=2"
 
@@ -162,7 +163,7 @@ def test_an_interrupted_run_continues(small_config, undisturbed, tmp_path):
     run.wait(130)
     done = steps_logged(output)
     assert 1 <= done < STEPS
-    assert "SIGINT: ending after this step; once more to end at once" in run.said
+    assert "SIGINT: ending after this step; once more after 3 s to end at once" in run.said
     assert (
         f"clipo: stopped by SIGINT after {done} of {STEPS} steps; the state is saved, and the same command" in run.said
     )
@@ -181,6 +182,7 @@ def test_interrupted_twice(small_config, tmp_path, ranks):
     time.sleep(0.5)
     run.process.send_signal(signal.SIGINT)
     run.wait_for(lambda: "SIGINT: ending after this step" in run.said, "the answer to the first signal")
+    time.sleep(AGAIN_AFTER_S)
     run.process.send_signal(signal.SIGINT)
     run.wait(130)
     assert steps_logged(output) == 0

@@ -16,6 +16,7 @@ from progress import wait_until
 
 from clipo_megatron.config.schema import EngineKind
 from clipo_megatron.rollout.servers.registry import Registry, ServerRecord, Status
+from clipo_megatron.runtime import stop_requests
 from clipo_megatron.runtime.ports import free_port
 from clipo_megatron.serving.commands import ServerCommand
 from clipo_megatron.serving.errors import ServingError
@@ -108,7 +109,7 @@ class Fakes:
                 failures.append(error)
             for number in signals:
                 os.kill(os.getpid(), number)
-                time.sleep(0.5)  # two that are pending at once are one
+                time.sleep(0.5)
 
         actor = threading.Thread(target=act)
         actor.start()
@@ -321,7 +322,8 @@ def test_a_server_that_ignores_the_request_to_end_is_killed(tmp_path):
     assert not alive(pids[0])
 
 
-def test_a_second_signal_does_not_wait(tmp_path):
+def test_another_signal_later_does_not_wait(tmp_path, monkeypatch):
+    monkeypatch.setattr(stop_requests, "AGAIN_AFTER_S", 0.3)
     fakes = Fakes(tmp_path, limits=ServerLimits(30, 30, 30, 2, grace_period_s=60.0))
     fakes.tell("stubborn")
     pids, ready_at = [], []

@@ -142,6 +142,7 @@ def _live(arguments: list[str], environment: dict[str, str]) -> NoReturn:
     """Run the command and end, as an interpreter does."""
     code = 1
     try:
+        signal.set_wakeup_fd(-1)
         for number in signal.valid_signals():
             if callable(signal.getsignal(number)):
                 signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
@@ -153,10 +154,12 @@ def _live(arguments: list[str], environment: dict[str, str]) -> NoReturn:
             faulthandler.enable(2)
         if IMPORT in environment:
             importlib.import_module(environment[IMPORT])
-        from clipo_megatron.cli.main import main
+        from clipo_megatron.cli.__main__ import start
+        from clipo_megatron.runtime.stop_requests import REQUESTS
 
         sys.argv = ["clipo", *arguments]
-        code = main()
+        REQUESTS.__init__()  # a process that is started has received none
+        code = start()
     except SystemExit as ended:
         code = ended.code if isinstance(ended.code, int) else int(ended.code is not None)
     except KeyboardInterrupt:

@@ -5,6 +5,7 @@ say() { printf '%(%F %T)T  %s\n' -1 "$*"; }
 # ---- signals ---------------------------------------------------------------------------------------------------------
 # USR1 comes STOP_BEFORE seconds before the walltime, or from a person: the ranks end their step and save, and the job
 # queues itself again. TERM comes when Slurm takes the nodes away: the ranks do the same, if they are given the time.
+# INT and HUP come from a person: the ranks end their step and save, and the job ends for good.
 
 ranks= servers= asked= signals=0 helpers=()
 
@@ -26,6 +27,14 @@ on_term() {
     signals=$((signals + 1))
     asked=TERM
     say "TERM: Slurm ends this attempt"
+}
+
+on_int() { # srun keeps INT to itself, so the ranks are asked by USR1
+    signals=$((signals + 1))
+    [[ $asked == INT ]] && return
+    asked=INT
+    say "INT: the ranks end their step and save, and the job ends"
+    [[ -n $ranks ]] && kill -USR1 "$ranks" 2>/dev/null
 }
 
 on_alarm() {
@@ -73,6 +82,7 @@ divide_cores() { # the cores of a node go to its ranks alike; servers get a node
 begin() {
     trap on_usr1 USR1
     trap on_term TERM
+    trap on_int INT HUP
     trap on_alarm ALRM
     trap '((${#helpers[@]})) && kill "${helpers[@]}" 2>/dev/null' EXIT
     divide_cores
@@ -181,7 +191,7 @@ run_ranks() { # COMMAND: runs it on all ranks; returns the worst rank's exit cod
         --output="$JOB/logs/rank%t.log" --open-mode=append "${CONTAINER[@]}" \
         "${CLIPO[@]}" "$1" "$JOB/config.yaml" "${extra[@]}" </dev/null &
     ranks=$!
-    [[ $asked == USR1 ]] && kill -USR1 "$ranks"
+    [[ $asked == USR1 || $asked == INT ]] && kill -USR1 "$ranks"
     if [[ -n $servers ]]; then
         # Wait for whichever ends first: without servers the ranks would wait forever.
         while kill -0 "$ranks" 2>/dev/null && kill -0 "$servers" 2>/dev/null; do wait -n "$ranks" "$servers"; done
@@ -240,14 +250,16 @@ attempts_of() { # COMMAND: runs it until it is done, has to be requeued, or fail
         start_servers
         run_ranks "$1"
         code=$?
-        if [[ -n $asked || $code == 138 || $code == 143 ]]; then # 128 + the number of USR1, TERM
+        if [[ $asked == INT && $code == 138 ]]; then
+            code=130
+        elif [[ -n $asked || $code == 138 || $code == 143 ]]; then # 128 + the number of USR1, TERM
             say "the ranks have ended with code $code; the newest checkpoint is $(newest)"
             ((code == 0)) || requeue
         fi
         end_servers
         case $code in
         0) note done; say "done"; exit 0 ;;
-        130) note stopped; say "ended by SIGINT; the state is saved"; exit 130 ;;
+        129 | 130) note stopped; say "ended by SIGINT or SIGHUP; the state is saved"; exit "$code" ;;
         esac
         note "code-$code"
         failures=$(($(cat "$JOB/failures" 2>/dev/null || echo 0) + 1))

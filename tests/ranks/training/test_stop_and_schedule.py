@@ -10,14 +10,13 @@ from update_steps import actor_on
 from clipo_megatron.config.load import load
 from clipo_megatron.config.schema import LayoutConfig
 from clipo_megatron.data.tokenizer import load_tokenizer
-from clipo_megatron.training.stop_signal import SIGNALS, StopSignal
+from clipo_megatron.runtime.stop_requests import REQUESTS
+from clipo_megatron.training.stop_signal import StopSignal
 
 
 def a_signal_while_the_ranks_agree() -> list[tuple[bool, int]]:
     """Rank 1 is asked to end after it has told the others that it was not."""
-    handlers = {name: signal.getsignal(name) for name in SIGNALS}
     stop, reduce, answers = StopSignal(announce=False, grace_period_s=60.0), dist.all_reduce, []
-    stop.install()
 
     def all_reduce(*args, **kwargs):
         reduce(*args, **kwargs)
@@ -26,12 +25,11 @@ def a_signal_while_the_ranks_agree() -> list[tuple[bool, int]]:
 
     dist.all_reduce = all_reduce
     try:
-        for _ in range(3):
-            answers.append((stop.on_any_rank(), stop.signum))
+        with REQUESTS.handled(tolerated=1):
+            for _ in range(3):
+                answers.append((stop.on_any_rank(), stop.signum))
     finally:
         dist.all_reduce = reduce
-        for name, handler in handlers.items():
-            signal.signal(name, handler)
     return answers
 
 

@@ -162,7 +162,7 @@ def test_a_data_source_without_grader_stops_the_run(pool):
     assert grade_many(pool, [RIGHT])[0].correct is True
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP])
 def test_a_signal_to_every_process_of_a_job_ends_no_grader(number_pool, number):
     grade_many(number_pool, [RIGHT] * 4)
     before = worker_pids(number_pool)

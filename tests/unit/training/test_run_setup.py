@@ -2,7 +2,6 @@
 
 import json
 import signal
-import subprocess
 import sys
 import warnings
 
@@ -15,6 +14,7 @@ from clipo_megatron.config.load import load
 from clipo_megatron.data.sources import DataError, overlap
 from clipo_megatron.data.splits import held_out_problems, training_problems
 from clipo_megatron.data.tokenizer import load_tokenizer
+from clipo_megatron.runtime.stop_requests import StopRequests
 from clipo_megatron.runtime.warning_filters import NOISE, quiet_libraries
 from clipo_megatron.training.eval_run import steps_of
 from clipo_megatron.training.run import policy_updates
@@ -24,32 +24,20 @@ from clipo_megatron.weights.spec import read_config
 
 
 def test_the_grace_period_after_sigterm_is_shorter(monkeypatch):
-    now = 100.0
-    monkeypatch.setattr("clipo_megatron.training.stop_signal.time.monotonic", lambda: now)
+    now = 0.0
+    monkeypatch.setattr("time.monotonic", lambda: now)
     for signum, patience in ((signal.SIGUSR1, 60.0), (signal.SIGINT, 60.0), (signal.SIGTERM, TERM_GRACE_S)):
-        stop = StopSignal(announce=False, grace_period_s=60.0)
-        now = 1000.0
-        assert not stop.should_cancel()
-        stop.set_by_other_rank(signum)
-        now = 1000.0 + patience - 0.1
-        assert not stop.should_cancel()
-        stop._handle(signum, None)  # what another rank got as well is no second signal
-        now = 1000.0 + patience
-        assert stop.should_cancel() and not stop.repeated
-        with pytest.raises(KeyboardInterrupt):
-            stop._handle(signum, None)
-
-
-def test_slurms_warning_does_not_kill_an_interpreter_that_shuts_down(tmp_path):
-    ends = (
-        "import os, signal; from clipo_megatron.training.stop_signal import StopSignal\n"
-        "class Late:\n"
-        "    def __del__(self, kill=os.kill, me=os.getpid(), usr1=signal.SIGUSR1): kill(me, usr1)\n"
-        "stop, os.late = StopSignal(announce=False, grace_period_s=1.0), Late()\n"
-        "stop.install()\nstop.uninstall()"
-    )
-    done = subprocess.run([sys.executable, "-c", ends], capture_output=True, text=True)
-    assert (done.returncode, done.stderr) == (0, "")
+        for other in (False, True):
+            requests = StopRequests()
+            stop = StopSignal(announce=False, grace_period_s=60.0, requests=requests)
+            now = 1000.0
+            assert not stop.should_cancel()
+            stop.set_by_other_rank(signum) if other else requests.note(signum)
+            now += patience - 0.1
+            assert not stop.should_cancel()
+            requests.note(signum)  # what another rank got as well is no second signal
+            now += 0.1
+            assert stop.should_cancel() and stop.repeated is not other
 
 
 @pytest.fixture(scope="module")
