@@ -61,5 +61,12 @@ class Probe:
             return None
 
 
+class _NoRedirects(urllib.request.HTTPRedirectHandler):
+    """Follows no redirect, which would send the key to another host."""
+
+    def redirect_request(self, *_arguments: object) -> None:
+        return None
+
+
 # Without the proxies that the environment may name for other traffic.
-_OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+_OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}), _NoRedirects)

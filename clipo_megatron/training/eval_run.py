@@ -55,6 +55,7 @@ def evaluate_run(config: RunConfig, *, checkpoint: Path | None = None, file: Pat
         try:
             result = replace(engine.evaluate(step), checkpoint=str(chosen or ""))
         except Cancelled:
+            session.stop.on_any_rank()  # so that all ranks name the same signal
             raise EvaluationStopped(session.stop.signum) from None
         if session.is_main:
             lines = [*lines_of(result_table(result)), *left_out_lines(result)]

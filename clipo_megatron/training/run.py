@@ -185,7 +185,8 @@ class Run:
         self.checkpoints.wait(last=True)
         self.session.heartbeat.stop()
         self.recorder.close()
-        dist.barrier()  # the ranks' store ends with the process that holds it
+        # What ended the last evaluation may be known to one rank only. No rank ends before, for one holds the store.
+        self.session.stop.on_any_rank()
         self.reporter.close(step)
         if not finished:
             raise Stopped(step, self.config.train.steps, self.session.stop.signum)

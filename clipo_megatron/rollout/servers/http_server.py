@@ -15,7 +15,7 @@ from clipo_megatron.rollout.continuation import Decode, append_tokens, if_finish
 from clipo_megatron.rollout.engine import Request, SamplingParams
 from clipo_megatron.rollout.servers.http import JsonClient, all_or_none
 from clipo_megatron.rollout.servers.memory_state import MemoryState
-from clipo_megatron.rollout.servers.response_checks import Continuation
+from clipo_megatron.rollout.servers.response_checks import BadAnswer, Continuation, most_bytes, number_of_ranks
 from clipo_megatron.rollout.servers.server import BucketNames, Fault, RankChecksums, ServerError, UpdateGroup, sample_id
 
 
@@ -28,11 +28,17 @@ class Call:
     params: SamplingParams
     budget: int  # new tokens of each sample, at most
     version: int  # the oldest version that the weights may have
+    vocabulary: int  # ids of tokens are below it; 0 if it is unknown
     end: float  # deadline on the monotonic clock
 
     @property
     def seconds_left(self) -> float:
         return seconds_until(self.end)
+
+    @property
+    def most_bytes(self) -> int:
+        """The size that its answer may have."""
+        return most_bytes(samples=len(self.ids), prompt=len(self.inputs), tokens=self.budget)
 
 
 class HttpServer(ABC):
@@ -44,11 +50,12 @@ class HttpServer(ABC):
         decode: turns token ids into text without control tokens.
         api_key_env: environment variable that holds the server's key.
         routed: whether the URL is that of a router.
+        vocabulary: the number of token ids that the model has; 0 if it is unknown.
     """
 
-    def __init__(self, url: str, *, decode: Decode, api_key_env: str = "", routed: bool = False):
+    def __init__(self, url: str, *, decode: Decode, api_key_env: str = "", routed: bool = False, vocabulary: int = 0):
         self._http = JsonClient(url, api_key_env)
-        self._decode, self._routed = decode, routed
+        self._decode, self._routed, self._vocabulary = decode, routed, vocabulary
         self._memory = MemoryState()
 
     @property
@@ -79,9 +86,11 @@ class HttpServer(ABC):
         async def ask(samples: Sequence[int], begun: Rollout | None = None) -> list[Rollout]:
             so_far, trained = ([], 0) if begun is None else (begun.tokens.tolist(), begun.trained)
             ids = [sample_id(name, sample) for sample in samples]
-            call = Call(prompt + so_far, ids, params, params.token_limit(trained) - len(so_far), version, end)
+            budget = params.token_limit(trained) - len(so_far)
+            call = Call(prompt + so_far, ids, params, budget, version, self._vocabulary, end)
             found = zip(await self._continue(call), samples, strict=True)
-            rollouts = [self._append(begun, new, sample, params) for new, sample in found]
+            with self._http.reading("its tokens"):
+                rollouts = [self._append(begun, new, sample, params) for new, sample in found]
             return [rollout for rollout in rollouts if rollout is not None]
 
         by_sample = {rollout.sample: rollout for rollout in request.begun}
@@ -134,11 +143,8 @@ def seconds_until(end: float) -> float:
 
 
 def rank_checksums(place: dict[str, Any], checksums: dict[str, Any]) -> RankChecksums:
-    """Checksums of one rank, out of a server's answer.
-
-    Raises:
-        KeyError, TypeError, AttributeError, ValueError: the answer has another form.
-    """
-    return RankChecksums(
-        int(place["tp_rank"]), int(place["tp_size"]), {str(name): str(value) for name, value in checksums.items()}
-    )
+    """Checksums of one rank, out of a server's answer; raises, as any code would, where it has another form."""
+    size, rank = number_of_ranks(place["tp_size"]), number_of_ranks(place["tp_rank"] + 1) - 1
+    if rank >= size:
+        raise BadAnswer(f"rank {rank} of {size}")
+    return RankChecksums(rank, size, {str(name): str(value) for name, value in checksums.items()})

@@ -89,7 +89,9 @@ class ServerPool:
         self._generation: PoolGeneration | None = None
 
     def _connect(self, url: str, **options: bool) -> Server:
-        return _CLIENTS[self.kind](url, api_key_env=self._api_key_env, decode=self._decode, **options)
+        return _CLIENTS[self.kind](
+            url, api_key_env=self._api_key_env, decode=self._decode, vocabulary=self._vocabulary, **options
+        )
 
     # --- servers -------------------------------------------------------------------------------------------------
 

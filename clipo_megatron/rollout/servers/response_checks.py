@@ -1,18 +1,33 @@
-"""Checks that turn the answer of any engine's server into tokens of a rollout."""
+"""Checks that turn the answer of any engine's server into tokens of a rollout.
+
+Every field is bounded by what was asked for, because a server may be broken, or another program, or hostile.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
 
+from clipo_megatron.rollout.engine import SamplingParams
+
 _ROUNDING = 1e-4  # by which rounding may put a log-prob above 0
+# No float32 is as small as exp(-104), so nothing that is drawn by its probability has a smaller log-prob. Evaluation
+# asks for log-probs of another temperature than it draws with, and does not read them.
+_LEAST_DRAWN, _LEAST = -104.0, -1e4
+_MOST_RANKS = 1 << 16  # of one server
+# Bytes of an answer: of a token its numbers and its text, which may be 128 escaped characters; of a sample the rest.
+_TOKEN_BYTES, _PROMPT_TOKEN_BYTES, _SAMPLE_BYTES = 512, 16, 16_384
 
 
 class BadAnswer(ValueError):
     """The server answered something that cannot be what was asked for; the message is part of a sentence."""
+
+
+def most_bytes(*, samples: int, prompt: int, tokens: int) -> int:
+    """The size that an answer with so many samples of a prompt may have, each of so many new tokens at most."""
+    return samples * (_SAMPLE_BYTES + prompt * _PROMPT_TOKEN_BYTES + tokens * _TOKEN_BYTES)
 
 
 @dataclass(slots=True)
@@ -33,7 +48,8 @@ def checked(
     finish: Any,
     matched: Any = None,
     budget: int,
-    stop_ids: Sequence[int],
+    vocabulary: int,
+    params: SamplingParams,
 ) -> Continuation:
     """Check every part of a server's answer for one sample and return it as a continuation.
 
@@ -44,28 +60,33 @@ def checked(
         finish: the reason the engine gives: "stop", "length" or "abort".
         matched: the token that the engine says it stopped at, if it says so.
         budget: the largest number of tokens that was asked for.
-        stop_ids: tokens that end a response.
+        vocabulary: the number of token ids that the model has; 0 if it is unknown.
+        params: how sampling was asked for; has the tokens that end a response.
 
     Raises:
         BadAnswer: names the first part that is wrong.
     """
-    ids = _array(tokens, "token ids", np.integer)
-    values = _array(logprobs, "log-probs", np.number).astype(np.float32)
+    ids = _array(tokens, "token ids", {int}, np.int64)
+    values = _array(logprobs, "log-probs", {int, float}, np.float32)
     count = ids.size
-    if count and (ids.min() < 0 or ids.max() > np.iinfo(np.int32).max):
-        raise BadAnswer(f"token id {ids.min() if ids.min() < 0 else ids.max()}, which is no id")
+    if count and (ids.min() < 0 or ids.max() >= (vocabulary or np.iinfo(np.int32).max)):
+        wrong = ids.min() if ids.min() < 0 else ids.max()
+        raise BadAnswer(f"token id {wrong}, which is none of {vocabulary or 'any vocabulary'}")
     if values.size != count:
         raise BadAnswer(f"{count} tokens with {values.size} log-probs")
-    if not np.isfinite(values).all() or (count and values.max() > _ROUNDING):
-        wrong = values[~np.isfinite(values) | (values > _ROUNDING)][0]
-        raise BadAnswer(f"the log-prob {wrong}")
+    least = _LEAST_DRAWN if params.exact_logprobs else _LEAST
+    possible = (values >= least) & (values <= _ROUNDING)  # false for what is not finite
+    if not possible.all():
+        raise BadAnswer(f"the log-prob {values[~possible][0]}")
     if versions.size != count:
         raise BadAnswer(f"{count} tokens with versions of {versions.size}")
     if count > budget:
         raise BadAnswer(f"{count} tokens where at most {budget} were asked for")
     if finish not in ("stop", "length", "abort"):
         raise BadAnswer(f"the finish reason {str(finish)[:40]!r}")
-    ends = np.isin(ids, np.asarray(stop_ids, dtype=np.int64)) | (ids == matched if type(matched) is int else False)
+    ends = np.isin(ids, np.asarray(params.stop_ids, dtype=np.int64))
+    if type(matched) is int:
+        ends |= ids == matched
     if ends[:-1].any():
         raise BadAnswer(f"tokens after the stop token {ids[int(ends.argmax())]}")
     stopped = bool(count and ends[-1])
@@ -75,21 +96,33 @@ def checked(
         raise BadAnswer(f"a cut after {count} of {budget} tokens; is the server's context long enough?")
     if finish == "abort" and (stopped or count == budget):  # interrupted at the very end
         finish = "stop" if stopped else "length"
-    return Continuation(ids.astype(np.int64), values, versions, finish)
+    return Continuation(ids, values, versions, finish)
 
 
 def version_number(said: Any) -> int:
     """The number in a server's spelling of a version; -1 for weights that no trainer has numbered."""
-    return int(said) if isinstance(said, str) and said.isdecimal() else -1
+    is_number = isinstance(said, str) and said.isascii() and said.isdecimal() and len(said) <= 18
+    return int(said) if is_number else -1
 
 
-def _array(values: Any, what: str, kind: type) -> np.ndarray:
-    if not isinstance(values, (list, tuple)):
+def number_of_ranks(said: Any) -> int:
+    """A number of a server's ranks.
+
+    Raises:
+        BadAnswer: it cannot be one.
+    """
+    if type(said) is not int or not 0 < said <= _MOST_RANKS:
+        raise BadAnswer(f"the number of ranks {str(said)[:40]!r}")
+    return said
+
+
+def _array(values: Any, what: str, kinds: set[type], dtype: type) -> np.ndarray:
+    if not isinstance(values, list):
         raise BadAnswer(f"no list of {what}")
-    try:
-        array = np.asarray(values) if values else np.empty(0, dtype=np.int64)
-    except ValueError:
-        array = np.empty((0, 0))
-    if array.ndim != 1 or not np.issubdtype(array.dtype, kind):
+    if not set(map(type, values)) <= kinds:  # also true and false, which numpy would take for numbers
         raise BadAnswer(f"{what} that are not numbers")
-    return array
+    try:
+        with np.errstate(over="ignore"):  # what becomes infinite is refused
+            return np.asarray(values, dtype=dtype)
+    except OverflowError:
+        raise BadAnswer(f"{what} that are no {np.dtype(dtype).name}") from None

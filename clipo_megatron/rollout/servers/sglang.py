@@ -12,9 +12,15 @@ from typing import Any
 import numpy as np
 
 from clipo_megatron.rollout.engine import InFlight, Memory
-from clipo_megatron.rollout.servers.http import all_or_none
+from clipo_megatron.rollout.servers.http import CHECKSUM_BYTES, CONTROL_BYTES, all_or_none
 from clipo_megatron.rollout.servers.http_server import Call, HttpServer, rank_checksums, seconds_until
-from clipo_megatron.rollout.servers.response_checks import BadAnswer, Continuation, checked, version_number
+from clipo_megatron.rollout.servers.response_checks import (
+    BadAnswer,
+    Continuation,
+    checked,
+    number_of_ranks,
+    version_number,
+)
 from clipo_megatron.rollout.servers.server import (
     BucketNames,
     Fault,
@@ -48,12 +54,10 @@ class SGLangServer(HttpServer):
     async def state(self, *, deadline_s: float) -> ServerState:
         model = await self._get("model_info", deadline_s)
         info = await self._get("server_info", deadline_s)
-        try:
-            tp, path = int(info["tp_size"]) * int(info.get("pp_size", 1)), str(model["model_path"])
-            release = str(info["version"])
+        with self._http.reading("/server_info"):
+            tp, path = number_of_ranks(info["tp_size"]) * number_of_ranks(info.get("pp_size", 1)), model["model_path"]
+            release, path = str(info["version"]), str(path)
             boot = str(info.get("random_seed", ""))  # drawn at each start, unless the command line sets it
-        except (KeyError, TypeError, ValueError):
-            raise self._http.fail(Fault.garbage, "/server_info lacks tp_size, version or model_path") from None
         version = version_number(model.get("weight_version"))
         return ServerState(path, tp, None if version < 0 else version, boot, f"SGLang {release}")
 
@@ -77,12 +81,9 @@ class SGLangServer(HttpServer):
                 raise BadAnswer(f"{len(answers)} samples instead of {len(call.ids)}")
             return [_continuation(each, call) for each in answers]
 
-        try:
-            found = await self._http.post_and_read(
-                "/generate", _generate_body(call), read, deadline_s=call.seconds_left
-            )
-        except BadAnswer as reason:
-            raise self._http.fail(Fault.garbage, f"/generate answered {reason}") from None
+        found = await self._http.post_and_read(
+            "/generate", _generate_body(call), read, deadline_s=call.seconds_left, most_bytes=call.most_bytes
+        )
         for versions in (each.versions for each in found):
             if versions.size and (np.diff(versions).min(initial=0) < 0 or versions[0] < call.version):
                 raise self._http.fail(
@@ -206,13 +207,11 @@ class SGLangServer(HttpServer):
             await asyncio.sleep(0.1)
 
     async def checksums(self, *, deadline_s: float) -> list[RankChecksums]:
-        answer = await self._done("/weights_checker", {"action": "checksum"}, deadline_s)
-        try:
+        answer = await self._done("/weights_checker", {"action": "checksum"}, deadline_s, most_bytes=CHECKSUM_BYTES)
+        with self._http.reading("/weights_checker"):
             found = [rank_checksums(_parallelism(rank), rank["checksums"]) for rank in answer["ranks"]]
-        except (KeyError, IndexError, TypeError, AttributeError, ValueError):
-            found = []
-        if not found or not all(rank.checksums for rank in found):
-            raise self._http.fail(Fault.garbage, "/weights_checker answered no checksums")
+            if not found or not all(rank.checksums for rank in found):
+                raise BadAnswer("no checksums")
         return found
 
     # --- calls ---------------------------------------------------------------------------------------------------
@@ -229,9 +228,11 @@ class SGLangServer(HttpServer):
             raise self._http.fail(Fault.garbage, f"/{name} answered no JSON object")
         return answer
 
-    async def _done(self, path: str, body: dict[str, Any], deadline_s: float) -> dict[str, Any]:
+    async def _done(
+        self, path: str, body: dict[str, Any], deadline_s: float, *, most_bytes: int = CONTROL_BYTES
+    ) -> dict[str, Any]:
         """POST a call whose answer says whether it succeeded."""
-        answer = await self._http.post(path, body, deadline_s=deadline_s)
+        answer = await self._http.post(path, body, deadline_s=deadline_s, most_bytes=most_bytes)
         if not isinstance(answer, dict) or answer.get("success") is not True:
             reason = answer.get("message") if isinstance(answer, dict) else answer
             raise self._http.fail(Fault.status, f"{path} did not succeed: {str(reason)[:300]}")
@@ -279,7 +280,7 @@ def _continuation(answer: Any, call: Call) -> Continuation:
         finish, matched = reason["type"], reason.get("matched")
     except (KeyError, IndexError, TypeError, AttributeError):
         raise BadAnswer("a sample without ids, log-probs or finish reason") from None
-    if ids != tokens:
+    if type(tokens) is not list or ids != tokens:
         raise BadAnswer("log-probs of other tokens than the ids it gave")
     return checked(
         tokens,
@@ -288,7 +289,8 @@ def _continuation(answer: Any, call: Call) -> Continuation:
         finish=finish,
         matched=matched,
         budget=call.budget,
-        stop_ids=call.params.stop_ids,
+        vocabulary=call.vocabulary,
+        params=call.params,
     )
 
 
@@ -301,8 +303,8 @@ def _versions(meta: dict[str, Any], count: int) -> np.ndarray:
     try:
         for span in spans:
             start, end = span["start"], span["end"]
-            if start != filled or not start <= end <= count:
-                break
+            if not type(start) is type(end) is int or start != filled or not start <= end <= count:
+                raise BadAnswer(f"spans of versions that do not follow each other up to {count} tokens")
             versions[start:end] = version_number(span["version"])
             filled = end
     except (KeyError, TypeError):

@@ -11,11 +11,18 @@ from typing import Any
 import numpy as np
 
 from clipo_megatron.rollout.engine import InFlight, Memory, SamplingParams
+from clipo_megatron.rollout.servers.http import CHECKSUM_BYTES
 from clipo_megatron.rollout.servers.http_server import Call, HttpServer, rank_checksums, seconds_until
-from clipo_megatron.rollout.servers.response_checks import BadAnswer, Continuation, checked, version_number
+from clipo_megatron.rollout.servers.response_checks import (
+    BadAnswer,
+    Continuation,
+    checked,
+    number_of_ranks,
+    version_number,
+)
 from clipo_megatron.rollout.servers.server import Fault, RankChecksums, ServerError, ServerState
 
-_START_TIME = re.compile(r"^process_start_time_seconds (\S+)", re.MULTILINE)
+_START_TIME = re.compile(r"^process_start_time_seconds (\S{1,64})", re.MULTILINE)
 _PAUSE_MODE = {InFlight.abort: "abort", InFlight.retract: "keep"}
 _EMPTY_CACHE_EVERY_S = 0.2
 
@@ -46,15 +53,13 @@ class VLLMServer(HttpServer):
         models = await self._http.get("/v1/models", deadline_s=seconds_until(deadline))
         release = await self._http.get("/version", deadline_s=seconds_until(deadline))
         metrics = await self._http.get_text("/metrics", deadline_s=seconds_until(deadline))
-        try:
-            parallel = info["vllm_config"]["parallel_config"]
-            tp = int(parallel["tensor_parallel_size"]) * int(parallel["pipeline_parallel_size"])
-            self._logprobs_mode = str(info["vllm_config"]["model_config"]["logprobs_mode"])
-            path = str(info["vllm_config"]["model_config"]["model"])
+        with self._http.reading("/server_info, /v1/models or /version"):
+            parallel, model = info["vllm_config"]["parallel_config"], info["vllm_config"]["model_config"]
+            sizes = (parallel["tensor_parallel_size"], parallel["pipeline_parallel_size"])
+            tp = number_of_ranks(sizes[0]) * number_of_ranks(sizes[1])
+            self._logprobs_mode, path = str(model["logprobs_mode"]), str(model["model"])
             self._model = str(models["data"][0]["id"])
             engine = f"vLLM {release['version']}"
-        except (KeyError, IndexError, TypeError, ValueError):
-            raise self._http.fail(Fault.garbage, "/server_info or /v1/models lacks a field") from None
         started = _START_TIME.search(metrics)
         return ServerState(path, tp, None if version < 0 else version, started[1] if started else "", engine)
 
@@ -78,14 +83,13 @@ class VLLMServer(HttpServer):
                 if [choice["index"] for choice in choices] != list(range(len(call.ids))):
                     raise BadAnswer(f"{len(choices)} samples instead of {len(call.ids)}")
                 return [_continuation(choice, call, before) for choice in choices]
-            except (KeyError, TypeError):
+            except (KeyError, TypeError, AttributeError):
                 raise BadAnswer("samples without ids, log-probs or finish reason") from None
 
         body = _completions_body(self._model, call)
-        try:
-            found = await self._http.post_and_read("/v1/completions", body, read, deadline_s=call.seconds_left)
-        except BadAnswer as reason:
-            raise self._http.fail(Fault.garbage, f"/v1/completions answered {reason}") from None
+        found = await self._http.post_and_read(
+            "/v1/completions", body, read, deadline_s=call.seconds_left, most_bytes=call.most_bytes
+        )
         after = await self._version(call.end)
         if before != after or after < call.version:
             raise self._http.fail(Fault.stale, f"it answered with weights of version {after}, not {call.version}")
@@ -176,15 +180,17 @@ class VLLMServer(HttpServer):
     async def checksums(self, *, deadline_s: float) -> list[RankChecksums]:
         """See `Server.checksums`; needs the worker extension that `clipo serve` loads."""
         try:
-            answer = await self._http.post("/collective_rpc", {"method": "weight_checksums"}, deadline_s=deadline_s)
+            answer = await self._http.post(
+                "/collective_rpc", {"method": "weight_checksums"}, deadline_s=deadline_s, most_bytes=CHECKSUM_BYTES
+            )
         except ServerError as error:
             if error.fault is not Fault.status:
                 raise
             raise self._lacks("checksums; start it with `clipo serve`, which loads the extension for them") from error
-        try:
+        with self._http.reading("weight_checksums"):
             found = [rank_checksums(rank, rank["checksums"]) for rank in answer["results"]]
-        except (KeyError, TypeError, AttributeError, ValueError):
-            raise self._http.fail(Fault.garbage, "weight_checksums answered no checksums") from None
+            if not found or not all(rank.checksums for rank in found):
+                raise BadAnswer("no checksums")
         return found
 
 
@@ -227,5 +233,6 @@ def _continuation(choice: dict[str, Any], call: Call, version: int) -> Continuat
         finish=choice["finish_reason"],
         matched=choice.get("stop_reason"),
         budget=call.budget,
-        stop_ids=call.params.stop_ids,
+        vocabulary=call.vocabulary,
+        params=call.params,
     )

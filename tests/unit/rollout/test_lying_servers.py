@@ -1,0 +1,310 @@
+"""Servers that lie: an answer costs a retry, and as much memory as what was asked for, and nothing else."""
+
+from __future__ import annotations
+
+import asyncio
+import tracemalloc
+from typing import Any
+
+import pytest
+import torch
+from lying_server import LENGTH, TOKEN, VERSION, VOCABULARY, LyingServer, Reply, at, bomb, endless
+
+from clipo_megatron.config.schema import EngineKind, PoolConfig
+from clipo_megatron.flow import Prompt
+from clipo_megatron.rollout.engine import Request, SamplingParams
+from clipo_megatron.rollout.servers import http
+from clipo_megatron.rollout.servers.http import EventLoop
+from clipo_megatron.rollout.servers.pool import ServerPool
+from clipo_megatron.rollout.servers.response_checks import most_bytes
+from clipo_megatron.rollout.servers.server import Fault, ServerError
+from clipo_megatron.rollout.servers.sglang import SGLangServer
+from clipo_megatron.rollout.servers.vllm import VLLMServer
+
+PARAMS = SamplingParams(samples=2, max_new_tokens=LENGTH, stop_ids=(2,))
+SGLANG, VLLM = "/generate", "/v1/completions"
+META, CHOICE = "meta_info", ("choices", 0)
+SPANS, ROWS, REASON = (META, "weight_versions"), (META, "output_token_logprobs"), (META, "finish_reason")
+NESTED = b"[" * 100_000 + b"]" * 100_000
+
+
+def request(row: int = 0) -> Request:
+    return Request(row, Prompt(f"set/{row}", (), torch.arange(3, 9), "set", ""))
+
+
+def tokens(*ids: Any) -> Any:
+    """Other token ids of an SGLang sample, in both places."""
+
+    def changed(answer: Any) -> Any:
+        answer[0]["output_ids"] = list(ids)
+        answer[0][META]["output_token_logprobs"] = [[-0.5, each, None] for each in ids]
+        answer[0][META]["weight_versions"] = [{"version": str(VERSION), "start": 0, "end": len(ids)}]
+        return answer
+
+    return changed
+
+
+def logprob(value: Any) -> Any:
+    return at(*ROWS, 0, 0, becomes=value)
+
+
+def version(value: Any) -> Any:
+    return at(*SPANS, 0, "version", becomes=value)
+
+
+def spans(*found: Any) -> Any:
+    return at(*SPANS, becomes=[dict(zip(("start", "end", "version"), each, strict=True)) for each in found])
+
+
+V = str(VERSION)
+LIES: dict[str, Any] = {
+    "an id beyond the vocabulary": tokens(TOKEN, TOKEN, TOKEN, VOCABULARY),
+    "a far id": tokens(TOKEN, TOKEN, TOKEN, 2**31 - 2),
+    "an id of 64 bits": tokens(TOKEN, TOKEN, TOKEN, 2**63),
+    "an id of 70 bits": tokens(TOKEN, TOKEN, TOKEN, 2**70),
+    "a negative id": tokens(TOKEN, TOKEN, TOKEN, -1),
+    "an id that is true": tokens(TOKEN, TOKEN, TOKEN, True),
+    "an id with a fraction": tokens(TOKEN, TOKEN, TOKEN, 7.5),
+    "an id that is a whole float": tokens(TOKEN, TOKEN, TOKEN, 7.0),
+    "an id that is text": tokens(TOKEN, TOKEN, TOKEN, "7"),
+    "an id that is null": tokens(TOKEN, TOKEN, TOKEN, None),
+    "an id that is a list": tokens(TOKEN, TOKEN, TOKEN, [7]),
+    "too many tokens": tokens(*[TOKEN] * (LENGTH + 1)),
+    "too few tokens": tokens(TOKEN),
+    "no tokens": tokens(),
+    "tokens after a stop": tokens(TOKEN, 2, TOKEN, TOKEN),
+    "ids of other log-probs": at("output_ids", 0, becomes=8),
+    "ids that are an object": at("output_ids", becomes={"0": 7}),
+    "ids that are a number": at("output_ids", becomes=7),
+    "a log-prob of -1e30": logprob(-1e30),
+    "a log-prob of -105": logprob(-105.0),
+    "a log-prob that is whole and far": logprob(-(10**15)),
+    "a log-prob of 1": logprob(1.0),
+    "a log-prob that is infinite": logprob(-1e400),
+    "a log-prob beyond float32": logprob(-1e300),
+    "a log-prob that is true": logprob(True),
+    "a log-prob that is null": logprob(None),
+    "a log-prob that is text": logprob("-0.5"),
+    "a log-prob that is a list": logprob([-0.5]),
+    "a log-prob that is an integer of 70 bits": logprob(-(2**70)),
+    "one log-prob more": at(*ROWS, by=lambda rows: [*rows, rows[0]]),
+    "one log-prob less": at(*ROWS, by=lambda rows: rows[1:]),
+    "rows of one number": at(*ROWS, becomes=[[-0.5]] * LENGTH),
+    "rows that are text": at(*ROWS, becomes=["ab"] * LENGTH),
+    "rows that are null": at(*ROWS, becomes=None),
+    "no rows": at(META, becomes={}),
+    "meta that is a list": at(META, becomes=[]),
+    "meta that is null": at(META, becomes=None),
+    "no finish": at(*REASON, becomes=None),
+    "a finish that is text": at(*REASON, becomes="length"),
+    "an odd finish": at(*REASON, "type", becomes="tired"),
+    "a finish that is a list": at(*REASON, "type", becomes=["length"]),
+    "a finish that is an object": at(*REASON, "type", becomes={}),
+    "a stop without one": at(*REASON, "type", becomes="stop"),
+    "a stop at a huge token": at(*REASON, becomes={"type": "stop", "matched": 2**63}),
+    "an old version": version("2"),
+    "a newer version": version("4"),
+    "a version of 10^21": version(str(10**21)),
+    "a version of 5,000 digits": version("9" * 5000),
+    "a version in other digits": version("\u0663"),
+    "a negative version": version("-3"),
+    "a version that is a number": version(3),
+    "a version that is null": version(None),
+    "a version that falls": spans((0, 2, "4"), (2, LENGTH, "3")),
+    "versions of fewer tokens": spans((0, 2, V)),
+    "versions of more tokens": spans((0, LENGTH + 1, V)),
+    "versions with a gap": spans((0, 1, V), (2, LENGTH, V)),
+    "versions that go back": spans((0, LENGTH, V), (2, 1, V)),
+    "spans of floats": spans((0.0, 4.0, V)),
+    "spans of booleans": spans((False, True, V), (1, LENGTH, V)),
+    "spans of text": spans(("0", "4", V)),
+    "spans of 10^30 tokens": spans((0, 10**30, V)),
+    "spans that are text": at(*SPANS, becomes="3"),
+    "spans that are numbers": at(*SPANS, becomes=[3]),
+    "one sample less": lambda answer: answer[:1],
+    "one sample more": lambda answer: [*answer, answer[0]],
+    "samples that are null": lambda answer: [None, None],
+    "an object": lambda answer: {"hello": 1},
+    "a number": lambda answer: 7,
+    "a text": lambda answer: "[]",
+    "nothing": lambda answer: b"",
+    "no JSON": lambda answer: b'[{"text": "and then it brea',
+    "NaN": lambda answer: b'[{"output_ids": [NaN]}, {}]',
+    "a page of HTML": lambda answer: Reply([b"<html>hello</html>"], Content_Type="text/html"),
+    "no UTF-8": lambda answer: b'["\xff\xfe"]',
+    "a deep list": lambda answer: NESTED,
+    "a deep object": lambda answer: b'{"a":' * 50_000 + b"1" + b"}" * 50_000,
+    "a million lists": lambda answer: b"[" + b"[]," * 10_000 + b"[]]",
+    "a compressed body": bomb,
+    "an unknown encoding": lambda answer: Reply([b"[]"], Content_Encoding="zstd"),
+    "a redirect": lambda answer: Reply([b""], 302, Location="http://127.0.0.1:1/"),
+    "an error": lambda answer: Reply([b'{"error": {"message": ' * 400 + b"1" + b"}}" * 400], 500),
+    "an endless error": lambda answer: Reply(endless(b"x" * 65_536)(answer).parts, 500),
+    "an odd status": lambda answer: Reply([b"[]"], 299),
+    "a wrong length": lambda answer: Reply(iter([b"[]"]), Content_Length="1000000"),
+    "a length that is text": lambda answer: Reply(iter([b"[]"]), Content_Length="many"),
+    "an endless body": endless(b" " * 65_536),
+    "a slow drip": endless(b" ", 0.02),
+}
+VLLM_LIES: dict[str, Any] = {
+    "an id beyond the vocabulary": lambda answer: at("logprobs", "tokens", 0, becomes=f"token_id:{VOCABULARY}")(
+        at("token_ids", 0, becomes=VOCABULARY)(answer["choices"][0])
+    ) and answer,
+    "a log-prob of -1e30": at(*CHOICE, "logprobs", "token_logprobs", 0, becomes=-1e30),
+    "an id that is true": at(*CHOICE, "token_ids", 0, becomes=True),
+    "no log-probs": at(*CHOICE, "logprobs", becomes=None),
+    "log-probs that are a list": at(*CHOICE, "logprobs", becomes=[]),
+    "no ids": at(*CHOICE, "token_ids", becomes=None),
+    "one choice twice": at("choices", 1, "index", becomes=0),
+    "choices of text": at("choices", becomes=["a", "b"]),
+    "choices that are null": at("choices", becomes=None),
+    "an index that is text": at(*CHOICE, "index", becomes="0"),
+    "an odd finish": at(*CHOICE, "finish_reason", becomes=[]),
+    "a bomb": bomb,
+    "an endless body": endless(b" " * 65_536),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def loop():
+    found = EventLoop("test")
+    yield found
+    found.close()
+
+
+@pytest.fixture(scope="module")
+def liar():
+    found = LyingServer()
+    yield found
+    found.close()
+
+
+@pytest.fixture(autouse=True)
+def honest_again(liar, monkeypatch):
+    monkeypatch.setattr(http, "_BODY_S", 0.3)
+    liar.lies.clear()
+
+
+def asked(loop, kind, url, *, params=PARAMS, call=None):
+    """What a server of that kind answers to one request, or to another call."""
+
+    async def ask():
+        server = kind(url, decode=lambda ids: "", vocabulary=VOCABULARY)
+        try:
+            if call is not None:
+                return await call(server)
+            return await server.generate(request(), params, version=VERSION, name="n", deadline_s=20)
+        finally:
+            await server.close()
+
+    return loop.run(ask(), deadline_s=30)
+
+
+@pytest.mark.parametrize("kind", [SGLangServer, VLLMServer])
+def test_an_honest_answer_is_taken(loop, liar, kind):
+    rollouts = asked(loop, kind, liar.url)
+    assert [each.tokens.tolist() for each in rollouts] == [[TOKEN] * LENGTH] * 2
+    assert [each.versions.tolist() for each in rollouts] == [[VERSION] * LENGTH] * 2
+
+
+@pytest.mark.parametrize(
+    ("kind", "path", "lie"),
+    [
+        *(pytest.param(SGLangServer, SGLANG, lie, id=f"sglang: {name}") for name, lie in LIES.items()),
+        *(pytest.param(VLLMServer, VLLM, lie, id=f"vllm: {name}") for name, lie in VLLM_LIES.items()),
+    ],
+)
+def test_a_lie_is_a_fault_of_the_server(loop, liar, kind, path, lie):
+    liar.lies[path] = lie
+    newer = lie is LIES["a newer version"]  # which the pool judges: a request may go on across an update
+    if newer:
+        assert max(int(each.versions[-1]) for each in asked(loop, kind, liar.url)) == VERSION + 1
+        return
+    with pytest.raises(ServerError) as caught:
+        asked(loop, kind, liar.url)
+    assert caught.value.fault in (Fault.garbage, Fault.stale, Fault.status, Fault.refused, Fault.deadline)
+    assert len(str(caught.value)) < 1000
+
+
+CONTROL = {
+    "a huge number of ranks": (SGLangServer, "/server_info", at("tp_size", becomes=10**30)),
+    "no ranks": (SGLangServer, "/server_info", at("tp_size", becomes=0)),
+    "ranks without end": (SGLangServer, "/server_info", at("tp_size", becomes=float("1e308") * 10)),
+    "true ranks": (SGLangServer, "/server_info", at("tp_size", becomes=True)),
+    "a list for an object": (SGLangServer, "/server_info", lambda answer: [answer]),
+    "an endless state": (SGLangServer, "/model_info", endless(b" " * 65_536)),
+    "a compressed state": (SGLangServer, "/model_info", bomb),
+    "ranks of text": (VLLMServer, "/server_info", at("vllm_config", "parallel_config", becomes="1")),
+    "no models": (VLLMServer, "/v1/models", at("data", becomes=[])),
+    "versions in a list": (VLLMServer, "/version", lambda answer: [1]),
+    "endless metrics": (VLLMServer, "/metrics", endless(b"x" * 65_536)),
+}
+
+
+@pytest.mark.parametrize(("kind", "path", "lie"), CONTROL.values(), ids=CONTROL)
+def test_a_lie_about_itself_is_a_fault_of_the_server(loop, liar, kind, path, lie):
+    state = lambda server: server.state(deadline_s=10)  # noqa: E731
+    assert asked(loop, kind, liar.url, call=state).version == VERSION
+    liar.lies[path] = lie
+    with pytest.raises(ServerError) as caught:
+        asked(loop, kind, liar.url, call=state)
+    assert caught.value.fault is Fault.garbage
+
+
+@pytest.mark.parametrize(
+    "lie",
+    [
+        at("ranks", becomes=[]),
+        at("ranks", 0, "checksums", becomes={}),
+        at("ranks", 0, "checksums", becomes=["w"]),
+        at("ranks", 0, "parallelism_info", "tp_rank", becomes=1),
+        at("ranks", 0, "parallelism_info", "tp_rank", becomes=10**30),
+        at("ranks", 0, "parallelism_info", becomes=[]),
+    ],
+)
+def test_a_lie_about_checksums_is_a_fault_of_the_server(loop, liar, lie):
+    liar.lies["/weights_checker"] = lie
+    with pytest.raises(ServerError) as caught:
+        asked(loop, SGLangServer, liar.url, call=lambda server: server.checksums(deadline_s=10))
+    assert caught.value.fault is Fault.garbage
+
+
+def test_many_endless_answers_take_no_more_memory_than_was_asked_for(loop, liar):
+    calls, params = 64, SamplingParams(samples=2, max_new_tokens=768)
+    liar.lies[SGLANG] = endless(b" " * 65_536)
+    limit = most_bytes(samples=2, prompt=6, tokens=768)
+
+    async def ask_often(server):
+        found = [
+            server.generate(request(row), params, version=VERSION, name=str(row), deadline_s=60) for row in range(calls)
+        ]
+        return await asyncio.gather(*found, return_exceptions=True)
+
+    tracemalloc.start()
+    try:
+        results = asked(loop, SGLangServer, liar.url, call=ask_often)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert all(isinstance(each, ServerError) and f"more than {limit} bytes" in str(each) for each in results)
+    assert peak < 2 * calls * limit
+
+
+@pytest.mark.parametrize("kind", [EngineKind.sglang, EngineKind.vllm])
+def test_what_a_liar_is_asked_for_another_server_answers(liar, tmp_path, kind):
+    path = SGLANG if kind is EngineKind.sglang else VLLM
+    honest = LyingServer()
+    liar.lies[path] = LIES["a far id"] if kind is EngineKind.sglang else VLLM_LIES["an id beyond the vocabulary"]
+    (tmp_path / "config.json").write_text(f'{{"vocab_size": {VOCABULARY}}}')
+    config = PoolConfig(concurrency=8, attempts=4, backoff_s=0.01, affinity_slack=8)
+    pool = ServerPool(kind, decode=lambda ids: "", config=config, endpoints=[liar.url, honest.url], model=tmp_path)
+    try:
+        pool.admit([liar.url, honest.url], VERSION)
+        groups = list(pool.generate([request(row) for row in range(16)], PARAMS, deadline_s=60))
+        counts = pool.take_statistics()
+    finally:
+        pool.close()
+        honest.close()
+    assert sorted(group.position for group in groups) == list(range(16))
+    assert all(each.tokens.tolist() == [TOKEN] * LENGTH for group in groups for each in group.rollouts)
+    assert liar.asked[path] and counts["rollout/fault_garbage"] == counts["rollout/retries"] > 0
