@@ -24,6 +24,7 @@ from clipo_megatron.data.golds import without_answer
 from clipo_megatron.data.prompt_table import PromptTable, TableWriter
 from clipo_megatron.data.rendering import ChatRenderer
 from clipo_megatron.data.sources import DataError, Row, read, rows_of_all
+from clipo_megatron.data.templates import TemplateRefusal
 
 SUFFIX = ".prompts"
 _AT_ONCE = 256  # rows that are rendered and tokenized together: more are not faster
@@ -132,7 +133,7 @@ def _rendered(renderer: ChatRenderer, rows: Sequence[Row]) -> list[tuple[str, tu
     """Text and turns of each row; a DataError names the first row that the template cannot render."""
     try:
         return renderer.render_all([row.messages for row in rows])
-    except Exception:  # one of them fails: rendered one by one, the row can be named
+    except TemplateRefusal:  # of one of them: rendered one by one, the row can be named
         found = []
         for row in rows:
             try:

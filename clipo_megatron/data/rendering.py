@@ -7,6 +7,7 @@ from typing import Any
 
 from clipo_megatron.data.sources import DataError
 from clipo_megatron.data.template_options import check_template_options
+from clipo_megatron.data.templates import TemplateRefusal, render_template
 
 Messages = Sequence[Mapping[str, str]]
 Rendered = tuple[str, tuple[Mapping[str, str], ...]]  # the text, and the turns that it contains
@@ -35,7 +36,7 @@ class ChatRenderer:
         self.system_prompt = system_prompt
         self.options = dict(options or {})
         check_template_options(tokenizer, self.options)
-        self._before: dict[int, str | DataError] = {}  # the text of each probe by itself
+        self._before: dict[int, str | TemplateRefusal] = {}  # the text of each probe by itself
 
     def render(self, messages: Messages) -> Rendered:
         """The text for the model, generation prompt included, and the turns that it contains.
@@ -74,7 +75,7 @@ class ChatRenderer:
             try:
                 before = self._probe(number)
                 both = self._apply([*probe, *messages], open_turn=True)
-            except DataError:
+            except TemplateRefusal:
                 continue  # a template that insists on alternating turns refuses the first probe
             if not _follows(both, before, messages):
                 continue
@@ -91,7 +92,7 @@ class ChatRenderer:
         try:
             before = self._probe(0)
             many = self._apply_all([[*_PROBES[0], *messages] for messages in conversations])
-        except Exception:  # the template wants another probe for some of them
+        except TemplateRefusal:  # the template wants another probe for some of them
             return [self._without_system_prompt(messages) for messages in conversations]
         if not all(_follows(both, before, messages) for both, messages in zip(many, conversations, strict=True)):
             return [self._without_system_prompt(messages) for messages in conversations]
@@ -108,38 +109,18 @@ class ChatRenderer:
         if number not in self._before:
             try:
                 self._before[number] = self._apply(_PROBES[number], open_turn=False)
-            except DataError as error:
+            except TemplateRefusal as error:
                 self._before[number] = error
         found = self._before[number]
-        if isinstance(found, DataError):
+        if isinstance(found, TemplateRefusal):
             raise found
         return found
 
     def _apply_all(self, conversations: Sequence[Messages]) -> list[str]:
-        plain = [[dict(turn) for turn in messages] for messages in conversations]
-        return self.tokenizer.apply_chat_template(plain, tokenize=False, add_generation_prompt=True, **self.options)
+        return render_template(self.tokenizer, conversations, self.options, open_turn=True)
 
     def _apply(self, messages: Messages, *, open_turn: bool) -> str:
-        from jinja2 import TemplateError, TemplateSyntaxError
-
-        try:
-            return self.tokenizer.apply_chat_template(
-                [dict(turn) for turn in messages], tokenize=False, add_generation_prompt=open_turn, **self.options
-            )
-        except TemplateSyntaxError as error:
-            raise DataError(
-                f"the chat template does not parse: line {error.lineno}: {error.message}. Correct it in the model's "
-                "chat_template.jinja or tokenizer_config.json."
-            ) from error
-        except TemplateError as error:
-            raise DataError(f"the chat template refuses the turns: {error}. Change the row or the template.") from error
-        except Exception as error:  # a template runs what it likes
-            given = ", ".join(f"{name}: {value!r}" for name, value in self.options.items())
-            where = f" with model.template_options = {{{given}}}" if given else ""
-            raise DataError(
-                f"the chat template cannot render the turns{where}: {type(error).__name__}: {error}. Correct the "
-                "options or the template."
-            ) from error
+        return render_template(self.tokenizer, [messages], self.options, open_turn=open_turn)[0]
 
 
 def _follows(both: str, before: str, messages: Messages) -> bool:

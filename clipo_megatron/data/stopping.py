@@ -14,6 +14,7 @@ from typing import Any
 
 from clipo_megatron.config.model_folder import ModelFileError, read_object
 from clipo_megatron.data.sources import DataError
+from clipo_megatron.data.templates import TemplateRefusal, render_template
 
 _TEXT_MODELS = ("decoder", "generator", "text_config")  # where composite models keep their text model's settings
 # Tokens by which released models end a turn or a text; the tokenizer's own are named as candidates.
@@ -98,8 +99,8 @@ def _behind_an_answer(tokenizer: Any, options: Mapping[str, Any]) -> str:
     for turns in ([("user", _QUESTION), ("assistant", _ANSWER)], [("assistant", _ANSWER)]):
         messages = [{"role": role, "content": content} for role, content in turns]
         try:
-            text = tokenizer.apply_chat_template(messages, tokenize=False, **options)
-        except Exception:  # whatever a template raises: rendering the prompts reports it in words
+            (text,) = render_template(tokenizer, [messages], options)
+        except TemplateRefusal:  # rendering the prompts reports it in words
             continue
         _, found, behind = text.rpartition(_ANSWER)
         if found:

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from clipo_megatron.data.sources import DataError
+from clipo_megatron.data.templates import TemplateRefusal, render_template
 
 _KEY = "model.template_options"
 _WRITTEN_BY_US = {"messages", "add_generation_prompt"}  # what every rendering gives the template
@@ -44,7 +45,7 @@ def _read_by(tokenizer: Any) -> set[str]:
     try:
         environment = _compile_jinja_template("").environment
         parsed = environment.parse(_template_of(tokenizer))
-    except TemplateError as error:
+    except (TemplateError, RecursionError) as error:
         raise DataError(f"the chat template cannot be parsed: {error}. Correct chat_template.jinja.") from error
     names = {each.name for each in parsed.find_all(nodes.Name) if each.ctx == "load"}
     assigned = {each.name for each in parsed.find_all(nodes.Name) if each.ctx in ("store", "param")}
@@ -100,6 +101,6 @@ def _refuse_text_for_truth(tokenizer: Any, name: str, value: Any) -> None:
 
 def _rendered(tokenizer: Any, options: Mapping[str, Any]) -> str | None:
     try:
-        return tokenizer.apply_chat_template(_TURNS, tokenize=False, add_generation_prompt=True, **options)
-    except Exception:  # whatever a template raises; the prompts' own rendering reports it in words
+        return render_template(tokenizer, [_TURNS], options, open_turn=True)[0]
+    except TemplateRefusal:  # the prompts' own rendering reports it in words
         return None

@@ -120,7 +120,7 @@ def test_setup_and_odd_names_reach_the_shell_whole(config_file, tmp_path):
 @pytest.mark.parametrize(
     ("override", "resources"),
     [
-        ("train.output='/tmp/a\\nscancel 1'", {}),
+        ("train.output='runs/a\\nscancel 1'", {}),
         ("name='a\\n#SBATCH --wrap=x'", {}),
         ("", {"partition": "x\nrm -r /"}),
         ("", {"account": "x\r#SBATCH --x"}),

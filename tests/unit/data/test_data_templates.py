@@ -1,0 +1,90 @@
+"""Chat templates are rendered as transformers renders them, and one that does not end is ended."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import pytest
+from tiny_models import tiny_llama
+from transformers import AutoTokenizer
+
+from clipo_megatron.data import templates
+from clipo_megatron.data.rendering import ChatRenderer
+from clipo_megatron.data.stopping import unended_turn
+from clipo_megatron.data.templates import TemplateLimitError, TemplateRefusal, render_template
+
+TURNS = [{"role": "user", "content": "What is \U0001f600?"}]
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory):
+    return AutoTokenizer.from_pretrained(tiny_llama(Path(tmp_path_factory.mktemp("model"))))
+
+
+@pytest.fixture
+def write(tokenizer, monkeypatch):
+    """Gives the tokenizer another template."""
+    monkeypatch.setattr(templates, "CPU_S", 1)
+
+    def change(template: str):
+        monkeypatch.setattr(tokenizer, "chat_template", template)
+        return tokenizer
+
+    return change
+
+
+@pytest.mark.parametrize("open_turn", [False, True])
+def test_texts_are_those_of_transformers(tokenizer, open_turn):
+    conversations = [TURNS, [{"role": "system", "content": "Be brief."}, *TURNS]]
+    expected = tokenizer.apply_chat_template(conversations, tokenize=False, add_generation_prompt=open_turn)
+    assert render_template(tokenizer, conversations, open_turn=open_turn) == expected
+
+
+LOOP = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
+POWER = "{{ 10 ** (10 ** 9) }}"  # computed while the template is compiled
+
+
+@pytest.mark.parametrize("template", [LOOP, POWER])
+def test_a_template_that_does_not_end_is_stopped(write, template):
+    start = time.process_time()
+    with pytest.raises(TemplateLimitError, match=r"the chat template does not end: it was stopped after 1 s"):
+        render_template(write(template), [TURNS])
+    assert time.process_time() - start < 1.0, "the time is another process's"
+
+
+@pytest.mark.parametrize(
+    ("template", "reason"),
+    [
+        ("{{ 'a' * 10 ** 10 }}", "it needs more than a gigabyte of memory"),
+        (
+            "{% set n = namespace(x='a') %}{% for i in range(40) %}{% set n.x = n.x ~ n.x %}{% endfor %}{{ n.x }}",
+            "memory",
+        ),
+        ("{{ 'a' * 5000000 }}", "it writes 5,000,000 characters"),
+    ],
+)
+def test_a_template_that_fills_the_memory_is_refused(write, template, reason):
+    with pytest.raises(TemplateLimitError, match=f"the chat template is refused: .*{reason}"):
+        render_template(write(template), [TURNS])
+
+
+@pytest.mark.parametrize(
+    ("template", "reason"),
+    [
+        ("{% for %}", "does not parse: line 1"),
+        ("{{ raise_exception('no system turn') }}", "refuses the turns: no system turn"),
+        ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "cannot render the turns: RecursionError"),
+        ("{{ ''.__class__.__mro__[1].__subclasses__() }}", "refuses the turns: .*unsafe"),
+        ("{{ range(10 ** 9) }}", "cannot render the turns: OverflowError"),
+    ],
+)
+def test_what_a_template_cannot_render_is_said_in_words(write, template, reason):
+    with pytest.raises(TemplateRefusal, match=reason):
+        render_template(write(template), [TURNS])
+
+
+def test_an_endless_template_is_tried_once_by_whoever_renders(write):
+    for use in (lambda it: ChatRenderer(it, "").render(TURNS), lambda it: unended_turn(it, ())):
+        with pytest.raises(TemplateLimitError):
+            use(write("{% if messages|length > 1 or add_generation_prompt is defined %}" + LOOP + "{% endif %}x"))
