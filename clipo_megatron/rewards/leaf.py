@@ -22,6 +22,7 @@ _INFINITE = re.compile(r"([-+]?)\s*(?:\\infty|infinity|oo)")
 _NOT_A_NUMBER = {"nan", "none", "null", "n/a", "inf", "-inf", "undefinednan"}
 _WORD = re.compile(r"[A-Za-z]{3,}|[^\x00-\x7f]")
 _THREE_LETTERS = re.compile(r"[A-Za-z]{3}")
+_NO = re.compile(r"[Nn]o|NO")
 
 
 def leaves_agree(answer: str, gold: str) -> bool:
@@ -38,8 +39,9 @@ def leaves_agree(answer: str, gold: str) -> bool:
         verdict = rule(answer, gold)
         if verdict is not None:
             return verdict
-    if _THREE_LETTERS.fullmatch(answer) and _THREE_LETTERS.fullmatch(gold):  # May, not a product of letters
-        return answer.casefold() == gold.casefold()
+    short = _unwrapped(answer), _unwrapped(gold)
+    if all(map(_THREE_LETTERS.fullmatch, short)) or any(map(_NO.fullmatch, short)):  # words, no products of letters
+        return short[0].casefold() == short[1].casefold()
     verdict = closeness.equal(answer, gold)
     if verdict is None:
         return _same_words(answer, gold) or symbolic.equal(answer, gold)
