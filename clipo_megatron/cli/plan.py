@@ -121,10 +121,10 @@ def _assumptions(given: Sequence[str]) -> Assumptions:
     for each in given:
         name, _, value = each.partition("=")
         try:
-            chosen[name] = float(value)
-            if (reason := range_violation(known[name], chosen[name])) is not None:
-                raise PlanError(f"--assume {each}: {reason}. The default is {known[name].default:g}.")
+            chosen[name], default = float(value), known[name].default
         except (ValueError, KeyError):
             names = ", ".join(sorted(known))
             raise PlanError(f"--assume {each}: it takes name=number with a name of {names}") from None
+        if (reason := range_violation(known[name], chosen[name])) is not None:
+            raise PlanError(f"--assume {each}: {reason}. The default is {default:g}.")
     return replace(Assumptions(), **chosen)
