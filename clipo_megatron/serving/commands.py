@@ -139,7 +139,8 @@ def _sglang(config: RunConfig, slot: ServerSlot, python: Path, key: str | None, 
         file = scratch / f"server-{slot.index}.yaml"
         secret, options["config"] = (file, f"api-key: {json.dumps(key)}\n"), str(file)
     flags = _flags(options | _given(config.sglang, "sglang"), negatable=False)
-    return ServerCommand((str(python), "-m", "sglang.launch_server", *flags), environment, secret)
+    module = "sglang.launch_server" if slot.devices else "sglang_forked"
+    return ServerCommand((str(python), "-m", module, *flags), environment, secret)
 
 
 def _vllm(config: RunConfig, slot: ServerSlot, python: Path, key: str | None) -> ServerCommand:
@@ -165,6 +166,7 @@ def _vllm(config: RunConfig, slot: ServerSlot, python: Path, key: str | None) ->
     }
     if not slot.devices:
         environment |= {"VLLM_CPU_KVCACHE_SPACE": str(CPU_CACHE_GIB), "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+        environment["VLLM_WORKER_MULTIPROC_METHOD"] = "fork"  # what is imported need not be imported again
         if config.serve.tp == 1:
             # The model runs in the process of the scheduler. In one of its own, the two would wait for each other in
             # busy loops, which take the core that computes.

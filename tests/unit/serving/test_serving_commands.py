@@ -45,7 +45,7 @@ def no_threads_given(monkeypatch):
 
 def test_sglang_on_a_cpu():
     made = server_command(config("sglang"), ServerSlot(0, 4000), python=PYTHON)
-    assert made.arguments[:3] == (str(PYTHON), "-m", "sglang.launch_server")
+    assert made.arguments[:3] == (str(PYTHON), "-m", "sglang_forked")
     found = flags(made.arguments)
     expected = {
         "--model-path": "models/m",
@@ -69,6 +69,7 @@ def test_sglang_on_gpus():
     run = config("sglang", serve=ServeConfig(tp=2, dtype=DType.fp32))
     run.rollout.colocated = True
     made = server_command(run, ServerSlot(1, 4001, ("2", "3")), python=PYTHON)
+    assert made.arguments[2] == "sglang.launch_server", "CUDA cannot be used in a forked process"
     found = flags(made.arguments)
     assert found["--tp-size"] == ["2"] and found["--dtype"] == ["float32"] and found["--enable-memory-saver"] == []
     assert not {"--device", "--attention-backend", "--mem-fraction-static", "--sleep-on-idle"} & set(found)
@@ -95,7 +96,9 @@ def test_vllm_on_a_cpu():
 def test_vllm_sleeps_only_when_colocated():
     run = config("vllm")
     run.rollout.colocated = True
-    found = flags(server_command(run, ServerSlot(0, 1, ("0",)), python=PYTHON).arguments)
+    made = server_command(run, ServerSlot(0, 1, ("0",)), python=PYTHON)
+    assert not {"VLLM_WORKER_MULTIPROC_METHOD", "VLLM_ENABLE_V1_MULTIPROCESSING"} & set(made.environment)
+    found = flags(made.arguments)
     assert found["--enable-sleep-mode"] == [] and "--enforce-eager" not in found
 
 
