@@ -116,7 +116,8 @@ class _Findings:
         except Exception as error:
             if not is_for_users(error):
                 raise
-            self.errors.append(error)
+            if str(error) not in map(str, self.errors):  # several parts of a run may use the same broken file
+                self.errors.append(error)
 
     def refuse(self) -> None:
         """Raise the only error, or one that says what all of them say; nothing where there is none."""

@@ -55,12 +55,18 @@ def render_template(
         "open_turn": open_turn,
         "cpu_s": CPU_S,
     }
-    answer = _PROCESS.ask(json.dumps(request, default=str))
-    if "texts" in answer:
-        return answer["texts"]
-    kind, text = answer["kind"], answer["text"]
-    if kind == "size":
-        raise TemplateLimitError(f"the chat template is refused: {text}. {_REMEDY}")
+    if request["template"] in _REFUSED:
+        raise TemplateLimitError(_REFUSED[request["template"]])
+    try:
+        answer = _PROCESS.ask(json.dumps(request, default=str))
+        if "texts" in answer:
+            return answer["texts"]
+        kind, text = answer["kind"], answer["text"]
+        if kind == "size":
+            raise TemplateLimitError(f"the chat template is refused: {text}. {_REMEDY}")
+    except TemplateLimitError as error:
+        _REFUSED[request["template"]] = str(error)
+        raise
     if kind == "syntax":
         raise TemplateRefusal(f"the chat template does not parse: line {answer['line']}: {text}. {_REMEDY}")
     if kind == "refusal":
@@ -115,3 +121,4 @@ class _TemplateProcess:
 
 
 _PROCESS = _TemplateProcess()
+_REFUSED: dict[str, str] = {}  # templates that were over the limits, which are not tried again, and why

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from clipo_megatron.config.model_folder import read_object
 from clipo_megatron.data.sources import DataError
 
 
@@ -25,6 +26,12 @@ def load_tokenizer(path: str | Path) -> Any:
     except ImportError as error:
         raise DataError(f"the tokenizer of model.path = {path} needs a package: {_first_line(error)}") from error
     except Exception as error:  # whatever a damaged file leads to, in several libraries
+        if _has_own_code(Path(path)):
+            raise DataError(
+                f"the tokenizer of model.path = {path} is code that comes with the model (auto_map in its "
+                "tokenizer_config.json), and no code of a model is run. Convert it to a tokenizer.json that the "
+                "tokenizers library reads, and remove auto_map."
+            ) from error
         raise DataError(
             f"the tokenizer of model.path = {path} cannot be loaded: {_first_line(error)}. Fetch the folder's "
             "tokenizer files again."
@@ -58,6 +65,13 @@ def without_torch() -> Iterator[None]:
         del sys.modules["torch"]
         for name in [each for each in sys.modules if each.partition(".")[0] == "transformers"]:
             del sys.modules[name]
+
+
+def _has_own_code(folder: Path) -> bool:
+    try:
+        return "auto_map" in read_object(folder / "tokenizer_config.json")
+    except (OSError, ValueError):
+        return False
 
 
 def _first_line(error: Exception) -> str:

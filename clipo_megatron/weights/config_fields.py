@@ -37,13 +37,11 @@ def _count(most: int) -> _Kind:
 
 
 def _or_null(kind: _Kind) -> _Kind:
-    return _Kind(lambda value: value is None or kind.holds(value), f"{kind.words}, or null,")
+    return _Kind(lambda value: value is None or kind.holds(value), f"{kind.words} or null")
 
 
 def _list_of(kind: _Kind) -> _Kind:
-    return _Kind(
-        lambda value: isinstance(value, list) and all(map(kind.holds, value)), f"a list, each of it {kind.words},"
-    )
+    return _Kind(lambda value: isinstance(value, list) and all(map(kind.holds, value)), f"a list of {kind.words}")
 
 
 _TEXT = _Kind(lambda value: isinstance(value, str), "text")

@@ -68,9 +68,12 @@ def check_tensors(reader: Reader, spec: ModelSpec) -> None:
         UnsupportedModel: a tied model whose output layer differs from its embedding.
         WeightsFolderError: a file is missing, damaged or truncated.
     """
+    present = set(reader.names())
+    if spec.num_layers > len(present):  # said before millions of names are made
+        found = f"{reader.folder} holds {len(present)} tensors, not even one for each"
+        raise CoverageError([f"config.json gives the model {spec.num_layers:,} layers, and {found}"])
     whole = entries(spec, PipelineStage(offset=0, layers=spec.num_layers, first=True, last=True))
     uses = Counter(tensor.name for entry in whole for tensor in entry.hf)
-    present = set(reader.names())
     unknown = {name for name in present - set(uses) if not any(fnmatchcase(name, pattern) for pattern in IGNORED)}
     if spec.tied_embeddings and OUTPUT_LAYER in unknown and EMBEDDING in present:
         _check_tied(reader)

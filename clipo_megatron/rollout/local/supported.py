@@ -16,7 +16,7 @@ def unusable(folder: Path) -> str:
     try:
         config = configuration(folder)
     except Exception as error:  # transformers checks values in several ways
-        return f"The configuration in {folder} cannot be loaded: {error}"
+        return f"The configuration in {folder} cannot be loaded: {' '.join(str(error).split())}"
     unsupported = [kind for kind in sorted(set(getattr(config, "layer_types", None) or ())) if kind != "full_attention"]
     unsupported += [f"{name} = {getattr(config, name)}" for name in _LOGIT_CHANGES if getattr(config, name, None)]
     if unsupported:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from pathlib import Path
 
@@ -11,8 +12,10 @@ from transformers import AutoTokenizer
 
 from clipo_megatron.data import templates
 from clipo_megatron.data.rendering import ChatRenderer
+from clipo_megatron.data.sources import DataError
 from clipo_megatron.data.stopping import unended_turn
 from clipo_megatron.data.templates import TemplateLimitError, TemplateRefusal, render_template
+from clipo_megatron.data.tokenizer import load_tokenizer
 
 TURNS = [{"role": "user", "content": "What is \U0001f600?"}]
 
@@ -26,6 +29,7 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory):
 def write(tokenizer, monkeypatch):
     """Gives the tokenizer another template."""
     monkeypatch.setattr(templates, "CPU_S", 1)
+    monkeypatch.setattr(templates, "_REFUSED", {})
 
     def change(template: str):
         monkeypatch.setattr(tokenizer, "chat_template", template)
@@ -39,6 +43,23 @@ def test_texts_are_those_of_transformers(tokenizer, open_turn):
     conversations = [TURNS, [{"role": "system", "content": "Be brief."}, *TURNS]]
     expected = tokenizer.apply_chat_template(conversations, tokenize=False, add_generation_prompt=open_turn)
     assert render_template(tokenizer, conversations, open_turn=open_turn) == expected
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_no_code_of_a_tokenizer_is_run(tmp_path, monkeypatch, known):
+    """What can be read without its code is read without it, and nobody is asked for leave."""
+    folder = tiny_llama(tmp_path / "model")
+    file = folder / "tokenizer_config.json"
+    facts = json.loads(file.read_text()) | {"auto_map": {"AutoTokenizer": ["own.Own", "own.Own"]}}
+    file.write_text(json.dumps(facts | ({} if known else {"tokenizer_class": "Own"})))
+    (folder / "own.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Own: ...\n")
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("it asks"))
+    if known:
+        assert load_tokenizer(folder).chat_template
+    else:
+        with pytest.raises(DataError, match=r"is code that comes with the model .*and no code of a model is run"):
+            load_tokenizer(folder)
+    assert not (tmp_path / "ran").exists()
 
 
 LOOP = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
