@@ -149,4 +149,4 @@ def _is_told_by_another(options: argparse.Namespace, error: Exception) -> bool:
 
 def _rank_prefix() -> str:
     rank = os.environ.get("RANK", "0")
-    return f"rank {rank}: " if rank != "0" else ""
+    return f"rank {rank}: " if rank.isdecimal() and rank != "0" else ""

@@ -13,7 +13,7 @@ import socket
 from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass
 
-from clipo_megatron.config.errors import ConfigError
+from clipo_megatron.config.errors import ConfigError, spell
 from clipo_megatron.runtime import slurm_env as slurm
 from clipo_megatron.runtime.ports import LOOPBACK, PORTS, free_port, resolution_error
 
@@ -42,7 +42,10 @@ def this_process() -> Launch | None:
     """
     _check_threads(os.environ)
     _ensure_open_files()
-    return from_environment()
+    place = from_environment()
+    if place is not None:
+        _check_address(os.environ)
+    return place
 
 
 def from_environment(environment: Mapping[str, str] = os.environ) -> Launch | None:
@@ -89,11 +92,10 @@ def export_environment(launch: Launch, environment: MutableMapping[str, str] = o
     `clipo submit` need no port (see rendezvous.py). A process without a launcher meets nobody, and uses this machine.
 
     Raises:
-        ConfigError: there are several ranks and no rendezvous address, it is none, or its host cannot be resolved.
+        ConfigError: there are several ranks and no rendezvous address, or a device's variable names none.
     """
     if launch.world == 1 and "RANK" not in environment:
         environment["MASTER_ADDR"], environment["MASTER_PORT"] = LOOPBACK, str(free_port())
-    _check_address(environment)
     for name, value in (("RANK", launch.rank), ("WORLD_SIZE", launch.world), ("LOCAL_RANK", launch.local_rank)):
         environment.setdefault(name, str(value))
     nodes = environment.get("SLURM_STEP_NODELIST") or environment.get("SLURM_JOB_NODELIST")
@@ -138,7 +140,7 @@ def _check_address(environment: Mapping[str, str]) -> None:
     if port is not None and not 0 < (_number(port) or 0) < 1 << 16:
         raise ConfigError(f"MASTER_PORT={port} is no port, which is a number from 1 to 65535. {_RELAUNCH}.")
     if host is not None and (reason := resolution_error(host)):
-        raise ConfigError(f"MASTER_ADDR={host} is no host that this machine can reach: {reason}. {_RELAUNCH}.")
+        raise ConfigError(f"MASTER_ADDR={spell(host)} is no host that this machine can reach: {reason}. {_RELAUNCH}.")
 
 
 def _check_threads(environment: Mapping[str, str]) -> None:

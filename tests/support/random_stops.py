@@ -69,7 +69,7 @@ class Stops:
             return
         pauses = [dice.uniform(0.0, WITHIN_S / len(numbers)) for _ in numbers]
         for number, pause in zip(numbers, pauses, strict=True):
-            for pid in self._chosen(run, whom):
+            for pid in chosen(run, whom):
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, number)
             time.sleep(pause)
@@ -112,15 +112,17 @@ class Stops:
                 time.sleep(0.001)
         return run.process.poll() is None
 
-    def _chosen(self, run: SmallRun, whom: str) -> list[int]:
-        if whom == "the first process":
-            return [run.process.pid]
-        pids = run.pids()
-        if whom == "every process":
-            return pids or [run.process.pid]
-        ranks = {rank: pid for pid in pids if (rank := _rank(pid)) is not None}
-        wanted = ("0", "1") if whom == "both ranks" else (whom[-1],)
-        return [pid for rank, pid in ranks.items() if rank in wanted] or [run.process.pid]
+
+def chosen(run: SmallRun, whom: str) -> list[int]:
+    """The processes of a run that are meant; its first one where the others are not there yet."""
+    if whom == "the first process":
+        return [run.process.pid]
+    pids = run.pids()
+    if whom == "every process":
+        return pids or [run.process.pid]
+    ranks = {rank: pid for pid in pids if (rank := _rank(pid)) is not None}
+    wanted = ("0", "1") if whom == "both ranks" else (whom[-1],)
+    return [pid for rank, pid in ranks.items() if rank in wanted] or [run.process.pid]
 
 
 def handles_signals(pid: int) -> bool:
