@@ -11,7 +11,7 @@ from pathlib import Path
 
 from clipo_megatron.cli.ranks import on_ranks
 from clipo_megatron.config.load import load
-from clipo_megatron.config.model_folder import is_checkpoint, is_run_settings
+from clipo_megatron.config.model_folder import is_checkpoint, is_run_settings, read_object
 from clipo_megatron.config.schema import RunConfig, SourceConfig
 from clipo_megatron.evaluation.errors import EvaluationError
 from clipo_megatron.runtime.durable_files import refuse_special
@@ -138,9 +138,9 @@ def _among(names: Sequence[str]) -> str:
 
 def _refuse_no_file(file: Path) -> None:
     """Refuse a result file that cannot be written, before hours of generation."""
-    if file.is_dir():
-        raise EvaluationError(f"--output {file} is a folder. Name a file, such as {file / 'result.json'}.")
     try:
+        if file.is_dir():
+            raise EvaluationError(f"--output {file} is a folder. Name a file, such as {file / 'result.json'}.")
         refuse_special(file)
         file.parent.mkdir(parents=True, exist_ok=True)
         if not os.access(file.parent, os.W_OK):
@@ -157,13 +157,11 @@ def _settings_of(folder: Path, target: Path) -> Path:
     """
     file = folder / SETTINGS
     try:
-        facts = json.loads(file.read_text())
-        if not isinstance(facts, dict):
-            raise ValueError("no mapping")
+        facts = read_object(file)
     except FileNotFoundError:
         reason = f"there is no {file}, where a run keeps its configuration"
     except (OSError, ValueError) as error:
-        reason = f"{file} cannot be read ({error})"
+        reason = str(error)
     else:
         if is_run_settings(facts):
             return file

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import io
 import os
 import sys
 from collections.abc import Sequence
+from typing import NoReturn
 
 from clipo_megatron import __version__
-from clipo_megatron.config.errors import is_for_users
+from clipo_megatron.config.errors import for_terminal, is_for_users, shortened
 from clipo_megatron.runtime.stop_requests import report
 
 USER_ERROR = 2
@@ -57,9 +59,19 @@ examples:
 """
 
 
+class _Parser(argparse.ArgumentParser):
+    """A parser whose messages show no more of a long word than a terminal can take."""
+
+    def error(self, message: str) -> NoReturn:
+        super().error(for_terminal(shortened(message, 1_000)))
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code: 0, 2 for an error that the user can correct, 128 + a signal."""
     options = argparse.Namespace()
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # None where it is closed
+            stream.reconfigure(errors="backslashreplace")  # where the terminal's encoding lacks a character
     try:
         options = parse(_readable(sys.argv[1:] if arguments is None else arguments))
         return options.run(options)
@@ -72,7 +84,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if not is_for_users(error) or os.environ.get("CLIPO_TRACEBACK") == "1":
             raise
         if not _is_told_by_another(options, error):
-            print(f"clipo: {_rank_prefix()}{error}", file=sys.stderr, flush=True)
+            print(f"clipo: {_rank_prefix()}{for_terminal(str(error))}", file=sys.stderr, flush=True)
         return getattr(error, "exit_code", USER_ERROR)
 
 
@@ -122,7 +134,7 @@ def _refuse(parser: argparse.ArgumentParser, arguments: Sequence[str], rest: Seq
 
 def _parser(wanted: str) -> argparse.ArgumentParser:
     """The parser of `clipo`, which knows the arguments of the wanted command alone."""
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         "clipo",
         usage="clipo [-h] [--version] COMMAND ...",
         description=DESCRIPTION,

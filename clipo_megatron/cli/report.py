@@ -36,12 +36,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    from clipo_megatron.report.reading import PageError
-
-    if options.out.is_dir():
-        raise PageError(
-            f"--out {options.out} is a folder. Give the file to write, such as {options.out / 'report.html'}"
-        )
     written = write_page(options.runs, options.out, against=options.against)
     for path in written:
         print(path)
@@ -68,6 +62,11 @@ def write_page(folders: list[Path], out: Path, *, against: str | None = None) ->
     from clipo_megatron.report.timing import chrome_trace
     from clipo_megatron.runtime.durable_files import refuse_special, write_output
 
+    try:
+        if out.is_dir():
+            raise PageError(f"--out {out} is a folder. Give the file to write, such as {out / 'report.html'}")
+    except OSError as error:  # a name that is too long
+        raise PageError(f"{out} cannot be written: {error.strerror or error}. Choose another --out") from error
     groups = grouping.group_runs([read_run(folder) for folder in {each.resolve(): each for each in folders}.values()])
     if against is not None:
         groups = grouping.against(groups, against)

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 CONTROL = re.compile(r"[\x00-\x1f\x7f]")  # characters that end a line or a word where nobody expects it
+_MOST_PROBLEMS = 20  # that one message lists
+_LONGEST_LINE, _LONGEST_MESSAGE = 1_500, 6_000  # characters that a terminal is shown
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,8 +39,11 @@ class ConfigError(ValueError):
         elif len(self.problems) == 1:
             message = f"Configuration problem{where}: {self.problems[0]}"
         else:
-            lines = [f"  {number}. {problem}" for number, problem in enumerate(self.problems, start=1)]
-            message = "\n".join([f"{len(lines)} configuration problems{where}:", *lines])
+            shown = self.problems[:_MOST_PROBLEMS]
+            lines = [f"  {number}. {problem}" for number, problem in enumerate(shown, start=1)]
+            if left := len(self.problems) - len(shown):
+                lines.append(f"  and {left} more. Correct these first.")
+            message = "\n".join([f"{len(self.problems)} configuration problems{where}:", *lines])
         super().__init__(message)
 
 
@@ -55,5 +60,24 @@ def spell(value: object) -> str:
         return "true" if value else "false"
     if isinstance(value, str) and hasattr(value, "value"):  # an enum of strings
         return str(value.value)
-    text = value if isinstance(value, str) and value and value.strip() == value else repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."
+    try:
+        text = value if isinstance(value, str) and value and value.strip() == value else repr(value)
+    except (ValueError, RecursionError):  # a number of thousands of digits, or lists in lists in lists
+        return f"{type(value).__name__} too large to be shown"
+    return shortened(text, 80)
+
+
+def shortened(text: str, most: int) -> str:
+    """A text of at most `most` characters, with dots where some of its end are left out."""
+    return text if len(text) <= most else f"{text[: most - 3]}..."
+
+
+def for_terminal(message: str) -> str:
+    """A message without characters that a terminal obeys, and without what no one would read of an endless one.
+
+    The end of a line is kept, where the remedy is.
+    """
+    lines = message.splitlines()
+    cut = [line if len(line) <= _LONGEST_LINE else f"{line[: _LONGEST_LINE - 500]} ... {line[-480:]}" for line in lines]
+    kept = shortened("\n".join(cut), _LONGEST_MESSAGE)
+    return "".join(each if each.isprintable() or each in "\n\t\xa0" else repr(each)[1:-1] for each in kept)

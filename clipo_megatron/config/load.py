@@ -10,7 +10,6 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException, ValidationError
 
@@ -18,6 +17,7 @@ from clipo_megatron.config import naming, reference, renamed
 from clipo_megatron.config.errors import ConfigError, ConfigProblem, spell
 from clipo_megatron.config.ranges import range_problems
 from clipo_megatron.config.schema import RunConfig
+from clipo_megatron.config.yaml_text import DEEPEST, reason_of, sections_of, value_of
 
 # Names that other projects have for settings of ours: suggested when such a name is given.
 _OTHER_NAMES = {
@@ -53,7 +53,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
             numbers are out of their range (likewise).
     """
     path = Path(path)
-    content = _read(path)
+    content = sections_of(path)
     problems = renamed.given_twice(renamed.keys_of(content))
     problems += renamed.given_twice(override.partition("=")[0].strip() for override in overrides)
     old_names = renamed.rename(content)
@@ -102,48 +102,6 @@ def _leaf(key: str) -> str:
     return key.rpartition(".")[2]
 
 
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        content = OmegaConf.load(path)
-    except FileNotFoundError:
-        raise ConfigError(
-            f"No configuration file {path} (current directory: {Path.cwd()}). Give the path of a YAML file."
-        ) from None
-    except IsADirectoryError:
-        raise ConfigError(f"{path} is a folder. Give the path of a YAML file.") from None
-    except UnicodeDecodeError as error:
-        raise ConfigError(
-            f"{path} is not UTF-8 text ({error.reason} at byte {error.start}). Save it as UTF-8."
-        ) from None
-    except (PermissionError, OSError) as error:
-        # For a file with a bare text or number OmegaConf raises an OSError without a number.
-        if error.errno is None:
-            raise ConfigError(
-                f"{path} holds no settings but a bare value. Write `section:` with its keys below."
-            ) from None
-        raise ConfigError(f"{path} cannot be read: {error.strerror}. Check its permissions.") from None
-    except yaml.YAMLError as error:
-        raise ConfigError(_yaml_message(path, error)) from None
-    except OmegaConfBaseException as error:
-        raise ConfigError(f"{path} cannot be read: {_first_line(error)}. Correct it there.") from None
-    plain = OmegaConf.to_container(content, resolve=False)
-    if not isinstance(plain, dict):
-        raise ConfigError(f"{path} holds a list. Write a mapping of sections, such as `model:` with `path:` below it.")
-    return plain
-
-
-def _yaml_message(path: Path, error: yaml.YAMLError) -> str:
-    mark = getattr(error, "problem_mark", None)
-    where = f"{path}, line {mark.line + 1}, column {mark.column + 1}" if mark else str(path)
-    reason = getattr(error, "problem", None) or _first_line(error)
-    return f"{where}: not valid YAML: {reason}. Check indentation, quotes and brackets there."
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0].rstrip(".") if lines else type(error).__name__
-
-
 def _apply(content: dict[str, Any], override: str) -> list[ConfigProblem]:
     """Write one `key=value` into the content of the file. Returns the problem if that is not possible."""
     key, equals, text = override.partition("=")
@@ -155,11 +113,12 @@ def _apply(content: dict[str, Any], override: str) -> list[ConfigProblem]:
             )
         ]
     try:
-        value = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]), resolve=False)["value"]
-    except (yaml.YAMLError, OmegaConfBaseException) as error:
-        reason = getattr(error, "problem", None) or _first_line(error)
-        return [ConfigProblem(key, f"not valid YAML: {reason}", "Check its quotes and brackets", text)]
+        value = value_of(text)
+    except ValueError as error:
+        return [ConfigProblem(key, f"not valid YAML: {error}", "Check its quotes and brackets", text)]
     parts = [part for part in re.split(r"[.\[\]]+", key) if part]
+    if not parts or len(parts) > DEEPEST:
+        return [ConfigProblem(key, "this is no key of a setting", "Write it like `layout.tp=2`", show_value=False)]
     place: Any = content
     for depth, part in enumerate(parts):
         last = depth == len(parts) - 1
@@ -290,7 +249,7 @@ def _inspect_leaf(section: type, name: str, value: Any, key: str, *, typed: bool
         except ValidationError:
             bad = True
         except OmegaConfBaseException as error:  # a malformed ${...}
-            yield ConfigProblem(key, _first_line(error), "Write a reference as ${section.setting}", value)
+            yield ConfigProblem(key, reason_of(error), "Write a reference as ${section.setting}", value)
     if bad:
         default = getattr(section, name, reference.MANDATORY)  # a dataclass has plain defaults as class attributes
         fallback = "Correct it" if default == reference.MANDATORY else f"Correct it; the default is {spell(default)}"
@@ -344,5 +303,5 @@ def _convert(merged: DictConfig, *, origin: str) -> RunConfig:
         for part in re.findall(r"[^.\[\]]+", key):
             value = value[int(part)] if isinstance(value, list) else value[part]
         remedy = "Refer to another setting as ${section.setting}"
-        raise ConfigError([ConfigProblem(key, _first_line(error), remedy, value)], origin=origin) from None
+        raise ConfigError([ConfigProblem(key, reason_of(error), remedy, value)], origin=origin) from None
     return config

@@ -13,6 +13,7 @@ from typing import Any
 
 from clipo_megatron.config.errors import ConfigProblem
 
+_MOST_BYTES = 1 << 28  # of a JSON file; indexes and tokenizers of large models have tens of millions
 # What a checkpoint's folder holds.
 POLICY = "policy"  # the policy's weights, in Megatron's torch_dist
 CRITIC = "critic"  # the value model's weights, if the run has one
@@ -32,6 +33,8 @@ def read_object(file: Path) -> dict[str, Any]:
     try:
         if file.exists() and not file.is_file():
             raise ModelFileError(f"{file} is no file")
+        if (size := file.stat().st_size) > _MOST_BYTES:
+            raise ModelFileError(f"{file} has {size} bytes, and no such file has more than {_MOST_BYTES}")
         found = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise

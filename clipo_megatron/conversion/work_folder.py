@@ -29,6 +29,8 @@ class WorkFolder:
     """
 
     def __init__(self, target: Path) -> None:
+        if not target.name:
+            raise ConversionError(f"{target or '.'} is no folder to make. Name a new one.")
         self.target = target
         self.folder = target.with_name(f".{target.name}.partial")
         self.content = self.folder / "content"

@@ -157,6 +157,8 @@ def _parquet(path: Path) -> Iterator[tuple[str, Any]]:
             present = file.schema_arrow.names
             if absent := [column for column in _COLUMNS if column not in present]:
                 raise DataError(f"{path} has no column {', '.join(absent)}; it has {', '.join(present)}. Rename them.")
+            if doubled := [name for name in dict.fromkeys(present) if present.count(name) > 1]:
+                raise DataError(f"{path} has several columns called {', '.join(doubled)}. Give each its own name.")
             columns = [column for column in (*_COLUMNS, _EXTRA) if column in present]
             media, number = [column for column in MEDIA if column in present], 0
             size = 64 if media else 1024  # a picture is as large as thousands of texts

@@ -27,10 +27,11 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
+from clipo_megatron.config.ranges import LARGEST_WHOLE
 from clipo_megatron.data.sources import source_of
 from clipo_megatron.evaluation.errors import EvaluationError
 from clipo_megatron.evaluation.estimators import majority_at, mean_and_error, pass_at_k, usual_ks
-from clipo_megatron.runtime.durable_files import write_output
+from clipo_megatron.runtime.durable_files import text_of, write_output
 from clipo_megatron.runtime.run_dir import STEP_NAMES, step_name
 
 SCHEMA = 1
@@ -203,7 +204,7 @@ def figures_of(problems: Sequence[ProblemResult], ks: Sequence[int]) -> Figures:
 
 
 def _is_count(value: Any, least: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+    return isinstance(value, int) and not isinstance(value, bool) and least <= value <= LARGEST_WHOLE
 
 
 def _counts(what: str, of: Any, *, least: Mapping[str, int]) -> None:
@@ -281,10 +282,12 @@ def read_result(file: Path) -> Evaluation:
         EvaluationError: the file cannot be read, has another schema, or is damaged.
     """
     try:
-        facts = json.loads(file.read_text())
+        facts = json.loads(text_of(file))
     except OSError as error:
-        raise EvaluationError(f"{file} cannot be read: {error.strerror}. Give a result of `clipo eval`.") from error
-    except ValueError as error:
+        raise EvaluationError(
+            f"{file} cannot be read: {error.strerror or error}. Give a result of `clipo eval`."
+        ) from error
+    except (ValueError, RecursionError) as error:
         raise EvaluationError(f"{file} is no JSON: {error}. Give a result of `clipo eval`.") from None
     if not isinstance(facts, dict) or "schema" not in facts:
         raise EvaluationError(f"{file} is no result of an evaluation. Give one that `clipo eval` wrote.")

@@ -11,11 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from clipo_megatron.config.model_folder import is_run_settings
+from clipo_megatron.config.ranges import LARGEST_WHOLE
 from clipo_megatron.evaluation.estimators import mean_and_error
 from clipo_megatron.evaluation.results import Evaluation, read_evaluations
+from clipo_megatron.report.lines import is_group, is_trace
+from clipo_megatron.runtime.durable_files import text_of
 from clipo_megatron.runtime.run_dir import EVALUATIONS, METRICS, ROLLOUTS, SETTINGS, STATES, STEP_NAMES, TRACE
 from clipo_megatron.telemetry.segments import RunSegment, read_segments
-from clipo_megatron.telemetry.sinks import read_lines
+from clipo_megatron.telemetry.sinks import read_lines, read_metrics
 from clipo_megatron.telemetry.states import States, file_of, read_states, steps_with_states
 
 
@@ -78,7 +81,8 @@ class RunRecord:
     @property
     def wanted_steps(self) -> int | None:
         """Number of steps that the configuration asks for; None where it is not known."""
-        return setting(self.settings, "train.steps")
+        found = setting(self.settings, "train.steps")
+        return found if type(found) is int and 0 <= found <= LARGEST_WHOLE else None
 
     @property
     def has_clipo(self) -> bool:
@@ -120,12 +124,14 @@ def read_run(folder: Path) -> RunRecord:
     if not folder.is_dir():
         raise PageError(f"{folder} is not a folder. Give the folder of a run, its train.output, where metrics.jsonl is")
     try:
-        lines = {line["step"]: line for line in read_lines(folder / METRICS)}
+        lines = {line["step"]: line for line in read_metrics(folder / METRICS)}
         has_file = (folder / METRICS).exists()
         groups, traces = read_lines(folder / ROLLOUTS), read_lines(folder / TRACE)
+        segments = read_segments(folder)
         settings, no_settings = _settings(folder / SETTINGS)
     except OSError as error:
-        raise PageError(f"{folder} cannot be read: {error.strerror or error}. Give the folder of a run") from error
+        file, reason = error.filename or folder, error.strerror or error
+        raise PageError(f"{file} cannot be read: {reason}. Give the folder of a run, or remove that file") from error
     if not has_file and not settings:
         raise PageError(f"{folder} has neither {METRICS} nor {SETTINGS} of a run. Give the train.output of a run")
     name = str(settings.get("name") or folder.resolve().name)
@@ -137,13 +143,16 @@ def read_run(folder: Path) -> RunRecord:
         lines=[lines[step] for step in sorted(lines)],
         accuracies=[],
         evaluations=[],
-        groups=[group for group in groups if isinstance(group.get("rollouts"), list)],
-        traces=[trace for trace in traces if isinstance(trace.get("ranks"), list)],
+        groups=list(filter(is_group, groups)),
+        traces=list(filter(is_trace, traces)),
         state_steps=steps_with_states(folder / STATES),
-        segments=read_segments(folder),
+        segments=segments,
     )
     if no_settings:
         run.missing.append(f"{no_settings}.")
+    for file, found, kept in ((ROLLOUTS, groups, run.groups), (TRACE, traces, run.traces)):
+        if left_out := len(found) - len(kept):
+            run.missing.append(f"{left_out} lines of {file} are not as a run writes them, and were left out.")
     _read_evaluations(run)
     _note_what_is_missing(run)
     return run
@@ -161,9 +170,9 @@ def _settings(file: Path) -> tuple[dict[str, Any], str]:
     if not file.exists():
         return {}, f"there is no {SETTINGS}, so its settings are unknown"
     try:
-        found = json.loads(file.read_text())
+        found = json.loads(text_of(file))
         return (found, "") if is_run_settings(found) else ({}, f"{SETTINGS} is not the configuration of a run")
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         return {}, f"{SETTINGS} cannot be read ({error})"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import io
 import os
@@ -17,6 +18,7 @@ from typing import TextIO
 _READ_BYTES = 1 << 22
 _WRITE_BYTES = 1 << 18  # per system call; more are slower per byte
 _RETRY_S = 0.1
+_MOST_TEXT_BYTES = 1 << 28
 
 
 class LockedError(RuntimeError):
@@ -68,6 +70,24 @@ def write_durably(path: Path, data: str | bytes) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(partial, path)
+
+
+def text_of(path: Path) -> str:
+    """The text of a file that a person could read, which is read only where it is one.
+
+    Raises:
+        OSError: it is a device, a pipe or a folder, is far too large, or cannot be read. ValueError: it is no UTF-8.
+    """
+    refuse_unreadable(path)
+    if (size := path.stat().st_size) > _MOST_TEXT_BYTES:
+        raise OSError(errno.EFBIG, f"it has {size} bytes, and should have less than {_MOST_TEXT_BYTES}", str(path))
+    return path.read_text(encoding="utf-8")
+
+
+def refuse_unreadable(path: Path) -> None:
+    """Raise OSError for a device, a pipe or a folder, which may never end; nothing where there is a file or nothing."""
+    if path.exists() and not path.is_file():
+        raise OSError(errno.EINVAL, f"it is {'a folder' if path.is_dir() else 'a device or a pipe'}", str(path))
 
 
 def refuse_special(path: Path) -> None:

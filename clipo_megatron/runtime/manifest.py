@@ -13,7 +13,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from clipo_megatron.config.errors import spell
-from clipo_megatron.runtime.durable_files import crc32
+from clipo_megatron.runtime.durable_files import crc32, text_of
 
 MANIFEST = "manifest.json"
 FORMAT = 1  # raised when an older release could not read what is written any more; a manifest without it counts as 1
@@ -39,9 +39,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """
     path = folder / MANIFEST
     try:
-        if path.exists() and not path.is_file():
-            raise ManifestError(folder, f"{MANIFEST} is no file")
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(text_of(path))
     except FileNotFoundError:
         raise ManifestError(folder, f"{MANIFEST} is missing") from None
     except (OSError, ValueError, RecursionError) as error:

@@ -13,8 +13,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+from clipo_megatron.config.errors import spell
+from clipo_megatron.config.ranges import LARGEST_WHOLE
 from clipo_megatron.config.schema import RunConfig
-from clipo_megatron.runtime.durable_files import write_durably
+from clipo_megatron.runtime.durable_files import text_of, write_durably
 from clipo_megatron.runtime.run_dir import SCALE
 from clipo_megatron.slurm.resources import Resources, SlurmError
 
@@ -152,14 +154,28 @@ def read(folder: Path) -> list[Rung]:
     """
     file = folder / LADDER
     try:
-        found = json.loads(file.read_text())
-        return [
+        if not file.exists():
+            return []
+        found = json.loads(text_of(file))
+        rungs = [
             Rung(**{**each, "kinds": tuple(each["kinds"]), "overrides": tuple(each["overrides"])}) for each in found
         ]
-    except FileNotFoundError:
-        return []
-    except (OSError, ValueError, TypeError, KeyError) as error:
+        for rung in rungs:
+            _refuse_damage(rung)
+        return rungs
+    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
         raise SlurmError(f"{file} cannot be read ({error}). Remove {folder}, and measure again.") from None
+
+
+def _refuse_damage(rung: Rung) -> None:
+    """Raise ValueError for a rung that `write` cannot have written."""
+    words = (rung.name, rung.output, *rung.kinds, *rung.overrides, *([] if rung.job is None else [rung.job]))
+    if not all(isinstance(each, str) for each in words) or not {*rung.kinds} <= {WEAK, STRONG}:
+        raise ValueError(f"the rung {rung.name!r} has something else where text belongs")
+    counts = {"nodes": 1, "ranks": 1, "steps": 1, "prompts": 1, "server_nodes": 0, "gpus": 0}
+    for name, least in counts.items():
+        if type(value := getattr(rung, name)) is not int or not least <= value <= LARGEST_WHOLE:
+            raise ValueError(f"the rung {rung.name} has {name} = {spell(value)}")
 
 
 def continued(rungs: Sequence[Rung], before: Sequence[Rung]) -> list[Rung]:

@@ -10,7 +10,7 @@ from statistics import median
 from clipo_megatron.runtime.run_dir import METRICS
 from clipo_megatron.slurm.ladder import Rung
 from clipo_megatron.telemetry.metric_names import PHASES, STEP_TIME, TOKENS_PER_S, phase_time
-from clipo_megatron.telemetry.sinks import read_lines
+from clipo_megatron.telemetry.sinks import read_metrics
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +28,7 @@ class Measured:
 
 def done_steps(rung: Rung) -> int:
     """Number of steps that a run has logged."""
-    return len(read_lines(Path(rung.output) / METRICS))
+    return len(read_metrics(Path(rung.output) / METRICS))
 
 
 def measure(rung: Rung, *, skip: int) -> Measured | None:
@@ -38,8 +38,8 @@ def measure(rung: Rung, *, skip: int) -> Measured | None:
         rung: the run, whose output is read.
         skip: number of first steps that do not count: they fill caches, compile kernels and allocate memory.
     """
-    lines = read_lines(Path(rung.output) / METRICS)
-    counted = lines[skip:]
+    lines = read_metrics(Path(rung.output) / METRICS)
+    counted = [line for line in lines[skip:] if line.get(STEP_TIME) and line.get(TOKENS_PER_S) is not None]
     if len(lines) < rung.steps or not counted:
         return None
     spent = [line[STEP_TIME] for line in counted]

@@ -10,10 +10,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TextIO
 
 from clipo_megatron.config.packages import why
-from clipo_megatron.runtime.durable_files import write_durably
+from clipo_megatron.config.ranges import LARGEST_WHOLE
+from clipo_megatron.runtime.durable_files import refuse_unreadable, write_durably
 
 if TYPE_CHECKING:
     from clipo_megatron.flow import StepReport
+
+_LARGEST_METRIC = 1e100
+_LONGEST_LINE = 1 << 26  # bytes; what is longer is read in pieces, none of which is a line
 
 
 class MissingPackageError(RuntimeError):
@@ -117,19 +121,36 @@ def keep_before(path: Path, step: int) -> None:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The lines of a JSON-lines file, without one cut short by a crash; [] if there is no file."""
+    """The lines of a JSON-lines file, without one cut short by a crash; [] if there is no file.
+
+    Raises:
+        OSError: it is no file, or cannot be read.
+    """
     return [facts for _, facts in _lines(path)]
 
 
-def _lines(path: Path) -> list[tuple[str, dict[str, Any]]]:
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl with the values that are numbers, or null for what was not finite."""
+    return [
+        {name: value for name, value in line.items() if value is None or is_number(value)} for line in read_lines(path)
+    ]
+
+
+def is_number(value: Any) -> bool:
+    """Whether a value is a number of which many can be added within a double's range."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < _LARGEST_METRIC
+
+
+def _lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The lines of steps with their content; a line that is no such thing is passed over."""
     if not path.exists():
-        return []
-    lines = []
-    for raw in path.read_bytes().split(b"\n"):
-        try:
-            facts = json.loads(line := raw.decode())
-        except ValueError:
-            continue
-        if isinstance(facts, dict) and isinstance(facts.get("step"), int):
-            lines.append((line, facts))
-    return lines
+        return
+    refuse_unreadable(path)
+    with path.open("rb") as file:
+        while raw := file.readline(_LONGEST_LINE):
+            try:
+                facts = json.loads(line := raw.decode().rstrip("\n"))
+            except (ValueError, RecursionError):
+                continue
+            if isinstance(facts, dict) and type(step := facts.get("step")) is int and 0 <= step <= LARGEST_WHOLE:
+                yield line, facts

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
+from clipo_megatron.runtime.durable_files import refuse_unreadable
 from clipo_megatron.runtime.run_dir import STEP_NAMES, step_name
 
 PATTERN = f"{STEP_NAMES}.safetensors"
@@ -75,12 +76,33 @@ def read_states(file: Path) -> States:
         ValueError: the file does not hold states; the message names it.
     """
     try:
+        refuse_unreadable(file)
         data = file.read_bytes()
         columns = load(data)
         metadata = json.loads(data[8 : 8 + struct.unpack("<Q", data[:8])[0]])["__metadata__"]
-        return States(step=int(metadata["step"]), prompt_ids=json.loads(metadata["prompt_ids"]), **columns)
-    except (OSError, SafetensorError, struct.error, KeyError, TypeError, ValueError) as error:
+        states = States(step=int(metadata["step"]), prompt_ids=json.loads(metadata["prompt_ids"]), **columns)
+        _refuse_misfit(states)
+        return states
+    except (OSError, SafetensorError, struct.error, KeyError, TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"{file} does not hold the states of a step: {error}") from error
+
+
+def _refuse_misfit(states: States) -> None:
+    """Raise ValueError for columns whose types or lengths do not fit each other."""
+    rows, kinds = len(states.group), {"group": "iu", "correct": "b", "graded": "b", "pooled": "f"}
+    for name, kind in {**kinds, "embeddings": "f", "bonus": "f"}.items():
+        values, dimensions = getattr(states, name), 2 if name in ("pooled", "embeddings") else 1
+        if values is None and name not in kinds:
+            continue
+        if values.dtype.kind not in kind or values.ndim != dimensions or len(values) != rows:
+            raise ValueError(f"{name} is {values.dtype} of shape {values.shape}, with {rows} rows in group")
+        if kind == "f" and not np.isfinite(values).all():
+            raise ValueError(f"{name} has values that are not finite")
+    ids = states.prompt_ids
+    if not isinstance(ids, list) or not all(isinstance(each, str) for each in ids):
+        raise ValueError("prompt_ids is no list of names")
+    if rows and not 0 <= states.group.min() <= states.group.max() < len(ids):
+        raise ValueError(f"group names a prompt beyond the {len(ids)} of prompt_ids")
 
 
 def steps_with_states(folder: Path) -> list[int]:

@@ -266,3 +266,12 @@ def test_phases_add_up():
         raise KeyError
     assert set(watch.metrics) == {"time/update_s", "time/sync_s"}
     assert 0 <= sum(watch.metrics.values()) <= watch.total()
+
+
+def test_a_line_cut_short_does_not_stay_in_a_resumed_run(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 0, "a": 1}\n{"step": 1, "a": 2}\n{"step": 2, "a"')
+    log = JsonLines(path, from_step=2)
+    log.write(StepReport(step=2, metrics={"a": 3.0}))
+    log.close()
+    assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [0, 1, 2]

@@ -1,0 +1,16 @@
+"""A few broken things of each kind, always the same ones; tests/soak has thousands."""
+
+import pytest
+from broken_kinds import KINDS
+from broken_things import in_fork
+
+DEAR = {"environment": 4, "targets": 6, "model": 10, "checkpoint": 8, "rows": 8, "run": 8}
+EACH = 13
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_broken_things_cost_a_sentence(kind):
+    verdicts = in_fork(kind, 0, range(DEAR.get(kind, EACH)))
+    wrong = [verdict for verdict in verdicts if verdict.wrong]
+    assert not wrong, "\n\n".join(map(str, wrong))
+    assert any(verdict.code for verdict in verdicts), "nothing was broken"

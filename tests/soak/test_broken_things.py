@@ -1,0 +1,18 @@
+"""Thousands of broken things: every one is refused in a sentence, or harmless, and nothing of the user's is touched."""
+
+import os
+import random
+
+import pytest
+from broken_kinds import KINDS
+from broken_things import in_fork
+
+CASES = int(os.environ.get("CLIPO_BROKEN_CASES", "300"))  # of each kind
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_broken_things_cost_a_sentence(kind):
+    seed = int(os.environ.get("CLIPO_BROKEN_SEED", random.SystemRandom().randrange(10**6)))
+    print(f"CLIPO_BROKEN_SEED={seed}")
+    wrong = [verdict for verdict in in_fork(kind, seed, range(CASES)) if verdict.wrong]
+    assert not wrong, "\n\n".join(map(str, wrong))

@@ -1,0 +1,123 @@
+"""Commands that read files of earlier runs, and write where they are told, refuse what is broken in one sentence."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+from broken_kinds import write_sound
+
+from clipo_megatron.cli.main import main
+
+DEEP = "[" * 10_000 + "]" * 10_000
+RUNG = {"name": "nodes-1", "kinds": ["weak"], "nodes": 1, "server_nodes": 0, "ranks": 1, "gpus": 0, "steps": 4}
+RUNG |= {"prompts": 4, "output": "run", "overrides": ["layout.dp=1"], "job": None}
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """The folder of a user with a run, which is the current one."""
+    write_sound(tmp_path / "user")
+    monkeypatch.chdir(tmp_path / "user")
+    return tmp_path / "user"
+
+
+def refused(capsys, *words: str) -> str:
+    """What a command says that ends with exit code 2."""
+    assert main(words) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("clipo: ") and len(said) < 1000
+    return said
+
+
+@pytest.mark.parametrize(
+    "change", [{"output": ["a"]}, {"nodes": "1"}, {"steps": []}, {"kinds": [3]}, {"prompts": 10**30}, {"job": 7}]
+)
+def test_a_ladder_with_other_types_is_damaged(change, folder, capsys):
+    (folder / "run" / "scale").mkdir()
+    (folder / "run" / "scale" / "ladder.json").write_text(json.dumps([RUNG | change]))
+    assert "ladder.json cannot be read" in refused(capsys, "scale", "run.yaml", "--collect")
+
+
+def test_metrics_that_are_no_numbers_are_not_measured(folder, capsys):
+    (folder / "run" / "scale").mkdir()
+    (folder / "run" / "scale" / "ladder.json").write_text(json.dumps([RUNG]))
+    lines = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
+    lines[2]["time/step_s"], lines[3]["speed/tokens_per_s"] = "fast", [1]
+    (folder / "run" / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert main(["scale", "run.yaml", "--collect"]) == 0
+    assert "1 steps" in capsys.readouterr().out or (folder / "run" / "scale" / "scale.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "line"),
+    [
+        ("trace.jsonl", {"step": 0, "ranks": ["x"]}),
+        ("trace.jsonl", {"step": 0, "ranks": [{"spans": [["generate", 2.0, "3"]]}]}),
+        ("trace.jsonl", {"step": 0, "ranks": [{"spans": 7}]}),
+        ("rollouts.jsonl", {"step": 3, "prompt_id": "practice/0", "rollouts": [{"text": ["x"], "correct": True}]}),
+        ("rollouts.jsonl", {"step": 3, "prompt_id": ["x"], "rollouts": []}),
+        ("metrics.jsonl", {"step": 3, "time/step_s": {"a": 1}, "reward/accuracy": "1", "policy/grad_norm": 10**400}),
+        ("metrics.jsonl", {"step": 10**30, "reward/accuracy": 0.5}),
+    ],
+)
+def test_a_line_that_no_run_wrote_is_left_out_of_the_page(name, line, folder):
+    with (folder / "run" / name).open("a") as file:
+        file.write(json.dumps(line) + "\n" + DEEP + "\n")
+    assert main(["report", "run", "-o", "page.html"]) == 0
+    page = (folder / "page.html").read_text()
+    assert ("not as a run writes them" in page) == (name != "metrics.jsonl")
+
+
+def test_files_of_a_run_that_are_none_are_named(folder, capsys):
+    for name in ("metrics.jsonl", "segments.jsonl"):
+        kept = (folder / "run" / name).read_bytes()
+        (folder / "run" / name).unlink()
+        os.mkfifo(folder / "run" / name)
+        said = refused(capsys, "report", "run", "-o", "page.html")
+        assert name in said and "a device or a pipe" in said
+        (folder / "run" / name).unlink()
+        (folder / "run" / name).write_bytes(kept)
+
+
+@pytest.mark.parametrize(
+    "break_it",
+    [
+        lambda file: file.write_text(DEEP),
+        lambda file: (file.unlink(), os.mkfifo(file)),
+        lambda file: os.truncate(file, 1 << 33),
+        lambda file: file.write_text(file.read_text().replace('"tokens": 1', f'"tokens": {10**30}')),
+    ],
+    ids=["deep", "pipe", "huge", "long number"],
+)
+def test_a_result_that_is_none_is_refused(break_it, folder, capsys):
+    file = Path("run/eval/step_000004.json")
+    break_it(file)
+    assert str(file) in refused(capsys, "compare", "run/eval/step_000000.json", str(file))
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("report", "run", "-o", "x" * 300),
+        ("eval", "run", "--output", "x" * 300),
+        ("compare", "run/eval/step_000000.json", "run/eval/step_000004.json", "--json", "x" * 300),
+        ("convert", "to-megatron", "model", "/"),
+        ("convert", "to-megatron", "model", "x" * 300),
+    ],
+    ids=lambda words: words[0],
+)
+def test_a_place_that_cannot_be_is_refused(words, folder, capsys):
+    refused(capsys, *words)
+
+
+def test_a_deep_configuration_of_a_run_is_no_run(folder, capsys):
+    (folder / "run" / "config.json").write_text(DEEP)
+    assert "no run to evaluate" in refused(capsys, "eval", "run", "--output", "out.json")
+
+
+def test_a_long_word_is_not_repeated_at_length(capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["plan", "run.yaml", "--nope" + "x" * 9000, "\x1b[2J"])
+    said = capsys.readouterr().err
+    assert ended.value.code == 2 and len(said) < 2000 and "\x1b" not in said
