@@ -43,9 +43,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise ManifestError(folder, f"{MANIFEST} is missing") from None
     except (OSError, ValueError, RecursionError) as error:
-        if isinstance(error, ManifestError):
-            raise
-        raise ManifestError(folder, f"{MANIFEST} cannot be read ({error})") from None
+        reason = getattr(error, "strerror", None) or error
+        raise ManifestError(folder, f"{MANIFEST} cannot be read ({reason})") from None
     if reason := _defect_of_fields(found):
         raise ManifestError(folder, f"{MANIFEST} {reason}")
     return found

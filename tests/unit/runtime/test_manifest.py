@@ -89,7 +89,7 @@ def test_pipes_and_devices_in_place_of_files_do_not_block(tmp_path):
     assert defect(checkpoint) == "file is missing"
     (checkpoint / "manifest.json").unlink()
     os.mkfifo(checkpoint / "manifest.json")
-    assert defect(checkpoint) == "manifest.json is no file"
+    assert defect(checkpoint) == "manifest.json cannot be read (it is a device or a pipe)"
 
 
 def test_only_what_a_run_left_unfinished_is_swept_away(tmp_path):
