@@ -49,6 +49,8 @@ def is_choice(gold: str, options: Mapping[str, str]) -> bool:
 def agree(answer: str, gold: str, options: Mapping[str, str] | None = None) -> bool:
     """Whether `answer` and `gold` name the same option. A gold that is no option is compared as text."""
     options = options or {}
+    if len(answer) > 2000 + 4 * max(map(len, (gold, *options.values()))):  # longer than any form of an option
+        return False
     wanted = _wanted(gold, options)
     if wanted is None:
         return bool(gold.strip()) and _unwrap(answer).casefold() == _unwrap(gold).casefold()

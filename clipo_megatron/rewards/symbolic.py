@@ -1,5 +1,8 @@
 """Equality by math-verify and SymPy, for notation that this project does not read: sums, integrals, limits.
 
+Math-verify reads LaTeX by a grammar. SymPy's own parser, which evaluates its text, gets nothing of an answer but
+numerals.
+
 Math-verify finds numbers equal that differ by less than a fixed amount; so numbers are compared here, relative to their
 size, and the library's word counts for what has no value.
 """

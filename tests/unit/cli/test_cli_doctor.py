@@ -29,6 +29,12 @@ def test_device_and_backend_are_those_of_the_platform():
     assert (found["device"].value, found["backend"].value) == (platform().name, platform().backend)
 
 
+def test_the_layers_of_the_graders_sandbox_are_told():
+    finding = told()["sandbox of graders"]
+    assert finding.value.split(", ")[0] == "limits"
+    assert ("graders run without" in finding.remark) == (not {"Landlock", "seccomp"} <= set(finding.value.split(", ")))
+
+
 def test_absent_packages_are_reported_as_absent():
     assert doctor.version("no-such-distribution") is None
     for name in doctor.OPTIONAL:
