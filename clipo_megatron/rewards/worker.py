@@ -39,20 +39,20 @@ def main() -> None:
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     requests, replies = _claim_standard_streams()
-    layers = sandbox.enter(choice, memory_bytes=memory_bytes)
+    started = json.dumps({"event": "started", "layers": sandbox.enter(choice, memory_bytes=memory_bytes)})
     with contextlib.suppress(BrokenPipeError):
         for line in requests:
             request = json.loads(line)
             if "load" in request:
                 _load(request["load"])
-            elif not _serve(request, replies, layers):
+            elif not _serve(request, replies, started):
                 break
 
 
-def _serve(request: dict[str, Any], replies: TextIO, layers: tuple[str, ...]) -> bool:
-    """Reply to one request; False when the process should not judge another answer."""
+def _serve(request: dict[str, Any], replies: TextIO, started: str) -> bool:
+    """Reply to one request, `started` first; False when the process should not judge another answer."""
     _load(request["mode"])
-    _send(replies, {"event": "started", "layers": layers})
+    print(started, file=replies, flush=True)
     signal.setitimer(signal.ITIMER_REAL, 2 * request["deadline_s"] + 5)
     sound, begun = True, time.perf_counter()
     try:
