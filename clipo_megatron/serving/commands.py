@@ -166,13 +166,13 @@ def _vllm(config: RunConfig, slot: ServerSlot, python: Path, key: str | None) ->
     }
     if not slot.devices:
         environment |= {"VLLM_CPU_KVCACHE_SPACE": str(CPU_CACHE_GIB), "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
-        environment["VLLM_WORKER_MULTIPROC_METHOD"] = "fork"  # what is imported need not be imported again
         if config.serve.tp == 1:
             # The model runs in the process of the scheduler. In one of its own, the two would wait for each other in
             # busy loops, which take the core that computes.
             environment["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     flags = _flags(options | _given(config.vllm, "vllm"), negatable=True)
-    return ServerCommand((str(python), "-m", "vllm.entrypoints.openai.api_server", *flags), environment)
+    module = "vllm.entrypoints.openai.api_server" if slot.devices else "vllm_forked"
+    return ServerCommand((str(python), "-m", module, *flags), environment)
 
 
 def _environment(config: RunConfig, slot: ServerSlot) -> dict[str, str]:
