@@ -52,18 +52,32 @@ def main() -> None:
     sys.modules["torch"] = None  # type: ignore[assignment]  # saves seconds: templates need none
     import transformers.utils.chat_template_utils  # noqa: F401
 
-    with open("/proc/self/statm") as file:
-        own = int(file.read().split()[0]) * resource.getpagesize()
+    own = _address_space()
     while select.select([sys.stdin], [], [], _IDLE_S)[0] and (line := sys.stdin.readline()):
         request = json.loads(line)
-        most = own + _MEMORY + 2 * _MULTIPLE * len(line)
-        resource.setrlimit(resource.RLIMIT_AS, (most, resource.RLIM_INFINITY))
-        resource.setrlimit(
-            resource.RLIMIT_CPU, (int(time.process_time()) + 1 + request["cpu_s"], resource.RLIM_INFINITY)
-        )
+        most = (own or 0) + _MEMORY + 2 * _MULTIPLE * len(line)
+        if own is not None:
+            _limit(resource.RLIMIT_AS, most)
+        _limit(resource.RLIMIT_CPU, int(time.process_time()) + 1 + request["cpu_s"])
         said = json.dumps(answer(request, len(line)))
-        resource.setrlimit(resource.RLIMIT_CPU, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+        _limit(resource.RLIMIT_CPU, None)
         print(said, flush=True)
+
+
+def _address_space() -> int | None:
+    """The bytes of address space that this process has; None on macOS, which does not say."""
+    try:
+        with open("/proc/self/statm") as file:
+            return int(file.read().split()[0]) * resource.getpagesize()
+    except OSError:
+        return None
+
+
+def _limit(kind: int, most: int | None) -> None:
+    """Set a limit of this process, or lift it, as far as the user's own limit allows."""
+    _, hard = resource.getrlimit(kind)
+    wanted = hard if most is None else most if hard == resource.RLIM_INFINITY else min(most, hard)
+    resource.setrlimit(kind, (wanted, hard))
 
 
 if __name__ == "__main__":
