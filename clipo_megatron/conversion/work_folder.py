@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from pathlib import Path
 from typing import TextIO
@@ -15,6 +16,7 @@ from typing import TextIO
 from clipo_megatron.conversion.conversion import ConversionError
 from clipo_megatron.runtime.durable_files import LockedError, lock, sync, sync_tree
 
+_OWN = re.compile(r"lock|content|journal\.\d+\.jsonl")  # older releases wrote a journal
 _SPARE_BYTES = 64 * 1024**2  # beyond the weights: tokenizer, metadata
 
 
@@ -90,7 +92,7 @@ class WorkFolder:
     def _refuse_foreign(self) -> None:
         """Refuse a work folder that no conversion has made: it would be cleared."""
         if self.folder.is_symlink() or (
-            self.folder.exists() and not {path.name for path in self.folder.iterdir()} <= {"lock", "content"}
+            self.folder.exists() and not all(_OWN.fullmatch(path.name) for path in self.folder.iterdir())
         ):
             raise ConversionError(
                 f"{self.folder}, where {self.target.name} would be written, holds something else. Move it away, or "

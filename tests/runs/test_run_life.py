@@ -36,9 +36,21 @@ def test_an_alarm_stops_the_run_before_the_checkpoint(small_config, tmp_path):
     assert warned.count("warning: step") == 3 and (output / "checkpoints" / "step_000003").is_dir()
 
 
+OVERFLOW = """
+from clipo_megatron.algorithms.hook import Hook
+
+class Overflow(Hook):
+    summary = "rewards of more than a float32 holds"
+
+    def shape_reward(self, table, reward):
+        return reward * 1e38 * 1e38
+"""
+
+
 def test_losses_that_are_not_finite_skip_updates_and_end_the_run(small_config, tmp_path):
-    output = tmp_path / "run"
-    odd = ("reward.correct_reward=1.0e300", "algorithm.mini_batches=1")  # more than a float32 holds
+    output, plugin = tmp_path / "run", tmp_path / "overflow.py"
+    plugin.write_text(OVERFLOW)
+    odd = (f"algorithm.plugins=[{{name: '{plugin}:Overflow'}}]", "algorithm.mini_batches=1")
     quick = ("checkpoint.every=1", "data.eval=[]", "clipo.enabled=false", "algorithm.kl.coefficient=0")
     run = SmallRun(small_config, output, *odd, *quick, "optimizer.max_skipped_updates=1").wait(2)
     said = " ".join(run.said.split())
