@@ -8,7 +8,7 @@ from pathlib import Path
 from clipo_megatron.config.errors import CONTROL, ConfigProblem
 from clipo_megatron.config.model_folder import is_checkpoint
 from clipo_megatron.config.schema import RunConfig
-from clipo_megatron.runtime.run_dir import foreign_result
+from clipo_megatron.runtime.run_dir import foreign_result, is_run_folder
 
 _REMEDY = "Choose a folder of its own, such as runs/NAME"
 
@@ -34,6 +34,8 @@ def _reason(output: Path, config: RunConfig) -> str:
         return "it is the home folder, or the root of the file system"
     if (output / ".git").exists():
         return "it is the root of a repository"
+    if output == Path.cwd().resolve() and not is_run_folder(output):
+        return "it is the current folder, in which no run has written yet"
     for setting, path in (("model.path", config.model.path), ("critic.path", config.critic.path)):
         if path and output == Path(path).resolve():
             return f"it is the model's folder, {setting}"

@@ -104,6 +104,11 @@ def refuse_unwritable(output: Path) -> None:
         raise OutputError(f"train.output = {output} cannot be written to: {reason}. Choose another one.") from error
 
 
+def is_run_folder(output: Path) -> bool:
+    """Whether a run has written to a folder."""
+    return (output / _LOCK).exists() or (output / SEGMENTS).exists() or bool(read_run_settings(output / SETTINGS))
+
+
 def foreign_result(output: Path, file: Path | None = None) -> str:
     """The name of a result in an output folder that no run has written there; "" if there is none.
 
@@ -114,7 +119,7 @@ def foreign_result(output: Path, file: Path | None = None) -> str:
     """
     if file is not None:
         return next((name for name in RESULTS if file.is_relative_to(output / name)), "")
-    if (output / _LOCK).exists() or (output / SEGMENTS).exists() or read_run_settings(output / SETTINGS):
+    if is_run_folder(output):
         return ""
     return next((name for name in RESULTS if os.path.lexists(output / name)), "")
 

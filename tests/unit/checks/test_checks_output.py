@@ -67,3 +67,12 @@ def test_a_file_that_is_read_is_not_written(tmp_path):
 @pytest.mark.parametrize("name", ["a\nb", "a\0b", "a\x1bb"])
 def test_control_characters_are_refused(name):
     assert reasons(Path(name)) == ["it has a control character, such as the end of a line"]
+
+
+@pytest.mark.parametrize("name", ["", ".", "below/.."])
+def test_the_current_folder_is_one_of_its_own_only_if_a_run_has_begun_there(name, tmp_path, monkeypatch):
+    (tmp_path / "below").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert reasons(Path(name)) == ["it is the current folder, in which no run has written yet"]
+    (tmp_path / "segments.jsonl").touch()
+    assert not reasons(Path(name))
