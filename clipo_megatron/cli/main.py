@@ -69,9 +69,7 @@ class _Parser(argparse.ArgumentParser):
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code: 0, 2 for an error that the user can correct, 128 + a signal."""
     options = argparse.Namespace()
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # None where it is closed
-            stream.reconfigure(errors="backslashreplace")  # where the terminal's encoding lacks a character
+    _prepare_streams()
     try:
         options = parse(_readable(sys.argv[1:] if arguments is None else arguments))
         return options.run(options)
@@ -86,6 +84,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if not _is_told_by_another(options, error):
             print(f"clipo: {_rank_prefix()}{for_terminal(str(error))}", file=sys.stderr, flush=True)
         return getattr(error, "exit_code", USER_ERROR)
+
+
+def _prepare_streams() -> None:
+    """Lead streams that were closed nowhere, and let the others show what their encoding lacks.
+
+    A file that is opened while a stream is closed would take its number, and get what libraries print.
+    """
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass
+    os.close(descriptor)
+    for number, name in ((1, "stdout"), (2, "stderr")):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(number, "w", encoding="utf-8", closefd=False))  # noqa: SIM115
+        elif isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def _readable(arguments: Sequence[str]) -> Sequence[str]:

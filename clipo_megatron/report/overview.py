@@ -143,7 +143,7 @@ def _runs(groups: Sequence[RunGroup]) -> str:
             rows.append(
                 [
                     swatch(group, run.label),
-                    safe(PurePath(setting(run.settings, "model.path") or "–").name),
+                    safe(PurePath(str(setting(run.settings, "model.path") or "–")).name),
                     safe(_method(run)),
                     safe(_ranks(run)),
                     f"{done}{wanted}",
@@ -173,10 +173,9 @@ def _method(run: RunRecord) -> str:
 
 
 def _ranks(run: RunRecord) -> str:
-    layout = run.settings.get("layout") or {}
     traced = len(run.traces[-1]["ranks"]) if run.traces else None
-    tp, pp = layout.get("tp") or 1, layout.get("pp") or 1
-    dp = layout.get("dp") or (traced // (tp * pp) if traced else None)
+    tp, pp = run.count("layout.tp") or 1, run.count("layout.pp") or 1
+    dp = run.count("layout.dp") or (traced // (tp * pp) if traced else None)
     factors = [f"{name} {size}" for name, size in (("tp", tp), ("pp", pp), ("dp", dp)) if size and size > 1]
     split = " × ".join(factors)
     if not dp:

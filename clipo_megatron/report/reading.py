@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from clipo_megatron.config.model_folder import is_run_settings
-from clipo_megatron.config.ranges import LARGEST_WHOLE
 from clipo_megatron.evaluation.estimators import mean_and_error
 from clipo_megatron.evaluation.results import Evaluation, read_evaluations
 from clipo_megatron.report.lines import is_group, is_trace
@@ -75,14 +74,17 @@ class RunRecord:
     @property
     def seed(self) -> int | None:
         """Seed of the training; None where it is not known."""
-        found = setting(self.settings, "train.seed")
-        return found if isinstance(found, int) else None
+        return self.count("train.seed")
 
     @property
     def wanted_steps(self) -> int | None:
         """Number of steps that the configuration asks for; None where it is not known."""
-        found = setting(self.settings, "train.steps")
-        return found if type(found) is int and 0 <= found <= LARGEST_WHOLE else None
+        return self.count("train.steps")
+
+    def count(self, key: str) -> int | None:
+        """A setting that is a whole number; None where it is not known, or something else."""
+        found = setting(self.settings, key)
+        return found if type(found) is int and 0 <= found < 1 << 63 else None
 
     @property
     def has_clipo(self) -> bool:

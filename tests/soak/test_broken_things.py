@@ -10,7 +10,7 @@ from broken_things import in_fork
 CASES = int(os.environ.get("CLIPO_BROKEN_CASES", "300"))  # of each kind
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", sorted(KINDS.keys() - {"sound"}))
 def test_broken_things_cost_a_sentence(kind):
     seed = int(os.environ.get("CLIPO_BROKEN_SEED", random.SystemRandom().randrange(10**6)))
     print(f"CLIPO_BROKEN_SEED={seed}")

@@ -161,7 +161,7 @@ def model(dice: random.Random, folder: Path) -> Attempt:
     commands = (
         TRAIN_CHECK,
         TRAIN_CHECK,
-        ("plan", "run.yaml"),
+        ("plan", "run.yaml", "rollout.engine=sglang"),
         ("convert", "verify", "model", "model"),
         ("convert", "to-megatron", "model", "out"),
         ("convert", "to-megatron", "model", "out", "--dry-run"),
@@ -257,7 +257,7 @@ def checkpoint(dice: random.Random, folder: Path) -> Attempt:
         ("eval", str(CHECKPOINT), "--output", "out.json"),
         ("train", "run.yaml", "--check"),
         ("train", "run.yaml", f"model.path={CHECKPOINT}", "--check"),
-        ("plan", "run.yaml", f"model.path={CHECKPOINT}"),
+        ("plan", "run.yaml", "rollout.engine=sglang", f"model.path={CHECKPOINT}"),
         ("train", "run.yaml", "train.steps=3", "eval.every=0", "data.eval=[]"),
     )
     return Attempt(dice.choice(commands), writes=("out", "run/"))

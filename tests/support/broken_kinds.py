@@ -17,6 +17,7 @@ from clipo_megatron.config.load import load
 
 OLDER_RUN = SUPPORT.parent / "fixtures" / "older_run"
 KINDS = {
+    "sound": broken_settings.sound,
     "settings": broken_settings.settings,
     "yaml": broken_settings.yaml_text,
     "overrides": broken_settings.overrides,

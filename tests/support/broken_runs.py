@@ -79,6 +79,8 @@ def targets(dice: random.Random, folder: Path) -> Attempt:
     place = Path("there")
     replace_file(dice, place)
     name = dice.choice(PLACES)
+    if os.path.realpath(place) != os.path.abspath(place):
+        name = "closed/out.json" if place.is_dir() else name  # a link to a folder of the user, who may name that
     Path("closed").mkdir()
     Path("closed").chmod(0o500)
     commands = (
@@ -96,8 +98,9 @@ def targets(dice: random.Random, folder: Path) -> Attempt:
     chosen = dice.choice(commands)
     # A file that the user says to write, and the trace beside a page.
     named = (os.path.normpath(name), f"{os.path.splitext(name)[0]}.trace.json") if os.path.isfile(name) else ()
-    own = ("run",) if name == "run" or chosen[:2] == ("eval", "run") else ()
-    return Attempt(chosen, writes=("out", "x" * 300, "y/", "a\n", "~", "-", "there.", "there/", *named, *own))
+    own = ("there",) if not os.path.lexists(place) else ()
+    own += ("run",) if name == "run" or chosen[:2] == ("eval", "run") else ()
+    return Attempt(chosen, writes=("out", "x" * 300, "y/", "a\n", "~", "-", "there.", "there/", ".lock", *named, *own))
 
 
 def answers(dice: random.Random, folder: Path) -> Attempt:

@@ -16,16 +16,17 @@ from broken_values import as_text, as_word, mutated, mutated_bytes, odd_value, r
 from clipo_megatron.cli.main import COMMANDS
 from clipo_megatron.config import reference
 
+SERVED = "rollout.engine=sglang"
 READERS = (
     ("train", "--check"),
     ("train", "--check"),
     ("train", "--check"),
-    ("plan",),
-    ("plan", "--gpus", "8"),
-    ("plan", "--json"),
+    ("plan", SERVED),
+    ("plan", SERVED, "--gpus", "8"),
+    ("plan", SERVED, "--json"),
     ("submit", "--nodes", "1", "--dry-run"),
     ("scale", "--nodes", "1,2", "--dry-run"),
-    ("serve", "--check"),
+    ("serve", SERVED, "--check"),
     ("eval", "--output", "out.json"),
 )
 OPTIONS = {
@@ -60,9 +61,9 @@ SOUND = {
     "eval": ["eval", "run.yaml", "--output", "out.json"],
     "compare": ["compare", "run/eval/step_000000.json", "run/eval/step_000004.json"],
     "report": ["report", "run", "-o", "out.html"],
-    "serve": ["serve", "run.yaml", "rollout.engine=sglang", "--check"],
-    "convert": ["convert", "verify", "model", "run/checkpoints/step_000002"],
-    "plan": ["plan", "run.yaml"],
+    "serve": ["serve", "run.yaml", SERVED, "--check"],
+    "convert": ["convert", "verify", "model", "model"],
+    "plan": ["plan", "run.yaml", SERVED],
     "settings": ["settings", "clipo"],
     "methods": ["methods", "dapo"],
     "doctor": ["doctor"],
@@ -81,6 +82,12 @@ WORDS = (
     "24:00:00", "@file", "%j", "$(touch canary)", "`touch canary`", "'; touch canary; '", "docker://x", "/a:/b", "é",
     "grpo", "clipo", "[" * 500,
 )  # fmt: skip
+
+
+def sound(dice: random.Random, folder: Path) -> Attempt:
+    """Nothing is broken: what every command does here without it."""
+    commands = list(SOUND.values())
+    return Attempt(dice.choice(commands), writes=("out", "run/"))
 
 
 def settings(dice: random.Random, folder: Path) -> Attempt:

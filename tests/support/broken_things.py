@@ -218,17 +218,19 @@ def _memory(pid: int) -> int:
     return 0
 
 
-def _work_of(session: int) -> tuple[int, ...] | None:
-    """The CPU time of each process of a session; None while one of them waits for a core, which is no idleness."""
-    ticks = []
-    for place in Path("/proc").iterdir():
-        if place.name.isdigit():
-            with contextlib.suppress(OSError):
-                fields = (place / "stat").read_text().rpartition(")")[2].split()
-                if int(fields[3]) == session:
-                    if fields[0] == "R":
-                        return None
-                    ticks.append(int(fields[11]) + int(fields[12]))
+def _work_of(pid: int) -> tuple[int, ...] | None:
+    """The CPU time of a process and of all below it; None while one of them waits for a core, which is no idleness."""
+    below, ticks = {pid}, []
+    for place in sorted(
+        (each for each in Path("/proc").iterdir() if each.name.isdigit()), key=lambda each: int(each.name)
+    ):
+        with contextlib.suppress(OSError):
+            fields = (place / "stat").read_text().rpartition(")")[2].split()
+            if int(place.name) in below or int(fields[1]) in below:
+                below.add(int(place.name))
+                if fields[0] == "R":
+                    return None
+                ticks.append(int(fields[11]) + int(fields[12]))
     return tuple(ticks)
 
 

@@ -2,6 +2,8 @@
 
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -109,6 +111,33 @@ def test_a_result_that_is_none_is_refused(break_it, folder, capsys):
 )
 def test_a_place_that_cannot_be_is_refused(words, folder, capsys):
     refused(capsys, *words)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"layout": {"tp": ["a"], "pp": "2", "dp": {}}},
+        {"layout": 3},
+        {"model": {"path": [1]}},
+        {"clipo": [1]},
+        {"name": {}},
+    ],
+)
+def test_settings_of_a_run_with_other_types_are_shown_as_unknown(change, folder):
+    file = folder / "run" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    assert main(["report", "run", "-o", "page.html"]) == 0
+
+
+def test_closed_streams_lead_nowhere_and_no_file_takes_their_numbers(folder):
+    code = (
+        "import os, sys; from clipo_megatron.cli.main import main; found = main(['settings', 'nope']); "
+        "sys.exit(found if os.open('run.yaml', os.O_RDONLY) > 2 and not sys.stdout.isatty() else 1)"
+    )
+    closed = subprocess.run(
+        [sys.executable, "-c", code], preexec_fn=lambda: (os.close(1), os.close(2)), stdin=subprocess.DEVNULL
+    )
+    assert closed.returncode == 2
 
 
 def test_a_deep_configuration_of_a_run_is_no_run(folder, capsys):
