@@ -8,6 +8,7 @@ come at once.
 from __future__ import annotations
 
 import argparse
+import errno
 import importlib
 import io
 import os
@@ -20,6 +21,7 @@ from clipo_megatron.config.errors import for_terminal, is_for_users, shortened
 from clipo_megatron.runtime.stop_requests import report
 
 USER_ERROR = 2
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)  # what keeps a stream or an open file from being written
 
 COMMANDS = {
     "train": "train a model as a configuration file says",
@@ -72,18 +74,31 @@ def main(arguments: Sequence[str] | None = None) -> int:
     _prepare_streams()
     try:
         options = parse(_readable(sys.argv[1:] if arguments is None else arguments))
-        return options.run(options)
+        code = options.run(options)
+        sys.stdout.flush()  # here, where a full disk is no traceback
+        return code
     except KeyboardInterrupt as request:
         return report(request)
     except BrokenPipeError:  # `clipo settings | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _print_nowhere()
         return 0
     except Exception as error:
+        if isinstance(error, OSError) and error.errno in _FULL and error.filename is None:
+            print(
+                f"clipo: output cannot be written: {error.strerror}. Free space, or write elsewhere.", file=sys.stderr
+            )
+            _print_nowhere()
+            return USER_ERROR
         if not is_for_users(error) or os.environ.get("CLIPO_TRACEBACK") == "1":
             raise
         if not _is_told_by_another(options, error):
             print(f"clipo: {_rank_prefix()}{for_terminal(str(error))}", file=sys.stderr, flush=True)
         return getattr(error, "exit_code", USER_ERROR)
+
+
+def _print_nowhere() -> None:
+    """Give up what is left to print, which the interpreter would try again at its end."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _prepare_streams() -> None:

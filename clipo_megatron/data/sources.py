@@ -26,6 +26,7 @@ AnyProblem = TypeVar("AnyProblem")  # a Row, a Prompt or whatever has `messages`
 FILE_TYPES = (".parquet", ".jsonl")
 ROLES = ("system", "user", "assistant", "tool")
 _COLUMNS, _EXTRA = ("data_source", "prompt", "reward_model"), "extra_info"
+_LONGEST_ROW = 1 << 26  # bytes of a line; a prompt of a million tokens has a tenth of that
 MEDIA = ("images", "image", "videos", "video", "audios", "audio")  # fields that a text model cannot be asked with
 
 
@@ -221,10 +222,14 @@ def unread_fields(file: str) -> list[str]:
 def _jsonl(path: Path) -> Iterator[tuple[str, Any]]:
     number = 0
     with path.open("rb") as lines:
-        for line_number, line in enumerate(lines, start=1):
+        for line_number, line in enumerate(iter(lambda: lines.readline(_LONGEST_ROW + 1), b""), start=1):
             if not line.strip():
                 continue
             place = f"{path}, row {number} (line {line_number})"
+            if len(line) > _LONGEST_ROW:
+                raise DataError(
+                    f"{place}: the line has more than {_LONGEST_ROW >> 20} MiB. Give each row its own line."
+                )
             try:
                 record = json.loads(line.decode("utf-8-sig"))
             except (ValueError, RecursionError) as error:

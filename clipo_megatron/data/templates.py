@@ -108,7 +108,12 @@ class _TemplateProcess:
 
     def _running(self) -> subprocess.Popen[str]:
         if self._process is None or self._process.poll() is not None:
-            self._process = subprocess.Popen(
+            self._process = self._started()
+        return self._process
+
+    def _started(self) -> subprocess.Popen[str]:
+        try:
+            return subprocess.Popen(
                 [sys.executable, "-P", str(Path(__file__).with_name("template_worker.py"))],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
@@ -117,7 +122,11 @@ class _TemplateProcess:
                 env={name: os.environ[name] for name in _ENVIRONMENT if name in os.environ},
                 start_new_session=True,  # Ctrl-C is for the run, which ends it by closing the pipe
             )
-        return self._process
+        except OSError as error:
+            raise DataError(
+                f"the process that renders the chat template cannot be started: {error.strerror}. Raise the limits of "
+                "open files and processes (`ulimit -n 4096`), or close what takes them."
+            ) from error
 
 
 _PROCESS = _TemplateProcess()

@@ -148,6 +148,8 @@ def _lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     refuse_unreadable(path)
     with path.open("rb") as file:
         while raw := file.readline(_LONGEST_LINE):
+            if not raw.startswith(b"{"):  # nor does it take time to see that a file of zeros has no lines
+                continue
             try:
                 facts = json.loads(line := raw.decode().rstrip("\n"))
             except (ValueError, RecursionError):

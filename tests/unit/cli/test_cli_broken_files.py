@@ -140,6 +140,17 @@ def test_closed_streams_lead_nowhere_and_no_file_takes_their_numbers(folder):
     assert closed.returncode == 2
 
 
+@pytest.mark.parametrize("words", [["settings", "clipo"], ["methods"]])
+def test_a_full_disk_behind_the_output_is_named(words, folder):
+    with open("/dev/full", "w") as full:
+        command = [sys.executable, "-m", "clipo_megatron.cli", *words]
+        done = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 2
+    assert done.stderr == (
+        "clipo: output cannot be written: No space left on device. Free space, or write elsewhere.\n"
+    )
+
+
 def test_a_deep_configuration_of_a_run_is_no_run(folder, capsys):
     (folder / "run" / "config.json").write_text(DEEP)
     assert "no run to evaluate" in refused(capsys, "eval", "run", "--output", "out.json")

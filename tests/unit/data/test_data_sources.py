@@ -1,6 +1,7 @@
 """Sources: every kind of row is read, and the error of an invalid one names file, row and field."""
 
 import json
+import os
 
 import pyarrow
 import pyarrow.parquet
@@ -173,3 +174,19 @@ def test_the_papers_sets(name, count):
     rows = read(SourceConfig(path=str(DATA / f"{name}.parquet")))
     assert len(rows) == count and len({row.id for row in rows}) == count
     assert all(row.messages[0]["role"] == "user" and row.data_source.startswith("conrl/") for row in rows)
+
+
+def test_a_file_that_is_one_endless_line_is_refused_at_once(tmp_path):
+    file = tmp_path / "set.jsonl"
+    file.touch()
+    os.truncate(file, 1 << 33)
+    with pytest.raises(DataError, match=r"row 0 \(line 1\): the line has more than 64 MiB"):
+        read(SourceConfig(path=str(file)))
+
+
+def test_columns_of_one_name_are_named(tmp_path):
+    column = pyarrow.array(["x"])
+    table = pyarrow.table([column] * 4, names=["data_source", "prompt", "reward_model", "prompt"])
+    pyarrow.parquet.write_table(table, tmp_path / "set.parquet")
+    with pytest.raises(DataError, match="several columns called prompt"):
+        read(SourceConfig(path=str(tmp_path / "set.parquet")))
