@@ -35,6 +35,11 @@ def facts(cluster: Cluster, *what: str) -> str:
     return cluster.run("scontrol", "--oneliner", "show", *what)
 
 
+def allocated(run: SlurmRun) -> None:
+    """Wait for the job's nodes: of a job that waits, Slurm tells only what it needs at least."""
+    run.wait_for(lambda: "JobState=PENDING" not in facts(run.cluster, "job", run.job), "the nodes of the job")
+
+
 def test_a_job_with_defaults_gets_all_cores_and_all_memory_of_its_nodes(cluster, small_config, tmp_path):
     """And a relative --python is that of the submitting folder."""
     output = tmp_path / "run"
@@ -44,14 +49,15 @@ def test_a_job_with_defaults_gets_all_cores_and_all_memory_of_its_nodes(cluster,
     run = SlurmRun(
         cluster, small_config, output, "--nodes", "2", "--python", "venv/bin/python", *OPTIONS, defaults=True
     )
+    allocated(run)
     asked = facts(cluster, "job", run.job)
     assert re.search(rf"\bNumCPUs={2 * CORES}\b", asked), asked
     run.end()
     told = facts(cluster, "job", run.job)
-    allocated = re.search(r"\b(?:AllocTRES|TRES)=cpu=(\d+),mem=([0-9.]+)([MG]),node=2", told)
-    assert allocated, told
-    memory = float(allocated[2]) * (1024 if allocated[3] == "G" else 1)
-    assert int(allocated[1]) == 2 * CORES and memory == pytest.approx(2 * MEMORY_MB, rel=0.02), told
+    got = re.search(r"\b(?:AllocTRES|TRES)=cpu=(\d+),mem=([0-9.]+)([MG]),node=2", told)
+    assert got, told
+    memory = float(got[2]) * (1024 if got[3] == "G" else 1)
+    assert int(got[1]) == 2 * CORES and memory == pytest.approx(2 * MEMORY_MB, rel=0.02), told
     assert f"1 ranks a node with {CORES} cores each" in run.log
     assert f"OMP_NUM_THREADS={CORES}" in (run.folder / "environment.0.txt").read_text()
     assert f"{elsewhere}/venv/bin/python" in (run.folder / "job.sbatch").read_text()
@@ -80,6 +86,7 @@ def test_each_group_of_nodes_gets_its_own_nodes_whole(cluster, small_config, tmp
     served = ("rollout.engine=sglang", "layout.distributed_timeout_s=2700", f"serve.python={sys.executable}")
     groups = ("--nodes=2", "--server-nodes=1", "--partition=debug", "--server-partition=debug")
     run = SlurmRun(cluster, small_config, tmp_path / "run", *groups, *served, *OPTIONS, defaults=True)
+    allocated(run)
     told = cluster.run("squeue", "--noheader", "--format", "%i %D %C", "--jobs", run.job)
     assert sorted(line.split()[1:] for line in told.splitlines()) == [["1", str(CORES)], ["2", str(2 * CORES)]], told
     cluster.run("scancel", run.job)

@@ -86,21 +86,23 @@ def attend(query: Tensor, key: Tensor, value: Tensor, sequences: Sequences, scal
             window_size_right=right,
         )
         return output, logsumexp
-    output = torch.empty_like(query)
-    logsumexp = query.new_empty(query.shape[1], query.shape[0], dtype=_exact(query.dtype))
-    groups = key.shape[1]
+    heads, groups = query.shape[1], key.shape[1]
+    output = torch.empty_like(query, memory_format=torch.contiguous_format)
+    logsumexp = query.new_empty(heads, query.shape[0], dtype=_exact(query.dtype))
+    queries, outputs = (_by_group(each, groups) for each in (query, output))  # views of all, of which a block is a part
+    keys, values, sums = _shared(key, heads), _shared(value, heads), logsumexp.unflatten(0, (groups, -1))
     for block in _blocks(sequences, query.dtype):
-        found, sums = _forward_on_cpu(
-            _by_group(query[block.queries], groups),
-            _shared(key[block.keys], query.shape[1]),
-            _shared(value[block.keys], query.shape[1]),
+        rows, seen = block.queries, block.keys
+        found = _forward_on_cpu(
+            queries[:, :, rows],
+            keys[:, :, seen],
+            values[:, :, seen],
             0.0,
             block.causal,
             attn_mask=block.mask,
             scale=scale,
         )
-        output[block.queries] = _by_query(found)
-        logsumexp[:, block.queries] = sums.flatten(0, 1)
+        outputs[:, :, rows], sums[:, :, rows] = found
     return output, logsumexp
 
 
@@ -140,24 +142,28 @@ def gradients(
             window_size_right=right,
         )
     exact, heads, groups = _exact(query.dtype), query.shape[1], key.shape[1]
-    grad_query = torch.zeros_like(query)
-    grad_key, grad_value = (torch.zeros_like(each, dtype=exact) for each in (key, value))
+    grad_query = torch.zeros(query.shape, dtype=query.dtype)
+    totals = [torch.zeros(each.transpose(0, 1).shape, dtype=exact) for each in (key, value)]  # [kv_heads, K, d]
+    grads, queries, outputs, grad_queries = (_by_group(each, groups) for each in (grad, query, output, grad_query))
+    keys, values, sums = _shared(key, heads), _shared(value, heads), logsumexp.unflatten(0, (groups, -1))
     for block in _blocks(sequences, query.dtype):
+        rows, seen = block.queries, block.keys
         found = _backward_on_cpu(
-            _by_group(grad[block.queries], groups),
-            _by_group(query[block.queries], groups),
-            _shared(key[block.keys], heads),
-            _shared(value[block.keys], heads),
-            _by_group(output[block.queries], groups),
-            logsumexp[:, block.queries].unflatten(0, (groups, -1)).contiguous(),
+            grads[:, :, rows],
+            queries[:, :, rows],
+            keys[:, :, seen],
+            values[:, :, seen],
+            outputs[:, :, rows],
+            sums[:, :, rows].contiguous(),
             0.0,
             block.causal,
             attn_mask=block.mask,
             scale=scale,
         )
-        grad_query[block.queries] = _by_query(found[0])
-        for total, part in ((grad_key, found[1]), (grad_value, found[2])):
-            total[block.keys] += part.sum(1, dtype=exact).transpose(0, 1)
+        grad_queries[:, :, rows] = found[0]
+        for total, part in zip(totals, found[1:], strict=True):
+            total[:, seen] += part.sum(1, dtype=exact)
+    grad_key, grad_value = (total.transpose(0, 1) for total in totals)
     return grad_query, grad_key.to(key.dtype), grad_value.to(value.dtype)
 
 
@@ -211,11 +217,6 @@ def _blocks(sequences: Sequences, dtype: torch.dtype) -> Iterator[_Block]:
 def _by_group(rows: Tensor, groups: int) -> Tensor:
     """Heads that share a key head, next to each other: [L, heads, d] -> [kv_heads, heads / kv_heads, L, d], a view."""
     return rows.unflatten(1, (groups, -1)).permute(1, 2, 0, 3)
-
-
-def _by_query(rows: Tensor) -> Tensor:
-    """The inverse of `_by_group`."""
-    return rows.permute(2, 0, 1, 3).flatten(1, 2)
 
 
 def _shared(rows: Tensor, heads: int) -> Tensor:
