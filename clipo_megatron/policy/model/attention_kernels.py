@@ -184,7 +184,7 @@ def _runs_on_cpu(rows: Tensor) -> bool:
     return rows.is_cpu
 
 
-class _Block(NamedTuple):
+class _KernelCall(NamedTuple):
     """Queries and keys of one call of the kernel."""
 
     queries: slice
@@ -193,7 +193,7 @@ class _Block(NamedTuple):
     mask: Tensor | None  # [queries, keys], added to the scores
 
 
-def _blocks(sequences: Sequences, dtype: torch.dtype) -> Iterator[_Block]:
+def _blocks(sequences: Sequences, dtype: torch.dtype) -> Iterator[_KernelCall]:
     """The calls that compute the sequences. A mask is made for few queries at a time, and only where it is needed."""
     for (start, end), (first, last) in zip(pairwise(sequences.queries), pairwise(sequences.keys), strict=True):
         queries, keys = end - start, last - first
@@ -201,7 +201,7 @@ def _blocks(sequences: Sequences, dtype: torch.dtype) -> Iterator[_Block]:
             continue
         window = sequences.window if sequences.window is not None and sequences.window < keys else None
         if not sequences.causal or (queries == keys and window is None):
-            yield _Block(slice(start, end), slice(first, last), sequences.causal, None)
+            yield _KernelCall(slice(start, end), slice(first, last), sequences.causal, None)
             continue
         before = keys - queries
         for row in range(0, queries, _ROWS):
@@ -211,7 +211,9 @@ def _blocks(sequences: Sequences, dtype: torch.dtype) -> Iterator[_Block]:
             if window is not None:
                 seen.triu_(before + row - lowest - window + 1)
             mask = torch.zeros(seen.shape, dtype=dtype).masked_fill_(~seen, -torch.inf)
-            yield _Block(slice(start + row, start + until), slice(first + lowest, first + before + until), False, mask)
+            yield _KernelCall(
+                slice(start + row, start + until), slice(first + lowest, first + before + until), False, mask
+            )
 
 
 def _by_group(rows: Tensor, groups: int) -> Tensor:
