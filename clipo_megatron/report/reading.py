@@ -17,7 +17,7 @@ from clipo_megatron.report.lines import is_group, is_trace
 from clipo_megatron.runtime.durable_files import text_of
 from clipo_megatron.runtime.run_dir import EVALUATIONS, METRICS, ROLLOUTS, SETTINGS, STATES, STEP_NAMES, TRACE
 from clipo_megatron.telemetry.segments import RunSegment, read_segments
-from clipo_megatron.telemetry.sinks import read_lines, read_metrics
+from clipo_megatron.telemetry.sinks import ReportError, read_lines, read_metrics
 from clipo_megatron.telemetry.states import States, file_of, read_states, steps_with_states
 
 
@@ -132,8 +132,9 @@ def read_run(folder: Path) -> RunRecord:
         segments = read_segments(folder)
         settings, no_settings = _settings(folder / SETTINGS)
     except OSError as error:
-        file, reason = error.filename or folder, error.strerror or error
-        raise PageError(f"{file} cannot be read: {reason}. Give the folder of a run, or remove that file") from error
+        raise PageError(f"{folder} cannot be read: {error.strerror or error}. Give the folder of a run") from error
+    except ReportError as error:
+        raise PageError(str(error)) from error
     if not has_file and not settings:
         raise PageError(f"{folder} has neither {METRICS} nor {SETTINGS} of a run. Give the train.output of a run")
     name = str(settings.get("name") or folder.resolve().name)

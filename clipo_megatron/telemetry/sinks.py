@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 from collections.abc import Iterator
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
     from clipo_megatron.flow import StepReport
 
 _LARGEST_METRIC = 1e100
-_LONGEST_LINE = 1 << 26  # bytes; what is longer is read in pieces, none of which is a line
+_LONGEST_LINE = 1 << 26  # bytes
 
 
 class MissingPackageError(RuntimeError):
@@ -124,7 +125,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     """The lines of a JSON-lines file, without one cut short by a crash; [] if there is no file.
 
     Raises:
-        OSError: it is no file, or cannot be read.
+        ReportError: it is no file, or cannot be read.
     """
     return [facts for _, facts in _lines(path)]
 
@@ -143,16 +144,19 @@ def is_number(value: Any) -> bool:
 
 def _lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """The lines of steps with their content; a line that is no such thing is passed over."""
-    if not path.exists():
-        return
-    refuse_unreadable(path)
-    with path.open("rb") as file:
-        while raw := file.readline(_LONGEST_LINE):
-            if not raw.startswith(b"{"):  # nor does it take time to see that a file of zeros has no lines
-                continue
-            try:
-                facts = json.loads(line := raw.decode().rstrip("\n"))
-            except (ValueError, RecursionError):
-                continue
-            if isinstance(facts, dict) and type(step := facts.get("step")) is int and 0 <= step <= LARGEST_WHOLE:
-                yield line, facts
+    try:
+        if not path.exists():
+            return
+        refuse_unreadable(path)
+        with path.open("rb") as file:
+            while raw := file.readline(_LONGEST_LINE):
+                if len(raw) == _LONGEST_LINE:
+                    raise OSError(errno.EFBIG, f"it has a line of {_LONGEST_LINE >> 20} MiB, which no run writes")
+                try:
+                    facts = json.loads(line := raw.decode().rstrip("\n"))
+                except (ValueError, RecursionError):
+                    continue
+                if isinstance(facts, dict) and type(step := facts.get("step")) is int and 0 <= step <= LARGEST_WHOLE:
+                    yield line, facts
+    except OSError as error:
+        raise ReportError(f"{path} cannot be read: {error.strerror}. Restore it, or remove it.") from error

@@ -18,6 +18,7 @@ from safetensors.numpy import load, save
 from clipo_megatron.runtime.durable_files import refuse_unreadable
 from clipo_megatron.runtime.run_dir import STEP_NAMES, step_name
 
+_MOST_BYTES = 1 << 28  # of a file; report.save_states rollouts take a thousandth
 PATTERN = f"{STEP_NAMES}.safetensors"
 
 
@@ -77,6 +78,8 @@ def read_states(file: Path) -> States:
     """
     try:
         refuse_unreadable(file)
+        if (size := file.stat().st_size) > _MOST_BYTES:
+            raise ValueError(f"it has {size} bytes")
         data = file.read_bytes()
         columns = load(data)
         metadata = json.loads(data[8 : 8 + struct.unpack("<Q", data[:8])[0]])["__metadata__"]

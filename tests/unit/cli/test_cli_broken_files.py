@@ -73,13 +73,17 @@ def test_a_line_that_no_run_wrote_is_left_out_of_the_page(name, line, folder):
 
 def test_files_of_a_run_that_are_none_are_named(folder, capsys):
     for name in ("metrics.jsonl", "segments.jsonl"):
-        kept = (folder / "run" / name).read_bytes()
-        (folder / "run" / name).unlink()
-        os.mkfifo(folder / "run" / name)
+        file = folder / "run" / name
+        kept = file.read_bytes()
+        file.unlink()
+        os.mkfifo(file)
         said = refused(capsys, "report", "run", "-o", "page.html")
-        assert name in said and "a device or a pipe" in said
-        (folder / "run" / name).unlink()
-        (folder / "run" / name).write_bytes(kept)
+        assert f"run/{name} cannot be read: it is a device or a pipe. Restore it" in said
+        file.unlink()
+        file.touch()
+        os.truncate(file, 1 << 33)
+        assert "it has a line of 64 MiB" in refused(capsys, "report", "run", "-o", "page.html")
+        file.write_bytes(kept)
 
 
 @pytest.mark.parametrize(
