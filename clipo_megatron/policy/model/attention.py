@@ -1,110 +1,109 @@
-"""Core attention of packed rollouts: a prompt cascade, exact, for every device.
+"""Core attention for packed segments on `scaled_dot_product_attention`: CPUs, and GPUs without transformer-engine.
 
-A row is packed with its prompts first and the responses behind them, so all queries, keys and values of a call are
-views of the row. Every segment attends to itself, causally. The responses of a group attend to their prompt in a second
-call, in which they are one long sequence of queries, since every one of them sees the whole prompt. The two are merged
-by their log-sum-exps:
+A segment's queries are its own tokens; its keys are the tokens of its context, followed by its own. The causal mask is
+aligned at the lower right. Segments with the same context length and similar lengths of their own form a batch, padded
+on the right inside the attention only: a padded key comes after every real query, so the causal mask hides it and
+nothing leaks between segments.
 
-    m = logaddexp(l1, l2),    output = exp(l1 - m) output1 + exp(l2 - m) output2
-
-Flash kernels compute gradients from an output and its log-sum-exp. Given the merged ones, each call computes its part
-of the whole gradients, and these parts are added.
-
-With a sliding window that is shorter than a segment and its context, a query sees a part of the prompt that depends on
-its place. The keys that such a row's segments see are copied then, and there is one call.
+With a sliding window of w a query sees w keys, the last of which is its own. A mask is built only where the window is
+shorter than a segment with its context; context tokens that no query sees are left out.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import groupby
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
 
 from clipo_megatron.flow import Segment
-from clipo_megatron.policy.model.attention_kernels import Sequences, attend, gradients
+
+# Segments share a batch while the longest has at most GROWTH times the tokens of the shortest, plus SLACK.
+GROWTH, SLACK = 1.25, 4
 
 
-class AttentionPart(NamedTuple):
-    """One call: some queries of the row and the keys that they attend to."""
+@dataclass(frozen=True)
+class SegmentBatch:
+    """Segments that one call of the attention computes together."""
 
-    queries: slice
-    keys: slice | Tensor  # a tensor [K] int64 names keys that are copied
-    sequences: Sequences
+    count: int
+    length: int  # queries of each, padding included
+    context: int  # keys of each from its context
+    mask: Tensor | None  # [length, context + length] bool, True where attended; None: causal
 
 
 @dataclass
-class AttentionPlan(PackedSeqParams):
-    """The calls that compute the attention of one packed row; made once a micro-batch.
+class SegmentPlan(PackedSeqParams):
+    """How the segments of one packed row are batched for attention; made once a micro-batch.
 
     Megatron passes it to the attention as `packed_seq_params`. Its `qkv_format` is not "thd", so that Megatron leaves
     shapes and rotary embeddings alone.
     """
 
-    parts: tuple[AttentionPart, ...] = ()  # the first has all queries; those of others are merged with it
+    queries: Tensor | None = None  # [sum count*length] int64, the token of each padded query, batch after batch
+    keys: Tensor | None = None  # [sum count*(context+length)] int64, the token of each padded key
+    restore: Tensor | None = None  # [T] int64, the padded query of each token
+    buckets: tuple[SegmentBatch, ...] = ()
 
 
-def plan_attention(segments: Sequence[Segment], device: torch.device, window: int | None = None) -> AttentionPlan:
-    """The calls for the segments of a packed row.
+def plan_segments(segments: Sequence[Segment], device: torch.device, window: int | None = None) -> SegmentPlan:
+    """Batch segments by the length of their context and their own.
 
     Args:
-        segments: those of the row, in order. Those with the same context are neighbours, and contexts are in the order
-            of the segments that attend to them, without tokens between them.
-        device: where the tensors of the plan go.
+        segments: those of the packed row, in order.
+        device: where index tensors and masks go.
         window: keys that a query sees, including its own; None: all up to its own.
-
-    Raises:
-        ValueError: the row is packed in another order.
     """
-    if window is not None and any(window < each.context_length + each.length for each in segments):
-        return AttentionPlan(qkv_format="segments", parts=(_windowed(segments, device, window),))
-    lengths = [each.length for each in segments]
-    row = slice(0, sum(lengths))
-    parts = [AttentionPart(row, row, Sequences.of(lengths, lengths, device, causal=True))]
-    readers = [each for each in segments if each.context_length]
-    if readers:
-        parts.append(_to_contexts(readers, device))
-    return AttentionPlan(qkv_format="segments", parts=tuple(parts))
+    if window is not None:
+        segments = [_within(each, window) for each in segments]
+    waiting = sorted(segments, key=lambda each: (each.context_length, each.length), reverse=True)
+    queries: list[Tensor] = []
+    keys: list[Tensor] = []
+    buckets: list[SegmentBatch] = []
+    restore = torch.empty(sum(each.length for each in segments), dtype=torch.int64)
+    place = 0
+    while waiting:
+        context, longest = waiting[0].context_length, waiting[0].length
+        count = sum(1 for each in waiting if each.context_length == context and each.length * GROWTH + SLACK >= longest)
+        bucket, waiting = waiting[:count], waiting[count:]
+        for each in bucket:
+            # Padding reads the segment's last token: any finite value would do, because its output is dropped.
+            own = torch.arange(longest).clamp_(max=each.length - 1).add_(each.start)
+            queries.append(own)
+            keys += [torch.arange(each.context_start, each.context_start + context), own]
+            restore[each.start : each.start + each.length] = torch.arange(place, place + each.length)
+            place += longest
+        buckets.append(SegmentBatch(count, longest, context, _mask(longest, context, window, device)))
+    return SegmentPlan(
+        qkv_format="segments",
+        queries=torch.cat(queries).to(device),
+        keys=torch.cat(keys).to(device),
+        restore=restore.to(device),
+        buckets=tuple(buckets),
+    )
 
 
-def _to_contexts(readers: Sequence[Segment], device: torch.device) -> AttentionPart:
-    """The call in which segments attend to their contexts."""
-    first, last, end = readers[0], readers[-1], readers[0].start
-    contexts, queries = [], []
-    for context, group in groupby(readers, key=lambda each: (each.context_start, each.context_length)):
-        contexts.append(context)
-        queries.append(0)
-        for each in group:
-            if each.start != end:
-                raise ValueError("segments with a context are neighbours in a packed row, and these are not")
-            queries[-1] += each.length
-            end += each.length
-    place = first.context_start
-    for start, length in contexts:
-        if start != place:
-            raise ValueError("contexts stand in the order of their readers, one behind the other, and these do not")
-        place += length
-    sequences = Sequences.of(queries, [length for _, length in contexts], device, causal=False)
-    return AttentionPart(slice(first.start, last.start + last.length), slice(first.context_start, place), sequences)
+def _within(segment: Segment, window: int) -> Segment:
+    """The segment without the part of its context that lies before the window of its first query."""
+    unseen = max(0, segment.context_length - (window - 1))
+    return segment._replace(
+        context_start=segment.context_start + unseen, context_length=segment.context_length - unseen
+    )
 
 
-def _windowed(segments: Sequence[Segment], device: torch.device, window: int) -> AttentionPart:
-    """The call for segments with a window: each has copies of the keys of its context that it sees, and its own."""
-    keys, counts = [], []
-    for each in segments:
-        seen = min(each.context_length, window - 1)  # by the first query
-        end = each.context_start + each.context_length
-        keys += [torch.arange(end - seen, end), torch.arange(each.start, each.start + each.length)]
-        counts.append(seen + each.length)
-    lengths = [each.length for each in segments]
-    sequences = Sequences.of(lengths, counts, device, causal=True, window=window)
-    return AttentionPart(slice(0, sum(lengths)), torch.cat(keys).to(device), sequences)
+def _mask(length: int, context: int, window: int | None, device: torch.device) -> Tensor | None:
+    """A mask [length, context + length] bool, True where attended; None where the causal mask is the same."""
+    limits = window is not None and window < context + length
+    if not context and not limits:
+        return None
+    mask = torch.ones(length, context + length, dtype=torch.bool, device=device).tril_(diagonal=context)
+    return mask.triu_(diagonal=context - window + 1) if limits else mask
 
 
 class PackedAttention(MegatronModule):
@@ -116,7 +115,7 @@ class PackedAttention(MegatronModule):
         self.softmax_scale = softmax_scale
 
     def forward(
-        self, query: Tensor, key: Tensor, value: Tensor, *_: Any, packed_seq_params: AttentionPlan, **__: Any
+        self, query: Tensor, key: Tensor, value: Tensor, *_: Any, packed_seq_params: SegmentPlan, **__: Any
     ) -> Tensor:
         """Compute the attention output [T, 1, heads * head_dim].
 
@@ -125,62 +124,27 @@ class PackedAttention(MegatronModule):
             key: [T, 1, kv_heads, head_dim]; `value` likewise.
             packed_seq_params: the row's plan.
         """
-        scale = query.shape[-1] ** -0.5 if self.softmax_scale is None else self.softmax_scale
-        rows = [each.squeeze(1) for each in (query, key, value)]
-        return _Cascade.apply(*rows, packed_seq_params.parts, scale).flatten(1).unsqueeze(1)
-
-
-class _Cascade(torch.autograd.Function):
-    """The attention of a row by the parts of its plan."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, query: Tensor, key: Tensor, value: Tensor, parts: Sequence[AttentionPart], scale: float
-    ) -> Tensor:
-        first, *others = parts
-        output, logsumexp = attend(query, key[first.keys], value[first.keys], first.sequences, scale)
-        for part in others:
-            found = attend(query[part.queries], key[part.keys], value[part.keys], part.sequences, scale)
-            _merge(output[part.queries], logsumexp[:, part.queries], *found)
-        ctx.save_for_backward(query, key, value, output, logsumexp)
-        ctx.parts, ctx.scale = parts, scale
-        return output
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        query, key, value, output, logsumexp = ctx.saved_tensors
-        grad = grad.contiguous()
-        totals: list[Tensor] = []
-        for part in ctx.parts:
-            found = gradients(
-                grad[part.queries],
-                query[part.queries],
-                key[part.keys],
-                value[part.keys],
-                output[part.queries],
-                logsumexp[:, part.queries],
-                part.sequences,
-                ctx.scale,
+        plan = packed_seq_params
+        grouped = query.shape[2] != key.shape[2]
+        padded_query = query.squeeze(1).index_select(0, plan.queries)
+        padded_key, padded_value = (each.squeeze(1).index_select(0, plan.keys) for each in (key, value))
+        outputs, place, key_place = [], 0, 0
+        for bucket in plan.buckets:
+            rows, key_rows = bucket.count * bucket.length, bucket.count * (bucket.context + bucket.length)
+            out = scaled_dot_product_attention(
+                _batched(padded_query[place : place + rows], bucket.count),
+                _batched(padded_key[key_place : key_place + key_rows], bucket.count),
+                _batched(padded_value[key_place : key_place + key_rows], bucket.count),
+                attn_mask=bucket.mask,
+                is_causal=bucket.mask is None,
+                scale=self.softmax_scale,
+                enable_gqa=grouped,
             )
-            if isinstance(part.keys, Tensor):
-                found = (found[0], *(_added_up(each, part.keys, key) for each in found[1:]))
-            if not totals:
-                totals = list(found)
-                continue
-            for total, rows, more in zip(totals, (part.queries, part.keys, part.keys), found, strict=True):
-                total[rows] += more
-        return (*totals, None, None)
+            outputs.append(out.transpose(1, 2).reshape(rows, -1))
+            place, key_place = place + rows, key_place + key_rows
+        return torch.cat(outputs).index_select(0, plan.restore).unsqueeze(1)
 
 
-def _merge(output: Tensor, logsumexp: Tensor, other_output: Tensor, other_logsumexp: Tensor) -> None:
-    """Merge the attention to other keys into `output` and `logsumexp`."""
-    merged = torch.logaddexp(logsumexp, other_logsumexp)
-    share, other_share = ((each - merged).exp().T[..., None] for each in (logsumexp, other_logsumexp))
-    output.copy_(output * share + other_output * other_share)
-    logsumexp.copy_(merged)
-
-
-def _added_up(copies: Tensor, places: Tensor, like: Tensor) -> Tensor:
-    """The gradients of keys, given those of copies of them."""
-    total = torch.zeros(like.shape, dtype=torch.promote_types(like.dtype, torch.float32), device=like.device)
-    return total.index_add_(0, places, copies.to(total.dtype)).to(like.dtype)
+def _batched(rows: Tensor, count: int) -> Tensor:
+    """Reshape [count * length, heads, head_dim] to [count, heads, length, head_dim]."""
+    return rows.unflatten(0, (count, -1)).transpose(1, 2)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from clipo_megatron.config.schema import DType, ModelConfig
 from clipo_megatron.flow import MicroBatch
-from clipo_megatron.policy.model.attention import AttentionPlan, PackedAttention, plan_attention
+from clipo_megatron.policy.model.attention import PackedAttention, SegmentPlan, plan_segments
 from clipo_megatron.policy.model.experts import adapt_experts, adapt_sparse_layer, expert_settings
 from clipo_megatron.policy.model.logprobs import token_logprobs
 from clipo_megatron.policy.parallel import Layout
@@ -223,12 +223,12 @@ class PolicyStage(GPTModel):
             return gather_from_sequence_parallel_region(hidden).squeeze(1)
         return copy_to_tensor_model_parallel_region(hidden).squeeze(1)
 
-    def _segments(self, micro: MicroBatch) -> tuple[PackedSeqParams | AttentionPlan, Tensor]:
+    def _segments(self, micro: MicroBatch) -> tuple[PackedSeqParams | SegmentPlan, Tensor]:
         """The row's segments in the form that the attention in use takes, and the rotary angles that go with it."""
         longest = max(segment.context_length + segment.length for segment in micro.segments)
         table = self.rotary_pos_emb.get_emb(longest)  # [longest, 1, 1, head_dim]
         if not self.packed_by_engine:
-            plan = plan_attention(micro.segments, micro.tokens.device, self.spec.sliding_window)
+            plan = plan_segments(micro.segments, micro.tokens.device, self.spec.sliding_window)
             return plan, table[micro.positions]
         starts = [segment.start for segment in micro.segments]
         offsets = torch.tensor([*starts, micro.tokens.numel()], dtype=torch.int32, device=micro.tokens.device)
