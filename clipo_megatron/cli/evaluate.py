@@ -97,8 +97,8 @@ def find_target(options: argparse.Namespace) -> Target:
         EvaluationError: TARGET cannot be evaluated, or there are no problems to evaluate on.
     """
     place = Path(options.config)
-    checkpoint = place if is_checkpoint(place) else None
     _refuse_no_target(place)
+    checkpoint = place if is_checkpoint(place) else None
     if options.output:
         _refuse_no_file(Path(options.output))
     if place.is_dir():
@@ -117,6 +117,12 @@ def find_target(options: argparse.Namespace) -> Target:
 
 def _refuse_no_target(place: Path) -> None:
     """Refuse a path that does not exist or holds several checkpoints; the message names those there are."""
+    try:
+        place.lstat()
+    except FileNotFoundError:
+        pass
+    except OSError as error:  # a name that is too long, a folder that nobody may enter
+        raise EvaluationError(f"{place} cannot be read: {error.strerror}. Give another TARGET.") from error
     beside = place if place.is_dir() else place.parent
     names = sorted(path.name for path in beside.glob(STEP_NAMES) if is_checkpoint(path))
     if place.name == CHECKPOINTS and names:

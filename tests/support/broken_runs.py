@@ -97,7 +97,11 @@ def targets(dice: random.Random, folder: Path) -> Attempt:
     )
     chosen = dice.choice(commands)
     # A file that the user says to write, and the trace beside a page.
-    named = (os.path.normpath(name), f"{os.path.splitext(name)[0]}.trace.json") if os.path.isfile(name) else ()
+    named = (
+        (os.path.normpath(name), f"{os.path.splitext(name)[0]}.trace.json")
+        if os.path.isfile(os.path.normpath(name))
+        else ()
+    )
     own = ("there",) if not os.path.lexists(place) else ()
     own += ("run",) if name == "run" or chosen[:2] == ("eval", "run") else ()
     return Attempt(chosen, writes=("out", "x" * 300, "y/", "a\n", "~", "-", "there.", "there/", ".lock", *named, *own))

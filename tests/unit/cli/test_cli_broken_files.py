@@ -107,6 +107,8 @@ def test_a_result_that_is_none_is_refused(break_it, folder, capsys):
     [
         ("report", "run", "-o", "x" * 300),
         ("eval", "run", "--output", "x" * 300),
+        ("eval", "x" * 300),
+        ("eval", "run.yaml/x"),
         ("compare", "run/eval/step_000000.json", "run/eval/step_000004.json", "--json", "x" * 300),
         ("convert", "to-megatron", "model", "/"),
         ("convert", "to-megatron", "model", "x" * 300),
