@@ -18,7 +18,7 @@ from safetensors.numpy import load, save
 from clipo_megatron.runtime.durable_files import refuse_unreadable
 from clipo_megatron.runtime.run_dir import STEP_NAMES, step_name
 
-_MOST_BYTES = 1 << 28  # of a file; report.save_states rollouts take a thousandth
+_MOST_BYTES = 1 << 32  # of a file; the usual 256 rollouts of a large model take some millions
 PATTERN = f"{STEP_NAMES}.safetensors"
 
 
