@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from clipo_megatron.config.schema import CheckpointConfig
-from clipo_megatron.runtime.manifest import ManifestError, read_manifest
+from clipo_megatron.runtime.manifest import ManifestError, read_manifest, size_defect
 from clipo_megatron.runtime.run_dir import STEP_NAMES, step_name, step_of
 
 PICKLED = (".metadata", "common.pt")  # files that are unpickled, whose bytes are compared first
@@ -48,14 +48,10 @@ def defect(path: Path) -> str:
     try:
         manifest = read_manifest(path)
         for name, entry in manifest["files"].items():
-            if not (path / name).is_file():
-                return f"{name} is missing"
-            if (size := (path / name).stat().st_size) != entry["bytes"]:
-                return f"{name} has {size} bytes, {entry['bytes']} were written"
+            if reason := size_defect(path / name, entry, shown=name):
+                return reason
     except ManifestError as error:
         return error.reason
-    except OSError as error:
-        return f"{error.filename} cannot be read ({error.strerror})"
     step = manifest.get("step")
     return "" if step is not None and path.name == step_name(step) else f"it holds step {step}"
 

@@ -61,7 +61,14 @@ def manifest_defects(folder: Path, *, contents: bool = True) -> list[str]:
         written = read_manifest(folder)["files"]
     except ManifestError as error:
         return [str(error)]
-    return [defect for name, entry in written.items() if (defect := _defect(folder / name, entry, contents))]
+    found = []
+    for name, entry in written.items():
+        path = folder / name
+        reason = size_defect(path, entry, shown=path)
+        if contents and not reason:
+            reason = _content_defect(path, entry, shown=path)
+        found += [reason] if reason else []
+    return found
 
 
 def changed_file(folder: Path, *, share: int = 0, shares: int = 1, names: Collection[str] | None = None) -> str:
@@ -78,12 +85,10 @@ def changed_file(folder: Path, *, share: int = 0, shares: int = 1, names: Collec
         for name in sorted(written)[share::shares]:
             if names is not None and Path(name).name not in names:
                 continue
-            if crc32(folder / name) != written[name]["crc32"]:
-                return f"the bytes of {name} are not those that were written"
+            if reason := _content_defect(folder / name, written[name], shown=name):
+                return reason
     except ManifestError as error:
         return error.reason
-    except OSError as error:  # a disk that fails to read what it once wrote
-        return f"{error.filename} cannot be read ({error.strerror})"
     return ""
 
 
@@ -107,18 +112,24 @@ def read_checked(file: Path) -> bytes:
     return data
 
 
-def _defect(file: Path, entry: Mapping[str, int], contents: bool) -> str:
+def size_defect(file: Path, entry: Mapping[str, int], *, shown: Path | str) -> str:
+    """What is wrong with a listed file as far as its size tells, in words that call it `shown`; "" if nothing is."""
     try:
         if not file.is_file():
-            return f"{file} cannot be read: it is missing, or no file"
-        size = file.stat().st_size
-        if size != entry["bytes"]:
-            return f"{file} has {size} bytes, {entry['bytes']} were written"
-        if contents and crc32(file) != entry["crc32"]:
-            return f"the bytes of {file} are not those that were written"
+            return f"{shown} is missing"
+        if (size := file.stat().st_size) != entry["bytes"]:
+            return f"{shown} has {size} bytes, {entry['bytes']} were written"
     except OSError as error:
-        return f"{file} cannot be read: {error.strerror}"
+        return f"{shown} cannot be read ({error.strerror})"
     return ""
+
+
+def _content_defect(file: Path, entry: Mapping[str, int], *, shown: Path | str) -> str:
+    """The same of its bytes."""
+    try:
+        return "" if crc32(file) == entry["crc32"] else f"the bytes of {shown} are not those that were written"
+    except OSError as error:  # a disk that fails to read what it once wrote
+        return f"{shown} cannot be read ({error.strerror})"
 
 
 def _defect_of_fields(found: Any) -> str:
