@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from clipo_megatron.config.errors import ConfigError, spell
 from clipo_megatron.runtime import slurm_env as slurm
-from clipo_megatron.runtime.ports import LOOPBACK, PORTS, free_port, resolution_error
+from clipo_megatron.runtime.ports import LOOPBACK, PORTS, free_port, is_loopback, resolution_error
 
 CHECKED = "CLIPO_CHECKED"  # set for ranks whose parent has checked what they read
 _TORCHRUN = "TORCHELASTIC_RUN_ID"  # set by torchrun
@@ -112,7 +112,7 @@ def export_environment(launch: Launch, environment: MutableMapping[str, str] = o
             f"rank {launch.rank} of {launch.world} has no rendezvous address: MASTER_ADDR and MASTER_PORT are not set. "
             "Start under torchrun or srun, or set both."
         )
-    if environment["MASTER_ADDR"] in (LOOPBACK, "localhost"):
+    if is_loopback(environment["MASTER_ADDR"]):
         from clipo_megatron.runtime.platform import LOCAL_RENDEZVOUS_ENV
 
         for name, value in LOCAL_RENDEZVOUS_ENV.items():

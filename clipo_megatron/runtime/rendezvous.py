@@ -22,11 +22,10 @@ import torch.distributed as dist
 
 from clipo_megatron.runtime.durable_files import write_durably
 from clipo_megatron.runtime.platform import platform
-from clipo_megatron.runtime.ports import LOOPBACK, listen
+from clipo_megatron.runtime.ports import LOOPBACK, is_loopback, listen
 
 JOB = "CLIPO_JOB"  # environment variable with the job's folder, set by its script
 FOLDER = "rendezvous"  # below the job's folder
-_LOCAL = (LOOPBACK, "localhost")
 _TORCHRUN = "TORCHELASTIC_USE_AGENT_STORE"  # "True" where torchrun's agent keeps the store
 TIMEOUT_S = 600.0  # between the first rank and the last: a node may have to load a container first
 _POLL_S = 0.2
@@ -72,7 +71,7 @@ def rendezvous(environment: Mapping[str, str] = os.environ, *, timeout_s: float 
         RendezvousError: some rank did not come in time, or MASTER_PORT is taken.
     """
     if "MASTER_PORT" in environment:
-        is_local = environment.get("MASTER_ADDR") in _LOCAL and environment.get(_TORCHRUN) != "True"
+        is_local = is_loopback(environment.get("MASTER_ADDR", "")) and environment.get(_TORCHRUN) != "True"
         return _on_loopback(environment, timeout_s) if is_local else None
     if JOB not in environment:
         return None
@@ -115,7 +114,7 @@ def _step(environment: Mapping[str, str]) -> str:
 
 def _open(file: Path, host: str, here: str, world: int) -> dist.TCPStore:
     # A name may resolve to different addresses on different nodes, so all but loopback listen at every address.
-    with listen(LOOPBACK if host in _LOCAL else "") as listener:
+    with listen(LOOPBACK if is_loopback(host) else "") as listener:
         port = listener.getsockname()[1]
         store = dist.TCPStore(
             host, port, world, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach(),
