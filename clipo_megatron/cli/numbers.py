@@ -6,6 +6,7 @@ import argparse
 from collections.abc import Callable
 from math import isfinite
 
+from clipo_megatron.config.errors import shortened
 from clipo_megatron.config.ranges import LARGEST, LARGEST_WHOLE
 
 
@@ -27,18 +28,16 @@ def whole(least: int = 1, most: int = LARGEST_WHOLE) -> Callable[[str], int]:
 
 def positive(text: str) -> float:
     """A type for argparse: finite numbers above 0."""
-    try:
-        number = float(text)
-    except ValueError:
-        number = 0.0
-    if not (isfinite(number) and 0 < number <= LARGEST):
+    if not 0 < (number := _finite(text)) <= LARGEST:
         raise argparse.ArgumentTypeError(f"{_cut(text)} is no number above 0, such as 2 or 0.5")
     return number
 
 
 def hours(text: str) -> float:
     """A type for argparse: hours to wait, from 0 on."""
-    return 0.0 if text.strip() in ("0", "0.0") else positive(text)
+    if not 0 <= (number := _finite(text)) <= LARGEST:
+        raise argparse.ArgumentTypeError(f"{_cut(text)} is no number of hours from 0 on, such as 0 or 12")
+    return number
 
 
 def whole_numbers(text: str, least: int = 1) -> tuple[int, ...]:
@@ -50,5 +49,14 @@ def whole_numbers(text: str, least: int = 1) -> tuple[int, ...]:
     return tuple(whole(least)(each.strip()) for each in text.split(",") if each.strip())
 
 
+def _finite(text: str) -> float:
+    """The number that a text stands for; -1 for what is none, and for those that are not finite."""
+    try:
+        number = float(text)
+    except ValueError:
+        return -1.0
+    return number if isfinite(number) else -1.0
+
+
 def _cut(text: str) -> str:
-    return repr(text if len(text) <= 40 else f"{text[:37]}...")
+    return repr(shortened(text, 40))

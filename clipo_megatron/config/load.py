@@ -236,9 +236,8 @@ def _inspect_leaf(section: type, name: str, value: Any, key: str, *, typed: bool
     bad = isinstance(value, dict) != expected.startswith("a mapping")
     bad |= isinstance(value, list) != expected.startswith("a list")
     bad &= not (value is None and optional)
-    bad |= isinstance(value, list) and any(
-        isinstance(entry, (dict, list)) for entry in value
-    )  # sections come elsewhere
+    # Lists of sections are inspected elsewhere, so what a list holds here has no parts.
+    bad |= isinstance(value, list) and any(isinstance(entry, dict | list) for entry in value)
     # OmegaConf would turn `name: no` (false in YAML) into the text "False", and any number into true or false.
     bad |= (inner is str and isinstance(value, bool)) or (
         inner is bool and isinstance(value, (int, float)) and not isinstance(value, bool)

@@ -17,7 +17,10 @@ MANY_DIGITS = "9" * 5000
         (["plan", "run.yaml", "--gpus", f"8,{MANY_DIGITS}"], "is no whole number from 1 on"),
         (["plan", "run.yaml", "--rank", "-1"], "'-1' is no whole number from 0 on"),
         (["scale", "run.yaml", "--nodes", "1,two"], "'two' is no whole number from 1 on"),
-        (["scale", "run.yaml", "--nodes", "1", "--wait", "nan"], "argument --wait: 'nan' is no number above 0"),
+        (
+            ["scale", "run.yaml", "--nodes", "1", "--wait", "nan"],
+            "argument --wait: 'nan' is no number of hours from 0 on",
+        ),
         (["scale", "run.yaml", "--nodes", "1", "--steps", "0"], "'0' is no whole number from 1 on"),
         (["submit", "run.yaml", "--nodes", "0"], "argument --nodes: '0' is no whole number from 1 on"),
         (["submit", "run.yaml", "--nodes", MANY_DIGITS], "argument --nodes: '99999"),
