@@ -105,7 +105,7 @@ def write_prompts(rows: Iterable[Row], tokenizer: Any, settings: PromptSettings,
     most = max(_WHOLE, (settings.max_prompt_tokens + 1) * max(map(len, tokenizer.get_vocab()), default=1))
     for some in _batches(rows):
         rendered = _rendered(renderer, some)
-        ids = _tokenized(tokenizer, [text[:most] for text, _ in rendered])
+        ids = tokenized(tokenizer, [text[:most] for text, _ in rendered])
         for row, (text, turns), tokens in zip(some, rendered, ids, strict=True):
             if len(tokens) > settings.max_prompt_tokens or len(text) > most:
                 writer.leave_out(row)
@@ -143,7 +143,7 @@ def _rendered(renderer: ChatRenderer, rows: Sequence[Row]) -> list[tuple[str, tu
         return found
 
 
-def _tokenized(tokenizer: Any, texts: list[str]) -> list[list[int]]:
+def tokenized(tokenizer: Any, texts: list[str]) -> list[list[int]]:
     """The token ids of rendered texts, in which the template has written the special tokens already."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
