@@ -87,7 +87,8 @@ class Heartbeat:
         self._disconnected: float | None = None  # since when the store's connection is broken
         self._last = [_LastBeat() for _ in range(world)]
         self._stacks_after = 1  # in units of phase_timeout_s
-        self._printed = ""
+        self._printed = {""}  # reasons for which stacks were printed; this rank may find one and hear of it too
+        self._printing = threading.Lock()
 
     def start(self) -> None:
         """Begin to send and watch. A rank is watched from its first heartbeat on."""
@@ -129,8 +130,7 @@ class Heartbeat:
             self._answered = time.monotonic()
             if self._stopped.is_set():
                 return
-            if stacks not in ("", self._printed):
-                self._print_stacks(stacks)
+            self._print_stacks(stacks)
             if ended:
                 self._end_process(ended)
             elif lost := self._lost_ranks(beats):
@@ -206,6 +206,11 @@ class Heartbeat:
         self._print_stacks(why)
 
     def _print_stacks(self, why: str) -> None:
-        self._printed = why
-        print(f"rank {self.rank} of {self.world} ({self._process}): {why}; its stacks:", file=sys.stderr, flush=True)
-        faulthandler.dump_traceback(file=sys.stderr, all_threads=True)
+        with self._printing:
+            if why in self._printed:
+                return
+            self._printed.add(why)
+            print(
+                f"rank {self.rank} of {self.world} ({self._process}): {why}; its stacks:", file=sys.stderr, flush=True
+            )
+            faulthandler.dump_traceback(file=sys.stderr, all_threads=True)

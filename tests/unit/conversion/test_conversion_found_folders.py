@@ -184,7 +184,7 @@ def test_a_damaged_newest_step_is_passed_over_and_named(run_folder: Path) -> Non
         f"{run_folder} is a run: taking its newest checkpoint, step_000002; step_000004 is newer and not complete"
     ]
     shutil.rmtree(run_folder / "checkpoints" / "step_000002" / "hf")
-    with pytest.raises(ConversionError, match=r"step_000004/policy/common\.pt cannot be read"):
+    with pytest.raises(ConversionError, match=r"step_000004/policy/common\.pt is missing"):
         newest_step(run_folder)
 
 
