@@ -116,8 +116,7 @@ def test_built_in_as_the_page_says_it_passes_style_and_the_tests_of_methods(file
     copy = tmp_path / "copy"
     for part in ("clipo_megatron", "docs", "tests/support", "tests/unit/algorithms"):
         shutil.copytree(ROOT / part, copy / part, ignore=shutil.ignore_patterns("__pycache__"))
-    for part in ("pyproject.toml", "tests/conftest.py"):
-        shutil.copy(ROOT / part, copy / part)
+    shutil.copy(ROOT / "pyproject.toml", copy)
     folder = copy / "clipo_megatron" / "algorithms" / "methods"
     shutil.copy(file, folder)
     insert(folder / "registry.py", after="PLUGINS = {\n", text=f"    {LINE.strip()}\n")
@@ -130,7 +129,7 @@ def test_built_in_as_the_page_says_it_passes_style_and_the_tests_of_methods(file
     for command in (
         ["ruff", "check"],
         ["ruff", "format", "--check"],
-        ["pytest", "-q", "-p", "no:cacheprovider", *tests],
+        ["pytest", "-q", "-p", "no:cacheprovider", "--noconftest", *tests],
     ):
         words = [sys.executable, "-m", *command, *(["clipo_megatron/algorithms"] if command[0] == "ruff" else [])]
         done = subprocess.run(words, cwd=copy, env=environment, capture_output=True, text=True)

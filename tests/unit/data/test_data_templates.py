@@ -66,11 +66,13 @@ LOOP = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% end
 POWER = "{{ 10 ** (10 ** 9) }}"  # computed while the template is compiled
 
 
-@pytest.mark.parametrize("template", [LOOP, POWER])
-def test_a_template_that_does_not_end_is_stopped(write, template):
+ENDLESS = r"the chat template does not end: it was stopped after 1 s"
+
+
+def test_a_template_that_does_not_end_is_stopped(write):
     start = time.process_time()
-    with pytest.raises(TemplateLimitError, match=r"the chat template does not end: it was stopped after 1 s"):
-        render_template(write(template), [TURNS])
+    with pytest.raises(TemplateLimitError, match=ENDLESS):
+        render_template(write(POWER), [TURNS])
     assert time.process_time() - start < 1.0, "the time is another process's"
 
 
@@ -85,7 +87,8 @@ def test_a_template_that_does_not_end_is_stopped(write, template):
         ("{{ 'a' * 5000000 }}", "it writes 5,000,000 characters"),
     ],
 )
-def test_a_template_that_fills_the_memory_is_refused(write, template, reason):
+def test_a_template_that_fills_the_memory_is_refused(write, monkeypatch, template, reason):
+    monkeypatch.setattr(templates, "CPU_S", 30)  # a busy machine takes long over a gigabyte
     with pytest.raises(TemplateLimitError, match=f"the chat template is refused: .*{reason}"):
         render_template(write(template), [TURNS])
 
@@ -107,5 +110,5 @@ def test_what_a_template_cannot_render_is_said_in_words(write, template, reason)
 
 def test_an_endless_template_is_tried_once_by_whoever_renders(write):
     for use in (lambda it: ChatRenderer(it, "").render(TURNS), lambda it: unended_turn(it, ())):
-        with pytest.raises(TemplateLimitError):
+        with pytest.raises(TemplateLimitError, match=ENDLESS):
             use(write("{% if messages|length > 1 or add_generation_prompt is defined %}" + LOOP + "{% endif %}x"))

@@ -29,13 +29,6 @@ UNPICKLERS = {"weights/formats/archive.py": "_TensorUnpickler", "weights/formats
 ALLOWED = {("conversion/logits.py", "from_pretrained")}  # of a class of transformers, with a configuration at hand
 
 
-def calls(path: Path) -> Iterator[tuple[ast.Call, str]]:
-    """The calls in a module, each with the dotted name of what is called."""
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.Call):
-            yield node, ast.unparse(node.func)
-
-
 def has(call: ast.Call, name: str, value: object) -> bool:
     return any(
         each.arg == name and isinstance(each.value, ast.Constant) and each.value.value is value
@@ -45,14 +38,16 @@ def has(call: ast.Call, name: str, value: object) -> bool:
 
 def dangers(path: Path) -> Iterator[str]:
     place = str(path.relative_to(PACKAGE)) if path.is_relative_to(PACKAGE) else path.name
-    for call, name in calls(path):
+    nodes = list(ast.walk(ast.parse(path.read_text())))
+    for call in (node for node in nodes if isinstance(node, ast.Call)):
+        name = ast.unparse(call.func)
         if name in FORBIDDEN:
             yield f"{place}:{call.lineno}: {name}"
         for end, (argument, value) in NEEDS.items():
             is_it = name == end or ("." not in end and name.endswith(f".{end}"))
             if is_it and not has(call, argument, value) and (place, end) not in ALLOWED:
                 yield f"{place}:{call.lineno}: {name} without {argument}={value}"
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in nodes:
         if isinstance(node, ast.ClassDef) and any("Unpickler" in ast.unparse(base) for base in node.bases):
             methods = {each.name for each in node.body if isinstance(each, ast.FunctionDef)}
             if UNPICKLERS.get(place) != node.name or "find_class" not in methods:
