@@ -152,8 +152,11 @@ def small_config(shared_folder: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def undisturbed(small_config: Path) -> Path:
-    """The output folder of a small run on one rank that nothing happened to; not to be written to."""
-    return undisturbed_run(small_config, "undisturbed")
+    """The output folder of a small run on one rank that nothing happened to; not to be written to.
+
+    It is started cold, so runs that are equal to it do not depend on the seed of string hashes.
+    """
+    return undisturbed_run(small_config, "undisturbed", cold=True)
 
 
 @pytest.fixture(scope="session")

@@ -28,11 +28,15 @@ Lines = list[dict[str, float]]
 
 @pytest.fixture(scope="module")
 def run_of_unequal_lengths(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small run whose responses differ in length, so that some are unfinished when the step has enough."""
+    """A small run whose responses differ in length, so that some are unfinished when the step has enough.
+
+    Its model has the shapes of the shared servers' model, so these take its weights.
+    """
     folder = tmp_path_factory.mktemp("unequal")
-    model = write_model(folder / "model", head_dim=32)  # the least that vLLM supports on a CPU
+    model = write_model(folder / "model", tied=False, head_dim=32)
     weights = load_file(model / "model.safetensors")
     weights["model.embed_tokens.weight"][EOS] *= 0.45
+    weights["lm_head.weight"] = weights["model.embed_tokens.weight"].clone()
     save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
     return write_config(folder, model)
 
@@ -72,9 +76,9 @@ WAYS: dict[str, tuple[str, Callable[[Lines], None], tuple[str, ...]]] = {
 @pytest.mark.parametrize(
     "way", [pytest.param(way, marks=() if way == "go on from tokens" else pytest.mark.full) for way in WAYS]
 )
-def test_a_run(way: str, servers: Servers, run_of_unequal_lengths: Path, tmp_path: Path):
+def test_a_run(way: str, servers: Servers, tiny_model: Path, run_of_unequal_lengths: Path, tmp_path: Path):
     engine, holds, settings = WAYS[way]
-    server = servers.shared(engine, run_of_unequal_lengths.parent / "model", DType.fp32)
+    server = servers.shared(engine, tiny_model, DType.fp32)
     correction = ("algorithm.correction.kind=truncate",) if holds is carried else ()
     SmallRun(
         run_of_unequal_lengths,

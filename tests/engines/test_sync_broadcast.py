@@ -7,8 +7,10 @@ import time
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from aiohttp import web
 from faulty_proxy import FaultyProxy
 from ranks import RankError, RankPool
@@ -16,17 +18,17 @@ from served import Served, Servers
 from sync_steps import harm_in_the_middle, plant_a_wrong_byte, update_repeatedly
 from tiny_models import tiny_llama, tiny_qwen2, tiny_qwen3, tiny_qwen3_moe
 
+from clipo_megatron.config.schema import DType
+
 DEADLINE_S = 24.0  # of one update, in tests where a fault uses up a part of it
 ROOM = {"mem_fraction_static": 0.5}  # other processes take memory while a server starts
+# Each stage of the shared server's model has several buckets of this size; the server pads its vocabulary.
+SMALL: dict[str, Any] = {"bucket_mb": 1 / 16, "dtype": torch.float32}
 
 
-@pytest.fixture(scope="session")
-def wide_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A Llama with several buckets in each stage, whose vocabulary the servers pad."""
-    return tiny_llama(
-        tmp_path_factory.mktemp("wide") / "model",
-        hidden=256, heads=4, kv_heads=2, head_dim=64, intermediate=704, layers=4, vocab=1003,
-    )  # fmt: skip
+@pytest.fixture
+def server(servers: Servers, tiny_model: Path) -> Served:
+    return servers.shared("sglang", tiny_model, DType.fp32)
 
 
 @pytest.fixture(scope="session", params=[tiny_qwen2, tiny_qwen3])
@@ -47,10 +49,9 @@ def held(server: Served) -> dict[str, str]:
 @pytest.mark.parametrize(
     "layout", [(1, 1, 1), (1, 2, 1), (2, 2, 1), (1, 2, 2)], ids="tp{0[0]} pp{0[1]} dp{0[2]}".format
 )
-def test_every_update_arrives_to_the_bit(layout, ranks: RankPool, servers: Servers, wide_model: Path):
+def test_every_update_arrives_to_the_bit(layout, ranks: RankPool, server: Served, tiny_model: Path):
     tp, pp, dp = layout
-    server = servers.shared("sglang", wide_model, options=ROOM)
-    results = ranks.run(update_repeatedly, tp * pp * dp, str(wide_model), [server.url], tp, pp, 3, {})
+    results = ranks.run(update_repeatedly, tp * pp * dp, str(tiny_model), [server.url], tp, pp, 3, SMALL)
     assert all(each == results[0] for each in results), "ranks were told different things"
     for version, report in enumerate(results[0]):
         assert report.version == version and report.servers == (server.url,) and report.attempts == 1
@@ -84,10 +85,9 @@ def test_experts_arrive_from_the_ranks_that_hold_them(ranks: RankPool, servers: 
     assert held(server) == before
 
 
-def test_a_wrong_byte_is_found_and_named(ranks: RankPool, servers: Servers, wide_model: Path):
-    server = servers.shared("sglang", wide_model, options=ROOM)
+def test_a_wrong_byte_is_found_and_named(ranks: RankPool, server: Served, tiny_model: Path):
     with pytest.raises(RankError) as raised:
-        ranks.run(plant_a_wrong_byte, 2, str(wide_model), [server.url])
+        ranks.run(plant_a_wrong_byte, 2, str(tiny_model), [server.url], SMALL)
     report = str(raised.value)
     assert report.count("sync.checksums.ChecksumError") == 2, "both ranks stop"
     assert f"{server.url}, rank 0 of 1: model.layers.2.self_attn.o_proj.weight has checksum" in report
@@ -104,10 +104,10 @@ class OlderRelease(FaultyProxy):
         return answer
 
 
-def test_a_release_without_begin_and_end(ranks: RankPool, servers: Servers, wide_model: Path):
-    proxy = OlderRelease(servers.shared("sglang", wide_model, options=ROOM).url)
+def test_a_release_without_begin_and_end(ranks: RankPool, server: Served, tiny_model: Path):
+    proxy = OlderRelease(server.url)
     try:
-        (reports,) = ranks.run(update_repeatedly, 1, str(wide_model), [proxy.url], 1, 1, 2, {})
+        (reports,) = ranks.run(update_repeatedly, 1, str(tiny_model), [proxy.url], 1, 1, 2, SMALL)
     finally:
         proxy.close()
     assert [report.attempts for report in reports] == [1, 1]
@@ -128,10 +128,10 @@ class StillBusy(FaultyProxy):
         return web.json_response({"success": False, "message": message}, status=400)
 
 
-def test_a_cache_that_the_last_bucket_could_not_empty_is_emptied(ranks: RankPool, servers: Servers, wide_model: Path):
-    proxy = StillBusy(servers.shared("sglang", wide_model, options=ROOM).url)
+def test_a_cache_that_the_last_bucket_could_not_empty_is_emptied(ranks: RankPool, server: Served, tiny_model: Path):
+    proxy = StillBusy(server.url)
     try:
-        (reports,) = ranks.run(update_repeatedly, 1, str(wide_model), [proxy.url], 1, 1, 2, {})
+        (reports,) = ranks.run(update_repeatedly, 1, str(tiny_model), [proxy.url], 1, 1, 2, SMALL)
     finally:
         proxy.close()
     assert [report.attempts for report in reports] == [1, 1], "the weights have arrived: nothing is sent again"
@@ -155,10 +155,11 @@ class RefusesOnce(FaultyProxy):
 
 
 @pytest.mark.parametrize("rubbish", [False, True], ids=["refusal", "rubbish"])
-def test_a_refused_bucket_costs_one_attempt(rubbish, ranks: RankPool, servers: Servers, wide_model: Path):
-    proxy = RefusesOnce(servers.shared("sglang", wide_model, options=ROOM).url, rubbish=rubbish)
+def test_a_refused_bucket_costs_one_attempt(rubbish, ranks: RankPool, server: Served, tiny_model: Path):
+    proxy = RefusesOnce(server.url, rubbish=rubbish)
     try:
-        results = ranks.run(update_repeatedly, 2, str(wide_model), [proxy.url], 1, 2, 2, {"deadline_s": DEADLINE_S})
+        settings = SMALL | {"deadline_s": DEADLINE_S}
+        results = ranks.run(update_repeatedly, 2, str(tiny_model), [proxy.url], 1, 2, 2, settings)
     finally:
         proxy.close()
     assert [report.attempts for report in results[1]] == [2, 1]
@@ -167,15 +168,14 @@ def test_a_refused_bucket_costs_one_attempt(rubbish, ranks: RankPool, servers: S
 
 @pytest.mark.full
 @pytest.mark.parametrize("fault", ["kill", "stop"])
-def test_a_server_lost_in_the_middle_of_an_update(
-    fault, ranks: RankPool, servers: Servers, wide_model: Path, tmp_path: Path
-):
-    staying, lost = (servers.own("sglang", wide_model, options=ROOM).begin() for _ in range(2))
+def test_a_server_lost_in_the_middle_of_an_update(fault, ranks: RankPool, servers: Servers, tmp_path: Path):
+    model = tiny_llama(tmp_path / "model", hidden=256, head_dim=64, intermediate=704, vocab=1003)  # of several buckets
+    staying, lost = (servers.own("sglang", model, options=ROOM).begin() for _ in range(2))
     staying.wait(), lost.wait()
     marker = tmp_path / "first update is over"
     with ThreadPoolExecutor(1) as thread:
         work = thread.submit(
-            ranks.run, harm_in_the_middle, 2, str(wide_model), [staying.url, lost.url], fault, lost.process.pid,
+            ranks.run, harm_in_the_middle, 2, str(model), [staying.url, lost.url], fault, lost.process.pid,
             str(marker), DEADLINE_S,
         )  # fmt: skip
         while not marker.exists() and not work.done():

@@ -165,7 +165,7 @@ def test_the_first_failure_is_reported_with_its_log_and_ends_the_others(tmp_path
         sys.exit(3)
     """
     with pytest.raises(RankError) as caught:  # long before the other has slept enough
-        supervise([python(waits), python(fails, log)], settle_s=0.1, grace_s=5)
+        supervise([python(waits), python(fails, log)], settle_s=0.1, grace_s=0.2)
     message = str(caught.value)
     assert "Rank 1 of 2 ended with exit code 3" in message and caught.value.exit_code == 3
     assert message.endswith("  | line 49") and "line 30" in message and "line 29" not in message
@@ -197,7 +197,7 @@ def test_the_first_of_several_failures_is_reported(tmp_path):
     later = python("import time, sys; time.sleep(0.4); sys.exit(5)", tmp_path / "rank1.log")
     first = python("import sys; sys.exit(4)", tmp_path / "rank2.log")
     with pytest.raises(RankError, match="Rank 2 of 3 ended with exit code 4"):
-        supervise([python("import time; time.sleep(600)"), later, first], settle_s=1.0)
+        supervise([python("import time; time.sleep(600)"), later, first], settle_s=1.0, grace_s=0.2)
 
 
 def test_an_error_that_rank_0_has_reported_is_not_repeated(tmp_path):

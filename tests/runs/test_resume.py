@@ -251,7 +251,8 @@ def test_starting_over_keeps_old_and_new_results_apart(small_config, undisturbed
 def test_a_frozen_rank_is_named_and_the_ranks_restart(small_config, undisturbed_pp2, tmp_path):
     output = tmp_path / "run"
     hold = Hold(tmp_path / "hold", after_step=EVERY + 1)
-    run = SmallRun(small_config, output, PP2, "faults.heartbeat_timeout_s=4", "faults.max_restarts=1", hold=hold)
+    faults = ("faults.heartbeat_timeout_s=4", "faults.max_restarts=1", "faults.grace_period_s=1")
+    run = SmallRun(small_config, output, PP2, *faults, hold=hold)
     run.wait_for_hold()
     run.wait_for((output / "checkpoints" / f"step_{EVERY:06d}").exists, f"the checkpoint of step {EVERY}")
     ranks = [pid for pid in run.pids() if b"clipo_megatron.cli" in Path(f"/proc/{pid}/cmdline").read_bytes()]

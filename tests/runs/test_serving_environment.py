@@ -161,14 +161,17 @@ def test_a_deadline_leaves_nothing_running(recipe):
 
 
 def test_the_choice_of_the_interpreter(recipe, monkeypatch):
+    made: list[Recipe] = []
     monkeypatch.setitem(environment.RECIPES, "tiny", recipe)
+    monkeypatch.setattr(environment, "ensure", lambda recipe, say: made.append(recipe) or recipe.python)
     assert interpreter("tiny", "sh", gpus=0).name == "sh"
     with pytest.raises(ServingError, match=r"serve\.python = no/such/python is no program"):
         interpreter("tiny", "no/such/python", gpus=0)
     assert interpreter("json", None, gpus=8) == Path(sys.executable), "this one, when it has the engine"
     with pytest.raises(ServingError, match="Install it as its documentation says"):
         interpreter("tiny", None, gpus=8)
-    assert interpreter("tiny", None, gpus=0, say=lambda _line: None) == recipe.python
+    assert made == []
+    assert interpreter("tiny", None, gpus=0, say=lambda _line: None) == recipe.python and made == [recipe]
 
 
 @pytest.mark.parametrize("name", sorted(RECIPES))

@@ -18,6 +18,7 @@ from clipo_megatron.config.schema import EngineKind
 from clipo_megatron.rollout.servers.registry import Registry, ServerRecord, Status
 from clipo_megatron.runtime import stop_requests
 from clipo_megatron.runtime.ports import free_port
+from clipo_megatron.serving import supervisor
 from clipo_megatron.serving.commands import ServerCommand
 from clipo_megatron.serving.errors import ServingError
 from clipo_megatron.serving.probes import Probe
@@ -193,25 +194,30 @@ def test_deaths_of_a_server_that_was_ready_are_not_counted(tmp_path):
     assert len(fakes.starts()) == LIMITS.max_restarts + 4
 
 
-@pytest.mark.parametrize("how", ["stopped", "child stopped", "deaf"])
-def test_a_server_that_hangs_is_killed_and_started_again(tmp_path, how):
-    fakes = Fakes(tmp_path)
+def test_servers_that_hang_are_killed_and_started_again(tmp_path):
+    """One is stopped, one has a child that is stopped, and one is deaf, all at the same time."""
+    fakes = Fakes(tmp_path, count=3)
 
     def scenario():
-        before, child = fakes.ready(), fakes.child()
+        before, children = [fakes.ready(index) for index in range(3)], [fakes.child(index) for index in range(3)]
         began = time.monotonic()
-        if how == "stopped":
-            os.killpg(before.pid, signal.SIGSTOP)
-        elif how == "child stopped":
-            os.kill(child, signal.SIGSTOP)
-        else:
-            fakes.tell("deaf")
-        wait_until(lambda: not alive(before.pid), "the hanging server to be killed")
-        assert time.monotonic() - began > UNRESPONSIVE_S - 0.2, "not before its time"
-        if how == "deaf":
-            fakes.untell("deaf")
-        fakes.ready(besides=before.boot)
-        assert not alive(child)
+        os.killpg(before[0].pid, signal.SIGSTOP)
+        os.kill(children[1], signal.SIGSTOP)
+        fakes.tell("deaf", index=2)
+        ended = [0.0] * 3
+
+        def all_ended() -> bool:
+            for index, record in enumerate(before):
+                if not ended[index] and not alive(record.pid):
+                    ended[index] = time.monotonic()
+            return all(ended)
+
+        wait_until(all_ended, "the hanging servers to be killed")
+        assert min(ended) - began > UNRESPONSIVE_S - 0.2, "not before its time"
+        fakes.untell("deaf", index=2)
+        for index, record in enumerate(before):
+            fakes.ready(index, besides=record.boot)
+        assert not any(map(alive, children))
 
     assert fakes.run(scenario) == 130
 
@@ -223,19 +229,16 @@ def test_a_busy_engine_is_left_alone_for_as_long_as_it_may_take(tmp_path):
         before = fakes.ready()
         fakes.tell("busy")
         time.sleep(1.4 * UNRESPONSIVE_S)
-        assert alive(before.pid), "its HTTP process answers"
+        assert fakes.record() == before and alive(before.pid), "its HTTP process answers"
         fakes.untell("busy")
-        time.sleep(1.2 * UNRESPONSIVE_S)
-        assert fakes.record() == before and alive(before.pid)
+        time.sleep(0.2 * LIMITS.engine_timeout_s + 0.2)  # until its engine is asked again
         fakes.tell("busy")
+        began = time.monotonic()
         wait_until(lambda: not alive(before.pid), "the silent engine to be killed")
+        assert time.monotonic() - began > 0.7 * LIMITS.engine_timeout_s, "its answer in between counts"
         fakes.untell("busy")
         fakes.ready(besides=before.boot)
 
-    limits = ServerLimits(
-        startup_timeout_s=30, health_timeout_s=UNRESPONSIVE_S, engine_timeout_s=3 * UNRESPONSIVE_S, max_restarts=2
-    )
-    fakes.supervisor._patience = limits
     assert fakes.run(scenario) == 130
     assert any("its engine has not" in line for line in fakes.said), fakes.said
 
@@ -371,8 +374,8 @@ def test_a_supervisor_that_was_stopped_blames_no_server(tmp_path):
 import sys
 sys.path[:0] = [{str(PROGRAM.parent)!r}, {str(Path(__file__).parent)!r}]
 from pathlib import Path
-from test_serving_supervisor import Fakes
-fakes = Fakes(Path({str(tmp_path)!r}))
+from test_serving_supervisor import Fakes, ServerLimits
+fakes = Fakes(Path({str(tmp_path)!r}), limits=ServerLimits(30, {UNRESPONSIVE_S}, {UNRESPONSIVE_S}, 0))
 sys.exit(fakes.supervisor.run())
 """
     registry = Registry(tmp_path / "servers")
@@ -385,9 +388,9 @@ sys.exit(fakes.supervisor.run())
         wait_until(ready, "the server to be ready")
         (before,) = registry.records()
         running.send_signal(signal.SIGSTOP)
-        time.sleep(5.0 + 2 * UNRESPONSIVE_S)
+        time.sleep(supervisor._PAUSED_S + 1.0)
         running.send_signal(signal.SIGCONT)
-        time.sleep(2 * UNRESPONSIVE_S)
+        time.sleep(UNRESPONSIVE_S)
         assert alive(before.pid) and registry.records() == [before]
     finally:
         running.kill()

@@ -194,12 +194,12 @@ def once(place: Path) -> Iterator[bool]:
         done.touch()
 
 
-def undisturbed_run(config: Path, name: str, *overrides: str) -> Path:
+def undisturbed_run(config: Path, name: str, *overrides: str, cold: bool = False) -> Path:
     """The output folder, beside `config`, of a run that nothing happens to; a session runs it once by its name."""
     output = config.with_name(name)
     with once(output) as missing:
         if missing:
-            SmallRun(config, output, *overrides, cold=True).wait()
+            SmallRun(config, output, *overrides, cold=cold).wait()
     return output
 
 

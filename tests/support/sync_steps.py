@@ -101,8 +101,11 @@ def update_repeatedly(
     ep: int = 1,
     changing: bool = True,
 ) -> list[SyncReport]:
-    """Update several times, with changing weights or the folder's; checks the pool's version, returns the reports."""
-    shard = make_shard(folder, tp, pp, ep=ep)
+    """Update several times, with changing weights or the folder's; checks the pool's version, returns the reports.
+
+    `settings` are those of the sync and its join deadline, and "dtype", that of the server's weights, else bfloat16.
+    """
+    shard = make_shard(folder, tp, pp, ep=ep, dtype=settings.get("dtype", torch.bfloat16))
     pool = make_pool(shard, urls, engine)
     sync = make_sync(transport, shard, pool, settings)
     reports = []
@@ -121,6 +124,7 @@ def update_repeatedly(
 
 def make_sync(transport: str, shard: Shard, pool: ServerPool | None, settings: dict[str, Any]) -> ServedSync:
     settings = {"deadline_s": 60.0, "bucket_mb": 1, "join_deadline_s": 20.0} | settings
+    settings.pop("dtype", None)  # of the shard
     join_deadline_s, model = settings.pop("join_deadline_s"), settings.pop("model", None)
     config, rest = SyncConfig(**settings), {"in_flight": InFlight.retract, "join_deadline_s": join_deadline_s}
     if transport == "disk":
@@ -130,11 +134,11 @@ def make_sync(transport: str, shard: Shard, pool: ServerPool | None, settings: d
     return BroadcastSync(shard, pool, config, **rest)
 
 
-def plant_a_wrong_byte(folder: str, urls: list[str]) -> None:
+def plant_a_wrong_byte(folder: str, urls: list[str], settings: dict[str, Any]) -> None:
     """Flip one bit on the wire, in a tensor of the second stage."""
-    shard = make_shard(folder, 1, 2)
+    shard = make_shard(folder, 1, 2, dtype=settings["dtype"])
     pool = make_pool(shard, urls)
-    sync = make_sync("broadcast", shard, pool, {})
+    sync = make_sync("broadcast", shard, pool, settings)
     name = "model.layers.2.self_attn.o_proj.weight"
     bucket = next(each for each in sync.export_plan.buckets if name in {tensor.name for tensor in each.tensors})
 

@@ -4,7 +4,7 @@ Importing them costs a process seven seconds of CPU time. The fork server, one a
 `multiprocessing`; it has a single thread. A forked command is a faithful stand-in for a started one: it leads a session
 of its own, /proc shows its own environment and command line, and its ranks are its children.
 
-What forks do not show: they share the seed of string hashes. Runs that others are compared with are started cold.
+What forks do not show: they share the seed of string hashes. The run that most others are compared with starts cold.
 """
 
 from __future__ import annotations

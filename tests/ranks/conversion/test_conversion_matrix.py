@@ -84,10 +84,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 @pytest.mark.parametrize(
     "name",
-    [
-        pytest.param(name, marks=() if name in ("llama tied", "phi3", "qwen3_moe") else pytest.mark.full)
-        for name in FAMILIES
-    ],
+    [pytest.param(name, marks=() if name in ("llama tied", "qwen3_moe") else pytest.mark.full) for name in FAMILIES],
 )
 def test_layout_after_layout_and_back(name: str, ranks: RankPool, tmp_path: Path) -> None:
     family, sizes, layouts = FAMILIES[name]

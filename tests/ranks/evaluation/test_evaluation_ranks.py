@@ -31,7 +31,7 @@ def evaluate_here(answers):
         for name in answers
     ]
     params = evaluation_params(EvalConfig(), RolloutConfig(), (1,), seed=3)
-    with GraderPool(RewardConfig(mode=GraderMode.reference, deadline_s=5.0)) as pool:
+    with GraderPool(RewardConfig(mode=GraderMode.reference, deadline_s=2.0)) as pool:
         source = RolloutSource(Spoken(), range(world), lambda: None)
         return evaluate(source, pool, prompts, params, step=4, deadline_s=60)
 

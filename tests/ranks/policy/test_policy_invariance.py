@@ -93,6 +93,14 @@ LAYOUTS = {
 }
 
 
+# Every layout that divides a rank in two ways has two cases at least in `make test`, and every case two such layouts.
+IN_SHORT = {
+    "TP2 x PP2": set(CASES),
+    "PP2 x DP2": {"plain_llama", "tied_llama_debiased"},
+    "TP2 x DP2 with sequence parallelism": {"qwen2_with_kl_and_entropy", "untied_qwen2_by_sequences"},
+}
+
+
 @pytest.fixture(scope="module", params=CASES)
 def one_rank(
     request: pytest.FixtureRequest, ranks: RankPool, tmp_path_factory: pytest.TempPathFactory
@@ -111,7 +119,13 @@ def distance(ours: Tensor, theirs: Tensor, scale: float | None = None) -> float:
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=() if " x " in name else pytest.mark.full) for name in LAYOUTS]
+    ("one_rank", "name"),
+    [
+        pytest.param(case, name, marks=() if case in IN_SHORT.get(name, ()) else pytest.mark.full, id=f"{case}, {name}")
+        for case in CASES
+        for name in LAYOUTS
+    ],
+    indirect=["one_rank"],
 )
 def test_every_layout_trains_the_same(name: str, one_rank: tuple[Any, ...], ranks: RankPool) -> None:
     config, share, expected = one_rank

@@ -57,7 +57,8 @@ def attempt(config_file, tmp_path, slurm):
         job = submit(config_file, [f"train.output={tmp_path / 'run'}"], asked, dry_run=True)
         job.folder.mkdir(parents=True, exist_ok=True)
         (job.folder / "logs").mkdir(exist_ok=True)
-        (job.folder / "job.sbatch").write_text(job.script.replace("    sleep 2\n", ""))
+        script = job.script.replace("    sleep 2\n", "").replace("        sleep 1\n", "        sleep 0.05\n")
+        (job.folder / "job.sbatch").write_text(script)
         (tmp_path / "ends").write_text("".join(f"{end}\n" for end in ends))
         environment = {
             **os.environ, "FAKE": str(tmp_path), "OUT": str(tmp_path / "run"), "SLURM_JOB_ID": "7", "MISSING": missing,
