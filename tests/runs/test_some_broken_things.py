@@ -1,4 +1,4 @@
-"""A few broken things of each kind, always the same ones; tests/soak has thousands."""
+"""A few broken things of each kind, always the same ones; tests/soak has hundreds."""
 
 import pytest
 from broken_kinds import KINDS

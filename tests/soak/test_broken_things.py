@@ -1,4 +1,4 @@
-"""Thousands of broken things: every one is refused in a sentence, or harmless, and nothing of the user's is touched."""
+"""Hundreds of broken things, thousands on request: each costs a sentence, and nothing of the user's is touched."""
 
 import os
 import random
@@ -7,7 +7,7 @@ import pytest
 from broken_kinds import KINDS
 from broken_things import in_fork
 
-CASES = int(os.environ.get("CLIPO_BROKEN_CASES", "300"))  # of each kind
+CASES = int(os.environ.get("CLIPO_BROKEN_CASES", "60"))  # of each kind
 
 
 @pytest.mark.parametrize("kind", sorted(KINDS.keys() - {"sound"}))

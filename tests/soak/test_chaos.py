@@ -11,7 +11,10 @@ from chaos import Chaos, Fault, draw_faults, rollouts
 from served import interpreter
 from small_runs import SmallRun, metrics, steps_logged, write_config, write_model
 
-STEPS = 60
+# How often each server is killed and stopped at each moment. Once is 16 faults and a few minutes; every fault takes a
+# step, and those that end a server one or two restarts.
+ROUNDS = int(os.environ.get("CLIPO_CHAOS_ROUNDS", "1"))
+STEPS = 30 + 30 * ROUNDS
 FAULT_S = 900.0  # for a fault and its step to end
 DEADLINES = (
     "rollout.deadline_s=400",
@@ -27,9 +30,9 @@ DEADLINES = (
 
 def test_a_run_outlives_its_servers(tmp_path: Path):
     seed = int(os.environ.get("CLIPO_CHAOS_SEED", random.randrange(10**6)))
-    faults = draw_faults(seed)
+    faults = draw_faults(seed, ROUNDS)
     print(f"CLIPO_CHAOS_SEED={seed}: {len(faults)} faults")
-    assert len(faults) >= 20
+    assert len(faults) >= 10 + 6 * ROUNDS
     interpreter("sglang")
     config = write_config(tmp_path, write_model(tmp_path / "model", intermediate=128))
     output = tmp_path / "run"

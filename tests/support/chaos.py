@@ -50,10 +50,10 @@ class Fault:
         return f"{self.what} server {self.server} while it {self.when} (+{self.wait_s:.2f} s)"
 
 
-def draw_faults(seed: int) -> list[Fault]:
-    """Every kind of fault at least once; the seed decides their order and servers."""
+def draw_faults(seed: int, rounds: int) -> list[Fault]:
+    """Every kind of fault at least once, signals `rounds` times; the seed decides their order and servers."""
     dice = random.Random(seed)
-    kinds = [(what, when) for what in SIGNALS for when in ("generates", "is updated", "starts")] * 2
+    kinds = [(what, when) for what in SIGNALS for when in ("generates", "is updated", "starts")] * rounds
     kinds += [("refuse", "generates")] * 2 + [("slow", "generates"), ("stall", "generates")]
     kinds += [(what, "generates") for what in dice.sample(ANSWERS, 6)]
     dice.shuffle(kinds)
