@@ -30,13 +30,12 @@ THINKING = (  # how thinking opens and closes, in the templates of released mode
 )
 ANSWER_TAGS = ("answer", "final_answer", "finalanswer", "ans", "solution", "result", "final")
 
-_BOX = re.compile(r"\\+f?boxed?\b|\bboxed\b|\bfbox\b", re.IGNORECASE)
+_BOX = re.compile(r"(?<=\\)f?boxed?\b|\b(?:boxed|fbox)\b", re.IGNORECASE)
 _HASHES = re.compile(
     r"[\"'`“”‘’(]\s*#{4}|#{4}(?=\s*(?:[-+$\\]?\d|[\[<{($]|[\"'`”’.,;:]|(?:answer|ans|final|n|x|result)\b|$))"
     r"|(?:after|with|by|following|using|format)\s*:?\s*#{4}",
     re.IGNORECASE | re.MULTILINE,
 )
-_ANSWER = re.compile("[aA][nN][sS][wW][eE][rR]|答案")
 _LINE = re.compile(r"(?:\banswer|答案)[\"'*`”’]*\s*[:：]\s*(?=\S|$)", re.IGNORECASE)
 _BEFORE_SENTENCE = re.compile(r"\b(?:the|your)\s+(?:(?:final|correct|best|right)\s+)*$", re.IGNORECASE)
 _SENTENCE = re.compile(
@@ -102,13 +101,12 @@ NOTHING = Asked()
 def asked_forms(text: str) -> tuple[str, ...]:
     """The forms in which the text of a prompt asks for the answer."""
     found = []
-    folded = text.casefold()  # most texts lack the words that these patterns begin with, which is told faster
-    if "box" in folded and _BOX.search(text):
+    # Patterns are tried where their word is: to search whole texts for them takes longer than to tokenize these.
+    if any(_BOX.match(text, place) or _BOX.match(text, max(0, place - 1)) for place in _places("box", text)):
         found.append("boxed")
     if "####" in text and _HASHES.search(text):
         found.append("hashes")
-    # Patterns are tried where the word is: to search whole texts for them takes longer than to tokenize these.
-    places = [place.start() for place in _ANSWER.finditer(text)] if "answer" in folded or "答案" in text else []
+    places = _places("answer", text) + _places("答案", text)
     if any(_LINE.match(text, place) and not _COMPLETION.match(text, place) for place in places):
         found.append("line")
     if any(
@@ -119,6 +117,18 @@ def asked_forms(text: str) -> tuple[str, ...]:
     if "<" in text:
         found += dict.fromkeys(f"<{tag[1].lower()}>" for tag in _TAG.finditer(text))
     return tuple(found)
+
+
+def _places(word: str, text: str) -> list[int]:
+    """Where a word begins in a text, in letters of either case."""
+    lower = text.lower()
+    if len(lower) != len(text):  # a letter such as İ has two letters in lower case, and moves the rest
+        return [found.start() for found in re.finditer(word, text, re.IGNORECASE)]
+    places, place = [], lower.find(word)
+    while place >= 0:
+        places.append(place)
+        place = lower.find(word, place + 1)
+    return places
 
 
 def opens_thinking(text: str) -> bool:
