@@ -18,15 +18,15 @@ from functools import lru_cache
 from itertools import pairwise
 from typing import Any
 
-THINKING = (  # how thinking opens and closes, in the templates of released models
-    ("<think>", "</think>"),
-    ("<thinking>", "</thinking>"),
-    ("<thought>", "</thought>"),
-    ("<reasoning>", "</reasoning>"),
-    ("[THINK]", "[/THINK]"),
-    ("◁think▷", "◁/think▷"),
-    ("<seed:think>", "</seed:think>"),
-    ("<|begin_of_thought|>", "<|end_of_thought|>"),
+# How thinking opens and closes: <think>, [THINK], ◁think▷, <seed:think>, <|begin_of_thought|>, <|START_THINKING|>,
+# <longcat_think>, <|think_start|> and the like, in any case. What closes has a slash or says that it ends. Where a text
+# has channels, every one but the final one is thinking.
+THINKING = re.compile(
+    r"[<\[◁]\s*(?=[|/\w:]{3,40}\s*[>\]▷])\|?(?P<closing>/|end_?(?:of_?)?)?\|?(?:(?:start|begin)_?(?:of_?)?|\w{1,20}[:_])?"
+    r"(?P<family>think|thought|reason|reflection|scratchpad|analysis|cot|rationale)(?:ing|s)?"
+    r"(?:_(?:start|begin|(?P<ending>end)))?\|?\s*[>\]▷]"
+    r"|<\|channel\|?>\s*(?:(?P<final>final)|analysis|commentary|thought)\b(?:<\|message\|>)?",
+    re.IGNORECASE,
 )
 ANSWER_TAGS = ("answer", "final_answer", "finalanswer", "ans", "solution", "result", "final")
 
@@ -43,6 +43,7 @@ _SENTENCE = re.compile(
     r"(?=[\[<{($\"'`*\\X]|_|\d+\b|[A-J]\b|(?:N|answer|letter|number|insert|your)\b|\.\.)",
     re.IGNORECASE,
 )
+_LONGEST_TAG = 50
 _NEAR = 80  # characters before the word "answer" in which a sentence that asks for it begins
 _TAG = re.compile(rf"<({'|'.join(ANSWER_TAGS)})\s*>", re.IGNORECASE)
 # the prompt's end, which the response follows
@@ -133,7 +134,13 @@ def _places(word: str, text: str) -> list[int]:
 
 def opens_thinking(text: str) -> bool:
     """Whether a rendered prompt ends with thinking that it opened."""
-    return text.rstrip().endswith(tuple(opening for opening, _ in THINKING))
+    tags = list(THINKING.finditer(text, max(0, len(text.rstrip()) - _LONGEST_TAG)))
+    return bool(tags) and not closes_thinking(tags[-1]) and not text[tags[-1].end() :].strip()
+
+
+def closes_thinking(tag: re.Match[str]) -> bool:
+    """Whether a tag of thinking closes it."""
+    return any(tag[sign] is not None for sign in ("closing", "ending", "final"))
 
 
 # ---------------------------------------------------------------- options

@@ -19,8 +19,7 @@ CONTROL_TOKENS = re.compile(
     r"|<(?:(?:start|begin|end)_of_\w{1,30}|(?:extra_id_|unused|reserved)\w{0,20})>"
 )
 _ROLES = tuple(f"{role}_token_id" for role in ("bos", "eos", "pad", "unk", "sep", "cls", "mask"))
-_TAGS = {tag for pair in THINKING for tag in pair} | {f"<{name}>" for name in ANSWER_TAGS}
-_TAGS |= {f"</{name}>" for name in ANSWER_TAGS}
+_TAGS = {f"<{slash}{name}>" for name in ANSWER_TAGS for slash in ("", "/")}
 
 
 def response_decoder(tokenizer: Any) -> Callable[[Sequence[int]], str]:
@@ -35,7 +34,8 @@ def response_decoder(tokenizer: Any) -> Callable[[Sequence[int]], str]:
 
 def control_ids(tokenizer: Any) -> frozenset[int]:
     """The ids of the tokens that begin, end or fill a text: the tokenizer's own, and special ones spelt like them."""
-    tags = {tokenizer.convert_tokens_to_ids(tag) for tag in _TAGS if tag in tokenizer.get_added_vocab()}
+    added = tokenizer.get_added_vocab()
+    tags = {token for tag, token in added.items() if tag in _TAGS or THINKING.fullmatch(tag)}
     named = {found for role in _ROLES if isinstance(found := getattr(tokenizer, role, None), int)}
     spelt = {
         token

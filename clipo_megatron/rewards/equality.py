@@ -26,7 +26,7 @@ _POINT_NAME = re.compile(r"^[A-Z]'?\s*(?==?\s*\()")
 _GROUPED = re.compile(r"(?<![\d.,])\d{1,3}(?:,\d{3})+(?![\d,])")
 _INDIAN = re.compile(r"(?<![\d.,])\d{1,2}(?:,\d{2})+,\d{3}(?![\d,])")
 _UNIT_OF_COLLECTION = re.compile(r"(?<=[)\]}])\s*\\text\s*\{\s*(?!,?\s*(?:and|or|but|not|if|when)\b)[^{}]*\}$")
-_INFINITE = re.compile(r"([-+]?)\s*(?:\\infty|\\text\{inf(?:inity)?\}|infinity|inf|oo)")
+_INFINITE = re.compile(r"([-+]?)\s*(?:\\infty|\\text\{inf(?:inity)?\}|infinity|inf|oo)", re.IGNORECASE)
 
 # What a relation's sign becomes when its sides change places.
 _TURNED = {"<": ">", ">": "<", "<=": ">=", ">=": "<=", "=": "=", "!=": "!=", "~": "~"}
@@ -60,6 +60,8 @@ def _readings(text: str) -> list[str]:
 def shapes_agree(answer: Shape, gold: Shape) -> bool:
     """Whether two answers that have been taken apart are equal."""
     if any(_may_be_region(shape) for shape in (answer, gold)):
+        if _contradicts_itself(answer) and not _contradicts_itself(gold):
+            return False
         regions = _region(answer), _region(gold)
         if regions[0] is not None and regions[1] is not None:
             return _pair_up(*regions, _same_interval)
@@ -92,7 +94,7 @@ def _collections_agree(answer: Shape, gold: Shape) -> bool:
         return leaves_agree(answer.text, gold.text)
     if gold.kind == "union":
         return _any_order(answer, gold)
-    if gold.kind == "brackets" and answer.signs != gold.signs:
+    if gold.kind in ("brackets", "matrix") and answer.signs != gold.signs:
         return False
     return _in_order(answer.parts, gold.parts)
 
@@ -315,6 +317,15 @@ def _intersection(pieces: list[Interval]) -> list[Interval] | None:
     if ends[0] is None or ends[1] is None or ends[0].real >= ends[1].real:
         return None
     return [(lower[0], lower[1], upper[2], upper[3])]
+
+
+def _contradicts_itself(shape: Shape) -> bool:
+    """Whether a shape says x < 1 and x > 3, which no number is."""
+    if shape.kind != "list" or shape.signs[0] != "and" or len(shape.parts) != 2:
+        return False
+    pieces = [region[0] for part in shape.parts if (region := _region(part)) and len(region) == 1]
+    ends = [[_bound(piece[end]) for piece in pieces] for end in (1, 2)]
+    return len(pieces) == 2 and "-\\infty" in ends[0] and "\\infty" in ends[1] and _intersection(pieces) is None
 
 
 def _bound(text: str) -> str:

@@ -15,7 +15,7 @@ import zlib
 from collections.abc import Callable
 from fractions import Fraction
 from functools import cache
-from math import comb, factorial, isqrt
+from math import comb, factorial, isqrt, prod
 from typing import Any
 
 from clipo_megatron.rewards.formula import Node
@@ -120,6 +120,8 @@ class _Evaluation:
 
     def binomial(self, top: Any, bottom: Any) -> Any:
         whole = all(isinstance(part, Fraction) and part.denominator == 1 for part in (top, bottom))
+        if isinstance(top, Fraction) and not whole and bottom in range(20):  # \binom{n}{2} is a polynomial
+            return prod((top - each for each in range(int(bottom))), start=Fraction(1)) / factorial(int(bottom))
         if not whole or not 0 <= bottom <= top <= 2000:
             raise TooLarge("no such binomial coefficient")
         return Fraction(comb(int(top), int(bottom)))

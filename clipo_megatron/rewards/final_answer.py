@@ -14,23 +14,27 @@ from __future__ import annotations
 import re
 from functools import lru_cache
 
-from clipo_megatron.data.asked import ANSWER_TAGS, NOTHING, THINKING, Asked
+from clipo_megatron.data.asked import ANSWER_TAGS, NOTHING, THINKING, Asked, closes_thinking
 from clipo_megatron.rewards.answer import last_boxed
 from clipo_megatron.rewards.equality import answers_agree
 from clipo_megatron.rewards.spelling import without_control_tokens
 
 _BOX = re.compile(r"\\+(?:boxed|fbox|framebox)(?![A-Za-z])\s*")
+_MINUS = re.compile(r"(?:[=$(\[{]|\\[(\[])\s*-$")  # -\boxed{5} is -5; 7-\boxed{5} and an item of a list are 5
 _BARE = re.compile(r"([-+]?\d[\d,.]*|(?:(?<=\s)[A-Za-z]|\\(?!\\)[A-Za-z]+)(?![A-Za-z]))\s*(?=[$.,;!)\]\\]|$|\n)")
 _BRACES = re.compile(r"\\[\\{}]|[{}]")
 _ALL_BRACES = re.compile(r"[{}]")
 _BETWEEN = re.compile(  # what joins the boxes of one statement
-    r"(?P<joiner>[,;]?\s*(?:\\text\s*\{\s*)?(?:and|or|&)?(?:\s*\})?|[,;]|\\(?:qquad|quad))\s*"
+    r"(?P<joiner>[,;]?\s*(?:\\text\s*\{\s*)?(?:and|or|as well as|&)?(?:\s*\})?|[,;]|\\(?:qquad|quad))\s*"
     r"(?P<name>(?:\\?[A-Za-z]\w*(?:_\{?\w+\}?)?'?(?:\([a-z]\))?\s*(?:=|\\in))?)"
 )
+_ITEM = re.compile(r"\n\s*(?:[-*•]|\d{1,2}[.)]|\([a-z\d]\))\s+")
 _MATH_MARKS = re.compile(r"\\[\[\]()]|\$|~|\\[,;:!> ]|\\(?:qquad|quad)(?![A-Za-z])|\*\*")
 _NAME_BEFORE = re.compile(r"(\\?[A-Za-z]\w*(?:_\{?\w+\}?)?'?(?:\([a-z]\))?)\s*=\s*$")
 _HASHES = re.compile(r"#{4,}[ \t]*([^\n#]*\S)")
-_LINE = re.compile(r"(?:\banswer|答案)[\"'*`”’]*\s*[:：][*_ \t]*(?:\n\s*)?([^\n]*\S)", re.IGNORECASE)
+_LINE = re.compile(
+    r"(?:\banswer|答案)[\"'*`”’]*\s*[:：][*_ \t]*(?:\n\s*)?(?:(?:\\\[|\$\$)\s*\n\s*)?([^\n]*\S)", re.IGNORECASE
+)
 _SENTENCE = re.compile(r"\banswer\s+(?:is|would be)[*_\s]*[:：]?\s*([^\n]*\S)", re.IGNORECASE)
 _SENTENCE_END = re.compile(r"\.\s+(?=[A-Z])|(?<=\S)\s*I hope it is correct.*$|\.\s*$")
 _TAGGED = {name: re.compile(rf"<{name}\s*>(.*?)</{name}\s*>", re.DOTALL | re.IGNORECASE) for name in ANSWER_TAGS}
@@ -46,11 +50,20 @@ def outside_thinking(response: str, *, opened: bool = False) -> str:
         response: the model's text.
         opened: whether the prompt opened the thinking.
     """
-    end = max(response.rfind(closing) + len(closing) if closing in response else 0 for _, closing in THINKING)
-    if opened and not end:
-        return ""
-    said = response[end:]
-    return "" if any(opening in said for opening, _ in THINKING) else said
+    if not any(sign in response for sign in "<[◁"):
+        return "" if opened else response
+    end, still_open = 0, {"of the prompt"} if opened else set()
+    for tag in THINKING.finditer(response):
+        family = (tag["family"] or "channel").lower()
+        if not closes_thinking(tag):
+            still_open.add(family)
+            continue
+        end = tag.end()
+        if family in still_open:
+            still_open.remove(family)
+        else:
+            still_open.clear()
+    return "" if still_open else response[end:]
 
 
 def stated_answers(response: str, asked: Asked = NOTHING) -> list[str]:
@@ -110,6 +123,8 @@ def _find(text: str, form: str) -> tuple[int, list[str]] | None:
     if not matches or not matches[-1][1].strip():
         return None
     said = matches[-1][1].strip()
+    while later := None if form.startswith("<") else pattern.search(said):  # on the same line
+        said = later[1].strip()
     if form == "sentence":
         said = _SENTENCE_END.split(said)[0]
     boxes = last_boxes(said)
@@ -125,7 +140,7 @@ def _boxed_statement(text: str) -> tuple[int, list[str]] | None:
         return first, []
     parts, names, joined, start = [last], [_name_before(text, first)], True, first
     for begin, end, content in reversed(before[-_MOST_BOXES:]):
-        between = " ".join(_MATH_MARKS.sub(" ", text[end:start][:200]).split())
+        between = " ".join(_MATH_MARKS.sub(" ", _ITEM.sub(" ", text[end:start][:200])).split())
         match = _BETWEEN.fullmatch(between)
         if not match or content is None:
             break
@@ -149,12 +164,12 @@ def _name_before(text: str, start: int) -> str:
 
 def _all_boxes(text: str) -> list[tuple[int, int, str | None]]:
     """Start, end and content of the boxes that have content; None as the content of one that never closes."""
-    if "boxed" not in text and "box" not in text:
+    if "box" not in text or (first := _BOX.search(text)) is None:
         return []
-    pairs = _brace_pairs(text)
+    pairs = _brace_pairs(text, first.start())
     boxes: list[tuple[int, int, str | None]] = []
     end = 0
-    for box in _BOX.finditer(text):
+    for box in _BOX.finditer(text, first.start()):
         if box.start() < end:
             continue  # inside another box
         if text.startswith("{", box.end()):
@@ -168,16 +183,18 @@ def _all_boxes(text: str) -> list[tuple[int, int, str | None]]:
         else:
             continue
         if content.strip():
+            if _MINUS.search(text, max(0, box.start() - 10), box.start()):
+                content = f"-({content})" if re.search(r"[-+]", content) else f"-{content}"
             boxes.append((box.start(), end, content))
     return boxes
 
 
-def _brace_pairs(text: str) -> dict[int, int]:
-    r"""Where each brace closes. Where \{ and \} leave a brace open, they count as braces: \boxed{5\}."""
+def _brace_pairs(text: str, start: int) -> dict[int, int]:
+    r"""Where each brace from `start` on closes. Where \{ and \} leave a brace open, they count as braces: \boxed{5\}."""
     pairs: dict[int, int] = {}
     for pattern in (_BRACES, _ALL_BRACES):
         opened: list[int] = []
-        for brace in pattern.finditer(text):
+        for brace in pattern.finditer(text, start):
             if brace[0] == "{":
                 opened.append(brace.start())
             elif brace[0] == "}" and opened:

@@ -10,15 +10,19 @@ from __future__ import annotations
 import re
 
 from clipo_megatron.rewards import closeness, symbolic
-from clipo_megatron.rewards.units import split_unit, units_agree, with_magnitudes
+from clipo_megatron.rewards.units import is_known, split_unit, units_agree, with_magnitudes
 
-_BASE = re.compile(r"(-?[0-9A-Za-z]+)_\{?\s*(?:\\text\{)?(\d{1,2}|two|three|eight|ten|sixteen)\}?\s*\}?")
+_BASE = re.compile(
+    r"(?:\((?=[^()]*\)))?(-?[0-9A-Za-z]+)\)?_\{?\s*(?:\\text\{)?(\d{1,2}|two|three|eight|ten|sixteen)\}?\s*\}?"
+)
 _BASE_WORDS = {"two": 2, "three": 3, "eight": 8, "ten": 10, "sixteen": 16}
 _PERCENT = re.compile(r"(.*?)\s*(?:%|\\text\{\s*(?:percent|%)\s*\}|percent(?:age)?)", re.DOTALL)
 _RATIO = re.compile(r"(\d+(?:\.\d+)?)\s*:\s*(\d+(?:\.\d+)?)")
 _CLOCK = re.compile(r"(\d{1,2}):(\d\d)(?::(\d\d))?\s*([ap])\.?\s*m\.?|(\d{1,2}):(\d\d)", re.IGNORECASE)
 _TEXT = re.compile(r"\\text\s*\{([^{}]*)\}")
-_INFINITE = re.compile(r"([-+]?)\s*(?:\\infty|infinity|oo)")
+_INFINITE = re.compile(r"([-+]?)\s*(?:\\infty|infinity|oo)", re.IGNORECASE)
+_SPACE = re.compile(r"(?<![0-9])\s+|\s+(?![0-9])")  # 1 2 is not 12
+_SMALL_LETTERS = set("knjwv")  # a variable rather than kelvin, newton, joule, watt or volt
 _NOT_A_NUMBER = {"nan", "none", "null", "n/a", "inf", "-inf", "undefinednan"}
 _WORD = re.compile(r"[A-Za-z]{3,}|[^\x00-\x7f]")
 _THREE_LETTERS = re.compile(r"[A-Za-z]{3}")
@@ -30,7 +34,7 @@ def leaves_agree(answer: str, gold: str) -> bool:
     answer, gold = with_magnitudes(answer.strip()), with_magnitudes(gold.strip())
     if not answer or not gold or gold.lower() in _NOT_A_NUMBER:
         return False
-    if "".join(answer.split()) == "".join(gold.split()):
+    if _squeezed(answer) == _squeezed(gold):
         return True
     infinite = _INFINITE.fullmatch(_unwrapped(answer)), _INFINITE.fullmatch(_unwrapped(gold))
     if any(infinite):
@@ -46,6 +50,10 @@ def leaves_agree(answer: str, gold: str) -> bool:
     if verdict is None:
         return _same_words(answer, gold) or symbolic.equal(answer, gold)
     return verdict or _same_number_before_short_unit(answer, gold)
+
+
+def _squeezed(text: str) -> str:
+    return _SPACE.sub("", text) if " " in text else text
 
 
 def _bases(answer: str, gold: str) -> bool | None:
@@ -73,6 +81,8 @@ def _percents(answer: str, gold: str) -> bool | None:
     if not any(found):
         return None
     numbers = [each[1] if each else text for each, text in zip(found, (answer, gold), strict=True)]
+    if any(each is None and is_known(split_unit(text)[1]) for each, text in zip(found, (answer, gold), strict=True)):
+        return False  # 17% is not 17 degrees
     if not numbers[0].strip() or not numbers[1].strip():
         return False
     if leaves_agree(numbers[0], numbers[1]):
@@ -91,6 +101,8 @@ def _with_units(answer: str, gold: str) -> bool | None:
     my_short, their_short = my_unit or split_unit(answer, short=True)[1], their_unit or split_unit(gold, short=True)[1]
     if my_short and their_short and not units_agree(my_short, their_short):
         return False
+    if "degree" in (my_unit, their_unit) and "" in (my_unit, their_unit) and closeness.equal(answer, gold):
+        return True  # 90^\circ is \pi/2
     return leaves_agree(mine, theirs)
 
 
@@ -99,6 +111,8 @@ def _same_number_before_short_unit(answer: str, gold: str) -> bool:
     if any(letter.isalpha() for letter in gold):
         return False
     number, unit = split_unit(answer, short=True)
+    if unit in _SMALL_LETTERS or re.search(r"\dK$", answer):  # 14k is a product or 14000
+        return False
     return bool(unit) and leaves_agree(number, gold)
 
 

@@ -47,10 +47,10 @@ _FONTS = re.compile(
 )
 _TEXT = re.compile(r"\\(?:text(?:bf|it|rm|sf|tt|normal|up)?|mbox|hbox|textnormal|mathrm)\s*\{")
 _BOX = re.compile(r"\\(?:boxed|fbox|framebox)\s*\{((?:[^{}]|\{[^{}]*\})*)\}")
-_THIN = r"\\[,;:!> ]|~|\\(?:thinspace|quad|qquad|enspace|negthinspace)(?![A-Za-z])"
+_THIN = r"\\[,;:!> ]|~|\\(?:thinspace|quad|qquad|enspace|negthinspace)(?![A-Za-z])|\\hspace\*?\s*\{[^{}]*\}"
 _SPACES = re.compile(rf"(\\\\)|{_THIN}")  # \\\\ ends a row of a matrix
-_GROUPING = re.compile(
-    r"(?<![\d.])(\d{1,3})((?:(?:\{,\}(?:\\!)?|,?\\[,!;: ]|,\{\}|~|\\thinspace\s?|')\s?\d{3}(?!\d))+)"
+_GROUPING = re.compile(  # 32,\!107 is a number; 32,\ 107 is a list
+    r"(?<![\d.])(\d{1,3})((?:(?:\{,\}(?:\\!)?|,?\\!|\\[,;: ]|,\{\}|~|\\thinspace\s?|')\s?\d{3}(?!\d))+)"
 )
 _GROUPED_BY_SPACE = re.compile(r"(?<![\d.,/}^_]\s)(?<![\d.,^_])(\d{1,3})((?: \d{3})+)(?![\d/]|\s*\\[dt]?frac|\s+\d)")
 _DECIMAL_COMMA = re.compile(r"(?<=\d)\{,\}(?=\d)")
@@ -64,6 +64,16 @@ _MIXED = re.compile(r"(?<![\d./^_])(\d+)\s+(\d+)\s?/\s?(\d+)(?![\d./])")
 _OVER = re.compile(r"\{([^{}]*)\\over(?![A-Za-z])([^{}]*)\}")
 _DELIMITERS = re.compile(r"\\[()]|(?<!\\)\$|\\\[|\\\](?!\d)")
 _ENVIRONMENT = re.compile(r"\\(?:begin|end)\{(?:aligned|align\*?|gathered|equation\*?|split|math|displaymath)\}")
+_COLORS = re.compile(r"\\color\s*\{[^{}]*\}|\\textcolor\s*\{[^{}]*\}(?=\s*\{)")
+_UPRIGHT = re.compile(r"\\mathrm\s*\{\s*(e|i|ln|log|lg|exp|sin|cos|tan|cot|sec|csc)\s*\}")
+_CHOOSE = re.compile(r"\{([^{}]*)\\choose(?![A-Za-z])([^{}]*)\}")
+_TIMES_TEN = re.compile(r"(?<=\d)\s*[xX]\s*(?=10\s*\^)")
+_LEAD = re.compile(  # words before an answer that say no more than that it is one
+    r"^(?:(?:(?:thus|so|hence|therefore)[ ,]+)?(?:the\s+)?(?:(?:final|correct)\s+)*answer(?:\s+is|\s*[:=])\s*:?"
+    r"|(?:about|approximately|approx\.?|roughly)(?=[\s$]*[-+\d.\\]))\s*(?=\S)",
+    re.IGNORECASE,
+)
+_LEAD_IN_TEXT = re.compile(r"^\\text\s*\{([^{}]*)\}\s*(?=[^\s^_])")
 _MARKS = re.compile(r"^(?:\*\*|__|`|\"|')+|(?:\*\*|__|`|\"|'(?<![A-Za-z]'))+$")
 _RENAMED = {
     "\\dfrac": "\\frac",
@@ -99,10 +109,9 @@ _RENAMED = {
     "\\wedge": "\\text{ and }",
     "\\lor": "\\text{ or }",
     "\\vee": "\\text{ or }",
-    "\\mathrm{e}": "e",
-    "\\mathrm{i}": "i",
     "\\imath": "i",
 }
+_ESCAPED = {"\\not=": "\\ne ", "\\$": "$ ", "\\%": "%", "\\#": "#", "\\&": "&", "\\_": "_"}
 _WHOLE = re.compile(r"(?:\\text\s*)?\{")  # around the whole answer
 _MACROS = re.compile(r"\\[A-Za-z]+")
 
@@ -117,23 +126,36 @@ def plain_spelling(answer: str) -> str:
     """`answer` in the one spelling that answers are compared in."""
     text = _unicode(without_control_tokens(answer))
     text = _grouped(text)
-    text = _MACROS.sub(lambda macro: _RENAMED.get(macro[0], macro[0]), text)
-    text = text.replace("\\$", "$ ").replace("\\%", "%").replace("\\#", "#").replace("\\&", "&").replace("\\_", "_")
-    text = _SIZES.sub("", text)
-    text = _STYLES.sub("", _ENVIRONMENT.sub("", text))
-    for _ in range(4):
-        text = _BOX.sub(r"\1", text)
-    text = _TEXT.sub(r"\\text{", text)
-    text = _EXPONENT.sub(r"\1\\times 10^{\2}", _repeating(text))
-    for _ in range(3):
-        text = _FONTS.sub(r"{\1}", text)
-    text = _OVER.sub(r"\\frac{\1}{\2}", text)
+    if has_macros := "\\" in text:
+        text = _without_style(text)
+    text = _TIMES_TEN.sub(r"\\times ", _EXPONENT.sub(r"\1\\times 10^{\2}", _repeating(text)))
+    if has_macros:
+        for _ in range(3):
+            text = _FONTS.sub(r"{\1}", text)
+        text = _CHOOSE.sub(r"\\binom{\1}{\2}", _OVER.sub(r"\\frac{\1}{\2}", text))
     text = _SPACES.sub(lambda space: space[1] or " ", text)
     text = _ROOT_OF_GROUP.sub(lambda root: f"{'' if root[1][0] == chr(92) else chr(92)}{root[1]}{{{root[2]}}}", text)
     text = _DELIMITERS.sub(lambda sign: "$" if _is_price(sign) else "", text)
     text = _GROUPED_BY_SPACE.sub(lambda number: number[1] + number[2].replace(" ", ""), text)
     text = _MIXED.sub(r"\1\\frac{\2}{\3}", text)
     return _trimmed(" ".join(text.split()))
+
+
+def _without_style(text: str) -> str:
+    """`text` with one name for each macro and character, and without boxes, sizes, styles and colours."""
+    text = _MACROS.sub(lambda macro: _RENAMED.get(macro[0], macro[0]), text)
+    if "color" in text or "\\mathrm" in text:
+        text = _COLORS.sub("", _UPRIGHT.sub(_upright, text))
+    for macro, character in _ESCAPED.items():
+        text = text.replace(macro, character)
+    text = _STYLES.sub("", _ENVIRONMENT.sub("", _SIZES.sub("", text)))
+    for _ in range(4 if "box" in text else 0):
+        text = _BOX.sub(r"\1", text)
+    return _TEXT.sub(r"\\text{", text)
+
+
+def _upright(found: re.Match[str]) -> str:
+    return found[1] if len(found[1]) == 1 else f"\\{found[1]} "
 
 
 def _is_price(sign: re.Match[str]) -> bool:
@@ -184,12 +206,21 @@ def _trimmed(text: str) -> str:
     while True:
         before = text
         text = _MARKS.sub("", text.strip()).strip()
-        text = re.sub(r"(?:(?<!\.)\.|,|;|\\\\|:)$", "", text).strip()
+        text = re.sub(r"(?:(?<!\.)\.|,|;|\\\\?|:)$", "", text).strip()
+        if text[:1].isalpha() or text.startswith("\\text"):
+            text = _LEAD.sub("", _LEAD_IN_TEXT.sub(_without_lead, text))
         opening = _WHOLE.match(text)
         if opening and text.endswith("}") and _closes_at_end(text[opening.end() - 1 :]):
             text = text[opening.end() : -1]
         if text == before:
             return text
+
+
+def _without_lead(found: re.Match[str]) -> str:
+    r"""\text{Answer: } before an answer as nothing, other words as they are."""
+    words, rest = found[1].strip(), found.string[found.end() :]
+    lead = _LEAD.match(f"{words} {rest}")
+    return "" if lead and lead.end() >= len(words) else found[0]
 
 
 def _closes_at_end(text: str) -> bool:

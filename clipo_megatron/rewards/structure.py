@@ -31,6 +31,11 @@ _BUILDER = re.compile(r"^\\\{\s*[A-Za-z](?:\s*\\in\s*(?:\\mathbb\{R\}|\{R\}|R))?
 _REALS = re.compile(
     r"^(?:\\mathbb\s*\{R\}|\{R\}|(?:\\text\{)?\s*(?:the set of )?all real(?:s| numbers?)(?: \w)?\s*\}?)$", re.IGNORECASE
 )
+_REALS_WITHOUT = re.compile(
+    r"^(?:\\mathbb\s*\{R\}|\{R\}|R)\s*(?:\\setminus|\\backslash|-|\\smallsetminus)\s*\\\{(.*)\\\}$"
+    r"|^(?:\\text\{)?\s*all real(?:s| numbers?)(?: \w)?,? (?:except(?: for)?|but|other than)\s*\}?\s*(.*)$"
+)
+_EMPTY = re.compile(r"^(?:\\text\s*\{)?\s*(?:(?:the )?empty set|no (?:real )?solutions?)\s*\}?$", re.IGNORECASE)
 _MATRIX = re.compile(
     r"^\\begin\s*\{([bpBvV]?(?:small)?matrix|array)\}(?:\s*\{[lcr| ]*\})?(.*)\\end\s*\{\1\}$", re.DOTALL
 )
@@ -46,7 +51,8 @@ class Shape:
         kind: "leaf", "list", "set", "brackets", "union", "matrix" or "relation".
         text: the whole text.
         parts: of a list, set, tuple or union; the rows of a matrix; the sides of a relation.
-        signs: the two brackets; what joins a list (",", "and", "or"); the signs between the sides of a relation.
+        signs: the two brackets; what joins a list (",", "and", "or"); the signs between the sides of a relation; "|" of
+            a determinant, "" of a matrix.
     """
 
     kind: str
@@ -72,9 +78,14 @@ def _shape(text: str, depth: int) -> Shape:
         return _shape(built[1], depth + 1)
     if _REALS.match(text):
         return _interval("(", "-\\infty", "\\infty", ")")
+    if (without := _REALS_WITHOUT.match(text)) and (left_out := (without[1] or without[2] or "").split(",")) != [""]:
+        return _shape(" , ".join(f"x \\ne {each}" for each in left_out), depth + 1)
+    if _EMPTY.match(text):
+        return Shape("set", text)
     if matrix := _MATRIX.match(text):
-        return _matrix(matrix[2], text, depth)
-    for split in (_listed, _united, _related, _bracketed, _both_signs):
+        return _matrix(matrix[2], text, depth, "|" if matrix[1][0] in "vV" else "")
+    turned = (_bracketed,) if text.startswith("]") else ()  # ]1,2[, whose comma is in no other bracket
+    for split in (*turned, _listed, _united, _related, _bracketed, _both_signs):
         if (found := split(text, depth)) is not None:
             return found
     return Shape("leaf", text)
@@ -202,10 +213,10 @@ def _both_signs(text: str, depth: int) -> Shape | None:
     return Shape("list", text, (_shape(plus, depth + 1), _shape(minus, depth + 1)), ("pm",))
 
 
-def _matrix(body: str, text: str, depth: int) -> Shape:
+def _matrix(body: str, text: str, depth: int, bars: str) -> Shape:
     rows = []
     for row in re.split(r"\\\\(?:\[[^\]]*\])?|\\cr(?![A-Za-z])", body):
         if row.replace("\\hline", "").strip():
             cells = _split(row.replace("\\hline", ""), {"&": "&"})[0]
             rows.append(Shape("brackets", row, tuple(_shape(cell, depth + 1) for cell in cells), ("[", "]")))
-    return Shape("matrix", text, tuple(rows))
+    return Shape("matrix", text, tuple(rows), (bars,))

@@ -143,6 +143,11 @@ def units_agree(one: str, other: str) -> bool:
     return names[0] == names[1] or None in (_known(names[0]), _known(names[1]))
 
 
+def is_known(unit: str) -> bool:
+    """Whether a unit is one that others are told from."""
+    return _known(_canonical(unit)) is not None
+
+
 def _known(name: str) -> str | None:
     base = re.sub(r"\^.*$", "", name)
     return name if base in _UNITS else None

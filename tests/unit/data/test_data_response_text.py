@@ -7,7 +7,7 @@ from transformers import PreTrainedTokenizerFast
 from clipo_megatron.data.response_text import response_decoder
 from clipo_megatron.rewards import grade
 
-TAGS = ["<think>", "</think>", "<answer>", "</answer>", "[THINK]", "####"]
+TAGS = ["<think>", "</think>", "<answer>", "</answer>", "[THINK]", "####", "<|START_THINKING|>"]
 CONTROL = ["<|im_start|>", "<|im_end|>", "<pad>", "</s>", "<end_of_turn>", "<｜end▁of▁sentence｜>"]
 
 
@@ -27,7 +27,7 @@ def decoded(tokenizer, text: str) -> str:
 
 
 def test_special_tokens_that_are_tags_stay(tokenizer):
-    text = "<think> \\boxed{5}</think> So six [THINK] #### <answer>6</answer>"
+    text = "<|START_THINKING|><think> \\boxed{5}</think> So six [THINK] #### <answer>6</answer>"
     assert set(tokenizer(text)["input_ids"]) & set(tokenizer.all_special_ids + list(tokenizer.added_tokens_decoder))
     assert decoded(tokenizer, text) == text
 

@@ -9,6 +9,7 @@ QUESTION = "Which temperature?\nA) 1 K\nB) 2 K\nC) 42 K\nD) 3 K\nPut the letter 
 SOURCES = ["gpqa_diamond", "ai2_arc", "supergpqa", "medqa", "ceval", "agieval", "somebody/unheard-of", "cais/mmlu"]
 FORMS = [
     *("C", "c", "C.", "(C)", "[C]", "{C}", "C: 42 K", "C) 42 K", "C. 42 K", "(C) 42 K", "C - 42 K", "**C**"),
+    *("C \\text{ (42 K)}", "\\{C\\}"),
     *("Option C", "option (C)", "Choice C", "\\text{C}", "\\mathrm{C}", "\\textbf{(C) }42\\text{ K}", "$C$"),
     *("C\\text{: 42 K}", "\\text{Option C}", "The answer is C", "Answer: C", "\\text{C. 42 K}", "C<|im_end|>"),
 ]

@@ -39,6 +39,36 @@ def test_only_what_follows_closed_thinking_counts(response, prompt, right, mode)
     assert grade(response, "5", data_source="my/set", mode=mode, prompt=prompt) == float(right)
 
 
+FAMILIES = [
+    *(("<think>", "</think>"), ("<Think>", "</THINK>"), ("< think >", "</think >"), ("<thinking>", "</thinking>")),
+    *(("<thoughts>", "</thoughts>"), ("<reasoning>", "</reasoning>"), ("<scratchpad>", "</scratchpad>")),
+    *(("[THINK]", "[/THINK]"), ("◁think▷", "◁/think▷"), ("<seed:think>", "</seed:think>"), ("<cot>", "</cot>")),
+    *(("<|begin_of_thought|>", "<|end_of_thought|>"), ("<|START_THINKING|>", "<|END_THINKING|>")),
+    *(("<|think_start|>", "<|think_end|>"), ("<longcat_think>", "</longcat_think>"), ("<|think|>", "<|/think|>")),
+    ("<|channel|>analysis<|message|>", "<|end|><|start|>assistant<|channel|>final<|message|>"),
+]
+
+
+@pytest.mark.parametrize(("opening", "closing"), FAMILIES)
+def test_thinking_is_told_by_the_tags_of_every_family(opening, closing):
+    def verdict(response: str) -> float | None:
+        return grade(response, "5", data_source="my/set", prompt=BOX)
+
+    assert verdict(f"{opening} Perhaps \\boxed{{5}}? No, let me check") == 0.0
+    assert verdict(f"{opening} \\boxed{{5}} {closing} So it is six.") == 0.0
+    assert verdict(f"{opening} \\boxed{{6}} {closing} So \\boxed{{5}}") == 1.0
+    assert verdict(f"{opening} a {closing} \\boxed{{5}} {opening} no, \\boxed{{5}}") == 0.0
+    assert verdict(f"{opening} <reflection> no </reflection> \\boxed{{5}}") == 0.0  # what is inside closes itself alone
+    assert opens_thinking(f"Put it in \\boxed{{}}.{opening}\n") and not opens_thinking(f"{opening}\n{closing}\n")
+    assert grade(f"no </reflection> \\boxed{{5}} {closing} Six", "5", prompt=f"{BOX}{opening}\n") == 0.0
+    assert grade(f"no \\boxed{{5}} {closing} \\boxed{{5}}", "5", prompt=f"{BOX}{opening}\n") == 1.0
+
+
+def test_brackets_of_mathematics_are_no_tags():
+    said = "a < b, [think about it], <thinking about x> and f[x] > 1"
+    assert grade(f"{said}: \\boxed{{5}}", "5", data_source="my/set", prompt=BOX) == 1.0
+
+
 def test_unclosed_thinking_holds_no_text_for_generators_and_votes():
     assert grade("<think>7", "7", data_source="reasoning_gym/chain_sum", mode="auto") == 0.0
     assert answer_key("<think> \\boxed{5}", data_source="math", mode="math") is None
@@ -53,6 +83,12 @@ FORMS = [
     ("so\n\nAnswer: $42$.", DAPO, True),
     ("**Answer:** \\boxed{42}", DAPO, True),
     ("Answer: 42 or rather\nAnswer: 41", DAPO, False),
+    ("Answer: 41, no. Answer: 42", DAPO, True),
+    ("Answer: 42, no. Answer: 41", DAPO, False),
+    ("Answer:\n\\[\n42\n\\]", DAPO, True),
+    ("#### Answer: 42", HASHES, True),
+    ("#### 4 2", HASHES, False),
+    ("<answer>The answer is 42.</answer>", TAGS, True),
     ("It is 42", DAPO, False),
     ("<think>a</think><answer>42</answer>", TAGS, True),
     ("<answer>\\boxed{42}</answer>", TAGS, True),
@@ -121,8 +157,15 @@ BOXES = [
     ("\\boxed{30^\\circ} or \\boxed{150^\\circ}", "$\\boxed{30^\\circ}$ or $\\boxed{150^\\circ}.$"),
     ("\\boxed{5} or rather \\boxed{6}", "6"),
     ("\\boxed{4} \\boxed{5}", "5"),
+    ("$x = -\\boxed{5}$", "-5"),
+    ("$7-\\boxed{5}=2$", "5"),
+    ("\\boxed{5\\}", "5"),
+    ("- \\boxed{2}\n- \\boxed{3}", "$\\boxed{2}$ and $\\boxed{3}$"),
+    ("1. \\boxed{2}\n2. \\boxed{3}", "$\\boxed{2}$ and $\\boxed{3}$"),
+    ("\\boxed{2} as well as \\boxed{3}", "$\\boxed{2}$ and $\\boxed{3}$"),
 ]
 NOT_BOXES = [
+    ("$x = -\\boxed{5}$", "5"),
     ("\\boxed{5", "5"),
     ("\\boxed{4} \\boxed{5", "4"),
     ("\\boxed{18} or \\boxed{19}", "19"),
