@@ -20,7 +20,12 @@ def grading_problems(reward: RewardConfig, data_sources: Mapping[str, int]) -> I
         data_sources: how many rows each data source has, over training and held-out problems.
     """
     yield from source_problems(reward, data_sources)
-    if reward.sandbox is GraderSandbox.required and (reason := sandbox.missing(sandbox.layers_of_this_machine())):
+    layers = sandbox.layers_of_this_machine()
+    if not layers:
+        reason = "no grader process can be started on this machine, so no answer would get a verdict"
+        remedy = "Free memory and processes, or mend this Python environment: `clipo doctor` shows what graders have"
+        yield ConfigProblem("reward", reason, remedy, show_value=False)
+    elif reward.sandbox is GraderSandbox.required and (reason := sandbox.missing(layers)):
         yield ConfigProblem("reward.sandbox", reason, sandbox.REMEDY, reward.sandbox)
     for name in sorted(data_sources):
         mode = reward.by_source.get(name, reward.mode)

@@ -17,7 +17,7 @@ from clipo_megatron.config import naming, reference, renamed
 from clipo_megatron.config.errors import ConfigError, ConfigProblem, spell
 from clipo_megatron.config.ranges import range_problems
 from clipo_megatron.config.schema import RunConfig
-from clipo_megatron.config.yaml_text import DEEPEST, reason_of, sections_of, value_of
+from clipo_megatron.config.yaml_text import DEEPEST, calls_resolver, reason_of, sections_of, texts_of, value_of
 
 # Names that other projects have for settings of ours: suggested when such a name is given.
 _OTHER_NAMES = {
@@ -60,6 +60,8 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     for override in overrides:
         problems += _apply(content, override)
         old_names |= renamed.rename(content)
+    if resolvers := list(_resolvers(content)):
+        raise ConfigError([*problems, *resolvers], origin=str(path))
     named_after_file = naming.name_after(path, content)
     try:
         merged = _merged(content)
@@ -74,6 +76,15 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
         raise ConfigError(problems, origin=str(path))
     renamed.announce(old_names)
     return naming.at_its_former_place(config, path) if named_after_file else config
+
+
+def _resolvers(content: dict[str, Any]) -> Iterator[ConfigProblem]:
+    """What refers to the environment, or calls another function: config.json, logs and reports would show its value."""
+    for key, text in texts_of(content):
+        if calls_resolver(text):
+            reason = "only other settings can be referred to; a value of the environment would be kept in config.json"
+            remedy = f"Write the value, or let the shell put it into the command: `{key}=$NAME`"
+            yield ConfigProblem(key, reason, remedy, text)
 
 
 def nearest_keys(key: str) -> list[str]:

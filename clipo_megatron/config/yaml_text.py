@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from clipo_megatron.config.errors import ConfigError, shortened
 
 _TOO_DEEP = "lists and mappings are nested too deeply"
 _MOST_BYTES = 1 << 20  # of a file; hundreds of settings take some thousand, and YAML is parsed at 100 kB a second
+_BRACES = re.compile(r"\\\\|\\\$\{|\$\{|[{}:]")  # \${ is no reference
 DEEPEST = 20  # lists and mappings in each other; the settings of a generator's options are the deepest
 # OmegaConf and YAML raise ValueError for numbers and dates that cannot be, and RecursionError for deep nesting.
 _YAML_ERRORS = (yaml.YAMLError, OmegaConfBaseException, ValueError, OverflowError, RecursionError)
@@ -57,6 +60,31 @@ def value_of(text: str) -> Any:
     if _is_deeper(value, DEEPEST):
         raise ValueError(_TOO_DEEP)
     return value
+
+
+def texts_of(tree: Any, key: str = "") -> Iterator[tuple[str, str]]:
+    """Every text among the values of what a file holds, with its dotted key."""
+    if isinstance(tree, dict):
+        for name, value in tree.items():
+            yield from texts_of(value, f"{key}.{name}" if key else str(name))
+    elif isinstance(tree, list):
+        for index, value in enumerate(tree):
+            yield from texts_of(value, f"{key}[{index}]")
+    elif isinstance(tree, str):
+        yield key, tree
+
+
+def calls_resolver(text: str) -> bool:
+    """Whether a text refers to more than another setting, as ${oc.env:NAME} does: a colon stands inside of ${ }."""
+    inside: list[str] = []  # the braces that are open
+    for token in _BRACES.finditer(text):
+        if token[0] == "}":
+            del inside[-1:]
+        elif token[0].endswith("{"):
+            inside.append(token[0])
+        elif token[0] == ":" and inside[-1:] == ["${"]:
+            return True
+    return False
 
 
 def reason_of(error: Exception) -> str:

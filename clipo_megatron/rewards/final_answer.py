@@ -190,7 +190,7 @@ def _all_boxes(text: str) -> list[tuple[int, int, str | None]]:
 
 
 def _brace_pairs(text: str, start: int) -> dict[int, int]:
-    r"""Where each brace from `start` on closes. Where \{ and \} leave a brace open, they count as braces: \boxed{5\}."""
+    r"""Where each brace after `start` closes. Where \{ and \} leave one open, they count as braces: \boxed{5\}."""
     pairs: dict[int, int] = {}
     for pattern in (_BRACES, _ALL_BRACES):
         opened: list[int] = []

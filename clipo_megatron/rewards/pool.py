@@ -25,7 +25,7 @@ from clipo_megatron.data.asked import NOTHING, Asked
 from clipo_megatron.flow import Prompt, RolloutGroup, ScoredGroup, Verdict
 from clipo_megatron.rewards.answer import UnknownGraderError
 from clipo_megatron.rewards.modes import describe, mode_for
-from clipo_megatron.rewards.process import GraderFailure, GraderProcess
+from clipo_megatron.rewards.process import GraderFailure, GraderProcess, GraderStartError
 from clipo_megatron.rewards.sandbox import SandboxError
 
 
@@ -88,6 +88,7 @@ class GraderPool:
         # As many threads as processes, so a thread never waits for an idle one.
         self._threads = ThreadPoolExecutor(config.workers, thread_name_prefix="grader")
         self._closed = False
+        self._any_started = False  # whether a process has ever begun to judge an answer
         for process in self._processes:
             self._idle.put(process)
             self._threads.submit(process.start)
@@ -118,6 +119,7 @@ class GraderPool:
         Raises:
             UnknownGraderError, SandboxError: a data source has no grader, or this machine not the sandbox that
                 `reward.sandbox` requires; the configuration must change.
+            GraderStartError: no grader process can be started here.
         """
         graded, waiting = [], []
         for each in self._submitted:
@@ -131,6 +133,7 @@ class GraderPool:
         Raises:
             UnknownGraderError, SandboxError: a data source has no grader, or this machine not the sandbox that
                 `reward.sandbox` requires; the configuration must change.
+            GraderStartError: no grader process can be started here.
         """
         groups, self._submitted = self._submitted, []
         wait([verdict for _, verdicts in groups for verdict in verdicts])
@@ -171,7 +174,7 @@ class GraderPool:
         process, begun = self._idle.get(), time.monotonic()
         try:
             verdict = self._verdict(self._ask(process, answer))
-        except (UnknownGraderError, SandboxError):
+        except (UnknownGraderError, SandboxError, GraderStartError):
             raise
         except GraderFailure as failure:
             self._count_failure(failure)
@@ -193,13 +196,22 @@ class GraderPool:
             "asked": answer.asked.as_json(),
         }
         request = {"mode": mode, "deadline_s": deadline_s, "answer": arguments}
-        try:
-            return process.ask(request, deadline_s=deadline_s)
-        except GraderFailure as failure:
-            if failure.started or self._closed:
-                raise
-            self._count_failure(failure)
-        return process.ask(request, deadline_s=deadline_s)  # asks a new process: the answer did not cause the failure
+        for is_last in (False, True):  # a new process is asked: the answer did not cause the failure
+            try:
+                reply = process.ask(request, deadline_s=deadline_s)
+            except GraderFailure as failure:
+                self._any_started |= failure.started
+                if failure.started or self._closed or (is_last and self._any_started):
+                    raise
+                self._count_failure(failure)
+                reason = str(failure)
+            else:
+                self._any_started = True
+                return reply
+        raise GraderStartError(
+            f"no grader process begins to judge answers on this machine, so none would get a verdict: {reason}. Free "
+            "memory and processes, or mend this Python environment, and start again"
+        )
 
     def _verdict(self, reply: dict[str, Any]) -> Verdict:
         if reply["event"] == "misconfigured":

@@ -40,6 +40,10 @@ class GraderFailure(Exception):
         self.timeout = timeout
 
 
+class GraderStartError(RuntimeError):
+    """No grader process of this run has ever begun to judge: each answer would stay without a verdict."""
+
+
 class GraderProcess:
     """One worker process at a time, and the two pipes to it. It inherits no other descriptor, and no environment.
 

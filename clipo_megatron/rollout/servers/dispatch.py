@@ -144,7 +144,8 @@ class RequestDispatcher:
             raise ServerError(member.url, Fault.stale, f"it answered with version {newest}, not {version}")
         if not pending.stopping and sum(each.finish != "abort" for each in rollouts) < pending.params.samples:
             raise ServerError(member.url, Fault.aborted, "the request was interrupted on the server")
-        member.failures = 0
+        for each in [member] if member is not self._router else self._members.usable():
+            self._members.trust(each)
         return rollouts
 
     def _blame(self, member: PoolMember, error: ServerError) -> None:

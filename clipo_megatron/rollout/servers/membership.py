@@ -6,17 +6,21 @@ Everything here runs on the pool's event loop.
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Set
 from dataclasses import dataclass, field
 
 from clipo_megatron.rollout.servers.routing import choose
-from clipo_megatron.rollout.servers.server import LiveServer, Server, ServerError
+from clipo_megatron.rollout.servers.server import Fault, LiveServer, Server, ServerError
 
 STATE_S = 10.0  # for a server to answer with its state
 _FIRST_PROBE_AFTER_S = 0.5  # after a failure; doubles with each further failure
 _MAX_PROBE_EVERY_S = 5.0
+_LIES = (Fault.garbage, Fault.stale)
+MOST_LIES = 4  # in a row, each after a probe that found the server well
+log = logging.getLogger(__name__)
 
 
 class NoServer(Exception):
@@ -32,6 +36,7 @@ class PoolMember:
     suspected: bool = False  # it failed, and no probe has succeeded since
     in_flight: int = 0  # requests of this pool
     failures: int = 0  # times it was suspected since it last answered a request
+    lies: int = 0  # of these times, those for an answer that could not be true
     last_error: str = ""
     _probe: asyncio.Task | None = field(default=None, repr=False)
 
@@ -43,7 +48,8 @@ class PoolMember:
 class Membership:
     """Decides which servers get requests.
 
-    A server is admitted with a version of the weights, suspected when it fails, and then probed until it answers.
+    A server is admitted with a version of the weights, suspected when it fails, and then probed until it answers. One
+    that describes itself well and answers every request with a lie is expelled.
 
     Args:
         connect: makes the client for a URL.
@@ -87,13 +93,22 @@ class Membership:
         member.version, member.last_error = -1, reason
         self._announce()
 
+    def trust(self, member: PoolMember) -> None:
+        """Forget what it was suspected for: it has answered a request."""
+        member.failures = member.lies = 0
+
     def suspect(self, member: PoolMember, error: ServerError) -> None:
         """Send it no requests until a probe finds it well and with the right weights."""
         member.last_error = str(error)
         if not member.suspected:  # otherwise this is one of many requests that fail for the same reason
             member.suspected = True
             member.failures += 1
+            member.lies += error.fault in _LIES
             self._counts["suspected"] += 1
+            if member.lies >= MOST_LIES and member.version >= 0:
+                log.warning("server %s is asked no more until it has new weights: it only lies", member.last_error)
+                self.expel(member, str(error))
+                return
         if member._probe is None or member._probe.done():
             member._probe = asyncio.create_task(self._probe(member))
         self._announce()

@@ -1,5 +1,6 @@
 """Loading: what a user writes becomes a typed configuration, or one message that says how to correct it."""
 
+import json
 import subprocess
 import sys
 import textwrap
@@ -280,3 +281,33 @@ def test_the_schema_is_translated_for_omegaconf_once(write, monkeypatch):
     first, second = load(write(MODEL), ["layout.tp=2"]), load(write(MODEL))
     assert len(built) <= 1
     assert first.layout.tp == 2 and second.layout.tp == 1 and second.data.train is not first.data.train
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "${oc.env:CLIPO_TEST_SECRET}",
+        "runs/${oc.env:CLIPO_TEST_SECRET,none}/x",
+        "${oc.decode:${oc.env:CLIPO_TEST_SECRET}}",
+        "${oc.${name}:CLIPO_TEST_SECRET}",
+        "${ oc.env : CLIPO_TEST_SECRET }",
+        "\\\\${oc.env:CLIPO_TEST_SECRET}",
+    ],
+)
+def test_nothing_of_the_environment_gets_into_the_settings(tmp_path, monkeypatch, text):
+    monkeypatch.setenv("CLIPO_TEST_SECRET", "hidden")
+    file = tmp_path / "run.yaml"
+    file.write_text(json.dumps({"model": {"path": "m"}, "data": {"train": [{"path": text}]}, "name": "env"}))
+    with pytest.raises(ConfigError, match="refer") as caught:
+        load(file)
+    assert "data.train[0].path" in str(caught.value) and "hidden" not in str(caught.value)
+    file.write_text("model: {path: m}\n")
+    with pytest.raises(ConfigError, match="refer"):
+        load(file, [f"train.output={json.dumps(text)}"])
+
+
+def test_braces_and_colons_that_refer_to_nothing_are_text(tmp_path):
+    file = tmp_path / "run.yaml"
+    asks = "Answer: {a: 1} ${name}: b"
+    file.write_text(json.dumps({"model": {"path": "m", "system_prompt": asks}, "name": "env"}))
+    assert load(file).model.system_prompt == "Answer: {a: 1} env: b"

@@ -18,6 +18,7 @@ from clipo_megatron.config.schema import GraderMode, RewardConfig
 from clipo_megatron.flow import Prompt, Rollout, RolloutGroup
 from clipo_megatron.rewards import GraderPool
 from clipo_megatron.rewards.pool import Answer
+from clipo_megatron.rewards.process import GraderStartError
 
 # Mode `reference` of the source "strict" lets SymPy evaluate this power, which takes hours.
 STRICT = {"strict": GraderMode.reference}
@@ -233,3 +234,26 @@ def test_no_worker_outlives_its_parent(tmp_path: Path):
 def test_a_pool_that_cannot_grade_is_refused(setting, value):
     with pytest.raises(ValueError, match=f"reward.{setting}"):
         GraderPool(RewardConfig(**{setting: value}))
+
+
+@pytest.mark.parametrize("breaks", ["the start", "the interpreter"])
+def test_graders_that_cannot_start_end_the_run_with_the_reason(monkeypatch, breaks):
+    """Else every answer would be ungraded, which an evaluation reports as a model that solves nothing."""
+    if breaks == "the start":
+        monkeypatch.setattr(sys, "executable", "/nowhere/python")
+    else:
+        monkeypatch.setenv("PYTHONHOME", "/nowhere")
+    with GraderPool(RewardConfig(mode=GraderMode.number, workers=2)) as pool:
+        pool.submit(group(0, ["5", "6"]))
+        with pytest.raises(GraderStartError, match="no grader process begins to judge"):
+            pool.collect()
+
+
+def test_graders_that_could_start_once_cost_an_answer_its_verdict_alone(monkeypatch):
+    with GraderPool(RewardConfig(mode=GraderMode.number, workers=1)) as pool:
+        assert pool.submit_answer(Answer("5", "5", "math")).result().correct
+        monkeypatch.setattr(sys, "executable", "/nowhere/python")
+        os.kill(pool._processes[0].pid, signal.SIGKILL)
+        assert pool.submit_answer(Answer("5", "5", "math")).result().correct is None
+        monkeypatch.undo()
+        assert pool.submit_answer(Answer("5", "5", "math")).result().correct

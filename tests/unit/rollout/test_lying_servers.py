@@ -12,8 +12,8 @@ from lying_server import LENGTH, TOKEN, VERSION, VOCABULARY, LyingServer, Reply,
 
 from clipo_megatron.config.schema import EngineKind, PoolConfig
 from clipo_megatron.flow import Prompt
-from clipo_megatron.rollout.engine import Request, SamplingParams
-from clipo_megatron.rollout.servers import http
+from clipo_megatron.rollout.engine import EngineError, Request, SamplingParams
+from clipo_megatron.rollout.servers import http, membership
 from clipo_megatron.rollout.servers.http import EventLoop
 from clipo_megatron.rollout.servers.pool import ServerPool
 from clipo_megatron.rollout.servers.response_checks import most_bytes
@@ -309,3 +309,51 @@ def test_what_a_liar_is_asked_for_another_server_answers(liar, tmp_path, kind):
     assert sorted(group.position for group in groups) == list(range(16))
     assert all(each.tokens.tolist() == [TOKEN] * LENGTH for group in groups for each in group.rollouts)
     assert liar.asked[path] and counts["rollout/fault_garbage"] == counts["rollout/retries"] > 0
+
+
+def test_a_server_that_only_lies_is_asked_no_more_until_it_has_new_weights(liar, tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(membership, "_FIRST_PROBE_AFTER_S", 0.01)
+    honest = LyingServer()
+    liar.lies[SGLANG] = LIES["a far id"]
+    (tmp_path / "config.json").write_text(f'{{"vocab_size": {VOCABULARY}}}')
+    config = PoolConfig(concurrency=1, attempts=4, backoff_s=0.05, affinity_slack=8)
+    urls = [liar.url, honest.url]
+    pool = ServerPool(EngineKind.sglang, decode=lambda ids: "", config=config, endpoints=urls, model=tmp_path)
+
+    def ask(rows: int) -> int:
+        """How often the liar was asked while this many prompts were answered."""
+        before = liar.asked.get(SGLANG, 0)
+        groups = list(pool.generate([request(row) for row in range(rows)], PARAMS, deadline_s=60))
+        assert len(groups) == rows
+        return liar.asked.get(SGLANG, 0) - before
+
+    def ask_until_dropped() -> int:
+        asked_for = 0
+        for _ in range(500):
+            if liar.url in dropped():
+                break
+            asked_for += ask(8)
+        return asked_for
+
+    def dropped() -> list[str]:
+        return [member.url for member in pool._members.all() if member.version < 0]
+
+    try:
+        pool.admit(urls, VERSION)
+        assert ask_until_dropped() == membership.MOST_LIES and ask(40) == 0
+        assert pool.usable() == [honest.url]
+        named = [each.getMessage() for each in caplog.records if liar.url in each.getMessage()]
+        assert len(named) == 1 and "token id" in named[0] and "asked no more" in named[0]
+        pool.admit(urls, VERSION)
+        assert ask(40) == 1  # a liar that lies again after new weights
+        pool.admit(urls, VERSION)
+        liar.lies.clear()
+        assert ask(40) > membership.MOST_LIES
+        liar.lies[SGLANG] = LIES["a far id"]
+        assert ask_until_dropped() == membership.MOST_LIES
+        honest.lies[SGLANG] = LIES["a far id"]
+        with pytest.raises(EngineError, match=r"has no answer after|No rollout server is left"):
+            ask(40)
+    finally:
+        pool.close()
+        honest.close()
