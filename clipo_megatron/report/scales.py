@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from html import escape
 from unicodedata import category
 
+_FARTHEST = 1e6  # pixels of what is drawn outside the picture
+_LARGEST, _SMALLEST = 1e300, 1e-290  # of numbers whose differences and ratios are finite
 _PREFIXES = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 
 
@@ -21,7 +23,8 @@ class Scale:
     end: float
 
     def __call__(self, value: float) -> float:
-        return self.start + (value - self.low) / (self.high - self.low) * (self.end - self.start)
+        place = self.start + (value - self.low) / (self.high - self.low) * (self.end - self.start)
+        return max(-_FARTHEST, min(_FARTHEST, place))
 
 
 def ticks(low: float, high: float, about: int = 5) -> list[float]:
@@ -40,10 +43,12 @@ def reach(values: Sequence[float], *, zero: bool = False, share: bool = False) -
         zero: the axis includes 0.
         share: the limits stay within [0, 1].
     """
-    shown = [*values, *([0.0] if zero or not values else [])]
+    least, most = (0.0, 1.0) if share else (-_LARGEST, _LARGEST)
+    shown = [*(max(least, min(most, each)) for each in values), *([0.0] if zero or not values else [])]
     low, high = min(shown), max(shown)
-    if high - low <= 1e-5 * max(abs(low), abs(high)):  # otherwise the labels of ticks would be equal
-        room = abs(high) * 0.1 or (0.1 if share else 1.0)
+    largest = max(abs(low), abs(high))
+    if high - low <= max(1e-5 * largest, _SMALLEST):  # otherwise the labels of ticks would be equal
+        room = abs(high) * 0.1 if largest > _SMALLEST else (0.1 if share else 1.0)
         low, high = low - (0 if zero and low == 0 else room), high + room
     for _ in range(2):  # wider limits may need a wider step, and both ends must be ticks
         step = _round_step((high - low) / 5)

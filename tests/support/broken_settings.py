@@ -194,13 +194,20 @@ def words(dice: random.Random, folder: Path) -> Attempt:
 
 
 def _files_named(line: list[str]) -> tuple[str, ...]:
-    """Names that a command line has after an option whose value is a file to write."""
-    found = []
+    """Names that a command line has after an option whose value is a file to write, and those of a conversion."""
+    found = [word for word in line[2:] if word[:1] != "-"] if line[:1] == ["convert"] else []
     for option, word in zip(line, [*line[1:], ""], strict=True):
         name, equals, value = option.partition("=")
         if name in ("-o", "--out", "--output", "--json") or name.startswith(("--o", "--j")):
             found.append(value if equals else word)
-    return tuple(os.path.relpath(name) for name in found if name and "\0" not in name and len(name) < 4000)
+    names = [os.path.relpath(name) for name in found if name and "\0" not in name and len(name) < 4000]
+    return tuple(map(_first_missing, (name for name in names if not os.path.lexists(name))))
+
+
+def _first_missing(name: str) -> str:
+    """The uppermost folder that has to be made for a file of this name, or the file itself."""
+    above = os.path.dirname(name)
+    return name if not above or os.path.lexists(above) else _first_missing(above)
 
 
 def environment(dice: random.Random, folder: Path) -> Attempt:

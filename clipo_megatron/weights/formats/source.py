@@ -50,6 +50,8 @@ def sidecar_files(path: str | Path) -> dict[str, bytes]:
     files of weights.
     """
     folder = hf_folder(path)
+    if not folder.is_dir():
+        raise WeightsFolderError(f"{folder} is no folder. Give the folder of a Hugging Face model")
     if foreign := next(foreign_links(folder), None):
         raise WeightsFolderError(
             f"{foreign} is a link to {os.readlink(foreign)}, outside the model's folder, and would be copied into the "

@@ -112,6 +112,8 @@ def test_a_result_that_is_none_is_refused(break_it, folder, capsys):
         ("compare", "run/eval/step_000000.json", "run/eval/step_000004.json", "--json", "x" * 300),
         ("convert", "to-megatron", "model", "/"),
         ("convert", "to-megatron", "model", "x" * 300),
+        ("convert", "to-hf", "run/checkpoints/step_000002", "out", "--hf", "nowhere"),
+        ("convert", "to-hf", "run/checkpoints/step_000002", "out", "--hf", "run.yaml"),
     ],
     ids=lambda words: words[0],
 )

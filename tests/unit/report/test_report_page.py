@@ -24,7 +24,7 @@ from clipo_megatron.report.grouping import differences, group_runs
 from clipo_megatron.report.metric_titles import CONTRASTIVE, LEARNING, OTHERS, PLACED, other
 from clipo_megatron.report.overview import _ranks
 from clipo_megatron.report.reading import Accuracy, PageError, read_run, wilson
-from clipo_megatron.report.scales import number, percent, reach, safe, seconds, tick_text, ticks
+from clipo_megatron.report.scales import Scale, number, percent, reach, safe, seconds, tick_text, ticks
 from clipo_megatron.report.timing import chrome_trace, phase_seconds
 
 needs_browser = pytest.mark.skipif(browser.find() is None, reason="no Chromium here: install one, or set CLIPO_BROWSER")
@@ -367,6 +367,12 @@ def test_axes_hold_their_values_and_have_round_ticks():
         assert 2 <= len(marks) <= 12
         labels = [tick_text(mark, marks[1] - marks[0]) for mark in marks]
         assert len(set(labels)) == len(labels), f"two ticks read alike: {labels}"
+    for value in (5e-324, 1e-310, 1.7e308):  # a metric can be any number that is one
+        for values in ([value], [-value, value], [0.0, value]):
+            low, high = reach(values)
+            places = [Scale(low, high, 0.0, 100.0)(each) for each in (*values, *ticks(low, high))]
+            assert low < high and all(map(math.isfinite, places))
+        assert reach([value], share=True)[0] < reach([value], share=True)[1]
     assert reach([]) != reach([5.0]) and reach([0.2, 0.97], share=True, zero=True) == (0.0, 1.0)
 
 
