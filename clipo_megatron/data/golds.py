@@ -8,13 +8,14 @@ from typing import Any, TypeVar
 
 AnyProblem = TypeVar("AnyProblem", bound=Any)  # a Row or a Prompt
 # What missing values become as text: of Python, JSON, pandas, spreadsheets
-_MISSING = {"nan", "none", "null", "n/a", "#n/a", "<na>", "nat", "inf", "+inf", "-inf", "1.#inf", "nil"}
-_BLANK = re.compile(r"[\s$~.,;:?_\-\u200b\ufeff]*")
+_MISSING = {"nan", "none", "null", "n/a", "#n/a", "<na>", "nat", "inf", "+inf", "-inf", "1.#inf", "nil", "-nan", "+nan"}
+_MISSING |= {"n.a.", "pd.na", "#value!", "#ref!", "#div/0!", "#num!", "#name?", "float('nan')", "tbd", "todo"}
+_BLANK = re.compile(r"[\s$~.,;:?_*\-—–…\u200b\ufeff]*|<(\w+)>\s*</\1>")
 _EMPTY = re.compile(r"(?:[\s$~{}]|\\text\s*\{\s*\})*")
 _BOX = re.compile(r"\\(?:boxed|fbox)\s*(?=\{)")
 _BRACE = re.compile(r"[{}]")
 _SOLUTION = 80  # characters before the box of a worked solution
-_HASHES = re.compile(r"####\s*$")
+_HASHES = re.compile(r"(####|\banswer\s*[:：])\s*$", re.IGNORECASE)
 
 
 def why_no_answer(truth: str | int | float) -> str | None:
@@ -29,8 +30,8 @@ def why_no_answer(truth: str | int | float) -> str | None:
         return f"{text!r} is a missing value and no answer"
     if "box" in text and (boxes := list(_BOX.finditer(text))):
         return _why_no_box(text, boxes)
-    if _HASHES.search(text):
-        return "no answer follows its ####"
+    if asks := _HASHES.search(text):
+        return f"no answer follows its {asks[1]}"
     return None
 
 

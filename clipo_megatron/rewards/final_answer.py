@@ -94,7 +94,7 @@ def gold_answer(ground_truth: str) -> str:
     r"""The gold answer: the boxes at the end of a worked solution, what follows its last `####`, or the whole text."""
     boxed = last_boxes(ground_truth)
     if boxed is not None:
-        return boxed[-1]
+        return boxed[-1] if boxed else ""  # a box that never closes holds no answer
     if hashes := _HASHES.findall(ground_truth):
         return hashes[-1].strip()
     if len(ground_truth) > _LONG or "\n" in ground_truth:

@@ -12,6 +12,7 @@ from clipo_megatron.data.sources import DataError, read
 
 NONE = [
     *("nan", "NaN", "inf", "-inf", "None", "null", "NULL", "N/A", "<NA>", " ", "\n", "$$", "-", "?"),
+    *("-nan", "#VALUE!", "#DIV/0!", "float('nan')", "TODO", "…", "**", "Answer:", "<answer> </answer>"),
     *(
         "\\boxed{}",
         "\\boxed{ }",
@@ -34,6 +35,9 @@ ANSWERS = [
     "\\boxed 9",
     "A",
     "\\text{none of these}",
+    "Infinity",
+    "The answer: 5",
+    "<answer>5</answer>",
 ]
 
 

@@ -213,7 +213,7 @@ DIFFERENT = [
     (r"\mathbb{R}\setminus\{2\}", r"x \ne 3"),
     (r"\binom{n}{2}", r"\frac{n(n+1)}{2}"),
 ]
-NO_GOLD = ["nan", "NaN", "inf", "None", "null", "", " ", "\\boxed{}", "\\boxed{nan}"]
+NO_GOLD = ["\\boxed{5", "nan", "NaN", "inf", "None", "null", "", " ", "\\boxed{}", "\\boxed{nan}"]
 
 
 @pytest.mark.parametrize(("answer", "gold"), EQUAL)
