@@ -181,7 +181,7 @@ class _TensorUnpickler(pickle.Unpickler):
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) in (("torch._utils", "_rebuild_tensor_v2"), ("torch._utils", "_rebuild_tensor_v3")):
-            return _describe
+            return self.describe
         if (module, name) == ("collections", "OrderedDict"):
             return OrderedDict
         if module in ("torch", "torch.storage") and name in _STORAGES:
@@ -190,12 +190,11 @@ class _TensorUnpickler(pickle.Unpickler):
             return found
         raise pickle.UnpicklingError(f"{module}.{name} is in it")
 
-
-def _describe(
-    storage: tuple[str, Any], offset: int, shape: Any, stride: Any, _grad: Any, _hooks: Any, dtype: Any = None, *_: Any
-) -> _Saved:
-    key, stored = storage
-    return _Saved(key, dtype if isinstance(dtype, torch.dtype) else stored, offset, tuple(shape), tuple(stride))
+    def describe(self, storage: tuple[str, Any], offset: int, shape: Any, stride: Any, *others: Any) -> _Saved:
+        """What the call in the pickle would make a tensor of. A method, whose attributes a pickle cannot set."""
+        key, stored = storage
+        dtype = next((each for each in others[2:3] if isinstance(each, torch.dtype)), stored)
+        return _Saved(key, dtype, offset, tuple(shape), tuple(stride))
 
 
 def _contents(descriptor: int, start: int, member: zipfile.ZipInfo) -> int:

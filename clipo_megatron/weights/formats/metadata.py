@@ -10,6 +10,8 @@ from __future__ import annotations
 import io
 import pickle
 from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path, PosixPath, PurePosixPath
 from typing import Any
 
@@ -28,7 +30,8 @@ _CLASSES = (
 )  # fmt: skip
 _PLAIN: dict[tuple[str, str], Any] = {
     ("torch", "Size"): torch.Size,
-    ("torch.serialization", "_get_layout"): torch.serialization._get_layout,
+    # The method of a dict, because a pickle can set the attributes of a function.
+    ("torch.serialization", "_get_layout"): {str(each): each for each in (torch.strided, torch.sparse_coo)}.__getitem__,
     ("collections", "OrderedDict"): OrderedDict,
     ("pathlib", "PosixPath"): PosixPath,
     ("pathlib._local", "PosixPath"): PosixPath,  # as Python 3.13 names it
@@ -53,7 +56,8 @@ def read_metadata(folder: Path) -> dcp.Metadata:
     except OSError as error:
         raise WeightsFolderError(f"{path} cannot be read: {error.strerror}") from error
     try:
-        found = _MetadataUnpickler(io.BytesIO(pickled)).load()
+        with _restored(*_CLASSES, PosixPath, PurePosixPath, _Emptied):
+            found = _MetadataUnpickler(io.BytesIO(pickled)).load()
         reason = _defect(found)
     except _NamesCodeError as error:
         raise WeightsFolderError(
@@ -69,6 +73,32 @@ def read_metadata(folder: Path) -> dcp.Metadata:
 
 class _NamesCodeError(pickle.UnpicklingError):
     """The pickle names something that is not of the format."""
+
+
+@contextmanager
+def _restored(*classes: type) -> Iterator[None]:
+    """Undo what is done to the attributes of classes here, which a pickle can set as those of any object.
+
+    Raises:
+        _NamesCodeError: an attribute was set.
+    """
+    before = {each: dict(vars(each)) for each in classes}
+    try:
+        yield
+    finally:
+        changed = []
+        for each, attributes in before.items():
+            for name in vars(each).keys() | attributes.keys():
+                if vars(each).get(name) is not attributes.get(name):
+                    changed.append(f"{each.__name__}.{name} to change it")
+        for each, attributes in before.items():
+            for name in set(vars(each)) - set(attributes):
+                delattr(each, name)
+            for name, value in attributes.items():
+                if vars(each).get(name) is not value:
+                    setattr(each, name, value)
+    if changed:
+        raise _NamesCodeError(changed[0][:200])
 
 
 class _MetadataUnpickler(pickle.Unpickler):
@@ -105,14 +135,19 @@ def _defect(found: Any) -> str:
             return f"it places a {type(index).__name__} in a {type(info).__name__}"
         name = info.relative_path
         if not isinstance(name, str) or Path(name).name != name or "\0" in name:
-            return f"it names a file outside its folder: {str(name)[:200]!r}"
+            return f"it names a file outside its folder: {_shown(name)}"
         placed = index.offset is None or _are_counts(index.offset)
         if not isinstance(index.fqn, str) or not placed or not _are_counts((info.offset, info.length)):
-            return f"it places {str(index.fqn)[:200]!r} where nothing can be"
+            return f"it places {_shown(index.fqn)} where nothing can be"
     for key, tensor in found.state_dict_metadata.items():
         if not isinstance(key, str) or not (isinstance(tensor, dcp.BytesStorageMetadata) or _is_tensor(tensor)):
-            return f"it describes no tensor under {str(key)[:200]!r}"
+            return f"it describes no tensor under {_shown(key)}"
     return ""
+
+
+def _shown(name: Any) -> str:
+    """A name as a message shows it; lists in lists can be too large for any."""
+    return repr(name[:200]) if isinstance(name, str) else f"a {type(name).__name__}"
 
 
 def _is_tensor(found: Any) -> bool:

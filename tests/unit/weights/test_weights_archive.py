@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import pickletools
 import zipfile
 import zlib
 from pathlib import Path
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 from clipo_megatron.runtime.durable_files import StreamedFile, joined_crc32
+from clipo_megatron.weights.formats import archive
 from clipo_megatron.weights.formats.archive import find_elements, write_tensor
 
 TENSORS = {
@@ -98,6 +100,14 @@ def test_checksums_of_parts_beyond_four_gigabytes() -> None:
     for _ in range(2):
         start = joined_crc32(start, quarter, 1 << 35)
     assert at_once == start
+
+
+def test_the_description_of_a_tensor_changes_no_function() -> None:
+    """A pickle could give the call that it names another default, such as the dtype of every tensor read later."""
+    payload = b"\x80\x02ctorch._utils\n_rebuild_tensor_v2\n(N}X\x0c\x00\x00\x00__defaults__ctorch\nfloat64\n\x85stb."
+    pickletools.dis(payload, out=io.StringIO())
+    with pytest.raises(AttributeError):
+        archive._TensorUnpickler(io.BytesIO(payload)).load()
 
 
 def raw(tensor: Tensor) -> bytes:

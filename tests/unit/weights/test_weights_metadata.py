@@ -103,6 +103,33 @@ def test_code_inside_of_proper_metadata_is_refused(tmp_path):
     assert not (tmp_path / "ran").exists()
 
 
+@pytest.mark.parametrize(
+    ("module", "name", "attribute"),
+    [
+        ("pathlib", "PosixPath", "is_relative_to"),
+        ("pathlib", "PosixPath", "mine"),
+        ("torch.distributed.checkpoint.metadata", "MetadataIndex", "__eq__"),
+        ("torch.distributed.checkpoint.metadata", "Metadata", "__setattr__"),
+        ("torch.serialization", "_get_layout", "__defaults__"),
+    ],
+)
+def test_a_pickle_that_changes_a_class_is_refused_and_undone(tmp_path, module, name, attribute):
+    """A pickle sets the attributes of an object, and a class is one: every path could then be inside every folder."""
+    word = b"X" + len(attribute).to_bytes(4, "little") + attribute.encode()
+    payload = b"\x80\x04" + f"c{module}\n{name}\n".encode() + b"(N}" + word + b"cmegatron.x\nY\nstb."
+    pickletools.dis(payload, out=io.StringIO())
+    before = dict(vars(Path)), dict(vars(type(tmp_path))), dict(vars(dcp.MetadataIndex)), dict(vars(dcp.Metadata))
+    with pytest.raises(WeightsFolderError, match=r"\.metadata is (refused: it names .* to change it|damaged)"):
+        read_metadata(checkpoint(tmp_path / "it", payload))
+    assert before == (
+        dict(vars(Path)),
+        dict(vars(type(tmp_path))),
+        dict(vars(dcp.MetadataIndex)),
+        dict(vars(dcp.Metadata)),
+    )
+    assert torch.serialization._get_layout.__defaults__ is None and not Path("/etc/passwd").is_relative_to(tmp_path)
+
+
 def test_classes_of_other_writers_are_read_as_empty_objects(tmp_path):
     plan = torch.distributed.checkpoint.planner.SavePlan([])
     found = read_metadata(checkpoint(tmp_path, pickle.dumps(dcp.Metadata({}, planner_data=[plan], storage_data={}))))
@@ -122,16 +149,25 @@ def stored(**changes: object) -> dcp.Metadata:
     )
 
 
+def nested(depth: int) -> list[object]:
+    """A list that is small in memory and endless as text."""
+    found: list[object] = []
+    for _ in range(depth):
+        found = [found, found]
+    return found
+
+
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
         ({"file": "../../secret"}, "a file outside its folder: '../../secret'"),
         ({"file": "/dev/zero"}, "a file outside its folder: '/dev/zero'"),
-        ({"file": 5}, "a file outside its folder: '5'"),
+        ({"file": 5}, "a file outside its folder: a int"),
         ({"file": "a\0b"}, "a file outside its folder"),
         ({"offset": -1}, "places 'weight' where nothing can be"),
         ({"length": "x"}, "places 'weight' where nothing can be"),
         ({"key": 7}, "where nothing can be"),
+        ({"file": nested(60)}, "a file outside its folder: a list"),
         ({"size": (-6,)}, "describes no tensor under 'weight'"),
         ({"size": None}, "describes no tensor under 'weight'"),
         ({"box": (6, 6)}, "describes no tensor under 'weight'"),
