@@ -20,6 +20,7 @@ import signal
 import sys
 import threading
 import time
+import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -27,6 +28,7 @@ from typing import Any
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 AGAIN_AFTER_S = 3.0
 ALL = 1 << 30  # requests tolerated by a process that asks for them itself
+_RETRY_S = 0.05  # between two attempts to end what the main thread does
 _UNWIND_S = 5.0  # for the main thread to notice that the process is to end at once
 
 
@@ -57,6 +59,7 @@ class StopRequests:
         self.tolerated = 0
         self.on_first: Callable[[int], None] | None = None
         self._before: dict[int, Any] = {}  # handlers to restore
+        self._hook: Callable[[Any], Any] = sys.unraisablehook
         self._reader = self._writer = -1
         self._lock = threading.RLock()  # the handler may interrupt itself
         self._forget()
@@ -88,6 +91,7 @@ class StopRequests:
         for end in (self._reader, self._writer):
             os.set_blocking(end, False)
         signal.set_wakeup_fd(self._writer, warn_on_full_buffer=False)
+        self._hook, sys.unraisablehook = sys.unraisablehook, self._raise_again
         for number in SIGNALS:
             # What a parent lets this process ignore, as nohup does, stays ignored; shells ignore SIGINT behind a "&".
             if number == signal.SIGINT or signal.getsignal(number) is not signal.SIG_IGN:
@@ -101,26 +105,40 @@ class StopRequests:
             signal.signal(number, handler)
         self._before = {}
         signal.set_wakeup_fd(-1)
+        sys.unraisablehook = self._hook
         os.close(self._writer)  # which ends the thread
         self._forget()
 
-    def _handle(self, _number: int, _frame: object) -> None:
+    def _handle(self, _number: int, frame: types.FrameType | None) -> None:
         self._take(self._reader)
-        if self._due:
+        if self._due and (frame is None or frame.f_code is not StopRequests._raise_again.__code__):
             self._due = False
             raise StopRequested(self.signum, again=self.count > 1)
+
+    def _raise_again(self, ignored: Any) -> None:
+        """Takes note when Python ignores that this process is to end: raised in a destructor or a weak reference's
+        callback, an exception is only printed. Another thread then sees to it that it is raised again."""
+        if not isinstance(ignored.exc_value, StopRequested):
+            self._hook(ignored)
+            return
+        self._due = True
+        with contextlib.suppress(OSError):
+            os.write(self._writer, bytes([self.signum]))
 
     def _listen(self, reader: int) -> None:
         waiting = select.poll()
         waiting.register(reader, select.POLLIN)
-        while waiting.poll() and self._take(reader):
-            if self._due:  # the handler may have run just before the signal was in the pipe
-                _thread.interrupt_main(self.signum)
-            if self._due and self.count > 1:
-                time.sleep(_UNWIND_S)
-                if self._due:
-                    os.write(2, f"clipo: {StopRequested(self.signum, again=True)}\n".encode())
-                    os._exit(128 + self.signum)
+        given_up_at = float("inf")
+        while not waiting.poll(_RETRY_S * 1000 if self._due else None) or self._take(reader):
+            if not self._due:
+                given_up_at = float("inf")
+                continue
+            if self.count > 1:
+                given_up_at = min(given_up_at, time.monotonic() + _UNWIND_S)
+            if time.monotonic() > given_up_at:
+                os.write(2, f"clipo: {StopRequested(self.signum, again=True)}\n".encode())
+                os._exit(128 + self.signum)
+            _thread.interrupt_main(self.signum)  # the handler may have run just before the signal was in the pipe
         os.close(reader)
 
     def _take(self, reader: int) -> bool:

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 import zlib
 
 import pytest
@@ -148,3 +149,23 @@ def test_a_process_that_does_not_unwind_is_ended_all_the_same():
         process.send_signal(signal.SIGTERM)
         wait_until(lambda: process.poll() is not None, "its end")
         assert process.returncode == 143
+
+
+@pytest.mark.parametrize("where", ["a weak reference's callback", "a destructor"])
+def test_a_request_that_python_ignores_is_raised_again(requests, where, capfd):
+    """Imports are full of such callbacks; there an exception is printed, and the command would go on to its end."""
+
+    def ask(*_: object) -> None:
+        signal.raise_signal(signal.SIGTERM)
+
+    class Thing:
+        if where == "a destructor":
+            __del__ = ask
+
+    thing = Thing()
+    watched = weakref.ref(thing, ask) if where != "a destructor" else None
+    with requests.handled(tolerated=0), pytest.raises(StopRequested, match="stopped by SIGTERM"):
+        del thing
+        wait_until(lambda: False, "the request")
+    assert watched is None or watched() is None
+    assert capfd.readouterr().err == "" and requests.count == 0
