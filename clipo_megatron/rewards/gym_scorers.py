@@ -1,7 +1,10 @@
-"""Scorers of reasoning-gym that evaluate text as code, written anew, and a way to tell them from the others.
+"""Scorers of reasoning-gym that evaluate text as code, written anew, and what those that are fooled leave out.
 
 Each gives the verdict of the data set's own scorer on the full score, which alone counts here: some of these data sets
 evaluate an answer only in order to give a part of it. The answers and the rows that are read here run nothing.
+
+Some scorers give the full score to answers that are wrong, even to one and the same answer for every problem: "nan",
+"0", anything at all. Since a policy would learn it, an answer also has to pass `is_possible`.
 """
 
 from __future__ import annotations
@@ -9,6 +12,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping
+from fractions import Fraction
 from types import CodeType, FunctionType, MethodType, ModuleType
 from typing import Any
 
@@ -22,6 +26,8 @@ _EVALUATORS = {
     *("__import__", "import_module", "system", "popen", "Popen", "check_output", "Unpickler", "unpickle"),
 }
 _INTEGER = re.compile(r"\b\d+\b")
+_NUMBER = re.compile(r"-?\d+(?:\.\d+)?")
+_NO_NUMBER = re.compile(r"(?<![a-z])(?:nan|inf|infinity)(?![a-z])|nan[ij]", re.IGNORECASE)
 
 
 def _equal(answer: str, entry: Mapping[str, Any]) -> float:
@@ -59,7 +65,8 @@ def _bitwise_arithmetic(answer: str, entry: Mapping[str, Any]) -> float:
 def _puzzle24(answer: str, entry: Mapping[str, Any]) -> float:
     value, numbers = _value(answer), [int(number) for number in _INTEGER.findall(answer)]
     in_range = all(1 <= number <= 10 for number in numbers)  # as the scorer has it, whatever range was generated
-    return float(value is not None and int(value) == 24 and len(numbers) == 4 and in_range)
+    are_given = sorted(numbers) == sorted(entry["metadata"].get("numbers", numbers))  # which it leaves out
+    return float(value is not None and int(value) == 24 and len(numbers) == 4 and in_range and are_given)
 
 
 def _countdown(answer: str, entry: Mapping[str, Any]) -> float:
@@ -112,6 +119,44 @@ SCORERS: dict[str, Scorer] = {
     "simple_integration": _integration,
     "spiral_matrix": _equal_but_for_space,
     "string_insertion": _equal,
+}
+
+
+def is_possible(name: str, answer: str, gold: str) -> bool:
+    """Whether an answer to a problem of a data set can be right, where its scorer leaves something out."""
+    if _NO_NUMBER.search(answer) and not _NO_NUMBER.search(gold):  # no comparison with it is false
+        return False
+    return name not in _NEEDED or _NEEDED[name](answer, gold)
+
+
+def _is_same_word(answer: str, gold: str) -> bool:
+    return answer.strip().casefold() == gold.strip().casefold()
+
+
+def _is_as_long(answer: str, gold: str) -> bool:
+    return len(answer.strip()) == len(gold.strip())
+
+
+def _is_near(answer: str, gold: str) -> bool:
+    """Whether a probability is right to a part of itself; the scorer takes 0 for a small one, and 0.6 for 0.65625."""
+    try:
+        given, wanted = (Fraction(each.replace(",", "")) for each in (answer, gold))
+    except (ValueError, ZeroDivisionError):
+        return False
+    return abs(given - wanted) <= abs(wanted) / 1000
+
+
+def _has_sign(answer: str, gold: str) -> bool:
+    found = _NUMBER.search(answer)
+    return found is not None and found[0].startswith("-") == gold.strip().startswith("-")
+
+
+_NEEDED: dict[str, Callable[[str, str], bool]] = {
+    "coin_flip": _is_near,
+    "game_of_life_halting": _is_same_word,
+    "gsm_symbolic": _has_sign,
+    "letter_jumble": _is_as_long,
+    "spell_backward": _is_as_long,
 }
 
 

@@ -15,7 +15,7 @@ from clipo_megatron.data.asked import NOTHING, Asked
 from clipo_megatron.data.generators import factory_with
 from clipo_megatron.rewards.answer import UnknownGraderError
 from clipo_megatron.rewards.final_answer import box_or_text
-from clipo_megatron.rewards.gym_scorers import SCORERS, Scorer, evaluator_in
+from clipo_megatron.rewards.gym_scorers import SCORERS, Scorer, evaluator_in, is_possible
 
 PREFIX = "reasoning_gym/"
 _TAGGED = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
@@ -30,7 +30,7 @@ def grade(
     extra: Mapping[str, Any] | None = None,
     asked: Asked = NOTHING,
 ) -> float:
-    """1.0 if the data set gives the answer its full score, else 0.0.
+    """1.0 if the data set gives the answer its full score, and the answer is none that fools its scorer; else 0.0.
 
     Args:
         response: what the model wrote.
@@ -42,10 +42,12 @@ def grade(
     Raises:
         UnknownGraderError: `data_source` names no data set of reasoning-gym, or one that evaluates answers as code.
     """
-    score = _scorer(data_source.removeprefix(PREFIX))
+    name = data_source.removeprefix(PREFIX)
+    score = _scorer(name)
     entry = {"answer": ground_truth, "metadata": {}, **(extra or {})}
     answer = final_text(response, thinking=asked.thinking)
-    candidates = {answer, answer.removesuffix(".").rstrip()}
+    gold = str(entry["answer"])
+    candidates = {each for each in (answer, answer.removesuffix(".").rstrip()) if is_possible(name, each, gold)}
     # JSON turned the tuples of some entries (grids) into lists; the data set compares them as tuples.
     entries = (entry, {**entry, "metadata": _tuples(entry["metadata"])})
     return float(any(score(c, e) >= _FULL_SCORE for c in candidates for e in entries))

@@ -166,6 +166,8 @@ def test_verdicts_are_those_of_the_data_set(name):
         spellings = {gold, gold.replace(" ", ""), f"({gold})", f"{gold}1", other["answer"], gold.replace("+", "-", 1)}
         for answer in {spelling.strip() for spelling in spellings}:
             expected = float(own(answer, entry) >= 1.0 - 1e-9)
+            if name == "puzzle24" and answer == other["answer"]:
+                expected = 0.0  # made of other numbers than those given, which the data set does not see
             assert grade(answer, gold, data_source=f"reasoning_gym/{name}", extra=entry) == expected, answer
         assert grade(gold, gold, data_source=f"reasoning_gym/{name}", extra=entry) == 1.0
 
@@ -203,3 +205,35 @@ def test_a_worker_judges_rightly_after_five_hundred_hostile_answers(tmp_path):
     assert before == [True, False, False, False, True, False]
     assert [verdict for verdict in verdicts if verdict.correct] == []
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "answers"),
+    [
+        ("coin_flip", ["0", "0.", "1", "nan"]),
+        ("complex_arithmetic", ["nan", "-nan", "nan+nani", "nan + 1j"]),
+        ("game_of_life_halting", ["x", "-", "0", "true or false"]),
+        ("puzzle24", ["6*4*1*1", "10 + 3 + 4 + 7"]),
+        ("gsm_symbolic", ["-{}"]),
+        ("spell_backward", ["{} or 5", "{0}{0}"]),
+        ("letter_jumble", ["{} or 5", "{} and more"]),
+    ],
+)
+def test_no_answer_fools_every_problem_of_a_data_set(name, answers):
+    """The data set's own scorer gives these the full score, most of them for each of its problems."""
+    made, source = reasoning_gym.create_dataset(name, size=4, seed=11), f"reasoning_gym/{name}"
+    own, fooled = reasoning_gym.get_score_answer_fn(name), 0
+    for entry in made:
+        gold = str(entry["answer"])
+        assert grade(gold, gold, data_source=source, extra=entry) == 1.0
+        for answer in (each.format(gold) for each in answers):
+            fooled += own(answer, entry) >= 1.0 - 1e-9
+            assert answer == gold or grade(answer, gold, data_source=source, extra=entry) == 0.0, (answer, gold)
+    assert fooled, "the scorer is not fooled any more, so its data set needs no rule here"
+
+
+@pytest.mark.parametrize("wrong", ["True", "False"])
+def test_a_grid_halts_or_not(wrong):
+    gold = {"True": "False", "False": "True"}[wrong]
+    for answer, right in ((gold, 1.0), (gold.lower(), 1.0), (wrong, 0.0)):
+        assert grade(answer, gold, data_source="reasoning_gym/game_of_life_halting") == right
