@@ -4,6 +4,10 @@ Both ways are measured in one run, each in its own process, on the same inputs i
 process's peak resident memory over one forward and backward; the states, the weight and its fp32 gradient buffer, which
 both ways need, are allocated before. Time is the best of --repeats; the ways alternate, so that both see the same load.
 `full` is plain autograd: logits of all tokens, log_softmax, gather.
+
+`--drift MODEL_DIR` measures something else: what rounding logits to bf16 adds to the mismatch of trainer and engine. It
+samples responses in bf16, token by token with a cache as an engine does, scores them in one forward as the trainer
+does, and takes the log-probs of both from the states of each, with logits in bf16 and in fp32.
 """
 
 from __future__ import annotations
@@ -130,6 +134,51 @@ def _answer(process: subprocess.Popen[str], way: str, deadline: float) -> dict[s
     return json.loads(line)
 
 
+def drift(folder: Path, *, prompts: int = 16, tokens: int = 64) -> dict[str, float]:
+    """The mismatch, as `policy/mult_prob_error`, of trainer and engine with logits in bf16 and fp32 on each side."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from clipo_megatron.policy.model.logprobs import token_logprobs
+
+    generator = torch.Generator().manual_seed(0)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
+    weight = model.get_output_embeddings().weight.detach()
+
+    def of_states(states: Any, targets: Any, wide: bool) -> Any:
+        """Log-probs [N] of the targets [N] from states [N, H]."""
+        if wide:
+            return token_logprobs(states, weight, targets)[0]
+        return (states @ weight.t()).float().log_softmax(-1).gather(1, targets[:, None]).squeeze(1)
+
+    with torch.no_grad():
+        ids = torch.randint(0, len(weight), (prompts, 8), generator=generator)
+        first, states, cache, step = ids.shape[1], [], None, ids
+        for _ in range(tokens):
+            out = model.model(step, past_key_values=cache, use_cache=True)
+            cache, state = out.past_key_values, out.last_hidden_state[:, -1]
+            odds = (state.float() @ weight.float().t()).softmax(-1)
+            step = torch.multinomial(odds, 1, generator=generator)
+            states.append(state)
+            ids = torch.cat([ids, step], dim=1)
+        targets = ids[:, first:].reshape(-1)
+        sides = {
+            "engine": torch.stack(states, dim=1).flatten(0, 1),
+            "trainer": model.model(ids, use_cache=False).last_hidden_state[:, first - 1 : -1].flatten(0, 1),
+        }
+        made = {(name, wide): of_states(each, targets, wide) for name, each in sides.items() for wide in (False, True)}
+
+    def mismatch(one: Any, other: Any) -> float:
+        return float((one - other).double().abs().exp().mean())
+
+    return {
+        "one state, bf16 against fp32": mismatch(made["trainer", False], made["trainer", True]),
+        "both bf16": mismatch(made["trainer", False], made["engine", False]),
+        "trainer fp32, engine bf16": mismatch(made["trainer", True], made["engine", False]),
+        "both fp32": mismatch(made["trainer", True], made["engine", True]),
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, default=2048, metavar="T")
@@ -138,11 +187,16 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--deadline", type=float, default=600.0, help="seconds for everything")
+    parser.add_argument("--drift", type=Path, metavar="MODEL_DIR", help="measure the mismatch that bf16 logits add")
     parser.add_argument("--serve", nargs=5, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.serve:
         way, *sizes = args.serve
         serve(way, *map(int, sizes))
+        return
+    if args.drift:
+        for name, value in drift(args.drift).items():
+            print(f"{name:>30} {value:.5f}")
         return
     figures = compare(
         args.tokens, args.hidden, args.vocab, threads=args.threads, repeats=args.repeats, deadline_s=args.deadline

@@ -14,11 +14,11 @@ from clipo_megatron.planning.parameters import (
     stage_counts,
     whole_count,
 )
+from clipo_megatron.policy.model.tiles import TILE_BYTES_ON_GPUS
 from clipo_megatron.weights.parallel_division import ParallelDivision
 from clipo_megatron.weights.sharding import VOCAB_MULTIPLE_ON_GPUS
 from clipo_megatron.weights.spec import ModelSpec
 
-LOGITS_TILE_BYTES = 64 * 2**20  # fp32 logits that exist at a time, see policy/model/logprobs.py
 LOGITS_COPIES = 3  # logits, their exponentials, and the gradient
 BF16, FP32 = 2, 4  # bytes
 
@@ -119,7 +119,7 @@ def _stage_memory(
         reference=width * count.total if needs_reference(config.algorithm) else 0.0,
         critic=0.0,
         activations=_activations(config, spec, division, stage, tokens * width, in_flight),
-        logits=LOGITS_COPIES * LOGITS_TILE_BYTES + 2 * tokens * spec.hidden_size * FP32 if last else 0.0,
+        logits=LOGITS_COPIES * TILE_BYTES_ON_GPUS + 2 * tokens * spec.hidden_size * FP32 if last else 0.0,
         head=head,
         reserve=assume.reserve_bytes,
     )

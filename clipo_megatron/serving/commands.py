@@ -118,7 +118,11 @@ def _sglang(config: RunConfig, slot: ServerSlot, python: Path, key: str | None, 
     }
     environment = _environment(config, slot)
     if slot.devices:
-        options |= {"enable_memory_saver": config.rollout.colocated}
+        options |= {
+            "enable_memory_saver": config.rollout.colocated,
+            # Logits as the trainer computes them, in fp32: one product of bf16 factors, which costs nothing more.
+            "enable_fp32_lm_head": True,
+        }
     else:
         options |= {
             "device": "cpu",

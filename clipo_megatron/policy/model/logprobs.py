@@ -1,23 +1,22 @@
 """Log-probabilities of chosen tokens from hidden states and a vocabulary shard, in tiles of tokens x vocabulary rows.
 
-The logits of one tile exist at a time, in the forward and again in the backward; [N, V] never exists. Tiles are as
-square as possible, because then states, weights and the weight's gradient are read least often for a given size. The
-forward carries each token's largest logit and the sum of exponentials relative to it from tile to tile. With vocabulary
+The logits of one tile exist at a time, in the forward and again in the backward; [N, V] never exists. The forward
+carries each token's largest logit and the sum of exponentials relative to it from tile to tile. With vocabulary
 parallelism each rank keeps three numbers a token for its shard (log-sum-exp, target logit, mean logit), and one
 all-gather a micro-batch merges them.
+
+Products leave their sums in fp32, also of bf16 states and weights: a logit of 30 rounded to bf16 is off by up to 0.06.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from math import isqrt
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-# Bytes of fp32 logits that exist at once.
-TILE_BYTES = 64 * 2**20
+from clipo_megatron.policy.model.tiles import TILE_BYTES_ON_CPUS, TILE_BYTES_ON_GPUS, tile_of
 
 
 def token_logprobs(
@@ -45,7 +44,7 @@ def token_logprobs(
         tp_group: ranks that share the vocabulary; None: this rank has all of it.
         main_grad: [V_shard, H] float32 buffer to which the weight's gradient is added directly, in place of autograd.
         entropy: also return the entropy of each distribution (nats).
-        tile: (tokens, vocabulary rows) whose logits exist at once; default: TILE_BYTES of them.
+        tile: (tokens, vocabulary rows) whose logits exist at once; default: as many as suit the device.
 
     Returns:
         logprobs [N] float32, and the entropies [N] float32 or None. The gradient with respect to `hidden` is this
@@ -58,18 +57,11 @@ def token_logprobs(
     else:
         real = weight.shape[0]
     if tile is None:
-        tile = _tile(targets.numel(), real)
+        tile = tile_of(targets.numel(), real, TILE_BYTES_ON_CPUS if hidden.device.type == "cpu" else TILE_BYTES_ON_GPUS)
     logprobs, entropies = _TokenLogprobs.apply(
         hidden, weight, targets, vocab_start, real, temperature, tp_group, main_grad, entropy, tile
     )
     return logprobs, entropies if entropy else None
-
-
-def _tile(tokens: int, rows: int) -> tuple[int, int]:
-    """The tile of TILE_BYTES that is as square as the numbers of tokens and vocabulary rows allow."""
-    numel = TILE_BYTES // 4
-    tall = max(1, min(tokens, max(isqrt(numel), numel // max(rows, 1))))
-    return tall, max(1, min(rows, numel // tall))
 
 
 def _slices(length: int, size: int) -> Iterator[slice]:
@@ -85,9 +77,9 @@ class _TokenLogprobs(torch.autograd.Function):
         stats = torch.zeros(3 if want_entropy else 2, count, dtype=torch.float32, device=hidden.device)
         stats[0] = -torch.inf  # stays where the shard is all padding
         local = targets - start
-        workspace = _Workspace(tile, hidden, weight, temperature)
+        workspace, states = _Workspace(tile, hidden, weight, temperature), _factor(hidden)
         for part in _slices(count if real else 0, tile[0]):
-            stats[:, part] = _statistics(workspace, hidden[part], weight[:real], local[part], want_entropy)
+            stats[:, part] = _statistics(workspace, states[part], weight[:real], local[part], want_entropy)
         if group is not None and dist.get_world_size(group) > 1:
             gathered = torch.empty(dist.get_world_size(group), *stats.shape, dtype=stats.dtype, device=stats.device)
             dist.all_gather_into_tensor(gathered.view(-1), stats.view(-1), group=group)
@@ -110,10 +102,11 @@ class _TokenLogprobs(torch.autograd.Function):
             grad_full = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
             grad_weight = grad_full[: ctx.real]
         grad_hidden = torch.zeros(hidden.shape, dtype=torch.float32, device=hidden.device)
-        workspace = _Workspace(ctx.tile, hidden, weight, ctx.temperature)
+        workspace, states = _Workspace(ctx.tile, hidden, weight, ctx.temperature), _factor(hidden)
         for part in _slices(local.numel() if ctx.real else 0, ctx.tile[0]):
             for rows in _slices(ctx.real, ctx.tile[1]):
-                logits = workspace.logits(hidden[part], weight[rows])
+                shard = _factor(weight[rows])
+                logits = workspace.logits(states[part], shard)
                 centred = logits - moment[0][part, None] if moment else None
                 grad = logits.sub_(lse[part, None]).exp_()
                 if centred is not None:
@@ -125,10 +118,10 @@ class _TokenLogprobs(torch.autograd.Function):
                 grad.scatter_add_(1, column[:, None], (grad_logprobs[part] * within)[:, None])
                 if ctx.temperature != 1.0:
                     grad.div_(ctx.temperature)
-                narrow = workspace.narrowed(grad)
-                _add_product(grad_hidden[part], narrow, weight[rows])
+                factor = grad.to(shard.dtype)
+                _add_product(grad_hidden[part], factor, shard)
                 if grad_weight is not None:
-                    _add_product(grad_weight[rows], narrow.t(), hidden[part])
+                    _add_product(grad_weight[rows], factor.t(), states[part])
         if ctx.main_grad is not None:
             # Megatron's hook expects a gradient, but does not read it once grad_added_to_main_grad is set.
             weight.grad_added_to_main_grad = True
@@ -145,7 +138,7 @@ def _statistics(workspace: _Workspace, hidden: Tensor, shard: Tensor, local: Ten
     peak = hidden.new_full((local.numel(),), -torch.inf, dtype=torch.float32)
     total, target, moment = torch.zeros_like(peak), torch.zeros_like(peak), torch.zeros_like(peak)
     for rows in _slices(shard.shape[0], workspace.tile[1]):
-        logits = workspace.logits(hidden, shard[rows])
+        logits = workspace.logits(hidden, _factor(shard[rows]))
         column, within = _columns(local, rows)
         target += logits.gather(1, column[:, None]).squeeze(1) * within
         highest = torch.maximum(peak, logits.amax(-1))
@@ -166,34 +159,38 @@ def _columns(local: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
     return torch.where(within, column, 0), within
 
 
+def _factor(tensor: Tensor) -> Tensor:
+    """A factor of products whose sums are fp32: the tensor itself, or an fp32 copy on CPUs, which have no other such
+    products."""
+    return tensor.float() if tensor.device.type == "cpu" else tensor
+
+
+def _product(left: Tensor, right: Tensor, out: Tensor) -> None:
+    """Write left @ right to `out`, which is float32."""
+    if left.dtype == out.dtype:
+        torch.mm(left, right, out=out)
+    else:
+        torch.mm(left, right, out_dtype=out.dtype, out=out)
+
+
 def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """Add left @ right to `total` in place, in the dtype of `total`."""
+    """Add left @ right to `total`, which is float32, in place."""
     if left.dtype == total.dtype:
         total.addmm_(left, right)
     else:
-        total.add_(left @ right)
+        torch.addmm(total, left, right, out_dtype=total.dtype, out=total)
 
 
 class _Workspace:
-    """Buffers for the logits of one tile, reused by the next: new ones of this size would cost page faults."""
+    """A buffer for the logits of one tile, reused by the next: a new one of this size would cost page faults."""
 
     def __init__(self, tile: tuple[int, int], hidden: Tensor, weight: Tensor, temperature: float):
         self.tile = min(tile[0], len(hidden)), min(tile[1], len(weight))
         self.temperature = temperature
-        self.raw = hidden.new_empty(self.tile[0] * self.tile[1])
-        self.wide = (
-            self.raw if hidden.dtype is torch.float32 else self.raw.new_empty(self.raw.shape, dtype=torch.float32)
-        )
+        self._buffer = hidden.new_empty(self.tile[0] * self.tile[1], dtype=torch.float32)
 
     def logits(self, hidden: Tensor, rows: Tensor) -> Tensor:
         """The tile's logits [n, rows] float32, valid until the next call; the caller may overwrite them."""
-        shape = len(hidden), len(rows)
-        raw, logits = (each[: shape[0] * shape[1]].view(shape) for each in (self.raw, self.wide))
-        torch.mm(hidden, rows.t(), out=raw)
-        if self.raw is not self.wide:
-            logits.copy_(raw)
+        logits = self._buffer[: len(hidden) * len(rows)].view(len(hidden), len(rows))
+        _product(hidden, rows.t(), logits)
         return logits if self.temperature == 1.0 else logits.div_(self.temperature)
-
-    def narrowed(self, logits: Tensor) -> Tensor:
-        """The tensor that `logits` returned, in the states' dtype."""
-        return logits if self.raw is self.wide else self.raw[: logits.numel()].view(logits.shape).copy_(logits)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -10,7 +11,10 @@ import torch.distributed as dist
 from paths import TOOLS
 from ranks import RankPool
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from clipo_megatron.policy.model import logprobs as logprobs_module
 from clipo_megatron.policy.model.logprobs import token_logprobs
 
 BENCH = TOOLS / "bench_logprobs.py"
@@ -127,8 +131,9 @@ def test_large_logits_do_not_overflow() -> None:
 
 @pytest.mark.parametrize("entropy", [False, True])
 def test_bf16(entropy: bool) -> None:
+    """Log-probs of bf16 states and weights are those of their exact products: nothing is rounded on the way."""
     hidden, weight, targets, up, up_entropy = inputs()
-    hidden, weight = hidden.bfloat16(), weight.bfloat16()
+    hidden, weight = hidden.bfloat16() * 3, weight.bfloat16()
     expected = exact(hidden, weight, targets, up, up_entropy * entropy)
     hidden.requires_grad_(), weight.requires_grad_()
     main_grad = torch.zeros(V, H)
@@ -136,8 +141,87 @@ def test_bf16(entropy: bool) -> None:
     assert logprobs.dtype == torch.float32
     (logprobs @ up + (entropies @ up_entropy if entropy else 0.0)).backward()
     assert hidden.grad.dtype == torch.bfloat16
-    for ours, theirs in ((logprobs, expected[0]), (hidden.grad, expected[2]), (main_grad, expected[3])):
-        assert close(ours, theirs, 2e-2)
+    assert close(logprobs, expected[0]) and close(main_grad, expected[3])
+    assert close(hidden.grad, expected[2], 2**-8), "rounded once, at the end"
+    assert not entropy or close(entropies, expected[1], scale=expected[0])
+
+
+class ProductsOfAGpu:
+    """Stands for torch in the module: products of bf16 factors, with an fp32 result where it is asked for.
+
+    On GPUs `mm` and `addmm` take `out_dtype` (aten/src/ATen/native/cuda/Blas.cpp, `_mm_dtype_out_cuda`): the factors
+    have one dtype, and the sums, which are fp32, are not rounded to it.
+    """
+
+    def __init__(self) -> None:
+        self.calls: list[str] = []
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(torch, name)
+
+    def mm(self, left: Tensor, right: Tensor, *, out_dtype: torch.dtype, out: Tensor) -> Tensor:
+        assert left.dtype == right.dtype == torch.bfloat16 and out.dtype == out_dtype == torch.float32
+        self.calls.append("mm")
+        return torch.mm(left.float(), right.float(), out=out)
+
+    def addmm(self, total: Tensor, left: Tensor, right: Tensor, *, out_dtype: torch.dtype, out: Tensor) -> Tensor:
+        assert left.dtype == right.dtype == torch.bfloat16 and total.dtype == out_dtype == torch.float32
+        assert out is total, "the sum is added in place"
+        self.calls.append("addmm")
+        return out.addmm_(left.float(), right.float())
+
+
+def test_on_a_gpu_products_of_bf16_leave_and_add_up_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = ProductsOfAGpu()
+    monkeypatch.setattr(logprobs_module, "torch", gpu)
+    monkeypatch.setattr(logprobs_module, "_factor", lambda tensor: tensor)
+    hidden, weight, targets, up, _ = inputs()
+    hidden, weight = hidden.bfloat16() * 3, weight.bfloat16()
+    expected = exact(hidden, weight, targets, up, torch.zeros(N))
+    hidden.requires_grad_(), weight.requires_grad_()
+    main_grad = torch.zeros(V, H)
+    logprobs, _ = token_logprobs(hidden, weight, targets, main_grad=main_grad, tile=(7, 4))
+    logprobs.backward(up)
+    assert close(logprobs, expected[0])
+    assert close(hidden.grad, expected[2], 2**-7) and close(main_grad, expected[3], 2**-7), "of rounded gradients"
+    tiles = -(-N // 7) * -(-V // 4)
+    assert (gpu.calls.count("mm"), gpu.calls.count("addmm")) == (2 * tiles, 2 * tiles)
+
+
+def test_torch_has_these_products_on_gpus() -> None:
+    """By torch's own kernels for fake tensors, which know what the real ones take and return."""
+    with FakeTensorMode():
+        left = torch.empty(8, 16, dtype=torch.bfloat16, device="cuda")
+        right = torch.empty(16, 32, dtype=torch.bfloat16, device="cuda")
+        out = torch.empty(8, 32, device="cuda")
+        assert torch.mm(left, right, out_dtype=torch.float32, out=out) is out
+        assert torch.addmm(out, left, right, out_dtype=torch.float32).dtype == torch.float32
+    # A fake tensor cannot be added to in place without a GPU, but the operator says that it can be.
+    written = {each.name: each.alias_info for each in torch.ops.aten.addmm.dtype_out._schema.arguments}
+    assert "out_dtype" in written and written["out"].is_write
+
+
+class Products(TorchDispatchMode):
+    """Notes the bytes that each product writes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.written: list[int] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func in (torch.ops.aten.mm.dtype_out, torch.ops.aten.mm.out):
+            self.written.append(kwargs["out"].nbytes)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(("device", "nbytes"), [("meta", 16 * 2**20), ("cpu", 64 * 2**20)])
+def test_tiles_suit_the_device(device: str, nbytes: int) -> None:
+    """The meta device stands for a GPU, which is what is no CPU."""
+    with FakeTensorMode() if device == "cpu" else nullcontext(), Products() as products:
+        hidden = torch.empty(4100, 8, dtype=torch.bfloat16, device=device)
+        weight = torch.empty(12_000, 8, dtype=torch.bfloat16, device=device)
+        token_logprobs(hidden, weight, torch.empty(4100, dtype=torch.int64, device=device))
+    assert max(products.written) == nbytes and sum(products.written) == 4 * 4100 * 12_000
 
 
 # --- vocabulary parallel -----------------------------------------------------------------------------------------

@@ -74,6 +74,9 @@ def test_sglang_on_gpus():
     assert found["--tp-size"] == ["2"] and found["--dtype"] == ["float32"] and found["--enable-memory-saver"] == []
     assert not {"--device", "--attention-backend", "--mem-fraction-static", "--sleep-on-idle"} & set(found)
     assert "2,3" in made.environment.values() and made.environment["PYTHONPATH"] == ""
+    assert found["--enable-fp32-lm-head"] == [], "logits in fp32, as the trainer's"
+    run.sglang = {"enable_fp32_lm_head": False}
+    assert "--enable-fp32-lm-head" not in server_command(run, ServerSlot(0, 1, ("0",)), python=PYTHON).arguments
     run.rollout.colocated = False
     assert "--enable-memory-saver" not in server_command(run, ServerSlot(0, 1, ("0",)), python=PYTHON).arguments
 
