@@ -30,6 +30,7 @@ _INFINITE = re.compile(r"([-+]?)\s*(?:\\infty|\\text\{inf(?:inity)?\}|infinity|i
 
 # What a relation's sign becomes when its sides change places.
 _TURNED = {"<": ">", ">": "<", "<=": ">=", ">=": "<=", "=": "=", "!=": "!=", "~": "~"}
+_MOST_APPROXIMATIONS = 3  # of one value: 22/7 \approx 3.142857 \approx 3.14
 _Part = TypeVar("_Part")
 
 Interval = tuple[str, str, str, str]  # bracket, start, end, bracket
@@ -220,8 +221,11 @@ def _gold_relation_agrees(answer: Shape, gold: Shape) -> bool:
 
 
 def _near(parts: Sequence[Shape]) -> bool:
-    """Whether the numbers in a chain of approximations are within 5% of each other."""
+    """Whether the numbers in a chain of approximations are within 5% of each other, and not a list of candidates."""
     values = [value for part in parts if (value := closeness.approximate(part.text)) is not None]
+    whole = {value for value in values if value == round(value.real)}
+    if len(values) > _MOST_APPROXIMATIONS or len(whole) > 1:
+        return False
     return all(abs(one - other) <= 0.05 * max(abs(one), abs(other)) for one, other in pairwise(values))
 
 

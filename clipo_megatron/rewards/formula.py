@@ -114,7 +114,7 @@ class _FormulaReader:
                 self.take()
                 node, mixed = ("/", node, self.signed()), False
             elif self.starts_factor(token):
-                if token[0].isdigit() and self.tokens[self.next - 1] != "!":  # 3!7! is a product
+                if (token[0].isdigit() or token[0] == ".") and self.tokens[self.next - 1] != "!":  # 3!7! is a product
                     raise Unreadable("two numbers stand side by side")
                 factor = self.power()
                 plain = factor[0] == "/" and factor[1][0] == factor[2][0] == "number" and token == "\\frac"

@@ -13,7 +13,7 @@ FORMS = [
     *("Option C", "option (C)", "Choice C", "\\text{C}", "\\mathrm{C}", "\\textbf{(C) }42\\text{ K}", "$C$"),
     *("C\\text{: 42 K}", "\\text{Option C}", "The answer is C", "Answer: C", "\\text{C. 42 K}", "C<|im_end|>"),
 ]
-OTHERS = ["B", "(B)", "C or D", "C, D", "CD", "Cats", "A: 42 K", "\\text{B. 42 K}", "", "E"]
+OTHERS = ["C..E", "B", "(B)", "C or D", "C, D", "CD", "Cats", "A: 42 K", "\\text{B. 42 K}", "", "E"]
 
 
 @pytest.mark.parametrize("source", SOURCES)
