@@ -28,7 +28,8 @@ class ChatRenderer:
         options: what the template reads beside the turns (model.template_options).
 
     Raises:
-        DataError: the template does not read one of the options, or reads it as something else.
+        DataError: the template does not read one of the options, or reads it as something else, or leaves out the
+            questions.
     """
 
     def __init__(self, tokenizer: Any, system_prompt: str | None, options: Mapping[str, Any] | None = None):
@@ -36,7 +37,20 @@ class ChatRenderer:
         self.system_prompt = system_prompt
         self.options = dict(options or {})
         check_template_options(tokenizer, self.options)
+        self._refuse_deaf_template()
         self._before: dict[int, str | TemplateRefusal] = {}  # the text of each probe by itself
+
+    def _refuse_deaf_template(self) -> None:
+        """Refuse a template that makes the same text of different questions: the policy would never read one."""
+        try:
+            texts = self._apply_all([[{"role": "user", "content": each}] for each in ("one", "two")])
+        except TemplateRefusal:  # rendering the prompts reports it in words
+            return
+        if texts[0] == texts[1]:
+            raise DataError(
+                f"the chat template leaves out what the user says: it makes {texts[0][:80]!r} of any question. Correct "
+                "the model's chat_template.jinja or tokenizer_config.json."
+            )
 
     def render(self, messages: Messages) -> Rendered:
         """The text for the model, generation prompt included, and the turns that it contains.
