@@ -9,6 +9,15 @@ from pathlib import Path
 
 # Options of sbatch that say how much of a node a job gets; where a user gives one, it is not chosen here.
 _SHARING = ("--exclusive", "--oversubscribe", "-s", "--cpus-per-task", "-c", "--cpus-per-gpu")
+# Options of sbatch whose values the job's script relies on, and what to give in their place.
+_DECIDED = {
+    **dict.fromkeys(("--nodes", "-N"), "Give --nodes"),
+    **dict.fromkeys(("--ntasks", "-n", "--ntasks-per-node", "--tasks-per-node"), "Give --ranks-per-node"),
+    **dict.fromkeys(("--array", "-a"), "A run is one job: submit each of several by itself"),
+    "--signal": "Give --stop-before",
+    "--no-requeue": "Give --requeues 0",
+    "--wrap": "Give --setup for commands that run first",
+}
 _MEMORY = ("--mem", "--mem-per-cpu", "--mem-per-gpu")
 
 
@@ -110,14 +119,18 @@ class Resources:
                 "the job would never do a step. Give it more time, or lower --stop-before."
             )
         for mount in self.mounts:
-            if ":" not in mount or not self.container:
-                raise SlurmError(f"--mount {mount}: it takes HOST:INSIDE, and a --container. Correct it.")
+            if ":/" not in mount or not self.container:
+                raise SlurmError(
+                    f"--mount {mount}: it takes HOST:INSIDE, with the whole path inside, and a --container. Correct it."
+                )
         if (self.server_partition or self.server_options) and not self.server_nodes:
             option = "--server-partition" if self.server_partition else "--server-sbatch"
             raise SlurmError(f"{option} is for the nodes that only generate. Give --server-nodes, or leave it out.")
         for option in (*self.options, *self.server_options):
             if not option.startswith("-") or "\n" in option:
                 raise SlurmError(f"--sbatch {option}: it takes an option of sbatch, such as --sbatch=--qos=high")
+            if (name := _name_of(option)) in _DECIDED:
+                raise SlurmError(f"--sbatch {option}: the job's script relies on another {name}. {_DECIDED[name]}.")
 
 
 def walltime_s(text: str) -> int | None:
@@ -146,7 +159,12 @@ def shared_paths(*paths: str | Path | None) -> list[str]:
 
 
 def _given(options: tuple[str, ...], names: tuple[str, ...]) -> bool:
-    return any(re.split(r"[= ]", option, maxsplit=1)[0] in names for option in options)
+    return any(_name_of(option) in names for option in options)
+
+
+def _name_of(option: str) -> str:
+    """The name in an option of sbatch: --nodes of --nodes=4, -N of -N4."""
+    return re.split(r"[= ]", option, maxsplit=1)[0] if option.startswith("--") else option[:2]
 
 
 def _flag(name: str) -> str:
