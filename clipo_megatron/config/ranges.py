@@ -13,6 +13,9 @@ from clipo_megatron.config.errors import ConfigProblem, spell
 LARGEST_WHOLE = 2**31 - 1  # of an int32, in which tokens and lengths are kept
 LARGEST = 1e9
 LONGEST_S = 2e6  # 23 days; poll(2) counts 2**31 milliseconds
+# What a number may be at least that is not 0: below these it is a slip too, and what is divided by it overflows.
+SMALLEST = 1e-12
+SHORTEST_S = 1e-3
 SECONDS = "_s"  # ends the name of a number of seconds
 
 
@@ -67,6 +70,9 @@ def range_violation(declared: Field[Any], value: Any) -> str | None:
     if value not in bounds:
         expected = str(bounds) or "a finite number"
         return f"it must be {expected}" + (f": {bounds.because}" if bounds.because else "")
+    smallest = SHORTEST_S if declared.name.endswith(SECONDS) else SMALLEST
+    if 0 < abs(value) < smallest:
+        return f"its size must be at least {smallest:g}"
     if isfinite(min(bounds.most, bounds.below)):
         return None
     if declared.name.endswith(SECONDS):

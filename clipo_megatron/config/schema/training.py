@@ -60,7 +60,7 @@ class FaultsConfig:
     """What becomes of ranks that die or stop making progress. For saves and updates: `checkpoint`, `optimizer`."""
 
     # seconds without a heartbeat of a rank after which it is named and all ranks end
-    heartbeat_timeout_s: float = within(60.0, above=0)
+    heartbeat_timeout_s: float = within(60.0, least=1)
     # seconds in one phase of a step after which every rank prints its stacks; the run goes on
     phase_timeout_s: float = within(900.0, above=0)
     # seconds after a signal for rollouts to finish before the step is cancelled; null: 60, or see `clipo submit`

@@ -173,7 +173,7 @@ def test_every_template_is_used():
         ((), {"ranks_per_node": 3, "gpus_per_node": 2}, r"--ranks-per-node 3 on --gpus-per-node 2: each rank needs"),
         ((), {"mounts": ("/a:/a",)}, r"--mount /a:/a: .*--container"),
         ((), {"mounts": ("/a:b",), "container": "i"}, r"--mount /a:b: .*the whole path inside"),
-        ((), {"options": ("--nodes=4",)}, r"--sbatch --nodes=4: the job's script relies on another --nodes. Give --nodes"),
+        ((), {"options": ("--nodes=4",)}, r"--nodes=4: the job's script relies on another --nodes. Give --nodes"),
         ((), {"options": ("-N4",)}, r"relies on another -N"),
         ((), {"options": ("--array=1-4",)}, r"A run is one job"),
         ((), {"options": ("--no-requeue",)}, r"Give --requeues 0"),
