@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 INFINITY_BITS = 0x7F800000  # of float32
+# Choices of rollouts whose sums of squares differ by less than this share of the squared range are equal: advantages
+# are float32, so no smaller difference means anything.
+TIE = 1e-6
 
 
 class D3sScope(str, Enum):
@@ -90,17 +93,19 @@ def most_varied(values: Tensor, count: int) -> Tensor:
     """Places of the `count` of `values` [n] whose variance is largest, [count] int64; the first of equal choices.
 
     The best choice consists of some of the smallest and some of the largest values, for moving an inner value outward
-    raises the variance. So there are count + 1 candidates, each judged by running sums: O(n log n).
+    raises the variance. So there are count + 1 candidates, each judged by running sums: O(n log n). Where many values
+    are the same, as the advantages of wrong rollouts are, many candidates are equal: rounding must not decide.
     """
     order = values.argsort(stable=True)
     ordered = values.double()[order]
-    ordered = ordered - ordered.mean()
+    ordered = ordered - ordered[:1]
     zero = ordered.new_zeros(1)
     sums, squares = (torch.cat([zero, each.cumsum(0)]) for each in (ordered, ordered.square()))
     low = torch.arange(count + 1)  # how many of the smallest are chosen
     high = values.numel() - count + low  # where the chosen largest begin
     total, square = (each[low] + each[-1] - each[high] for each in (sums, squares))
-    best = int((square - total.square() / max(count, 1)).argmax())
+    varied = square - total.square() / max(count, 1)
+    best = int((varied >= varied.max() - TIE * ordered[-1:].square().sum()).nonzero()[0])
     return torch.cat([order[:best], order[values.numel() - count + best :]])
 
 

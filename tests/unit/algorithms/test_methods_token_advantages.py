@@ -113,6 +113,18 @@ def test_most_varied_is_the_best_of_all_choices(seed: int) -> None:
             assert float(values[chosen].double().var(correction=0)) == pytest.approx(best, abs=1e-9)
 
 
+def test_equal_choices_are_not_decided_by_rounding() -> None:
+    """Of a step with 5 right rollouts of 32, any 19 wrong ones vary as much as any others: the last 19 are chosen."""
+    right = {5: 0.7479137, 6: 0.7513172, 10: 1.0, 18: 0.5, 23: 0.5}
+    values = torch.zeros(32)
+    values[list(right)] = torch.tensor(list(right.values()))
+    wrong = [row for row in range(32) if row not in right]
+    for noise in torch.linspace(-1e-6, 1e-6, 21):
+        chosen = most_varied(torch.where(values == 0, values, values * (1 + noise * values)), 24)
+        assert sorted(chosen.tolist()) == sorted([*right, *wrong[-19:]])
+    assert most_varied(torch.full((7,), 0.1), 4).tolist() == [3, 4, 5, 6]
+
+
 @pytest.mark.parametrize("steps", [0, 5, 10, 30])
 @pytest.mark.parametrize("scope", D3sScope)
 @pytest.mark.parametrize("case", CASES)
