@@ -180,8 +180,8 @@ class Segment(NamedTuple):
 class MicroBatch:
     """Rollouts packed into one row without padding between them, and the columns of their targets.
 
-    Without shared prompts a segment is a rollout, [prompt, response]. With them a prompt stands once, as the context of
-    the responses that follow it, and is computed once for the whole group. `tokens` is padded only at the end, to the
+    Without shared prompts a segment is a rollout, [prompt, response]. With them all prompts come first, each once, as
+    the context of its group's responses, and all responses follow. `tokens` is padded only at the end, to the
     tensor-parallel multiple; the padding is a segment of its own that nothing reads.
 
     Worked example: prompt [5, 6, 7], responses [8, 9] and [10]. Shared: tokens [5, 6, 7, 8, 9, 10], positions

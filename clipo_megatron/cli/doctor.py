@@ -26,9 +26,9 @@ EXAMPLES = ""
 GIB = 2**30
 NEEDED = ("torch", "megatron-core", "transformers", "omegaconf", "math-verify", "reasoning-gym")
 OPTIONAL = {
-    "transformer-engine": "faster layers and attention on GPUs",
+    "transformer-engine": "faster layers on GPUs",
     "apex": "fused AdamW on GPUs, where transformer-engine is absent",
-    "flash-attn": "attention kernel that transformer-engine can use",
+    "flash-attn-3": "faster attention on GPUs of compute capability 9",
 }
 
 
@@ -151,13 +151,24 @@ def _would_be_used() -> list[Finding]:
     choices = {
         "device": here.name,
         "backend": here.backend,
-        "attention": "transformer-engine" if engine else "torch's SDPA over packed segments",
+        "attention": _attention(here.has_gpu),
         "layers": "transformer-engine" if engine else "megatron-core's own",
         "optimizer": _optimizer(),
         "precision": "bf16 or fp32, with fp32 master weights",
         "rollouts": "transformers, in the training processes; or servers of `clipo serve`",
     }
     return [Finding("a run would use", what, choice) for what, choice in choices.items()]
+
+
+def _attention(on_gpu: bool) -> str:
+    """The kernels of attention, as `policy/model/attention_kernels.py` chooses them."""
+    if not on_gpu:
+        return "torch's flash kernel for CPUs"
+    return (
+        "flash kernels, version 3 where the GPU has it"
+        if _importable("flash_attn_interface")
+        else "torch's flash kernels"
+    )
 
 
 def _optimizer() -> str:

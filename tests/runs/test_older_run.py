@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import warm
 from small_runs import SmallRun, metrics
 
 from clipo_megatron.telemetry.segments import read_segments
@@ -35,7 +36,15 @@ def in_place(folder: Path) -> list[str]:
     return [f"model.path={folder / 'model'}", *data]
 
 
-def test_an_older_run_resumes_with_equal_metrics(older):
+# Relative; others are 1e-6. In fp32, ways of adding the same terms in attention, each exact to 1e-12 in float64, differ
+# by 1e-6 to 4e-6 of the gradients, and updates go as much further from the start: the older version does with prompts
+# apart, or with torch's plain kernel.
+TOLERANCES = {"policy/grad_norm": 1e-5, "policy/reference_kl": 1e-5}
+
+
+def test_an_older_run_resumes_with_equal_metrics(older, monkeypatch):
+    """Given its choice in step 3, where D3S had 21 equal ones and the last bit of a sum decided (`older_choices`)."""
+    monkeypatch.setenv(warm.IMPORT, "older_choices")
     run = SmallRun(older / "run.yaml", older / "run", *in_place(older)).wait()
     assert "step_000002, 2 steps done" in run.said
     for old, new in RENAMED:
@@ -46,6 +55,8 @@ def test_an_older_run_resumes_with_equal_metrics(older):
     for mine, theirs in zip(resumed, before, strict=True):
         if mine["step"] >= 2:  # versions before wrote 1 here whatever the groups were
             theirs["rollout/mixed_groups"] = theirs["reward/mixed_groups"]
+        for name, tolerance in TOLERANCES.items():
+            assert mine.pop(name) == pytest.approx(theirs.pop(name), rel=tolerance)
         assert mine == pytest.approx(theirs, rel=1e-6, abs=1e-6)
     assert [each.step for each in read_segments(older / "run")] == [2]
     assert "model.path  " in run.said and "optimizer.learning_rate" not in run.said, "only paths have changed"

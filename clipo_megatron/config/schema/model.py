@@ -39,7 +39,7 @@ class LayoutConfig:
     dp: Optional[int] = within(None, 1)
     sequence_parallel: bool = False  # shard activations along the sequence outside tensor-parallel layers; needs tp > 1
     max_tokens_per_microbatch: int = within(8192, 1)  # packed tokens of one forward; a longer rollout gets its own
-    share_prompts: Optional[bool] = None  # compute a group's prompt once; null: where the attention kernel can
+    share_prompts: Optional[bool] = None  # compute a group's prompt once; null: where its rollouts begin alike
     distributed_timeout_s: float = within(2700.0, above=0)  # limit of a collective; ranks wait in one for slower ranks
 
     @property

@@ -15,7 +15,6 @@ from clipo_megatron.config.schema import RunConfig
 from clipo_megatron.flow import Experience, MicroBatch, MiniBatch, RolloutTable, Sample
 from clipo_megatron.policy.batch.exchange import deliver
 from clipo_megatron.policy.batch.packing import PackingUnit, pack, plan_micro_batches, units_of
-from clipo_megatron.policy.model.model import packs_shared_prompts
 from clipo_megatron.policy.parallel import Layout
 from clipo_megatron.runtime.platform import platform
 
@@ -31,23 +30,14 @@ class Batcher:
 
     @classmethod
     def of(cls, config: RunConfig, layout: Layout) -> Batcher:
-        """The batcher of a run. Unless the configuration says, prompts are shared where the attention supports it and
-        the rollouts of a group start from the same tokens.
-
-        Raises:
-            ValueError: sharing is asked for and the attention does not support it.
-        """
+        """The batcher of a run. Unless the configuration says, prompts are shared where the rollouts of a group start
+        from the same tokens."""
         wanted = config.layout.share_prompts
-        if wanted and not packs_shared_prompts():
-            raise ValueError(
-                "layout.share_prompts is true, but transformer-engine's attention cannot attend to a shared prompt; "
-                "leave it unset, or uninstall transformer-engine"
-            )
         return cls(
             layout,
             config.algorithm.mini_batches,
             config.layout.max_tokens_per_microbatch,
-            packs_shared_prompts() and config.rollout.window_tokens is None if wanted is None else wanted,
+            config.rollout.window_tokens is None if wanted is None else wanted,
         )
 
     def mini_batches_of(self, samples: Sequence[Sample], table: RolloutTable) -> list[MiniBatch]:

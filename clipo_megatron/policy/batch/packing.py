@@ -132,7 +132,8 @@ def pack(
 
     Args:
         samples: the micro-batch's rollouts in the order of their rows; without any the row is padding alone.
-        share_prompts: whether neighbours of one group share their prompt, which is packed once before their responses.
+        share_prompts: whether neighbours of one group share their prompt. All prompts are packed first, each once, and
+            all responses behind them.
         multiple: the row is padded to a multiple of this, the tensor-parallel size under sequence parallelism.
         device: the device of the tensors; None: the CPU.
     """
@@ -151,19 +152,21 @@ def pack(
         segments.append(Segment(start, piece.numel(), *context))
         return start
 
-    prompt_start, shared = 0, None
-    for sample in samples:
+    prompts: list[int] = []  # where the prompt of each sample begins
+    if share_prompts:  # attention wants all prompts before all responses
+        for before, sample in zip([None, *samples], samples, strict=False):
+            shared = before is not None and before.group == sample.group
+            prompts.append(prompts[-1] if shared else append(sample.prompt, 0))
+    for number, sample in enumerate(samples):
         length, count = sample.prompt.numel(), sample.response.numel()
-        if not share_prompts:
-            prompt_start = append(torch.cat([sample.prompt, sample.response]), 0)
-            start = prompt_start + length
+        if share_prompts:
+            start = append(sample.response, length, (prompts[number], length))
         else:
-            if shared != sample.group:
-                prompt_start, shared = append(sample.prompt, 0), sample.group
-            start = append(sample.response, length, (prompt_start, length))
+            prompts.append(append(torch.cat([sample.prompt, sample.response]), 0))
+            start = prompts[number] + length
         place = torch.arange(start, start + count)
         states.append(place)
-        predict.append(torch.cat([torch.tensor([prompt_start + length - 1]), place[:-1]]))
+        predict.append(torch.cat([torch.tensor([prompts[number] + length - 1]), place[:-1]]))
 
     padding = max(multiple, -(-end // multiple) * multiple) - end
     if padding:

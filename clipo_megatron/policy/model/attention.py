@@ -1,109 +1,127 @@
-"""Core attention for packed segments on `scaled_dot_product_attention`: CPUs, and GPUs without transformer-engine.
+"""Core attention of packed rollouts: a prompt cascade, exact, for every device.
 
-A segment's queries are its own tokens; its keys are the tokens of its context, followed by its own. The causal mask is
-aligned at the lower right. Segments with the same context length and similar lengths of their own form a batch, padded
-on the right inside the attention only: a padded key comes after every real query, so the causal mask hides it and
-nothing leaks between segments.
+A row is packed with its prompts first and the responses behind them, so all queries, keys and values of a call are
+views of the row. Every segment attends to itself, causally. The responses of a group attend to their prompt in a second
+call, in which they are one long sequence of queries, since every one of them sees the whole prompt. The two are merged
+by their log-sum-exps:
 
-With a sliding window of w a query sees w keys, the last of which is its own. A mask is built only where the window is
-shorter than a segment with its context; context tokens that no query sees are left out.
+    m = logaddexp(l1, l2),    output = exp(l1 - m) output1 + exp(l2 - m) output2
+
+Flash kernels compute gradients from an output and its log-sum-exp. Given the merged ones, each call computes its part
+of the whole gradients, and these parts are added.
+
+With a sliding window that is shorter than a segment and its context, a query sees a part of the prompt that depends on
+its place. The keys that such a row's segments see are copied then, and there is one call.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from itertools import pairwise
+from typing import Any, NamedTuple
 
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
 
 from clipo_megatron.flow import Segment
-
-# Segments share a batch while the longest has at most GROWTH times the tokens of the shortest, plus SLACK.
-GROWTH, SLACK = 1.25, 4
+from clipo_megatron.policy.model.attention_kernels import Sequences, attend, gradients, merge
 
 
-@dataclass(frozen=True)
-class SegmentBatch:
-    """Segments that one call of the attention computes together."""
+class AttentionPart(NamedTuple):
+    """One call: some queries of the row and the keys that they attend to."""
 
-    count: int
-    length: int  # queries of each, padding included
-    context: int  # keys of each from its context
-    mask: Tensor | None  # [length, context + length] bool, True where attended; None: causal
+    queries: slice
+    keys: slice | Tensor  # a tensor [K] int64 names keys that are copied
+    sequences: Sequences
 
 
 @dataclass
-class SegmentPlan(PackedSeqParams):
-    """How the segments of one packed row are batched for attention; made once a micro-batch.
+class AttentionPlan(PackedSeqParams):
+    """The calls that compute the attention of one packed row; made once a micro-batch.
 
     Megatron passes it to the attention as `packed_seq_params`. Its `qkv_format` is not "thd", so that Megatron leaves
     shapes and rotary embeddings alone.
     """
 
-    queries: Tensor | None = None  # [sum count*length] int64, the token of each padded query, batch after batch
-    keys: Tensor | None = None  # [sum count*(context+length)] int64, the token of each padded key
-    restore: Tensor | None = None  # [T] int64, the padded query of each token
-    buckets: tuple[SegmentBatch, ...] = ()
+    parts: tuple[AttentionPart, ...] = ()  # the first has all queries; those of others are merged with it
 
 
-def plan_segments(segments: Sequence[Segment], device: torch.device, window: int | None = None) -> SegmentPlan:
-    """Batch segments by the length of their context and their own.
+def plan_attention(segments: Sequence[Segment], device: torch.device, window: int | None = None) -> AttentionPlan:
+    """The calls for the segments of a packed row.
 
     Args:
-        segments: those of the packed row, in order.
-        device: where index tensors and masks go.
+        segments: those of the row, in order. Those with the same context are neighbours, and contexts are in the order
+            of the segments that attend to them, without tokens between them.
+        device: where the tensors of the plan go.
         window: keys that a query sees, including its own; None: all up to its own.
+
+    Raises:
+        ValueError: the row is packed in another order.
     """
-    if window is not None:
-        segments = [_within(each, window) for each in segments]
-    waiting = sorted(segments, key=lambda each: (each.context_length, each.length), reverse=True)
-    queries: list[Tensor] = []
-    keys: list[Tensor] = []
-    buckets: list[SegmentBatch] = []
-    restore = torch.empty(sum(each.length for each in segments), dtype=torch.int64)
-    place = 0
-    while waiting:
-        context, longest = waiting[0].context_length, waiting[0].length
-        count = sum(1 for each in waiting if each.context_length == context and each.length * GROWTH + SLACK >= longest)
-        bucket, waiting = waiting[:count], waiting[count:]
-        for each in bucket:
-            # Padding reads the segment's last token: any finite value would do, because its output is dropped.
-            own = torch.arange(longest).clamp_(max=each.length - 1).add_(each.start)
-            queries.append(own)
-            keys += [torch.arange(each.context_start, each.context_start + context), own]
-            restore[each.start : each.start + each.length] = torch.arange(place, place + each.length)
-            place += longest
-        buckets.append(SegmentBatch(count, longest, context, _mask(longest, context, window, device)))
-    return SegmentPlan(
-        qkv_format="segments",
-        queries=torch.cat(queries).to(device),
-        keys=torch.cat(keys).to(device),
-        restore=restore.to(device),
-        buckets=tuple(buckets),
-    )
+    whole = slice(0, segments[-1].start + segments[-1].length)
+    if window is not None and any(window < each.context_length + each.length for each in segments):
+        parts = (_windowed(segments, whole, 0, window, device),)
+    else:
+        parts = tuple(_cascade(segments, whole, 0, device))
+    return AttentionPlan(qkv_format="segments", parts=parts)
 
 
-def _within(segment: Segment, window: int) -> Segment:
-    """The segment without the part of its context that lies before the window of its first query."""
-    unseen = max(0, segment.context_length - (window - 1))
-    return segment._replace(
-        context_start=segment.context_start + unseen, context_length=segment.context_length - unseen
-    )
+def _cascade(segments: Sequence[Segment], chunk: slice, place: int, device: torch.device) -> Iterator[AttentionPart]:
+    """The calls for the queries of a chunk of the row, which are at `place` among the queries of this rank."""
+    here = [each for each in segments if each.start < chunk.stop and each.start + each.length > chunk.start]
+    ends = [min(each.start + each.length, chunk.stop) for each in here]
+    begins = [max(each.start, chunk.start) for each in here]
+    queries = [end - begin for begin, end in zip(begins, ends, strict=True)]
+    keys = [end - each.start for each, end in zip(here, ends, strict=True)]
+    own = Sequences.of(queries, keys, device, causal=True)
+    size = chunk.stop - chunk.start
+    yield AttentionPart(slice(place, place + size), slice(here[0].start, chunk.stop), own)
+
+    contexts: dict[tuple[int, int], int] = {}  # place and length of each context, and the queries that attend to it
+    readers = [number for number, each in enumerate(here) if each.context_length]
+    for number in readers:
+        context = here[number].context_start, here[number].context_length
+        contexts[context] = contexts.get(context, 0) + queries[number]
+    if not readers:
+        return
+    if readers != list(range(readers[0], readers[-1] + 1)) or _changes(here[n] for n in readers) != len(contexts):
+        raise ValueError("segments with a context are neighbours in a packed row, and these are not")
+    first, last = begins[readers[0]] - chunk.start, ends[readers[-1]] - chunk.start
+    start = end = next(iter(contexts))[0]
+    for context, length in contexts:
+        if context != end:
+            raise ValueError("contexts stand in the order of their readers, one behind the other, and these do not")
+        end += length
+    shared = Sequences.of(list(contexts.values()), [length for _, length in contexts], device, causal=False)
+    yield AttentionPart(slice(place + first, place + last), slice(start, end), shared)
 
 
-def _mask(length: int, context: int, window: int | None, device: torch.device) -> Tensor | None:
-    """A mask [length, context + length] bool, True where attended; None where the causal mask is the same."""
-    limits = window is not None and window < context + length
-    if not context and not limits:
-        return None
-    mask = torch.ones(length, context + length, dtype=torch.bool, device=device).tril_(diagonal=context)
-    return mask.triu_(diagonal=context - window + 1) if limits else mask
+def _changes(segments: Iterator[Segment]) -> int:
+    """How many runs of segments with the same context there are."""
+    contexts = [each.context_start for each in segments]
+    return 1 + sum(before != after for before, after in pairwise(contexts))
+
+
+def _windowed(
+    segments: Sequence[Segment], chunk: slice, place: int, window: int, device: torch.device
+) -> AttentionPart:
+    """The call for a chunk of a row with a window: each segment has copies of the keys that it sees."""
+    lengths, counts, keys = [], [], []
+    for each in segments:
+        begin, end = max(each.start, chunk.start), min(each.start + each.length, chunk.stop)
+        if begin >= end:
+            continue
+        context = torch.arange(each.context_start, each.context_start + each.context_length)
+        seen = torch.cat([context, torch.arange(each.start, end)])[-(end - begin + window - 1) :]
+        lengths.append(end - begin)
+        counts.append(seen.numel())
+        keys.append(seen)
+    sequences = Sequences.of(lengths, counts, device, causal=True, window=window)
+    return AttentionPart(slice(place, place + sum(lengths)), torch.cat(keys).to(device), sequences)
 
 
 class PackedAttention(MegatronModule):
@@ -115,7 +133,7 @@ class PackedAttention(MegatronModule):
         self.softmax_scale = softmax_scale
 
     def forward(
-        self, query: Tensor, key: Tensor, value: Tensor, *_: Any, packed_seq_params: SegmentPlan, **__: Any
+        self, query: Tensor, key: Tensor, value: Tensor, *_: Any, packed_seq_params: AttentionPlan, **__: Any
     ) -> Tensor:
         """Compute the attention output [T, 1, heads * head_dim].
 
@@ -124,27 +142,66 @@ class PackedAttention(MegatronModule):
             key: [T, 1, kv_heads, head_dim]; `value` likewise.
             packed_seq_params: the row's plan.
         """
-        plan = packed_seq_params
-        grouped = query.shape[2] != key.shape[2]
-        padded_query = query.squeeze(1).index_select(0, plan.queries)
-        padded_key, padded_value = (each.squeeze(1).index_select(0, plan.keys) for each in (key, value))
-        outputs, place, key_place = [], 0, 0
-        for bucket in plan.buckets:
-            rows, key_rows = bucket.count * bucket.length, bucket.count * (bucket.context + bucket.length)
-            out = scaled_dot_product_attention(
-                _batched(padded_query[place : place + rows], bucket.count),
-                _batched(padded_key[key_place : key_place + key_rows], bucket.count),
-                _batched(padded_value[key_place : key_place + key_rows], bucket.count),
-                attn_mask=bucket.mask,
-                is_causal=bucket.mask is None,
-                scale=self.softmax_scale,
-                enable_gqa=grouped,
+        scale = query.shape[-1] ** -0.5 if self.softmax_scale is None else self.softmax_scale
+        rows = [each.squeeze(1) for each in (query, key, value)]
+        output = _Cascade.apply(*rows, packed_seq_params.parts, scale, self.config.deterministic_mode)
+        return output.flatten(1).unsqueeze(1)
+
+
+class _Cascade(torch.autograd.Function):
+    """The attention of a row by the parts of its plan."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        parts: Sequence[AttentionPart],
+        scale: float,
+        repeatable: bool,
+    ) -> Tensor:
+        def found(part: AttentionPart) -> tuple[Tensor, Tensor]:
+            rows = query[part.queries], key[part.keys], value[part.keys]
+            return attend(*rows, part.sequences, scale, repeatable=repeatable)
+
+        output, logsumexp = found(parts[0])
+        for part in parts[1:]:
+            other, other_sums = found(part)
+            own = output[part.queries].transpose(0, 1)
+            merge(own, logsumexp[:, part.queries], other.transpose(0, 1), other_sums)
+        ctx.save_for_backward(query, key, value, output, logsumexp)
+        ctx.parts, ctx.scale, ctx.repeatable = parts, scale, repeatable
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        query, key, value, output, logsumexp = ctx.saved_tensors
+        grad = grad.contiguous()
+        totals: list[Tensor] = []
+        for part in ctx.parts:
+            found = gradients(
+                grad[part.queries],
+                query[part.queries],
+                key[part.keys],
+                value[part.keys],
+                output[part.queries],
+                logsumexp[:, part.queries],
+                part.sequences,
+                ctx.scale,
+                repeatable=ctx.repeatable,
             )
-            outputs.append(out.transpose(1, 2).reshape(rows, -1))
-            place, key_place = place + rows, key_place + key_rows
-        return torch.cat(outputs).index_select(0, plan.restore).unsqueeze(1)
+            if isinstance(part.keys, Tensor):
+                found = (found[0], *(_added_up(each, part.keys, key) for each in found[1:]))
+            if not totals:
+                totals = list(found)
+                continue
+            for total, rows, more in zip(totals, (part.queries, part.keys, part.keys), found, strict=True):
+                total[rows] += more
+        return (*totals, None, None, None)
 
 
-def _batched(rows: Tensor, count: int) -> Tensor:
-    """Reshape [count * length, heads, head_dim] to [count, heads, length, head_dim]."""
-    return rows.unflatten(0, (count, -1)).transpose(1, 2)
+def _added_up(copies: Tensor, places: Tensor, like: Tensor) -> Tensor:
+    """The gradients of keys, given those of copies of them."""
+    total = torch.zeros(like.shape, dtype=torch.promote_types(like.dtype, torch.float32), device=like.device)
+    return total.index_add_(0, places, copies.to(total.dtype)).to(like.dtype)

@@ -9,7 +9,6 @@ from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_with_transformer_engine_spec,
 )
 from megatron.core.models.gpt.gpt_model import GPTModel
-from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.tensor_parallel.mappings import copy_to_tensor_model_parallel_region
 from megatron.core.transformer.spec_utils import ModuleSpec
@@ -19,7 +18,7 @@ from torch import Tensor
 
 from clipo_megatron.config.schema import DType, ModelConfig
 from clipo_megatron.flow import MicroBatch
-from clipo_megatron.policy.model.attention import PackedAttention, SegmentPlan, plan_segments
+from clipo_megatron.policy.model.attention import AttentionPlan, PackedAttention, plan_attention
 from clipo_megatron.policy.model.experts import adapt_experts, adapt_sparse_layer, expert_settings
 from clipo_megatron.policy.model.logprobs import token_logprobs
 from clipo_megatron.policy.parallel import Layout
@@ -30,11 +29,6 @@ from clipo_megatron.weights.sharding import VOCAB_MULTIPLE_ON_GPUS
 from clipo_megatron.weights.spec import ModelSpec, inverse_frequencies
 
 TORCH_DTYPE = {DType.fp32: torch.float32, DType.bf16: torch.bfloat16}
-
-
-def packs_shared_prompts() -> bool:
-    """Whether responses can attend to a prompt that is packed once: our attention allows it, TE's does not."""
-    return not transformer_engine_usable()
 
 
 def transformer_engine_usable() -> bool:
@@ -74,8 +68,6 @@ def transformer_config(spec: ModelSpec, model: ModelConfig, layout: Layout) -> T
         add_bias_linear=False,
         add_qkv_bias=spec.qkv_bias,
         qk_layernorm=spec.qk_norm,
-        # transformer-engine counts the keys before a query's own.
-        window_size=(spec.sliding_window - 1, 0) if spec.sliding_window else None,
         attention_dropout=0.0,
         hidden_dropout=0.0,
         attention_softmax_in_fp32=True,
@@ -117,7 +109,7 @@ def _stage_sizes(division: ParallelDivision) -> dict[str, int | None]:
 
 
 def _block_spec(spec: ModelSpec, stage: PipelineStage) -> TransformerBlockSubmodules:
-    """The layers of one stage: transformer-engine's where it can run, else Megatron's with our attention and norm."""
+    """The layers of one stage: transformer-engine's where it can run, else Megatron's with our norm; our attention."""
     layers = [_layer_spec(spec, spec.is_sparse(stage.offset + layer)) for layer in range(stage.layers)]
     return TransformerBlockSubmodules(layer_specs=layers, layer_norm=TENorm if transformer_engine_usable() else RMSNorm)
 
@@ -125,9 +117,11 @@ def _block_spec(spec: ModelSpec, stage: PipelineStage) -> TransformerBlockSubmod
 def _layer_spec(spec: ModelSpec, sparse: bool) -> ModuleSpec:
     experts = spec.experts.count if sparse else None
     if transformer_engine_usable():
-        return get_gpt_layer_with_transformer_engine_spec(
+        layer = get_gpt_layer_with_transformer_engine_spec(
             num_experts=experts, moe_grouped_gemm=sparse, qk_layernorm=spec.qk_norm
         )
+        layer.submodules.self_attention.submodules.core_attention = PackedAttention
+        return layer
     layer = get_gpt_layer_local_spec(num_experts=experts, normalization="RMSNorm", qk_layernorm=spec.qk_norm)
     parts = layer.submodules
     parts.input_layernorm = parts.pre_mlp_layernorm = RMSNorm
@@ -195,8 +189,7 @@ class PolicyStage(GPTModel):
         )
         self.spec = spec
         self.layout = layout
-        self.packed_by_engine = transformer_engine_usable()
-        adapt_experts(self, dispatchers=not self.packed_by_engine)
+        adapt_experts(self, dispatchers=not transformer_engine_usable())
         # Megatron hard-codes llama3's scaling constants; the model's config.json has the exact ones.
         self.rotary_pos_emb.inv_freq = inverse_frequencies(spec).to(platform().device)
 
@@ -223,19 +216,12 @@ class PolicyStage(GPTModel):
             return gather_from_sequence_parallel_region(hidden).squeeze(1)
         return copy_to_tensor_model_parallel_region(hidden).squeeze(1)
 
-    def _segments(self, micro: MicroBatch) -> tuple[PackedSeqParams | SegmentPlan, Tensor]:
-        """The row's segments in the form that the attention in use takes, and the rotary angles that go with it."""
+    def _segments(self, micro: MicroBatch) -> tuple[AttentionPlan, Tensor]:
+        """The attention of the row's segments, and the rotary angles of its tokens."""
         longest = max(segment.context_length + segment.length for segment in micro.segments)
         table = self.rotary_pos_emb.get_emb(longest)  # [longest, 1, 1, head_dim]
-        if not self.packed_by_engine:
-            plan = plan_segments(micro.segments, micro.tokens.device, self.spec.sliding_window)
-            return plan, table[micro.positions]
-        starts = [segment.start for segment in micro.segments]
-        offsets = torch.tensor([*starts, micro.tokens.numel()], dtype=torch.int32, device=micro.tokens.device)
-        params = PackedSeqParams(
-            qkv_format="thd", cu_seqlens_q=offsets, cu_seqlens_kv=offsets, max_seqlen_q=longest, max_seqlen_kv=longest
-        )
-        return params, table
+        plan = plan_attention(micro.segments, micro.tokens.device, self.spec.sliding_window)
+        return plan, table[micro.positions]
 
     def logprobs(
         self, hidden: Tensor, micro: MicroBatch, *, temperature: float, entropy: bool = False

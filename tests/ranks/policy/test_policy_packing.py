@@ -122,7 +122,7 @@ def test_the_worked_example_apart() -> None:
 def test_a_prompt_is_shared_within_its_group_only() -> None:
     same = [5, 6, 7]
     micro = pack([sample(0, 0, same, [8]), sample(1, 1, same, [9])], share_prompts=True)
-    assert micro.tokens.tolist() == [*same, 8, *same, 9]
+    assert micro.tokens.tolist() == [*same, *same, 8, 9]
 
 
 @pytest.mark.parametrize(("multiple", "padding"), [(1, 0), (2, 1), (4, 3), (8, 3), (9, 4), (5, 0)])

@@ -1,0 +1,245 @@
+"""The prompt cascade is the attention of each segment to its context and itself, in values and in gradients.
+
+The oracle is written out: scores of all tokens with all tokens in float64, a mask, a softmax, and autograd.
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from types import SimpleNamespace
+
+import pytest
+import torch
+from megatron.core.models.gpt import gpt_layer_specs
+from packaging.version import Version
+from torch import Tensor
+
+from clipo_megatron.flow import Segment
+from clipo_megatron.policy.model import attention_kernels, model
+from clipo_megatron.policy.model.attention import PackedAttention, plan_attention
+from clipo_megatron.policy.model.attention_kernels import Sequences, attend, gradients
+
+CPU = torch.device("cpu")
+HEADS, KV_HEADS, DIM = 6, 2, 16
+
+# the length of each group's prompt, and of its responses
+ROWS = {
+    "one group": [(13, [7, 30, 1])],
+    "several groups": [(13, [7, 30, 1]), (5, [22]), (40, [3, 9, 17, 64])],
+    "prompts of one token": [(1, [1]), (1, [2, 1])],
+    "64 responses": [(9, [1 + number % 5 for number in range(64)])],
+    "longer than a block of masks": [(300, [3, 270])],
+}
+
+
+def segments_of(groups: list[tuple[int, list[int]]], *, shared: bool, padding: int = 0) -> list[Segment]:
+    found, end, starts = [], 0, []
+    for prompt, responses in groups:
+        starts.append(end)
+        pieces = [prompt] if shared else [prompt + response for response in responses]
+        for length in pieces:
+            found.append(Segment(end, length))
+            end += length
+    if shared:
+        for start, (prompt, responses) in zip(starts, groups, strict=True):
+            for length in responses:
+                found.append(Segment(end, length, start, prompt))
+                end += length
+    return [*found, Segment(end, padding)] if padding else found
+
+
+def draw(tokens: int, dtype: torch.dtype) -> list[Tensor]:
+    return [torch.randn(tokens, heads, DIM, dtype=dtype) for heads in (HEADS, KV_HEADS, KV_HEADS)]
+
+
+def oracle(query: Tensor, key: Tensor, value: Tensor, segments: list[Segment], window: int | None) -> Tensor:
+    sees = torch.zeros(query.shape[0], query.shape[0], dtype=torch.bool)
+    for each in segments:
+        context = torch.arange(each.context_start, each.context_start + each.context_length)
+        for place in range(each.length):
+            keys = torch.cat([context, torch.arange(each.start, each.start + place + 1)])
+            sees[each.start + place, keys if window is None else keys[-window:]] = True
+    key, value = (each.repeat_interleave(HEADS // KV_HEADS, 1) for each in (key, value))
+    scores = torch.einsum("qhd,khd->hqk", query, key) / DIM**0.5
+    return torch.einsum("hqk,khd->qhd", scores.masked_fill(~sees, -torch.inf).softmax(-1), value)
+
+
+def cascade(rows: list[Tensor], segments: list[Segment], window: int | None) -> Tensor:
+    attention = PackedAttention.__new__(PackedAttention)  # what it computes needs nothing of Megatron's configuration
+    attention.__dict__.update(softmax_scale=None, config=SimpleNamespace(deterministic_mode=False))
+    plan = plan_attention(segments, CPU, window)
+    query, key, value = (each.unsqueeze(1) for each in rows)
+    return PackedAttention.forward(attention, query, key, value, packed_seq_params=plan).view_as(rows[0])
+
+
+def compare(segments: list[Segment], window: int | None, dtype: torch.dtype, tolerance: float) -> None:
+    rows = draw(sum(each.length for each in segments), dtype)
+    grad = torch.randn_like(rows[0])
+    exact = [each.double().requires_grad_() for each in rows]
+    given = [each.requires_grad_() for each in rows]
+    wanted, found = oracle(*exact, segments, window), cascade(given, segments, window)
+    pairs = [(found, wanted)]
+    pairs += zip(
+        torch.autograd.grad(found, given, grad), torch.autograd.grad(wanted, exact, grad.double()), strict=True
+    )
+    for ours, theirs in pairs:
+        assert (ours.double() - theirs).abs().max() <= tolerance * max(theirs.abs().max(), 0.01)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
+@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize("name", ROWS)
+def test_it_is_the_attention_written_out(name, shared, dtype, tolerance):
+    compare(segments_of(ROWS[name], shared=shared, padding=3), None, dtype, tolerance)
+
+
+@pytest.mark.parametrize("window", [1, 9, 31, 500])
+@pytest.mark.parametrize("name", ["several groups", "longer than a block of masks"])
+def test_a_window_ends_within_the_prompt_or_the_response(name, window):
+    compare(segments_of(ROWS[name], shared=True), window, torch.float64, 1e-12)
+    compare(segments_of(ROWS[name], shared=False), window, torch.float64, 1e-12)
+
+
+def test_bf16_is_as_near_to_the_truth_as_rounding_allows():
+    compare(segments_of(ROWS["several groups"], shared=True), None, torch.bfloat16, 2e-2)
+
+
+def test_a_row_in_another_order_is_refused():
+    with pytest.raises(ValueError, match="neighbours"):
+        plan_attention([Segment(0, 2), Segment(2, 1, 0, 2), Segment(3, 2), Segment(5, 1, 3, 2)], CPU)
+    with pytest.raises(ValueError, match="in the order of their readers"):
+        plan_attention([Segment(0, 2), Segment(2, 3), Segment(5, 1, 2, 3), Segment(6, 1, 0, 2)], CPU)
+
+
+def test_no_key_is_copied_and_masks_only_keep_short_sequences_apart(monkeypatch):
+    """Without a window every call takes views of the row, whatever the lengths."""
+    calls = []
+
+    def watched(query, key, *rest, **options):
+        calls.append((key.untyped_storage().data_ptr(), options["attn_mask"]))
+        return attend_on_cpu(query, key, *rest, **options)
+
+    attend_on_cpu = attention_kernels._forward_on_cpu
+    monkeypatch.setattr(attention_kernels, "_forward_on_cpu", watched)
+    segments = segments_of(ROWS["several groups"], shared=True)
+    rows = draw(sum(each.length for each in segments), torch.float32)
+    cascade(rows, segments, None)
+    assert {place for place, _ in calls} == {rows[1].untyped_storage().data_ptr()}
+    masks = [mask for _, mask in calls if mask is not None]
+    assert len(masks) == 4 and all(max(mask.shape) <= 64 for mask in masks)
+    assert len(calls) == 6, "short sequences share a call"
+
+
+# ---------------------------------------------------------------- the calls of a GPU
+
+WHOLE = {"scale": 0.25, "window_size_left": None, "window_size_right": None}
+
+
+def flash_forward(query, key, value, query_ends, key_ends, most_queries, most_keys, dropout, causal, debug, **options):
+    """What torch's flash kernel computes for sequences of variable length, causal at the lower right."""
+    assert (dropout, debug) == (0.0, False)
+    output, sums = torch.zeros_like(query), torch.full((query.shape[1], query.shape[0]), -torch.inf, dtype=query.dtype)
+    for (start, end), (first, last) in zip(pairwise(query_ends.tolist()), pairwise(key_ends.tolist()), strict=True):
+        assert end - start <= most_queries and last - first <= most_keys
+        scores = scores_of(query[start:end], key[first:last], causal, options)
+        sums[:, start:end] = scores.logsumexp(-1)
+        shared = value[first:last].repeat_interleave(HEADS // KV_HEADS, 1)
+        output[start:end] = torch.einsum("hqk,khd->qhd", scores.softmax(-1), shared)
+    return output, sums, None, None, None
+
+
+def flash_backward(grad, query, key, value, output, sums, query_ends, key_ends, *rest, **options):
+    """What its backward computes from an output and a log-sum-exp, whatever they are of."""
+    causal, found = rest[3], [torch.zeros_like(each) for each in (query, key, value)]
+    for (start, end), (first, last) in zip(pairwise(query_ends.tolist()), pairwise(key_ends.tolist()), strict=True):
+        rows, keys = slice(start, end), slice(first, last)
+        wide = [each[keys].repeat_interleave(HEADS // KV_HEADS, 1) for each in (key, value)]
+        shares = (scores_of(query[rows], key[keys], causal, options) - sums[:, rows, None]).exp()
+        delta = (grad[rows] * output[rows]).sum(-1).T[..., None]
+        part = shares * (torch.einsum("qhd,khd->hqk", grad[rows], wide[1]) - delta) * options["scale"]
+        found[0][rows] += torch.einsum("hqk,khd->qhd", part, wide[0])
+        for total, each in (
+            (found[1], torch.einsum("hqk,qhd->khd", part, query[rows])),
+            (found[2], torch.einsum("hqk,qhd->khd", shares, grad[rows])),
+        ):
+            total[keys] += each.unflatten(1, (KV_HEADS, -1)).sum(2)
+    return tuple(found)
+
+
+def scores_of(query: Tensor, key: Tensor, causal: bool, options: dict) -> Tensor:
+    wide = key.repeat_interleave(HEADS // KV_HEADS, 1)
+    scores = torch.einsum("qhd,khd->hqk", query, wide) * options["scale"]
+    before, rows = key.shape[0] - query.shape[0], torch.arange(query.shape[0])[:, None]
+    keys, left = torch.arange(key.shape[0]), options["window_size_left"]
+    hidden = torch.zeros(query.shape[0], key.shape[0], dtype=torch.bool)
+    if causal:
+        hidden |= keys > rows + before
+    if left is not None:
+        hidden |= keys < rows + before - left
+    return scores.masked_fill(hidden, -torch.inf)
+
+
+@pytest.mark.parametrize("window", [None, 9])
+def test_the_calls_of_a_gpu_compute_the_same(window, monkeypatch):
+    """Stand-ins have the semantics of a GPU's kernels: causal at the lower right, gradients by what is given."""
+    monkeypatch.setattr(attention_kernels, "_forward_on_gpu", flash_forward)
+    monkeypatch.setattr(attention_kernels, "_backward_on_gpu", flash_backward)
+    monkeypatch.setattr(attention_kernels, "_has_flash", lambda rows: True)
+    compare(segments_of(ROWS["several groups"], shared=True, padding=2), window, torch.float64, 1e-12)
+
+
+@pytest.mark.parametrize("window", [None, 9, 40])
+@pytest.mark.parametrize("name", ["several groups", "longer than a block of masks"])
+def test_what_no_kernel_takes_is_written_out(name, window, monkeypatch):
+    """A GPU in fp32 computes this way; here the same code runs on a CPU."""
+    monkeypatch.setattr(attention_kernels, "_forward_on_cpu", attention_kernels._forward_written_out)
+    monkeypatch.setattr(attention_kernels, "_backward_on_cpu", attention_kernels._backward_written_out)
+    compare(segments_of(ROWS[name], shared=True, padding=2), window, torch.float64, 1e-12)
+
+
+def test_kernels_are_asked_to_repeat_themselves_only_where_it_is_wanted(monkeypatch):
+    """Torch's flash kernels, of both versions, read the process's wish for determinism when they are called."""
+    asked = []
+
+    def watched(*args, **options):
+        asked.append(torch.are_deterministic_algorithms_enabled())
+        assert not torch.is_deterministic_algorithms_warn_only_enabled(), "a flash kernel only warns then"
+        return flash_backward(*args, **options)
+
+    monkeypatch.setattr(attention_kernels, "_backward_on_gpu", watched)
+    monkeypatch.setattr(attention_kernels, "_has_flash", lambda rows: True)
+    sequences = Sequences.of([3], [3], CPU, causal=True)
+    query, key, value = draw(3, torch.float64)
+    output, sums, *_ = flash_forward(query, key, value, *sequences.offsets, 3, 3, 0.0, True, False, **WHOLE)
+    for wanted in (True, False):
+        gradients(query, query, key, value, output, sums, sequences, 0.25, repeatable=wanted)
+    assert asked == [True, False] and not torch.are_deterministic_algorithms_enabled()
+
+
+@pytest.mark.parametrize("window", [None, 5])
+def test_the_kernels_of_a_gpu_take_these_arguments(window):
+    """On the meta device torch checks a call by the kernels' own schema and shapes, and computes nothing."""
+    meta = torch.device("meta")
+    sequences = Sequences.of([3, 4], [5, 4], meta, causal=True, window=window)
+    query, key, value = (
+        torch.empty(tokens, heads, 64, device=meta, dtype=torch.bfloat16)
+        for tokens, heads in ((7, HEADS), (9, KV_HEADS), (9, KV_HEADS))
+    )
+    output, sums = attend(query, key, value, sequences, 0.125)
+    assert output.shape == query.shape and sums.shape == (HEADS, 7)
+    found = gradients(output, query, key, value, output, sums, sequences, 0.125)
+    assert [each.shape for each in found] == [query.shape, key.shape, value.shape]
+
+
+@pytest.mark.parametrize("sparse", [False, True])
+def test_transformer_engines_layers_take_our_attention(sparse, monkeypatch):
+    """Its linear layers and norms stay, by megatron-core's own specification, in which they are mocks without it."""
+    provider = pytest.importorskip("megatron.core.extensions.transformer_engine_spec_provider").TESpecProvider
+    monkeypatch.setattr(gpt_layer_specs, "TESpecProvider", provider, raising=False)
+    monkeypatch.setattr("megatron.core.utils._te_version", Version("2.11.0"))
+    monkeypatch.setattr(model, "transformer_engine_usable", lambda: True)
+    layer = model._layer_spec(SimpleNamespace(qk_norm=True, experts=SimpleNamespace(count=4)), sparse).submodules
+    attention = layer.self_attention.submodules
+    assert attention.core_attention is PackedAttention
+    assert attention.linear_qkv is provider().column_parallel_layer_norm_linear()
+    assert attention.linear_proj is provider().row_parallel_linear()
