@@ -75,7 +75,8 @@ def run(options: argparse.Namespace) -> int:
         facts = {"A": str(options.first), "B": str(options.second), "seed": options.seed,
                  "resamples": options.resamples, "comparisons": list(map(_as_json, found))}  # fmt: skip
         try:
-            write_output(options.json, json.dumps(facts, indent=1))
+            text = json.dumps(facts, indent=1)
+            write_output(options.json, text, begins=text[:6])  # {"A":
         except OSError as error:
             raise EvaluationError(f"{options.json} cannot be written: {error}. Choose another file.") from error
     return 0

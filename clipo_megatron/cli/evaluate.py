@@ -144,10 +144,12 @@ def _among(names: Sequence[str]) -> str:
 
 def _refuse_no_file(file: Path) -> None:
     """Refuse a result file that cannot be written, before hours of generation."""
+    from clipo_megatron.evaluation.results import BEGINS
+
     try:
         if file.is_dir():
             raise EvaluationError(f"--output {file} is a folder. Name a file, such as {file / 'result.json'}.")
-        refuse_special(file)
+        refuse_special(file, BEGINS)
         file.parent.mkdir(parents=True, exist_ok=True)
         if not os.access(file.parent, os.W_OK):
             raise PermissionError(f"{file.parent} is not writable")

@@ -35,6 +35,7 @@ from clipo_megatron.runtime.durable_files import text_of, write_output
 from clipo_megatron.runtime.run_dir import STEP_NAMES, step_name
 
 SCHEMA = 1
+BEGINS = '{\n "schema":'  # how the text of a result begins
 
 
 @dataclass(frozen=True)

@@ -90,24 +90,35 @@ def refuse_unreadable(path: Path) -> None:
         raise OSError(errno.EINVAL, f"it is {'a folder' if path.is_dir() else 'a device or a pipe'}", str(path))
 
 
-def refuse_special(path: Path) -> None:
-    """Refuse to write where something else than a file is; a link stands for its target.
+def refuse_special(path: Path, begins: str = "") -> None:
+    """Refuse to write where something else than a file is, or a file of another kind; a link stands for its target.
+
+    Args:
+        path: where a user asks for a file.
+        begins: how files of its kind begin, so that a slip costs nobody a configuration or a data set; "": any may be
+            overwritten.
 
     Raises:
-        OSError: it is a device, a FIFO, a folder or a link to nothing, which would be replaced, or block for ever.
+        OSError: it is a device, a FIFO, a folder or a link to nothing, which would be replaced, or block for ever; or a
+            file that does not begin like that.
     """
     if os.path.lexists(path) and not path.is_file():
         kind = "a folder" if path.is_dir() else "a link to nothing" if not path.exists() else "a device or a pipe"
         raise OSError(f"it is {kind}, and nothing but a file is overwritten")
+    if begins and path.is_file():
+        with path.open("rb") as file:
+            found = file.read(len(begins.encode()))
+        if found and found != begins.encode():
+            raise OSError("it is a file of another kind, which is not overwritten")
 
 
-def write_output(path: Path, data: str) -> None:
+def write_output(path: Path, data: str, begins: str = "") -> None:
     """Write a file that the user has named, completely or not at all; where it is a link, its target is written.
 
     Raises:
         OSError: it cannot be written, or `refuse_special` refuses it.
     """
-    refuse_special(path)
+    refuse_special(path, begins)
     target = Path(os.path.realpath(path))
     partial = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:

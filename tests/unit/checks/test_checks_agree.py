@@ -267,7 +267,7 @@ CASES: dict[str, tuple[Callable[[Case], Any], str]] = {
     "a template without the question": (lambda case: case.template("hello"), "leaves out what the user says"),
     "a template that fails": (lambda case: case.template("{{ 1 + 'a' }}"), "the chat template cannot render"),
     "no system prompt possible": (
-        lambda case: (case.template("{{ messages[-1].content, messages|length }}"), _set("model", system_prompt="")(case)),
+        lambda case: (case.template("{{ messages[-1].content }}"), _set("model", system_prompt="")(case)),
         "this chat template cannot be rendered without a system prompt",
     ),
     "tokens beyond the vocabulary": (_small_vocabulary, "and the vocabulary of model.path = "),

@@ -121,6 +121,23 @@ def test_a_place_that_cannot_be_is_refused(words, folder, capsys):
     refused(capsys, *words)
 
 
+@pytest.mark.parametrize("taken", ["run.yaml", "practice.jsonl", "model/config.json", "run/metrics.jsonl"])
+def test_a_file_of_another_kind_is_not_overwritten(taken, folder, capsys):
+    before = Path(taken).read_bytes()
+    for words in (
+        ("report", "run", "-o", taken),
+        ("eval", "run", "--output", taken),
+        ("compare", "run/eval/step_000000.json", "run/eval/step_000004.json", "--json", taken),
+    ):
+        assert "a file of another kind, which is not overwritten" in refused(capsys, *words)
+    assert Path(taken).read_bytes() == before
+    Path("empty.html").touch()
+    for out in ("empty.html", "page.html", "page.html"):  # one of before is replaced
+        assert main(["report", "run", "-o", out]) == 0
+    for _ in range(2):
+        assert main([*words[:3], "--json", "compared.json"]) == 0
+
+
 @pytest.mark.parametrize(
     "change",
     [
