@@ -37,7 +37,17 @@ Interval = tuple[str, str, str, str]  # bracket, start, end, bracket
 
 
 def answers_agree(answer: str, gold: str) -> bool:
-    """Whether two answers, as they were written, are equal."""
+    """Whether two answers, as they were written, are equal.
+
+    An answer that nests deeper than Python calls is wrong, not ungraded: else it would pay to give such answers.
+    """
+    try:
+        return _agree(answer, gold)
+    except RecursionError:
+        return False
+
+
+def _agree(answer: str, gold: str) -> bool:
     answer, gold = plain_spelling(answer), plain_spelling(gold)
     if not answer or not gold:
         return False

@@ -37,7 +37,7 @@ _LINE = re.compile(
 )
 _SENTENCE = re.compile(r"\banswer\s+(?:is|would be)[*_\s]*[:：]?\s*([^\n]*\S)", re.IGNORECASE)
 _SENTENCE_END = re.compile(r"\.\s+(?=[A-Z])|(?<=\S)\s*I hope it is correct.*$|\.\s*$")
-_TAGGED = {name: re.compile(rf"<{name}\s*>(.*?)</{name}\s*>", re.DOTALL | re.IGNORECASE) for name in ANSWER_TAGS}
+_TAGS = {name: [re.compile(rf"<{slash}{name}\s*>", re.IGNORECASE) for slash in ("", "/")] for name in ANSWER_TAGS}
 _PATTERNS = {"hashes": _HASHES, "line": _LINE, "sentence": _SENTENCE}
 _MOST_BOXES = 20
 _LONG = 60  # characters; a gold answer of more is a text that may end with its answer
@@ -118,17 +118,32 @@ def _find(text: str, form: str) -> tuple[int, list[str]] | None:
     """Where the last statement of this form begins, and its readings; None without one."""
     if form == "boxed":
         return _boxed_statement(text)
-    pattern = _TAGGED[form.strip("<>")] if form.startswith("<") else _PATTERNS[form]
-    matches = list(pattern.finditer(text))
-    if not matches or not matches[-1][1].strip():
-        return None
-    said = matches[-1][1].strip()
-    while later := None if form.startswith("<") else pattern.search(said):  # on the same line
-        said = later[1].strip()
+    if form.startswith("<"):
+        start, said = last_tagged(text, form.strip("<>")) or (0, "")
+    else:
+        pattern, start, said = _PATTERNS[form], 0, ""
+        for found in pattern.finditer(text):
+            start, said = found.start(), found[1]
+        while later := pattern.search(said):  # on the same line
+            said = later[1]
+    said = said.strip()
     if form == "sentence":
         said = _SENTENCE_END.split(said)[0]
+    if not said:
+        return None
     boxes = last_boxes(said)
-    return matches[-1].start(), [said] if boxes is None else boxes
+    return start, [said] if boxes is None else boxes
+
+
+def last_tagged(text: str, name: str) -> tuple[int, str] | None:
+    """Where the last <name> that is closed begins, and what it holds; None without one. Takes time in proportion."""
+    opening, closing = _TAGS[name]
+    ends = list(closing.finditer(text))
+    for number in range(len(ends) - 1, -1, -1):
+        before = ends[number - 1].end() if number else 0
+        if begun := opening.search(text, before, ends[number].start()):
+            return begun.start(), text[begun.end() : ends[number].start()]
+    return None
 
 
 def _boxed_statement(text: str) -> tuple[int, list[str]] | None:

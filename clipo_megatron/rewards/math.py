@@ -25,7 +25,7 @@ def grade(response: str, ground_truth: str, *, data_source: str, extra: Any = No
     """1.0 if the final answer of `response` equals the gold answer, else 0.0. `extra` is not used.
 
     Raises:
-        MemoryError, RecursionError: the answer exhausted the process; the caller counts it as ungraded.
+        MemoryError: the answer exhausted the process; the caller counts it as ungraded.
     """
     gold = gold_answer(ground_truth)
     return float(

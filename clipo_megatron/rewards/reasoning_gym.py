@@ -6,7 +6,6 @@ the last `</think>`, stripped. It is scored with and without a final period, and
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from functools import cache
 from typing import Any
@@ -14,11 +13,10 @@ from typing import Any
 from clipo_megatron.data.asked import NOTHING, Asked
 from clipo_megatron.data.generators import factory_with
 from clipo_megatron.rewards.answer import UnknownGraderError
-from clipo_megatron.rewards.final_answer import box_or_text
+from clipo_megatron.rewards.final_answer import box_or_text, last_tagged
 from clipo_megatron.rewards.gym_scorers import SCORERS, Scorer, evaluator_in, is_possible
 
 PREFIX = "reasoning_gym/"
-_TAGGED = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
 _FULL_SCORE = 1.0 - 1e-9  # scores are sums of floats in some data sets
 
 
@@ -56,9 +54,8 @@ def grade(
 def final_text(response: str, *, thinking: bool = False) -> str:
     """The final answer as text (see the module's docstring); `thinking`: whether the prompt opened the thinking."""
     boxed, said = box_or_text(response, thinking=thinking)
-    tagged = _TAGGED.findall(said)
-    if tagged:
-        return tagged[-1].strip()
+    if tagged := last_tagged(said, "answer"):
+        return tagged[1].strip()
     return (said if boxed is None else boxed).strip()
 
 

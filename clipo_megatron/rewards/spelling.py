@@ -203,12 +203,12 @@ def _repeating(text: str) -> str:
 
 def _trimmed(text: str) -> str:
     """`text` without marks around it and without the period of a sentence."""
+    if text[:1].isalpha() or text.startswith("\\text"):
+        text = _LEAD.sub("", _LEAD_IN_TEXT.sub(_without_lead, text))
     while True:
         before = text
         text = _MARKS.sub("", text.strip()).strip()
         text = re.sub(r"(?:(?<!\.)\.|,|;|\\\\?|:)$", "", text).strip()
-        if text[:1].isalpha() or text.startswith("\\text"):
-            text = _LEAD.sub("", _LEAD_IN_TEXT.sub(_without_lead, text))
         opening = _WHOLE.match(text)
         if opening and text.endswith("}") and _closes_at_end(text[opening.end() - 1 :]):
             text = text[opening.end() : -1]

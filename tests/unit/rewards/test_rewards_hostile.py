@@ -1,11 +1,15 @@
 """The pool survives three hundred answers that hang, crash or flood a grader."""
 
 import random
+import time
 
+import pytest
 from grading import grade_many
 
 from clipo_megatron.config.schema import GraderMode, RewardConfig
-from clipo_megatron.rewards import GraderPool
+from clipo_megatron.data.asked import Asked
+from clipo_megatron.rewards import GraderPool, grade
+from clipo_megatron.rewards.final_answer import stated_answers
 from clipo_megatron.rewards.pool import Answer
 
 DEADLINE_S = 1.0
@@ -84,3 +88,23 @@ def test_three_hundred_hostile_answers_leave_the_pool_alive():
         assert (verdict.correct is None) == bool(verdict.reason)
     assert statistics.ungraded == sum(verdict.correct is None for verdict in verdicts)
     assert 1 <= statistics.timeouts < 100  # some do hang; most are plainly wrong, and are called so
+
+
+@pytest.mark.parametrize("part", ["so so ", "and ", "1!", "%", "\\%", "10^", "(", "x=", "1,", "\\text{"])
+@pytest.mark.parametrize("mode", ["math", "choice", "number"])
+def test_an_answer_that_nests_without_end_is_wrong(mode, part):
+    """It was ungraded, which costs nothing, so that it paid to give such answers in place of wrong ones."""
+    for gold in ("5", "C"):
+        assert grade(f"\\boxed{{{part * (2000 // len(part))}}}", gold, data_source="my/set", mode=mode) == 0.0
+
+
+def test_many_tags_take_time_in_proportion():
+    """Each tag that opens was searched for its end through all the text."""
+    spent = []
+    for count in (2_000, 20_000):
+        began = time.process_time()
+        for _ in range(3):
+            assert stated_answers("</answer>" + "<answer>" * count, Asked(("<answer>",))) == []
+            assert stated_answers("<answer>" * count + "5</answer>", Asked(("<answer>",))) != []
+        spent.append(time.process_time() - began)
+    assert spent[1] < 40 * spent[0], "ten times the text takes about ten times as long"
