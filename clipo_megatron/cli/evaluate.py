@@ -103,7 +103,8 @@ def find_target(options: argparse.Namespace) -> Target:
         _refuse_no_file(Path(options.output))
     if place.is_dir():
         folder = place if checkpoint is None else place.absolute().parent.parent
-        config = load(_settings_of(folder, place), [f"train.output={json.dumps(str(folder))}", *options.overrides])
+        here = f"train.output={json.dumps(str(folder))}"
+        config = load(_settings_of(folder, place), [here, *options.overrides], resolved=True)
     else:
         config = load(place, options.overrides)
     if not config.data.eval:

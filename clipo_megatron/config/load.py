@@ -15,9 +15,10 @@ from omegaconf.errors import OmegaConfBaseException, ValidationError
 
 from clipo_megatron.config import naming, reference, renamed
 from clipo_megatron.config.errors import ConfigError, ConfigProblem, spell
+from clipo_megatron.config.model_folder import read_object
 from clipo_megatron.config.ranges import range_problems
 from clipo_megatron.config.schema import RunConfig
-from clipo_megatron.config.yaml_text import DEEPEST, calls_resolver, reason_of, sections_of, texts_of, value_of
+from clipo_megatron.config.yaml_text import DEEPEST, calls_resolver, literal, reason_of, sections_of, texts_of, value_of
 
 # Names that other projects have for settings of ours: suggested when such a name is given.
 _OTHER_NAMES = {
@@ -40,7 +41,7 @@ _OTHER_NAMES = {
 }
 
 
-def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+def load(path: str | Path, overrides: Sequence[str] = (), *, resolved: bool = False) -> RunConfig:
     """Read a YAML file, apply `a.b=value` overrides in order, and return the typed configuration.
 
     Values of overrides are YAML: `layout.tp=2`, `data.train=[{path: train.parquet}]`, `data.train[0].size=100`,
@@ -48,12 +49,17 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     another setting. Relative paths of models, data and output are relative to the current directory. Old names of
     settings are read, and the new ones are said on stderr. A run without a name is named after the file.
 
+    Args:
+        path: the file.
+        overrides: as they are given on the command line.
+        resolved: whether it is the config.json that a run has written, of which no text refers to another setting.
+
     Raises:
         ConfigError: the file cannot be read or parsed, a key or a type is wrong (all of these are listed at once), or
             numbers are out of their range (likewise).
     """
     path = Path(path)
-    content = sections_of(path)
+    content = literal(read_object(path)) if resolved else sections_of(path)
     problems = renamed.given_twice(renamed.keys_of(content))
     problems += renamed.given_twice(override.partition("=")[0].strip() for override in overrides)
     old_names = renamed.rename(content)

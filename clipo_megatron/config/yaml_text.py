@@ -17,6 +17,7 @@ from clipo_megatron.config.errors import ConfigError, shortened
 _TOO_DEEP = "lists and mappings are nested too deeply"
 _MOST_BYTES = 1 << 20  # of a file; hundreds of settings take some thousand, and YAML is parsed at 100 kB a second
 _BRACES = re.compile(r"\\\\|\\\$\{|\$\{|[{}:]")  # \${ is no reference
+_REFERENCE = re.compile(r"(\\*)\$\{")
 DEEPEST = 20  # lists and mappings in each other; the settings of a generator's options are the deepest
 # OmegaConf and YAML raise ValueError for numbers and dates that cannot be, and RecursionError for deep nesting.
 _YAML_ERRORS = (yaml.YAMLError, OmegaConfBaseException, ValueError, OverflowError, RecursionError)
@@ -72,6 +73,15 @@ def texts_of(tree: Any, key: str = "") -> Iterator[tuple[str, str]]:
             yield from texts_of(value, f"{key}[{index}]")
     elif isinstance(tree, str):
         yield key, tree
+
+
+def literal(tree: Any) -> Any:
+    """The same tree, with texts in which nothing refers to another setting: what a file holds of resolved settings."""
+    if isinstance(tree, dict):
+        return {name: literal(value) for name, value in tree.items()}
+    if isinstance(tree, list):
+        return [literal(value) for value in tree]
+    return _REFERENCE.sub(r"\1\1\\${", tree) if isinstance(tree, str) else tree
 
 
 def calls_resolver(text: str) -> bool:

@@ -28,6 +28,7 @@ import yaml
 
 from clipo_megatron import __version__
 from clipo_megatron.config.schema import EngineKind, RunConfig
+from clipo_megatron.config.yaml_text import literal
 from clipo_megatron.runtime.durable_files import write_durably
 from clipo_megatron.runtime.run_dir import JOBS, LOGS
 from clipo_megatron.slurm import paths
@@ -86,7 +87,7 @@ def create(folder: Path) -> None:
 
 def write(folder: Path, config: RunConfig, script: str, resources: Resources, more: dict[str, Any]) -> None:
     """Write configuration, script and origin; `more` goes into submission.json. The job's number is not known yet."""
-    settings = json.loads(json.dumps(asdict(config)))  # enums as their values, tuples as lists
+    settings = literal(json.loads(json.dumps(asdict(config))))  # enums as their values, tuples as lists
     write_durably(folder / CONFIG, yaml.safe_dump(settings, sort_keys=False, width=10_000))
     write_durably(folder / SCRIPT, script)
     write_durably(folder / "packages.txt", _installed_packages())

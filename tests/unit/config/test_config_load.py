@@ -1,5 +1,6 @@
 """Loading: what a user writes becomes a typed configuration, or one message that says how to correct it."""
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -315,3 +316,13 @@ def test_braces_and_colons_that_refer_to_nothing_are_text(tmp_path):
     asks = "Answer: {a: 1} ${name}: b"
     file.write_text(json.dumps({"model": {"path": "m", "system_prompt": asks}, "name": "env"}))
     assert load(file).model.system_prompt == "Answer: {a: 1} env: b"
+
+
+@pytest.mark.parametrize("text", ["\\${x} and ${name}", "\\\\\\${oc.env:HOME}", "\\\\${name}", "a\\b \\${", "${name}"])
+def test_settings_that_a_run_has_written_are_read_as_they_are(tmp_path, text):
+    """An escaped reference is text, and stays text in config.json, from which `clipo eval` starts."""
+    file = tmp_path / "run.yaml"
+    file.write_text(json.dumps({"model": {"path": "m", "system_prompt": text}, "name": "env"}))
+    config = load(file)
+    (tmp_path / "config.json").write_text(json.dumps(dataclasses.asdict(config)))
+    assert load(tmp_path / "config.json", resolved=True) == config

@@ -234,7 +234,8 @@ def test_the_folder_of_a_job(config_file, tmp_path, slurm, monkeypatch, capsys):
     output, elsewhere = tmp_path / "run", tmp_path / "elsewhere"
     elsewhere.mkdir()
     monkeypatch.chdir(elsewhere)
-    overrides = ["train.output=../run", *SERVED, "clipo.weight=0.3"]
+    # the prompt is text, and would be the secret if the nodes read ${...} in it
+    overrides = ["train.output=../run", *SERVED, "clipo.weight=0.3", "model.system_prompt='\\${oc.env:HOME}'"]
     assert cli.main(["submit", str(config_file), *overrides, "--nodes", "2", "--server-nodes", "3"]) == 0
     shown = capsys.readouterr().out
     folder = output / "jobs" / "001"
