@@ -1,14 +1,17 @@
-# One place for the commands of this repository. Versions are pinned in constraints.txt, and those of the engines' own
-# environments in clipo_megatron/serving/requirements.
+# One place for the commands of this repository. Versions are pinned in constraints/, one file for each tested set of them,
+# and those of the engines' own environments in clipo_megatron/serving/requirements.
 
 # The first that runs and is new enough; another: make install PYTHON=/path/to/python
 NEW_ENOUGH := import sys; sys.exit(sys.version_info < (3, 11))
 PYTHON ?= $(shell for python in python3.11 python3; do \
 	$$python -c '$(NEW_ENOUGH)' 2>/dev/null && command -v $$python && break; done)
 VENV := .venv
-# Named after what was installed, so that a changed pyproject.toml or constraints.txt installs again and nothing else does.
-STAMP := $(VENV)/.installed-$(shell cat pyproject.toml constraints.txt | cksum | tr ' ' '-')
-TORCH := $(shell sed -n '/^torch==/p' constraints.txt)
+# The tested set: a file of constraints/. Another, beside the first: make install SET=megatron-0.19 VENV=.venv-0.19
+SET ?= megatron-0.16
+CONSTRAINTS := constraints/$(SET).txt
+# Named after what was installed, so that a change of pyproject.toml or of the versions installs again and nothing else does.
+STAMP := $(VENV)/.installed-$(shell cat pyproject.toml $(CONSTRAINTS) constraints/shared.txt | cksum | tr ' ' '-')
+TORCH := $(shell sed -n '/^torch==/p' constraints/shared.txt)
 # Which build of torch this is depends on where pip looks. Where that offers the GPU build only and this machine has no
 # GPU, hand pip the options that name a source of CPU builds: make install TORCH_OPTIONS="..."
 TORCH_OPTIONS ?=
@@ -23,7 +26,7 @@ help: ## Show this list.
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | column -t -s '|' 2>/dev/null \
 		|| sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1   \2/p' $(MAKEFILE_LIST)
 
-install: $(STAMP) ## Set up .venv with everything pinned in constraints.txt; does nothing when that is done.
+install: $(STAMP) ## Set up .venv with everything pinned in constraints/; does nothing when that is done.
 
 engines: install ## Set up SGLang and vLLM for servers without a GPU, each in an environment of its own; once.
 	CLIPO_PIP_OPTIONS="$(TORCH_OPTIONS)" $(VENV)/bin/python -m clipo_megatron.serving.environment
@@ -62,6 +65,6 @@ $(STAMP):
 	@echo "Setting up $(VENV); the first time this takes a few minutes."
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check $(TORCH_OPTIONS) "$(TORCH)"
-	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[dev]"
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --constraint $(CONSTRAINTS) --editable ".[train,dev]"
 	@rm -f $(VENV)/.installed-*
 	@touch $@

@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from clipo_megatron.checks.grading import sandbox_here
+from clipo_megatron.config.packages import other_version
 from clipo_megatron.runtime.launch import cores
 from clipo_megatron.runtime.launcher_env import from_environment
 from clipo_megatron.serving.environment import RECIPES, Recipe
@@ -94,12 +95,25 @@ def _machine() -> list[Finding]:
 
 
 def _packages() -> list[Finding]:
-    needed = [Finding("packages", name, version(name) or "missing: run `make install`") for name in NEEDED]
+    needed = [
+        Finding(
+            "packages", name, version(name) or "missing: pip install 'clipo-megatron[train]', or run `make install`"
+        )
+        for name in NEEDED
+    ]
     optional = [
-        Finding("optional packages", name, version(name) or version(f"{name}-cpu") or "not installed", purpose)
-        for name, purpose in OPTIONAL.items()
+        Finding(
+            "optional packages", name, version(name) or version(f"{name}-cpu") or "not installed", _fit(name) or use
+        )
+        for name, use in OPTIONAL.items()
     ]
     return needed + optional
+
+
+def _fit(distribution: str) -> str | None:
+    """Why Megatron may not work with the installed version of an optional package."""
+    problem = other_version(distribution, wanted_by="megatron-core")
+    return ": ".join(problem) if problem else None
 
 
 def version(distribution: str) -> str | None:

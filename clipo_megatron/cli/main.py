@@ -89,11 +89,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
             )
             _print_nowhere()
             return USER_ERROR
-        if not is_for_users(error) or os.environ.get("CLIPO_TRACEBACK") == "1":
+        if os.environ.get("CLIPO_TRACEBACK") == "1":
+            raise
+        if isinstance(error, ModuleNotFoundError) and (package := _absent_package(error)):
+            print(
+                f"clipo: the package {package} is not installed, and this command needs it. All that commands need "
+                "comes with: pip install 'clipo-megatron[train]'",
+                file=sys.stderr,
+            )
+            return USER_ERROR
+        if not is_for_users(error):
             raise
         if not _is_told_by_another(options, error):
             print(f"clipo: {_rank_prefix()}{for_terminal(str(error))}", file=sys.stderr, flush=True)
         return getattr(error, "exit_code", USER_ERROR)
+
+
+def _absent_package(error: ModuleNotFoundError) -> str | None:
+    """The package that is not installed; None where it is there, and a module of it is missing."""
+    package = (error.name or "").partition(".")[0]
+    return package if package and package != "clipo_megatron" and package not in sys.modules else None
 
 
 def _print_nowhere() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from importlib import util
+from importlib import metadata, util
 from importlib.machinery import ModuleSpec
 
 
@@ -23,6 +23,27 @@ def unusable(package: str, module: str = "") -> tuple[str, str] | None:
         importlib.import_module(module or package)
     except Exception as error:  # what a package does while it is imported can raise anything
         return why(package, error)
+    return None
+
+
+def other_version(package: str, *, wanted_by: str) -> tuple[str, str] | None:
+    """(reason, what to do) if a package is installed in a version that another package, by its own word, does not take.
+
+    None if that is not so, or if one of the two is not installed or says nothing.
+    """
+    from packaging.requirements import Requirement
+
+    try:
+        found = metadata.version(package)
+        wanted = [Requirement(line) for line in metadata.requires(wanted_by) or ()]
+    except metadata.PackageNotFoundError:
+        return None
+    for each in wanted:
+        if each.name.replace("_", "-").lower() == package and not each.specifier.contains(found, prereleases=True):
+            reason = (
+                f"{package} {found} is installed, and {wanted_by} {metadata.version(wanted_by)} takes {each.specifier}"
+            )
+            return reason, f"pip install '{package}{each.specifier}', or uninstall it"
     return None
 
 

@@ -14,8 +14,9 @@ from typing import Any
 
 import torch
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing import serialization
+from megatron.core.dist_checkpointing.strategies import common
 from megatron.core.dist_checkpointing.strategies import torch as torch_dist
-from megatron.core.dist_checkpointing.strategies.common import COMMON_STATE_FNAME, TorchCommonLoadStrategy
 from torch import Tensor
 from torch.distributed.checkpoint import FileSystemReader, Metadata
 from torch.distributed.checkpoint.api import CheckpointException
@@ -39,7 +40,7 @@ def loaded_state(template: dict[str, Any], folder: Path) -> dict[str, Any]:
                 template,
                 str(folder),
                 sharded_strategy=torch_dist.TorchDistLoadShardedStrategy(),
-                common_strategy=_CommonState(),
+                **({"common_strategy": _common_strategy()} if _TAKES_A_STRATEGY else {}),
             )
     except CheckpointException as error:  # no Exception of its own, with those of all ranks in it
         rank, (cause, _) = min(error.failures.items(), key=lambda item: item[0])
@@ -59,15 +60,25 @@ def read_plain(file: Path | io.BytesIO, name: object) -> Any:
         raise WeightsFolderError(f"{name} is damaged, or holds more than tensors and plain values: {reason}") from error
 
 
-class _CommonState(TorchCommonLoadStrategy):
-    """Reads what is the same on all ranks."""
+# Megatron 0.16 has a strategy for what is the same on all ranks; later releases read it by a function.
+_TAKES_A_STRATEGY = hasattr(common, "TorchCommonLoadStrategy")
 
-    def load_common(self, checkpoint_dir: str | Path) -> dict[str, Any]:
-        file = Path(checkpoint_dir) / COMMON_STATE_FNAME
-        found = read_plain(file, file)
-        if not isinstance(found, dict):
-            raise WeightsFolderError(f"{file} is damaged: it holds a {type(found).__name__} and no state")
-        return found
+
+def _common_strategy() -> Any:
+    class CommonState(common.TorchCommonLoadStrategy):
+        def load_common(self, checkpoint_dir: str | Path) -> dict[str, Any]:
+            return _common_state(checkpoint_dir)
+
+    return CommonState()
+
+
+def _common_state(checkpoint_dir: str | Path) -> dict[str, Any]:
+    """Read what is the same on all ranks."""
+    file = Path(checkpoint_dir) / common.COMMON_STATE_FNAME
+    found = read_plain(file, file)
+    if not isinstance(found, dict):
+        raise WeightsFolderError(f"{file} is damaged: it holds a {type(found).__name__} and no state")
+    return found
 
 
 class _CheckpointReader(FileSystemReader):
@@ -107,13 +118,18 @@ def _is_empty(found: Any) -> bool:
 
 @contextmanager
 def _our_readers() -> Iterator[None]:
-    """Within, Megatron's strategy takes the reader and the planner of this module."""
-    reader, planner = torch_dist._get_filesystem_reader, torch_dist.MCoreLoadPlanner
-    torch_dist._get_filesystem_reader, torch_dist.MCoreLoadPlanner = (
-        (lambda folder, **_: _CheckpointReader(folder)),
-        _LoadPlanner,
-    )
+    """Within, Megatron takes the readers and the planner of this module."""
+    ours = [
+        (torch_dist, "_get_filesystem_reader", lambda folder, **_: _CheckpointReader(folder)),
+        (torch_dist, "MCoreLoadPlanner", _LoadPlanner),
+    ]
+    if not _TAKES_A_STRATEGY:
+        ours.append((serialization, "load_common_state_dict", _common_state))
+    theirs = [(module, name, getattr(module, name)) for module, name, _ in ours]
     try:
+        for module, name, reader in ours:
+            setattr(module, name, reader)
         yield
     finally:
-        torch_dist._get_filesystem_reader, torch_dist.MCoreLoadPlanner = reader, planner
+        for module, name, reader in theirs:
+            setattr(module, name, reader)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -41,7 +42,9 @@ def adapt_sparse_layer(layer: ModuleSpec) -> None:
     The model that is built from it needs `adapt_experts` as well.
     """
     parts = layer.submodules
-    parts.mlp.submodules.router = Router
+    # Newer releases of Megatron (0.19.2) build the experts by a partial function in place of a spec.
+    mixture = parts.mlp.keywords["submodules"] if isinstance(parts.mlp, partial) else parts.mlp.submodules
+    mixture.router = Router
     # In checkpoints the norm before experts has the name that transformer-engine gives it: it fuses the norm of dense
     # layers only.
     keys = parts.sharded_state_dict_keys_map

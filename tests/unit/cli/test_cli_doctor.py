@@ -42,6 +42,30 @@ def test_absent_packages_are_reported_as_absent():
         assert told()[name].value == expected
 
 
+@pytest.mark.parametrize(
+    ("installed", "release", "is_taken"),
+    [("2.8.0", "0.16.1", False), ("2.11.0", "0.16.1", True), ("2.12.0", "0.16.1", False), ("2.20.0", "0.19.2", True)],
+)
+def test_a_transformer_engine_that_megatron_was_not_made_for_is_told(
+    tmp_path, monkeypatch, installed, release, is_taken
+):
+    """The requirements are those of the releases' own metadata, of their extras "dev" and "te"."""
+    bounds = {"0.16.1": '<2.12.0,>=2.9.0a0; extra == "dev"', "0.19.2": '; extra == "te"'}
+    found = {
+        "transformer_engine": f"Name: transformer-engine\nVersion: {installed}\n",
+        "megatron_core": f"Name: megatron-core\nVersion: {release}\n"
+        f"Requires-Dist: transformer-engine[core_cu13,pytorch]{bounds[release]}\n",
+    }
+    for name, text in found.items():
+        folder = tmp_path / f"{name}-{installed if name == 'transformer_engine' else release}.dist-info"
+        folder.mkdir()
+        (folder / "METADATA").write_text(f"Metadata-Version: 2.1\n{text}")
+    monkeypatch.syspath_prepend(tmp_path)
+    finding = told()["transformer-engine"]
+    assert finding.value == installed
+    assert ("megatron-core 0.16.1 takes <2.12.0,>=2.9.0a0" in finding.remark) == (not is_taken)
+
+
 @pytest.mark.skipif(platform().has_gpu, reason="needs a torch without GPUs")
 def test_gpus_that_torch_cannot_use(tmp_path, monkeypatch):
     driver = tmp_path / "nvidia-smi"
