@@ -36,6 +36,7 @@ COMMANDS = {
     "settings": "every setting of a configuration: its type, range, default and meaning",
     "methods": "every baseline and plug-in: what it changes, its paper, its options",
     "doctor": "what this machine has, and what a run would use of it",
+    "prove": "that this machine computes as a CPU does, and how fast, against limits",
 }
 FILES = {"eval": "evaluate"}  # where a command's file has another name
 DESCRIPTION = """\
@@ -56,6 +57,7 @@ examples:
   clipo eval runs/mine/checkpoints/step_000100 eval.samples=16 eval.temperature=0.6
   clipo report runs/grpo runs/clipo             two runs as one HTML page
   clipo settings clipo                          the settings of one section
+  clipo prove                                   on a new machine, before anything else
 
 `clipo COMMAND --help` says more. CLIPO_TRACEBACK=1 shows where an error comes from.
 """

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from clipo_megatron.cli.numbers import whole_numbers
@@ -36,6 +37,7 @@ examples:
   clipo plan run.yaml --gpus 64,128 --hardware h200     layouts to choose from
   clipo plan run.yaml --gpus 64 rollout.colocated=true --json
   clipo plan run.yaml --assume train_flops=0.3 --assume mean_response=0.8
+  clipo plan run.yaml --measured proof.json             with the rates that `clipo prove` measured
   clipo plan run.yaml --dry-run --rank 0,63             build two ranks, as a check of the plan
 """
 
@@ -51,7 +53,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--gpus", metavar="N,N", type=whole_numbers, default=(), help="find layouts for these numbers of GPUs"
     )
-    parser.add_argument("--hardware", default="h100", help="a100 (80 GB), h100, h200, b200 or mi300x; default h100")
+    parser.add_argument(
+        "--hardware", help="a100 (80 GB), h100, h200, b200 or mi300x; default that of --measured, or h100"
+    )
+    parser.add_argument("--measured", metavar="FILE", help="use what `clipo prove` measured in place of assumptions")
     parser.add_argument("--assume", action="append", default=[], metavar="name=number", help="change an assumption")
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument("--dry-run", action="store_true", help="build the layout's ranks without memory, and compare")
@@ -82,7 +87,7 @@ def run(options: argparse.Namespace) -> int:
     config, console = load(options.config, options.overrides), Console()
     spec, source = find_architecture(config.model.path, options.config)
     critic = find_critic(config, options.config)
-    hardware, assume = _hardware(options.hardware), _assumptions(options.assume)
+    hardware, assume = _machine(options)
     searched = {count: search_layouts(config, spec, count, hardware, assume, critic=critic) for count in options.gpus}
     own = None if searched else _configured(config, spec, hardware, assume, critic)
     if options.json:
@@ -109,15 +114,29 @@ def _configured(
     return plan_layout(config, spec, dp, server_gpus_of(config, ranks), hardware, assume, critic=critic)
 
 
+def _machine(options: argparse.Namespace) -> tuple[Hardware, Assumptions]:
+    """The GPUs and the assumptions; --assume is more than what was measured, and that more than a default."""
+    if options.measured is None:
+        return _hardware(options.hardware or "h100"), _assumptions(options.assume)
+    from clipo_megatron.planning.measured import read_measured
+
+    hardware, measured = read_measured(options.measured)
+    if options.hardware not in (None, hardware.name):
+        raise PlanError(
+            f"--hardware {options.hardware}: {options.measured} was measured on {hardware.name}. Leave out one of them."
+        )
+    return hardware, _assumptions(options.assume, measured)
+
+
 def _hardware(name: str) -> Hardware:
     if name not in HARDWARE:
         raise PlanError(f"--hardware {name}: the table has no such GPU. Choose one of {', '.join(HARDWARE)}")
     return HARDWARE[name]
 
 
-def _assumptions(given: Sequence[str]) -> Assumptions:
+def _assumptions(given: Sequence[str], measured: Mapping[str, float] = MappingProxyType({})) -> Assumptions:
     known = {field.name: field for field in fields(Assumptions)}
-    chosen: dict[str, float] = {}
+    chosen = dict(measured)
     for each in given:
         name, _, value = each.partition("=")
         try:

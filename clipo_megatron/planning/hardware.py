@@ -34,6 +34,12 @@ HARDWARE: dict[str, Hardware] = {
 }
 
 
+def hardware_of_gpu(name: str) -> Hardware | None:
+    """The row of a GPU by the name that its driver gives it, such as "NVIDIA H200"; None: the table has none."""
+    words = name.lower().replace("-", " ").replace(",", " ").split()
+    return next((each for each in HARDWARE.values() if each.name in words), None)
+
+
 @dataclass(frozen=True, slots=True)
 class Assumptions:
     """Shares of the hardware's rates that are reached, and other numbers that a plan cannot know.

@@ -1,0 +1,49 @@
+"""Reads what `clipo prove` measured, in place of what a plan assumes."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from clipo_megatron.config.ranges import range_violation
+from clipo_megatron.planning.errors import PlanError
+from clipo_megatron.planning.hardware import HARDWARE, Assumptions, Hardware
+
+# What a GPU's proof measures that a plan assumes: the assumption, and the rate that it is a share of; None: bytes.
+_SHARES = {"update_flops_per_s": ("train_flops", "flops"), "reserve_bytes": ("reserve_bytes", None)}
+
+
+def read_measured(path: str) -> tuple[Hardware, dict[str, float]]:
+    """Read the file that `clipo prove` wrote: its GPU, and the assumptions that it replaces, by name.
+
+    Raises:
+        PlanError: the file cannot be read, is none of `clipo prove`, or is of no GPU of the plan's table.
+    """
+    try:
+        proof = json.loads(Path(path).read_text())
+    except (OSError, ValueError) as error:
+        raise PlanError(f"--measured {path} cannot be read: {error}. Give the file that `clipo prove` wrote.") from None
+    measured = proof.get("measured") if isinstance(proof, dict) else None
+    if not isinstance(measured, dict) or "hardware" not in proof:
+        raise PlanError(f"--measured {path} is no file of `clipo prove`. Give the one that it wrote.")
+    hardware = HARDWARE.get(str(proof["hardware"]))
+    if hardware is None:
+        raise PlanError(
+            f"--measured {path} was measured on {proof.get('gpu') or 'a machine without a GPU'}, and a plan is for one "
+            f"of {', '.join(HARDWARE)}. Run `clipo prove` on one of these, or leave out --measured."
+        )
+    found = {}
+    for name, (assumption, whole) in _SHARES.items():
+        if name in measured:
+            found[assumption] = _checked(path, assumption, measured[name], getattr(hardware, whole) if whole else 1.0)
+    return hardware, found
+
+
+def _checked(path: str, name: str, value: Any, whole: float) -> float:
+    declared = next(each for each in fields(Assumptions) if each.name == name)
+    if not isinstance(value, int | float) or (reason := range_violation(declared, value / whole)) is not None:
+        reason = "it is no number" if not isinstance(value, int | float) else reason
+        raise PlanError(f"--measured {path}: its {name} is {value}: {reason}. Measure again.")
+    return value / whole
