@@ -6,6 +6,7 @@ grader. The share of such responses is part of every evaluation.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -19,6 +20,8 @@ from clipo_megatron.rewards.pool import GraderPool, asked_by
 from clipo_megatron.rewards.voting import answer_key
 from clipo_megatron.rollout.engine import Request, SamplingParams
 from clipo_megatron.rollout.source import RolloutSource
+
+log = logging.getLogger(__name__)
 
 
 def evaluate(
@@ -59,7 +62,11 @@ def evaluate(
         return False
 
     source.generate_all(requests, params, take=take, deadline=time.monotonic() + deadline_s)
-    mine = {scored.group.prompt.id: count(scored, graders) for scored in graders.collect()}
+    graded = graders.collect()
+    reasons = [verdict.reason for scored in graded for verdict in scored.verdicts]
+    if reasons and all(reasons):
+        log.warning("none of %d responses could be graded: %s", len(reasons), reasons[0])
+    mine = {scored.group.prompt.id: count(scored, graders) for scored in graded}
     results: list[dict[str, ProblemResult]] = [{}] * dist.get_world_size()
     dist.all_gather_object(results, mine)
     settings = EvaluationSettings(

@@ -13,6 +13,7 @@ from typing import Any
 
 from clipo_megatron.data.asked import Asked
 from clipo_megatron.rewards import choice
+from clipo_megatron.rewards.answer import UnknownGraderError
 from clipo_megatron.rewards.final_answer import gold_answer
 from clipo_megatron.rewards.modes import judge, mode_for
 from clipo_megatron.rewards.number import last_number
@@ -44,7 +45,7 @@ def why_not_gradable(
     chosen = mode == "auto"
     mode = mode_for(data_source) if chosen else mode
     if mode == "reasoning_gym":
-        return None  # the data set's own scorer reads any text
+        return _why_scorer_fails(ground_truth, data_source, extra)
     remedy = (
         f"Leave these rows out, or choose a mode for {data_source!r} in reward.by_source (docs/extending.md adds one)"
     )
@@ -123,6 +124,21 @@ def _why_verdict_is_wrong(
         f"its gold answer {_cut(answer)}, stated as {_cut(response)}, {reason} by mode {mode}. Correct the ground "
         f"truth or the prompt, or choose another mode for {data_source!r} in reward.by_source"
     )
+
+
+def _why_scorer_fails(ground_truth: str, data_source: str, extra: Mapping[str, Any] | None) -> str | None:
+    """Why a data set's scorer, which reads any text, judges no answer to a row: every response would be ungraded."""
+    response = f"<answer>{ground_truth}</answer>"
+    try:
+        judge(response, ground_truth, data_source=data_source, mode="reasoning_gym", extra=extra)
+    except UnknownGraderError:
+        return None  # which is said of the source as a whole
+    except Exception as error:
+        return (
+            f"its gold answer {_cut(ground_truth)} makes the scorer of {data_source!r} fail ({type(error).__name__}: "
+            f"{str(error)[:80]}). Most scorers need the generator's entry in extra_info, with its metadata"
+        )
+    return None
 
 
 def _cut(text: str) -> str:

@@ -11,6 +11,7 @@ from clipo_megatron.checkpoint import CheckpointError, newest
 from clipo_megatron.checkpoint.retention import defect
 from clipo_megatron.config.model_folder import hf_folder
 from clipo_megatron.config.schema import EngineKind, RunConfig
+from clipo_megatron.evaluation.errors import EvaluationError
 from clipo_megatron.evaluation.results import free_name, write_result
 from clipo_megatron.evaluation.tables import left_out_lines, lines_of, result_table
 from clipo_megatron.policy.policy import Policy
@@ -37,6 +38,7 @@ def evaluate_run(config: RunConfig, *, checkpoint: Path | None = None, file: Pat
 
     Raises:
         CheckpointError: the checkpoint is damaged, or of another model.
+        EvaluationError: no response could be graded.
         EvaluationStopped: a signal asked to end.
     """
     if checkpoint and (reason := defect(checkpoint)):
@@ -63,6 +65,11 @@ def evaluate_run(config: RunConfig, *, checkpoint: Path | None = None, file: Pat
             file = file or free_name(session.output / EVAL_RESULTS, result)
             write_result(file, result)
             print(file)
+        if result.ungraded == 1.0:
+            raise EvaluationError(
+                "no response could be graded, so these figures say nothing of the model; the warning above says why. "
+                "Mend what it names, or raise reward.deadline_s"
+            )
 
 
 def steps_of(checkpoint: Path, config: RunConfig) -> int:

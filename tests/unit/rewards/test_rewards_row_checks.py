@@ -124,3 +124,11 @@ def test_check_refuses_what_no_response_can_answer(tmp_path, capsys):
     assert cli.main(["train", str(file), "--check", "reward.mode=number"]) == 0
     assert cli.main(["train", str(file), "--check", "reward.by_source={other: number}", "reward.mode=number"]) == 2
     assert "no row has the data source 'other'" in capsys.readouterr().err
+
+
+def test_rows_of_a_generator_without_what_its_scorer_needs_are_refused():
+    """Every response would be ungraded for ever: the scorer fails, whatever it is given."""
+    with pytest.raises(DataError, match=r"row 0.*scorer of 'reasoning_gym/countdown' fail \(KeyError.*extra_info"):
+        check_answers(config(), rows("1+1", asks="", source="reasoning_gym/countdown"))
+    check_answers(config(), rows("42", asks="", source="reasoning_gym/chain_sum"))
+    check_answers(config(), rows("42", asks="", source="reasoning_gym/nothing-of-that-name"))  # refused elsewhere
