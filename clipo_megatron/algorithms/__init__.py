@@ -1,1 +1,1 @@
-"""Algorithms as lists of hooks."""
+"""Reinforcement learning algorithms, each of which is a list of hooks (`hook.py`)."""

@@ -36,7 +36,7 @@ class Algorithm:
                 )
 
     @property
-    def baseline(self) -> PolicyLoss:
+    def base_method(self) -> PolicyLoss:
         """The hook that gives advantages and weighs tokens.
 
         Raises:
@@ -45,7 +45,9 @@ class Algorithm:
         found = [hook for hook in self.hooks if isinstance(hook, PolicyLoss)]
         if len(found) != 1:
             names = ", ".join(type(hook).__name__ for hook in self.hooks)
-            raise ValueError(f"an algorithm has exactly one baseline (a PolicyLoss), {len(found)} of {names} are one")
+            raise ValueError(
+                f"an algorithm has exactly one base method (a PolicyLoss), {len(found)} of {names} are one"
+            )
         return found[0]
 
     @property
@@ -125,8 +127,8 @@ class Algorithm:
         return paid[0] if paid else None
 
     def advantage(self, table: RolloutTable, reward: Tensor) -> Tensor:
-        """The baseline's advantages, shaped by each hook in turn; [B] float32."""
-        advantage = self.baseline.advantage(table, reward)
+        """The base method's advantages, shaped by each hook in turn; [B] float32."""
+        advantage = self.base_method.advantage(table, reward)
         for hook in self.hooks:
             advantage = hook.shape_advantage(table, reward, advantage)
         return advantage
@@ -162,7 +164,7 @@ class Algorithm:
 
     def token_weight(self, table: RolloutTable, rows: Tensor) -> Tensor:
         """The weight of each response token of the mini-batch `rows` [M] int64: [B] float32."""
-        return self.baseline.token_weight(table, rows)
+        return self.base_method.token_weight(table, rows)
 
     @property
     def has_group_loss(self) -> bool:

@@ -1,4 +1,4 @@
-"""From a configuration to an algorithm: the baseline, its terms, the plug-ins and CLIPO."""
+"""From a configuration to an algorithm: the base method, its terms, the plug-ins and CLIPO."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from clipo_megatron.algorithms.importance import OffPolicyCorrection
 from clipo_megatron.algorithms.kl import EntropyBonus, KLLoss, KLReward
 from clipo_megatron.algorithms.methods.empo import Answers
 from clipo_megatron.algorithms.methods.ppo import CriticWarmup
-from clipo_megatron.algorithms.methods.registry import baseline_class, plugin_class
-from clipo_megatron.algorithms.policy_loss import BaselineSettings, PolicyLoss
+from clipo_megatron.algorithms.methods.registry import base_method_class, plugin_class
+from clipo_megatron.algorithms.policy_loss import PolicyLoss, PolicyLossSettings
 from clipo_megatron.config.errors import ConfigError, is_for_users
 from clipo_megatron.config.load import typed_options
 from clipo_megatron.config.schema import Aggregation, CorrectionKind, KLConfig, KLPlace, RunConfig
@@ -28,12 +28,12 @@ def build_algorithm(config: RunConfig, context: HookContext | None = None) -> Al
     Raises:
         ConfigError: a hook cannot be found or built, or needs what nothing provides.
     """
-    settings, baseline = config.algorithm, _baseline(config)
-    hooks: list[Hook] = [baseline]
+    settings, base = config.algorithm, _base_method(config)
+    hooks: list[Hook] = [base]
     if settings.correction.kind is not CorrectionKind.none:
         hooks.append(OffPolicyCorrection(settings.correction))
     if settings.kl.coefficient:
-        hooks.append(_kl_hook(settings.kl, per_token=baseline.reads_token_rewards))
+        hooks.append(_kl_hook(settings.kl, per_token=base.reads_token_rewards))
     if settings.entropy_coefficient:
         hooks.append(EntropyBonus(settings.entropy_coefficient))
     for plugin in settings.plugins:
@@ -56,11 +56,11 @@ def _kl_hook(config: KLConfig, *, per_token: bool) -> Hook:
     return KLReward(config.coefficient, config.kind, per_token=per_token)
 
 
-def _baseline(config: RunConfig) -> PolicyLoss:
+def _base_method(config: RunConfig) -> PolicyLoss:
     algorithm = config.algorithm
-    chosen = baseline_class(algorithm.name)
+    chosen = base_method_class(algorithm.name)
     low, high = chosen.default_clip or (0.0, 0.0)
-    settings = BaselineSettings(
+    settings = PolicyLossSettings(
         low if algorithm.clip_low is None else algorithm.clip_low,
         high if algorithm.clip_high is None else algorithm.clip_high,
         algorithm.aggregation or chosen.default_aggregation or Aggregation.token_mean,
@@ -69,7 +69,7 @@ def _baseline(config: RunConfig) -> PolicyLoss:
     return _build_hook(algorithm.name, chosen, algorithm.options, settings)
 
 
-def _build_hook(name: str, chosen: type[Any], options: dict[str, Any], *settings: BaselineSettings) -> Any:
+def _build_hook(name: str, chosen: type[Any], options: dict[str, Any], *settings: PolicyLossSettings) -> Any:
     try:
         return chosen(*settings, typed_options(chosen.options_class, options))
     except TypeError as error:

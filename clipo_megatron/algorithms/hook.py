@@ -7,9 +7,9 @@
     afterwards   after_update
 
 An algorithm is a list of hooks. A hook implements the methods it is about and leaves the others alone; a hook with
-state keeps it in `state_dict`. Methods marked * belong to hooks with a part of their own: `PolicyLoss`, the baseline,
-of which an algorithm has exactly one (`advantage`, `token_weight`); `GroupLoss`, a baseline whose loss compares whole
-rollouts (`scores`, `group_loss`); and `Replay`, which brings former experiences back (`replay`).
+state keeps it in `state_dict`. Methods marked * belong to hooks with a part of their own: `PolicyLoss`, the base
+method, of which an algorithm has exactly one (`advantage`, `token_weight`); `GroupLoss`, a base method whose loss
+compares whole rollouts (`scores`, `group_loss`); and `Replay`, which brings former experiences back (`replay`).
 
 A method that takes the `RolloutTable` sees the whole step, identical on every rank, so what it returns cannot depend on
 the layout. `token_reward` and `token_advantage` see the tokens of this rank's rollouts; `scores`, `importance` and
@@ -185,11 +185,11 @@ class Hook:
         return None
 
     def shape_advantage(self, table: RolloutTable, reward: Tensor, advantage: Tensor) -> Tensor:
-        """New advantages [B] float32 from the advantages so far, which begin as the baseline's."""
+        """New advantages [B] float32 from the advantages so far, which begin as the base method's."""
         return advantage
 
     def demonstrate(self, table: RolloutTable) -> dict[int, Demonstration]:
-        """Responses to learn as they stand in place of a group's rollouts, by group. The baseline must give those
+        """Responses to learn as they stand in place of a group's rollouts, by group. The base method must give those
         rollouts no weight; no `select` leaves them out, so that their group stays part of its mini-batch."""
         return {}
 
@@ -198,8 +198,10 @@ class Hook:
         return None
 
     def token_reward(self, tokens: ScoredTokens, table: RolloutTable) -> Tensor | None:
-        """Rewards of single tokens [N] float32, on the last pipeline stage; those of all hooks add up. Only a baseline
-        that `reads_token_rewards` sees them, so a hook needs another form for all other baselines."""
+        """Rewards of single tokens [N] float32, on the last pipeline stage; those of all hooks add up.
+
+        Only a base method that `reads_token_rewards` sees them, so a hook needs another form for all others.
+        """
         return None
 
     def token_advantage(self, tokens: ScoredTokens, table: RolloutTable, advantage: Tensor) -> Tensor:

@@ -48,7 +48,7 @@ class KLReward(Hook):
     """Subtracts coefficient * KL(pi_old || pi_ref) from the reward.
 
     It is summed over the response and taken from the rollout's reward, or, with `per_token`, taken from each token's
-    own reward, for a baseline that reads rewards of single tokens.
+    own reward, for a base method that reads rewards of single tokens.
     """
 
     def __init__(self, coefficient: float, kind: KLKind, *, per_token: bool = False):

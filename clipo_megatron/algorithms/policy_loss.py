@@ -1,4 +1,4 @@
-"""What baselines share: their defaults, how the tokens of a mini-batch weigh, PPO's clipped loss, losses over
+"""What base methods share: their defaults, how the tokens of a mini-batch weigh, PPO's clipped loss, losses over
 groups."""
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ LARGEST_LOG_RATIO = 80.0
 
 
 @dataclass(frozen=True, slots=True)
-class BaselineSettings:
-    """The settings that all baselines share.
+class PolicyLossSettings:
+    """The settings that all base methods share.
 
     Attributes:
         clip_low, clip_high: how far a probability ratio may fall below and rise above 1; not every loss clips.
@@ -34,8 +34,11 @@ class BaselineSettings:
     constant_length: int
 
 
+BaselineSettings = PolicyLossSettings  # the former name, which methods of users may import
+
+
 class PolicyLoss(Hook):
-    """A baseline: the hook that gives advantages and weighs the tokens in the loss; most give the policy's loss too."""
+    """A base method: the hook that gives advantages and weighs tokens in the loss; most give the policy's loss too."""
 
     default_clip: ClassVar[tuple[float, float] | None] = (0.2, 0.2)  # clip_low, clip_high; None: nothing is clipped
     clip_low_below_one: ClassVar[bool] = True  # whether clip_low is subtracted from a ratio of 1
@@ -44,7 +47,7 @@ class PolicyLoss(Hook):
     needs_groups: ClassVar[bool] = True  # whether it learns nothing from a prompt with a single rollout
     reads_token_rewards: ClassVar[bool] = False  # whether `token_advantage` reads tokens.rewards
 
-    def __init__(self, settings: BaselineSettings, options: Any = None) -> None:
+    def __init__(self, settings: PolicyLossSettings, options: Any = None) -> None:
         super().__init__(options)
         self.clip_low, self.clip_high = settings.clip_low, settings.clip_high
         self.aggregation, self.constant_length = settings.aggregation, settings.constant_length
@@ -119,7 +122,7 @@ def without_importance(tokens: TokenBatch) -> Tensor:
 
 
 class GroupLoss(PolicyLoss):
-    """A baseline whose loss compares whole rollouts, which no micro-batch holds together.
+    """A base method whose loss compares whole rollouts, which no micro-batch holds together.
 
     So an update takes two passes: scores of all rollouts without gradient, `group_loss` on them, and then its
     derivative by each score as the weight of that score's own gradient. The result does not depend on micro-batches or

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from clipo_megatron.algorithms.methods.registry import baseline
+from clipo_megatron.algorithms.methods.registry import base_method
 from clipo_megatron.config.errors import ConfigProblem
 from clipo_megatron.config.schema import Level, RunConfig
 
@@ -51,8 +51,8 @@ def _compares(config: RunConfig) -> str | None:
     clipo, algorithm = config.clipo, config.algorithm
     if clipo.enabled and clipo.level is not Level.batch:
         return f"CLIPO with clipo.level = {clipo.level.value} compares the rollouts of a prompt"
-    if not baseline(algorithm).needs_groups:
+    if not base_method(algorithm).needs_groups:
         return None
-    if baseline(algorithm).default_aggregation is None:
+    if base_method(algorithm).default_aggregation is None:
         return f"the loss of {algorithm.name} compares the rollouts of a prompt"
     return f"the advantages of {algorithm.name} are against the prompt's other rollouts"

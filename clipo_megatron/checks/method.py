@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def build_method(config: RunConfig, tokenizer: Any, prompts: Sequence[Prompt], stop_ids: Sequence[int]) -> Algorithm:
-    """Build the baseline and the plug-ins, and let them look at the training problems; see `build_hook_context`.
+    """Build the base method and the plug-ins, and let them look at the training problems; see `build_hook_context`.
 
     Raises:
         ConfigError: a hook cannot be found or built, or needs what nothing provides.

@@ -11,10 +11,10 @@ from dataclasses import replace
 
 from clipo_megatron.algorithms.hook import Hook, Replay, Signal
 from clipo_megatron.algorithms.methods.registry import (
-    BASELINES,
+    BASE_METHODS,
     PLUGINS,
-    baseline,
-    baseline_class,
+    base_method,
+    base_method_class,
     has_critic,
     is_import_path,
     max_refill_rounds,
@@ -39,7 +39,7 @@ from clipo_megatron.config.schema import (
 
 
 def method_problems(config: RunConfig) -> Iterator[ConfigProblem]:
-    """What is wrong with the baseline, the plug-ins and the settings that they read."""
+    """What is wrong with the base method, the plug-ins and the settings that they read."""
     algorithm = config.algorithm
     yield from _named(config, "algorithm", algorithm)
     for index, plugin in enumerate(algorithm.plugins):
@@ -49,10 +49,10 @@ def method_problems(config: RunConfig) -> Iterator[ConfigProblem]:
         yield ConfigProblem(
             "algorithm.plugins", f"{name} is there {names.count(name)} times", "Keep one", show_value=False
         )
-    yield from _baseline(algorithm)
+    yield from _base_method(algorithm)
     yield from _over_groups(config)
     yield from _shaped_too_early(algorithm)
-    if Signal.demonstrations in baseline(algorithm).needs and (rounds := max_refill_rounds(config)):
+    if Signal.demonstrations in base_method(algorithm).needs and (rounds := max_refill_rounds(config)):
         reason = f"groups without a correct rollout would be replaced, and {algorithm.name} teaches them demonstrations"
         yield ConfigProblem("rollout.max_refill_rounds", reason, "Set it to 0", rounds)
     kl = algorithm.kl
@@ -62,9 +62,9 @@ def method_problems(config: RunConfig) -> Iterator[ConfigProblem]:
     yield from _critic(config)
 
 
-def _baseline(algorithm: AlgorithmConfig) -> Iterator[ConfigProblem]:
-    """Shared settings that the baseline does not read, or not with this value."""
-    method = baseline(algorithm)
+def _base_method(algorithm: AlgorithmConfig) -> Iterator[ConfigProblem]:
+    """Shared settings that the base method does not read, or not with this value."""
+    method = base_method(algorithm)
     for key in ("clip_low", "clip_high"):
         if method.default_clip is None and getattr(algorithm, key) is not None:
             reason = f"{algorithm.name} clips no ratio, so it would be ignored"
@@ -85,7 +85,7 @@ def _baseline(algorithm: AlgorithmConfig) -> Iterator[ConfigProblem]:
 
 def _over_groups(config: RunConfig) -> Iterator[ConfigProblem]:
     """Settings that a loss over whole groups does not read, as it has no advantages and weighs no single rollouts."""
-    algorithm, method = config.algorithm, baseline(config.algorithm)
+    algorithm, method = config.algorithm, base_method(config.algorithm)
     if not issubclass(method, GroupLoss):
         return
     name, chosen = algorithm.name, list(zip(algorithm.plugins, plugins(algorithm), strict=True))
@@ -110,16 +110,16 @@ def _over_groups(config: RunConfig) -> Iterator[ConfigProblem]:
 
 
 def _shaped_too_early(algorithm: AlgorithmConfig) -> Iterator[ConfigProblem]:
-    """Plug-ins that scale what the baseline's `advantage` gives, where that is not the advantage yet."""
+    """Plug-ins that scale what the base method's `advantage` gives, where that is not the advantage yet."""
     kl_in_reward, name = algorithm.kl.coefficient > 0 and algorithm.kl.place is KLPlace.reward, algorithm.name
     for index, (plugin, kind) in enumerate(zip(algorithm.plugins, plugins(algorithm), strict=True)):
         if not _implements(kind, "shape_advantage"):
             continue
         key, remedy = f"algorithm.plugins[{index}].name", "Remove it, or choose another algorithm.name"
-        if Signal.values in baseline(algorithm).needs:
+        if Signal.values in base_method(algorithm).needs:
             reason = f"{name} would take what it scales for rewards, so that success would be worth less"
             yield ConfigProblem(key, reason, remedy, plugin.name)
-        elif baseline(algorithm).reads_token_rewards and kl_in_reward:
+        elif base_method(algorithm).reads_token_rewards and kl_in_reward:
             reason = f"with algorithm.kl.place = reward {name} whitens what it scales, which undoes that"
             yield ConfigProblem(key, reason, f"{remedy}, or algorithm.kl.place=loss", plugin.name)
 
@@ -136,16 +136,16 @@ def _critic(config: RunConfig) -> Iterator[ConfigProblem]:
 
 
 def _named(config: RunConfig, key: str, method: AlgorithmConfig | PluginConfig) -> Iterator[ConfigProblem]:
-    """What is wrong with a baseline's or plug-in's name or options."""
-    name, known = method.name, BASELINES if isinstance(method, AlgorithmConfig) else PLUGINS
+    """What is wrong with a base method's or plug-in's name or options."""
+    name, known = method.name, BASE_METHODS if isinstance(method, AlgorithmConfig) else PLUGINS
     if is_import_path(name):
         if misplaced := list(import_path_problems(f"{key}.name", name, "Class")):
             yield from misplaced
             return
     elif name not in known:
-        other = BASELINES if known is PLUGINS else PLUGINS
+        other = BASE_METHODS if known is PLUGINS else PLUGINS
         if name in other:
-            section = "algorithm.name" if other is BASELINES else "algorithm.plugins"
+            section = "algorithm.name" if other is BASE_METHODS else "algorithm.plugins"
             yield ConfigProblem(f"{key}.name", f"{name} belongs into {section}", "Move it there", name)
             return
         close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
@@ -153,7 +153,7 @@ def _named(config: RunConfig, key: str, method: AlgorithmConfig | PluginConfig) 
         yield ConfigProblem(f"{key}.name", "`clipo methods` shows no such method", remedy, name)
         return
     try:
-        chosen = baseline_class(name) if known is BASELINES else plugin_class(name)
+        chosen = base_method_class(name) if known is BASE_METHODS else plugin_class(name)
     except ConfigError as error:
         reason, _, remedy = str(error).rpartition(". ")
         missing = isinstance(error.__cause__, ModuleNotFoundError)  # what else is wrong is wrong everywhere

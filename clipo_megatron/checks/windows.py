@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from clipo_megatron.algorithms.methods.registry import baseline, max_refill_rounds, plugins
+from clipo_megatron.algorithms.methods.registry import base_method, max_refill_rounds, plugins
 from clipo_megatron.config.errors import ConfigProblem
 from clipo_megatron.config.schema import RunConfig
 
@@ -18,7 +18,7 @@ def window_problems(config: RunConfig) -> Iterator[ConfigProblem]:
     if window >= rollout.max_new_tokens:
         reason = f"no response is longer than rollout.max_new_tokens = {rollout.max_new_tokens}"
         yield ConfigProblem(key, reason, "Set it below, or to null for whole responses", window)
-    if not baseline(algorithm).supports_windows:
+    if not base_method(algorithm).supports_windows:
         reason = f"{algorithm.name} does not learn from responses that have not ended"
         yield ConfigProblem(key, reason, "Set it to null, or algorithm.name to t_ppo", window)
     for plugin, method in zip(algorithm.plugins, plugins(algorithm), strict=True):

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from clipo_megatron.algorithms.hook import Replay
-from clipo_megatron.algorithms.methods.registry import baseline, has_critic, methods, needs_reference
+from clipo_megatron.algorithms.methods.registry import base_method, has_critic, methods, needs_reference
 from clipo_megatron.config.schema import RunConfig
 from clipo_megatron.planning.hardware import Assumptions, Hardware
 from clipo_megatron.planning.memory import (
@@ -69,7 +69,8 @@ def step_time(
     update = (
         epoch_seconds(spec, forward) * algorithm.epochs * (1 + sum(issubclass(method, Replay) for method in chosen))
     )
-    if baseline(algorithm).default_aggregation is None:  # all updates but the first need a forward pass for the scores
+    if base_method(algorithm).default_aggregation is None:
+        # all updates but the first need a forward pass for the scores
         update += forward * (algorithm.epochs - 1 / algorithm.mini_batches)
     if has_critic(algorithm):
         forward = _forward_seconds(config, critic or spec, division, dp, hardware, assume)

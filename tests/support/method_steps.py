@@ -78,7 +78,7 @@ def by_autograd(config: RunConfig) -> dict[str, Tensor]:
     if algorithm.has_group_loss:
         per_token = algorithm.scores(batch).double()
         scores = torch.zeros(table.size, per_token.shape[1], dtype=torch.float64).index_add(0, rollout, per_token)
-        loss = loss + algorithm.baseline.group_loss(scores[rows], experience, rows)
+        loss = loss + algorithm.base_method.group_loss(scores[rows], experience, rows)
     prompts = set(table.group[rows].tolist())
     for shown in (each for group, each in experience.demonstrations.items() if group in prompts):
         logits = model(torch.cat([shown.prompt, shown.response])[None]).logits[0, shown.prompt.numel() - 1 : -1]

@@ -43,7 +43,7 @@ def table_of(verdicts: list[list[bool | None]], seed: int = 0) -> tuple[RolloutT
 
 
 def with_options(method: type[Hook], *settings: Any, **options: Any) -> Any:
-    """A method of these options; a baseline gets its settings first."""
+    """A method of these options; a base method gets its settings first."""
     return method(*settings, method.options_class(**options))
 
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 class CgrpoOptions(MethodOptions):
     alpha: float = within(0.3, 0, 1)  # share of a correct rollout's reward that its rubric score decides
     rubrics: str = "rubrics"  # key of extra_info with a row's rubrics, a list of texts to be found in the response
-    ignore_case: bool = True  # whether a rubric is found whatever its case
+    ignore_case: bool = True  # whether upper and lower case are the same in the search for rubrics
     score: Optional[str] = None  # a function of yours in place of rubrics: file.py:function, package.module:function
 
     def problems(self, config: RunConfig) -> Iterator[ConfigProblem]:

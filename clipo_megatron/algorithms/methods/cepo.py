@@ -23,9 +23,9 @@ GOLD, WRONG = "cepo_gold_logprob", "cepo_wrong_logprob"
 
 @dataclass
 class CepoOptions(MethodOptions):
-    mix: float = within(0.5, 0, 1)  # l in the first step
+    mix: float = within(0.5, 0, 1)  # l, share of the advantage that follows the hints in the first step
     mix_steps: int = within(25, 1)  # steps over which l falls to 0
-    clip: float = within(0.2, 1e-6)  # e, bound of exp(sign(A) D) around 1; 0.2 in the authors' script, 0.5 in the text
+    clip: float = within(0.2, 1e-6)  # e, how far a hint may move an advantage's factor from 1; 0.5 in the paper's text
     hint: str = "\nHint: the answer is {answer}."  # text appended to the user's turn
 
     def problems(self, config: RunConfig) -> Iterator[ConfigProblem]:

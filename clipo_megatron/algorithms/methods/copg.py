@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class CopgOptions(MethodOptions):
-    beta: float = within(0.1, 1e-6)  # b, factor of log(pi / pi_ref) of a whole response; tuned in the source
+    beta: float = within(0.1, 1e-6)  # b, factor of a response's log(pi / pi_ref); the source tunes it to the task
 
 
 class CoPG(GroupLoss):

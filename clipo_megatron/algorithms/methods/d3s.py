@@ -34,7 +34,7 @@ class D3sOptions(MethodOptions):
     rollouts: float = within(0.5, 1e-6, 1)  # share of the rollouts that trains in the first step
     tokens: float = within(0.5, 1e-6, 1)  # share of their tokens that keeps its advantage in the first step
     scope: D3sScope = D3sScope.batch  # which rollouts compete
-    relax_steps: Optional[int] = within(None, 1)  # steps over which both shares rise to 1; None: train.steps
+    relax_steps: Optional[int] = within(None, 1)  # steps over which both shares rise to 1; null: train.steps
 
 
 class D3S(Scheduled):
@@ -46,7 +46,7 @@ class D3S(Scheduled):
     advantage (ties at the threshold included). The others get 0: they still count in the loss's denominator, and KL and
     entropy terms act on them. Both shares rise linearly to 1 over `relax_steps` steps in which the policy learns. A is
     computed from the shaped reward, through which CLIPO's bonus acts. The source's summary leaves the shares open: 0.5
-    here. Assumes a baseline that gives advantages.
+    here. Assumes a base method that gives advantages.
     """
 
     source = "arXiv 2509.22115"

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Optional
 from clipo_megatron.algorithms import late_torch as torch
 from clipo_megatron.algorithms.hook import HookContext, MethodOptions
 from clipo_megatron.algorithms.methods.grpo import GRPO
-from clipo_megatron.algorithms.policy_loss import BaselineSettings
+from clipo_megatron.algorithms.policy_loss import PolicyLossSettings
 from clipo_megatron.config.errors import ConfigProblem
 from clipo_megatron.config.ranges import within
 from clipo_megatron.config.schema import RunConfig
@@ -24,8 +24,8 @@ CUSHION = 5  # Lmax / Lc of the paper: 20480 / 4096
 @dataclass
 class DapoOptions(MethodOptions):
     penalty: float = within(1.0, 0)  # weight of the soft penalty on overlong responses; 0: none
-    longest: Optional[int] = within(None, 1)  # Lmax, length at which the penalty is -1; None: rollout.max_new_tokens
-    cushion: Optional[int] = within(None, 1)  # Lc, tokens below Lmax at which it begins; None: Lmax / 5
+    longest: Optional[int] = within(None, 1)  # Lmax, length at which the penalty is -1; null: rollout.max_new_tokens
+    cushion: Optional[int] = within(None, 1)  # Lc, tokens below Lmax at which it begins; null: Lmax / 5
     overlong_filter: bool = False  # leave truncated rollouts out of the loss; they still count in the group's mean
 
     def problems(self, config: RunConfig) -> Iterator[ConfigProblem]:
@@ -65,7 +65,7 @@ class DAPO(GRPO):
     default_clip = (0.2, 0.28)
     default_max_refill_rounds = 9
 
-    def __init__(self, settings: BaselineSettings, options: DapoOptions | None = None):
+    def __init__(self, settings: PolicyLossSettings, options: DapoOptions | None = None):
         super().__init__(settings, options)
         self.longest = self.options.longest
 

@@ -32,7 +32,7 @@ TAU = {DiscoScore.log_likelihood: 10.0, DiscoScore.likelihood_ratio: 1.0}
 @dataclass
 class DiscoOptions(MethodOptions):
     score: DiscoScore = DiscoScore.log_likelihood  # what a rollout is judged by
-    tau: Optional[float] = within(None, 1e-6)  # of log-mean-exp over wrong ones; None: 10 for log_likelihood, else 1
+    tau: Optional[float] = within(None, 1e-6)  # smaller: harder wrong rollouts; null: 10 for log_likelihood, else 1
     beta: float = within(1.0e3, 0)  # weight of the penalty on KL(old || new)
     delta: float = within(1.0e-4, 0)  # KL without penalty, nats a token
     penalty: Penalty = Penalty.linear  # form of the penalty on the KL beyond delta

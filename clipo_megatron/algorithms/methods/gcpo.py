@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 @dataclass
 class GcpoOptions(MethodOptions):
     pattern: str = "```python|<aux>"  # regular expression; a response in which it is found used the tool
-    weight: float = 1.0  # of the reward for using the tool
+    weight: float = 1.0  # reward for using the tool where it helps
     threshold: float = within(0.0, 0, 1)  # difference of accuracies with and without the tool that is ignored
 
     def problems(self, config: RunConfig) -> Iterator[ConfigProblem]:

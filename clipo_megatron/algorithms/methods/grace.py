@@ -22,11 +22,11 @@ class Rewarded(str, Enum):
 
 @dataclass
 class GraceOptions(MethodOptions):
-    weight: float = 1.0  # of the bonus, which is the whole reward in the source
+    weight: float = 1.0  # factor of the bonus, which is the whole reward in the source
     consistency: float = within(0.2, 0)  # weight of the mean cosine to the group
     hardest: float = within(0.2, 0)  # weight of the cosine to the nearest wrong rollout
     temperature: float = within(0.1, 1e-6)  # divides the bonus
-    rewarded: Rewarded = Rewarded.correct  # which rollouts get it
+    rewarded: Rewarded = Rewarded.correct  # which rollouts get the bonus
 
 
 class GRACE(Hook):

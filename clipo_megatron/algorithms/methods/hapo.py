@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class HapoOptions(MethodOptions):
-    weight: float = within(1.0, 0)  # of the length reward
+    weight: float = within(1.0, 0)  # factor of the length reward
     floor: float = within(-0.7, -1, 1)  # smallest length reward of a correct rollout
 
 

@@ -24,7 +24,7 @@ BOX = r"\boxed{"
 class HptOptions(MethodOptions):
     gate: int = within(0, 0)  # correct rollouts of a group up to which it learns from its prompt's demonstration
     sft_weight: float = within(1.0, 0)  # weight of a demonstration, against 1 for a prompt's rollouts
-    demonstration: Optional[str] = None  # key of extra_info; None: "solution", else a ground truth that is worked out
+    demonstration: Optional[str] = None  # key of extra_info; null: "solution", else a ground truth that is worked out
 
 
 class HPT(DrGRPO):
@@ -70,7 +70,7 @@ class HPT(DrGRPO):
         return found
 
     def token_weight(self, table: RolloutTable, rows: Tensor) -> Tensor:
-        """The baseline's token weights, [B] float32; 0 in groups that learn from their demonstration."""
+        """The base method's token weights, [B] float32; 0 in groups that learn from their demonstration."""
         learning = rows[~self._demonstrated(table)[table.group[rows]]]
         share = table.group[learning].unique().numel() / max(table.group[rows].unique().numel(), 1)
         return share * super().token_weight(table, learning)

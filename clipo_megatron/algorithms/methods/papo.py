@@ -20,7 +20,7 @@ class PapoOptions(MethodOptions):
     weight: float = within(0.01, 0)  # gamma, weight of KL(pi || pi_mask)
     mask: float = within(0.6, 1e-6, 1)  # share of the prompt's tokens that are masked
     limit: float = within(10.0, 1e-6)  # bound of the log ratio of one token, either way
-    seed: int = within(0, 0)  # of the choice of masked tokens
+    seed: int = within(0, 0)  # seed of the choice of masked tokens
 
 
 class PAPO(Hook):

@@ -33,8 +33,8 @@ class PIPO(Replay):
     sigma near 0. With fewer than two batches, or phi = 0, nothing is repeated. The repetition comes after the update on
     this batch, with ratios to the policy that scored it then; KL and entropy terms act there too. mu is the mean shaped
     reward, in which CLIPO's bonus acts: the window begins anew when CLIPO's warm-up ends, because rewards with a bonus
-    cannot be compared with those without. Assumes a baseline that gives advantages. The previous batch is kept in host
-    memory.
+    cannot be compared with those without. Assumes a base method that gives advantages. The previous batch is kept in
+    host memory.
     """
 
     source = "arXiv 2604.00860"

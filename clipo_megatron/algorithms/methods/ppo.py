@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Optional
 
 from clipo_megatron.algorithms import late_torch as torch
 from clipo_megatron.algorithms.hook import Hook, HookContext, MethodOptions, ScoredTokens, Signal
-from clipo_megatron.algorithms.policy_loss import BaselineSettings, ClippedPolicyLoss
+from clipo_megatron.algorithms.policy_loss import ClippedPolicyLoss, PolicyLossSettings
 from clipo_megatron.algorithms.whitening import centred
 from clipo_megatron.config.ranges import within
 from clipo_megatron.flow import Experience, RolloutTable
@@ -22,7 +22,7 @@ VARIANCE_EPSILON = 1e-8
 @dataclass
 class PpoOptions(MethodOptions):
     lam: float = within(0.95, 0, 1)  # lambda of the generalised advantages
-    critic_lam: Optional[float] = within(None, 0, 1)  # lambda of the returns that the critic learns; None: as lam
+    critic_lam: Optional[float] = within(None, 0, 1)  # lambda of the returns that the critic learns; null: as lam
     gamma: float = within(1.0, 0, 1)  # discount a token
     whiten: bool = True  # bring the advantages to mean 0 and variance 1 over the batch's tokens
 
@@ -119,7 +119,7 @@ class TPPO(PPO):
     options_class = TppoOptions
     supports_windows = True
 
-    def __init__(self, settings: BaselineSettings, options: TppoOptions | None = None):
+    def __init__(self, settings: PolicyLossSettings, options: TppoOptions | None = None):
         super().__init__(settings, options)
         self.windows = False  # whether rollouts go on from step to step
 

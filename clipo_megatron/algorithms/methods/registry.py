@@ -16,7 +16,7 @@ from clipo_megatron.config.errors import ConfigError
 from clipo_megatron.config.schema import AlgorithmConfig, RunConfig
 
 # algorithm.name: hooks that give advantages and the policy's loss. "module:Class" below this folder.
-BASELINES = {
+BASE_METHODS = {
     "grpo": "grpo:GRPO",
     "dr_grpo": "grpo:DrGRPO",
     "rloo": "reinforce:RLOO",
@@ -35,7 +35,7 @@ BASELINES = {
     "conspo": "conspo:ConSPO",
 }
 
-# algorithm.plugins: hooks added to a baseline.
+# algorithm.plugins: hooks added to a base method.
 PLUGINS = {
     "cepo": "cepo:CEPO",
     "d3s": "d3s:D3S",
@@ -56,13 +56,13 @@ def is_import_path(name: str) -> bool:
     return ":" in name
 
 
-def baseline_class(name: str) -> type[PolicyLoss]:
-    """The class of a baseline, built in or a user's own.
+def base_method_class(name: str) -> type[PolicyLoss]:
+    """The class of a base method, built in or a user's own.
 
     Raises:
-        ConfigError: there is no such class, or it is no baseline.
+        ConfigError: there is no such class, or it is no base method.
     """
-    return _class(name, BASELINES, PolicyLoss)
+    return _class(name, BASE_METHODS, PolicyLoss)
 
 
 def plugin_class(name: str) -> type[Hook]:
@@ -86,12 +86,12 @@ def _class(name: str, table: Mapping[str, str], base: type[Hook]) -> type:
     return found
 
 
-def baseline(algorithm: AlgorithmConfig) -> type[PolicyLoss]:
+def base_method(algorithm: AlgorithmConfig) -> type[PolicyLoss]:
     """The class that algorithm.name says; GRPO's where there is no such class, which the checks report."""
     try:
-        return baseline_class(algorithm.name)
+        return base_method_class(algorithm.name)
     except ConfigError:
-        return baseline_class("grpo")
+        return base_method_class("grpo")
 
 
 def plugins(algorithm: AlgorithmConfig) -> list[type[Hook]]:
@@ -106,8 +106,8 @@ def plugins(algorithm: AlgorithmConfig) -> list[type[Hook]]:
 
 
 def methods(algorithm: AlgorithmConfig) -> list[type[Hook]]:
-    """The classes of the baseline and the plug-ins."""
-    return [baseline(algorithm), *plugins(algorithm)]
+    """The classes of the base method and the plug-ins."""
+    return [base_method(algorithm), *plugins(algorithm)]
 
 
 def has_critic(algorithm: AlgorithmConfig) -> bool:
@@ -121,6 +121,6 @@ def needs_reference(algorithm: AlgorithmConfig) -> bool:
 
 
 def max_refill_rounds(config: RunConfig) -> int:
-    """How often a step replaces zero-advantage groups: rollout.max_refill_rounds, or the baseline's default."""
+    """How often a step replaces zero-advantage groups: rollout.max_refill_rounds, or the base method's default."""
     chosen = config.rollout.max_refill_rounds
-    return baseline(config.algorithm).default_max_refill_rounds if chosen is None else chosen
+    return base_method(config.algorithm).default_max_refill_rounds if chosen is None else chosen

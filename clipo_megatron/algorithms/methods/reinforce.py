@@ -10,7 +10,7 @@ from clipo_megatron.algorithms import late_torch as torch
 from clipo_megatron.algorithms.hook import HookContext, MethodOptions, ScoredTokens
 from clipo_megatron.algorithms.methods.grpo import STD_EPSILON, group_statistics
 from clipo_megatron.algorithms.methods.ppo import discounted_sums, tokens_left
-from clipo_megatron.algorithms.policy_loss import BaselineSettings, ClippedPolicyLoss
+from clipo_megatron.algorithms.policy_loss import ClippedPolicyLoss, PolicyLossSettings
 from clipo_megatron.algorithms.whitening import centred
 from clipo_megatron.config.schema import KLPlace
 from clipo_megatron.flow import RolloutTable
@@ -63,7 +63,7 @@ class ReinforcePP(ClippedPolicyLoss):
     needs_groups = False
     reads_token_rewards = True
 
-    def __init__(self, settings: BaselineSettings, options: WhitenOptions | None = None):
+    def __init__(self, settings: PolicyLossSettings, options: WhitenOptions | None = None):
         super().__init__(settings, options)
         self.kl_in_reward = False
 

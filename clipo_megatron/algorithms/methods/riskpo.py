@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Optional
 from clipo_megatron.algorithms import late_torch as torch
 from clipo_megatron.algorithms.hook import MethodOptions
 from clipo_megatron.algorithms.methods.grpo import STD_EPSILON, group_statistics
-from clipo_megatron.algorithms.policy_loss import BaselineSettings, ClippedPolicyLoss
+from clipo_megatron.algorithms.policy_loss import ClippedPolicyLoss, PolicyLossSettings
 from clipo_megatron.config.errors import ConfigProblem
 from clipo_megatron.config.ranges import within
 from clipo_megatron.config.schema import RunConfig
@@ -34,7 +34,7 @@ class RiskpoOptions(MethodOptions):
     beta: float = within(0.9, 0.001, 0.999)  # level of the upper quantile
     tail: float = within(1.5, 0)  # omega, weight of the lower tail against 1 for the range between the quantiles
     rate: float = within(0.1, 0, 1)  # how far the quantiles move in a step
-    start: Optional[float] = None  # both quantiles before the first step; None: those of the first step's scores
+    start: Optional[float] = None  # both quantiles before the first step; null: those of the first step's scores
     by_std: bool = False  # divide by the deviation of the bundle's scores, as the released script does
     credit: BundleCredit = BundleCredit.uniform  # how a bundle's advantage is shared; the released script: prompt_std
 
@@ -69,7 +69,7 @@ class RiskPO(ClippedPolicyLoss):
     options_class = RiskpoOptions
     needs_groups = False
 
-    def __init__(self, settings: BaselineSettings, options: RiskpoOptions | None = None):
+    def __init__(self, settings: PolicyLossSettings, options: RiskpoOptions | None = None):
         super().__init__(settings, options)
         start = self.options.start
         self.levels = (self.options.alpha, self.options.beta)

@@ -61,7 +61,7 @@ class CorrectionConfig:
 
 @dataclass
 class PluginConfig:
-    """A plug-in added to the baseline."""
+    """A plug-in added to the base method."""
 
     name: str = "???"  # one of `clipo methods`, or a class of yours: file.py:Class, package.module:Class
     options: dict[str, Any] = field(default_factory=dict)  # the plug-in's own
@@ -69,8 +69,8 @@ class PluginConfig:
 
 @dataclass
 class AlgorithmConfig:
-    name: str = "grpo"  # a baseline of `clipo methods`, or a class of yours: file.py:Class, package.module:Class
-    options: dict[str, Any] = field(default_factory=dict)  # the baseline's own
+    name: str = "grpo"  # a base method of `clipo methods`, or a class of yours: file.py:Class, package.module:Class
+    options: dict[str, Any] = field(default_factory=dict)  # the base method's own
     plugins: list[PluginConfig] = field(default_factory=list)  # plug-ins added to it, in order
     clip_low: Optional[float] = within(None, 0)  # the ratio is held above 1 - this; null: the method's, 0.2 for most
     clip_high: Optional[float] = within(None, 0)  # the ratio is held below 1 + this; null: the method's, 0.2 for most

@@ -15,7 +15,7 @@ from update_steps import one_update
 
 from clipo_megatron.algorithms.algorithm import Algorithm
 from clipo_megatron.algorithms.hook import Hook
-from clipo_megatron.algorithms.methods.registry import BASELINES, PLUGINS
+from clipo_megatron.algorithms.methods.registry import BASE_METHODS, PLUGINS
 from clipo_megatron.checks.methods import method_problems
 from clipo_megatron.config.errors import ConfigError
 from clipo_megatron.config.schema import (
@@ -28,16 +28,16 @@ from clipo_megatron.config.schema import (
     RunConfig,
 )
 
-METHODS = {**BASELINES, **PLUGINS}
+METHODS = {**BASE_METHODS, **PLUGINS}
 TOLERANCE = 1e-5
 VOCAB = 263
 
 
 def with_method(name: str, folder: Path, *, clipo: bool) -> RunConfig:
-    """A small run with one method: a baseline, or a plug-in on top of GRPO."""
+    """A small run with one method: a base method, or a plug-in on top of GRPO."""
     config = configuration(tiny_llama(folder, vocab=VOCAB))
     config.clipo.enabled = clipo
-    if name in BASELINES:
+    if name in BASE_METHODS:
         config.algorithm.name = name
     else:
         config.algorithm.plugins = [PluginConfig(name)]

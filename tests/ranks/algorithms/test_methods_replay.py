@@ -19,7 +19,7 @@ from clipo_megatron.algorithms.algorithm import Algorithm
 from clipo_megatron.algorithms.methods.d3s import D3S, D3sScope
 from clipo_megatron.algorithms.methods.hpt import HPT
 from clipo_megatron.algorithms.methods.pipo import PIPO
-from clipo_megatron.algorithms.policy_loss import BaselineSettings
+from clipo_megatron.algorithms.policy_loss import PolicyLossSettings
 from clipo_megatron.config.errors import ConfigError
 from clipo_megatron.config.schema import Aggregation, LayoutConfig, PluginConfig, RunConfig
 from clipo_megatron.flow import Experience, MiniBatch, Prompt, RolloutTable, Sample
@@ -152,7 +152,7 @@ def test_a_resumed_run_trains_on_the_batch_of_before(ranks: RankPool, tmp_path: 
 
 
 def hpt(**options: Any) -> HPT:
-    return with_options(HPT, BaselineSettings(0.2, 0.2, Aggregation.token_mean, 16), **options)
+    return with_options(HPT, PolicyLossSettings(0.2, 0.2, Aggregation.token_mean, 16), **options)
 
 
 def bound(hook: HPT, table: RolloutTable, extra: dict[str, Any] | None = None, truth: str = "3") -> HPT:

@@ -14,7 +14,7 @@ from clipo_megatron.algorithms.build import build_algorithm
 from clipo_megatron.algorithms.hook import Hook, Signal, TokenBatch
 from clipo_megatron.algorithms.kl import EntropyBonus, KLLoss, KLReward, kl_estimate
 from clipo_megatron.algorithms.methods.grpo import GRPO, DrGRPO
-from clipo_megatron.algorithms.policy_loss import BaselineSettings
+from clipo_megatron.algorithms.policy_loss import PolicyLossSettings
 from clipo_megatron.config.schema import Aggregation, KLKind, KLPlace, RunConfig
 from clipo_megatron.flow import RolloutTable
 
@@ -65,7 +65,7 @@ def grpo_by_hand(group: list[float | None], *, divide: bool) -> list[float]:
 def test_advantages(hook: type[GRPO] | type[DrGRPO], divide: bool, names: list[str]) -> None:
     groups = [GROUPS[name] for name in names]
     table = table_of(groups)
-    ours = hook(BaselineSettings(0.2, 0.2, Aggregation.token_mean, 1)).advantage(table, table.reward)
+    ours = hook(PolicyLossSettings(0.2, 0.2, Aggregation.token_mean, 1)).advantage(table, table.reward)
     expected = [value for group in groups for value in grpo_by_hand(group, divide=divide)]
     assert ours.dtype == torch.float32
     assert torch.allclose(ours.double(), torch.tensor(expected, dtype=torch.float64), rtol=1e-5, atol=1e-6)
@@ -75,14 +75,14 @@ def test_advantages(hook: type[GRPO] | type[DrGRPO], divide: bool, names: list[s
 def test_equal_rewards_have_no_advantage_at_all() -> None:
     """Their rounding noise, divided by a deviation of nearly zero, would be a large advantage."""
     table = table_of([[0.1] * 7, [1.0 / 3] * 3])
-    assert not GRPO(BaselineSettings(0.2, 0.2, Aggregation.token_mean, 1)).advantage(table, table.reward).any()
+    assert not GRPO(PolicyLossSettings(0.2, 0.2, Aggregation.token_mean, 1)).advantage(table, table.reward).any()
 
 
 def test_rewards_of_ungraded_rollouts_do_not_matter() -> None:
     table = table_of([[1.0, None, 0.0]])
     other = table.reward.clone()
     other[1] = 1e6
-    hook = GRPO(BaselineSettings(0.2, 0.2, Aggregation.token_mean, 1))
+    hook = GRPO(PolicyLossSettings(0.2, 0.2, Aggregation.token_mean, 1))
     assert torch.equal(hook.advantage(table, table.reward), hook.advantage(table, other))
 
 
@@ -102,7 +102,7 @@ ROWS = [0, 2, 3, 5]
 )
 def test_weights_over_the_whole_mini_batch(aggregation: Aggregation, expected: dict[int, float]) -> None:
     table = table_of([[1.0, 0.0, 1.0], [0.0, 1.0, 0.0]], LENGTHS)
-    weight = GRPO(BaselineSettings(0.2, 0.2, aggregation, 9)).token_weight(table, torch.tensor(ROWS))
+    weight = GRPO(PolicyLossSettings(0.2, 0.2, aggregation, 9)).token_weight(table, torch.tensor(ROWS))
     assert weight.tolist() == pytest.approx([expected.get(row, 0.0) for row in range(6)], rel=1e-6)
     if aggregation is not Aggregation.constant:
         assert float((weight * table.response_length).sum()) == pytest.approx(1.0)
@@ -111,7 +111,7 @@ def test_weights_over_the_whole_mini_batch(aggregation: Aggregation, expected: d
 @pytest.mark.parametrize("aggregation", list(Aggregation))
 def test_a_mini_batch_without_rollouts_has_no_weight(aggregation: Aggregation) -> None:
     table = table_of([[None, None]])
-    weight = GRPO(BaselineSettings(0.2, 0.2, aggregation, 9)).token_weight(table, torch.empty(0, dtype=torch.int64))
+    weight = GRPO(PolicyLossSettings(0.2, 0.2, aggregation, 9)).token_weight(table, torch.empty(0, dtype=torch.int64))
     assert weight.tolist() == [0.0, 0.0]
 
 
@@ -140,7 +140,7 @@ RATIOS = [0.5, 0.85, 1.0, 1.15, 1.25, 1.4, 3.0]
 @pytest.mark.parametrize("advantage", [1.7, -0.6, 0.0])
 def test_the_clipped_surrogate(hook: type[GRPO] | type[DrGRPO], low: float, high: float, advantage: float) -> None:
     tokens = tokens_at(RATIOS, [advantage] * len(RATIOS))
-    losses = hook(BaselineSettings(low, high, Aggregation.token_mean, 1)).loss(tokens)
+    losses = hook(PolicyLossSettings(low, high, Aggregation.token_mean, 1)).loss(tokens)
     losses.sum().backward()
     clipped = 0
     for ratio, loss, slope in zip(RATIOS, losses.tolist(), tokens.logprobs.grad.tolist(), strict=True):
@@ -255,16 +255,16 @@ def test_ungraded_rollouts_are_not_selected_and_hooks_can_leave_out_more() -> No
             return torch.arange(table.size) % 2 == 1
 
     table = table_of([[1.0, None, 0.0, 1.0]])
-    grpo = GRPO(BaselineSettings(0.2, 0.2, Aggregation.token_mean, 1))
+    grpo = GRPO(PolicyLossSettings(0.2, 0.2, Aggregation.token_mean, 1))
     assert Algorithm([grpo]).select(table, table.reward).tolist() == [True, False, True, True]
     assert Algorithm([grpo, OddRows()]).select(table, table.reward).tolist() == [False, False, False, True]
 
 
-def test_two_baselines_or_none_are_refused() -> None:
+def test_two_base_methods_or_none_are_refused() -> None:
     table = table_of([[1.0, 0.0]])
-    grpo = GRPO(BaselineSettings(0.2, 0.2, Aggregation.token_mean, 1))
+    grpo = GRPO(PolicyLossSettings(0.2, 0.2, Aggregation.token_mean, 1))
     for hooks, count in (([grpo, grpo], 2), ([Hook()], 0)):
-        with pytest.raises(ValueError, match=f"exactly one baseline .* {count} of"):
+        with pytest.raises(ValueError, match=f"exactly one base method .* {count} of"):
             Algorithm(hooks).advantage(table, table.reward)
 
 

@@ -15,7 +15,7 @@ from clipo_megatron.algorithms.methods.grpo import GRPO, DrGRPO
 from clipo_megatron.algorithms.methods.gspo import GMPO, GSPO
 from clipo_megatron.algorithms.methods.ppo import PPO
 from clipo_megatron.algorithms.methods.reinforce import RLOO
-from clipo_megatron.algorithms.policy_loss import BaselineSettings
+from clipo_megatron.algorithms.policy_loss import PolicyLossSettings
 from clipo_megatron.config.schema import Aggregation
 
 METHODS = [GRPO, DrGRPO, DAPO, RLOO, PPO, GSPO, GMPO, CISPO]
@@ -58,10 +58,10 @@ def batch_of(facts: list[tuple[float, ...]], dtype: torch.dtype) -> TokenBatch:
 
 
 def gradient(kind: type, facts: list[tuple[float, ...]], dtype: torch.dtype) -> torch.Tensor:
-    baseline = kind(BaselineSettings(*kind.default_clip, Aggregation.token_mean, 9))
+    base = kind(PolicyLossSettings(*kind.default_clip, Aggregation.token_mean, 9))
     factors = torch.tensor([each[3] for each in facts], dtype=dtype)
     tokens = batch_of(facts, dtype)
-    total, value = Algorithm([baseline, Importance(factors)]).objective(tokens)
+    total, value = Algorithm([base, Importance(factors)]).objective(tokens)
     assert torch.isfinite(value)
     total.backward()
     assert all(torch.isfinite(metric) for metric in tokens.metrics.values())
@@ -88,12 +88,12 @@ def test_ordinary_gradients_do_not_change(kind: type) -> None:
 
 
 def test_rollouts_without_a_part_in_a_group_loss_have_no_gradient() -> None:
-    baseline = DisCO(
-        BaselineSettings(0.2, 0.2, Aggregation.token_mean, 9), DiscoOptions(score=DiscoScore.likelihood_ratio)
+    base = DisCO(
+        PolicyLossSettings(0.2, 0.2, Aggregation.token_mean, 9), DiscoOptions(score=DiscoScore.likelihood_ratio)
     )
     tokens = batch_of([(0.1, 0.0, 0.1, 1.0), (100.0, 0.0, 0.1, 1.0)], torch.float32)
     tokens.score_gradient = torch.tensor([[0.5, 0.1], [0.0, 0.1]])
-    total, _ = Algorithm([baseline]).objective(tokens)
+    total, _ = Algorithm([base]).objective(tokens)
     total.backward()
     assert torch.isfinite(total) and torch.allclose(
         tokens.logprobs.grad, torch.tensor([0.5 * torch.e**0.1 - 0.1, -0.1])
@@ -102,9 +102,9 @@ def test_rollouts_without_a_part_in_a_group_loss_have_no_gradient() -> None:
 
 def test_tokens_of_a_rollout_with_advantages_of_their_own() -> None:
     """GMPO's mean ratio is large because of one token; a clipped token of the same rollout still has no gradient."""
-    baseline = GMPO(BaselineSettings(*GMPO.default_clip, Aggregation.token_mean, 9))
+    base = GMPO(PolicyLossSettings(*GMPO.default_clip, Aggregation.token_mean, 9))
     for dtype in (torch.float32, torch.float64):
         tokens = batch_of([(300.0, -1.0, 0.1, 1.0), (300.0, 1.0, 0.1, 1.0), (300.0, 0.0, 0.1, 1.0)], dtype)
         tokens.rollout = torch.zeros(3, dtype=torch.int64)
-        (tokens.weights * baseline.loss(tokens)).sum().backward()
+        (tokens.weights * base.loss(tokens)).sum().backward()
         assert tokens.logprobs.grad[1:].tolist() == [0.0, 0.0] and tokens.logprobs.grad[0] > 1e30

@@ -15,11 +15,11 @@ from clipo_megatron.algorithms.algorithm import Algorithm
 from clipo_megatron.algorithms.methods.conspo import ConSPO
 from clipo_megatron.algorithms.methods.copg import CoPG
 from clipo_megatron.algorithms.methods.disco import DisCO, DiscoScore, Penalty
-from clipo_megatron.algorithms.policy_loss import BaselineSettings, GroupLoss
+from clipo_megatron.algorithms.policy_loss import GroupLoss, PolicyLossSettings
 from clipo_megatron.config.schema import Aggregation
 from clipo_megatron.flow import RolloutTable
 
-SHARED = BaselineSettings(0.0, 0.0, Aggregation.token_mean, 16)
+SHARED = PolicyLossSettings(0.0, 0.0, Aggregation.token_mean, 16)
 
 
 def groups_of(table: RolloutTable) -> list[list[int]]:

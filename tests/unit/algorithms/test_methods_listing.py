@@ -10,9 +10,9 @@ from paths import ROOT
 
 from clipo_megatron.algorithms.hook import Replay, Signal
 from clipo_megatron.algorithms.methods.registry import (
-    BASELINES,
+    BASE_METHODS,
     PLUGINS,
-    baseline_class,
+    base_method_class,
     max_refill_rounds,
     plugin_class,
 )
@@ -24,7 +24,7 @@ from clipo_megatron.config.load import load, typed_options
 from clipo_megatron.config.ranges import range_of
 from clipo_megatron.config.schema import PluginConfig, RunConfig
 
-METHODS = {name: baseline_class(name) for name in BASELINES} | {name: plugin_class(name) for name in PLUGINS}
+METHODS = {name: base_method_class(name) for name in BASE_METHODS} | {name: plugin_class(name) for name in PLUGINS}
 PAGE = (ROOT / "docs" / "methods.md").read_text()
 # Texts that YAML wants in quotes.
 QUOTED = {"pattern", "hint"}
@@ -94,7 +94,7 @@ def test_what_a_method_needs_is_shown(name):
     assert issubclass(method, Replay) == ("update on again" in told)
 
 
-@pytest.mark.parametrize("table", [BASELINES, PLUGINS], ids=["baselines", "plug-ins"])
+@pytest.mark.parametrize("table", [BASE_METHODS, PLUGINS], ids=["base methods", "plug-ins"])
 def test_the_page_has_a_row_for_every_method(table):
     part = PAGE.split("## Plug-ins")[table is PLUGINS]
     assert sorted(re.findall(r"^\| `(\w+)` \|", part, re.MULTILINE)) == sorted(table)
@@ -113,7 +113,7 @@ def test_a_file_that_writes_every_option_out_is_sound(name, tmp_path):
     """Defaults, as `clipo methods` spells them; with CLIPO and without."""
     options = {each.name: spell(each.default) for each in fields(METHODS[name].options_class)}
     lines = "".join(f"\n      {option}: {value}" for option, value in options.items() if option not in QUOTED)
-    place = f"name: {name}\n  options:" if name in BASELINES else f"plugins:\n  - name: {name}\n    options:"
+    place = f"name: {name}\n  options:" if name in BASE_METHODS else f"plugins:\n  - name: {name}\n    options:"
     text = f"model: {{path: somewhere}}\nalgorithm:\n  {place}{lines or ' {}'}\n"
     for clipo in ("false", "true"):
         file = tmp_path / f"{clipo}.yaml"
@@ -124,7 +124,7 @@ def test_a_file_that_writes_every_option_out_is_sound(name, tmp_path):
 def parsed_as_written(file, name, options):
     config = load(file)
     assert list(method_problems(config)) == []
-    given = config.algorithm.options if name in BASELINES else config.algorithm.plugins[0].options
+    given = config.algorithm.options if name in BASE_METHODS else config.algorithm.plugins[0].options
     assert set(given) == set(options) - QUOTED
     assert typed_options(METHODS[name].options_class, given) == METHODS[name].options_class()
 
@@ -142,7 +142,7 @@ def parsed_as_written(file, name, options):
 )
 def test_values_out_of_range_are_refused(name, option, value, words):
     config = RunConfig()
-    if name in BASELINES:
+    if name in BASE_METHODS:
         config.algorithm.name, config.algorithm.options = name, {option: value}
     else:
         config.algorithm.plugins = [PluginConfig(name, {option: value})]

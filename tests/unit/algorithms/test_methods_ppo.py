@@ -15,11 +15,11 @@ from clipo_megatron.algorithms.build import build_algorithm
 from clipo_megatron.algorithms.hook import ScoredTokens
 from clipo_megatron.algorithms.kl import KLReward
 from clipo_megatron.algorithms.methods.ppo import PPO, TPPO, CriticWarmup, discounted_sums, tokens_left
-from clipo_megatron.algorithms.policy_loss import BaselineSettings
+from clipo_megatron.algorithms.policy_loss import PolicyLossSettings
 from clipo_megatron.config.schema import Aggregation, KLConfig, KLKind, KLPlace, RunConfig
 from clipo_megatron.flow import RolloutTable
 
-SHARED = BaselineSettings(0.2, 0.2, Aggregation.token_mean, 16)
+SHARED = PolicyLossSettings(0.2, 0.2, Aggregation.token_mean, 16)
 GROUPS = {
     "random": [[True, False, True], [False, False, True]],
     "all right": [[True, True, True]],
@@ -229,7 +229,7 @@ def test_a_kl_in_the_reward_is_counted_once() -> None:
     assert {"reference_logprobs", "reference_kl"} <= algorithm.needs
 
 
-def test_a_baseline_of_one_s_own_may_read_rewards_of_tokens(tmp_path: Path) -> None:
+def test_a_base_method_of_one_s_own_may_read_rewards_of_tokens(tmp_path: Path) -> None:
     """It says so by `reads_token_rewards`, as PPO does; without it the KL is in the rollouts' rewards."""
     (tmp_path / "mine.py").write_text(
         "from clipo_megatron.algorithms.methods.grpo import GRPO\n\n\n"

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from model_folders import FACTS, model_folder
 
-from clipo_megatron.algorithms.methods.registry import BASELINES, baseline_class
+from clipo_megatron.algorithms.methods.registry import BASE_METHODS, base_method_class
 from clipo_megatron.algorithms.policy_loss import GroupLoss
 from clipo_megatron.checks.run import check
 from clipo_megatron.config.errors import ConfigError, ConfigProblem
@@ -91,7 +91,7 @@ def test_groups_of_one_where_nobody_compares_them(config, settings):
 REWARDED = {"algorithm.kl.coefficient": 0.1, "algorithm.kl.place": KLPlace.reward}
 VERDICTS = {"algorithm.options": {"weigh_by_reward": False}}
 CORRECTED = {"algorithm.correction.kind": CorrectionKind.truncate}
-GROUP_LOSSES = [name for name in BASELINES if issubclass(baseline_class(name), GroupLoss)]
+GROUP_LOSSES = [name for name in BASE_METHODS if issubclass(base_method_class(name), GroupLoss)]
 
 
 def beside(*names: str) -> dict[str, Any]:
@@ -179,7 +179,7 @@ def test_what_goes_together(config, name, settings):
     ],
 )
 def test_values_of_options_are_judged_before_anything_is_loaded(config, name, options, part):
-    if name in BASELINES:
+    if name in BASE_METHODS:
         changed(config, {"algorithm.name": name, "algorithm.options": options})
     else:
         config.algorithm.plugins = [PluginConfig(name, options)]
@@ -302,7 +302,7 @@ def own(tmp_path: Path) -> Callable[[str], str]:
 
 
 @pytest.mark.parametrize(
-    ("baseline", "plugins", "settings"),
+    ("base", "plugins", "settings"),
     [
         ("Declared", [], ONE_ROLLOUT),
         ("Declared", ["Patient"], WINDOW),
@@ -311,14 +311,14 @@ def own(tmp_path: Path) -> Callable[[str], str]:
         ("Plain", ["Scaling", "Judging"], CORRECTED | {"algorithm.options": {"low": 0.2}}),
     ],
 )
-def test_what_a_class_of_ones_own_declares_is_believed(config, own, baseline, plugins, settings):
-    changed(config, {"algorithm.name": own(baseline)} | settings)
+def test_what_a_class_of_ones_own_declares_is_believed(config, own, base, plugins, settings):
+    changed(config, {"algorithm.name": own(base)} | settings)
     config.algorithm.plugins = [PluginConfig(own(name)) for name in plugins]
     check(config)
 
 
 @pytest.mark.parametrize(
-    ("baseline", "plugins", "settings", "part"),
+    ("base", "plugins", "settings", "part"),
     [
         ("Plain", [], ONE_ROLLOUT, "are against the prompt's other rollouts"),
         ("Plain", [], WINDOW, "does not learn from responses that have not ended"),
@@ -337,8 +337,8 @@ def test_what_a_class_of_ones_own_declares_is_believed(config, own, baseline, pl
         ("Plain", ["NoHook"], {}, "is no subclass of clipo_megatron.algorithms.hook.Hook"),
     ],
 )
-def test_a_class_of_ones_own_is_checked_as_a_built_in_one(config, own, baseline, plugins, settings, part):
-    changed(config, {"algorithm.name": own(baseline)} | settings)
+def test_a_class_of_ones_own_is_checked_as_a_built_in_one(config, own, base, plugins, settings, part):
+    changed(config, {"algorithm.name": own(base)} | settings)
     config.algorithm.plugins = [PluginConfig(own(name)) for name in plugins]
     (problem,) = refused(config)
     assert part in str(problem)

@@ -1,4 +1,4 @@
-"""Baselines against their formulas, written out in loops over Python's floats; tables and tokens without ranks."""
+"""Base methods against their formulas, written out in loops over Python's floats; tables and tokens without ranks."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from clipo_megatron.algorithms.methods.grpo import GRPO, DrGRPO
 from clipo_megatron.algorithms.methods.gspo import GMPO, GSPO
 from clipo_megatron.algorithms.methods.reinforce import RLOO, ReinforcePP, ReinforcePPBaseline, WhitenOver
 from clipo_megatron.algorithms.methods.riskpo import BundleCredit, RiskPO
-from clipo_megatron.algorithms.policy_loss import BaselineSettings, PolicyLoss
+from clipo_megatron.algorithms.policy_loss import PolicyLoss, PolicyLossSettings
 from clipo_megatron.config.schema import Aggregation, KLPlace, RunConfig
 from clipo_megatron.flow import RolloutTable
 
@@ -28,8 +28,8 @@ SEEDS = range(3)
 
 
 def built(kind: type[PolicyLoss], **options: Any) -> Any:
-    """A baseline with its default clip."""
-    return with_options(kind, BaselineSettings(*kind.default_clip, Aggregation.token_mean, 9), **options)
+    """A base method with its default clip."""
+    return with_options(kind, PolicyLossSettings(*kind.default_clip, Aggregation.token_mean, 9), **options)
 
 
 def close(ours: Tensor, theirs: list[float]) -> None:
