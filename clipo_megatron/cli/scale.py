@@ -10,10 +10,21 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from clipo_megatron.cli.arguments import add_config
 from clipo_megatron.cli.numbers import hours, whole, whole_numbers
 from clipo_megatron.cli.submit import add_resources, hardware_of, resources_of
-from clipo_megatron.slurm.ladder import STRONG, WEAK, Rung, continued, folder_of, ladder, read, write
+from clipo_megatron.config.errors import counted
 from clipo_megatron.slurm.resources import SlurmError
+from clipo_megatron.slurm.scaling_points import (
+    STRONG,
+    WEAK,
+    ScalingPoint,
+    continued,
+    folder_of,
+    read,
+    scaling_points,
+    write,
+)
 
 if TYPE_CHECKING:
     from clipo_megatron.config.schema import RunConfig
@@ -31,15 +42,14 @@ EXAMPLES = """\
 examples:
   clipo scale run.yaml --nodes 1,2,4,8 --gpus-per-node 8 --time 1:00:00
   clipo scale run.yaml --nodes 2,4,8 --server-nodes 1,2,4 --gpus-per-node 8 --kind weak
-  clipo scale run.yaml --nodes 1,2,4,8 --gpus-per-node 8 --dry-run      the ladder, checked against the plan
+  clipo scale run.yaml --nodes 1,2,4,8 --gpus-per-node 8 --dry-run      the runs, checked against the plan
   clipo scale run.yaml --nodes 1,2,4,8 --gpus-per-node 8 --wait 0       submit, and come back later:
   clipo scale run.yaml --collect                                        what is measured so far
 """
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("config", metavar="CONFIG", help="YAML file, the one that training gets")
-    parser.add_argument("overrides", metavar="key=value", nargs="*", help="settings that win over the file")
+    add_config(parser)
     parser.add_argument(
         "--nodes", metavar="N,N", type=whole_numbers, help="numbers of nodes that train, such as 1,2,4,8"
     )
@@ -56,7 +66,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--one-by-one", action="store_true", help="no two runs at the same time")
     parser.add_argument("--wait", metavar="HOURS", type=hours, default=24.0, help="wait for the jobs; default 24")
     parser.add_argument("--collect", action="store_true", help="submit nothing; show what is measured")
-    parser.add_argument("--dry-run", action="store_true", help="show and check the ladder, and submit nothing")
+    parser.add_argument("--dry-run", action="store_true", help="show and check the runs, and submit nothing")
     add_resources(parser)
 
 
@@ -64,7 +74,7 @@ def run(options: argparse.Namespace) -> int:
     """Submit what is missing, wait, and compare.
 
     Returns:
-        0 if every run of the ladder is measured, else 1.
+        0 if every run of the study is measured, else 1.
     """
     from clipo_megatron.config.load import load
     from clipo_megatron.runtime.run_dir import CHECKPOINTS
@@ -74,25 +84,25 @@ def run(options: argparse.Namespace) -> int:
     if not 0 <= options.skip < options.steps:
         raise SlurmError(f"--skip {options.skip} of --steps {options.steps} leaves nothing to measure. Lower it.")
     if options.collect:
-        rungs = read(folder)
-        if not rungs:
-            raise SlurmError(f"{folder} has no ladder. Give --nodes to measure one, or correct train.output.")
+        points = read(folder)
+        if not points:
+            raise SlurmError(f"{folder} has no scaling study. Give --nodes to begin one, or correct train.output.")
     else:
-        rungs = continued(_wanted(options, config), read(folder))
-        _check(options, rungs)
+        points = continued(_wanted(options, config), read(folder))
+        _check(options, points)
         if options.dry_run:
             return 0
-        rungs = _submit(options, rungs, folder)
-        for rung in _wait(rungs, time.monotonic() + 3600 * options.wait):
-            shutil.rmtree(Path(rung.output) / CHECKPOINTS, ignore_errors=True)
-    return _compare(rungs, folder, options.skip)
+        points = _submit(options, points, folder)
+        for point in _wait(points, time.monotonic() + 3600 * options.wait):
+            shutil.rmtree(Path(point.output) / CHECKPOINTS, ignore_errors=True)
+    return _compare(points, folder, options.skip)
 
 
-def _wanted(options: argparse.Namespace, config: RunConfig) -> list[Rung]:
+def _wanted(options: argparse.Namespace, config: RunConfig) -> list[ScalingPoint]:
     if options.nodes is None:
-        raise SlurmError("give --nodes, such as --nodes 1,2,4,8, or --collect for a ladder that was submitted")
+        raise SlurmError("give --nodes, such as --nodes 1,2,4,8, or --collect for runs that were submitted")
     kinds = (WEAK, STRONG) if options.kind == "both" else (options.kind,)
-    rungs = ladder(
+    points = scaling_points(
         config,
         options.nodes,
         options.server_nodes,
@@ -100,79 +110,78 @@ def _wanted(options: argparse.Namespace, config: RunConfig) -> list[Rung]:
         kinds=kinds,
         steps=options.steps,
     )
-    return [replace(rung, overrides=(*options.overrides, *rung.overrides)) for rung in rungs]
+    return [replace(point, overrides=(*options.overrides, *point.overrides)) for point in points]
 
 
-def _check(options: argparse.Namespace, rungs: Sequence[Rung]) -> None:
+def _check(options: argparse.Namespace, points: Sequence[ScalingPoint]) -> None:
     """Check all jobs before the first is queued, and print them."""
     from clipo_megatron.slurm.submit import submit
 
-    for rung in rungs:
-        resources = resources_of(options, rung.nodes, rung.server_nodes)
+    for point in points:
+        resources = resources_of(options, point.nodes, point.server_nodes)
         job = submit(
             options.config,
-            rung.overrides,
+            point.overrides,
             resources,
             hardware=hardware_of(options),
             anyway=options.anyway,
             dry_run=True,
         )
-        where = f"{rung.nodes} nodes" + (f" and {rung.server_nodes} of servers" if rung.server_nodes else "")
-        print(
-            f"{rung.name:<10} {rung.ranks} ranks on {where}, {rung.prompts} prompts per step; {'; '.join(job.remarks)}"
-        )
+        where = counted(point.nodes, "node") + (f" and {point.server_nodes} of servers" if point.server_nodes else "")
+        size = f"{counted(point.ranks, 'rank')} on {where}, {point.prompts} prompts per step"
+        print(f"{point.name:<10} {size}; {'; '.join(job.remarks)}")
 
 
-def _submit(options: argparse.Namespace, rungs: list[Rung], folder: Path) -> list[Rung]:
-    """Submit the rungs that are neither measured nor in the queue. Returns all of them, with their jobs."""
+def _submit(options: argparse.Namespace, points: list[ScalingPoint], folder: Path) -> list[ScalingPoint]:
+    """Submit the points that are neither measured nor in the queue. Returns all of them, with their jobs."""
     from clipo_megatron.slurm.measure import done_steps
     from clipo_megatron.slurm.submit import OVER, job_state, submit
 
-    for index, rung in enumerate(rungs):
-        if done_steps(rung) >= rung.steps or (rung.job and job_state(rung.job) not in OVER):
+    for index, point in enumerate(points):
+        if done_steps(point) >= point.steps or (point.job and job_state(point.job) not in OVER):
             continue
-        resources = resources_of(options, rung.nodes, rung.server_nodes)
-        earlier = [each.job for each in rungs[:index] if each.job]
+        resources = resources_of(options, point.nodes, point.server_nodes)
+        earlier = [each.job for each in points[:index] if each.job]
         if options.one_by_one and earlier:
             resources = replace(resources, options=(*resources.options, f"--dependency=afterany:{':'.join(earlier)}"))
-        job = submit(options.config, rung.overrides, resources, hardware=hardware_of(options), anyway=options.anyway)
-        rungs[index] = replace(rung, job=job.id)
-        write(folder, rungs)  # at once, so that the number of the job is never lost
-        print(f"{rung.name:<10} job {job.id}, {job.folder / 'job.log'}")
-    write(folder, rungs)
-    return rungs
+        job = submit(options.config, point.overrides, resources, hardware=hardware_of(options), anyway=options.anyway)
+        points[index] = replace(point, job=job.id)
+        write(folder, points)  # at once, so that the number of the job is never lost
+        print(f"{point.name:<10} job {job.id}, {job.folder / 'job.log'}")
+    write(folder, points)
+    return points
 
 
-def _wait(rungs: Sequence[Rung], deadline: float) -> list[Rung]:
-    """Wait until the queue has none of the jobs, or for the deadline. Returns the rungs whose jobs did all steps."""
+def _wait(points: Sequence[ScalingPoint], deadline: float) -> list[ScalingPoint]:
+    """Wait until the queue has none of the jobs, or for the deadline. Returns the points whose jobs did all steps."""
     from clipo_megatron.slurm.measure import done_steps
     from clipo_megatron.slurm.submit import OVER, job_state
 
     told: dict[str, str] = {}
-    waiting, pause = [rung for rung in rungs if rung.job], 1.0
+    waiting, pause = [point for point in points if point.job], 1.0
     while waiting:
-        for rung in waiting:
-            state = job_state(rung.job)
-            if told.get(rung.name) != state:
-                told[rung.name] = state
-                word = state or "no longer known to Slurm"
-                print(f"{rung.name:<10} job {rung.job} {word}, {done_steps(rung)} of {rung.steps} steps", flush=True)
-        waiting = [rung for rung in waiting if told[rung.name] not in OVER]
+        for point in waiting:
+            state = job_state(point.job)
+            if told.get(point.name) != state:
+                told[point.name] = state
+                word, steps = state or "no longer known to Slurm", f"{done_steps(point)} of {point.steps} steps"
+                print(f"{point.name:<10} job {point.job} {word}, {steps}", flush=True)
+        waiting = [point for point in waiting if told[point.name] not in OVER]
         if waiting and time.monotonic() > deadline:
-            names = ", ".join(f"{rung.name} (job {rung.job})" for rung in waiting)
+            names = ", ".join(f"{point.name} (job {point.job})" for point in waiting)
             print(f"--wait is over: {names} not done. They stay in the queue; --collect shows what is measured.")
             break
         if waiting:
             time.sleep(pause)
             pause = min(1.3 * pause, _LONGEST_POLL_S)
-    return [rung for rung in rungs if told.get(rung.name) in OVER and done_steps(rung) >= rung.steps]
+    return [point for point in points if told.get(point.name) in OVER and done_steps(point) >= point.steps]
 
 
-def _compare(rungs: Sequence[Rung], folder: Path, skip: int) -> int:
+def _compare(points: Sequence[ScalingPoint], folder: Path, skip: int) -> int:
     from clipo_megatron.slurm import scaling_table as report
     from clipo_megatron.slurm.measure import done_steps, measure
 
-    found = {rung.name: measure(rung, skip=skip) for rung in rungs}
+    found = {point.name: measure(point, skip=skip) for point in points}
     runs = [each for each in found.values() if each is not None]
     if runs:
         print(f"\n{report.text(runs)}\n")
@@ -180,8 +189,8 @@ def _compare(rungs: Sequence[Rung], folder: Path, skip: int) -> int:
             print(f"  {file}")
         if not (folder / report.PICTURE).exists():
             print("  no picture: matplotlib is not installed (pip install matplotlib; then --collect)")
-    for rung in rungs:
-        if found[rung.name] is None:
-            where = f", see {rung.output}/jobs" if rung.job else ""
-            print(f"{rung.name}: not measured, {done_steps(rung)} of {rung.steps} steps are done{where}")
-    return 0 if len(runs) == len(rungs) else 1
+    for point in points:
+        if found[point.name] is None:
+            where = f", see {point.output}/jobs" if point.job else ""
+            print(f"{point.name}: not measured, {done_steps(point)} of {point.steps} steps are done{where}")
+    return 0 if len(runs) == len(points) else 1

@@ -67,6 +67,11 @@ def spell(value: object) -> str:
     return shortened(text, 80)
 
 
+def counted(number: int, noun: str) -> str:
+    """A number of things in words: "1 rank", "2 ranks"."""
+    return f"{number} {noun}" + ("" if number == 1 else "s")
+
+
 def shortened(text: str, most: int) -> str:
     """A text of at most `most` characters, with dots where some of its end are left out."""
     return text if len(text) <= most else f"{text[: most - 3]}..."

@@ -12,9 +12,8 @@ from clipo_megatron.report.metric_titles import PADDING, Metric
 from clipo_megatron.report.parts import Section, cards, figure, metric_figure, swatch, table
 from clipo_megatron.report.reading import RunRecord
 from clipo_megatron.report.scales import Scale, byte_count, percent, reach, safe, seconds, tick_text, ticks
-from clipo_megatron.telemetry.metric_names import PHASES, STEP_TIME, TOKENS_PER_S, phase_time
+from clipo_megatron.telemetry.metric_names import ALL_PHASES, PHASES, STEP_TIME, TOKENS_PER_S, phase_time
 
-SHOWN = (*PHASES, "other")
 MOST_RANKS = 64
 _MEANING = {
     "generate": "rollouts and their verdicts",
@@ -61,7 +60,7 @@ def timing(groups: Sequence[RunGroup]) -> Section:
 
 
 def phase_seconds(line: dict[str, Any]) -> list[float]:
-    """Seconds of each phase of SHOWN in a step's metrics; the last is the rest of the step."""
+    """Seconds of each phase of ALL_PHASES in a step's metrics; the last is the rest of the step."""
     known = [float(line.get(phase_time(phase)) or 0.0) for phase in PHASES]
     return [*known, max(0.0, float(line.get(STEP_TIME) or 0.0) - sum(known))]
 
@@ -80,12 +79,12 @@ def _phases(group: RunGroup, most: float) -> str:
         bars.append((part[0][0], part[-1][0], means))
     across = Scale(bars[0][0] - 0.5, bars[-1][1] + 0.5, LEFT, WIDTH - RIGHT)
     up = Scale(*reach([most], zero=True), HEIGHT - BOTTOM, TOP)
-    parts = [frame(across, up, x="step", y="s", share=False, width=WIDTH, height=HEIGHT)]
+    parts = [frame(across, up, x="step", y="s")]
     for first, last, times in bars:
         left, right = across(first - 0.5), across(last + 0.5)
         gap = min(2.0, (right - left) * 0.15)
         where = f"step {first}" if first == last else f"steps {first} to {last}, mean"
-        tip = "\n".join([where, *(f"{p}: {seconds(t)}" for p, t in zip(SHOWN, times, strict=True) if t >= 5e-3)])
+        tip = "\n".join([where, *(f"{p}: {seconds(t)}" for p, t in zip(ALL_PHASES, times, strict=True) if t >= 5e-3)])
         level, pieces = 0.0, []
         for number, spent in enumerate(times):
             top, bottom = up(level + spent), up(level)
@@ -96,11 +95,11 @@ def _phases(group: RunGroup, most: float) -> str:
                     f'width="{right - left - gap:.1f}" height="{bottom - top:.1f}"/>'
                 )
         parts.append(f'<g data-tip="{safe(tip)}">{"".join(pieces)}</g>')
-    total = [sum(times[number] for _, times in lines) for number in range(len(SHOWN))]
+    total = [sum(times[number] for _, times in lines) for number in range(len(ALL_PHASES))]
     whole = sum(total) or 1.0
     legend = "".join(
         f'<span title="{_MEANING[phase]}"><i class="phase{n}"></i>{phase} {percent(total[n] / whole, 0)}</span>'
-        for n, phase in enumerate(SHOWN)
+        for n, phase in enumerate(ALL_PHASES)
     )
     name = run.label
     caption = "One bar a step. Percentages are over all steps."
@@ -167,7 +166,7 @@ def _timeline(group: RunGroup) -> str:
                 f'<text class="tick" x="{left - 8}" y="{y + row / 2 + 4:.1f}" text-anchor="end">rank {rank}</text>'
             )
         for phase, begin, finish in facts.get("spans", []):
-            number = SHOWN.index(phase) if phase in SHOWN else len(SHOWN) - 1
+            number = ALL_PHASES.index(phase) if phase in ALL_PHASES else len(ALL_PHASES) - 1
             a, b = across(begin - start), across(finish - start)
             tip = (
                 f"rank {rank}: {phase}, {seconds(finish - begin)}\nfrom {begin - start:.3f} s to {finish - start:.3f} s"

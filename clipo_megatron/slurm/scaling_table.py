@@ -1,4 +1,4 @@
-"""Writes a measured ladder: a table for people, JSON for programs, and a picture."""
+"""Writes a measured scaling study: a table for people, JSON for programs, and a picture."""
 
 from __future__ import annotations
 
@@ -9,37 +9,37 @@ from pathlib import Path
 from typing import Any
 
 from clipo_megatron.runtime.durable_files import write_durably
-from clipo_megatron.slurm.ladder import STRONG, WEAK
 from clipo_megatron.slurm.measure import Measured, efficiency
-from clipo_megatron.telemetry.metric_names import PHASES
+from clipo_megatron.slurm.scaling_points import STRONG, WEAK
+from clipo_megatron.telemetry.metric_names import ALL_PHASES
 
 FIGURES, TABLE, PICTURE = "scale.json", "scale.md", "scale.svg"
-SHOWN = (*PHASES, "other")
-COLOURS = dict(zip(SHOWN, ("#2563eb", "#9ca3af", "#d97706", "#b91c1c", "#059669", "#d1d5db"), strict=True))
+COLOURS = dict(zip(ALL_PHASES, ("#2563eb", "#9ca3af", "#d97706", "#b91c1c", "#059669", "#d1d5db"), strict=True))
 
 
 def unit_of(runs: Sequence[Measured]) -> str:
     """The unit of tokens_per_s: "GPU", or "rank" on CPUs."""
-    return "GPU" if runs and runs[0].rung.gpus else "rank"
+    return "GPU" if runs and runs[0].point.gpus else "rank"
 
 
 def rows(runs: Sequence[Measured]) -> tuple[list[str], list[list[str]]]:
     """Headings and rows of the table, fewest nodes first."""
     unit = unit_of(runs)
     weak, strong = efficiency(runs, WEAK), efficiency(runs, STRONG)
-    headings = ["run", "nodes", f"{unit}s", "prompts", "s/step", "range", f"tokens/s/{unit}", "weak", "strong", *SHOWN]
+    headings = ["run", "nodes", f"{unit}s", "prompts", "s/step", "range", f"tokens/s/{unit}", "weak", "strong"]
+    headings += ALL_PHASES
 
     def share(values: dict[str, float], name: str) -> str:
         return f"{values[name]:.0%}" if name in values else ""
 
     cells = []
-    for run in sorted(runs, key=lambda run: (run.rung.nodes, run.rung.name)):
-        nodes = str(run.rung.nodes) + (f"+{run.rung.server_nodes}" if run.rung.server_nodes else "")
+    for run in sorted(runs, key=lambda run: (run.point.nodes, run.point.name)):
+        nodes = str(run.point.nodes) + (f"+{run.point.server_nodes}" if run.point.server_nodes else "")
         spread = f"{run.fastest:.3g} to {run.slowest:.3g}"
         cells.append(
-            [run.rung.name, nodes, str(run.rung.units), str(run.rung.prompts), f"{run.seconds:.3g}", spread]
-            + [f"{run.tokens_per_s:.4g}", share(weak, run.rung.name), share(strong, run.rung.name)]
-            + [f"{run.shares[phase]:.0%}" for phase in SHOWN]
+            [run.point.name, nodes, str(run.point.units), str(run.point.prompts), f"{run.seconds:.3g}", spread]
+            + [f"{run.tokens_per_s:.4g}", share(weak, run.point.name), share(strong, run.point.name)]
+            + [f"{run.shares[phase]:.0%}" for phase in ALL_PHASES]
         )
     return headings, cells
 
@@ -47,7 +47,7 @@ def rows(runs: Sequence[Measured]) -> tuple[list[str], list[list[str]]]:
 def text(runs: Sequence[Measured]) -> str:
     """The table for a terminal of 80 columns: speeds, and below them the share of each phase."""
     headings, cells = rows(runs)
-    first_phase = headings.index(SHOWN[0])
+    first_phase = headings.index(ALL_PHASES[0])
     figures = _aligned([line[:first_phase] for line in (headings, *cells)])
     shares = _aligned([[line[0], *line[first_phase:]] for line in (headings, *cells)])
     return f"{figures}\n\nof the time:\n{shares}"
@@ -66,7 +66,7 @@ def write(runs: Sequence[Measured], folder: Path) -> list[Path]:
     unit = unit_of(runs)
     figures: dict[str, Any] = {
         "tokens_per_s": f"prompt and response tokens that train, a {unit}",
-        "runs": [{**asdict(run), "kinds": list(run.rung.kinds)} for run in runs],
+        "runs": [{**asdict(run), "kinds": list(run.point.kinds)} for run in runs],
         "efficiency": {kind: efficiency(runs, kind) for kind in (WEAK, STRONG)},
     }
     write_durably(folder / FIGURES, json.dumps(figures, indent=1))
@@ -93,30 +93,30 @@ def draw(runs: Sequence[Measured], file: Path) -> bool:
     plt.rcParams["svg.hashsalt"] = "clipo"  # the same file for the same figures
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6))
     unit = unit_of(runs)
-    base = next((run for run in runs if run.rung.is_first), None)
+    base = next((run for run in runs if run.point.is_first), None)
     for kind, marker, colour in ((WEAK, "o", "#2563eb"), (STRONG, "s", "#d97706")):
-        points = sorted((run for run in runs if kind in run.rung.kinds), key=lambda run: run.rung.units)
+        points = sorted((run for run in runs if kind in run.point.kinds), key=lambda run: run.point.units)
         if points:
             left.plot(
-                [run.rung.units for run in points],
-                [run.tokens_per_s * run.rung.units for run in points],
+                [run.point.units for run in points],
+                [run.tokens_per_s * run.point.units for run in points],
                 marker=marker,
                 color=colour,
                 label=f"{kind} scaling",
             )
     if base is not None:
-        ends = [base.rung.units, max(run.rung.units for run in runs)]
+        ends = [base.point.units, max(run.point.units for run in runs)]
         left.plot(ends, [base.tokens_per_s * each for each in ends], "--", color="#9ca3af", label="as the smallest")
-    left.set(xlabel=f"{unit}s", ylabel="tokens/s", ylim=(0, None), xticks=sorted({run.rung.units for run in runs}))
+    left.set(xlabel=f"{unit}s", ylabel="tokens/s", ylim=(0, None), xticks=sorted({run.point.units for run in runs}))
     left.legend(frameon=False)
-    ordered = sorted(runs, key=lambda run: (run.rung.nodes, run.rung.name))
+    ordered = sorted(runs, key=lambda run: (run.point.nodes, run.point.name))
     below = [0.0] * len(ordered)
-    for phase in SHOWN:
+    for phase in ALL_PHASES:
         heights = [100 * run.shares[phase] for run in ordered]
         right.bar(range(len(ordered)), heights, bottom=below, color=COLOURS[phase], label=phase)
         below = [low + height for low, height in zip(below, heights, strict=True)]
     right.set(ylabel="% of the time", ylim=(0, 100))
-    right.set_xticks(range(len(ordered)), [run.rung.name for run in ordered], rotation=30, ha="right")
+    right.set_xticks(range(len(ordered)), [run.point.name for run in ordered], rotation=30, ha="right")
     right.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
     for axes in (left, right):
         for side in ("top", "right"):

@@ -23,8 +23,8 @@ def cluster() -> Iterator[Cluster]:
         yield running
 
 
-def test_a_ladder_runs_is_measured_and_not_run_twice(cluster, small_config, tmp_path):
-    """One rung, of two nodes, for the sake of time: what several are compared by is tested on their metrics."""
+def test_a_study_runs_is_measured_and_not_run_twice(cluster, small_config, tmp_path):
+    """One point, of two nodes, for the sake of time: what several are compared by is tested on their metrics."""
     arguments = [str(small_config), f"train.output={tmp_path}/out", "clipo.dim=16", "--nodes", "2", "--steps", "2"]
     arguments += ["--cpus-per-rank", "1"]
 
@@ -45,8 +45,8 @@ def test_a_ladder_runs_is_measured_and_not_run_twice(cluster, small_config, tmp_
     logs = "".join(path.read_text()[-3000:] for path in sorted(folder.rglob("*.log")))
     assert done.returncode == 0, done.stdout + done.stderr + logs
     (run,) = json.loads((folder / "scale.json").read_text())["runs"]
-    assert (run["rung"]["ranks"], run["rung"]["prompts"], run["rung"]["job"], run["steps"]) == (2, 4, "1", 1)
-    output = Path(run["rung"]["output"])
+    assert (run["point"]["ranks"], run["point"]["prompts"], run["point"]["job"], run["steps"]) == (2, 4, "1", 1)
+    output = Path(run["point"]["output"])
     (second,) = read_lines(output / "metrics.jsonl")[1:]
     assert run["tokens_per_s"] == pytest.approx(second["speed/tokens_per_s_per_rank"]) and run["tokens_per_s"] > 0
     assert [path.name for path in output.glob("jobs/*")] == ["001"], "the job in the queue was waited for"

@@ -13,8 +13,8 @@ from small_runs import STEPS
 
 from clipo_megatron.cli.report import write_page
 from clipo_megatron.report.scales import percent, seconds
-from clipo_megatron.slurm.ladder import STRONG, WEAK, Rung
 from clipo_megatron.slurm.measure import measure
+from clipo_megatron.slurm.scaling_points import STRONG, WEAK, ScalingPoint
 from clipo_megatron.telemetry.sinks import read_lines
 
 
@@ -48,12 +48,12 @@ def test_a_real_run(undisturbed, tmp_path):
     assert "What is missing" not in text
 
 
-RUNG = Rung("nodes-1", (WEAK, STRONG), 1, 0, 1, 0, STEPS, 4, "", ())
+POINT = ScalingPoint("nodes-1", (WEAK, STRONG), 1, 0, 1, 0, STEPS, 4, "", ())
 
 
 def test_a_real_run_is_measured(undisturbed):
     """Tokens against those that the metrics of score and update count, seconds against the phases' sum."""
-    run = measure(replace(RUNG, output=str(undisturbed)), skip=2)
+    run = measure(replace(POINT, output=str(undisturbed)), skip=2)
     lines = read_lines(undisturbed / "metrics.jsonl")[2:]
     assert run.steps == STEPS - 2 == len(lines)
     spent = [line["time/step_s"] for line in lines]
@@ -64,5 +64,5 @@ def test_a_real_run_is_measured(undisturbed):
     assert tokens > responses > 0, "prompts count too"
     assert run.fastest == min(spent) <= run.seconds <= run.slowest == max(spent)
     assert sum(run.shares.values()) == pytest.approx(1) and run.shares["update"] > 0 <= run.shares["other"]
-    assert measure(replace(RUNG, output=str(undisturbed), steps=STEPS + 1), skip=1) is None, "it is not done"
-    assert measure(replace(RUNG, output=str(undisturbed)), skip=STEPS) is None
+    assert measure(replace(POINT, output=str(undisturbed), steps=STEPS + 1), skip=1) is None, "it is not done"
+    assert measure(replace(POINT, output=str(undisturbed)), skip=STEPS) is None

@@ -45,16 +45,16 @@ def run(dice: random.Random, folder: Path) -> Attempt:
     )
     chosen = dice.choice(commands)
     if chosen[0] == "scale":
-        _write_ladder(dice)
+        _write_points(dice)
     return Attempt(chosen, writes=("out", "run/"))
 
 
-def _write_ladder(dice: random.Random) -> None:
-    rung = {"name": "nodes-1", "kinds": ["weak"], "nodes": 1, "server_nodes": 0, "ranks": 1, "gpus": 0, "steps": 4}
-    rung |= {"prompts": 4, "output": "run", "overrides": ["layout.dp=1"], "job": None}
+def _write_points(dice: random.Random) -> None:
+    point = {"name": "nodes-1", "kinds": ["weak"], "nodes": 1, "server_nodes": 0, "ranks": 1, "gpus": 0, "steps": 4}
+    point |= {"prompts": 4, "output": "run", "overrides": ["layout.dp=1"], "job": None}
     place = Path("run/scale")
     place.mkdir()
-    (place / "ladder.json").write_text(as_text(mutated(dice, [rung, {**rung, "name": "weak-2", "nodes": 2}], 2)))
+    (place / "points.json").write_text(as_text(mutated(dice, [point, {**point, "name": "weak-2", "nodes": 2}], 2)))
 
 
 def results(dice: random.Random, folder: Path) -> Attempt:

@@ -12,8 +12,8 @@ from broken_kinds import write_sound
 from clipo_megatron.cli.main import main
 
 DEEP = "[" * 10_000 + "]" * 10_000
-RUNG = {"name": "nodes-1", "kinds": ["weak"], "nodes": 1, "server_nodes": 0, "ranks": 1, "gpus": 0, "steps": 4}
-RUNG |= {"prompts": 4, "output": "run", "overrides": ["layout.dp=1"], "job": None}
+POINT = {"name": "nodes-1", "kinds": ["weak"], "nodes": 1, "server_nodes": 0, "ranks": 1, "gpus": 0, "steps": 4}
+POINT |= {"prompts": 4, "output": "run", "overrides": ["layout.dp=1"], "job": None}
 
 
 @pytest.fixture
@@ -35,15 +35,15 @@ def refused(capsys, *words: str) -> str:
 @pytest.mark.parametrize(
     "change", [{"output": ["a"]}, {"nodes": "1"}, {"steps": []}, {"kinds": [3]}, {"prompts": 10**30}, {"job": 7}]
 )
-def test_a_ladder_with_other_types_is_damaged(change, folder, capsys):
+def test_scaling_points_with_other_types_are_damaged(change, folder, capsys):
     (folder / "run" / "scale").mkdir()
-    (folder / "run" / "scale" / "ladder.json").write_text(json.dumps([RUNG | change]))
-    assert "ladder.json cannot be read" in refused(capsys, "scale", "run.yaml", "--collect")
+    (folder / "run" / "scale" / "points.json").write_text(json.dumps([POINT | change]))
+    assert "points.json cannot be read" in refused(capsys, "scale", "run.yaml", "--collect")
 
 
 def test_metrics_that_are_no_numbers_are_not_measured(folder, capsys):
     (folder / "run" / "scale").mkdir()
-    (folder / "run" / "scale" / "ladder.json").write_text(json.dumps([RUNG]))
+    (folder / "run" / "scale" / "points.json").write_text(json.dumps([POINT]))
     lines = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
     lines[2]["time/step_s"], lines[3]["speed/tokens_per_s"] = "fast", [1]
     (folder / "run" / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))

@@ -1,4 +1,4 @@
-"""The ladder of a scaling study: its runs, which are one configuration on several numbers of nodes.
+"""The points of a scaling study: short runs of one configuration on several numbers of nodes.
 
 weak      prompts per step grow with the nodes: the work of a replica stays, and so should the time of a step
 strong    prompts per step stay: twice the nodes should halve the time of a step
@@ -21,12 +21,12 @@ from clipo_megatron.runtime.run_dir import SCALE
 from clipo_megatron.slurm.resources import Resources, SlurmError
 
 WEAK, STRONG = "weak", "strong"
-LADDER = "ladder.json"
+POINTS, FORMER_POINTS = "points.json", "ladder.json"  # the latter is what earlier releases wrote
 
 
 @dataclass(frozen=True, slots=True)
-class Rung:
-    """One run of the ladder, and its Slurm job."""
+class ScalingPoint:
+    """One run of a scaling study, and its Slurm job."""
 
     name: str
     kinds: tuple[str, ...]  # WEAK, STRONG or both
@@ -51,7 +51,7 @@ class Rung:
         return self.gpus or self.ranks
 
 
-def ladder(
+def scaling_points(
     config: RunConfig,
     nodes: Sequence[int],
     server_nodes: Sequence[int],
@@ -59,8 +59,8 @@ def ladder(
     *,
     kinds: Sequence[str],
     steps: int,
-) -> list[Rung]:
-    """The rungs, fewest nodes first.
+) -> list[ScalingPoint]:
+    """The points of a study, fewest nodes first.
 
     Args:
         config: the configuration; its prompts per step are those of the run on the fewest nodes.
@@ -71,7 +71,7 @@ def ladder(
         steps: steps of each run.
 
     Raises:
-        SlurmError: the numbers give no ladder.
+        SlurmError: the numbers do not fit each other, or the layout.
     """
     if not nodes or list(nodes) != sorted(set(nodes)) or nodes[0] < 1:
         raise SlurmError(f"--nodes {_listed(nodes)}: give different numbers in rising order, such as 1,2,4,8")
@@ -80,7 +80,7 @@ def ladder(
             f"--server-nodes {_listed(server_nodes)} has {len(server_nodes)} numbers, and --nodes {_listed(nodes)} has "
             f"{len(nodes)}. Give one for each."
         )
-    first, rungs = nodes[0], []
+    first, points = nodes[0], []
     for count, serving in zip(nodes, server_nodes or [0] * len(nodes), strict=True):
         for kind in kinds if count != first else kinds[:1]:
             prompts, rest = config.data.prompts_per_step, 0
@@ -92,12 +92,14 @@ def ladder(
                     f"{count}. Make it a multiple of {first}."
                 )
             name = f"nodes-{count}" if count == first else f"{kind}-{count}"
-            points = tuple(kinds) if count == first else (kind,)
-            rungs.append(_rung(config, name, points, resources(count, serving), prompts, steps))
-    return rungs
+            of = tuple(kinds) if count == first else (kind,)
+            points.append(_scaling_point(config, name, of, resources(count, serving), prompts, steps))
+    return points
 
 
-def _rung(config: RunConfig, name: str, kinds: tuple[str, ...], resources: Resources, prompts: int, steps: int) -> Rung:
+def _scaling_point(
+    config: RunConfig, name: str, kinds: tuple[str, ...], resources: Resources, prompts: int, steps: int
+) -> ScalingPoint:
     model = config.layout.tp * config.layout.pp
     dp, rest = divmod(resources.ranks, model)
     if rest or not dp:
@@ -121,7 +123,7 @@ def _rung(config: RunConfig, name: str, kinds: tuple[str, ...], resources: Resou
         "clipo.warmup_steps": 0,
         "report.save_rollouts": 0,
     }
-    return Rung(
+    return ScalingPoint(
         name=name,
         kinds=kinds,
         nodes=resources.nodes,
@@ -136,64 +138,67 @@ def _rung(config: RunConfig, name: str, kinds: tuple[str, ...], resources: Resou
 
 
 def folder_of(config: RunConfig) -> Path:
-    """The folder below which the runs of a configuration's ladder write."""
+    """The folder below which the runs of a configuration's study write."""
     return Path(config.train.output).absolute() / SCALE
 
 
-def write(folder: Path, rungs: Sequence[Rung]) -> None:
-    """Write the ladder with its jobs, so that a later call can continue it."""
+def write(folder: Path, points: Sequence[ScalingPoint]) -> None:
+    """Write the points with their jobs, so that a later call can continue the study."""
     folder.mkdir(parents=True, exist_ok=True)
-    write_durably(folder / LADDER, json.dumps([asdict(rung) for rung in rungs], indent=1))
+    write_durably(folder / POINTS, json.dumps([asdict(point) for point in points], indent=1))
 
 
-def read(folder: Path) -> list[Rung]:
-    """The ladder that `write` wrote; [] where there is none.
+def read(folder: Path) -> list[ScalingPoint]:
+    """The points that `write` wrote; [] where there are none.
 
     Raises:
         SlurmError: the file is damaged.
     """
-    file = folder / LADDER
+    file = folder / POINTS
     try:
+        if not file.exists():
+            file = folder / FORMER_POINTS
         if not file.exists():
             return []
         found = json.loads(text_of(file))
-        rungs = [
-            Rung(**{**each, "kinds": tuple(each["kinds"]), "overrides": tuple(each["overrides"])}) for each in found
+        points = [
+            ScalingPoint(**{**each, "kinds": tuple(each["kinds"]), "overrides": tuple(each["overrides"])})
+            for each in found
         ]
-        for rung in rungs:
-            _refuse_damage(rung)
-        return rungs
+        for point in points:
+            _refuse_damage(point)
+        return points
     except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
         raise SlurmError(f"{file} cannot be read ({error}). Remove {folder}, and measure again.") from None
 
 
-def _refuse_damage(rung: Rung) -> None:
-    """Raise ValueError for a rung that `write` cannot have written."""
-    words = (rung.name, rung.output, *rung.kinds, *rung.overrides, *([] if rung.job is None else [rung.job]))
-    if not all(isinstance(each, str) for each in words) or not {*rung.kinds} <= {WEAK, STRONG}:
-        raise ValueError(f"the rung {rung.name!r} has something else where text belongs")
+def _refuse_damage(point: ScalingPoint) -> None:
+    """Raise ValueError for a point that `write` cannot have written."""
+    words = (point.name, point.output, *point.kinds, *point.overrides, *([] if point.job is None else [point.job]))
+    if not all(isinstance(each, str) for each in words) or not {*point.kinds} <= {WEAK, STRONG}:
+        raise ValueError(f"the point {point.name!r} has something else where text belongs")
     counts = {"nodes": 1, "ranks": 1, "steps": 1, "prompts": 1, "server_nodes": 0, "gpus": 0}
     for name, least in counts.items():
-        if type(value := getattr(rung, name)) is not int or not least <= value <= LARGEST_WHOLE:
-            raise ValueError(f"the rung {rung.name} has {name} = {spell(value)}")
+        if type(value := getattr(point, name)) is not int or not least <= value <= LARGEST_WHOLE:
+            raise ValueError(f"the point {point.name} has {name} = {spell(value)}")
 
 
-def continued(rungs: Sequence[Rung], before: Sequence[Rung]) -> list[Rung]:
-    """`rungs` with the jobs that `before`, the ladder of an earlier call, has for them.
+def continued(points: Sequence[ScalingPoint], before: Sequence[ScalingPoint]) -> list[ScalingPoint]:
+    """`points` with the jobs that `before`, the points of an earlier call, have for them.
 
     Raises:
-        SlurmError: an earlier rung of the same name was another run, whose metrics are still there.
+        SlurmError: an earlier point of the same name was another run, whose metrics are still there.
     """
-    known = {rung.name: rung for rung in before}
-    for rung in rungs:
-        old = known.get(rung.name)
-        if old and replace(old, job=None) != replace(rung, job=None):
+    known = {point.name: point for point in before}
+    for point in points:
+        old = known.get(point.name)
+        if old and replace(old, job=None) != replace(point, job=None):
             raise SlurmError(
-                f"{rung.output} belongs to another ladder, of {old.prompts} prompts and {old.steps} steps on "
-                f"{old.ranks} ranks, or of other overrides ({LADDER} there has them). Remove "
-                f"{Path(rung.output).parent}, or choose another train.output."
+                f"{point.output} belongs to another study, of {old.prompts} prompts and {old.steps} steps on "
+                f"{old.ranks} ranks, or of other overrides ({POINTS} there has them). Remove "
+                f"{Path(point.output).parent}, or choose another train.output."
             )
-    return [replace(rung, job=known[rung.name].job) if rung.name in known else rung for rung in rungs]
+    return [replace(point, job=known[point.name].job) if point.name in known else point for point in points]
 
 
 def _listed(numbers: Sequence[int]) -> str:
