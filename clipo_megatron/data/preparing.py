@@ -42,29 +42,28 @@ class PromptSettings:
     template_options: Mapping[str, Any] = field(default_factory=dict)
 
 
-def prompts_of(
-    sources: Sequence[SourceConfig], tokenizer: Any, settings: PromptSettings, folder: Path | None = None
-) -> PromptTable:
-    """The prompts of all sources that are short enough.
+def prompts_of(sources: Sequence[SourceConfig], tokenizer: Any, settings: PromptSettings) -> PromptTable:
+    """The prompts of all sources that are short enough, in a file that is gone when nobody uses it any more.
 
     Args:
         sources: where the rows are.
         tokenizer: a Hugging Face tokenizer with a chat template.
         settings: how rows become prompts.
-        folder: where the file of prompts is kept; None for a file that is gone when nobody uses it any more.
 
     Raises:
-        DataError: a source cannot be read, the template cannot render a row, no prompt fits, or `folder` refuses files.
+        DataError: a source cannot be read, the template cannot render a row, or no prompt fits.
     """
-    if folder is None:
-        with tempfile.TemporaryFile() as file:
-            write_prompts(rows_of_all(sources), tokenizer, settings, file)
-            return PromptTable(file, reread=rereader(sources))
-    return PromptTable(prompt_file(sources, tokenizer, settings, folder), reread=rereader(sources))
+    with tempfile.TemporaryFile() as file:
+        write_prompts(rows_of_all(sources), tokenizer, settings, file)
+        return PromptTable(file, reread=rereader(sources))
 
 
 def prompt_file(sources: Sequence[SourceConfig], tokenizer: Any, settings: PromptSettings, folder: Path) -> Path:
-    """The file of prompts in `folder`, which is written unless it is there; raises what `prompts_of` does."""
+    """The file of prompts in `folder`, which is written unless it is there.
+
+    Raises:
+        DataError: as for `prompts_of`, or the folder refuses files.
+    """
     path = folder / f"{_digest(sources, tokenizer, settings)}{SUFFIX}"
     if path.is_file():
         return path

@@ -8,24 +8,26 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-from clipo_megatron.config.errors import spell
+from clipo_megatron.config.errors import shortened, spell
 from clipo_megatron.config.schema import Perturbation, SourceConfig
 from clipo_megatron.data.generators import factory_with
 from clipo_megatron.data.golds import why_no_answer
 from clipo_megatron.data.perturbations import PerturbationError, perturb
 from clipo_megatron.data.row_values import may_be_unfit, unfit_part, why_unfit
 
-AnyProblem = TypeVar("AnyProblem")  # a Row, a Prompt or whatever has `messages`
-
 FILE_TYPES = (".parquet", ".jsonl")
 ROLES = ("system", "user", "assistant", "tool")
 _COLUMNS, _EXTRA = ("data_source", "prompt", "reward_model"), "extra_info"
+_EXAMPLE = (  # a row, for those whose rows look otherwise
+    '{"data_source": "my/set", "prompt": [{"role": "user", "content": "What is 6 x 7?"}], '
+    '"reward_model": {"ground_truth": "42"}}'
+)
 _LONGEST_ROW = 1 << 26  # bytes of a line; a prompt of a million tokens has a tenth of that
 MEDIA = ("images", "image", "videos", "video", "audios", "audio")  # fields that a text model cannot be asked with
 
@@ -43,11 +45,6 @@ class Row:
     data_source: str
     ground_truth: str
     extra: Mapping[str, Any]  # the row's `extra_info`, or the generator's whole entry
-
-
-def read_all(sources: Sequence[SourceConfig]) -> list[Row]:
-    """The rows of all sources as a list; see `rows_of_all`."""
-    return list(rows_of_all(sources))
 
 
 def rows_of_all(sources: Sequence[SourceConfig]) -> Iterator[Row]:
@@ -90,26 +87,6 @@ def rows_of(source: SourceConfig) -> Iterator[Row]:
         raise DataError(f"{source.path} has {count} rows, and size = {source.size} asks for more. Lower it.")
 
 
-def overlap(train: Iterable[AnyProblem], held_out: Iterable[AnyProblem]) -> int:
-    """The number of held-out problems that are also trained on: user turns are equal up to white space."""
-    seen = {_question(problem) for problem in train}
-    return sum(_question(problem) in seen for problem in held_out)
-
-
-def without(train: Iterable[AnyProblem], held_out: Iterable[AnyProblem]) -> list[AnyProblem]:
-    """The training problems that are not among the held-out ones."""
-    seen = {_question(problem) for problem in held_out}
-    return [problem for problem in train if _question(problem) not in seen]
-
-
-def distinct(problems: Iterable[AnyProblem]) -> list[AnyProblem]:
-    """The problems without exact repetitions; the first of several equal ones stays."""
-    first: dict[Any, AnyProblem] = {}
-    for problem in problems:
-        first.setdefault(problem_key(problem.data_source, problem.ground_truth, problem.messages), problem)
-    return list(first.values())
-
-
 def question_key(messages: Iterable[Mapping[str, str]]) -> tuple[str, ...]:
     """What is equal for problems that ask the same: their user turns, up to white space."""
     return tuple(" ".join(turn["content"].split()) for turn in messages if turn["role"] == "user")
@@ -123,10 +100,6 @@ def problem_key(data_source: str, ground_truth: str, messages: Iterable[Mapping[
 def source_of(problem: str) -> str:
     """The name of the source of a problem id, "<source name>/<row>"."""
     return problem.rpartition("/")[0]
-
-
-def _question(problem: Any) -> tuple[str, ...]:
-    return question_key(problem.messages)
 
 
 def _with_suffix(row: Row, suffix: str) -> Row:
@@ -156,8 +129,7 @@ def _parquet(path: Path) -> Iterator[tuple[str, Any]]:
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
             present = file.schema_arrow.names
-            if absent := [column for column in _COLUMNS if column not in present]:
-                raise DataError(f"{path} has no column {', '.join(absent)}; it has {', '.join(present)}. Rename them.")
+            _refuse_other_schemas(str(path), present)
             if doubled := [name for name in dict.fromkeys(present) if present.count(name) > 1]:
                 raise DataError(f"{path} has several columns called {', '.join(doubled)}. Give each its own name.")
             columns = [column for column in (*_COLUMNS, _EXTRA) if column in present]
@@ -248,15 +220,18 @@ def _row(record: Any, *, id: str, place: str) -> Row:
 
     if not isinstance(record, Mapping):
         raise DataError(f"{place}: a mapping of fields was expected, not {_kind(record)}. Correct the row.")
-    data_source = record.get("data_source")
+    _refuse_other_schemas(place, record)
+    data_source = record["data_source"]
     if not isinstance(data_source, str) or not data_source:
         raise refuse("data_source", f"text was expected, not {_kind(data_source)}")
     for field in MEDIA:
         if record.get(field):
             raise _media_error(place, field)
-    turns = record.get("prompt")
+    turns = record["prompt"]
     if not isinstance(turns, list) or not turns:
-        raise refuse("prompt", f"a list of turns {{role, content}} was expected, not {_kind(turns)}")
+        raise refuse(
+            "prompt", f'a list of turns such as [{{"role": "user", "content": "..."}}] was expected, not {_kind(turns)}'
+        )
     for index, turn in enumerate(turns):
         if not isinstance(turn, Mapping):
             raise refuse(f"prompt[{index}]", f"a turn {{role, content}} was expected, not {_kind(turn)}")
@@ -270,7 +245,7 @@ def _row(record: Any, *, id: str, place: str) -> Row:
         raise refuse("prompt", f"the last turn must be the user's, not the {turns[-1]['role']}'s")
     if not turns[-1]["content"].strip():
         raise refuse(f"prompt[{len(turns) - 1}].content", "it is empty")
-    rule = record.get("reward_model")
+    rule = record["reward_model"]
     if not isinstance(rule, Mapping):
         raise refuse("reward_model", f"a mapping with ground_truth was expected, not {_kind(rule)}")
     truth = rule.get("ground_truth")
@@ -289,12 +264,22 @@ def _row(record: Any, *, id: str, place: str) -> Row:
     return Row(id=id, messages=messages, data_source=data_source, ground_truth=str(truth), extra=dict(extra or {}))
 
 
+def _refuse_other_schemas(place: str, present: Collection[str]) -> None:
+    """Raise a DataError that shows a row as it has to be, where one of its fields is absent."""
+    if absent := [column for column in _COLUMNS if column not in present]:
+        raise DataError(
+            f"{place} has no {', '.join(absent)}; it has {shortened(', '.join(map(str, present)), 200) or 'nothing'}. "
+            f"Write rows such as {_EXAMPLE}; docs/data.md shows how."
+        )
+
+
 def _kind(value: Any) -> str:
     if value is None:
         return "nothing"
     if value == "" or value == []:
         return "an empty one"
-    return f"{type(value).__name__} {spell(value)}" if not isinstance(value, (dict, list)) else type(value).__name__
+    kind = {str: "text", dict: "a mapping", list: "a list"}.get(type(value), type(value).__name__)
+    return kind if isinstance(value, (dict, list)) else f"{kind} {spell(value)!r}"
 
 
 # ---------------------------------------------------------------- generators

@@ -106,17 +106,6 @@ class ProblemSets:
         return found
 
 
-def held_out_problems(config: RunConfig, tokenizer: Any, say: Say) -> Sequence[Any]:
-    """The evaluation prompts of `ProblemSets`; none without data.eval."""
-    found = ProblemSets(config, tokenizer, say).held_out()
-    return [] if found is None else found
-
-
-def training_problems(config: RunConfig, tokenizer: Any, held_out: Sequence[Any], say: Say) -> PromptTable:
-    """The training prompts of `ProblemSets`; `held_out` is what `held_out_problems` gave."""
-    return ProblemSets(config, tokenizer, say).training(held_out if isinstance(held_out, PromptTable) else None)
-
-
 def _counts(table: PromptTable) -> dict[str, int]:
     found: dict[str, int] = {}
     for index in range(len(table)):

@@ -101,7 +101,7 @@ def _why_form_is_wrong(mode: str, asked: Asked) -> str | None:
         return (
             f"its prompt asks for no form of the answer that mode {mode} reads, so every response would be wrong. "
             f'Set the source\'s suffix, for example to "{BOX_SUFFIX}", or model.system_prompt; "####", "Answer:" and '
-            "<answer> tags are read as well"
+            "<answer> tags are read as well. Where answers are numbers, reward.mode=number needs none of them"
         )
     return None
 

@@ -279,8 +279,8 @@ CASES: dict[str, tuple[Callable[[Case], Any], str]] = {
     "a damaged file": (_damaged_parquet, "cannot be read as parquet"),
     "an empty data file": (lambda case: case.rows.write_text(""), "has no rows"),
     "a line that is no JSON": (lambda case: case.rows.write_text("{no}\n"), "row 0 (line 1): not valid JSON"),
-    "a row without gold": (_without("reward_model"), "row 2 (line 3), field reward_model"),
-    "a row without prompt": (_without("prompt"), "field prompt"),
+    "a row without gold": (_without("reward_model"), "row 2 (line 3) has no reward_model; it has "),
+    "a row without prompt": (_without("prompt"), "row 2 (line 3) has no prompt; it has "),
     "fewer rows than asked for": (lambda case: case.source(size=9), "has 4 rows, and size = 9 asks for more"),
     "pictures in a row": (
         lambda case: case.write_rows([case.row(0), case.row(1, images=["a.png"])]),
@@ -290,7 +290,7 @@ CASES: dict[str, tuple[Callable[[Case], Any], str]] = {
         lambda case: case.parquet([case.row(0), case.row(1)], images=[[], ["a.png"]]),
         "train.parquet, row 1, field images",
     ),
-    "a missing column": (lambda case: case.parquet([{"prompt": "x"}]), "has no column data_source, reward_model"),
+    "a missing column": (lambda case: case.parquet([{"prompt": "x"}]), "no data_source, reward_model; it has prompt"),
     "an unknown generator": (_set("data", train=[{"generator": "gdc", "size": 9}]), "Did you mean gcd"),
     "an option of no generator": (
         _set("data", train=[{"generator": "gcd", "size": 9, "options": {"colour": 1}}]),

@@ -51,7 +51,7 @@ REFUSED = [
     (asking("a\0b"), r"field prompt\[0\]\.content: it has a NUL character"),
     (asking("word " * 4_000_000), r"field prompt\[0\]\.content: it has 20,000,000 characters, and at most 4,000,000"),
     (row(images=["a.png"]), "field images: the question comes with images"),
-    (row(prompt="x" * 10_000), r"field prompt: a list of turns .* was expected, not str x+\.\.\."),
+    (row(prompt="x" * 10_000), r"field prompt: a list of turns .* was expected, not text 'x+\.\.\."),
 ]
 
 

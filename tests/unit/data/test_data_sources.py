@@ -9,7 +9,7 @@ import pytest
 from paths import SHARED
 
 from clipo_megatron.config.schema import SourceConfig
-from clipo_megatron.data.sources import DataError, overlap, read, read_all, without
+from clipo_megatron.data.sources import DataError, read, rows_of_all
 
 DATA = SHARED / "data"
 
@@ -101,10 +101,18 @@ def test_an_invalid_line_is_located(tmp_path, line, part):
 def test_unreadable_files_are_refused(tmp_path):
     (tmp_path / "x.parquet").write_text("no parquet")
     (tmp_path / "empty.jsonl").touch()
+    (tmp_path / "other.jsonl").write_text('{"question": "6 x 7?", "answer": "42"}')
     write_parquet(tmp_path / "short.parquet", [{"data_source": "x", "question": "y"}])
     for name, part in [
         ("x.parquet", "cannot be read as parquet"),
-        ("short.parquet", "no column prompt, reward_model; it has data_source, question"),
+        (
+            "short.parquet",
+            "has no prompt, reward_model; it has data_source, question. Write rows such as {.data_source",
+        ),
+        (
+            "other.jsonl",
+            r"row 0 \(line 1\) has no data_source, prompt, reward_model; it has question, answer. Write rows",
+        ),
         ("empty.jsonl", "no rows"),
         ("absent.jsonl", "no file"),
     ]:
@@ -153,17 +161,9 @@ def test_wrong_generator_settings_are_refused(settings, part):
 def test_names_are_unique(tmp_path):
     source = write_jsonl(tmp_path / "a.jsonl", [record()])
     with pytest.raises(DataError, match="2 sources are called a"):
-        read_all([source, source])
+        rows_of_all([source, source])
     other = SourceConfig(path=source.path, name="b")
-    assert [row.id for row in read_all([source, other])] == ["a/0", "b/0"]
-
-
-def test_overlap_counts_held_out_problems(tmp_path):
-    train = read(write_jsonl(tmp_path / "train.jsonl", [record("a"), record("b  c"), record("d")]))
-    held_out = read(write_jsonl(tmp_path / "eval.jsonl", [record("x"), record("b c\n"), record("a"), record("a")]))
-    assert overlap(train, held_out) == 3
-    kept = without(train, held_out)
-    assert [row.messages[-1]["content"] for row in kept] == ["d"] and overlap(kept, held_out) == 0
+    assert [row.id for row in rows_of_all([source, other])] == ["a/0", "b/0"]
 
 
 @pytest.mark.skipif(not DATA.is_dir(), reason="the paper's sets are not beside the repository")

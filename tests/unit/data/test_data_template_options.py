@@ -10,7 +10,7 @@ from clipo_megatron.config.errors import ConfigError
 from clipo_megatron.config.load import load
 from clipo_megatron.data.rendering import ChatRenderer
 from clipo_megatron.data.sources import DataError, Row
-from clipo_megatron.data.splits import held_out_problems, training_problems
+from clipo_megatron.data.splits import ProblemSets
 
 # As Qwen3's: thinking is on unless enable_thinking is false.
 THINKING = """\
@@ -67,8 +67,9 @@ def test_every_rendering_of_a_run_has_them(model, tokenizer, tmp_path):
     from small_runs import write_config
 
     config = load(write_config(tmp_path, model), ["model.template_options={enable_thinking: false}"])
-    held_out = held_out_problems(config, tokenizer, print)
-    train = training_problems(config, tokenizer, held_out, print)
+    sets = ProblemSets(config, tokenizer, print)
+    held_out = sets.held_out()
+    train = sets.training(held_out)
     ids = [build_hook_context(config, tokenizer, train).encode([{"role": "user", "content": "Why?"}])]
     texts = [tokenizer.decode(each) for each in [*ids, *(prompt.tokens for prompt in (*train, *held_out))]]
     assert len(texts) == 17 and all(text.endswith("<think></think>\n") for text in texts)

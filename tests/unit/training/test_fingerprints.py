@@ -8,7 +8,7 @@ from small_runs import write_config, write_model
 
 from clipo_megatron.config.load import load
 from clipo_megatron.data.prompt_table import PromptTable
-from clipo_megatron.data.splits import held_out_problems, training_problems
+from clipo_megatron.data.splits import ProblemSets
 from clipo_megatron.data.tokenizer import load_tokenizer
 from clipo_megatron.telemetry.segments import refusals, remarks
 from clipo_megatron.training.fingerprints import fingerprints, weights_digest
@@ -22,9 +22,9 @@ def run(tmp_path):
 def facts(file, *overrides):
     config = load(file, overrides)
     tokenizer = load_tokenizer(config.model.path)
-    held_out = held_out_problems(config, tokenizer, lambda line: None)
-    train = training_problems(config, tokenizer, held_out, lambda line: None)
-    return fingerprints(config, tokenizer, train=train, held_out=held_out)
+    sets = ProblemSets(config, tokenizer, lambda line: None)
+    held_out = sets.held_out()
+    return fingerprints(config, tokenizer, train=sets.training(held_out), held_out=held_out or [])
 
 
 def what_changed(before, now):
@@ -108,7 +108,8 @@ def test_nothing_is_read_or_made_again(run, monkeypatch):
     """The cost is that of hashing numbers that lie in memory: no prompt is made, whatever their number."""
     config = load(run)
     tokenizer = load_tokenizer(config.model.path)
-    table = training_problems(config, tokenizer, held_out_problems(config, tokenizer, lambda line: None), print)
+    sets = ProblemSets(config, tokenizer, print)
+    table = sets.training(sets.held_out())
     monkeypatch.setattr(PromptTable, "row", lambda *words: pytest.fail("a prompt was made"))
     assert table.fingerprint()["count"] == 10
 

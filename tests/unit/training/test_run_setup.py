@@ -11,8 +11,8 @@ from small_runs import write_config, write_model
 from clipo_megatron.algorithms.build import build_algorithm
 from clipo_megatron.checkpoint import CheckpointError
 from clipo_megatron.config.load import load
-from clipo_megatron.data.sources import DataError, overlap
-from clipo_megatron.data.splits import held_out_problems, training_problems
+from clipo_megatron.data.sources import DataError, question_key
+from clipo_megatron.data.splits import ProblemSets
 from clipo_megatron.data.tokenizer import load_tokenizer
 from clipo_megatron.runtime.stop_requests import StopRequests
 from clipo_megatron.runtime.warning_filters import NOISE, quiet_libraries
@@ -50,14 +50,20 @@ def small(tmp_path_factory):
 def problems(small, *overrides):
     said = []
     config, tokenizer = load(small[0], overrides), small[1]
-    held_out = held_out_problems(config, tokenizer, said.append)
-    train = training_problems(config, tokenizer, held_out, said.append)
-    return train, held_out, said
+    sets = ProblemSets(config, tokenizer, said.append)
+    held_out = sets.held_out()
+    return sets.training(held_out), held_out, said
+
+
+def in_both(train, held_out):
+    """How many training problems are also held out."""
+    questions = {question_key(prompt.messages) for prompt in held_out}
+    return sum(question_key(prompt.messages) in questions for prompt in train)
 
 
 def test_no_evaluation_problem_is_trained_on(small):
     train, held_out, said = problems(small)
-    assert (len(train), len(held_out), overlap(train, held_out)) == (10, 6, 0)
+    assert (len(train), len(held_out), in_both(train, held_out)) == (10, 6, 0)
     assert said == [
         "2 of 8 evaluation problems of exam repeat others and are left out: a paired test counts each problem once",
         "2 of 12 training problems are also evaluation problems and are left out (data.hold_out)",
@@ -67,7 +73,7 @@ def test_no_evaluation_problem_is_trained_on(small):
 
 def test_holding_out_can_be_switched_off(small):
     train, held_out, said = problems(small, "data.hold_out=false")
-    assert (len(train), overlap(train, held_out)) == (12, 2)
+    assert (len(train), in_both(train, held_out)) == (12, 2)
     assert len(said) == 1
 
 
@@ -79,7 +85,7 @@ def test_no_problem_left_to_train_on_is_an_error(small):
 
 def test_without_evaluation_nothing_is_held_out(small):
     train, held_out, said = problems(small, "data.eval=[]")
-    assert (len(train), held_out, said) == (12, [], [])
+    assert (len(train), held_out, said) == (12, None, [])
 
 
 def test_long_prompts_are_counted(small):
