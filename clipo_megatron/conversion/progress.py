@@ -11,10 +11,10 @@ LINE_EVERY_S = 10.0
 
 
 class Meter:
-    """Shows bytes, rate and remaining time of one phase, on standard error unless another console is given."""
+    """Shows bytes, rate and remaining time of one phase, on standard error."""
 
-    def __init__(self, console: Console | None = None) -> None:
-        self.console = console or Console(stderr=True, highlight=False, soft_wrap=True)
+    def __init__(self) -> None:
+        self.console = Console(stderr=True, highlight=False, soft_wrap=True)
         self._bar: Progress | None = None
         self._phase, self._total, self._began, self._spoke = "", 0, 0.0, 0.0
 

@@ -143,11 +143,9 @@ class _ToDisk:
 class WorkerPool:
     """The threads of a conversion, by default one more than there are processors, up to four."""
 
-    def __init__(
-        self, threads: int | None, meter: Meter, signals: _Signals, target: Path, stall_s: float = STALL_S
-    ) -> None:
+    def __init__(self, threads: int | None, meter: Meter, signals: _Signals, target: Path) -> None:
         self.threads = threads or min(MOST_THREADS, (os.cpu_count() or 1) + 1)
-        self._meter, self._signals, self._target, self._stall_s = meter, signals, target, stall_s
+        self._meter, self._signals, self._target = meter, signals, target
 
     def check(self) -> None:
         """Raise `Interrupted` if a signal has come."""
@@ -212,9 +210,9 @@ class WorkerPool:
             self._meter.show(now)
             if now != last:
                 moved, last = time.monotonic(), now
-            if time.monotonic() - moved > self._stall_s:
+            if time.monotonic() - moved > STALL_S:
                 raise ConversionError(
-                    f"nothing was read or written for {self._stall_s:.0f} s: the disk of the source or of "
+                    f"nothing was read or written for {STALL_S:.0f} s: the disk of the source or of "
                     f"{self._target} hangs. Choose another"
                 )
 

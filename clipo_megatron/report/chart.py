@@ -43,8 +43,6 @@ def line_chart(
     share: bool = False,
     zero: bool = False,
     smooth: bool = True,
-    width: int = WIDTH,
-    height: int = HEIGHT,
 ) -> str:
     """A line chart over steps, as SVG.
 
@@ -56,7 +54,6 @@ def line_chart(
         share: values are shares, shown in percent.
         zero: the vertical axis includes 0.
         smooth: draw a smoothed form too, to which the page can switch.
-        width, height: size in the drawing's own units.
     """
     series = [thinned(each) for each in series]
     shown = [v for each in series for column in (each.ys, each.low or (), each.high or ()) for v in column]
@@ -66,14 +63,14 @@ def line_chart(
         first, last = first - 0.5, last + 0.5
     inside = max((abs(each.shift) for each in series), default=0.0)
     inside += 8 if inside else 0
-    across = Scale(first, last, LEFT + inside, width - RIGHT - inside)
-    up = Scale(low, high, height - BOTTOM, TOP)
-    parts = [frame(across, up, x=x, y=y, share=share, width=width, height=height, inside=inside)]
+    across = Scale(first, last, LEFT + inside, WIDTH - RIGHT - inside)
+    up = Scale(low, high, HEIGHT - BOTTOM, TOP)
+    parts = [frame(across, up, x=x, y=y, share=share, inside=inside)]
     many = len(series) > _MANY
     parts += [_drawn(each, across, up, smooth=smooth, faint=many) for each in series]
     facts = {
         "x": [first, last, across.start, across.end],
-        "y": [low, high, height - BOTTOM, TOP],
+        "y": [low, high, HEIGHT - BOTTOM, TOP],
         "xName": x,
         "share": share,
         "series": [
@@ -87,7 +84,7 @@ def line_chart(
             for each in series
         ],
     }
-    return svg("".join(parts), width, height, label=label or y, facts=facts)
+    return svg("".join(parts), WIDTH, HEIGHT, label=label or y, facts=facts)
 
 
 def _drawn(each: Series, across: Scale, up: Scale, *, smooth: bool, faint: bool) -> str:
@@ -119,9 +116,7 @@ def frame(
     *,
     x: str,
     y: str,
-    share: bool,
-    width: int,
-    height: int,
+    share: bool = False,
     share_x: bool = False,
     inside: float = 0.0,
 ) -> str:
@@ -135,7 +130,7 @@ def frame(
         parts.append(f'<path class="grid" d="M{left} {place:.1f}H{right}"/>')
         text = tick_text(value, spacing, share=share)
         parts.append(f'<text class="tick" x="{left - 8}" y="{place + 4:.1f}" text-anchor="end">{text}</text>')
-    marks = ticks(across.low, across.high, 8 if width > 700 else 6)
+    marks = ticks(across.low, across.high, 6)
     if not share_x and x.startswith("step"):
         marks = [value for value in marks if value == round(value)]
     spacing = marks[1] - marks[0] if len(marks) > 1 else 1.0
@@ -147,7 +142,7 @@ def frame(
         parts.append(f'<path class="axis" d="M{across(value):.1f} {up.start:.1f}v4"/>')
     parts.append(f'<path class="axis" d="M{left} {up.start:.1f}H{right}"/>')
     middle = (across.start + across.end) / 2
-    parts.append(f'<text class="name" x="{middle:.1f}" y="{height - 6}" text-anchor="middle">{safe(x)}</text>')
+    parts.append(f'<text class="name" x="{middle:.1f}" y="{HEIGHT - 6}" text-anchor="middle">{safe(x)}</text>')
     centre = (up.start + up.end) / 2
     turned = f'transform="rotate(-90 13 {centre:.1f})"'
     parts.append(f'<text class="name" x="13" y="{centre:.1f}" text-anchor="middle" {turned}>{safe(y)}</text>')
@@ -160,20 +155,17 @@ def scatter(
     x: str,
     y: str,
     share_x: bool = False,
-    share: bool = False,
-    width: int = WIDTH,
-    height: int = HEIGHT,
 ) -> str:
     """A scatter plot of points (x, y, slot of the group, text that the pointer shows)."""
-    across = Scale(*reach([p[0] for p in points], share=share_x, zero=share_x), LEFT, width - RIGHT)
-    up = Scale(*reach([p[1] for p in points], share=share, zero=True), height - BOTTOM, TOP)
+    across = Scale(*reach([p[0] for p in points], share=share_x, zero=share_x), LEFT, WIDTH - RIGHT)
+    up = Scale(*reach([p[1] for p in points], zero=True), HEIGHT - BOTTOM, TOP)
     dots = "".join(
         f'<g class="series c{slot % SLOTS}" data-slot="{slot}"><circle class="dot soft" cx="{across(a):.1f}" '
         f'cy="{up(b):.1f}" r="4.5" data-tip="{safe(tip)}"/></g>'
         for a, b, slot, tip in points
     )
-    axes = frame(across, up, x=x, y=y, share=share, share_x=share_x, width=width, height=height)
-    return svg(axes + dots, width, height, label=f"{y} against {x}")
+    axes = frame(across, up, x=x, y=y, share_x=share_x)
+    return svg(axes + dots, WIDTH, HEIGHT, label=f"{y} against {x}")
 
 
 def svg(content: str, width: int, height: int, *, label: str, facts: dict | None = None) -> str:

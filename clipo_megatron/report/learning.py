@@ -127,5 +127,5 @@ def _row(group: RunGroup, found: Sequence[tuple[str, Accuracy]], across: Scale, 
     return f'<g class="series c{group.slot % SLOTS}" data-slot="{group.slot}">{"".join(parts)}</g>'
 
 
-def _short(label: str, most: int = 20) -> str:
-    return label if len(label) <= most else f"{label[: most - 1]}…"
+def _short(label: str) -> str:
+    return label if len(label) <= 20 else f"{label[:19]}…"

@@ -20,6 +20,8 @@ from clipo_megatron.telemetry.segments import RunSegment, read_segments
 from clipo_megatron.telemetry.sinks import ReportError, read_lines, read_metrics
 from clipo_megatron.telemetry.states import States, file_of, read_states, steps_with_states
 
+Z_95 = 1.96  # standard deviations on either side that hold 95% of a normal distribution
+
 
 class PageError(ValueError):
     """The report cannot be made; the message says why, and what to give instead."""
@@ -43,14 +45,14 @@ class Accuracy:
         if all(share in (0.0, 1.0) for share in self.shares):
             return wilson(sum(self.shares), len(self.shares))
         mean, error = mean_and_error(self.shares)
-        return (0.0, 1.0) if error is None else (max(0.0, mean - 1.96 * error), min(1.0, mean + 1.96 * error))
+        return (0.0, 1.0) if error is None else (max(0.0, mean - Z_95 * error), min(1.0, mean + Z_95 * error))
 
 
-def wilson(correct: float, count: int, z: float = 1.96) -> tuple[float, float]:
-    """Wilson's score interval of a proportion (1927)."""
-    share, square = correct / count, z * z / count
+def wilson(correct: float, count: int) -> tuple[float, float]:
+    """Wilson's score interval of a proportion (1927), 95%."""
+    share, square = correct / count, Z_95**2 / count
     middle = (share + square / 2) / (1 + square)
-    reach = z * math.sqrt(share * (1 - share) / count + square / (4 * count)) / (1 + square)
+    reach = Z_95 * math.sqrt(share * (1 - share) / count + square / (4 * count)) / (1 + square)
     return max(0.0, middle - reach), min(1.0, middle + reach)
 
 

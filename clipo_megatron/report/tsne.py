@@ -10,10 +10,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 Points = NDArray[np.float64]
+PERPLEXITY = 20.0
+ITERATIONS = 500
 _TINY = 1e-12
 
 
-def tsne(points: Points, *, perplexity: float = 20.0, iterations: int = 500) -> Points:
+def tsne(points: Points) -> Points:
     """The map [n, 2] of `points` [n, D], centred, with coordinates in [-1, 1].
 
     D is reduced to 50 by principal components. Few points lower the perplexity. The first two principal components are
@@ -23,12 +25,12 @@ def tsne(points: Points, *, perplexity: float = 20.0, iterations: int = 500) -> 
     centred = principal(np.asarray(points, np.float64), 50)
     if count < 4 or not np.ptp(centred):
         return _scaled(np.pad(centred, ((0, 0), (0, 2)))[:, :2])
-    joint = affinities(squared_distances(centred), min(perplexity, (count - 1) / 3))
+    joint = affinities(squared_distances(centred), min(PERPLEXITY, (count - 1) / 3))
     start = np.pad(centred, ((0, 0), (0, 2)))[:, :2]
     place = 1e-2 * start / max(start[:, 0].std(), _TINY)
     velocity, gains = np.zeros_like(place), np.ones_like(place)
-    early, rate = iterations // 4, max(count / 12.0, 20.0)
-    for step in range(iterations):
+    early, rate = ITERATIONS // 4, max(count / 12.0, 20.0)
+    for step in range(ITERATIONS):
         slope = gradient(place, joint * (12.0 if step < early else 1.0))
         agree = np.sign(slope) == np.sign(velocity)
         gains = np.clip(np.where(agree, gains * 0.8, gains + 0.2), 0.01, None)

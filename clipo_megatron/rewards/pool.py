@@ -57,13 +57,12 @@ class GraderPool:
     Args:
         config: mode, modes by source, number of workers, deadline of one answer, rewards of right and wrong.
         memory_bytes: address space of one worker; beyond it an answer is ungraded with a MemoryError.
-        start_deadline_s: seconds for a worker to start and load its libraries; not part of an answer's deadline.
 
     Raises:
         ValueError: the configuration has no worker or no time.
     """
 
-    def __init__(self, config: RewardConfig, *, memory_bytes: int = 2 << 30, start_deadline_s: float = 120.0):
+    def __init__(self, config: RewardConfig, *, memory_bytes: int = 2 << 30):
         if config.workers < 1:
             raise ValueError(f"reward.workers is {config.workers}: grading needs at least one worker process; set 1")
         if config.deadline_s <= 0:
@@ -76,12 +75,7 @@ class GraderPool:
         self._lock = threading.Lock()  # of the statistics
         first_mode = "math" if self._default_mode == "auto" else self._default_mode
         self._processes = [
-            GraderProcess(
-                memory_bytes=memory_bytes,
-                sandbox=GraderSandbox(config.sandbox),
-                first_mode=first_mode,
-                start_deadline_s=start_deadline_s,
-            )
+            GraderProcess(memory_bytes=memory_bytes, sandbox=GraderSandbox(config.sandbox), first_mode=first_mode)
             for _ in range(config.workers)
         ]
         self._idle: queue.SimpleQueue[GraderProcess] = queue.SimpleQueue()

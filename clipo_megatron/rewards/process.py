@@ -24,6 +24,7 @@ from clipo_megatron.rewards import sandbox
 
 _log = logging.getLogger(__name__)
 _LONGEST_REPLY = 1 << 16  # bytes
+_START_DEADLINE_S = 120.0  # for a worker to start and load the libraries of a mode; no part of an answer's deadline
 
 
 class GraderFailure(Exception):
@@ -53,14 +54,12 @@ class GraderProcess:
         memory_bytes: limit of the worker's address space.
         sandbox: what the worker may do besides (`sandbox/`).
         first_mode: the grading mode whose libraries the worker loads before its first answer.
-        start_deadline_s: seconds for the worker to start and load the libraries of a mode.
     """
 
-    def __init__(self, *, memory_bytes: int, sandbox: GraderSandbox, first_mode: str, start_deadline_s: float):
+    def __init__(self, *, memory_bytes: int, sandbox: GraderSandbox, first_mode: str):
         self._memory_bytes = memory_bytes
         self._sandbox = sandbox
         self._first_mode = first_mode
-        self._start_deadline_s = start_deadline_s
         self._process: subprocess.Popen | None = None
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115 - standard error of all processes; closed in close()
         self._received = bytearray()  # of the reply that is being read
@@ -123,7 +122,7 @@ class GraderProcess:
         line, started, wait_s = _encode(request), False, deadline_s
         self.start()
         if request["mode"] not in self._loaded:
-            wait_s = self._start_deadline_s
+            wait_s = _START_DEADLINE_S
         try:
             until = time.monotonic() + wait_s
             self._send(line, until)

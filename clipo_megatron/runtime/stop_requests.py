@@ -21,7 +21,7 @@ import sys
 import threading
 import time
 import types
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 # Ctrl-C; the end of a job; what Slurm sends before the end if asked to (`--signal=USR1@300`); a terminal that closes.
@@ -170,14 +170,12 @@ class StopRequests:
 REQUESTS = StopRequests()  # of this process
 
 
-def tolerated_at_start(words: Sequence[str], environment: Mapping[str, str] = os.environ) -> int:
+def tolerated_at_start(words: Sequence[str]) -> int:
     """How many requests a command tolerates from its first line on: a rank ends with the others, whom it meets later.
 
-    Args:
-        words: the command line, without the program.
-        environment: tells whether a launcher started this process.
+    `words` is the command line without the program.
     """
-    launched = "RANK" in environment or environment.get("SLURM_STEP_NUM_TASKS", "1") != "1"
+    launched = "RANK" in os.environ or os.environ.get("SLURM_STEP_NUM_TASKS", "1") != "1"
     return int(launched and words[:1] in (["train"], ["eval"]))
 
 

@@ -105,9 +105,9 @@ class ServerPool:
             if record.status is Status.ready and record.engine == self.kind.value
         ]
 
-    def discover(self, *, deadline_s: float = STATE_S) -> list[LiveServer]:
+    def discover(self) -> list[LiveServer]:
         """The expected servers that answer now, whether admitted or not."""
-        return self.run(self._members.live(self.urls(), deadline_s=deadline_s), deadline_s=deadline_s)
+        return self.run(self._members.live(self.urls(), deadline_s=STATE_S), deadline_s=STATE_S)
 
     def join(self, count: int = 1, *, deadline_s: float | None = None) -> list[LiveServer]:
         """Wait until at least `count` servers answer.

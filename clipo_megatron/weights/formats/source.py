@@ -25,13 +25,12 @@ _LARGEST_SIDECAR = 64 * 1024**2
 Reader = Union[HFReader, "TorchDistReader"]
 
 
-def open_weights(path: str | Path, spec: ModelSpec | None = None, *, master: bool = False) -> Reader:
+def open_weights(path: str | Path, spec: ModelSpec | None = None) -> Reader:
     """Open the tensors of a model by Hugging Face name; they are read as they are asked for. Close it after use.
 
     Args:
         path: a Hugging Face folder, or a checkpoint of conversion or training.
         spec: of the model; read from its config.json if not given.
-        master: whether to read the fp32 masters of a training checkpoint instead of its parameters.
 
     Raises:
         WeightsFolderError: the path is neither, or damaged. UnsupportedModel: see `model_spec`.
@@ -40,7 +39,7 @@ def open_weights(path: str | Path, spec: ModelSpec | None = None, *, master: boo
         return HFReader(path)
     from clipo_megatron.weights.formats.torch_dist_reader import TorchDistReader  # imports torch
 
-    return TorchDistReader(Path(path) / POLICY, spec or model_spec(read_config(hf_folder(path))), master=master)
+    return TorchDistReader(Path(path) / POLICY, spec or model_spec(read_config(hf_folder(path))))
 
 
 def sidecar_files(path: str | Path) -> dict[str, bytes]:
