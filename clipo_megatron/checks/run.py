@@ -1,4 +1,4 @@
-"""Everything about a configuration that would only go wrong once models, data or ranks are there.
+"""Checks what a configuration asks for, so that nothing of it goes wrong only once models, data or ranks are there.
 
 Ranges of single settings are declared beside their fields, in the schema. What is checked here needs several settings,
 a method's class, the model's config.json, or the file system; no check reads weights or data.

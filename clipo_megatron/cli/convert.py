@@ -116,11 +116,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     _add_common(parser)
 
     parser = command("verify", _VERIFY, _VERIFY_EXAMPLES, _verify)
-    parser.add_argument("a", metavar="A", type=Path)
-    parser.add_argument("b", metavar="B", type=Path)
+    parser.add_argument("a", metavar="A", type=Path, help="one folder")
+    parser.add_argument("b", metavar="B", type=Path, help="the folder that it is compared with")
     parser.add_argument("--dtype", choices=DTYPES, help="dtype to cast to before comparing")
     parser.add_argument("--logits", action="store_true", help="also compare logits, through transformers")
-    parser.add_argument("--tolerance", type=positive, help="largest difference of logits, relative to the largest")
+    parser.add_argument(
+        "--tolerance", metavar="X", type=positive, help="largest difference of logits over the largest; default 1e-5"
+    )
     parser.add_argument("--show", metavar="N", type=whole(0), default=20, help="differences to list; default 20")
     parser.add_argument("--json", action="store_true", help="print JSON")
 

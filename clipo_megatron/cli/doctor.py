@@ -25,6 +25,7 @@ from clipo_megatron.serving.gpus import gpus
 DESCRIPTION = "What this machine has, and what a run would use of it."
 EXAMPLES = ""
 GIB = 2**30
+WIDE = 160  # columns of a file or a pipe, as for a report of a fault
 NEEDED = ("torch", "megatron-core", "transformers", "omegaconf", "math-verify", "reasoning-gym")
 OPTIONAL = {
     "transformer-engine": "faster layers on GPUs",
@@ -56,8 +57,7 @@ def examine(console: Console | None = None) -> None:
     """Print all findings as a table, to the terminal by default."""
     table = Table(box=None, pad_edge=False, show_header=False)
     table.add_column(no_wrap=True)
-    for _ in range(2):
-        table.add_column(overflow="fold")
+    table.add_column(overflow="fold")
     section = ""
     for finding in findings():
         if finding.section != section:
@@ -65,8 +65,13 @@ def examine(console: Console | None = None) -> None:
                 table.add_row()
             section = finding.section
             table.add_row(f"[bold]{section}[/bold]")
-        table.add_row(f"  {finding.what}", finding.value, f"[dim]{finding.remark}[/dim]" if finding.remark else "")
-    (console or Console()).print(table)
+        table.add_row(
+            f"  {finding.what}", finding.value + (f" [dim]({finding.remark})[/dim]" if finding.remark else "")
+        )
+    console = console or Console()
+    if not console.is_terminal:
+        console.width = WIDE
+    console.print(table)
 
 
 def findings() -> list[Finding]:

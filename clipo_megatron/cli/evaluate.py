@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from clipo_megatron.cli.arguments import add_config
 from clipo_megatron.cli.ranks import on_ranks
 from clipo_megatron.config.load import load
 from clipo_megatron.config.model_folder import is_checkpoint, is_run_settings, read_object
@@ -52,8 +53,8 @@ class Target:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("config", metavar="TARGET", help="YAML file, a run's output folder, or a checkpoint's folder")
-    parser.add_argument("overrides", metavar="key=value", nargs="*", help="settings that win over the run's")
+    what = "YAML file, a run's output folder, or a checkpoint's folder"
+    add_config(parser, "TARGET", what=what, over="the run's")
     add_sets(parser)
     parser.add_argument("--output", metavar="FILE", help="where the result goes; default: in train.output/results")
 

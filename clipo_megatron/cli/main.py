@@ -8,6 +8,7 @@ come at once.
 from __future__ import annotations
 
 import argparse
+import difflib
 import errno
 import importlib
 import io
@@ -34,7 +35,7 @@ COMMANDS = {
     "convert": "move weights between Hugging Face and Megatron, in any layout, and verify them",
     "plan": "what a configuration needs and takes on given GPUs, and which layouts fit",
     "settings": "every setting of a configuration: its type, range, default and meaning",
-    "methods": "every baseline and plug-in: what it changes, its paper, its options",
+    "methods": "every base method and plug-in: what it changes, its paper, its options",
     "doctor": "what this machine has, and what a run would use of it",
     "prove": "that this machine computes as a CPU does, and how fast, against limits",
 }
@@ -67,7 +68,12 @@ class _Parser(argparse.ArgumentParser):
     """A parser whose messages show no more of a long word than a terminal can take."""
 
     def error(self, message: str) -> NoReturn:
-        super().error(for_terminal(shortened(message, 1_000)))
+        end = "" if message.endswith((".", "?")) else "."
+        self.refuse(f"{shortened(message, 1_000)}{end} `{self.prog} --help` shows what there is.")
+
+    def refuse(self, text: str) -> NoReturn:
+        """End the command with a text that says all there is to say."""
+        self.exit(USER_ERROR, f"clipo: {for_terminal(text)}\n")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -153,6 +159,12 @@ def _readable(arguments: Sequence[str]) -> Sequence[str]:
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
     """The options of a command line, with the command's function as `run`; exits where they are wrong, or for help."""
     parser = _parser(arguments[0] if arguments else "")
+    if not arguments:
+        parser.print_help(sys.stderr)
+        sys.exit(USER_ERROR)
+    if (word := arguments[0]) not in COMMANDS and not word.startswith("-"):
+        near = difflib.get_close_matches(word, COMMANDS, n=1)
+        parser.error(f"there is no command {word!r}" + (f". Did you mean {near[0]}?" if near else ""))
     options, rest = parser.parse_known_args(arguments)
     # argparse takes no more overrides after an option: `clipo train run.yaml --check layout.tp=2`
     if rest and hasattr(options, "overrides") and not any(word.startswith("-") for word in rest):
@@ -162,9 +174,10 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     return options
 
 
-def _refuse(parser: argparse.ArgumentParser, arguments: Sequence[str], rest: Sequence[str], *, submits: bool) -> None:
+def _refuse(parser: _Parser, arguments: Sequence[str], rest: Sequence[str], *, submits: bool) -> None:
     """End the command for arguments that it does not know; an option of sbatch is shown as it is handed on."""
     options = [word for word in rest if word.startswith("-")]
+    parser.prog = f"clipo {arguments[0]}"
     if not submits or not options:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     place = arguments.index(options[0])
@@ -172,13 +185,14 @@ def _refuse(parser: argparse.ArgumentParser, arguments: Sequence[str], rest: Seq
     spelled = options[0]
     if "=" not in spelled and value and not value[0].startswith("-") and "=" not in value[0]:
         spelled += f"={value[0]}" if spelled.startswith("--") else value[0]  # --qos=high, -qhigh
-    parser.error(
-        f"{options[0].partition('=')[0]} is no option of `clipo {arguments[0]}`. If it is one of sbatch, hand it on: "
-        f"--sbatch={spelled}"
+    option = shortened(options[0].partition("=")[0], 200)
+    parser.refuse(
+        f"{option} is no option of `clipo {arguments[0]}`. If it is one of sbatch, hand it on: "
+        f"--sbatch={shortened(spelled, 200)}"
     )
 
 
-def _parser(wanted: str) -> argparse.ArgumentParser:
+def _parser(wanted: str) -> _Parser:
     """The parser of `clipo`, which knows the arguments of the wanted command alone."""
     parser = _Parser(
         "clipo",

@@ -1,4 +1,4 @@
-"""`clipo methods`: every baseline and plug-in with its paper and options, as its class declares them."""
+"""`clipo methods`: every base method and plug-in with its paper and options, as its class declares them."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ import textwrap
 from collections.abc import Iterator, Sequence
 
 from clipo_megatron.algorithms.hook import Hook, Replay, Signal
-from clipo_megatron.algorithms.methods.registry import BASELINES, PLUGINS, baseline_class, plugin_class
+from clipo_megatron.algorithms.methods.registry import BASE_METHODS, PLUGINS, base_method_class, plugin_class
 from clipo_megatron.algorithms.policy_loss import PolicyLoss
-from clipo_megatron.config.errors import ConfigError, spell
+from clipo_megatron.config.errors import ConfigError, counted, spell
 from clipo_megatron.config.reference import settings
 
-DESCRIPTION = "Every baseline and plug-in, with its paper and options."
+DESCRIPTION = "Every base method and plug-in, with its paper and options."
 EXAMPLES = """\
 examples:
   clipo methods                  all of them
@@ -39,14 +39,14 @@ def listing(names: Sequence[str] = ()) -> Iterator[str]:
     Raises:
         ConfigError: there is no method of one of these names.
     """
-    known = {**BASELINES, **PLUGINS}
+    known = {**BASE_METHODS, **PLUGINS}
     for name in names:
         if name not in known and name != CLIPO:
             close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
             hint = f"Did you mean {close[0]}?" if close else "`clipo methods` lists them all."
             raise ConfigError(f"there is no method {name!r}. {hint}")
     for title, table, class_of in (
-        ("baselines: algorithm.name is one of", BASELINES, baseline_class),
+        ("base methods: algorithm.name is one of", BASE_METHODS, base_method_class),
         ("plug-ins: algorithm.plugins lists any of", PLUGINS, plugin_class),
     ):
         chosen = [name for name in table if not names or name in names]
@@ -82,13 +82,13 @@ def _needs(method: type[Hook]) -> Iterator[str]:
     if Signal.demonstrations in method.needs:
         yield "worked solutions in the rows of training prompts"
     if forwards := len(method.prompt_variants):
-        yield f"{forwards} more forward{'s' * (forwards > 1)} over the rollouts of each step"
+        yield f"{counted(forwards, 'more forward')} over the rollouts of each step"
     if issubclass(method, Replay):
         yield "the rollouts of the step before, to update on again"
 
 
 def _shared(method: type[PolicyLoss]) -> str:
-    """The method's defaults of settings that all baselines have."""
+    """The method's defaults of settings that all base methods have."""
     clip, aggregation = method.default_clip, method.default_aggregation
     parts = ["no clip" if clip is None else f"clip_low {clip[0]:g}, clip_high {clip[1]:g}"]
     parts.append(f"aggregation {aggregation.value if aggregation else 'over groups'}")

@@ -9,6 +9,7 @@ from dataclasses import fields, replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
+from clipo_megatron.cli.arguments import add_config
 from clipo_megatron.cli.numbers import whole_numbers
 from clipo_megatron.config.ranges import range_violation
 from clipo_megatron.planning.errors import PlanError
@@ -48,8 +49,7 @@ def ranks(text: str) -> tuple[int, ...] | None:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("config", metavar="CONFIG", help="YAML file, the one that training gets")
-    parser.add_argument("overrides", metavar="key=value", nargs="*", help="settings that win over the file")
+    add_config(parser)
     parser.add_argument(
         "--gpus", metavar="N,N", type=whole_numbers, default=(), help="find layouts for these numbers of GPUs"
     )
@@ -84,7 +84,7 @@ def run(options: argparse.Namespace) -> int:
     if build and (options.gpus or options.json):
         raise PlanError("--dry-run builds the configured layout and prints a table: leave out --gpus and --json")
     quiet_libraries()
-    config, console = load(options.config, options.overrides), Console()
+    config, console = load(options.config, options.overrides), Console(soft_wrap=True)
     spec, source = find_architecture(config.model.path, options.config)
     critic = find_critic(config, options.config)
     hardware, assume = _machine(options)

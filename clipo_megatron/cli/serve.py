@@ -6,6 +6,8 @@ import argparse
 import shlex
 from pathlib import Path
 
+from clipo_megatron.cli.arguments import add_config
+from clipo_megatron.config.errors import counted
 from clipo_megatron.config.load import load
 from clipo_megatron.config.schema import RunConfig
 from clipo_megatron.serving import environment
@@ -33,8 +35,7 @@ Train with the same file and overrides: clipo train run.yaml rollout.engine=sgla
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("config", metavar="CONFIG", help="YAML file, the one that training gets")
-    parser.add_argument("overrides", metavar="key=value", nargs="*", help="settings that win over the file")
+    add_config(parser)
     parser.add_argument("--check", action="store_true", help="print what would be started, and start nothing")
 
 
@@ -48,7 +49,7 @@ def report_check(config: RunConfig) -> int:
     found, reason = gpus()
     slots, key = slots_of(config, found), api_key(config)
     engine = config.rollout.engine.value
-    print(f"{config.name}: {len(slots)} {engine} server{'s' * (len(slots) > 1)} for {config.train.output}")
+    print(f"{config.name}: {counted(len(slots), f'{engine} server')} for {config.train.output}")
     print(f"  GPUs         {len(found) or f'none ({reason})'}")
     python, remark = _planned_interpreter(engine, config.serve.python, len(found))
     print(f"  interpreter  {python}{remark}")

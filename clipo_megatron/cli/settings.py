@@ -13,16 +13,16 @@ EXAMPLES = """\
 examples:
   clipo settings                 all of them
   clipo settings rollout         one section
-  clipo settings algorithm.kl
+  clipo settings data reward algorithm.kl
 """
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("section", metavar="SECTION", nargs="?", help="show only this, such as rollout or algorithm.kl")
+    parser.add_argument("names", metavar="NAME", nargs="*", help="show only these sections or settings")
 
 
 def run(options: argparse.Namespace) -> int:
-    chosen = _chosen(options.section)
+    chosen = [setting for name in options.names or [""] for setting in _chosen(name)]
     width = max(len(setting.key) for setting in chosen)
     section = chosen[0].section
     for setting in chosen:
@@ -37,8 +37,8 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
-def _chosen(section: str | None) -> list[Setting]:
-    """The settings of a section; all without one.
+def _chosen(section: str) -> list[Setting]:
+    """The settings of a section, or the one of this name; all for "".
 
     Raises:
         ConfigError: there is no such section or setting.

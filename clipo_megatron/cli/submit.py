@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from clipo_megatron.cli.arguments import add_config
 from clipo_megatron.cli.numbers import whole
+from clipo_megatron.config.errors import counted
 from clipo_megatron.runtime.run_dir import LOGS
 from clipo_megatron.slurm.container import RUNTIMES
 from clipo_megatron.slurm.nodes import gpus_of
@@ -36,8 +38,7 @@ good; scontrol requeue JOB requeues it at once; scancel JOB ends it. Then the sa
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("config", metavar="CONFIG", help="YAML file, the one that training gets")
-    parser.add_argument("overrides", metavar="key=value", nargs="*", help="settings that win over the file")
+    add_config(parser)
     parser.add_argument("--nodes", metavar="N", type=whole(), required=True, help="nodes that train")
     parser.add_argument("--server-nodes", metavar="N", type=whole(0), default=0, help="nodes that only generate")
     add_resources(parser)
@@ -152,8 +153,8 @@ def run(options: argparse.Namespace) -> int:
     )
     if options.dry_run:
         print(job.script, end="")
-    where = f"{job.ranks} ranks on {options.nodes} nodes"
-    where += f", and {options.server_nodes} nodes of servers" if options.server_nodes else ""
+    where = f"{counted(job.ranks, 'rank')} on {counted(options.nodes, 'node')}"
+    where += f", and {counted(options.server_nodes, 'node')} of servers" if options.server_nodes else ""
     remarks = "".join(f"\n#   {remark}" if options.dry_run else f"\n  {remark}" for remark in job.remarks)
     if options.dry_run:
         print(f"# {where}; nothing was submitted{remarks}")

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from clipo_megatron.cli.arguments import add_config
 from clipo_megatron.cli.ranks import on_ranks
 
 if TYPE_CHECKING:
@@ -31,8 +32,7 @@ examples:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("config", metavar="CONFIG", help="YAML file")
-    parser.add_argument("overrides", metavar="key=value", nargs="*", help="settings that win over the file")
+    add_config(parser, what="YAML file")
     parser.add_argument("--check", action="store_true", help="check everything that can be checked, and train nothing")
 
 

@@ -222,16 +222,16 @@ def _merged(content: dict[str, Any]) -> DictConfig:
 
 
 def _inspect_list(inner: type, value: Any, key: str, *, typed: bool) -> Iterator[ConfigProblem]:
+    example = f"{{{next(iter(reference.hints(inner)))}: ...}}"
     if not isinstance(value, list):
-        yield ConfigProblem(key, "a list was expected", f"Write `{key}: [{{...}}]`, one entry each", value)
+        yield ConfigProblem(key, "a list was expected", f"Write `{key}: [{example}]`, one entry each", value)
         return
     for index, entry in enumerate(value):
         if isinstance(entry, dict):
             yield from _inspect(inner, entry, f"{key}[{index}].", typed=typed)
         else:
-            some = ", ".join(list(reference.hints(inner))[:3])
             yield ConfigProblem(
-                f"{key}[{index}]", "a section of settings was expected", f"Give it keys such as {some}", entry
+                f"{key}[{index}]", "a section of settings was expected", f"Write it as `{example}`", entry
             )
 
 

@@ -38,9 +38,14 @@ class Range:
 
     def __str__(self) -> str:
         if isfinite(self.least) and isfinite(self.most):
-            return f"from {self.least:g} to {self.most:g}"
+            return f"from {_spelled(self.least)} to {_spelled(self.most)}"
         bounds = (("at least", self.least), ("above", self.above), ("at most", self.most), ("below", self.below))
-        return " and ".join(f"{word} {bound:g}" for word, bound in bounds if isfinite(bound))
+        return " and ".join(f"{word} {_spelled(bound)}" for word, bound in bounds if isfinite(bound))
+
+
+def _spelled(bound: float) -> str:
+    """A bound with all of its digits where it is a whole number."""
+    return f"{bound:.0f}" if bound == round(bound) else f"{bound:g}"
 
 
 def within(

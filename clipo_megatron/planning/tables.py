@@ -28,6 +28,7 @@ def print_plan(
     hardware: Hardware,
     assume: Assumptions,
 ) -> None:
+    """Print the model, the assumptions, and the configured layout (`own`) or those found for each number of GPUs."""
     whole = whole_count(spec)
     active = f", {active_count(spec) / 1e9:.1f} B of them for each token" if spec.experts else ""
     console.print(f"{config.name}: {Path(config.model.path).name}, {whole.total / 1e9:.2f} B parameters{active}")

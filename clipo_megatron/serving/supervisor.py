@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from clipo_megatron.config.errors import counted
 from clipo_megatron.rollout.servers.registry import Registry, ServerRecord, Status
 from clipo_megatron.runtime.ports import free_port
 from clipo_megatron.runtime.stop_requests import AGAIN_AFTER_S, ALL, REQUESTS, signal_name
@@ -161,7 +162,7 @@ class Supervisor:
                         if all(server.retry_at is None for server in self._servers):
                             raise ServingError(self._last_failure)
                         time.sleep(_TICK_S)
-                    servers = _count(len(self._servers), "server")
+                    servers = counted(len(self._servers), "server")
                     name = signal_name(REQUESTS.signum)
                     self._say(f"{name}: stopping {servers}. A signal after {AGAIN_AFTER_S:g} s kills them.")
                     return 128 + REQUESTS.signum
@@ -241,7 +242,7 @@ class Supervisor:
         self._register(server, Status.ready)
         self._say(f"{server.record.name}: ready after {seconds:.0f} s")
         if all(each.ready for each in self._servers):
-            self._say(f"{_count(len(self._servers), 'server')} ready. Ctrl-C stops.")
+            self._say(f"{counted(len(self._servers), 'server')} ready. Ctrl-C stops.")
 
     def _why_hanging(self, server: _SupervisedServer, now: float) -> str | None:
         """The reason why a ready server counts as hanging, None if it does not."""
@@ -281,7 +282,7 @@ class Supervisor:
             self._say(f"{name}: {how} while starting; {tries} in {wait:.0f} s")
             return
         server.retry_at = None
-        why = "its options are wrong" if hopeless else f"it failed {_count(server.failed_starts, 'time')} in a row"
+        why = "its options are wrong" if hopeless else f"it failed {counted(server.failed_starts, 'time')} in a row"
         self._last_failure = f"{name} cannot be started: {why}. Last, it {how}. The end of {server.spec.log}:\n{tail}"
         if any(each.retry_at is not None for each in self._servers):
             self._say(f"{self._last_failure}\nThe other servers go on.")
@@ -371,7 +372,3 @@ def _describe_exit(code: int) -> str:
     if code >= 0:
         return f"ended with exit code {code}"
     return f"was killed by {signal_name(-code)}"
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}" + ("" if number == 1 else "s")

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import shlex
+import shutil
+import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -169,13 +172,13 @@ class Reporter:
 
     def _next_steps(self) -> None:
         """Print the commands that a user is likely to want next."""
-        output = shlex.quote(str(self.output))
+        clipo, output = command_of_clipo(), shlex.quote(str(self.output))
         self.say("next:")
-        self.say(f"  clipo report {output} -o {shlex.quote(str(self.output / 'report.html'))}")
+        self.say(f"  {clipo} report {output} -o {shlex.quote(str(self.output / 'report.html'))}")
         if newest_checkpoint(self.output):
             problems = "" if self.config.data.eval else " 'data.eval=[{path: test.parquet}]'"
-            self.say(f"  clipo eval {output}{problems}")
-            self.say(f"  clipo convert to-hf {output} OUT")
+            self.say(f"  {clipo} eval {output}{problems}")
+            self.say(f"  {clipo} convert to-hf {output} OUT")
 
     def _compare(self, first: Evaluation, last: Evaluation) -> None:
         """Print what training has changed, unless an earlier session had other problems under the same names."""
@@ -188,3 +191,11 @@ class Reporter:
         tested = " (p: exact McNemar test)" if any(row[-1] != "-" for row in rows) else ""
         title = f"Held-out problems after {first.step} and {last.step} steps, paired{tested}"
         self.progress.table(title, headings, rows)
+
+
+def command_of_clipo() -> str:
+    """What a shell in this folder calls `clipo` by: its name, or its place where PATH does not have the environment."""
+    beside = Path(sys.executable).with_name("clipo")
+    if shutil.which("clipo") or not beside.is_file():
+        return "clipo"
+    return shlex.quote(min(os.path.relpath(beside), str(beside), key=len))

@@ -14,7 +14,7 @@ _ALIKE = 0.999  # cosine from which embeddings are one direction
 
 @dataclass(frozen=True, slots=True)
 class Sign:
-    """What a step shows, and what a user can do if it does not pass."""
+    """One sign that a run does not learn: what a step shows, and what a user can do if it goes on."""
 
     name: str
     seen: str  # continues "for 5 steps"

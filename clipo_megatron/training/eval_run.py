@@ -9,6 +9,7 @@ from pathlib import Path
 
 from clipo_megatron.checkpoint import CheckpointError, newest
 from clipo_megatron.checkpoint.retention import defect
+from clipo_megatron.config.errors import counted
 from clipo_megatron.config.model_folder import hf_folder
 from clipo_megatron.config.schema import EngineKind, RunConfig
 from clipo_megatron.evaluation.errors import EvaluationError
@@ -53,7 +54,8 @@ def evaluate_run(config: RunConfig, *, checkpoint: Path | None = None, file: Pat
         opened.callback(engine.close)
         engine.update_weights(step)
         problems, samples = len(session.eval_prompts), config.eval.samples
-        session.reporter.say(f"evaluating {chosen or config.model.path}: {problems} problems x {samples} samples")
+        size = f"{counted(problems, 'problem')} x {counted(samples, 'sample')}"
+        session.reporter.say(f"evaluating {chosen or config.model.path}: {size}")
         try:
             result = replace(engine.evaluate(step), checkpoint=str(chosen or ""))
         except Cancelled:

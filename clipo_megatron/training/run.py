@@ -14,6 +14,7 @@ from clipo_megatron.algorithms.hook import Signal
 from clipo_megatron.algorithms.methods.registry import max_refill_rounds
 from clipo_megatron.checkpoint import CheckpointContents, CheckpointError, CheckpointItem, Checkpoints
 from clipo_megatron.checks.method import build_method
+from clipo_megatron.config.errors import counted
 from clipo_megatron.config.model_folder import CRITIC, POLICY
 from clipo_megatron.config.schema import RunConfig
 from clipo_megatron.data.sampler import PromptSampler
@@ -152,7 +153,7 @@ class Run:
         self.reporter.say(
             f"{config.name}: {Path(config.model.path).name}, {len(self.train_prompts)} problems, "
             f"{config.data.prompts_per_step} prompts x {config.rollout.samples_per_prompt} samples a step, "
-            f"{layout.world} ranks ({layout})"
+            f"{counted(layout.world, 'rank')} ({layout})"
         )
         due = config.eval.at_start if step == 0 else is_due(config.eval.every, step)
         if step >= config.train.steps:

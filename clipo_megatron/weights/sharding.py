@@ -311,7 +311,9 @@ class Vocab(Sharding):
 
 
 def divide(total: int, parts: int, what: str) -> int:
-    """Return `total / parts`; raise a WeightsError that names `what` if there is a remainder."""
+    """Return `total / parts`; raise a WeightsError that names `what`, and the nearest divisors, for a remainder."""
     if total % parts:
-        raise WeightsError(f"{total} {what} cannot be divided into {parts} equal parts")
+        fewer = next(each for each in range(min(parts, total), 0, -1) if total % each == 0)
+        more = next((f" or {each}" for each in range(parts + 1, total + 1) if total % each == 0), "")
+        raise WeightsError(f"{total} {what} cannot be divided into {parts} equal parts, but into {fewer}{more}")
     return total // parts

@@ -57,4 +57,4 @@ def test_problems_that_are_too_long_are_counted(tmp_path):
     assert (
         "mixed: 3 of 8 problems have prompts of more than data.max_prompt_tokens tokens and were not asked" in run.said
     )
-    assert "5 problems x 1 samples" in run.said
+    assert "5 problems x 1 sample" in run.said

@@ -70,7 +70,7 @@ __all__ = [
 
 @dataclass
 class RunConfig:
-    name: str = "run"  # name of the run, and by default of its folder; not given: that of the configuration file
+    name: str = "run"  # of the run, and by default of its folder; not given: that of its file, "mine" for mine.yaml
     model: ModelConfig = field(default_factory=ModelConfig)
     layout: LayoutConfig = field(default_factory=LayoutConfig)
     data: DataConfig = field(default_factory=DataConfig)

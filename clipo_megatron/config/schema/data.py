@@ -18,11 +18,13 @@ class Perturbation(str, Enum):
 
 class GraderMode(str, Enum):
     auto = "auto"  # chosen by the row's data_source
-    math = "math"  # the last \boxed{}, by math-verify and the rules of reference
+    math = "math"  # the final answer in the form that the prompt asks for, by its value
     reference = "reference"  # the last \boxed{}, by the rules of the paper's released grader
-    choice = "choice"  # the letter in the last \boxed{}
+    choice = "choice"  # the option that the final answer names
     number = "number"  # the last number, in the last \boxed{} or else in the text, compared exactly
-    reasoning_gym = "reasoning_gym"  # by the data set's own scorer
+    reasoning_gym = (
+        "reasoning_gym"  # the last <answer>, else the last \boxed{}, else the text, by the data set's own scorer
+    )
 
 
 class GraderSandbox(str, Enum):

@@ -57,7 +57,7 @@ class CheckpointConfig:
 
 @dataclass
 class FaultsConfig:
-    """What becomes of ranks that die or stop making progress. For saves and updates: `checkpoint`, `optimizer`."""
+    """What becomes of ranks that die or make no progress. `checkpoint` and `optimizer` say it of saves and updates."""
 
     # seconds without a heartbeat of a rank after which it is named and all ranks end
     heartbeat_timeout_s: float = within(60.0, least=1)

@@ -330,8 +330,8 @@ def test_sound_ways_to_get_rollouts(config, settings, monkeypatch):
         ({"serve__max_restarts": -1}, "serve.max_restarts", "at least 0"),
         ({"serve__health_timeout_s": float("nan")}, "serve.health_timeout_s", "above 0"),
         ({"report__rollout_kl_alarm": 0.0}, "report.rollout_kl_alarm", "above 0"),
-        ({**MASK, "algorithm__correction__cap": 0.5}, "algorithm.correction.cap", "from 1 to 1e+08"),
-        ({**MASK, "algorithm__correction__cap": float("nan")}, "algorithm.correction.cap", "from 1 to 1e+08"),
+        ({**MASK, "algorithm__correction__cap": 0.5}, "algorithm.correction.cap", "from 1 to 100000000"),
+        ({**MASK, "algorithm__correction__cap": float("nan")}, "algorithm.correction.cap", "from 1 to 100000000"),
         ({**MASK, "algorithm__correction__floor": -0.1}, "algorithm.correction.floor", "from 0 to 1"),
         ({**MASK, "algorithm__correction__floor": 1.5}, "algorithm.correction.floor", "from 0 to 1"),
         (

@@ -78,6 +78,12 @@ def test_settings_of_one_section(capsys):
     assert "Did you mean algorithm?" in capsys.readouterr().err
 
 
+def test_settings_of_several_names(capsys):
+    assert cli.main(["settings", "data.hold_out", "eval"]) == 0
+    keys = [line.split()[0] for line in capsys.readouterr().out.splitlines() if line and not line.startswith(" ")]
+    assert keys[0] == "data.hold_out" and len(keys) > 5 and all(key.startswith("eval.") for key in keys[1:])
+
+
 def test_check_reports_what_a_run_would_do(run_file, capsys):
     # overrides may stand before and after the option
     assert cli.main(["train", run_file, "layout.pp=2", "--check", "train.steps=5"]) == 0
@@ -146,10 +152,26 @@ def test_only_the_first_rank_of_a_machine_reports_what_all_of_torchruns_find(run
     assert "nonsense" in said[0] and said[1] == ""
 
 
-def test_unknown_option(run_file, capsys):
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["trian", "run.yaml"], "there is no command 'trian'. Did you mean train? `clipo --help` shows what there is."),
+        (["train"], "the following arguments are required: CONFIG. `clipo train --help` shows"),
+        (["train", "run.yaml", "--chek"], "unrecognized arguments: --chek. `clipo train --help` shows"),
+        (["convert", "to-hf", "a"], "the following arguments are required: OUT. `clipo convert to-hf --help` shows"),
+    ],
+)
+def test_wrong_words_are_told_with_where_the_right_ones_stand(words, message, capsys):
     with pytest.raises(SystemExit) as caught:
-        cli.main(["train", run_file, "--chek"])
-    assert caught.value.code == 2 and "--chek" in capsys.readouterr().err
+        cli.main(words)
+    said = capsys.readouterr().err
+    assert caught.value.code == 2 and said.startswith(f"clipo: {message}") and said.count("\n") == 1
+
+
+def test_without_a_word_the_help_is_shown(capsys):
+    with pytest.raises(SystemExit) as caught:
+        cli.main([])
+    assert caught.value.code == 2 and "clipo train run.yaml" in capsys.readouterr().err
 
 
 def test_errors_of_this_package_are_for_users():

@@ -53,6 +53,14 @@ def test_example_sources_are_valid(tmp_path):
         assert len(load(file).data.train) == 2
 
 
+def test_the_configuration_of_the_readme_is_one(tmp_path):
+    file = tmp_path / "mine.yaml"
+    (example,) = blocks((ROOT / "README.md").read_text(), "yaml")
+    file.write_text(example)
+    config = load(file)
+    assert (config.name, config.layout.tp, len(config.data.train), len(config.data.eval)) == ("mine", 1, 1, 1)
+
+
 @pytest.mark.parametrize(("response", "gold", "source", "signs"), verdicts())
 def test_the_table_of_verdicts_is_true(response, gold, source, signs):
     found = {mode: "+" if grade(response, gold, data_source=source, mode=mode) == 1.0 else "-" for mode in GRADERS}

@@ -93,7 +93,28 @@ def test_the_end_of_a_run_names_only_what_is_there(tmp_path, capsys):
     assert f"evaluation   {tmp_path / 'whole' / 'eval'}" in said and "checkpoints" in said
 
 
-def test_the_end_of_a_run_says_what_comes_next(tmp_path, capsys):
+@pytest.fixture
+def environment(tmp_path, monkeypatch):
+    """A virtual environment with `clipo` in the current folder, which PATH does not have."""
+    program = tmp_path / "env" / "bin" / "clipo"
+    program.parent.mkdir(parents=True)
+    program.touch(mode=0o755)
+    monkeypatch.setattr("sys.executable", str(program.with_name("python")))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    return program.parent
+
+
+def test_the_end_of_a_run_calls_clipo_as_the_shell_finds_it(environment, tmp_path, capsys, monkeypatch):
+    output = tmp_path / "run"
+    assert f"  env/bin/clipo report {output} -o" in closing(output, capsys, checkpoint=False, evaluated=False)
+    monkeypatch.setenv("PATH", str(environment))
+    output = tmp_path / "again"
+    assert f"  clipo report {output} -o" in closing(output, capsys, checkpoint=False, evaluated=False)
+
+
+def test_the_end_of_a_run_says_what_comes_next(environment, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("PATH", str(environment))
     output = tmp_path / "my run"
     said = closing(output, capsys, checkpoint=True, evaluated=True)
     assert f"  clipo report '{output}' -o '{output}/report.html'\n" in said
