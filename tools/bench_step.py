@@ -2,6 +2,7 @@
 
     python tools/bench_step.py MODEL_DIR [--prompts 16 --samples 8 --prompt-tokens 26 --response-tokens 10]
     python tools/bench_step.py MODEL_DIR --group-loss conspo
+    python tools/bench_step.py MODEL_DIR --row 32768
 
     shared     this project: packed, each group's prompt computed once
     packed     this project: packed, prompts repeated
@@ -13,12 +14,18 @@ token forward, 6 forward and backward, at the matrix-multiplication rate measure
 With --group-loss only updates are timed: with a clipped loss, with a loss over groups under the weights that scored the
 rollouts, and with a loss over groups under later weights, which needs another forward. Processor time is measured, so
 that other processes on the machine do not change the ratios.
+
+With --row one layer's attention is computed on a row of so many tokens, forward and backward: a prompt of an eighth of
+them and eight responses, by this project and by torch's `scaled_dot_product_attention` on padded sequences with the
+prompt repeated, as transformers calls it. Each is a process of its own; memory is what its peak has grown by.
 """
 
 from __future__ import annotations
 
 import argparse
+import multiprocessing
 import os
+import resource
 import statistics
 import time
 from collections.abc import Callable
@@ -26,13 +33,17 @@ from collections.abc import Callable
 import torch
 
 from clipo_megatron.algorithms.build import build_algorithm
+from clipo_megatron.config.model_folder import hf_folder
 from clipo_megatron.config.schema import DType, RunConfig
-from clipo_megatron.flow import RolloutTable, Sample
+from clipo_megatron.flow import RolloutTable, Sample, Segment
 from clipo_megatron.policy import parallel
 from clipo_megatron.policy.actor import PolicyActor
 from clipo_megatron.policy.batch.batching import Batcher
+from clipo_megatron.policy.model.attention import attention_of, plan_attention
 from clipo_megatron.runtime.launcher_env import Launch, export_environment
 from clipo_megatron.runtime.platform import platform
+from clipo_megatron.weights.families import model_spec
+from clipo_megatron.weights.spec import read_config
 
 
 def synthetic(options: argparse.Namespace, vocabulary: int) -> tuple[RolloutTable, list[Sample]]:
@@ -173,6 +184,44 @@ def compare_updates(
         print(f"{way:32}{statistics.median(values):9.2f} s of processor time{statistics.median(values) / first:7.2f} x")
 
 
+def attention_of_row(way: str, tokens: int, heads: int, kv_heads: int, dim: int) -> tuple[float, float]:
+    """The seconds and the MiB that the attention of a row takes, forward and backward; for a fresh process."""
+    prompt = tokens // 8
+    lengths = [tokens * (7 + 2 * (n % 2)) // 64 - prompt // 8 for n in range(8)]
+    segments, end = [Segment(0, prompt)], prompt
+    for length in lengths:
+        segments.append(Segment(end, length, 0, prompt))
+        end += length
+    own, plan = torch.nn.functional.scaled_dot_product_attention, plan_attention(segments, torch.device("cpu"))
+    width = len(lengths), max(lengths) + prompt
+
+    def inputs(*shape: int) -> list[torch.Tensor]:
+        return [torch.randn(*shape, count, dim, requires_grad=True) for count in (heads, kv_heads, kv_heads)]
+
+    def cascade(rows: list[torch.Tensor]) -> torch.Tensor:
+        return attention_of(*rows, plan, dim**-0.5)
+
+    def padded(rows: list[torch.Tensor]) -> torch.Tensor:
+        return own(*(each.transpose(1, 2) for each in rows), is_causal=True, enable_gqa=heads != kv_heads)
+
+    call, rows = (cascade, inputs(end)) if way == "cascade" else (padded, inputs(*width))
+    before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
+    output = call(rows)
+    output.backward(torch.ones(()).expand_as(output))
+    return time.process_time() - start, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+
+
+def compare_rows(options: argparse.Namespace) -> None:
+    """Measure the attention of a row in both ways, and print them."""
+    spec = model_spec(read_config(hf_folder(options.model)))
+    with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
+        for way in ("cascade", "padded"):
+            shape = (options.row, spec.num_heads, spec.num_kv_heads, spec.head_dim)
+            measured = [pool.apply(attention_of_row, (way, *shape)) for _ in range(options.rounds)]
+            seconds, memory = (statistics.median(each) for each in zip(*measured, strict=True))
+            print(f"{way:8}{seconds:9.2f} s of processor time{memory:9.0f} MiB")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="Hugging Face folder")
@@ -182,7 +231,11 @@ def main() -> None:
     parser.add_argument("--response-tokens", type=int, default=10)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--group-loss", help="time updates by this loss over groups instead")
+    parser.add_argument("--row", type=int, help="measure the attention of a row of so many tokens instead")
     options = parser.parse_args()
+    if options.row:
+        compare_rows(options)
+        return
 
     config = RunConfig()
     config.model.path, config.model.dtype, config.clipo.enabled = options.model, DType.fp32, False

@@ -14,20 +14,26 @@ def layout_problems(layout: LayoutConfig, ranks: int | None) -> Iterator[ConfigP
     if layout.sequence_parallel and layout.tp == 1:
         reason = "it shards the sequence over the tensor-parallel ranks, and layout.tp is 1"
         yield ConfigProblem("layout.sequence_parallel", reason, "Set it to false, or layout.tp to 2 or more", True)
-    model = layout.tp * layout.pp
+    model = layout.replica_ranks
     if ranks is None or model < 1:
         return
     if layout.dp is None and ranks % model:
         yield ConfigProblem(
             "",
-            f"{ranks} ranks were started, which tp * pp = {layout.tp} * {layout.pp} = {model} does not divide",
-            f"Start {_multiples(ranks, model)} ranks, or change layout.tp or layout.pp",
+            f"{ranks} ranks were started, which {_product(layout)} = {model} does not divide",
+            f"Start {_multiples(ranks, model)} ranks, or change layout.tp, layout.cp or layout.pp",
             show_value=False,
         )
     elif layout.dp is not None and ranks != (needed := model * layout.dp):
-        reason = f"tp * pp * dp = {layout.tp} * {layout.pp} * {layout.dp} = {needed}, but {ranks} ranks were started"
+        reason = f"{_product(layout, 'dp')} = {needed}, but {ranks} ranks were started"
         remedy = f"Start {needed} ranks, or set layout.dp to null to use those there are"
         yield ConfigProblem("layout.dp", reason, remedy, layout.dp)
+
+
+def _product(layout: LayoutConfig, *others: str) -> str:
+    """How ranks are counted: "tp * pp = 2 * 4"."""
+    names = ["tp", *(["cp"] if layout.cp > 1 else []), "pp", *others]
+    return f"{' * '.join(names)} = {' * '.join(str(getattr(layout, name)) for name in names)}"
 
 
 def _multiples(near: int, unit: int) -> str:
@@ -106,10 +112,10 @@ def _experts(layout: LayoutConfig, facts: dict[str, Any], replicas: int) -> Iter
     if wide % etp:
         reason = f"it does not divide the inner size of an expert, {wide}"
         yield ConfigProblem("layout.etp", reason, "Set it to 1", etp)
-    if (layout.tp * replicas) % (layout.ep * etp):
+    if (layout.tp * layout.cp * replicas) % (layout.ep * etp):
         reason = (
             f"ep * etp = {layout.ep} * {etp} does not divide the ranks of a pipeline stage, "
-            f"tp * dp = {layout.tp} * {replicas}"
+            f"tp * {'cp * ' if layout.cp > 1 else ''}dp = {layout.tp * layout.cp} * {replicas}"
         )
         remedy = f"Set layout.dp so that it does, or layout.etp{'=1' if etp > 1 else ' or layout.tp'}"
         yield ConfigProblem("layout.ep", reason, remedy, layout.ep)

@@ -77,7 +77,8 @@ def _report(config: RunConfig, place: Launch | None) -> int:
     contents = check_contents(config, light=True)
     layout, ranks, train = config.layout, place.world if place else config.layout.requested_ranks, contents.train
     print(f"{config.name}: the configuration is sound.")
-    print(f"  ranks     {ranks} = tp {layout.tp} x pp {layout.pp} x dp {layout.replicas(ranks)}")
+    context = f" x cp {layout.cp}" if layout.cp > 1 else ""
+    print(f"  ranks     {ranks} = tp {layout.tp}{context} x pp {layout.pp} x dp {layout.replicas(ranks)}")
     prompts, samples = config.data.prompts_per_step, config.rollout.samples_per_prompt
     print(f"  a step    {prompts} prompts x {samples} samples = {prompts * samples} rollouts")
     problems = len(train) + _not_made(config.data.train)

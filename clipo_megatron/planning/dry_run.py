@@ -59,7 +59,7 @@ def build_ranks(config: RunConfig, spec: ModelSpec, ranks: Iterable[int] | None 
         PlanError: there is no such rank, or Megatron cannot build it.
     """
     world, division = config.layout.requested_ranks, ParallelDivision.of(config.layout)
-    dp = world // (division.tp * division.pp)
+    dp = world // config.layout.replica_ranks
     memory = trainer_memory(config, spec, division, dp, Assumptions())
     head = _built_head(config, spec)
     for rank in range(world) if ranks is None else ranks:

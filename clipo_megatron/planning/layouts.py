@@ -23,7 +23,8 @@ SERVER_SHARES = (0.25, 0.5, 0.75)
 class LayoutPlan:
     """The memory and the time that one layout takes."""
 
-    division: ParallelDivision  # the trainer's parallel sizes but DP
+    division: ParallelDivision  # the trainer's parallel sizes but CP and DP
+    cp: int
     dp: int
     recompute: bool
     server_tp: int
@@ -38,7 +39,7 @@ class LayoutPlan:
     @property
     def trainer_gpus(self) -> int:
         """Number of GPUs that train."""
-        return self.division.tp * self.division.pp * self.dp
+        return self.division.tp * self.cp * self.division.pp * self.dp
 
     @property
     def gpus(self) -> int:
@@ -69,6 +70,7 @@ class LayoutPlan:
             servers = self.server_gpus // self.server_tp
             here = max(1, self.hardware.gpus_per_node // self.server_tp)  # each node runs its own `clipo serve`
             chosen |= {"serve.servers": min(servers, here), "rollout.servers": servers}
+        chosen |= {"layout.cp": self.cp} if self.cp > 1 else {}
         chosen |= {"layout.ep": division.ep} if division.ep > 1 else {}
         chosen |= {"layout.etp": division.etp} if division.etp is not None else {}
         chosen |= {"layout.first_stage_layers": division.first_layers} if division.first_layers else {}
@@ -112,6 +114,7 @@ def plan_layout(
     server = server_memory(spec, config.serve.tp, hardware, assume)
     return LayoutPlan(
         division=division,
+        cp=config.layout.cp,
         dp=dp,
         recompute=config.model.recompute,
         server_tp=config.serve.tp,
@@ -151,8 +154,9 @@ def _problems(
         )
     if server_gpus < config.serve.tp:
         yield f"{server_gpus} GPUs are left to generate, and one server takes {config.serve.tp}"
-    if (dp * division.tp) % (division.ep * division.expert_tp):
-        yield f"ep {division.ep} x etp {division.expert_tp} does not divide the {dp * division.tp} ranks of a stage"
+    ranks = dp * config.layout.cp * division.tp  # of a stage
+    if ranks % (division.ep * division.expert_tp):
+        yield f"ep {division.ep} x etp {division.expert_tp} does not divide the {ranks} ranks of a stage"
 
 
 def search_layouts(
@@ -173,8 +177,8 @@ def search_layouts(
     for division, share in product(_possible_divisions(spec, gpus, hardware), shares):
         server_gpus = int(gpus * share)
         trainers = gpus if config.rollout.colocated else gpus - server_gpus
-        dp, rest = divmod(trainers, division.tp * division.pp)
-        if rest or not dp or (dp * division.tp) % (division.ep * division.expert_tp):
+        dp, rest = divmod(trainers, division.tp * config.layout.cp * division.pp)
+        if rest or not dp or (dp * config.layout.cp * division.tp) % (division.ep * division.expert_tp):
             continue
         for recompute in (False, True):  # only where it is needed
             variant = replace(

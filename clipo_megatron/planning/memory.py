@@ -74,7 +74,7 @@ def trainer_memory(
     """Compute the memory of each pipeline stage; `critic` is the model that a critic starts from, None: the policy's.
 
     Weights, gradients and optimizer are those of Megatron's distributed optimizer: gradients are kept in fp32 on every
-    rank, masters and both moments are divided over the data-parallel ranks (arXiv 1910.02054, stage 1).
+    rank, masters and both moments are divided over the data- and context-parallel ranks (arXiv 1910.02054, stage 1).
     """
     counts = stage_counts(spec, division, VOCAB_MULTIPLE_ON_GPUS)
     stages = [_stage_memory(config, spec, division, dp, assume, count, stage) for stage, count in enumerate(counts)]
@@ -107,15 +107,16 @@ def _stage_memory(
     bf16 = config.model.dtype is DType.bf16
     width = BF16 if bf16 else FP32
     last = stage == division.pp - 1
-    expert_dp = max(1, dp * division.tp // (division.ep * division.expert_tp))
+    cp = config.layout.cp
+    expert_dp = max(1, dp * cp * division.tp // (division.ep * division.expert_tp))
     state = 3 * FP32 if bf16 else 2 * FP32  # fp32 parameters are their own masters
-    tokens = config.layout.max_tokens_per_microbatch
+    tokens = config.layout.max_tokens_per_microbatch // cp  # of a micro-batch on one rank
     in_flight = min(division.pp - stage, micro_batches(config, dp, assume))
     head = 4 * FP32 * head_count(config, spec) if last else 0  # weights, gradients and both moments
     return TrainerMemory(
         weights=width * count.total,
         gradients=FP32 * count.total,
-        optimizer=state * (count.dense / dp + count.expert / expert_dp),
+        optimizer=state * (count.dense / (dp * cp) + count.expert / expert_dp),
         reference=width * count.total if needs_reference(config.algorithm) else 0.0,
         critic=0.0,
         activations=_activations(config, spec, division, stage, tokens * width, in_flight),

@@ -48,7 +48,7 @@ def print_plan(
 def _print_configured(console: Console, own: LayoutPlan) -> None:
     division = own.division
     console.print(
-        f"\n{own.gpus} GPUs: tp {division.tp} x pp {division.pp} x dp {own.dp}"
+        f"\n{own.gpus} GPUs: tp {division.tp}{f' x cp {own.cp}' if own.cp > 1 else ''} x pp {division.pp} x dp {own.dp}"
         + (f", ep {division.ep} x etp {division.expert_tp}" if division.ep > 1 else "")
         + (", which also generate" if own.colocated else f", and {own.server_gpus} that generate")
         + f"; servers of {own.server_tp}"

@@ -53,7 +53,7 @@ def step_time(
     *,
     critic: ModelSpec | None = None,
 ) -> StepTime:
-    """Compute the time of a step on `division.tp * division.pp * dp` GPUs that train and `server_gpus` that generate.
+    """Compute the time of a step on `tp * cp * pp * dp` GPUs that train and `server_gpus` that generate.
 
     Counts the forward passes and updates that the methods declare, before any schedule ends. `critic` is the model that
     a critic starts from, None: the policy's.
@@ -62,8 +62,8 @@ def step_time(
     forward = _forward_seconds(config, spec, division, dp, hardware, assume)
 
     def epoch_seconds(model: ModelSpec, forward: float) -> float:
-        passes = 4 if config.model.recompute else 3
-        return passes * forward + algorithm.mini_batches * _reduction_seconds(model, division, dp, hardware, assume)
+        passes, copies = 4 if config.model.recompute else 3, dp * config.layout.cp
+        return passes * forward + algorithm.mini_batches * _reduction_seconds(model, division, copies, hardware, assume)
 
     score = forward * (1 + needs_reference(algorithm) + sum(len(method.prompt_variants) for method in chosen))
     update = (
@@ -107,10 +107,12 @@ def stage_seconds(
     """
     tokens = sum(step_tokens(config, assume)) / dp
     length = assume.mean_prompt * config.data.max_prompt_tokens + assume.mean_response * config.rollout.max_new_tokens
-    rate = division.tp * hardware.flops * assume.train_flops
+    cp = config.layout.cp
+    rate = cp * division.tp * hardware.flops * assume.train_flops
     head = output_layer_flops(spec)
     layer = (flops_per_token(spec, length / 2) - head) / spec.num_layers
-    exchange = _exchange_seconds(spec, division, tokens, hardware, assume) * division.pp / spec.num_layers  # of a layer
+    exchange = _exchange_seconds(spec, division, tokens / cp, hardware, assume) * division.pp / spec.num_layers
+    exchange += _gathering_seconds(spec, division, cp, tokens, hardware, assume)  # both of a layer
     seconds = []
     for rank, chunks in enumerate(stage_chunks(spec.num_layers, division)):
         layers = sum(chunk.layers for chunk in chunks)
@@ -139,14 +141,24 @@ def _exchange_seconds(
     return shared + sent * sparse / rate
 
 
-def _reduction_seconds(
-    spec: ModelSpec, division: ParallelDivision, dp: int, hardware: Hardware, assume: Assumptions
+def _gathering_seconds(
+    spec: ModelSpec, division: ParallelDivision, cp: int, tokens: float, hardware: Hardware, assume: Assumptions
 ) -> float:
-    """Return the seconds that one update takes to reduce gradients in fp32 and to gather the new weights."""
-    largest = max(count.total for count in stage_counts(spec, division))
-    in_node = division.tp * division.pp * dp <= hardware.gpus_per_node
+    """Return the seconds in which one layer's keys and values are gathered over the context-parallel ranks."""
+    in_node = division.tp * cp <= hardware.gpus_per_node
     rate = hardware.node_bytes_per_s if in_node else hardware.network_bytes_per_s * assume.network
-    return (FP32 + BF16) * largest * (dp - 1) / dp / rate
+    return 2 * BF16 * spec.kv_size / division.tp * tokens * (cp - 1) / cp / rate
+
+
+def _reduction_seconds(
+    spec: ModelSpec, division: ParallelDivision, copies: int, hardware: Hardware, assume: Assumptions
+) -> float:
+    """Return the seconds that one update takes to reduce gradients in fp32 over the model's copies, those of data and
+    context parallelism, and to gather the new weights."""
+    largest = max(count.total for count in stage_counts(spec, division))
+    in_node = division.tp * division.pp * copies <= hardware.gpus_per_node
+    rate = hardware.node_bytes_per_s if in_node else hardware.network_bytes_per_s * assume.network
+    return (FP32 + BF16) * largest * (copies - 1) / copies / rate
 
 
 def generation_seconds(config: RunConfig, spec: ModelSpec, gpus: int, hardware: Hardware, assume: Assumptions) -> float:

@@ -9,6 +9,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
 
 from clipo_megatron.config.schema import LayoutConfig
+from clipo_megatron.policy.row_share import RowShare
 from clipo_megatron.runtime.platform import platform
 from clipo_megatron.weights.export import Holder
 from clipo_megatron.weights.mapping import Coordinates
@@ -17,12 +18,14 @@ from clipo_megatron.weights.parallel_division import ParallelDivision
 
 @dataclass(frozen=True)
 class Layout:
-    """One rank's coordinates and groups. In Megatron's order of ranks TP changes fastest, then DP, then PP.
+    """One rank's coordinates and groups. In Megatron's order of ranks TP changes fastest, then CP, then DP, then PP.
 
-    Experts divide the TP x DP ranks of a pipeline stage in their own way: ETP changes fastest, then EP, then copies.
+    Experts divide the TP x CP x DP ranks of a pipeline stage in their own way: ETP changes fastest, then EP, then
+    copies.
     """
 
-    division: ParallelDivision  # the sizes of all kinds of parallelism but DP
+    division: ParallelDivision  # the sizes of all kinds of parallelism but CP and DP
+    share: RowShare  # of each packed row: this rank's place in context parallelism
     dp: int  # replicas
     tp_rank: int
     pp_rank: int
@@ -41,7 +44,8 @@ class Layout:
 
     def __str__(self) -> str:
         experts = f", ep {self.division.ep} x etp {self.division.expert_tp}" if self.division.ep > 1 else ""
-        return f"tp {self.tp} x pp {self.pp} x dp {self.dp}{experts}"
+        context = f" x cp {self.cp}" if self.cp > 1 else ""
+        return f"tp {self.tp}{context} x pp {self.pp} x dp {self.dp}{experts}"
 
     @property
     def tp(self) -> int:
@@ -52,6 +56,16 @@ class Layout:
     def pp(self) -> int:
         """Number of pipeline-parallel ranks."""
         return self.division.pp
+
+    @property
+    def cp(self) -> int:
+        """Number of context-parallel ranks."""
+        return self.share.size
+
+    @property
+    def row_multiple(self) -> int:
+        """Packed rows are padded to a multiple of it, so that context and sequence parallelism can divide them."""
+        return (2 * self.cp if self.cp > 1 else 1) * (self.tp if self.sequence_parallel else 1)
 
     @property
     def coordinates(self) -> Coordinates:
@@ -75,7 +89,7 @@ class Layout:
         return Holder(
             at=self.coordinates,
             pp_rank=self.pp_rank,
-            copy=self.dp_rank,
+            copy=self.dp_rank * self.cp + self.share.rank,
             expert_copy=self.edp_rank,
             tp_group=several(self.tp_group),
             etp_group=several(self.etp_group),
@@ -86,7 +100,7 @@ class Layout:
     @property
     def world(self) -> int:
         """Number of all ranks."""
-        return self.tp * self.pp * self.dp
+        return self.tp * self.cp * self.pp * self.dp
 
     @property
     def is_last_stage(self) -> bool:
@@ -96,11 +110,16 @@ class Layout:
     @property
     def is_head(self) -> bool:
         """Whether this rank leads its replica: it requests rollouts, and receives what the replica trains."""
-        return self.tp_rank == 0 and self.pp_rank == 0
+        return self.tp_rank == 0 and self.share.rank == 0 and self.pp_rank == 0
+
+    @property
+    def leads_its_stage(self) -> bool:
+        """Whether this rank writes what all ranks of its pipeline stage know."""
+        return self.tp_rank == 0 and self.share.rank == 0 and self.dp_rank == 0
 
     def head_of(self, dp_rank: int) -> int:
         """The global rank of a replica's head."""
-        return dp_rank * self.tp
+        return dp_rank * self.cp * self.tp
 
     @property
     def last_stage_rank(self) -> int:
@@ -114,15 +133,15 @@ def initialize(config: LayoutConfig, *, seed: int, vpp: int = 1) -> Layout:
     `vpp` is the number of model chunks a pipeline rank; training supports only one.
 
     Raises:
-        ValueError: tp * pp, or ep * etp * pp, does not divide the number of ranks.
+        ValueError: tp * cp * pp, or ep * etp * pp, does not divide the number of ranks.
     """
     platform().adapt("megatron.core")
     division = ParallelDivision.of(config, vpp=vpp)
     world = dist.get_world_size()
-    if world % (config.tp * config.pp):
+    if world % config.replica_ranks:
         raise ValueError(
-            f"{world} ranks cannot be divided into replicas of tp {config.tp} x pp {config.pp} ranks; start a multiple "
-            f"of {config.tp * config.pp}, or change layout.tp / layout.pp"
+            f"{world} ranks cannot be divided into replicas of tp {config.tp} x cp {config.cp} x pp {config.pp} ranks; "
+            f"start a multiple of {config.replica_ranks}, or change layout.tp / layout.cp / layout.pp"
         )
     if world % (experts := division.ep * division.expert_tp * division.pp):
         raise ValueError(
@@ -133,6 +152,7 @@ def initialize(config: LayoutConfig, *, seed: int, vpp: int = 1) -> Layout:
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=config.tp,
         pipeline_model_parallel_size=config.pp,
+        context_parallel_size=config.cp,
         expert_model_parallel_size=division.ep,
         expert_tensor_parallel_size=division.expert_tp,
         create_gloo_process_groups=False,
@@ -141,7 +161,10 @@ def initialize(config: LayoutConfig, *, seed: int, vpp: int = 1) -> Layout:
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
     return Layout(
         division=division,
-        dp=world // (config.tp * config.pp),
+        share=RowShare(
+            parallel_state.get_context_parallel_rank(), config.cp, parallel_state.get_context_parallel_group()
+        ),
+        dp=world // config.replica_ranks,
         tp_rank=parallel_state.get_tensor_model_parallel_rank(),
         pp_rank=parallel_state.get_pipeline_model_parallel_rank(),
         dp_rank=parallel_state.get_data_parallel_rank(),

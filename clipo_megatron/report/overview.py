@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from math import prod
 from pathlib import PurePath
 from typing import Any
 
@@ -174,13 +175,14 @@ def _method(run: RunRecord) -> str:
 
 def _ranks(run: RunRecord) -> str:
     traced = len(run.traces[-1]["ranks"]) if run.traces else None
-    tp, pp = run.count("layout.tp") or 1, run.count("layout.pp") or 1
-    dp = run.count("layout.dp") or (traced // (tp * pp) if traced else None)
-    factors = [f"{name} {size}" for name, size in (("tp", tp), ("pp", pp), ("dp", dp)) if size and size > 1]
+    sizes = {name: run.count(f"layout.{name}") or 1 for name in ("tp", "cp", "pp")}
+    model = prod(sizes.values())
+    dp = run.count("layout.dp") or (traced // model if traced else None)
+    factors = [f"{name} {size}" for name, size in (*sizes.items(), ("dp", dp)) if size and size > 1]
     split = " × ".join(factors)
     if not dp:
         return split or "–"
-    return f"{tp * pp * dp} = {split}" if split else "1"
+    return f"{model * dp} = {split}" if split else "1"
 
 
 def _differences(groups: Sequence[RunGroup]) -> str:

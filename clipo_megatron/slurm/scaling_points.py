@@ -100,11 +100,11 @@ def scaling_points(
 def _scaling_point(
     config: RunConfig, name: str, kinds: tuple[str, ...], resources: Resources, prompts: int, steps: int
 ) -> ScalingPoint:
-    model = config.layout.tp * config.layout.pp
+    model = config.layout.replica_ranks
     dp, rest = divmod(resources.ranks, model)
     if rest or not dp:
         raise SlurmError(
-            f"{resources.nodes} nodes have {resources.ranks} ranks, which layout.tp x layout.pp = {model} does not "
+            f"{resources.nodes} nodes have {resources.ranks} ranks, which layout.tp x cp x pp = {model} does not "
             "divide. Change --nodes, --ranks-per-node or the layout."
         )
     output = str(folder_of(config) / name)

@@ -112,7 +112,7 @@ class Recorder:
             pooled[own[among].to(pooled.device)] = states[among.to(states.device)].float()
         if layout.dp > 1:
             dist.all_reduce(pooled, group=layout.dp_group)
-        if layout.tp_rank or layout.dp_rank:
+        if not layout.leads_its_stage:
             return
         head = actor.contrastive
         self._states.write(

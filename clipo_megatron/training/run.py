@@ -90,8 +90,7 @@ class Run:
             CheckpointItem("rng", RngState(), per_rank=True),
         ]
         if actor.contrastive is not None:
-            first = layout.tp_rank == 0 and layout.dp_rank == 0
-            items.append(CheckpointItem("contrastive", actor.contrastive, writes=first))
+            items.append(CheckpointItem("contrastive", actor.contrastive, writes=layout.leads_its_stage))
         if self.algorithm.replays:
             replays = ReplayCheckpointer(self.algorithm, actor.batcher)
             items.append(CheckpointItem("replay", replays, writes=is_main, gathers=True))
@@ -103,7 +102,7 @@ class Run:
             "algorithm": list(self.algorithm.state_dict()),
             "contrastive head": {"kind": clipo.head.value, "dim": clipo.dim} if clipo.enabled else None,
             "critic": critic.spec.architecture() if critic else None,
-            "layout": {"tp": layout.tp, "pp": layout.pp, "dp": layout.dp, "ep": layout.division.ep},
+            "layout": {"tp": layout.tp, "cp": layout.cp, "pp": layout.pp, "dp": layout.dp, "ep": layout.division.ep},
         }
         return CheckpointContents(items, models, facts, sidecar_files(config.model.path) if is_main else {})
 

@@ -17,7 +17,7 @@ from clipo_megatron.algorithms.build import build_algorithm
 from clipo_megatron.checkpoint import CheckpointContents, Checkpoints
 from clipo_megatron.config.model_folder import POLICY
 from clipo_megatron.config.schema import CheckpointConfig, LayoutConfig, RunConfig
-from clipo_megatron.flow import Sample
+from clipo_megatron.flow import MicroBatch, Sample
 from clipo_megatron.policy.actor import PolicyActor
 from clipo_megatron.policy.batch.exchange import build_table
 from clipo_megatron.policy.batch.packing import pack
@@ -53,11 +53,15 @@ def logits_by_row(
     mine = [sample for sample in samples() if sample.group % layout.dp == layout.dp_rank]
     halves = mine[: len(mine) // 2], mine[len(mine) // 2 :]
     micro_batches = [
-        pack(half, share_prompts=share, multiple=layout.tp) for half, share in zip(halves, (False, True), strict=True)
+        pack(half, share_prompts=share, multiple=layout.row_multiple)
+        for half, share in zip(halves, (False, True), strict=True)
     ]
     head = exported["lm_head.weight"]
 
-    outputs = actor.trainable.forward(micro_batches, lambda micro, hidden: (micro, hidden[micro.predict] @ head.t()))
+    def logits_of(micro: MicroBatch, hidden: Tensor) -> tuple[MicroBatch, Tensor]:
+        return micro, layout.share.gathered(hidden)[micro.predict] @ head.t()
+
+    outputs = actor.trainable.forward(micro_batches, logits_of)
     rows = {
         int(row): logits[micro.rollout == index] for micro, logits in outputs for index, row in enumerate(micro.rows)
     }

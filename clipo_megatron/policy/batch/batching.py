@@ -96,7 +96,7 @@ class Batcher:
         return pack(
             samples,
             share_prompts=self.share_prompts,
-            multiple=self.layout.tp if self.layout.sequence_parallel else 1,
+            multiple=self.layout.row_multiple,
             device=platform().device,
         )
 

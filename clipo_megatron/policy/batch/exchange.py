@@ -152,10 +152,13 @@ def deliver(samples: Sequence[Sample], table: RolloutTable, owner: Tensor, layou
 
     head = layout.head_of(layout.dp_rank)
     order = [row for source in range(layout.world) for row in rows_from[source][head]]
-    if layout.tp * layout.pp > 1:
+    if layout.tp * layout.cp * layout.pp > 1:
         if not layout.is_head:
             received = torch.empty(word_count(order), dtype=torch.int32, device=device)
-        dist.broadcast(received, src=head, group=layout.replica_group)
+        if layout.share.rank == 0:
+            dist.broadcast(received, src=head, group=layout.replica_group)
+        if layout.cp > 1:
+            dist.broadcast(received, group=layout.share.group, group_src=0)
     return _decode(received.cpu(), order, table)
 
 

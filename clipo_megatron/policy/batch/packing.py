@@ -134,7 +134,7 @@ def pack(
         samples: the micro-batch's rollouts in the order of their rows; without any the row is padding alone.
         share_prompts: whether neighbours of one group share their prompt. All prompts are packed first, each once, and
             all responses behind them.
-        multiple: the row is padded to a multiple of this, the tensor-parallel size under sequence parallelism.
+        multiple: the row is padded to a multiple of this, so that ranks can divide it (`Layout.row_multiple`).
         device: the device of the tensors; None: the CPU.
     """
     tokens: list[torch.Tensor] = []

@@ -49,7 +49,7 @@ class ReplayCheckpointer:
     def _gathered(self, experience: Experience) -> dict[str, Any]:
         layout, table = self.batcher.layout, experience.table
         mine: dict[int, dict[str, Tensor]] = {}
-        if layout.is_last_stage and layout.tp_rank == 0:
+        if layout.is_last_stage and layout.tp_rank == 0 and layout.share.rank == 0:
             for batch in experience.mini_batches:
                 mine |= {row: facts for micro in batch.micro_batches for row, facts in _rollouts_of(micro)}
         everybody: list[dict[int, dict[str, Tensor]]] = [{} for _ in range(layout.world)]

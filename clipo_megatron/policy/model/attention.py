@@ -10,6 +10,9 @@ by their log-sum-exps:
 Flash kernels compute gradients from an output and its log-sum-exp. Given the merged ones, each call computes its part
 of the whole gradients, and these parts are added.
 
+Under context parallelism a rank has two chunks of the row as queries, and gathers the keys. Those that a chunk's
+queries see are consecutive, so there are the same calls for each chunk.
+
 With a sliding window that is shorter than a segment and its context, a query sees a part of the prompt that depends on
 its place. The keys that such a row's segments see are copied then, and there is one call.
 """
@@ -29,10 +32,11 @@ from torch import Tensor
 
 from clipo_megatron.flow import Segment
 from clipo_megatron.policy.model.attention_kernels import Sequences, attend, gradients, merge
+from clipo_megatron.policy.row_share import WHOLE_ROW, RowShare
 
 
 class AttentionPart(NamedTuple):
-    """One call: some queries of the row and the keys that they attend to."""
+    """One call: some queries of the rank's part of a row, and keys of the row that they attend to."""
 
     queries: slice
     keys: slice | Tensor  # a tensor [K] int64 names keys that are copied
@@ -41,16 +45,23 @@ class AttentionPart(NamedTuple):
 
 @dataclass
 class AttentionPlan(PackedSeqParams):
-    """The calls that compute the attention of one packed row; made once a micro-batch.
+    """The calls that compute the attention of one packed row on this rank; made once a micro-batch.
 
     Megatron passes it to the attention as `packed_seq_params`. Its `qkv_format` is not "thd", so that Megatron leaves
     shapes and rotary embeddings alone.
     """
 
-    parts: tuple[AttentionPart, ...] = ()  # the first has all queries; those of others are merged with it
+    own: tuple[AttentionPart, ...] = ()  # one for each chunk of the rank, in order: its queries and their own segments
+    contexts: tuple[AttentionPart, ...] = ()  # queries and their contexts, to be merged with those
+    share: RowShare = WHOLE_ROW
 
 
-def plan_attention(segments: Sequence[Segment], device: torch.device, window: int | None = None) -> AttentionPlan:
+def plan_attention(
+    segments: Sequence[Segment],
+    device: torch.device,
+    window: int | None = None,
+    share: RowShare = WHOLE_ROW,
+) -> AttentionPlan:
     """The calls for the segments of a packed row.
 
     Args:
@@ -58,16 +69,22 @@ def plan_attention(segments: Sequence[Segment], device: torch.device, window: in
             of the segments that attend to them, without tokens between them.
         device: where the tensors of the plan go.
         window: keys that a query sees, including its own; None: all up to its own.
+        share: the rank's part of the row.
 
     Raises:
         ValueError: the row is packed in another order.
     """
-    whole = slice(0, segments[-1].start + segments[-1].length)
-    if window is not None and any(window < each.context_length + each.length for each in segments):
-        parts = (_windowed(segments, whole, 0, window, device),)
-    else:
-        parts = tuple(_cascade(segments, whole, 0, device))
-    return AttentionPlan(qkv_format="segments", parts=parts)
+    limited = window is not None and any(window < each.context_length + each.length for each in segments)
+    own, contexts, place = [], [], 0
+    for chunk in share.chunks(segments[-1].start + segments[-1].length):
+        if limited:
+            own.append(_windowed(segments, chunk, place, window, device))
+        else:
+            first, *others = _cascade(segments, chunk, place, device)
+            own.append(first)
+            contexts += others
+        place += chunk.stop - chunk.start
+    return AttentionPlan(qkv_format="segments", own=tuple(own), contexts=tuple(contexts), share=share)
 
 
 def _cascade(segments: Sequence[Segment], chunk: slice, place: int, device: torch.device) -> Iterator[AttentionPart]:
@@ -138,14 +155,29 @@ class PackedAttention(MegatronModule):
         """Compute the attention output [T, 1, heads * head_dim].
 
         Args:
-            query: [T, 1, heads, head_dim].
-            key: [T, 1, kv_heads, head_dim]; `value` likewise.
+            query: [T, 1, heads, head_dim], the rank's part of the row.
+            key: [T, 1, kv_heads, head_dim], its part; `value` likewise.
             packed_seq_params: the row's plan.
         """
         scale = query.shape[-1] ** -0.5 if self.softmax_scale is None else self.softmax_scale
         rows = [each.squeeze(1) for each in (query, key, value)]
-        output = _Cascade.apply(*rows, packed_seq_params.parts, scale, self.config.deterministic_mode)
+        output = attention_of(*rows, packed_seq_params, scale, repeatable=self.config.deterministic_mode)
         return output.flatten(1).unsqueeze(1)
+
+
+def attention_of(
+    query: Tensor, key: Tensor, value: Tensor, plan: AttentionPlan, scale: float, *, repeatable: bool = False
+) -> Tensor:
+    """The attention [T, heads, head_dim] of a row by its plan.
+
+    Args:
+        query: [T, heads, head_dim], the rank's part of the row.
+        key: [T, kv_heads, head_dim], its part; `value` likewise.
+        plan: of the row, on this rank.
+        scale: factor of the scores.
+        repeatable: whether gradients have to be the same to the bit each time, which is slower on GPUs.
+    """
+    return _Cascade.apply(query, key, value, plan, scale, repeatable)
 
 
 class _Cascade(torch.autograd.Function):
@@ -153,55 +185,47 @@ class _Cascade(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        parts: Sequence[AttentionPart],
-        scale: float,
-        repeatable: bool,
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, plan: AttentionPlan, scale: float, repeatable: bool
     ) -> Tensor:
+        keys, values = (plan.share.gathered(each) for each in (key, value))
+
         def found(part: AttentionPart) -> tuple[Tensor, Tensor]:
-            rows = query[part.queries], key[part.keys], value[part.keys]
+            rows = query[part.queries], keys[part.keys], values[part.keys]
             return attend(*rows, part.sequences, scale, repeatable=repeatable)
 
-        output, logsumexp = found(parts[0])
-        for part in parts[1:]:
+        outputs, sums = zip(*map(found, plan.own), strict=True)
+        output, logsumexp = (outputs[0], sums[0]) if len(outputs) == 1 else (torch.cat(outputs), torch.cat(sums, 1))
+        for part in plan.contexts:
             other, other_sums = found(part)
             own = output[part.queries].transpose(0, 1)
             merge(own, logsumexp[:, part.queries], other.transpose(0, 1), other_sums)
         ctx.save_for_backward(query, key, value, output, logsumexp)
-        ctx.parts, ctx.scale, ctx.repeatable = parts, scale, repeatable
+        ctx.plan, ctx.scale, ctx.repeatable = plan, scale, repeatable
         return output
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         query, key, value, output, logsumexp = ctx.saved_tensors
-        grad = grad.contiguous()
-        totals: list[Tensor] = []
-        for part in ctx.parts:
-            found = gradients(
-                grad[part.queries],
-                query[part.queries],
-                key[part.keys],
-                value[part.keys],
-                output[part.queries],
-                logsumexp[:, part.queries],
-                part.sequences,
-                ctx.scale,
-                repeatable=ctx.repeatable,
-            )
-            if isinstance(part.keys, Tensor):
-                found = (found[0], *(_added_up(each, part.keys, key) for each in found[1:]))
-            if not totals:
-                totals = list(found)
-                continue
-            for total, rows, more in zip(totals, (part.queries, part.keys, part.keys), found, strict=True):
-                total[rows] += more
-        return (*totals, None, None, None)
+        plan, grad = ctx.plan, grad.contiguous()
+        keys, values = (plan.share.gathered(each) for each in (key, value))  # again: whole rows are not kept
+        exact = torch.promote_types(key.dtype, torch.float32)
+        totals = [torch.zeros(each.shape, dtype=exact, device=each.device) for each in (keys, values)]
 
+        def of_queries(part: AttentionPart) -> Tensor:
+            """The gradients of a part's queries; those of its keys are added to the totals."""
+            rows = grad[part.queries], query[part.queries], keys[part.keys], values[part.keys], output[part.queries]
+            sums = logsumexp[:, part.queries]
+            first, *others = gradients(*rows, sums, part.sequences, ctx.scale, repeatable=ctx.repeatable)
+            for total, more in zip(totals, others, strict=True):
+                if isinstance(part.keys, Tensor):
+                    total.index_add_(0, part.keys, more.to(exact))
+                else:
+                    total[part.keys] += more
+            return first
 
-def _added_up(copies: Tensor, places: Tensor, like: Tensor) -> Tensor:
-    """The gradients of keys, given those of copies of them."""
-    total = torch.zeros(like.shape, dtype=torch.promote_types(like.dtype, torch.float32), device=like.device)
-    return total.index_add_(0, places, copies.to(total.dtype)).to(like.dtype)
+        own = [of_queries(part) for part in plan.own]
+        grad_query = own[0] if len(own) == 1 else torch.cat(own)
+        for part in plan.contexts:
+            grad_query[part.queries] += of_queries(part)
+        grad_key, grad_value = (plan.share.scattered(total).to(key.dtype) for total in totals)
+        return grad_query, grad_key, grad_value, None, None, None

@@ -21,6 +21,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import attention
 
 _ROWS = 256  # queries whose scores are masked, or written out, at once
 _SHORT = 64  # neighbouring sequences are one call of a CPU while they have at most so many queries and so many keys
@@ -192,10 +193,10 @@ def _has_flash(rows: Tensor) -> bool:
 @cache
 def _newest_flash(device: torch.device) -> bool:
     """Have torch use the flash kernels of version 3 where they are installed and the GPU is one that they are for."""
-    if find_spec("flash_attn_interface") and torch.get_device_module(device).get_device_capability(device)[0] == 9:
-        from torch.nn.attention import activate_flash_attention_impl
-
-        activate_flash_attention_impl("FA3")
+    known = getattr(attention, "list_flash_attention_impls", list)()  # by this torch
+    made_for_it = torch.get_device_module(device).get_device_capability(device)[0] == 9
+    if made_for_it and "FA3" in known and find_spec("flash_attn_interface"):
+        attention.activate_flash_attention_impl("FA3")
     return True
 
 

@@ -73,6 +73,7 @@ def transformer_config(spec: ModelSpec, model: ModelConfig, layout: Layout) -> T
         attention_softmax_in_fp32=True,
         tensor_model_parallel_size=layout.tp,
         pipeline_model_parallel_size=layout.pp,
+        context_parallel_size=layout.share.size,
         **_stage_sizes(layout.division),
         expert_model_parallel_size=layout.division.ep,
         expert_tensor_parallel_size=layout.division.expert_tp,
@@ -189,6 +190,7 @@ class PolicyStage(GPTModel):
         )
         self.spec = spec
         self.layout = layout
+        self.share = layout.share
         adapt_experts(self, dispatchers=not transformer_engine_usable())
         # Megatron hard-codes llama3's scaling constants; the model's config.json has the exact ones.
         self.rotary_pos_emb.inv_freq = inverse_frequencies(spec).to(platform().device)
@@ -198,9 +200,11 @@ class PolicyStage(GPTModel):
 
         Returns:
             On the last stage the hidden states after the final norm, [T, H] on every tensor-parallel rank. On the
-            others the input of the next stage, [T, 1, H], or [T / tp, 1, H] with sequence parallelism.
+            others the input of the next stage, [T, 1, H], or [T / tp, 1, H] with sequence parallelism. T counts the
+            tokens of this rank's part of the row.
         """
-        embedded = self.embedding(micro.tokens[None], micro.positions[None]) if self.pre_process else None
+        tokens, positions = self.share.take(micro.tokens), self.share.take(micro.positions)
+        embedded = self.embedding(tokens[None], positions[None]) if self.pre_process else None
         plan, rotary = self._segments(micro)
         hidden = self.decoder(
             hidden_states=embedded, attention_mask=None, rotary_pos_emb=rotary, packed_seq_params=plan
@@ -220,8 +224,8 @@ class PolicyStage(GPTModel):
         """The attention of the row's segments, and the rotary angles of its tokens."""
         longest = max(segment.context_length + segment.length for segment in micro.segments)
         table = self.rotary_pos_emb.get_emb(longest)  # [longest, 1, 1, head_dim]
-        plan = plan_attention(micro.segments, micro.tokens.device, self.spec.sliding_window)
-        return plan, table[micro.positions]
+        plan = plan_attention(micro.segments, micro.tokens.device, self.spec.sliding_window, self.share)
+        return plan, table[self.share.take(micro.positions)]
 
     def logprobs(
         self, hidden: Tensor, micro: MicroBatch, *, temperature: float, entropy: bool = False
@@ -234,10 +238,11 @@ class PolicyStage(GPTModel):
         weight = self.shared_embedding_or_output_weight() if self.spec.tied_embeddings else self.output_layer.weight
         alone = not (self.spec.tied_embeddings and self.pre_process)
         main_grad = getattr(weight, "main_grad", None) if alone and torch.is_grad_enabled() else None
-        return token_logprobs(
-            hidden.index_select(0, micro.predict),
+        places, chosen = self.share.own(micro.predict, micro.tokens.numel())
+        logprobs, entropies = token_logprobs(
+            hidden.index_select(0, places),
             weight,
-            micro.targets,
+            micro.targets[chosen],
             vocab_start=self.layout.tp_rank * weight.shape[0],
             vocab_size=self.spec.vocab_size,
             temperature=temperature,
@@ -245,13 +250,19 @@ class PolicyStage(GPTModel):
             main_grad=main_grad,
             entropy=entropy,
         )
+        logprobs, entropies = (
+            None if each is None else self.share.shared(each, chosen, micro.targets.numel())
+            for each in (logprobs, entropies)
+        )
+        return logprobs, entropies
 
-    @staticmethod
-    def pooled_states(hidden: Tensor, micro: MicroBatch) -> Tensor:
+    def pooled_states(self, hidden: Tensor, micro: MicroBatch) -> Tensor:
         """The mean state of each rollout's response tokens, [K, H] float32: h_i of arXiv 2603.10101.
 
         The paper's code differs: it leaves out one state and divides the sum of the other R - 1 by R.
         """
         lengths = torch.bincount(micro.rollout, minlength=micro.rows.numel())
         sums = torch.zeros(micro.rows.numel(), hidden.shape[1], dtype=torch.float32, device=hidden.device)
-        return sums.index_add_(0, micro.rollout, hidden.index_select(0, micro.states).float()) / lengths[:, None]
+        places, chosen = self.share.own(micro.states, micro.tokens.numel())
+        sums.index_add_(0, micro.rollout[chosen], hidden.index_select(0, places).float())
+        return self.share.summed(sums) / lengths[:, None]

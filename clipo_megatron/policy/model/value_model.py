@@ -64,5 +64,7 @@ class ValueStage(PolicyStage):
 
     def values(self, hidden: Tensor, places: Tensor) -> Tensor:
         """Compute the values [N] float32 of the states at `places` of the packed row; last stage only."""
-        states = hidden.index_select(0, places).float()
-        return torch.nn.functional.linear(states, self.value_head.weight.float()).squeeze(1)
+        own, chosen = self.share.own(places, hidden.shape[0] * self.share.size)
+        states = hidden.index_select(0, own).float()
+        values = torch.nn.functional.linear(states, self.value_head.weight.float()).squeeze(1)
+        return self.share.shared(values, chosen, places.numel())

@@ -177,6 +177,21 @@ def test_memory_of_a_stage_is_what_the_optimizer_says():
     assert (in_fp32.weights, in_fp32.optimizer) == (4 * middle, 4 * middle)
 
 
+def test_context_parallelism_divides_tokens_and_optimizer():
+    """Of rows that are twice as long, each of two ranks has as much as one had, and half of the masters and moments."""
+    config, spec, hardware = large_run("llama"), architecture("llama-3.1-70b"), HARDWARE["h100"]
+    config.layout.tp, config.layout.pp, config.layout.sequence_parallel, config.serve.tp = 8, 4, True, 4
+    one = plan_layout(config, spec, 2, 64, hardware, Assumptions())
+    config.layout.cp, config.layout.max_tokens_per_microbatch = 2, 2 * config.layout.max_tokens_per_microbatch
+    two = plan_layout(config, spec, 2, 64, hardware, Assumptions())
+    assert (two.trainer_gpus, two.cp) == (2 * one.trainer_gpus, 2) and "layout.cp=2" in two.overrides
+    for ours, theirs in zip(two.trainer, one.trainer, strict=True):
+        assert (ours.weights, ours.gradients, ours.logits) == (theirs.weights, theirs.gradients, theirs.logits)
+        assert ours.optimizer == theirs.optimizer / 2 and ours.activations <= theirs.activations
+    assert 0.5 * one.time.score < two.time.score < 0.7 * one.time.score, "keys and values have to be gathered"
+    assert all(each.cp == 2 for each in search_layouts(config, spec, 128, hardware, Assumptions()))
+
+
 def test_methods_cost_what_they_declare():
     """A reference and a critic cost memory, and their forward passes and updates cost time, as multiples of GRPO's."""
     config, spec = large_run("llama"), architecture("llama-3.1-70b")

@@ -79,6 +79,7 @@ def test_the_same_critic_and_policy_in_any_layout(ranks: RankPool, tmp_path: Pat
     layouts = [
         (LayoutConfig(tp=2, pp=2, sequence_parallel=True, max_tokens_per_microbatch=100), 4),
         (LayoutConfig(dp=2, max_tokens_per_microbatch=60), 2),
+        (LayoutConfig(cp=2, max_tokens_per_microbatch=100), 2),
     ]
     for layout, world in layouts:
         for rank in ranks.run(train, world, config, layout):

@@ -42,6 +42,8 @@ LAYOUTS = {
     "TP2, ETP1": (2, LayoutConfig(tp=2, etp=1, sequence_parallel=True)),
     "TP2, EP2, ETP1": (2, LayoutConfig(tp=2, ep=2, etp=1, sequence_parallel=True)),
     "EP2 x PP2, uneven": (4, LayoutConfig(ep=2, pp=2, first_stage_layers=1)),
+    "EP2 of CP2": (2, LayoutConfig(cp=2, ep=2)),
+    "EP2 of TP2 x CP2": (4, LayoutConfig(tp=2, cp=2, ep=2, etp=1, sequence_parallel=True)),
 }
 # Those that `make test` has too: one rank, and the ones that divide experts in two ways or layers unevenly.
 IN_SHORT = {"one rank", "TP2, ETP2", "TP2, EP2, ETP1", "EP2 x PP2, uneven"}
@@ -198,7 +200,7 @@ def differing(ours: dict[str, dict[str, Tensor]], theirs: dict[str, dict[str, Te
 
 
 def test_checkpoints_keep_weights_and_optimizer_in_any_layout(ranks: RankPool, tmp_path: Path) -> None:
-    """EP2 x PP2 is loaded on one rank, that on TP2 x EP2 with ETP 1, and that on TP2 with ETP 2 and on EP4."""
+    """EP2 x PP2 is loaded on one rank, that on TP2 x EP2 with ETP 1, and that on TP2 with ETP 2, EP4 and CP2 x PP2."""
     config = moe(tmp_path / "model", "not renormalised, dense layers")
     places = [str(tmp_path / str(number)) for number in range(3)]
     saved = ranks.run(save, 4, config, LayoutConfig(ep=2, pp=2), places[0])
@@ -208,6 +210,7 @@ def test_checkpoints_keep_weights_and_optimizer_in_any_layout(ranks: RankPool, t
         (2, LayoutConfig(tp=2, ep=2, etp=1, sequence_parallel=True), places[1], places[2]),
         (2, LayoutConfig(tp=2, sequence_parallel=True), places[2], ""),
         (4, LayoutConfig(ep=4), places[2], ""),
+        (4, LayoutConfig(cp=2, pp=2), places[2], ""),
     ]
     for world, layout, source, target in steps:
         for result in ranks.run(load_and_save, world, config, layout, source, target):

@@ -64,6 +64,7 @@ LAYOUTS = {
     "TP2 with sequence parallelism": (2, LayoutConfig(tp=2, sequence_parallel=True)),
     "PP2": (2, LayoutConfig(pp=2)),
     "TP4, more than key heads": (4, LayoutConfig(tp=4)),
+    "CP2": (2, LayoutConfig(cp=2)),
 }
 
 
@@ -94,7 +95,7 @@ def stage_logits(folder: Path, layout_config: LayoutConfig) -> dict[str, Any]:
     exported = {name: tensor.clone() for name, tensor in actor.export()}
     found = []
     for share in (False, True):
-        micro = pack(random_samples(), share_prompts=share, multiple=layout.tp)
+        micro = pack(random_samples(), share_prompts=share, multiple=layout.row_multiple)
         with torch.no_grad():
             hidden = whole_pipeline(actor, layout, micro)
         if hidden is not None:
@@ -108,12 +109,14 @@ def whole_pipeline(actor: Any, layout: parallel.Layout, micro: Any) -> Tensor | 
     stage = actor.stage
     if layout.pp_rank > 0:
         width = actor.spec.hidden_size
-        received = torch.empty(micro.tokens.numel() // (layout.tp if layout.sequence_parallel else 1), 1, width)
+        received = torch.empty(
+            micro.tokens.numel() // layout.cp // (layout.tp if layout.sequence_parallel else 1), 1, width
+        )
         dist.recv(received, group=layout.pp_group, group_src=layout.pp_rank - 1)
         stage.set_input_tensor(received)
     hidden = stage(micro)
     if layout.is_last_stage:
-        return hidden
+        return layout.share.gathered(hidden)
     dist.send(hidden.contiguous(), group=layout.pp_group, group_dst=layout.pp_rank + 1)
     return None
 

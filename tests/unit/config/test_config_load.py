@@ -179,7 +179,7 @@ def test_every_setting_of_the_schema_is_described():
 def test_the_comment_of_a_setting_stands_behind_it_or_above_it():
     by_key = {setting.key: setting for setting in reference.settings()}
     assert by_key["layout.tp"].comment == "tensor-parallel ranks; divides the attention heads"
-    assert by_key["layout.dp"].comment.startswith("data-parallel replicas; null: ranks / (tp * pp)")
+    assert by_key["layout.dp"].comment.startswith("data-parallel replicas; null: ranks / (tp * cp * pp)")
     assert by_key["rollout.unfinished"].choices["drop"] == "aborted and forgotten"
     assert by_key["reward.by_source"].choices["choice"] == "the option that the final answer names"
 

@@ -22,6 +22,7 @@ LAYOUTS = {
     "uneven stages": ("qwen2.5-72b", LayoutConfig(tp=4, pp=3, first_stage_layers=26, last_stage_layers=26), (0, 5, 11)),
     "more ranks than kv heads": ("llama-3.1-70b", LayoutConfig(tp=16, pp=2), (0, 15, 31)),
     "experts": ("qwen3-235b-a22b", LayoutConfig(tp=4, pp=2, dp=16, ep=64, etp=1, sequence_parallel=True), (3, 127)),
+    "long rows": ("llama-3.1-70b", LayoutConfig(tp=8, pp=2, cp=4, dp=2, sequence_parallel=True), (0, 31, 64, 127)),
     "cut experts": ("qwen3-235b-a22b", LayoutConfig(tp=4, pp=1, ep=32, etp=2, sequence_parallel=True), (33,)),
 }
 

@@ -16,8 +16,9 @@ from torch import Tensor
 
 from clipo_megatron.flow import Segment
 from clipo_megatron.policy.model import attention_kernels, model
-from clipo_megatron.policy.model.attention import PackedAttention, plan_attention
+from clipo_megatron.policy.model.attention import PackedAttention, attention_of, plan_attention
 from clipo_megatron.policy.model.attention_kernels import Sequences, attend, gradients
+from clipo_megatron.policy.row_share import RowShare
 
 CPU = torch.device("cpu")
 HEADS, KV_HEADS, DIM = 6, 2, 16
@@ -65,11 +66,7 @@ def oracle(query: Tensor, key: Tensor, value: Tensor, segments: list[Segment], w
 
 
 def cascade(rows: list[Tensor], segments: list[Segment], window: int | None) -> Tensor:
-    attention = PackedAttention.__new__(PackedAttention)  # what it computes needs nothing of Megatron's configuration
-    attention.__dict__.update(softmax_scale=None, config=SimpleNamespace(deterministic_mode=False))
-    plan = plan_attention(segments, CPU, window)
-    query, key, value = (each.unsqueeze(1) for each in rows)
-    return PackedAttention.forward(attention, query, key, value, packed_seq_params=plan).view_as(rows[0])
+    return attention_of(*rows, plan_attention(segments, CPU, window), DIM**-0.5)
 
 
 def compare(segments: list[Segment], window: int | None, dtype: torch.dtype, tolerance: float) -> None:
@@ -104,6 +101,43 @@ def test_bf16_is_as_near_to_the_truth_as_rounding_allows():
     compare(segments_of(ROWS["several groups"], shared=True), None, torch.bfloat16, 2e-2)
 
 
+class Together(RowShare):
+    """The share of one rank to which the test passes whole rows of keys, in place of the other ranks."""
+
+    def gathered(self, part):
+        return part
+
+    def scattered(self, row):
+        return row
+
+
+@pytest.mark.parametrize("window", [None, 9, 40])
+@pytest.mark.parametrize("size", [2, 3, 4])
+@pytest.mark.parametrize("shared", [True, False])
+def test_ranks_compute_their_chunks_of_a_row(shared, size, window):
+    """Outputs and gradients of queries are parts of the whole; those of keys and values add up to the whole."""
+    groups = ROWS["several groups"]
+    bare = sum(each.length for each in segments_of(groups, shared=shared))
+    segments = segments_of(groups, shared=shared, padding=-bare % (2 * size) + 2 * size)
+    rows = [each.requires_grad_() for each in draw(segments[-1].start + segments[-1].length, torch.float64)]
+    grad = torch.randn_like(rows[0])
+    wanted = oracle(*rows, segments, window)
+    of_whole = torch.autograd.grad(wanted, rows, grad)
+    totals = [torch.zeros_like(each) for each in rows[1:]]
+    for rank in range(size):
+        share = Together(rank, size)
+        query, *others = [each.detach().requires_grad_() for each in (share.take(rows[0]), *rows[1:])]
+        plan = plan_attention(segments, CPU, window, share)
+        found = attention_of(query, *others, plan, DIM**-0.5)
+        assert (found - share.take(wanted)).abs().max() < 1e-12
+        found.backward(share.take(grad))
+        assert (query.grad - share.take(of_whole[0])).abs().max() < 1e-12
+        for total, part in zip(totals, others, strict=True):
+            total += part.grad
+    for total, theirs in zip(totals, of_whole[1:], strict=True):
+        assert (total - theirs).abs().max() < 1e-12
+
+
 def test_a_row_in_another_order_is_refused():
     with pytest.raises(ValueError, match="neighbours"):
         plan_attention([Segment(0, 2), Segment(2, 1, 0, 2), Segment(3, 2), Segment(5, 1, 3, 2)], CPU)
@@ -132,7 +166,7 @@ def test_no_key_is_copied_and_masks_only_keep_short_sequences_apart(monkeypatch)
 
 # ---------------------------------------------------------------- the calls of a GPU
 
-WHOLE = {"scale": 0.25, "window_size_left": None, "window_size_right": None}
+OPTIONS = {"scale": 0.25, "window_size_left": None, "window_size_right": None}
 
 
 def flash_forward(query, key, value, query_ends, key_ends, most_queries, most_keys, dropout, causal, debug, **options):
@@ -210,14 +244,14 @@ def test_kernels_are_asked_to_repeat_themselves_only_where_it_is_wanted(monkeypa
     monkeypatch.setattr(attention_kernels, "_has_flash", lambda rows: True)
     sequences = Sequences.of([3], [3], CPU, causal=True)
     query, key, value = draw(3, torch.float64)
-    output, sums, *_ = flash_forward(query, key, value, *sequences.offsets, 3, 3, 0.0, True, False, **WHOLE)
+    output, sums, *_ = flash_forward(query, key, value, *sequences.offsets, 3, 3, 0.0, True, False, **OPTIONS)
     for wanted in (True, False):
         gradients(query, query, key, value, output, sums, sequences, 0.25, repeatable=wanted)
     assert asked == [True, False] and not torch.are_deterministic_algorithms_enabled()
 
 
 @pytest.mark.parametrize("window", [None, 5])
-def test_the_kernels_of_a_gpu_take_these_arguments(window):
+def test_the_kernels_of_a_gpu_take_these_arguments(window, monkeypatch):
     """On the meta device torch checks a call by the kernels' own schema and shapes, and computes nothing."""
     meta = torch.device("meta")
     sequences = Sequences.of([3, 4], [5, 4], meta, causal=True, window=window)
@@ -225,10 +259,45 @@ def test_the_kernels_of_a_gpu_take_these_arguments(window):
         torch.empty(tokens, heads, 64, device=meta, dtype=torch.bfloat16)
         for tokens, heads in ((7, HEADS), (9, KV_HEADS), (9, KV_HEADS))
     )
+    monkeypatch.setattr(attention_kernels, "_newest_flash", lambda device: True)
     output, sums = attend(query, key, value, sequences, 0.125)
     assert output.shape == query.shape and sums.shape == (HEADS, 7)
     found = gradients(output, query, key, value, output, sums, sequences, 0.125)
     assert [each.shape for each in found] == [query.shape, key.shape, value.shape]
+
+
+# The schemas of torch 2.7 to 2.11, to which 2.12 added options.
+SCHEMAS = {
+    "_flash_attention_forward": "aten::_flash_attention_forward(Tensor query, Tensor key, Tensor value, "
+    "Tensor? cum_seq_q, Tensor? cum_seq_k, SymInt max_q, SymInt max_k, float dropout_p, bool is_causal, "
+    "bool return_debug_mask, *, float? scale=None, SymInt? window_size_left=None, SymInt? window_size_right=None, "
+    "Tensor? seqused_k=None, Tensor? alibi_slopes=None) -> (Tensor output, Tensor softmax_logsumexp, "
+    "Tensor rng_state, Tensor unused, Tensor debug_attn_mask)",
+    "_flash_attention_backward": "aten::_flash_attention_backward(Tensor grad_out, Tensor query, Tensor key, "
+    "Tensor value, Tensor out, Tensor logsumexp, Tensor cum_seq_q, Tensor cum_seq_k, SymInt max_q, SymInt max_k, "
+    "float dropout_p, bool is_causal, Tensor rng_state, Tensor unused, *, float? scale=None, "
+    "SymInt? window_size_left=None, SymInt? window_size_right=None) -> (Tensor, Tensor, Tensor)",
+}
+
+
+@pytest.mark.parametrize("name", SCHEMAS)
+def test_the_kernels_are_called_with_what_each_torch_has(name):
+    older, here = torch._C.parse_schema(SCHEMAS[name]), getattr(torch.ops.aten, name).default._schema
+    assert here.is_backward_compatible_with(older)
+    options = {each.name for each in older.arguments if each.kwarg_only}
+    assert attention_kernels._options(Sequences.of([1], [1], CPU, causal=True), 1.0).keys() <= options
+
+
+@pytest.mark.parametrize("installed", [True, False])
+def test_version_3_is_used_where_it_is_installed_and_the_gpu_is_a_hopper(installed, monkeypatch):
+    active, capability = [], [9, 0]
+    monkeypatch.setattr(attention_kernels, "find_spec", lambda name: installed and name == "flash_attn_interface")
+    module = SimpleNamespace(get_device_capability=lambda device: tuple(capability))
+    monkeypatch.setattr(torch, "get_device_module", lambda device: module)
+    monkeypatch.setattr(torch.nn.attention, "activate_flash_attention_impl", active.append)
+    assert attention_kernels._newest_flash.__wrapped__(CPU) and active == ["FA3"] * installed
+    capability[0] = 8
+    assert attention_kernels._newest_flash.__wrapped__(CPU) and active == ["FA3"] * installed
 
 
 @pytest.mark.parametrize("sparse", [False, True])

@@ -76,7 +76,7 @@ def test_numbers_that_do_not_fit_are_refused(nodes, servers, message, config):
 
 def test_a_layout_that_does_not_divide_the_ranks_is_refused(config):
     config.layout.tp = 3
-    with pytest.raises(SlurmError, match=r"1 nodes have 8 ranks, which layout\.tp x layout\.pp = 6 does not divide"):
+    with pytest.raises(SlurmError, match=r"1 nodes have 8 ranks, which layout\.tp x cp x pp = 6 does not divide"):
         scaling_points(config, [1, 2], [], eight_gpus, kinds=(WEAK,), steps=5)
 
 

@@ -193,6 +193,10 @@ def test_impossible_jobs_are_refused_before_anything_is_queued(config_file, over
 def test_the_number_of_ranks_must_suit_the_layout(config_file):
     with pytest.raises(ConfigError, match=r"3 ranks were started, which tp \* pp = 1 \* 2"):
         dry(config_file, "layout.pp=2", nodes=3)
+    with pytest.raises(
+        ConfigError, match=r"3 ranks were started, which tp \* cp \* pp = 1 \* 2 \* 1 = 2 does not divide"
+    ):
+        dry(config_file, "layout.cp=2", nodes=3)
     with pytest.raises(ConfigError, match=r"layout.dp = 4"):
         dry(config_file, "layout.dp=4", nodes=2)
 
