@@ -20,8 +20,9 @@ def grading_problems(reward: RewardConfig, data_sources: Mapping[str, int]) -> I
         data_sources: how many rows each data source has, over training and held-out problems.
     """
     yield from source_problems(reward, data_sources)
-    layers = sandbox.layers_of_this_machine()
-    if not layers:
+    sandboxed = reward.sandbox is not GraderSandbox.none
+    layers = sandbox.layers_of_this_machine() if sandboxed else ()
+    if sandboxed and not layers:
         reason = "no grader process can be started on this machine, so no answer would get a verdict"
         remedy = "Free memory and processes, or mend this Python environment: `clipo doctor` shows what graders have"
         yield ConfigProblem("reward", reason, remedy, show_value=False)

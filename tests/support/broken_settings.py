@@ -168,7 +168,7 @@ def overrides(dice: random.Random, folder: Path) -> Attempt:
 
 def words(dice: random.Random, folder: Path) -> Attempt:
     """Command lines of every command with broken words and options."""
-    command = dice.choice(list(COMMANDS))
+    command = dice.choice(list(SOUND))
     line = list(SOUND[command])
     if command == "convert":
         line[1:] = dice.choice(
