@@ -13,7 +13,6 @@ import yaml
 from broken_things import Attempt
 from broken_values import as_text, as_word, mutated, mutated_bytes, odd_value, replace_file
 
-from clipo_megatron.cli.main import COMMANDS
 from clipo_megatron.config import reference
 
 SERVED = "rollout.engine=sglang"
