@@ -10,6 +10,8 @@ NOISE: tuple[tuple[str, str], ...] = (
     # Optional kernels are absent; `clipo doctor` reports it, and what runs instead.
     ("Transformer Engine and Apex are not installed", r"megatron\.core\."),
     ("Apex is not installed", r"megatron\.core\."),
+    ("absl.logging is not installed", r"megatron\.core\."),
+    (r"\w+ is experimental and still under active development", r"megatron\.core\."),
     # Experts are divided over fewer ranks than the other layers.
     ("`sequence_parallel` is set to `True`, but tensor model parallel size is 1", r"megatron\.core\.tensor_parallel\."),
     # Megatron itself uses what it or torch has deprecated.
