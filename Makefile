@@ -15,9 +15,9 @@ TORCH := $(shell sed -n '/^torch==/p' constraints/shared.txt)
 # Which build of torch this is depends on where pip looks. Where that offers the GPU build only and this machine has no
 # GPU, hand pip the options that name a source of CPU builds: make install TORCH_OPTIONS="..."
 TORCH_OPTIONS ?=
-# Tests run in so many processes, each of which starts ranks and servers of its own.
-JOBS ?= 2
-PYTEST = $(VENV)/bin/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder --durations=40
+# Tests run in so many processes, each of which starts ranks and servers of its own; another number: make test JOBS=1.
+# Three keep two cores busy while some tests wait for a deadline; where many servers run, memory is for two.
+PYTEST = $(VENV)/bin/python -m pytest -n $(or $(JOBS),$(1)) --dist loadfile --no-loadscope-reorder --durations=40
 
 .DEFAULT_GOAL := help
 .PHONY: help install engines test test-rest test-all quickstart quickstart-sglang lint clean
@@ -33,13 +33,13 @@ engines: install ## Set up SGLang and vLLM for servers without a GPU, each in an
 
 # CONTRIBUTING.md says what each of them proves.
 test: ready ## Set up and run the tests that every change must pass, real servers too.
-	$(PYTEST) -m "not full"
+	$(call PYTEST,3) -m "not full"
 
 test-rest: ready ## Set up and run the tests that `make test` leaves out.
-	$(PYTEST) -m full
+	$(call PYTEST,2) -m full
 
 test-all: ready ## Set up and run all tests.
-	$(PYTEST)
+	$(call PYTEST,2)
 
 .PHONY: ready
 ready: install $(if $(CLIPO_TESTS_WITHOUT_ENGINES),,engines)

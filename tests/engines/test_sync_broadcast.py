@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 import urllib.request
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -166,16 +167,26 @@ def test_a_refused_bucket_costs_one_attempt(rubbish, ranks: RankPool, server: Se
     assert all(report.servers == (proxy.url,) and not report.left_out for report in results[0])
 
 
+@pytest.fixture(scope="module")
+def pair(servers: Servers, tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Served]]:
+    """Two servers that may be harmed, of a model with several buckets; both run again after each test."""
+    model = tiny_llama(tmp_path_factory.mktemp("pair"), hidden=256, head_dim=64, intermediate=704, vocab=1003)
+    both = [servers.own("sglang", model, options=ROOM).begin() for _ in range(2)]
+    for each in both:
+        each.wait()
+    yield both
+    for each in both:
+        each.stop()
+
+
 @pytest.mark.full
 @pytest.mark.parametrize("fault", ["kill", "stop"])
-def test_a_server_lost_in_the_middle_of_an_update(fault, ranks: RankPool, servers: Servers, tmp_path: Path):
-    model = tiny_llama(tmp_path / "model", hidden=256, head_dim=64, intermediate=704, vocab=1003)  # of several buckets
-    staying, lost = (servers.own("sglang", model, options=ROOM).begin() for _ in range(2))
-    staying.wait(), lost.wait()
+def test_a_server_lost_in_the_middle_of_an_update(fault, ranks: RankPool, pair: list[Served], tmp_path: Path):
+    staying, lost = pair
     marker = tmp_path / "first update is over"
     with ThreadPoolExecutor(1) as thread:
         work = thread.submit(
-            ranks.run, harm_in_the_middle, 2, str(model), [staying.url, lost.url], fault, lost.process.pid,
+            ranks.run, harm_in_the_middle, 2, str(staying.model), [staying.url, lost.url], fault, lost.process.pid,
             str(marker), DEADLINE_S,
         )  # fmt: skip
         while not marker.exists() and not work.done():
@@ -186,7 +197,6 @@ def test_a_server_lost_in_the_middle_of_an_update(fault, ranks: RankPool, server
         else:
             lost.resume()
         (seconds, first, second), (_, _, other) = work.result()
-    staying.stop(), lost.stop()
     assert first.servers == (staying.url,) and list(first.left_out) == [lost.url] and first.attempts == 2
     assert lost.url in first.left_out[lost.url] and first.left_out[lost.url].startswith("buckets: ")
     # a killed server's connections break; of a stopped one only the silence shows

@@ -5,19 +5,22 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 from ranks import RankPool
 from served import Servers
 from sync_steps import update_repeatedly
+
+from clipo_megatron.config.schema import DType
 
 
 @pytest.mark.full
 @pytest.mark.parametrize("engine", ["sglang", "vllm"])
 def test_both_engines_load_the_folder(engine, ranks: RankPool, servers: Servers, tiny_model: Path, tmp_path: Path):
-    server = servers.shared(engine, tiny_model, options={"mem_fraction_static": 0.5} if engine == "sglang" else None)
+    server = servers.shared(engine, tiny_model, DType.fp32)
     folder = tmp_path / "weights"
     for name in ("v1", "v2", "v3.tmp", "notes"):
         (folder / name).mkdir(parents=True)  # the user's
-    settings = {"folder": str(folder), "model": str(tiny_model)}
+    settings = {"folder": str(folder), "model": str(tiny_model), "dtype": torch.float32}
     results = ranks.run(update_repeatedly, 2, str(tiny_model), [server.url], 1, 2, 2, settings, "disk", engine)
     assert results[0] == results[1]
     for report in results[0]:

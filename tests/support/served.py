@@ -32,6 +32,8 @@ from clipo_megatron.serving.process import ServerProcess
 
 WITHOUT = "CLIPO_TESTS_WITHOUT_ENGINES"
 MAX_SHARED = 3  # servers kept for later tests; one of SmolLM2 takes 2 to 3 GB
+# Of the models that SGLang knows, servers of tests import these; importing all of them takes a fifth of a start.
+SGLANG_MODELS = {"llama", "qwen2", "qwen3", "qwen3_moe"}
 
 
 def interpreter(engine: str) -> Path:
@@ -41,6 +43,9 @@ def interpreter(engine: str) -> Path:
         if os.environ.get(WITHOUT) == "1":
             pytest.skip(f"{engine} has no environment here, and {WITHOUT}=1 allows that")
         pytest.fail(f"{recipe.folder} is not there: `make engines` sets it up; {WITHOUT}=1 skips what needs it")
+    if engine == "sglang":
+        known = {path.stem for path in recipe.folder.glob("lib/python*/site-packages/sglang/srt/models/*.py")}
+        os.environ["SGLANG_DISABLED_MODEL_ARCHS"] = ",".join(sorted(known - SGLANG_MODELS - {"registry"}))
     return recipe.python
 
 
