@@ -100,7 +100,7 @@ class _LoadPlanner(torch_dist.MCoreLoadPlanner):
     def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
         key = read_item.dest_index.fqn
         found = read_plain(value, f"{key} of the checkpoint")
-        if not _is_empty(found):
+        if not holds_nothing(found):
             # Transformer Engine would unpickle it.
             raise WeightsFolderError(
                 f"the checkpoint has a state under {key}, and only FP8 training, which is not done here, writes one. "
@@ -110,10 +110,11 @@ class _LoadPlanner(torch_dist.MCoreLoadPlanner):
         super().load_bytes(read_item, io.BytesIO(torch_save_bytes(found)))
 
 
-def _is_empty(found: Any) -> bool:
-    if isinstance(found, list):
-        return all(map(_is_empty, found))
-    return found is None or (isinstance(found, Tensor) and not found.numel())
+def holds_nothing(state: Any) -> bool:
+    """Whether an extra state of a layer is empty: None, a tensor without elements, or a list of such."""
+    if isinstance(state, list):
+        return all(map(holds_nothing, state))
+    return state is None or (isinstance(state, Tensor) and not state.numel())
 
 
 @contextmanager

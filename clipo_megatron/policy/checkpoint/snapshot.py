@@ -17,7 +17,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import (
@@ -28,12 +27,12 @@ from megatron.core.dist_checkpointing.mapping import (
 )
 from torch import Tensor
 
+from clipo_megatron.policy.checkpoint.reading import holds_nothing
+from clipo_megatron.policy.host_memory import HostBuffer
 from clipo_megatron.runtime.durable_files import FolderWriter, StreamedFile
 from clipo_megatron.runtime.platform import platform
 from clipo_megatron.weights.formats.archive import write_tensor
 from clipo_megatron.weights.formats.torch_dist_writer import FileSpan, metadata_files, torch_save_bytes
-
-_ALIGNMENT = 64  # bytes, of the parts in the buffer
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,13 +90,13 @@ class SnapshotPlan:
         if lost := keys ^ {each.key for each in nested_values(sharded) if isinstance(each, ShardedTensor)}:
             raise ValueError(f"{min(lost)} is in only one of the two forms of Megatron's state dict, whole and split")
         mine = [each for each in nested_values(sharded) if isinstance(each, ShardedObject) and _is_mine(each)]
-        # Extra states of layers, stored as lists of one; nearly all of them are None.
+        # Extra states of layers, stored as lists of one; nearly all of them hold nothing.
         no_state = torch_save_bytes([None])
         self.objects = {
-            each.unique_key: no_state if each.data is None else torch_save_bytes([each.data]) for each in mine
+            each.unique_key: no_state if holds_nothing(each.data) else torch_save_bytes([each.data]) for each in mine
         }
         # Whether they never change, so that the plan holds for every snapshot.
-        self.has_fixed_objects = all(each.data is None for each in mine)
+        self.has_fixed_objects = all(holds_nothing(each.data) for each in mine)
 
     def parts(self, sources: Sequence[Tensor], are_copies: Sequence[bool]) -> list[TensorPart]:
         """The parts of the planned tensors, as views of these.
@@ -118,28 +117,6 @@ class SnapshotPlan:
             )
             for each in self._parts
         ]
-
-
-class HostBuffer:
-    """Host memory for copies of tensors, reused from one snapshot to the next. It grows as needed and never shrinks."""
-
-    def __init__(self) -> None:
-        self._bytes = torch.empty(0, dtype=torch.uint8)
-
-    def copies(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """Copy each tensor, overwriting earlier copies. On a GPU the copies are still under way on return."""
-        starts, size = [], 0
-        for tensor in tensors:
-            starts.append(size)
-            size += -(-tensor.nbytes // _ALIGNMENT) * _ALIGNMENT
-        if self._bytes.numel() < size:
-            self._bytes = torch.empty(0, dtype=torch.uint8)  # frees the old buffer first
-            self._bytes = torch.empty(size, dtype=torch.uint8, pin_memory=platform().has_gpu)
-        made = []
-        for tensor, start in zip(tensors, starts, strict=True):
-            place = self._bytes[start : start + tensor.nbytes]
-            made.append(place.view(tensor.dtype).view(tensor.shape).copy_(tensor, non_blocking=True))
-        return made
 
 
 class TrainableSnapshot:

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from megatron.core.dist_checkpointing.dict_utils import nested_values
-from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, ShardedTensorFactory
 from megatron.core.dist_checkpointing.optimizer import make_sharded_optimizer_tensor
 from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
 from megatron.core.dist_checkpointing.strategies import fully_parallel  # noqa: F401
@@ -28,7 +28,8 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch import Tensor
 
 from clipo_megatron.policy.checkpoint.reading import loaded_state
-from clipo_megatron.policy.checkpoint.snapshot import HostBuffer, SnapshotPlan, SourceTensor, TrainableSnapshot
+from clipo_megatron.policy.checkpoint.snapshot import SnapshotPlan, SourceTensor, TrainableSnapshot
+from clipo_megatron.policy.host_memory import HostBuffer
 from clipo_megatron.policy.optimizer import DistributedAdamW
 from clipo_megatron.policy.trainable import Trainable
 from clipo_megatron.runtime.platform import platform
@@ -80,13 +81,14 @@ class TrainableCheckpointer:
         For a checkpoint of another architecture Megatron raises an error that names the key or shape.
         """
         with _adapted_megatron():
-            model = _sharded(self.stage, stacked=_is_stacked(folder))
+            model, absent = _without_absent_states(_sharded(self.stage, stacked=_is_stacked(folder)), folder)
             template = {"model": model, "optimizer": _sharded_optimizer_state(model, self.optimizer, _empty_tensors)}
             state = loaded_state(template, folder)
-            self.stage.load_state_dict(state["model"])
+            self.stage.load_state_dict(state["model"] | dict.fromkeys(absent))
         self.optimizer.schedule.load_state_dict(state["schedule"])
+        _set_updates(self.optimizer, state["updates"])
         for name, _, shard in _shards(self.optimizer):
-            for key, own in _state_of(shard, updates=state["updates"]).items():
+            for key, own in _state_of(shard, allocate=True).items():
                 own.copy_(state["optimizer"][name][key].view(-1)[shard.start : shard.stop].view_as(own))
 
     def _make_plan(self) -> SnapshotPlan:
@@ -118,6 +120,20 @@ def _is_stacked(folder: Path) -> bool:
     return any(key.startswith(layers) and not key.removeprefix(layers)[:1].isdigit() for key in keys)
 
 
+def _without_absent_states(model: dict[str, Any], folder: Path) -> tuple[dict[str, Any], list[str]]:
+    """Leave out of a stage's sharded state dict the extra states of layers that a checkpoint does not have.
+
+    Which layers have one depends on who made them: transformer-engine's norms do, and ours do not. Without FP8 it holds
+    nothing, and every layer takes None for it.
+
+    Returns:
+        The other entries, and the keys that were left out.
+    """
+    kept = read_metadata(folder).state_dict_metadata
+    absent = [key for key, each in model.items() if isinstance(each, ShardedObject) and each.unique_key not in kept]
+    return {key: each for key, each in model.items() if key not in absent}, absent
+
+
 class _Shard:
     """This data-parallel rank's part of one parameter in the distributed optimizer; empty where it holds none."""
 
@@ -132,23 +148,18 @@ class _Shard:
             self.main = inner.optimizer.param_groups[group]["params"][order]
 
 
-def _state_of(shard: _Shard, *, updates: int | None = None) -> dict[str, Tensor]:
+def _state_of(shard: _Shard, *, allocate: bool = False) -> dict[str, Tensor]:
     """Master parameter and moments of a shard, by name.
 
-    Before the first update the moments are zeros that are not stored, because Adam initialises only what has no state.
-    With `updates` the state is allocated, and Adam continues from that number of updates.
+    Before the first update the moments are zeros that are not stored, because Adam initialises only what has no state;
+    they are if they are to be allocated.
     """
     if shard.main is None:
         return {}
     state = shard.inner.optimizer.state[shard.main]
-    if updates is not None:
+    if allocate:
         for key in MOMENTS:
             state.setdefault(key, torch.zeros_like(shard.main.data))
-        # torch's Adam counts updates in a tensor of each parameter, TE's and apex's in the group.
-        state["step"] = torch.tensor(float(updates))
-        for group in shard.inner.optimizer.param_groups:
-            if "step" in group:
-                group["step"] = updates
     moments = {key: state[key] if key in state else torch.zeros_like(shard.main.data) for key in MOMENTS}
     return {MASTER: shard.main.data, **moments}
 
@@ -191,15 +202,26 @@ def _shards(optimizer: DistributedAdamW) -> Iterator[tuple[str, torch.nn.Paramet
                     yield name, parameter, _Shard(inner, parameter)
 
 
+# torch's Adam counts its updates in a tensor of each parameter, transformer-engine's and apex's in each group, where
+# their first update creates the number. So both are set, and the one that the optimizer does not count stays behind.
+def _set_updates(optimizer: DistributedAdamW, updates: int) -> None:
+    """Let Adam continue from a number of updates."""
+    for _, _, shard in _shards(optimizer):
+        if shard.main is not None:
+            shard.inner.optimizer.state[shard.main]["step"] = torch.tensor(float(updates))
+            for group in shard.inner.optimizer.param_groups:
+                group["step"] = updates
+
+
 def _updates(optimizer: DistributedAdamW) -> int:
     """The number of updates that Adam has counted, which is the same for every parameter."""
+    counts = [0]
     for _, _, shard in _shards(optimizer):
-        if shard.main is None:
-            continue
-        state = shard.inner.optimizer.state.get(shard.main, {})
-        groups = shard.inner.optimizer.param_groups
-        return int(state.get("step", next((group["step"] for group in groups if "step" in group), 0)))
-    return 0
+        if shard.main is not None:
+            counts += [group.get("step", 0) for group in shard.inner.optimizer.param_groups]
+            counts.append(shard.inner.optimizer.state.get(shard.main, {}).get("step", 0))
+            break
+    return max(map(int, counts))
 
 
 @contextmanager
