@@ -11,10 +11,8 @@ import os
 import re
 import resource
 import sys
-import threading
-import time
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import cache
@@ -28,9 +26,17 @@ from clipo_megatron.runtime.ports import listen
 # The environment variable with the GPUs that a process may use, by the numbers that the driver gives them.
 VISIBLE_DEVICES = "CUDA_VISIBLE_DEVICES"
 
+# A program that prints what `Platform.collectives_version` is in another environment.
+COLLECTIVES_VERSION = "import torch; print('.'.join(map(str, torch.cuda.nccl.version())))"
+
 # Environment with which ranks on one machine meet on loopback, whatever the machine's name resolves to.
 INTERFACE = "GLOO_SOCKET_IFNAME"  # the network interfaces that collectives on the CPU use
-LOCAL_RENDEZVOUS_ENV = {INTERFACE: "lo", "NCCL_SOCKET_IFNAME": "lo"}
+DEVICE_INTERFACE = "NCCL_SOCKET_IFNAME"  # those that collectives between GPUs use
+LOCAL_RENDEZVOUS_ENV = {INTERFACE: "lo", DEVICE_INTERFACE: "lo"}
+
+
+# The watchdog of a group that this program times itself may act after this time at the earliest.
+_LEAST_WATCHDOG_S = 3600.0
 
 
 @dataclass(frozen=True)
@@ -46,6 +52,16 @@ class Platform:
         """Whether this process has a GPU."""
         return self.name == "cuda"
 
+    @property
+    def device_uuid(self) -> str:
+        """The UUID of this process's GPU, which it has in every process; "" on a CPU."""
+        return str(torch.cuda.get_device_properties(self.device).uuid) if self.has_gpu else ""
+
+    @property
+    def collectives_version(self) -> str:
+        """The release of the library that connects GPUs, such as "2.29.7"; "" on a CPU."""
+        return ".".join(map(str, torch.cuda.nccl.version())) if self.has_gpu else ""
+
     def init_process_group(
         self, rank: int, world_size: int, *, timeout_s: float, store: dist.Store | None = None
     ) -> None:
@@ -58,6 +74,23 @@ class Platform:
             backend, rank=rank, world_size=world_size, timeout=timedelta(seconds=timeout_s), store=store,
             **({} if store is not None else {"init_method": "env://"}),
         )  # fmt: skip
+
+    @contextlib.contextmanager
+    def device_groups(self) -> Iterator[None]:
+        """A context in which new process groups communicate through the device alone.
+
+        On GPUs they would else have the default group's second backend as well, whose ranks all connect with each
+        other: with hundreds of ranks in a dozen groups that is more connections than a process may have open files.
+        """
+        original = dist.new_group
+        if self.has_gpu and dist.get_backend() != "fake":
+            dist.new_group = lambda *args, **options: original(
+                *args, **options | {"backend": options.get("backend") or self.backend}
+            )
+        try:
+            yield
+        finally:
+            dist.new_group = original
 
     def host_group(self, *, timeout_s: float) -> dist.ProcessGroup:
         """Make a group of all ranks that communicates through host memory; collective.
@@ -72,16 +105,40 @@ class Platform:
             return None
         return dist.PrefixStore(name, dist.distributed_c10d._get_default_store().clone())
 
-    def share_group(self, name: str, *, world: int, host: str, timeout_s: float) -> SharedGroup:
-        """Open another process group as its rank 0; the others find it at `host` and the result's port.
+    def unbound_group(self, store: dist.Store, name: str, *, world: int, host: str, timeout_s: float) -> Any:
+        """A process group of `world` members, as its rank 0, that does not belong to the default group.
+
+        On a CPU the members connect now, within `timeout_s`, through the interface with the address `host`. On a GPU
+        they do in the first collective, which then blocks. There `timeout_s` is the caller's to keep, because the
+        library's own answer to a late or broken collective is to end the process.
 
         Args:
+            store: the group's, and the members' only meeting place.
             name: the group's, the same for all members.
             world: number of members, including this one.
-            host: address of this machine that the others can reach, and the only one that is listened on.
-            timeout_s: limit of every wait: for the members to meet, and for each broadcast.
+            host: an address of this machine.
+            timeout_s: limit of every wait.
         """
-        return SharedGroup(self, name, world=world, host=host, timeout_s=timeout_s)
+        kind = "cuda" if self.has_gpu else "cpu"
+        # The prefixes that `init_process_group` derives from a group's name, which the other members use.
+        for prefix in (name, f"{name}/", f"{kind}/"):
+            store = dist.PrefixStore(prefix, store)
+        if self.has_gpu:
+            options = dist.ProcessGroupNCCL.Options()
+            options._timeout = timedelta(seconds=max(_LEAST_WATCHDOG_S, 10 * timeout_s))
+            options.group_name = name
+            with _environment("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0"):  # the constructor reads it
+                return dist.ProcessGroupNCCL(store, 0, world, options)
+        options = dist.ProcessGroupGloo._Options()
+        options._timeout = timedelta(seconds=timeout_s)
+        options._devices = [dist.ProcessGroupGloo.create_device(hostname=host)]
+        return dist.ProcessGroupGloo(store, 0, world, options)
+
+    def stream(self) -> contextlib.AbstractContextManager[Any]:
+        """A context for another thread, in which it queues its kernels behind those of this one."""
+        if not self.has_gpu:
+            return contextlib.nullcontext()
+        return torch.cuda.stream(torch.cuda.current_stream())
 
     def synchronize(self) -> None:
         """Wait for queued kernels, so that a clock that is read afterwards includes them."""
@@ -106,6 +163,12 @@ class Platform:
         with torch.cuda.stream(stream):
             yield
         stream.synchronize()
+
+    def release_cached_memory(self) -> None:
+        """Hand memory that no tensor uses back to the GPU, where other processes can allocate it."""
+        if self.has_gpu:
+            torch.cuda.ipc_collect()  # what other processes have opened, and closed again
+            torch.cuda.empty_cache()
 
     def peak_memory(self) -> int:
         """The most bytes that tensors held on the GPU since the process started; on a CPU, its peak resident memory."""
@@ -160,6 +223,12 @@ class Platform:
             torch.Tensor.type, torch.Tensor.cuda = original_type, original_cuda  # type: ignore[method-assign]
 
 
+def all_gather(output: torch.Tensor, tensor: torch.Tensor, group: dist.ProcessGroup) -> None:
+    """Gather a flat tensor [n] of every rank of a group into one [ranks * n]; collective."""
+    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # the latter's name before 2.12
+    gather(output, tensor, group=group)
+
+
 def open_store(host: str, *, world: int, timeout_s: float) -> dist.TCPStore:
     """Open a key-value store for `world` clients, which listens on a free port of `host` and on no other address."""
     with listen(host) as listener:
@@ -169,125 +238,16 @@ def open_store(host: str, *, world: int, timeout_s: float) -> dist.TCPStore:
         )  # fmt: skip
 
 
-class SharedGroupError(RuntimeError):
-    """Members of a shared group did not meet, or a broadcast to them failed; the group cannot be used any more."""
-
-
-class SharedGroup:
-    """Rank 0's end of a process group whose other members are processes of another program, such as an engine's.
-
-    It does not depend on the default group: it has its own rendezvous, and `close` never waits for other members.
-    Members may run another release of torch; only the way in which torch derives the keys of the rendezvous from the
-    group's name has to agree, and it has not changed since 2.6.
-    """
-
-    def __init__(self, platform: Platform, name: str, *, world: int, host: str, timeout_s: float):
-        self.name, self.world, self.host = name, world, host
-        self._platform, self._timeout_s = platform, timeout_s
-        self._store: dist.TCPStore | None = open_store(host, world=world, timeout_s=timeout_s)
-        self.port: int = self._store.port
-        self._group: Any = None
-        self._works: list[dist.Work] = []
-
-    def join(self, stop: Callable[[], bool] = lambda: False) -> None:
-        """Wait until all members have joined.
-
-        Raises:
-            SharedGroupError: they did not all join in time, or `stop` returned true.
-        """
-        met: list[Any] = []
-        failure: list[str] = []  # as text, because the exception would keep the store alive
-
-        def meet(store: dist.Store) -> None:
-            try:
-                met.append(self._connect(store))
-            except BaseException as error:
-                failure.append(str(error))
-
-        # In its own thread, because it cannot be interrupted; it ends with its timeout.
-        thread = threading.Thread(target=meet, args=(self._store,), name=f"join {self.name}", daemon=True)
-        thread.start()
-        while thread.is_alive():
-            thread.join(0.05)
-            if thread.is_alive() and stop():
-                raise SharedGroupError(f"group {self.name}: cancelled before its {self.world} members had met")
-        if failure:
-            raise SharedGroupError(f"group {self.name}: its {self.world} members did not meet: {failure[0]}")
-        self._group = met[0]
-
-    def broadcast(self, tensor: torch.Tensor) -> dist.Work:
-        """Start to send a contiguous tensor to all members, as bytes; it must not change until `wait` returns."""
-        options = dist.BroadcastOptions()
-        options.rootRank, options.rootTensor = 0, 0
-        options.timeout = timedelta(seconds=self._timeout_s)
-        work = self._group.broadcast([tensor.view(torch.uint8)], options)
-        self._works.append(work)
-        return work
-
-    def wait(self, work: dist.Work, stop: Callable[[], bool] = lambda: False) -> None:
-        """Return when a broadcast is done; on a GPU, kernels that are queued afterwards wait for it as well.
-
-        Raises:
-            SharedGroupError: it failed, it took longer than the group's timeout, or `stop` returned true.
-        """
-        start = time.monotonic()
-        try:
-            while not self._done(work):
-                if stop():
-                    raise SharedGroupError(f"group {self.name}: cancelled in the middle of a broadcast")
-                if time.monotonic() - start > self._timeout_s + 5.0:  # its own timeout comes first
-                    raise SharedGroupError(f"group {self.name}: a broadcast did not end in {self._timeout_s:.0f} s")
-            work.wait()
-        except SharedGroupError:
-            raise
-        except Exception as error:
-            raise SharedGroupError(f"group {self.name}: a broadcast failed: {str(error).splitlines()[0]}") from error
-        self._works.remove(work)
-
-    def close(self) -> None:
-        """Leave the group at once, even in the middle of a broadcast. Idempotent."""
-        group, works, store = self._group, self._works, self._store
-        self._group, self._works, self._store = None, [], None
-        if group is None:
-            return
-        if self._platform.has_gpu:
-            group.abort()
-            return
-        # gloo cannot interrupt a broadcast, and the group can only be freed after it: a thread waits for that.
-        threading.Thread(target=_outlive, args=([group, store], works), name=f"leave {self.name}", daemon=True).start()
-
-    def _connect(self, store: dist.Store) -> Any:
-        kind = "cuda" if self._platform.has_gpu else "cpu"
-        # The prefixes that `init_process_group` derives from a group's name, which the other members use.
-        for prefix in (self.name, f"{self.name}/", f"{kind}/"):
-            store = dist.PrefixStore(prefix, store)
-        timeout = timedelta(seconds=self._timeout_s)
-        if self._platform.has_gpu:
-            options = dist.ProcessGroupNCCL.Options()
-            options._timeout, options.group_name = timeout, self.name
-            return dist.ProcessGroupNCCL(store, 0, self.world, options)
-        options = dist.ProcessGroupGloo._Options()
-        options._timeout = timeout
-        options._devices = [dist.ProcessGroupGloo.create_device(hostname=self.host)]
-        return dist.ProcessGroupGloo(store, 0, self.world, options)
-
-    def _done(self, work: dist.Work) -> bool:
-        if self._platform.has_gpu:
-            if not work.is_completed():
-                time.sleep(0.001)
-            return work.is_completed()
-        with contextlib.suppress(RuntimeError):  # it is not done, or it failed: the caller's `work.wait` tells
-            work.wait(timedelta(milliseconds=100))
-        return work.is_completed()
-
-
-def _outlive(holders: list[Any], works: list[dist.Work]) -> None:
-    """Free a group once none of its broadcasts is in flight."""
-    for work in works:
-        with contextlib.suppress(RuntimeError):
-            work.wait()
-    works.clear()
-    holders.clear()
+@contextlib.contextmanager
+def _environment(name: str, value: str) -> Iterator[None]:
+    """A context in which a variable of the environment has a value, unless the user has set it."""
+    ours = name not in os.environ
+    os.environ.setdefault(name, value)
+    try:
+        yield
+    finally:
+        if ours:
+            del os.environ[name]
 
 
 def are_device_names(text: str) -> bool:

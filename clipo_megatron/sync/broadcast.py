@@ -22,7 +22,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from clipo_megatron.rollout.servers.server import BucketNames, LiveServer, ServerError, UpdateGroup
-from clipo_megatron.runtime.platform import SharedGroup, SharedGroupError, open_store, platform
+from clipo_megatron.runtime.platform import open_store, platform
+from clipo_megatron.runtime.shared_group import SharedGroup, SharedGroupError
 from clipo_megatron.sync.attempt import Attempt
 from clipo_megatron.sync.checksums import Sums
 from clipo_megatron.sync.consensus import share
@@ -78,7 +79,7 @@ class BroadcastSync(ServedSync):
             name = f"clipo-{uuid.uuid4().hex[:8]}-{plan.number}-{'-'.join(map(str, self.shard.sender))}"
             host = _address_towards(self.config.host)
             world = 1 + plan.ranks
-            self._group = platform().share_group(name, world=world, host=host, timeout_s=self.deadlines.call_s)
+            self._group = SharedGroup(platform(), name, world=world, host=host, timeout_s=self.deadlines.call_s)
             return self.shard.sender, UpdateGroup(name, host, self._group.port, world, platform().backend)
 
         opened = self._run_phase(open_group, None, attempt)
@@ -223,9 +224,13 @@ class _DoubleBuffer:
         return self._slots[-1][0]
 
     def send(self, flat: Tensor) -> None:
-        """Start to send what was written to the newest buffer."""
-        whole, _ = self._slots.pop()
-        self._slots.append((whole, self._group.broadcast(flat)))
+        """Start to send what was written to the newest buffer, or note that the servers did not come to receive it."""
+        whole, work = self._slots.pop()
+        try:
+            work = self._group.broadcast(flat, self._signal.stopped)
+        except SharedGroupError as error:
+            self.failure = str(error)
+        self._slots.append((whole, work))
 
     def finish(self) -> None:
         """Wait until everything was sent, or the group has failed."""

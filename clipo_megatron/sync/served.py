@@ -15,7 +15,8 @@ from typing import Any, TypeVar
 from clipo_megatron.config.schema import SyncConfig
 from clipo_megatron.rollout.engine import EngineError, InFlight
 from clipo_megatron.rollout.servers.server import Fault, LiveServer, RankChecksums, ServerError
-from clipo_megatron.runtime.platform import SharedGroupError, platform
+from clipo_megatron.runtime.platform import platform
+from clipo_megatron.runtime.shared_group import SharedGroupError
 from clipo_megatron.sync.attempt import Attempt, UpdatableServers, UpdateDeadlines, UpdateFailed
 from clipo_megatron.sync.checksums import ChecksumError, ChecksumKind, Sums, compare
 from clipo_megatron.sync.consensus import SyncError, gather, share

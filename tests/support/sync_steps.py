@@ -146,12 +146,12 @@ def plant_a_wrong_byte(folder: str, urls: list[str], settings: dict[str, Any]) -
     if shard.holder.pp_rank == bucket.owner:
         send = sync._group.broadcast
 
-        def broadcast(flat: Tensor) -> Any:
+        def broadcast(flat: Tensor, stop: Callable[[], bool]) -> Any:
             if flat.numel() == bucket.numel and torch.equal(dict(bucket.views(flat))[name], expected):
                 flat = flat.clone()
                 dict(bucket.views(flat))[name].view(torch.uint8)[17, 3] ^= 1
                 kept.append(flat)
-            return send(flat)
+            return send(flat, stop)
 
         expected, kept = exported(shard, name), []
         sync._group.broadcast = broadcast
