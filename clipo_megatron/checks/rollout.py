@@ -32,8 +32,11 @@ def rollout_problems(config: RunConfig) -> Iterator[ConfigProblem]:
 
 
 def transport_of(config: RunConfig) -> Transport:
-    """The transport in use: rollout.sync.transport, or the engine's default."""
-    return config.rollout.sync.transport or TRANSPORTS[config.rollout.engine][0]
+    """The transport in use: rollout.sync.transport, or the engine's default, which for colocated servers is ipc."""
+    rollout, fitting = config.rollout, TRANSPORTS[config.rollout.engine]
+    if rollout.colocated and Transport.ipc in fitting:
+        return rollout.sync.transport or Transport.ipc
+    return rollout.sync.transport or fitting[0]
 
 
 def _transport(config: RunConfig) -> Iterator[ConfigProblem]:
@@ -46,6 +49,12 @@ def _transport(config: RunConfig) -> Iterator[ConfigProblem]:
     elif transport is Transport.ipc and not rollout.colocated:
         reason = "servers can open the trainer's memory on GPUs that they share with it, and rollout.colocated is false"
         yield ConfigProblem(key, reason, "Set rollout.colocated=true, or choose broadcast", transport)
+    elif transport is Transport.broadcast and rollout.colocated:
+        reason = (
+            "the libraries that connect GPUs take each GPU once, and with rollout.colocated trainer and servers share "
+            "theirs"
+        )
+        yield ConfigProblem(key, reason, "Set it to ipc, or to null for it", transport)
     if rollout.colocated and rollout.engine is EngineKind.local:
         reason = "the local engine lives in the training processes anyway"
         yield ConfigProblem("rollout.colocated", reason, "Set it to false, or rollout.engine to sglang", True)

@@ -23,6 +23,7 @@ HERE = Path(__file__).parent
 DTYPES = {DType.fp32: "float32", DType.bf16: "bfloat16"}
 CPU_CACHE_TOKENS = 16_384  # size of the key-value cache of an SGLang server on a CPU
 CPU_CACHE_GIB = 1  # the same for vLLM
+UNSAID_MEMORY_SHARE = 0.5  # of a GPU, that an engine whose options do not say needs at least
 
 # A bucket of weights is received into new memory. Getting it from the system and giving it back takes half of the time
 # of an update on a CPU; with these settings glibc keeps it.
@@ -105,6 +106,13 @@ def server_command(
         f"rollout.engine = {config.rollout.engine.value} runs in the training processes and has no server. Set "
         "rollout.engine to sglang or vllm."
     )
+
+
+def memory_share(config: RunConfig) -> float:
+    """The share of a GPU's memory that has to be free for a server to start, by its options or a guess."""
+    options = {**config.sglang, **config.vllm}
+    given = options.get("mem_fraction_static", options.get("gpu_memory_utilization"))
+    return float(given) if isinstance(given, int | float) else UNSAID_MEMORY_SHARE
 
 
 def _sglang(config: RunConfig, slot: ServerSlot, python: Path, key: str | None, scratch: Path | None) -> ServerCommand:

@@ -33,6 +33,7 @@ DEADLINE_S = 3600.0
 COMPLETE = "complete.json"  # written last; a folder without it is an interrupted setup
 _REPORT_EVERY_S = 15.0
 _TAIL_LINES = 15
+_VERSION_S = 120.0  # for torch to be imported, from a disk that may be slow
 _REVISION = 1  # of the steps in `_build`; raise it to have every environment made anew
 
 Say = Callable[[str], None]
@@ -239,6 +240,17 @@ def interpreter(engine: str, given: str | None, *, gpus: int, say: Say = _print)
         "Install it as its documentation says, in an environment of its own, and name that: "
         "serve.python=ENVIRONMENT/bin/python."
     )
+
+
+def collectives_version(python: Path) -> str:
+    """The release of the library with which this Python connects GPUs; "" if it cannot tell."""
+    from clipo_megatron.runtime.platform import COLLECTIVES_VERSION
+
+    command = [str(python), "-I", "-c", COLLECTIVES_VERSION]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=_VERSION_S, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return ""
 
 
 def importable(engine: str) -> bool:

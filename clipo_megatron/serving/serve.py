@@ -12,8 +12,8 @@ from clipo_megatron.rollout.servers.registry import Registry, ServerRecord, Stat
 from clipo_megatron.runtime.ports import free_port
 from clipo_megatron.runtime.run_dir import LOGS, SERVERS
 from clipo_megatron.serving import environment
-from clipo_megatron.serving.commands import ServerSlot, api_key, server_command, url
-from clipo_megatron.serving.gpus import gpus
+from clipo_megatron.serving.commands import ServerSlot, api_key, memory_share, server_command, url
+from clipo_megatron.serving.gpus import free_share, gpus, uuids_of
 from clipo_megatron.serving.probes import Probe
 from clipo_megatron.serving.supervisor import ServerLimits, ServerSpec, Supervisor, host_name, only_one
 
@@ -36,7 +36,8 @@ def serve(config: RunConfig) -> int:
         server_command(config, slot, python=Path("python"), key=key, scratch=folder)
     with only_one(folder / SERVERS):
         python = environment.interpreter(config.rollout.engine.value, config.serve.python, gpus=len(found))
-        specs = [_spec(config, slot, python, key, folder) for slot in slots]
+        collectives = environment.collectives_version(python) if found else ""
+        specs = [_spec(config, slot, python, key, folder, collectives) for slot in slots]
         limits = ServerLimits(
             startup_timeout_s=config.serve.startup_timeout_s,
             health_timeout_s=config.serve.health_timeout_s,
@@ -97,7 +98,9 @@ def _visible(count: int) -> list[str]:
     return [str(index) for index in range(count)] if chosen is None else [name for name in chosen.split(",") if name]
 
 
-def _spec(config: RunConfig, slot: ServerSlot, python: Path, key: str | None, folder: Path) -> ServerSpec:
+def _spec(
+    config: RunConfig, slot: ServerSlot, python: Path, key: str | None, folder: Path, collectives: str
+) -> ServerSpec:
     name = f"server-{host_name()}-{slot.index}"  # machines may share the folder
     record = ServerRecord(
         name=name,
@@ -108,6 +111,8 @@ def _spec(config: RunConfig, slot: ServerSlot, python: Path, key: str | None, fo
         pid=0,
         boot="",
         status=Status.starting,
+        gpus=",".join(uuids_of(slot.devices)),
+        collectives=collectives,
     )
     return ServerSpec(
         record=record,
@@ -120,4 +125,7 @@ def _spec(config: RunConfig, slot: ServerSlot, python: Path, key: str | None, fo
         log=folder / LOGS / f"{name}.log",
         host=config.serve.host,
         port_is_fixed=config.serve.port != 0,
+        has_room=lambda: (
+            not (config.rollout.colocated and slot.devices) or free_share(slot.devices) >= memory_share(config)
+        ),
     )

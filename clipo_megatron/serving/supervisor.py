@@ -35,6 +35,7 @@ USAGE_EXIT = 2  # exit code of a program with wrong options, which would fail ag
 _TICK_S = 0.1
 _STATES_EVERY_S = 1.0  # between two looks at the states of a server's processes
 _REPORT_EVERY_S = 30.0  # between two lines that a server is still starting
+_ROOM_EVERY_S = 2.0  # between two looks at the memory of GPUs on which a server is to start
 _START_PROBE_S, _HTTP_PROBE_S, _ENGINE_PROBE_S = 0.5, 2.0, 10.0  # between two probes, at most
 _READY_TIMEOUT_S = 30.0  # for a probe of a starting server; SGLang's own health check takes up to 20 s
 _PAUSED_S = 5.0  # without a tick: this process itself was stopped
@@ -65,6 +66,7 @@ class ServerSpec:
     log: Path
     host: str = "127.0.0.1"  # the address that it listens on
     port_is_fixed: bool = False
+    has_room: Callable[[], bool] = lambda: True  # whether its GPUs have the memory that it takes when it starts
 
 
 @dataclass(slots=True)
@@ -185,7 +187,7 @@ class Supervisor:
         now = time.monotonic()
         if server.process is None:
             if server.retry_at is not None and now >= server.retry_at:
-                self._start(server, scratch)
+                self._start_with_room(server, now, scratch)
             return
         code = server.process.exit_code()
         if code is not None:
@@ -194,6 +196,16 @@ class Supervisor:
             self._check_start(server, now)
         elif reason := self._why_hanging(server, now):
             self._failed(server, reason)
+
+    def _start_with_room(self, server: _SupervisedServer, now: float, scratch: Path) -> None:
+        """Start a server, unless a trainer that takes turns with it on its GPUs has their memory now."""
+        if server.spec.has_room():
+            self._start(server, scratch)
+            return
+        server.retry_at = now + _ROOM_EVERY_S
+        if now - server.reported_at > _REPORT_EVERY_S:
+            server.reported_at = now
+            self._say(f"{server.record.name}: waits until the memory of its GPUs is free")
 
     def _start(self, server: _SupervisedServer, scratch: Path) -> None:
         spec = server.spec

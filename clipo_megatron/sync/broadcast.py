@@ -66,6 +66,17 @@ class BroadcastSync(ServedSync):
         self._run_phase(send, receive, attempt, reused=not plan.regroup)
         return sums[0]
 
+    def _unfit(self, target: LiveServer) -> str:
+        """See `ServedSync`. The libraries that connect GPUs refuse to meet another release of themselves."""
+        mine, theirs = platform().collectives_version, target.collectives
+        if not mine or not theirs or mine == theirs:
+            return super()._unfit(target)
+        name = platform().backend.upper()
+        return (
+            f"its {name} is {theirs} and the trainer's is {mine}, and {name} connects equal releases only; install one "
+            "torch for both, or set rollout.sync.transport=disk"
+        )
+
     # --- groups --------------------------------------------------------------------------------------------------
 
     def _join_groups(self, plan: AttemptPlan, attempt: Attempt | None) -> None:

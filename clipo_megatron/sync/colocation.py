@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 
 from clipo_megatron.rollout.engine import Engine, EngineError, Memory
+from clipo_megatron.runtime.platform import platform
 
 
 class Turn(str, Enum):
@@ -107,6 +108,7 @@ class ColocatedSync:
         self._training = False
         self._coordinate(lambda colocation: colocation.before_update())
         report = self.sync.update_weights(version)
+        platform().release_cached_memory()  # of buckets, before the servers allocate their cache
         self._coordinate(lambda colocation: colocation.after_update())
         return report
 

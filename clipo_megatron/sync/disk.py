@@ -22,6 +22,7 @@ from torch import Tensor
 
 from clipo_megatron.rollout.engine import EngineError
 from clipo_megatron.rollout.servers.hf_folder import copy_sidecar_files
+from clipo_megatron.rollout.servers.server import LiveServer
 from clipo_megatron.sync.attempt import Attempt
 from clipo_megatron.sync.checksums import Sums
 from clipo_megatron.sync.served import AttemptPlan, ServedSync
@@ -47,6 +48,9 @@ class DiskSync(ServedSync):
         name = blake2b(str(Path(run).absolute()).encode(), digest_size=4).hexdigest()
         self.model, self.folder = Path(model), Path(folder).absolute() / f"clipo-{name}"
         self._memory: Tensor | None = None
+
+    def _unfit(self, target: LiveServer) -> str:
+        return ""
 
     def _begin(self, version: int) -> None:
         """Write the version's folder, and remove what interrupted runs have left."""

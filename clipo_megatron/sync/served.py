@@ -209,6 +209,9 @@ class ServedSync(ABC):
             found = self.servers.discover()
         except EngineError as error:
             found, state.last_error = [], str(error)
+        for target in found:
+            if reason := self._unfit(target):
+                return f"{target.url} cannot be updated: {reason}"
         targets = [target for target in found if not state.failures[target.life]]
         if not targets:
             now = time.monotonic()
@@ -237,6 +240,16 @@ class ServedSync(ABC):
             verify=every > 0 and self._updates % every == 0,
             kind=_checksum_kind(targets),
         )
+
+    def _unfit(self, target: LiveServer) -> str:
+        """Why this transport cannot update a server as it was started, and what to do; "" if it can.
+
+        In SGLang's updates a rank is known by its tensor-parallel number alone (0.5.23: `WeightUpdater` in
+        srt/model_executor/model_runner_components), so that of all stages one would be reached.
+        """
+        if target.state.pp == 1:
+            return ""
+        return f"it has {target.state.pp} pipeline stages; start it with one, or set rollout.sync.transport=disk"
 
     def _on_failure(self) -> None:  # noqa: B027
         """Called when a server (in the clients' thread) or this rank has failed and others may be waiting for it."""

@@ -46,7 +46,8 @@ class PoolConfig:
 class SyncConfig:
     """How new weights reach the engine."""
 
-    transport: Optional[Transport] = None  # null: in_process for local, broadcast for sglang, disk for vllm
+    # null: in_process for local, broadcast for sglang, ipc if it is colocated, disk for vllm
+    transport: Optional[Transport] = None
     deadline_s: float = within(300.0, above=0)  # seconds for one weight sync of all servers; a late one is left out
     bucket_mb: int = within(64, 1)  # MiB of tensors sent together; two such buckets are held
     verify_every: int = within(1, 0)  # weight syncs between two comparisons of checksums; 0: never

@@ -8,6 +8,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Coroutine, Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -29,7 +30,7 @@ from clipo_megatron.rollout.servers.dispatch import PoolGeneration, RequestDispa
 from clipo_megatron.rollout.servers.hf_folder import write_folder
 from clipo_megatron.rollout.servers.http import EventLoop
 from clipo_megatron.rollout.servers.membership import STATE_S, Membership, PoolMember
-from clipo_megatron.rollout.servers.registry import Registry, Status
+from clipo_megatron.rollout.servers.registry import Registry, ServerRecord, Status
 from clipo_megatron.rollout.servers.server import LiveServer, Server, ServerError
 from clipo_megatron.rollout.servers.sglang import SGLangServer
 from clipo_megatron.rollout.servers.vllm import VLLMServer
@@ -99,15 +100,21 @@ class ServerPool:
         """The URLs of the expected servers: the endpoints, or the servers that are registered as ready."""
         if self._endpoints or self._registry is None:
             return self._endpoints
-        return [
-            record.url.rstrip("/")
-            for record in self._registry.records()
-            if record.status is Status.ready and record.engine == self.kind.value
-        ]
+        return [record.url.rstrip("/") for record in self._registered(Status.ready)]
 
     def discover(self) -> list[LiveServer]:
         """The expected servers that answer now, whether admitted or not."""
-        return self.run(self._members.live(self.urls(), deadline_s=STATE_S), deadline_s=STATE_S)
+        found = self.run(self._members.live(self.urls(), deadline_s=STATE_S), deadline_s=STATE_S)
+        records = {each.url.rstrip("/"): each for each in self._registered()}
+        return [_as_registered(each, records.get(each.url)) for each in found]
+
+    def _registered(self, *statuses: Status) -> list[ServerRecord]:
+        """The registered servers of this engine, or those of them that have one of these statuses."""
+        return [
+            record
+            for record in (self._registry.records() if self._registry is not None else ())
+            if record.engine == self.kind.value and (not statuses or record.status in statuses)
+        ]
 
     def join(self, count: int = 1, *, deadline_s: float | None = None) -> list[LiveServer]:
         """Wait until at least `count` servers answer.
@@ -201,6 +208,7 @@ class ServerPool:
         self._everywhere(lambda server: server.resume(deadline_s=_CONTROL_S))
 
     def offload(self, *what: Memory) -> None:
+        self._await_starting()  # those would take the memory all the same
         self._everywhere(lambda server: server.offload(what or tuple(Memory), deadline_s=_CONTROL_S))
 
     def onload(self, *what: Memory) -> None:
@@ -256,6 +264,12 @@ class ServerPool:
     def _last_errors(self) -> str:
         return self.run(self._dispatcher.last_errors(), deadline_s=10.0)
 
+    def _await_starting(self) -> None:
+        """Wait for registered servers that are starting, but for none longer than for servers at all."""
+        patience = self._config.join_deadline_s
+        while any(time.time() - each.updated_at < patience for each in self._registered(Status.starting)):
+            time.sleep(_DISCOVER_EVERY_S)
+
     def _everywhere(self, call: Callable[[Server], Coroutine[Any, Any, None]]) -> None:
         """Make the same call to every server that answers; a server that fails must be given weights again."""
         members = [self._members.get(live.url) for live in self.discover()]
@@ -278,6 +292,13 @@ async def _results(calls: Iterable[Coroutine[Any, Any, None]]) -> list[Any]:
         if isinstance(result, BaseException) and not isinstance(result, ServerError):
             raise result
     return results
+
+
+def _as_registered(live: LiveServer, record: ServerRecord | None) -> LiveServer:
+    """The server with what its supervisor, but not the server itself, tells about it."""
+    if record is None:
+        return live
+    return replace(live, gpus=tuple(filter(None, record.gpus.split(","))), collectives=record.collectives)
 
 
 def _vocabulary(model: str | Path | None) -> int:

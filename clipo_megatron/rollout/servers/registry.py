@@ -34,6 +34,8 @@ class ServerRecord:
     boot: str  # changes with each start
     status: Status
     updated_at: float = field(default_factory=time.time)  # seconds since the epoch
+    gpus: str = ""  # the UUIDs of its ranks' GPUs, in order, with commas between them; "": it has none
+    collectives: str = ""  # release of the library that connects its GPUs
 
 
 class Registry:
@@ -78,6 +80,7 @@ class Registry:
 def _read(path: Path) -> ServerRecord | None:
     try:
         found = json.loads(path.read_text())
+        found = {"gpus": "", "collectives": ""} | found  # which older records do not name
         values = {each.name: found[each.name] for each in fields(ServerRecord)}
         values["status"] = Status(values["status"])
         values["updated_at"] = float(values["updated_at"])

@@ -40,10 +40,11 @@ class ServerState:
     """A server's description of itself."""
 
     model: str  # the model folder that it was started with
-    tp: int  # number of ranks that hold its weights
+    tp: int  # number of tensor-parallel ranks
     version: int | None  # version of its weights; None if no trainer has updated them or it cannot tell
     boot: str  # changes with a restart; "" if the server cannot tell
     engine: str  # name and release, such as "SGLang 0.5.10"
+    pp: int = 1  # number of pipeline stages
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +53,8 @@ class LiveServer:
 
     server: Server
     state: ServerState
+    gpus: tuple[str, ...] = ()  # the UUIDs of its ranks' GPUs, in order; (): it has none, or nobody has named them
+    collectives: str = ""  # release of the library that connects its GPUs; "": it has none, or nobody has named it
 
     @property
     def url(self) -> str:

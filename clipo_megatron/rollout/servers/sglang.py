@@ -55,11 +55,12 @@ class SGLangServer(HttpServer):
         model = await self._get("model_info", deadline_s)
         info = await self._get("server_info", deadline_s)
         with self._http.reading("/server_info"):
-            tp, path = number_of_ranks(info["tp_size"]) * number_of_ranks(info.get("pp_size", 1)), model["model_path"]
+            tp, pp = number_of_ranks(info["tp_size"]), number_of_ranks(info.get("pp_size", 1))
+            path = model["model_path"]
             release, path = str(info["version"]), str(path)
             boot = str(info.get("random_seed", ""))  # drawn at each start, unless the command line sets it
         version = version_number(model.get("weight_version"))
-        return ServerState(path, tp, None if version < 0 else version, boot, f"SGLang {release}")
+        return ServerState(path, tp, None if version < 0 else version, boot, f"SGLang {release}", pp)
 
     async def health(self, *, deadline_s: float) -> None:
         """Return if the server can generate: it generates one token, or is already generating."""

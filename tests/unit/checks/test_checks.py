@@ -247,6 +247,7 @@ SOUND = [
     {},
     {**SGLANG, "rollout__endpoints": [HERE, "https://[::1]:9", "http://localhost:30001/"]},
     {**SGLANG, "rollout__sync__transport": Transport.ipc, "rollout__colocated": True},
+    {**SGLANG, "rollout__sync__transport": Transport.disk, "rollout__colocated": True},
     {**SGLANG, "rollout__sync__transport": Transport.disk, "rollout__top_p": 0.9, "rollout__router": HERE},
     {**SGLANG, "rollout__over_sampling": 1.5, "rollout__unfinished": Unfinished.keep_running},
     {**SGLANG, "rollout__over_sampling": 1.5, "rollout__unfinished": Unfinished.resume, "rollout__colocated": True},
@@ -272,6 +273,11 @@ def test_sound_ways_to_get_rollouts(config, settings, monkeypatch):
         ({**VLLM, "rollout__sync__transport": Transport.broadcast}, "rollout.sync.transport", "Set it to disk"),
         ({**VLLM, "rollout__sync__transport": Transport.ipc}, "rollout.sync.transport", "vllm takes no weights"),
         ({**SGLANG, "rollout__sync__transport": Transport.ipc}, "rollout.sync.transport", "rollout.colocated=true"),
+        (
+            {**SGLANG, "rollout__sync__transport": Transport.broadcast, "rollout__colocated": True},
+            "rollout.sync.transport",
+            "Set it to ipc",
+        ),
         ({"rollout__colocated": True}, "rollout.colocated", "in the training processes"),
         (
             {**SGLANG, "rollout__colocated": True, "rollout__over_sampling": 2.0}
