@@ -304,6 +304,7 @@ class PolicyActor(Policy):
         for part in (self.trainable, self.critic, self.reference):
             if part is not None:
                 part.offload()
+        platform().release_cached_memory()
 
     def onload(self) -> None:
         """Undo `offload`, before `score` or `update`. Gradients come back as zeros."""

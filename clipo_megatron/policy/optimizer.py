@@ -7,6 +7,7 @@ off: `calculate_per_token_loss` turns off the first two, and `sum_gradients` kee
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -15,8 +16,10 @@ from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.transformer.module import MegatronModule
+from torch import Tensor
 
 from clipo_megatron.config.schema import OptimizerConfig
+from clipo_megatron.policy.host_memory import HostedTensors
 from clipo_megatron.runtime.platform import platform
 
 
@@ -44,6 +47,11 @@ def data_parallel(stage: MegatronModule, settings: OptimizerConfig) -> Distribut
     return wrapped
 
 
+def param_buffers(model: DistributedDataParallel) -> list[Any]:
+    """Megatron's buffers that hold the weights of a stage, and their gradients."""
+    return [*model.buffers, *model.expert_parallel_buffers]
+
+
 class DistributedAdamW:
     """AdamW with fp32 masters, sharded over data-parallel ranks; it clips gradients and has a learning-rate schedule.
 
@@ -51,9 +59,7 @@ class DistributedAdamW:
     """
 
     def __init__(self, model: DistributedDataParallel, settings: OptimizerConfig, *, total_steps: int):
-        self._model = model
-        # In fp32 the masters are the weights themselves.
-        self._has_masters = model.config.bf16
+        self._model, self._hosted = model, HostedTensors()
         with platform().cuda_tensor_names():
             self.inner: MegatronOptimizer = get_megatron_optimizer(
                 MegatronOptimizerConfig(
@@ -107,13 +113,21 @@ class DistributedAdamW:
 
     def offload(self) -> None:
         """Free the gradients, and move masters and moments into host memory."""
-        self._model.offload_grad_buffers()
-        if self._has_masters:
-            self.inner.offload_to_cpu()
+        self._model.offload_grad_buffers(empty_cache=False)
+        self._hosted.take(self._own_tensors())
 
     def onload(self) -> None:
         """Undo `offload`. Gradients come back as zeros."""
         self._model.restore_grad_buffers()
-        if self._has_masters:
-            with platform().cuda_tensor_names():
-                self.inner.restore_from_cpu()
+        self._hosted.give_back()
+
+    def _own_tensors(self) -> Iterator[Tensor]:
+        """Masters and moments on the device. Masters that are the weights themselves, as in fp32, are the model's."""
+        weights = {each.param_data.untyped_storage()._cdata for each in param_buffers(self._model)}
+        for each in self.inner.chained_optimizers:
+            masters = (master for group in each.optimizer.param_groups for master in group["params"])
+            states = (value for state in each.optimizer.state.values() for value in state.values())
+            for tensor in (*masters, *states):
+                is_ours = isinstance(tensor, Tensor) and tensor.dim() and tensor.device.type == platform().device.type
+                if is_ours and tensor.untyped_storage()._cdata not in weights:
+                    yield tensor

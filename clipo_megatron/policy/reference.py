@@ -7,8 +7,8 @@ from collections.abc import Iterator
 
 import torch
 
+from clipo_megatron.policy.host_memory import HostedTensors
 from clipo_megatron.policy.trainable import Trainable
-from clipo_megatron.runtime.platform import platform
 
 
 class ReferencePolicy:
@@ -20,6 +20,7 @@ class ReferencePolicy:
     def __init__(self, policy: Trainable):
         self._policy = policy
         self._weights = [parameter.detach().clone() for parameter in policy.stage.parameters()]
+        self._hosted = HostedTensors()
 
     @contextlib.contextmanager
     def in_place(self) -> Iterator[None]:
@@ -33,11 +34,11 @@ class ReferencePolicy:
 
     def offload(self) -> None:
         """Move the copy into host memory."""
-        self._weights = [tensor.cpu() for tensor in self._weights]
+        self._hosted.take(self._weights)
 
     def onload(self) -> None:
         """Move the copy back to the device."""
-        self._weights = [tensor.to(platform().device) for tensor in self._weights]
+        self._hosted.give_back()
 
     @torch.no_grad()
     def _swap(self) -> None:

@@ -17,8 +17,9 @@ from torch import Tensor
 from clipo_megatron.config.schema import OptimizerConfig
 from clipo_megatron.flow import MicroBatch
 from clipo_megatron.policy.batch.exchange import from_last_stage, share_from_last_stage
+from clipo_megatron.policy.host_memory import HostedTensors
 from clipo_megatron.policy.model.model import PolicyStage
-from clipo_megatron.policy.optimizer import DistributedAdamW, data_parallel
+from clipo_megatron.policy.optimizer import DistributedAdamW, data_parallel, param_buffers
 from clipo_megatron.policy.parallel import Layout
 
 Loss = Callable[[MicroBatch, Tensor], tuple[Tensor, dict[str, Tensor]]]
@@ -45,7 +46,7 @@ class Trainable:
         self.optimizer = DistributedAdamW(self.model, settings, total_steps=total_steps)
         self.pre_mutation_hook: Callable[[], None] = lambda: None
         self._skipped_in_a_row = 0
-        self._weights_on_host: list[tuple[Tensor, Tensor]] = []  # buffers on the device, emptied, and their copies
+        self._hosted_weights = HostedTensors()
 
     def forward(
         self, micro_batches: Sequence[MicroBatch], last_stage: Callable[[MicroBatch, Tensor], Any]
@@ -100,18 +101,13 @@ class Trainable:
         """Free the gradients, and move the optimizer's state, and the `weights` if asked to, into host memory."""
         self.pre_mutation_hook()
         self.optimizer.offload()
-        if weights and not self._weights_on_host:
-            for buffer in (*self.model.buffers, *self.model.expert_parallel_buffers):
-                self._weights_on_host.append((buffer.param_data, buffer.param_data.to("cpu", copy=True)))
-                buffer.param_data.untyped_storage().resize_(0)
+        if weights:
+            self._hosted_weights.take(buffer.param_data for buffer in param_buffers(self.model))
 
     def onload(self) -> None:
         """Undo `offload`. Gradients come back as zeros."""
         self.pre_mutation_hook()
-        for weights, copy in self._weights_on_host:
-            weights.untyped_storage().resize_(copy.untyped_storage().size())
-            weights.copy_(copy)
-        self._weights_on_host = []
+        self._hosted_weights.give_back()
         self.optimizer.onload()
 
     def _forward_backward(self, micro_batches: Sequence[MicroBatch], loss: Loss) -> list[dict[str, Tensor]]:

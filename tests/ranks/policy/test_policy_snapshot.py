@@ -16,8 +16,9 @@ from clipo_megatron.checkpoint import CheckpointContents, Checkpoints
 from clipo_megatron.config.model_folder import POLICY
 from clipo_megatron.config.schema import CheckpointConfig, DType, LayoutConfig, RunConfig
 from clipo_megatron.policy.actor import PolicyActor
-from clipo_megatron.policy.checkpoint.snapshot import HostBuffer, boxes
+from clipo_megatron.policy.checkpoint.snapshot import boxes
 from clipo_megatron.policy.checkpoint.state import TrainableCheckpointer
+from clipo_megatron.policy.host_memory import HostBuffer
 
 SHAPES = [pytest.param(1, LayoutConfig(), id="one rank"), pytest.param(4, LayoutConfig(tp=2, dp=2), id="TP2 x DP2")]
 
@@ -45,7 +46,8 @@ def compute_with_the_reference(actor: PolicyActor, config: RunConfig, wait_for_s
 
 
 def offload(actor: PolicyActor, config: RunConfig, wait_for_snapshot) -> None:
-    actor.offload()  # moves nothing on a CPU
+    actor.offload()  # frees the memory that is to be copied
+    actor.onload()
     for tensor in held(actor):
         tensor.neg_()
 
