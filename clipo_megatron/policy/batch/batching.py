@@ -13,8 +13,9 @@ from clipo_megatron.algorithms.algorithm import Algorithm
 from clipo_megatron.algorithms.hook import ScoredTokens
 from clipo_megatron.config.schema import RunConfig
 from clipo_megatron.flow import Experience, MicroBatch, MiniBatch, RolloutTable, Sample
-from clipo_megatron.policy.batch.exchange import deliver
-from clipo_megatron.policy.batch.packing import PackingUnit, pack, plan_micro_batches, units_of
+from clipo_megatron.policy.batch.columns import with_columns
+from clipo_megatron.policy.batch.exchange import deliver, redistribute
+from clipo_megatron.policy.batch.packing import pack, plan_micro_batches
 from clipo_megatron.policy.parallel import Layout
 from clipo_megatron.runtime.platform import platform
 
@@ -69,16 +70,24 @@ class Batcher:
         planned = []
         for groups in torch.arange(len(table.prompt_ids)).tensor_split(self.mini_batches):
             rows = torch.isin(table.group, groups).nonzero().squeeze(1)
-            units = units_of(
-                table.group[rows].tolist(),
-                table.prompt_length[rows].tolist(),
-                table.response_length[rows].tolist(),
-                ranks=self.layout.dp,
-                max_tokens=self.max_tokens,
-                share_prompts=self.share_prompts,
-            )
-            planned.append((rows, plan_micro_batches(units, self.layout.dp, self.max_tokens)))
+            if rows.numel() < self.layout.dp:
+                raise ValueError(
+                    f"{rows.numel()} rollouts cannot keep {self.layout.dp} data-parallel ranks busy; raise "
+                    "data.prompts_per_step or rollout.samples_per_prompt, or lower algorithm.mini_batches or layout.dp"
+                )
+            planned.append((rows, self._plan_of(table, rows)))
         return planned
+
+    def _plan_of(self, table: RolloutTable, rows: Tensor) -> list[list[list[int]]]:
+        """The places in `rows` for each data-parallel rank and micro-batch."""
+        return plan_micro_batches(
+            tuple(table.group[rows].tolist()),
+            tuple(table.prompt_length[rows].tolist()),
+            tuple(table.response_length[rows].tolist()),
+            ranks=self.layout.dp,
+            max_tokens=self.max_tokens,
+            share_prompts=self.share_prompts,
+        )
 
     def _packed(
         self, planned: Sequence[tuple[Tensor, list[list[list[int]]]]], held: Mapping[int, Sample]
@@ -137,17 +146,18 @@ class Batcher:
         return total
 
     def with_advantages(self, batch: MiniBatch, experience: Experience, algorithm: Algorithm) -> MiniBatch:
-        """Return the rows of a mini-batch that train, with the advantage and weight of every target.
+        """Return the rows of a mini-batch that train, with the advantage and weight of every target; collective.
 
         Rollouts with advantage 0 are left out of the micro-batches where they have no gradient; they count in the
-        weights all the same. Demonstrations follow in micro-batches of their own.
+        weights all the same. The others are then planned again, and move to the ranks that train them. Demonstrations
+        follow in micro-batches of their own.
         """
         rows = batch.rows[experience.keep[batch.rows]]
         weight = algorithm.token_weight(experience.table, rows)
         active = weight != 0
         if not algorithm.learns_without_advantage:
             active &= experience.advantage != 0
-        micro_batches = [self._active_part(micro.to(platform().device), active) for micro in batch.micro_batches]
+        micro_batches = self._planned_again(batch, active, experience.table)
         for micro in micro_batches:
             own = micro.rows[micro.rollout].cpu()
             device = micro.tokens.device
@@ -168,11 +178,16 @@ class Batcher:
         if not shown:
             return []
         sizes = [each.prompt.numel() + each.response.numel() for each in shown]
-        busy = min(self.layout.dp, len(shown))
+        count, ranks = len(sizes), self.layout.dp
         plan = plan_micro_batches(
-            [PackingUnit((place,), size) for place, size in enumerate(sizes)], busy, self.max_tokens
+            tuple(range(count)),
+            (0,) * count,
+            tuple(sizes),
+            ranks=ranks,
+            max_tokens=self.max_tokens,
+            share_prompts=False,
         )
-        mine = plan[self.layout.dp_rank] if self.layout.dp_rank < busy else [[] for _ in plan[0]]
+        mine = plan[self.layout.dp_rank]
         weight = torch.tensor(
             [each.weight / (len(groups) * each.response.numel()) for each in shown], device=platform().device
         )
@@ -189,14 +204,19 @@ class Batcher:
             packed.append(micro)
         return packed
 
-    def _active_part(self, micro: MicroBatch, active: Tensor) -> MicroBatch:
-        """The micro-batch with only those rollouts that are `active` [B] bool, and their columns."""
-        if bool(active[micro.rows.cpu()].all()):
-            return micro
-        smaller = self.pack([sample for sample in micro.samples if active[sample.row]])
-        kept = active.to(micro.rows.device)[micro.rows][micro.rollout]
-        for name in ("old_logprobs", "reference_logprobs", "token_advantages", "returns"):
-            column = getattr(micro, name)
-            setattr(smaller, name, None if column is None else column[kept])
-        smaller.signals = {name: signal[kept] for name, signal in micro.signals.items()}
-        return smaller
+    def _planned_again(self, batch: MiniBatch, active: Tensor, table: RolloutTable) -> list[MicroBatch]:
+        """This rank's micro-batches of the rollouts that are `active` [B] bool, planned without the others; collective.
+
+        If all rollouts of the mini-batch are, the micro-batches stay as they are.
+        """
+        rows = batch.rows[active[batch.rows]]
+        if rows.numel() == batch.rows.numel():
+            return [micro.to(platform().device) for micro in batch.micro_batches]
+        plan = self._plan_of(table, rows)
+        owner = torch.full((table.size,), -1)
+        for dp_rank, micro_batches in enumerate(plan):
+            for members in micro_batches:
+                owner[rows[members]] = dp_rank
+        held = redistribute(batch.micro_batches, owner, self.layout)
+        packed = (self.pack([held.samples[row] for row in rows[each].tolist()]) for each in plan[self.layout.dp_rank])
+        return [with_columns(micro, held.parts, held.nothing) for micro in packed]

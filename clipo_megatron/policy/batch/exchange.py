@@ -1,4 +1,4 @@
-"""How the rollouts of a step reach the ranks that train them.
+"""How the rollouts of a step reach the ranks that score them, and then those that train them.
 
 Facts (verdicts, rewards, lengths), a few numbers for each rollout, go to every rank. Tokens go point to point, from the
 rank that generated a rollout to the head of the model replica that trains it, and from there to the replica's ranks.
@@ -6,7 +6,9 @@ rank that generated a rollout to the head of the model replica that trains it, a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -14,10 +16,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from clipo_megatron.flow import Prompt, Rollout, RolloutTable, Sample, ScoredGroup
+from clipo_megatron.flow import MicroBatch, Prompt, Rollout, RolloutTable, Sample, ScoredGroup
+from clipo_megatron.policy.batch.columns import by_rollout, columns_of
 from clipo_megatron.policy.parallel import Layout
 from clipo_megatron.runtime.platform import platform
 
+_Header = tuple[int, int, int, int]  # row and group of a rollout, and how many tokens its prompt and response have
 Observe = Callable[[Prompt, Rollout], dict[str, float | str]]
 
 
@@ -160,6 +164,91 @@ def deliver(samples: Sequence[Sample], table: RolloutTable, owner: Tensor, layou
         if layout.cp > 1:
             dist.broadcast(received, group=layout.share.group, group_src=0)
     return _decode(received.cpu(), order, table)
+
+
+def redistribute(micro_batches: Sequence[MicroBatch], owner: Tensor, layout: Layout) -> ScoredSamples:
+    """Move scored rollouts, with their columns, between replicas; collective over the data-parallel ranks.
+
+    Args:
+        micro_batches: this rank's, of which each is scored or none is.
+        owner: [B] int64, the data-parallel rank that each row goes to; -1 for none.
+        layout: this rank's place in the parallel layout.
+
+    Returns:
+        The rollouts that this rank then has.
+    """
+    nothing = {name: values[:0].cpu() for name, values in columns_of(micro_batches[0]).items()}
+    found = ScoredSamples({}, {name: {} for name in nothing}, nothing)
+    headers: list[list[_Header]] = [[] for _ in range(layout.dp)]  # of what goes to each rank
+    outgoing: list[list[Tensor]] = [[torch.empty(0, dtype=torch.uint8)] for _ in range(layout.dp)]
+    for micro in micro_batches:
+        for sample, parts in by_rollout(micro.to(torch.device("cpu"))):
+            if (target := int(owner[sample.row])) == layout.dp_rank:
+                found.add(sample, parts)
+            elif target >= 0:
+                headers[target].append((sample.row, sample.group, sample.prompt.numel(), sample.response.numel()))
+                outgoing[target].append(_bytes_of(sample, parts))
+    if layout.dp == 1:
+        return found
+    everybodys: list[list[list[_Header]]] = [None] * layout.dp  # type: ignore[list-item]
+    dist.all_gather_object(everybodys, headers, group=layout.dp_group)
+    incoming = [each[layout.dp_rank] for each in everybodys]  # from each rank
+    sent = [torch.cat(each) for each in outgoing]
+    sizes = [[_byte_count(header, nothing) for header in each] for each in incoming]
+    received = torch.empty(sum(map(sum, sizes)), dtype=torch.uint8, device=platform().device)
+    dist.all_to_all_single(
+        received,
+        torch.cat(sent).to(received.device),
+        list(map(sum, sizes)),
+        [data.numel() for data in sent],
+        group=layout.dp_group,
+    )
+    pieces = received.cpu().split([size for each in sizes for size in each])
+    for header, data in zip([header for each in incoming for header in each], pieces, strict=True):
+        found.add(*_from_bytes(data, header, nothing))
+    return found
+
+
+@dataclass(frozen=True, slots=True)
+class ScoredSamples:
+    """Rollouts by row, with their parts of each column, and a part without elements of each."""
+
+    samples: dict[int, Sample]
+    parts: dict[str, dict[int, Tensor]]
+    nothing: dict[str, Tensor]
+
+    def add(self, sample: Sample, parts: Mapping[str, Tensor]) -> None:
+        self.samples[sample.row] = sample
+        for name, values in parts.items():
+            self.parts[name][sample.row] = values
+
+
+def _bytes_of(sample: Sample, parts: Mapping[str, Tensor]) -> Tensor:
+    pieces = (sample.prompt.int(), sample.response.int(), sample.logprobs.float(), *parts.values())
+    return torch.cat([piece.contiguous().view(-1).view(torch.uint8) for piece in pieces])
+
+
+def _kinds(header: _Header, nothing: Mapping[str, Tensor]) -> list[tuple[int, torch.dtype, Sequence[int]]]:
+    """The number, dtype and trailing shape of the elements in each piece of a rollout's bytes."""
+    _, _, prompt, response = header
+    own = [(prompt, torch.int32, ()), (response, torch.int32, ()), (response, torch.float32, ())]
+    return own + [(response, values.dtype, values.shape[1:]) for values in nothing.values()]
+
+
+def _byte_count(header: _Header, nothing: Mapping[str, Tensor]) -> int:
+    return sum(count * dtype.itemsize * prod(shape) for count, dtype, shape in _kinds(header, nothing))
+
+
+def _from_bytes(data: Tensor, header: _Header, nothing: Mapping[str, Tensor]) -> tuple[Sample, dict[str, Tensor]]:
+    kinds = _kinds(header, nothing)
+    nbytes = [count * dtype.itemsize * prod(shape) for count, dtype, shape in kinds]
+    # A copy begins where any dtype may.
+    tokens, targets, logprobs, *columns = (
+        piece.clone().view(dtype).view(count, *shape)
+        for piece, (count, dtype, shape) in zip(data.split(nbytes), kinds, strict=True)
+    )
+    row, group, *_ = header
+    return Sample(row, group, tokens.long(), targets.long(), logprobs), dict(zip(nothing, columns, strict=True))
 
 
 def _encode(sample: Sample) -> Tensor:

@@ -3,126 +3,155 @@
 from __future__ import annotations
 
 import heapq
-import math
-from collections import defaultdict
-from collections.abc import Sequence
-from dataclasses import dataclass
+from bisect import bisect_left
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
 
 import torch
 
 from clipo_megatron.flow import MicroBatch, Sample, Segment
 
-# Groups are cut into parts until the busiest rank has at most this many times the mean number of tokens.
-BALANCE = 1.02
+# Of so many rollouts of a group, those that fill a micro-batch best are found exactly.
+_CANDIDATES = 32
+# A micro-batch that lacks less than this share of its tokens is filled no further: another prompt would cost more.
+_FULL = 1 / 64
+# How often the average prompt is computed again for each further micro-batch: guesses, of which the first that fits is
+# taken.
+_REPEATS = (1.0, 1.5, 2.0)
 
 
-@dataclass(frozen=True, slots=True)
-class PackingUnit:
-    """Rollouts that stay in one micro-batch: some that share a prompt, or a single one."""
+@dataclass(slots=True)
+class _Group:
+    """Rollouts that share a prompt, ascending by length, as (length, row)."""
 
-    rows: tuple[int, ...]
-    tokens: int
+    prompt: int  # its tokens
+    rollouts: list[tuple[int, int]] = field(default_factory=list)
+
+    @property
+    def tokens(self) -> int:
+        return self.prompt + sum(length for length, _ in self.rollouts)
 
 
-def units_of(
-    group: Sequence[int],
-    prompt_length: Sequence[int],
-    response_length: Sequence[int],
+@lru_cache(maxsize=64)
+def plan_micro_batches(
+    group: tuple[int, ...],
+    prompt_length: tuple[int, ...],
+    response_length: tuple[int, ...],
     *,
     ranks: int,
     max_tokens: int,
     share_prompts: bool,
-) -> list[PackingUnit]:
-    """Divide the rollouts of a mini-batch into packing units.
+) -> list[list[list[int]]]:
+    """Divide the rollouts of a mini-batch among data-parallel ranks and micro-batches.
 
-    Without shared prompts each rollout is a unit. With them a unit is a group or a part of one: groups are cut where
-    they do not fit `max_tokens`, and into as few parts as balance the ranks, for each part computes the prompt again.
+    The number of micro-batches is the least with which the packed tokens fit, and all of them are filled alike: groups
+    are cut where one micro-batch is full and the next begins, which then computes the prompt again. So ranks differ
+    little, too.
+
+    Invariants: every row appears once; every rank has the same number of micro-batches, and none is without rollouts
+    if there are as many as ranks; a micro-batch exceeds `max_tokens` only if a single rollout does.
 
     Args:
         group: the group of each rollout.
         prompt_length, response_length: the tokens of each rollout.
         ranks: the data-parallel size.
         max_tokens: the most packed tokens of one micro-batch.
-        share_prompts: whether the prompt of a unit is packed once.
-    """
-    if not share_prompts:
-        return [
-            PackingUnit((row,), p + r) for row, (p, r) in enumerate(zip(prompt_length, response_length, strict=True))
-        ]
-    members: dict[int, list[int]] = defaultdict(list)
-    for row, number in enumerate(group):
-        members[number].append(row)
-
-    best, least = [], math.inf
-    for parts in range(1, 1 + max(map(len, members.values()))):
-        units = [
-            unit
-            for rows in members.values()
-            for unit in _parts_of(
-                rows, prompt_length[rows[0]], [response_length[row] for row in rows], parts, max_tokens
-            )
-        ]
-        tokens = [unit.tokens for unit in units]
-        heaviest = max(sum(tokens[i] for i in share) for share in _lightest_first(range(len(units)), tokens, ranks))
-        if not best or len(best) < ranks or heaviest < least:
-            best, least = units, heaviest
-        if len(units) >= ranks and heaviest * ranks <= BALANCE * sum(tokens):
-            break
-    return best
-
-
-def _parts_of(
-    rows: Sequence[int], prompt: int, responses: Sequence[int], parts: int, max_tokens: int
-) -> list[PackingUnit]:
-    """Cut a group into at least `parts` parts, and into so many that each fits `max_tokens` or is one rollout."""
-    size = dict(zip(rows, responses, strict=True))
-    for count in range(min(parts, len(rows)), len(rows) + 1):
-        bins = _lightest_first(rows, responses, count)
-        units = [PackingUnit(tuple(part), prompt + sum(size[row] for row in part)) for part in bins]
-        if all(len(unit.rows) == 1 or unit.tokens <= max_tokens for unit in units):
-            break
-    return units
-
-
-def plan_micro_batches(units: Sequence[PackingUnit], ranks: int, max_tokens: int) -> list[list[list[int]]]:
-    """Divide units among data-parallel ranks and micro-batches.
-
-    Invariants: every row appears once; every rank has the same number of micro-batches; a micro-batch exceeds
-    `max_tokens` only if a single unit does. Ranks are balanced by tokens (the largest unit first, to the rank with the
-    fewest), and so are the micro-batches of a rank.
+        share_prompts: whether the prompt of a group is packed once in each micro-batch.
 
     Returns:
-        plan[rank][micro_batch] = rows, ascending.
-
-    Raises:
-        ValueError: fewer units than ranks.
+        plan[rank][micro_batch] = rows, ascending. It is kept for the next call with the same arguments.
     """
-    if len(units) < ranks:
-        raise ValueError(
-            f"{len(units)} rollouts cannot keep {ranks} data-parallel ranks busy; raise data.prompts_per_step or "
-            "rollout.samples_per_prompt, or lower algorithm.mini_batches or layout.dp"
-        )
-    tokens = [unit.tokens for unit in units]
-    shares = _lightest_first(range(len(units)), tokens, ranks)
-    count = max(1, max(-(-sum(tokens[i] for i in share) // max_tokens) for share in shares))
+    groups: dict[int, _Group] = {}
+    for row, (number, prompt, response) in enumerate(zip(group, prompt_length, response_length, strict=True)):
+        if share_prompts:
+            groups.setdefault(number, _Group(prompt)).rollouts.append((response, row))
+        else:
+            groups.setdefault(0, _Group(0)).rollouts.append((prompt + response, row))
+    count = max(1, -(-sum(each.tokens for each in groups.values()) // (ranks * max_tokens)))
     while True:
-        bins = [_lightest_first(share, [tokens[i] for i in share], min(count, len(share))) for share in shares]
-        if all(len(part) == 1 or sum(tokens[i] for i in part) <= max_tokens for each in bins for part in each):
-            break
+        for repeats in _REPEATS:
+            bins = _filled(groups.values(), ranks * count, max_tokens, repeats)
+            if bins is not None:
+                shares = _spread(bins, ranks, count)
+                return [[*map(sorted, each), *([] for _ in range(count - len(each)))] for each in shares]
         count += 1
-    rows = [[sorted(row for i in part for row in units[i].rows) for part in each] for each in bins]
-    return [each + [[] for _ in range(count - len(each))] for each in rows]
 
 
-def _lightest_first(items: Sequence[int], sizes: Sequence[int], bins: int) -> list[list[int]]:
-    """Longest-processing-time rule: items go, the largest first, to the bin that holds least."""
-    result: list[list[int]] = [[] for _ in range(bins)]
-    heap = [(0, 0, index) for index in range(bins)]
-    for size, item in sorted(zip(sizes, items, strict=True), key=lambda pair: (-pair[0], pair[1])):
-        held, members, index = heapq.heappop(heap)
-        result[index].append(item)
-        heapq.heappush(heap, (held + size, members + 1, index))
-    return [sorted(part) for part in result]
+def _filled(
+    groups: Iterable[_Group], count: int, max_tokens: int, repeats: float
+) -> list[tuple[int, list[int]]] | None:
+    """Fill up to `count` micro-batches one after the other; returns tokens and rows of each, None if they do not fit.
+
+    Each is filled to the average of what is left, from one group after the other.
+    """
+    queue = [_Group(each.prompt, sorted(each.rollouts)) for each in groups]
+    left, tokens = sum(len(each.rollouts) for each in queue), sum(each.tokens for each in queue)
+    again = repeats * sum(each.prompt for each in queue) / max(1, len(queue))
+    bins: list[tuple[int, list[int]]] = []
+    for after in reversed(range(count)):
+        if tokens > (after + 1) * max_tokens and left > after + 1:
+            return None
+        target = min(max_tokens, int((tokens + again * min(after, left)) / (after + 1)) + 1)
+        load, rows = 0, []
+        for current in queue:
+            begun, enough = False, target * (1 - _FULL)
+            while current.rollouts and left > after and (load <= enough or not rows):
+                before = load if begun else load + current.prompt
+                chosen = _closest(current.rollouts, target - before, max_tokens - before, needed=not rows)
+                for each in chosen[: left - after]:
+                    del current.rollouts[bisect_left(current.rollouts, each)]
+                    before, tokens, left = before + each[0], tokens - each[0], left - 1
+                    rows.append(each[1])
+                if not chosen:
+                    break
+                load, begun = before, True
+            if begun and not current.rollouts:
+                tokens -= current.prompt
+        if load > max_tokens and len(rows) > 1:
+            return None
+        bins.append((load, rows))
+        queue = [each for each in queue if each.rollouts]
+    return None if queue else bins
+
+
+def _closest(rollouts: Sequence[tuple[int, int]], room: int, most: int, *, needed: bool) -> list[tuple[int, int]]:
+    """Choose rollouts of together about `room` tokens, long ones first, and at most `most`.
+
+    If they are `needed`, one is chosen though it may be longer.
+    """
+    step = max(1.0, len(rollouts) / _CANDIDATES)
+    candidates = [rollouts[-1 - int(place * step)] for place in range(min(len(rollouts), _CANDIDATES))]
+    if sum(length for length, _ in candidates) <= room:
+        return candidates
+    # Bit n of reach[i] says whether some of the first i candidates have n tokens together.
+    reach = [1]
+    for length, _ in candidates:
+        reach.append(reach[-1] | reach[-1] << length)
+    room = max(room, 0)
+    best = (reach[-1] & ((2 << room) - 1)).bit_length() - 1
+    if above := reach[-1] >> (room + 1):
+        least = room + (above & -above).bit_length()
+        if (needed and not best) or least <= min(most, 2 * room - best - 1):
+            best = least
+    chosen = []
+    for each, without in zip(reversed(candidates), reversed(reach[:-1]), strict=True):
+        if not without >> best & 1:
+            chosen.append(each)
+            best -= each[0]
+    return chosen
+
+
+def _spread(bins: Sequence[tuple[int, list[int]]], ranks: int, count: int) -> list[list[list[int]]]:
+    """Give micro-batches to ranks, the largest first to the rank that holds least, and at most `count` to each."""
+    shares: list[list[list[int]]] = [[] for _ in range(ranks)]
+    heap = [(0, 0, rank) for rank in range(ranks)]
+    for load, rows in sorted(bins, key=lambda each: (-each[0], each[1])):
+        held, size, rank = heapq.heappop(heap)
+        shares[rank].append(rows)
+        if size + 1 < count:
+            heapq.heappush(heap, (held + load, size + 1, rank))
+    return shares
 
 
 def pack(

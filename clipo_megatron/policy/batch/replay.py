@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import fields, replace
+from collections.abc import Iterator
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -14,9 +14,9 @@ from clipo_megatron.algorithms.algorithm import Algorithm
 from clipo_megatron.algorithms.hook import Replay
 from clipo_megatron.flow import Experience, MicroBatch, RolloutTable, Sample
 from clipo_megatron.policy.batch.batching import Batcher
+from clipo_megatron.policy.batch.columns import by_rollout, with_columns
 
 HOST = torch.device("cpu")
-COLUMNS = ("old_logprobs", "reference_logprobs", "token_advantages")
 # Names in checkpoints of earlier versions.
 OLD_NAMES = {"words": "text_columns", "signals.advantage": "token_advantages"}
 
@@ -77,8 +77,9 @@ class ReplayCheckpointer:
         batches = self.batcher.repack_mini_batches(samples, table)
         experience = Experience(table, batches, **state["columns"]).to(HOST)
         if self.batcher.layout.is_last_stage:
+            nothing = {name: values[0][:0] for name, values in by_row.items() if name not in ("response", "logprobs")}
             for batch in experience.mini_batches:
-                batch.micro_batches = [_filled(micro, by_row) for micro in batch.micro_batches]
+                batch.micro_batches = [with_columns(micro, by_row, nothing) for micro in batch.micro_batches]
         return experience
 
 
@@ -88,27 +89,6 @@ def _renamed(columns: dict[str, Any]) -> dict[str, Any]:
 
 def _rollouts_of(micro: MicroBatch) -> Iterator[tuple[int, dict[str, Tensor]]]:
     """The row of each rollout, and the columns of its tokens."""
-    columns = {name: getattr(micro, name) for name in COLUMNS}
-    columns |= {f"signals.{name}": values for name, values in micro.signals.items()}
-    sizes = [sample.response.numel() for sample in micro.samples]
-    parts = {name: values.split(sizes) for name, values in columns.items() if values is not None}
-    for place, sample in enumerate(micro.samples):
+    for sample, parts in by_rollout(micro):
         own = {"prompt": sample.prompt.int(), "response": sample.response.int(), "logprobs": sample.logprobs}
-        yield sample.row, own | {name: values[place].clone() for name, values in parts.items()}
-
-
-def _filled(micro: MicroBatch, by_row: dict[str, Sequence[Tensor]]) -> MicroBatch:
-    """The micro-batch with the columns of its rollouts' tokens filled in."""
-
-    def column(name: str) -> Tensor | None:
-        if name not in by_row:
-            return None
-        nothing = by_row[name][0][:0]
-        return torch.cat([nothing, *(by_row[name][sample.row] for sample in micro.samples)])
-
-    signals = [name.removeprefix("signals.") for name in by_row if name.startswith("signals.")]
-    return replace(
-        micro,
-        **{name: column(name) for name in COLUMNS},
-        signals={name: column(f"signals.{name}") for name in signals},
-    )
+        yield sample.row, own | {name: values.clone() for name, values in parts.items() if name != "returns"}

@@ -183,7 +183,9 @@ def test_every_layout_trains_the_same(
             if "head" in rank:
                 compare(f"head {parameter}", rank["head"][parameter], theirs)
     assert sum("head" in rank for rank in results) == world // layout.pp
-    more = MORE_ROUNDING.get((request.node.callspec.params["one_rank"], name), {})
+    # The norm has the rounding errors of all gradients, after updates that had them too: up to 9e-6 with micro-batches
+    # of equal tokens, and up to 1.3e-5 with others.
+    more = {"gradient norm": 2} | MORE_ROUNDING.get((request.node.callspec.params["one_rank"], name), {})
     assert {what: value for what, value in far.items() if not value <= TOLERANCE * more.get(what, 1)} == {}
 
 

@@ -3,22 +3,29 @@
 from __future__ import annotations
 
 import json
+import math
 import random
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from policy_steps import configuration, scored_groups
 from ranks import RankPool
 from tiny_models import LLAMA3, tiny_llama, tiny_qwen2
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from clipo_megatron.algorithms.build import build_algorithm
 from clipo_megatron.algorithms.hook import Signal
 from clipo_megatron.config.schema import DType, LayoutConfig, RunConfig
-from clipo_megatron.flow import Sample, Segment
+from clipo_megatron.flow import RolloutTable, Sample, Segment
 from clipo_megatron.policy import parallel
-from clipo_megatron.policy.batch.packing import PackingUnit, pack, plan_micro_batches, units_of
+from clipo_megatron.policy.actor import PolicyActor
+from clipo_megatron.policy.batch.batching import Batcher
+from clipo_megatron.policy.batch.exchange import build_table
+from clipo_megatron.policy.batch.packing import pack, plan_micro_batches
 
 VOCAB = 263
 
@@ -37,6 +44,10 @@ def cost(rows: Sequence[int], group: list[int], prompt: list[int], response: lis
     return prompts + sum(response[row] for row in rows)
 
 
+def plan_of(group: list[int], prompt: list[int], response: list[int], **options: int | bool) -> list[list[list[int]]]:
+    return plan_micro_batches(tuple(group), tuple(prompt), tuple(response), **options)
+
+
 @pytest.mark.parametrize("share", [False, True])
 @pytest.mark.parametrize("seed", range(25))
 def test_a_plan_keeps_its_promises(seed: int, share: bool) -> None:
@@ -46,45 +57,122 @@ def test_a_plan_keeps_its_promises(seed: int, share: bool) -> None:
     groups = generator.randint(-(-ranks // samples), 4 * ranks)
     limit = generator.choice([20, 100, 400])
     group, prompt, response = rollouts(generator, groups, samples, longest=generator.choice([5, 60, 200]))
-    units = units_of(group, prompt, response, ranks=ranks, max_tokens=limit, share_prompts=share)
-    assert sorted(row for unit in units for row in unit.rows) == list(range(len(group)))
-    assert all(unit.tokens == cost(unit.rows, group, prompt, response, share) for unit in units)
-    alone = {unit.rows for unit in units if unit.tokens > limit}
-    assert all(len(rows) == 1 for rows in alone), "a part of a group is longer than the limit though it can be cut"
-
-    plan = plan_micro_batches(units, ranks, limit)
+    plan = plan_of(group, prompt, response, ranks=ranks, max_tokens=limit, share_prompts=share)
     assert sorted(row for rank in plan for micro in rank for row in micro) == list(range(len(group)))
     assert len(plan) == ranks and len({len(rank) for rank in plan}) == 1
     for rank in plan:
         assert any(rank), "a rank has nothing to do"
         for micro in rank:
             assert micro == sorted(micro)
-            assert cost(micro, group, prompt, response, share) <= limit or tuple(micro) in alone
-    assert plan == plan_micro_batches(units, ranks, limit)
+            assert cost(micro, group, prompt, response, share) <= limit or len(micro) == 1
+    plan_micro_batches.cache_clear()
+    assert plan == plan_of(group, prompt, response, ranks=ranks, max_tokens=limit, share_prompts=share)
+
+
+def test_ranks_without_rollouts_have_as_many_micro_batches() -> None:
+    assert plan_of([0, 0], [3, 3], [5, 4], ranks=4, max_tokens=10, share_prompts=True) == [[[0]], [[1]], [[]], [[]]]
+    assert plan_of([], [], [], ranks=2, max_tokens=10, share_prompts=True) == [[[]], [[]]]
+
+
+@pytest.mark.parametrize("dead", [0.3, 0.5])
+@pytest.mark.parametrize(("prompts", "ranks"), [(128, 4), (128, 8), (128, 32), (512, 64)])
+def test_no_micro_batch_too_many_and_ranks_alike_after_groups_have_dropped_out(
+    prompts: int, ranks: int, dead: float
+) -> None:
+    """Groups that are all right or all wrong train nothing. Ranks are compared by the response tokens that train."""
+    generator, spread, limit = torch.Generator().manual_seed(0), 0.7, 8192
+    lengths = torch.randint(60, 400, (prompts,), generator=generator).tolist()
+    drawn = torch.exp(torch.randn(prompts * 16, generator=generator) * spread + math.log(1200) - spread**2 / 2)
+    trains = (torch.rand(prompts, generator=generator) >= dead).tolist()
+    rows = [row for row in range(prompts * 16) if trains[row // 16]]
+    group, prompt = [row // 16 for row in rows], [lengths[row // 16] for row in rows]
+    response = [int(drawn[row].clamp(8, 4096)) for row in rows]
+    plan = plan_of(group, prompt, response, ranks=ranks, max_tokens=limit, share_prompts=True)
+    packed = [sum(cost(micro, group, prompt, response, True) for micro in rank) for rank in plan]
+    assert len(plan[0]) == -(-sum(packed) // (ranks * limit)), "more micro-batches than the tokens fill"
+    assert sum(packed) < 1.04 * cost(range(len(group)), group, prompt, response, True), "prompts computed again"
+    trained = [sum(response[row] for micro in rank for row in micro) for rank in plan]
+    assert max(trained) <= 1.02 * sum(trained) / ranks
 
 
 @pytest.mark.parametrize("share", [False, True])
 @pytest.mark.parametrize("ranks", [8, 64])
 def test_ranks_are_balanced_within_two_percent(ranks: int, share: bool) -> None:
     group, prompt, response = rollouts(random.Random(ranks), groups=512, samples=16, longest=2048)
-    units = units_of(group, prompt, response, ranks=ranks, max_tokens=16384, share_prompts=share)
-    plan = plan_micro_batches(units, ranks, 16384)
+    plan = plan_of(group, prompt, response, ranks=ranks, max_tokens=16384, share_prompts=share)
     tokens = [sum(cost(micro, group, prompt, response, share) for micro in rank) for rank in plan]
     assert max(tokens) <= 1.02 * sum(tokens) / ranks
+    assert len(plan[0]) == -(-sum(tokens) // (ranks * 16384))
     if share:
         assert sum(tokens) < 0.8 * cost(range(len(group)), group, prompt, response, share=False)
 
 
 def test_a_group_is_cut_where_it_does_not_fit_and_no_further() -> None:
-    parts = units_of([0] * 3, [2] * 3, [6, 6, 6], ranks=1, max_tokens=11, share_prompts=True)
-    assert sorted(unit.tokens for unit in parts) == [8, 8, 8]
-    whole = units_of([0] * 3, [2] * 3, [6, 6, 6], ranks=1, max_tokens=20, share_prompts=True)
-    assert whole == [PackingUnit((0, 1, 2), 20)]
+    group, prompt, response = [0] * 3, [2] * 3, [6, 6, 6]
+    assert plan_of(group, prompt, response, ranks=1, max_tokens=11, share_prompts=True) == [[[0], [1], [2]]]
+    assert plan_of(group, prompt, response, ranks=1, max_tokens=20, share_prompts=True) == [[[0, 1, 2]]]
 
 
 def test_too_few_rollouts_for_the_ranks_are_refused() -> None:
+    columns = {name: torch.zeros(1) for name in ("correct", "graded", "reward", "truncated", "version")}
+    ones = torch.ones(1, dtype=torch.int64)
+    table = RolloutTable(["one"], ones - 1, prompt_length=ones, response_length=ones, **columns)
+    batcher = Batcher(SimpleNamespace(dp=2), mini_batches=1, max_tokens=100, share_prompts=True)
     with pytest.raises(ValueError, match=r"1 rollouts cannot keep 2 data-parallel ranks busy; raise data\."):
-        plan_micro_batches([PackingUnit((0,), 5)], 2, 100)
+        batcher.repack_mini_batches({}, table)
+
+
+# --- planned again ---------------------------------------------------------------------------------------------------
+
+
+def trained_parts(folder: Path, layout_config: LayoutConfig) -> tuple[int, dict[int, tuple[Tensor, ...]], list[int]]:
+    """Score, and leave out the rollouts without advantage.
+
+    Returns:
+        The data-parallel rank; what it then trains, by row: prompt, response, the old log-probs and an entropy of the
+        tokens where this stage has them; and the rows of each of its micro-batches.
+    """
+    config = configuration(folder)
+    config.algorithm.mini_batches, config.layout = 1, layout_config
+    layout = parallel.initialize(layout_config, seed=0)
+    algorithm = build_algorithm(config)
+    actor = PolicyActor(config, layout, needs=algorithm.needs | {Signal.entropy}, total_steps=10)
+    mine = scored_groups(0, vocab=VOCAB, groups=9)[layout.rank :: layout.world]
+    table, held = build_table(mine, step=0, observe=algorithm.observe)
+    (batch,) = actor.batcher.mini_batches_of(held, table)
+    actor.score(batch.micro_batches, table, algorithm)
+    experience = algorithm.assign_advantages(table, [batch])
+    weighed = actor.batcher.with_advantages(batch, experience, algorithm)
+    assert 0 < int((experience.advantage != 0).sum()) < table.size
+    found = {}
+    for micro in weighed.micro_batches:
+        assert torch.equal(micro.advantages, experience.advantage[micro.rows[micro.rollout]])
+        columns = [micro.old_logprobs, micro.signals["entropy"]] if layout.is_last_stage else []
+        for place, sample in enumerate(micro.samples):
+            own = [column[micro.rollout == place] for column in columns]
+            found[sample.row] = (sample.prompt, sample.response, sample.logprobs, *own)
+    return layout.dp_rank, found, [micro.rows.tolist() for micro in weighed.micro_batches]
+
+
+def test_rollouts_move_with_their_columns_to_the_ranks_that_train_them(ranks: RankPool, tmp_path: Path) -> None:
+    folder = tiny_llama(tmp_path, vocab=VOCAB)
+    [(_, alone, _)] = ranks.run(trained_parts, 1, folder, LayoutConfig(max_tokens_per_microbatch=60))
+    results = ranks.run(trained_parts, 4, folder, LayoutConfig(pp=2, dp=2, max_tokens_per_microbatch=60))
+    counts = {len(micro_batches) for _, _, micro_batches in results}
+    assert len(counts) == 1, "pipelines would wait for each other"
+    for dp_rank in (0, 1):
+        first, last = (rows for rank, rows, _ in results if rank == dp_rank)
+        assert first.keys() == last.keys()
+    trained = [set(rows) for _, rows, _ in results[:2]]  # the ranks of the first stage
+    assert trained[0] | trained[1] == alone.keys() and not trained[0] & trained[1]
+    tokens = [sum(found[1].numel() for found in rows.values()) for _, rows, _ in results]
+    assert max(tokens) < 1.3 * min(tokens), "rollouts of a dozen tokens divide no better"
+    for _, rows, _ in results:
+        for row, values in rows.items():
+            for mine, theirs in zip(values[:3], alone[row], strict=False):
+                assert torch.equal(mine, theirs)
+            for mine, theirs in zip(values[3:], alone[row][3:], strict=False):
+                assert torch.allclose(mine, theirs, atol=1e-5)
 
 
 # --- packed rows -------------------------------------------------------------------------------------------------
