@@ -40,12 +40,16 @@ def on_ranks(
         The exit code.
     """
     from clipo_megatron.runtime import launcher_env
+    from clipo_megatron.runtime.ports import is_loopback
 
     if place is None and (ranks := config.layout.requested_ranks) > 1:
         return _start_here(words, config, ranks, restarts=restarts)
     options.is_reported_by_another = False
     with REQUESTS.handled(tolerated=1):
-        launcher_env.export_environment(place or launcher_env.Launch(rank=0, world=1, local_rank=0))
+        launcher_env.export_environment(
+            place or launcher_env.Launch(rank=0, world=1, local_rank=0),
+            servers_elsewhere=not is_loopback(config.rollout.sync.host),
+        )
         quiet_libraries()
         work()
     return 0

@@ -149,14 +149,16 @@ def initialize(config: LayoutConfig, *, seed: int, vpp: int = 1) -> Layout:
             f"{division.expert_tp} x pp {division.pp} ranks; start a multiple of {experts}, or change layout.ep / "
             "layout.etp"
         )
-    parallel_state.initialize_model_parallel(
-        tensor_model_parallel_size=config.tp,
-        pipeline_model_parallel_size=config.pp,
-        context_parallel_size=config.cp,
-        expert_model_parallel_size=division.ep,
-        expert_tensor_parallel_size=division.expert_tp,
-        create_gloo_process_groups=False,
-    )
+    with platform().device_groups():
+        parallel_state.initialize_model_parallel(
+            tensor_model_parallel_size=config.tp,
+            pipeline_model_parallel_size=config.pp,
+            context_parallel_size=config.cp,
+            expert_model_parallel_size=division.ep,
+            expert_tensor_parallel_size=division.expert_tp,
+            create_gloo_process_groups=False,
+            distributed_timeout_minutes=config.distributed_timeout_s / 60,
+        )
     # Nothing in the policy draws random numbers, but Megatron's layers enter its generator's context.
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
     return Layout(

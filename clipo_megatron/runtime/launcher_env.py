@@ -21,7 +21,8 @@ CHECKED = "CLIPO_CHECKED"  # set for ranks whose parent has checked what they re
 _TORCHRUN = "TORCHELASTIC_RUN_ID"  # set by torchrun
 _MOST_RANKS = 1 << 20
 _MOST_THREADS = 4096
-_OPEN_FILES, _MORE_OPEN_FILES = 256, 4096  # that a process needs, and that are plenty
+# That a process needs, and that are plenty: on the CPU each rank is connected with every other one, in a few groups.
+_OPEN_FILES, _MORE_OPEN_FILES = 256, 16384
 _RELAUNCH = "Start under torchrun or srun, or unset it"
 
 
@@ -85,11 +86,14 @@ def from_environment(environment: Mapping[str, str] = os.environ) -> Launch | No
     return Launch(rank, world, local)
 
 
-def export_environment(launch: Launch, environment: MutableMapping[str, str] = os.environ) -> None:
+def export_environment(
+    launch: Launch, environment: MutableMapping[str, str] = os.environ, *, servers_elsewhere: bool = False
+) -> None:
     """Set the variables that `torch.distributed` reads, where absent: RANK, WORLD_SIZE, LOCAL_RANK and MASTER_*.
 
     MASTER_ADDR is the first host of a Slurm step, and MASTER_PORT is derived from the ids of job and step; jobs of
     `clipo submit` need no port (see rendezvous.py). A process without a launcher meets nobody, and uses this machine.
+    Ranks that meet on loopback stay there, but with `servers_elsewhere` their GPUs reach servers on other machines.
 
     Raises:
         ConfigError: there are several ranks and no rendezvous address, or a device's variable names none.
@@ -113,10 +117,11 @@ def export_environment(launch: Launch, environment: MutableMapping[str, str] = o
             "Start under torchrun or srun, or set both."
         )
     if is_loopback(environment["MASTER_ADDR"]):
-        from clipo_megatron.runtime.platform import LOCAL_RENDEZVOUS_ENV
+        from clipo_megatron.runtime.platform import DEVICE_INTERFACE, LOCAL_RENDEZVOUS_ENV
 
         for name, value in LOCAL_RENDEZVOUS_ENV.items():
-            environment.setdefault(name, value)
+            if name != DEVICE_INTERFACE or not servers_elsewhere:
+                environment.setdefault(name, value)
     _check_devices(environment)
 
 
@@ -172,7 +177,7 @@ def _check_devices(environment: Mapping[str, str]) -> None:
 
 def _ensure_open_files() -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft == resource.RLIM_INFINITY or soft >= _OPEN_FILES:
+    if soft == resource.RLIM_INFINITY or soft >= _MORE_OPEN_FILES:
         return
     if hard != resource.RLIM_INFINITY and hard < _OPEN_FILES:
         raise ConfigError(

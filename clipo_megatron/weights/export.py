@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from clipo_megatron.runtime.platform import all_gather
 from clipo_megatron.weights.coverage import match
 from clipo_megatron.weights.errors import WeightsError
 from clipo_megatron.weights.families import entries
@@ -287,7 +288,7 @@ def _gather(
         everyone = mine.new_empty(dist.get_world_size(group) if to_all or first else 0, mine.numel())
         # Bytes travel: not every backend knows every dtype.
         if to_all:
-            dist.all_gather_single(_bytes(everyone).view(-1), _bytes(mine), group=group)
+            all_gather(_bytes(everyone).view(-1), _bytes(mine), group)
         else:
             dist.gather(_bytes(mine), list(_bytes(everyone)) if first else None, group=group, group_dst=0)
         parts = iter(everyone.split([part.numel() for part in sharded], dim=1))

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
+from megatron.core.extensions import transformer_engine
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from clipo_megatron.config.schema import DType, LayoutConfig, ModelConfig
@@ -44,5 +45,16 @@ def meta_stages(
     """
     config = transformer_config(spec, ModelConfig(dtype=dtype), layout)
     config.use_cpu_initialization = True  # else Megatron names a device for every parameter
-    with torch.device("meta"), platform().cuda_tensor_names():
+    with torch.device("meta"), platform().cuda_tensor_names(), _engine_on_meta():
         return build_stages(spec, config, layout, vocab_multiple=vocab_multiple)
+
+
+@contextmanager
+def _engine_on_meta() -> Iterator[None]:
+    """Within, Megatron names the meta device for transformer-engine's layers, where it would name the CPU."""
+    original = transformer_engine._get_extra_te_kwargs
+    transformer_engine._get_extra_te_kwargs = lambda config: original(config) | {"device": "meta"}
+    try:
+        yield
+    finally:
+        transformer_engine._get_extra_te_kwargs = original

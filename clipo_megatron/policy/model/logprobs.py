@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from clipo_megatron.policy.model.tiles import TILE_BYTES_ON_CPUS, TILE_BYTES_ON_GPUS, tile_of
+from clipo_megatron.runtime.platform import all_gather
 
 
 def token_logprobs(
@@ -82,7 +83,7 @@ class _TokenLogprobs(torch.autograd.Function):
             stats[:, part] = _statistics(workspace, states[part], weight[:real], local[part], want_entropy)
         if group is not None and dist.get_world_size(group) > 1:
             gathered = torch.empty(dist.get_world_size(group), *stats.shape, dtype=stats.dtype, device=stats.device)
-            dist.all_gather_into_tensor(gathered.view(-1), stats.view(-1), group=group)
+            all_gather(gathered.view(-1), stats.view(-1), group)
             lse = torch.logsumexp(gathered[:, 0], dim=0)
             target_logit = gathered[:, 1].sum(0)
             share = (gathered[:, 0] - lse).exp()  # probability of each shard

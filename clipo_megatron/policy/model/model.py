@@ -16,6 +16,8 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from clipo_megatron.config.errors import ConfigError
+from clipo_megatron.config.packages import other_version
 from clipo_megatron.config.schema import DType, ModelConfig
 from clipo_megatron.flow import MicroBatch
 from clipo_megatron.policy.model.attention import AttentionPlan, PackedAttention, plan_attention
@@ -32,13 +34,19 @@ TORCH_DTYPE = {DType.fp32: torch.float32, DType.bf16: torch.bfloat16}
 
 
 def transformer_engine_usable() -> bool:
-    """Whether transformer-engine's layers are installed and can run here."""
+    """Whether transformer-engine's layers are installed and can run here.
+
+    Raises:
+        ConfigError: they are of a release that the installed Megatron does not work with.
+    """
     if not platform().has_gpu:
         return False
     try:
         import transformer_engine.pytorch  # noqa: F401
     except ImportError:
         return False
+    if problem := other_version("transformer-engine", wanted_by="megatron-core"):
+        raise ConfigError("{}; {}.".format(*problem))
     return True
 
 
@@ -88,7 +96,7 @@ def transformer_config(spec: ModelSpec, model: ModelConfig, layout: Layout) -> T
         bias_activation_fusion=False,
         masked_softmax_fusion=False,
         apply_rope_fusion=False,
-        bias_dropout_fusion=platform().has_gpu,
+        bias_dropout_fusion=False,  # without dropout and biases there is nothing to fuse, and it would be compiled
         gradient_accumulation_fusion=False,
         persist_layer_norm=transformer_engine_usable(),
         recompute_granularity="full" if model.recompute else None,

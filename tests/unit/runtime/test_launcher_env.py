@@ -4,10 +4,13 @@ import os
 import resource
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 
+from clipo_megatron.cli import ranks
 from clipo_megatron.config.errors import ConfigError
+from clipo_megatron.config.schema import RunConfig
 from clipo_megatron.runtime import launcher_env
 from clipo_megatron.runtime.launcher_env import Launch, export_environment, from_environment, this_process
 from clipo_megatron.runtime.platform import INTERFACE, VISIBLE_DEVICES, are_device_names
@@ -88,6 +91,26 @@ def test_a_process_without_a_launcher_meets_nobody():
     assert environment["MASTER_ADDR"] == "127.0.0.1" and environment["MASTER_PORT"].isdecimal()
 
 
+@pytest.mark.parametrize("elsewhere", [False, True])
+def test_gpus_are_held_to_loopback_only_where_all_servers_are_there(elsewhere):
+    environment = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+    export_environment(Launch(0, 2, 0), environment, servers_elsewhere=elsewhere)
+    assert environment["GLOO_SOCKET_IFNAME"] == "lo", "ranks meet there in any case"
+    assert environment.get("NCCL_SOCKET_IFNAME") == (None if elsewhere else "lo")
+
+
+@pytest.mark.parametrize(("host", "elsewhere"), [("127.0.0.1", False), ("10.0.0.7", True)])
+def test_a_run_tells_by_its_address_for_servers_whether_they_are_elsewhere(host, elsewhere, monkeypatch):
+    config, told = RunConfig(), []
+    config.rollout.sync.host = host
+    monkeypatch.setattr(
+        launcher_env, "export_environment", lambda place, servers_elsewhere: told.append(servers_elsewhere)
+    )
+    monkeypatch.setattr(ranks, "quiet_libraries", lambda: None)
+    assert ranks.on_ranks(SimpleNamespace(), config, Launch(0, 1, 0), lambda: None, [], restarts=0) == 0
+    assert told == [elsewhere]
+
+
 def test_the_limit_of_open_files_is_raised_where_it_may_be_and_else_named():
     tried = (
         "import resource, sys; from clipo_megatron.runtime.launcher_env import this_process\n"
@@ -97,8 +120,9 @@ def test_the_limit_of_open_files_is_raised_where_it_may_be_and_else_named():
         "except Exception as error: print(error)"
     )
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    assert most == resource.RLIM_INFINITY or most >= 512
-    for soft, hard, words in ((64, 64, "ulimit -n is 64: a process may open so many"), (64, 512, "None 512 512")):
+    assert most == resource.RLIM_INFINITY or most >= 2048
+    refused, raised, plenty = "ulimit -n is 64: a process may open so many", "None 512 512", "None 2048 2048"
+    for soft, hard, words in ((64, 64, refused), (64, 512, raised), (1024, 2048, plenty)):
         command = [sys.executable, "-c", tried, str(soft), str(hard)]
         clean = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
         assert words in subprocess.run(command, capture_output=True, text=True, check=True, env=clean).stdout
