@@ -16,7 +16,7 @@ from clipo_megatron.runtime.ports import is_loopback
 TRANSPORTS = {
     EngineKind.local: (Transport.in_process,),
     EngineKind.sglang: (Transport.broadcast, Transport.disk, Transport.ipc),
-    EngineKind.vllm: (Transport.disk,),
+    EngineKind.vllm: (Transport.disk, Transport.broadcast, Transport.ipc),
 }
 LAST_PORT = 65535
 
@@ -34,9 +34,8 @@ def rollout_problems(config: RunConfig) -> Iterator[ConfigProblem]:
 def transport_of(config: RunConfig) -> Transport:
     """The transport in use: rollout.sync.transport, or the engine's default, which for colocated servers is ipc."""
     rollout, fitting = config.rollout, TRANSPORTS[config.rollout.engine]
-    if rollout.colocated and Transport.ipc in fitting:
-        return rollout.sync.transport or Transport.ipc
-    return rollout.sync.transport or fitting[0]
+    default = Transport.ipc if rollout.colocated and fitting[0] is Transport.broadcast else fitting[0]
+    return rollout.sync.transport or default
 
 
 def _transport(config: RunConfig) -> Iterator[ConfigProblem]:

@@ -165,7 +165,7 @@ def _vllm(config: RunConfig, slot: ServerSlot, python: Path, key: str | None) ->
         "seed": config.train.seed + slot.index,  # otherwise all servers would sample the same
         "max_model_len": _longest(config),
         "logprobs_mode": "processed_logprobs",  # those of the temperature-scaled policy
-        "worker_extension_cls": "clipo_weights.WeightChecksums",
+        "worker_extension_cls": "clipo_weights.TrainerCalls",
         "uvicorn_log_level": "warning",
         **({"enable_sleep_mode": True} if config.rollout.colocated and slot.devices else {}),
         **({} if slot.devices else {"enforce_eager": True}),

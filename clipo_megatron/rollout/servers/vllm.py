@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import re
 import time
 from collections.abc import Sequence
@@ -20,7 +21,14 @@ from clipo_megatron.rollout.servers.response_checks import (
     number_of_ranks,
     version_number,
 )
-from clipo_megatron.rollout.servers.server import Fault, RankChecksums, ServerError, ServerState
+from clipo_megatron.rollout.servers.server import (
+    BucketNames,
+    Fault,
+    RankChecksums,
+    ServerError,
+    ServerState,
+    UpdateGroup,
+)
 
 _START_TIME = re.compile(r"^process_start_time_seconds (\S{1,64})", re.MULTILINE)
 _PAUSE_MODE = {InFlight.abort: "abort", InFlight.retract: "keep"}
@@ -30,7 +38,8 @@ _EMPTY_CACHE_EVERY_S = 0.2
 class VLLMServer(HttpServer):
     """The `Server` protocol for vLLM (0.32), started with VLLM_SERVER_DEV_MODE=1.
 
-    Weights arrive through a folder. Which log-probs the engine reports depends on how it was started:
+    Weights arrive through a folder, or, on a server of `clipo serve`, in buckets, which calls of the extension that it
+    loads receive. Which log-probs the engine reports depends on how it was started:
 
     - `--logprobs-mode processed_logprobs`: of the temperature-scaled policy, renormalised over the tokens that top-p
       and top-k keep, so both must be off;
@@ -43,6 +52,7 @@ class VLLMServer(HttpServer):
         super().__init__(url, **kwargs)
         self._model = ""  # the model's name on the server
         self._logprobs_mode: str | None = None
+        self._in_buckets = False  # whether the update under way comes in buckets
 
     # --- state ---------------------------------------------------------------------------------------------------
 
@@ -55,13 +65,13 @@ class VLLMServer(HttpServer):
         metrics = await self._http.get_text("/metrics", deadline_s=seconds_until(deadline))
         with self._http.reading("/server_info, /v1/models or /version"):
             parallel, model = info["vllm_config"]["parallel_config"], info["vllm_config"]["model_config"]
-            sizes = (parallel["tensor_parallel_size"], parallel["pipeline_parallel_size"])
-            tp = number_of_ranks(sizes[0]) * number_of_ranks(sizes[1])
+            tp = number_of_ranks(parallel["tensor_parallel_size"])
+            pp = number_of_ranks(parallel["pipeline_parallel_size"])
             self._logprobs_mode, path = str(model["logprobs_mode"]), str(model["model"])
             self._model = str(models["data"][0]["id"])
             engine = f"vLLM {release['version']}"
         started = _START_TIME.search(metrics)
-        return ServerState(path, tp, None if version < 0 else version, started[1] if started else "", engine)
+        return ServerState(path, tp, None if version < 0 else version, started[1] if started else "", engine, pp)
 
     async def health(self, *, deadline_s: float) -> None:
         await self._http.get("/health", deadline_s=deadline_s)
@@ -152,6 +162,38 @@ class VLLMServer(HttpServer):
 
     # --- weights -------------------------------------------------------------------------------------------------
 
+    async def join_group(self, group: UpdateGroup, *, rank_offset: int, deadline_s: float) -> None:
+        place = {"host": group.host, "port": group.port, "rank_offset": rank_offset, "world": group.world}
+        await self._extension("join_trainer", deadline_s, name=group.name, timeout_s=deadline_s, **place)
+
+    async def leave_group(self, name: str, *, deadline_s: float) -> None:
+        await self._extension("leave_trainer", deadline_s, name=name)
+
+    async def begin_update(self, *, deadline_s: float) -> None:
+        await self._extension("begin_buckets", deadline_s)
+        self._in_buckets = True
+
+    async def receive_bucket(self, group: str, bucket: BucketNames, *, last: bool, deadline_s: float) -> None:
+        what = {"names": bucket.names, "dtypes": bucket.dtypes, "shapes": bucket.shapes}
+        await self._extension("receive_bucket", deadline_s, group=group, **what)
+
+    async def receive_handles(self, handles: Sequence[bytes], *, last: bool, deadline_s: float) -> None:
+        encoded = [base64.b64encode(each).decode() for each in handles]
+        await self._extension("open_bucket", deadline_s, handles=encoded)
+
+    async def _extension(self, method: str, deadline_s: float, **arguments: Any) -> None:
+        """Call a method of the workers' extension."""
+        try:
+            await self._http.post("/collective_rpc", {"method": method, "kwargs": arguments}, deadline_s=deadline_s)
+        except ServerError as error:
+            if error.fault is not Fault.status:
+                raise
+            raise self._http.fail(
+                Fault.status,
+                f"{method} failed ({error}); it takes buckets of weights only as `clipo serve` starts it, with the "
+                "extension for them: else set rollout.sync.transport=disk",
+            ) from error
+
     async def load_folder(self, folder: str, version: int, *, deadline_s: float) -> None:
         deadline = time.monotonic() + deadline_s
         body = {"method": "reload_weights", "kwargs": {"weights_path": folder}}
@@ -167,6 +209,9 @@ class VLLMServer(HttpServer):
 
     async def end_update(self, version: int, *, deadline_s: float) -> None:
         deadline = time.monotonic() + deadline_s
+        if self._in_buckets:
+            await self._extension("end_buckets", seconds_until(deadline))
+            self._in_buckets = False
         while True:  # requests that have just ended may still hold blocks
             answer = await self._http.post("/reset_prefix_cache", deadline_s=seconds_until(deadline))
             if not isinstance(answer, dict) or answer.get("success", True):

@@ -270,8 +270,8 @@ def test_sound_ways_to_get_rollouts(config, settings, monkeypatch):
     [
         ({"rollout__sync__transport": Transport.broadcast}, "rollout.sync.transport", "Set it to in_process"),
         ({**SGLANG, "rollout__sync__transport": Transport.in_process}, "rollout.sync.transport", "broadcast or disk"),
-        ({**VLLM, "rollout__sync__transport": Transport.broadcast}, "rollout.sync.transport", "Set it to disk"),
-        ({**VLLM, "rollout__sync__transport": Transport.ipc}, "rollout.sync.transport", "vllm takes no weights"),
+        ({**VLLM, "rollout__sync__transport": Transport.in_process}, "rollout.sync.transport", "Set it to disk"),
+        ({**VLLM, "rollout__sync__transport": Transport.ipc}, "rollout.sync.transport", "rollout.colocated=true"),
         ({**SGLANG, "rollout__sync__transport": Transport.ipc}, "rollout.sync.transport", "rollout.colocated=true"),
         (
             {**SGLANG, "rollout__sync__transport": Transport.broadcast, "rollout__colocated": True},

@@ -6,12 +6,15 @@ import io
 import itertools
 import pickle
 from dataclasses import replace
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from torch.multiprocessing import reductions
 
+import clipo_megatron.serving
 from clipo_megatron.config.schema import EngineKind, PoolConfig
 from clipo_megatron.rollout.servers.pool import ServerPool
 from clipo_megatron.rollout.servers.registry import Registry, ServerRecord, Status
@@ -20,6 +23,7 @@ from clipo_megatron.serving.gpus import uuids_of
 from clipo_megatron.sync import ipc
 from clipo_megatron.sync.ipc import payload, ranks_of
 
+EXTENSION = Path(clipo_megatron.serving.__file__).parent / "vllm_extension" / "clipo_weights.py"
 UUIDS = ["a1", "b2", "c3", "d4"]  # of the GPUs of trainer ranks 0 .. 3
 
 
@@ -87,6 +91,38 @@ def test_a_handle_names_its_gpu_by_its_uuid(monkeypatch):
     bucket = SimpleNamespace(views=lambda flat: [])
     opened = TheirUnpickler(io.BytesIO(payload(bucket, torch.zeros(4, dtype=torch.uint8)))).load()
     assert opened["flattened_tensor"] == "memory of device 0"
+
+
+@pytest.fixture
+def extension():
+    """What `clipo serve` adds to vLLM's workers, which runs in vLLM's environment."""
+    spec = spec_from_file_location("clipo_weights", EXTENSION)
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_vllms_extension_opens_a_handle_and_nothing_else(extension):
+    flat = torch.arange(6, dtype=torch.bfloat16)
+    bucket = SimpleNamespace(views=lambda flat: [("one", flat[:2]), ("two", flat[2:].view(2, 2))])
+    opened = extension._Unpickler(io.BytesIO(payload(bucket, flat))).load()
+    assert torch.equal(opened["flattened_tensor"].view(torch.bfloat16), flat)
+    assert [
+        (each.name, tuple(each.shape), each.dtype, each.start_idx, each.end_idx) for each in opened["metadata"]
+    ] == [
+        ("one", (2,), torch.bfloat16, 0, 4),
+        ("two", (2, 2), torch.bfloat16, 4, 12),
+    ]
+    for harm in (print, io.BytesIO, torch.load):
+        with pytest.raises(pickle.UnpicklingError, match="a handle names"):
+            extension._Unpickler(io.BytesIO(pickle.dumps(harm))).load()
+
+
+def test_vllms_extension_knows_the_gpu_by_its_uuid(extension, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda place: SimpleNamespace(uuid=["c3", "d4"][place]))
+    monkeypatch.setattr(reductions, "rebuild_cuda_tensor", lambda *args: args)
+    assert extension._rebuilt_on_this_device(*range(6), "d4", 7) == (*range(6), 1, 7)
 
 
 def test_the_pool_reads_which_gpus_a_server_has(tmp_path, monkeypatch):
