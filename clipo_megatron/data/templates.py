@@ -130,4 +130,6 @@ class _TemplateProcess:
 
 
 _PROCESS = _TemplateProcess()
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_PROCESS.__init__)  # a fork starts its own: the pipes are the parent's
 _REFUSED: dict[str, str] = {}  # templates that were over the limits, which are not tried again, and why

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from pathlib import Path
 
@@ -112,3 +113,14 @@ def test_an_endless_template_is_tried_once_by_whoever_renders(write):
     for use in (lambda it: ChatRenderer(it, "").render(TURNS), lambda it: unended_turn(it, ())):
         with pytest.raises(TemplateLimitError, match=ENDLESS):
             use(write("{% if messages|length > 1 or add_generation_prompt is defined %}" + LOOP + "{% endif %}x"))
+
+
+def test_a_fork_leaves_the_process_of_its_parent_alone(tokenizer):
+    """Where both wrote into the same pipes, each could read the other's texts."""
+    conversation = [[{"role": "user", "content": "one"}]]
+    text, running = render_template(tokenizer, conversation), templates._PROCESS._process.pid
+    if (child := os.fork()) == 0:
+        same = render_template(tokenizer, conversation) == text
+        os._exit(0 if same and templates._PROCESS._process.pid != running else 1)
+    assert os.waitpid(child, 0)[1] == 0
+    assert render_template(tokenizer, conversation) == text and templates._PROCESS._process.pid == running
