@@ -35,7 +35,7 @@ VOCAB = 263
 
 def with_method(name: str, folder: Path, *, clipo: bool) -> RunConfig:
     """A small run with one method: a base method, or a plug-in on top of GRPO."""
-    config = configuration(tiny_llama(folder, vocab=VOCAB))
+    config = configuration(tiny_llama(folder, vocab=VOCAB, layers=2))
     config.clipo.enabled = clipo
     if name in BASE_METHODS:
         config.algorithm.name = name

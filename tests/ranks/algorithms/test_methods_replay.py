@@ -121,7 +121,7 @@ def test_pipo_holds_what_a_replay_reads() -> None:
 
 def pipo_config(folder: Path) -> RunConfig:
     """With advantages of single tokens, reference log-probs and entropies to be kept too."""
-    config = configuration(tiny_llama(folder, vocab=VOCAB))
+    config = configuration(tiny_llama(folder, vocab=VOCAB, layers=2))
     config.algorithm.kl.coefficient = 0.01
     config.algorithm.plugins = [PluginConfig("pipo", {"window": 3}), PluginConfig("d3s", {"relax_steps": 4})]
     return config
@@ -251,7 +251,7 @@ def test_demonstrations_are_learned_the_same_on_any_number_of_ranks(
     layout: LayoutConfig, ranks: RankPool, tmp_path: Path
 ) -> None:
     """One demonstration for four ranks to share in some mini-batches, several in others."""
-    config = configuration(tiny_llama(tmp_path, vocab=VOCAB))
+    config = configuration(tiny_llama(tmp_path, vocab=VOCAB, layers=2))
     config.algorithm.name, config.algorithm.options = "hpt", {"gate": 1}
     (alone,) = ranks.run(train, 1, config, LayoutConfig(max_tokens_per_microbatch=100))
     assert any(update.get("policy/demonstration_loss", 0) > 0 for update in alone["updates"])

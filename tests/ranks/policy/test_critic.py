@@ -46,7 +46,7 @@ def far(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> dict[
 def test_gradients_are_those_of_a_plain_implementation(
     family: Any, tied: bool, clip: float | None, ranks: RankPool, tmp_path: Path
 ) -> None:
-    config = with_critic(family(tmp_path, tied=tied, vocab=VOCAB))
+    config = with_critic(family(tmp_path, tied=tied, vocab=VOCAB, layers=2))
     config.critic.clip = clip
     loss, gradients = plain_critic(config)
     (ours,) = ranks.run(one_critic_update, 1, config, LayoutConfig(max_tokens_per_microbatch=100))
@@ -66,7 +66,7 @@ def test_gradients_are_those_of_a_plain_implementation(
 
 
 def test_the_same_critic_and_policy_in_any_layout(ranks: RankPool, tmp_path: Path) -> None:
-    config = with_critic(tiny_llama(tmp_path, vocab=VOCAB))
+    config = with_critic(tiny_llama(tmp_path, vocab=VOCAB, layers=2))
     config.algorithm.kl = KLConfig(coefficient=0.1, place=KLPlace.reward)
     config.critic.warmup_steps, config.critic.epochs = 1, 2
     (alone,) = ranks.run(train, 1, config, LayoutConfig(max_tokens_per_microbatch=100))
@@ -98,7 +98,7 @@ def train_in_turns(config: RunConfig, layout: LayoutConfig) -> dict[str, Any]:
 def test_offloading_between_steps_changes_no_weight_of_the_critic(
     dtype: DType, ranks: RankPool, tmp_path: Path
 ) -> None:
-    config = with_critic(tiny_llama(tmp_path, vocab=VOCAB))
+    config = with_critic(tiny_llama(tmp_path, vocab=VOCAB, layers=2))
     config.model.dtype = dtype
     layout = LayoutConfig(max_tokens_per_microbatch=100)
     (stays,) = ranks.run(train, 1, config, layout)

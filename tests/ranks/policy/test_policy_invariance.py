@@ -72,7 +72,7 @@ def untied_qwen2_by_sequences(folder: Path) -> tuple[RunConfig, bool]:
 
     The made-up rollouts are far from the policy's, so that weights are about 1/500, and Adam's epsilon with them.
     """
-    config = configuration(tiny_qwen2(folder, tied=False, vocab=VOCAB), overlap=True)
+    config = configuration(tiny_qwen2(folder, tied=False, vocab=VOCAB, layers=2), overlap=True)
     config.algorithm.aggregation = Aggregation.sequence_mean
     config.algorithm.correction = CorrectionConfig(CorrectionKind.truncate, CorrectionLevel.geometric, cap=0.002)
     config.optimizer.epsilon, config.optimizer.max_grad_norm = 1e-6, 0.008

@@ -22,8 +22,15 @@ from clipo_megatron.policy.actor import PolicyActor
 from clipo_megatron.policy.batch.exchange import build_table
 
 
-@pytest.mark.parametrize("share", [False, True])
-@pytest.mark.parametrize("terms", ["policy loss", "kl and entropy, by sequence"])
+@pytest.mark.parametrize(
+    ("terms", "share"),
+    [
+        ("policy loss", False),
+        ("kl and entropy, by sequence", True),
+        pytest.param("policy loss", True, marks=pytest.mark.full),
+        pytest.param("kl and entropy, by sequence", False, marks=pytest.mark.full),
+    ],
+)
 @pytest.mark.parametrize(
     ("family", "tied"),
     [(tiny_llama, True), (tiny_qwen2, False), (tiny_qwen3, True), (tiny_mistral, False), (tiny_phi3, True)],
@@ -91,7 +98,7 @@ def broken_then_sound(config: RunConfig, layout_config: LayoutConfig, poison: fl
 def test_a_gradient_that_is_not_finite_is_skipped_on_every_rank(
     world: int, layout: LayoutConfig, poison: float, ranks: RankPool, tmp_path: Path
 ) -> None:
-    config = configuration(tiny_llama(tmp_path, vocab=VOCAB))
+    config = configuration(tiny_llama(tmp_path, vocab=VOCAB, layers=2))
     config.clipo.enabled = False
     for history in ranks.run(broken_then_sound, world, config, layout, poison):
         (first, before), (second, same), (third, after) = history
@@ -129,7 +136,7 @@ def test_a_step_without_a_signal_passes(
     correct: bool | None, aggregation: Aggregation, ranks: RankPool, tmp_path: Path
 ) -> None:
     """All correct, all wrong, or nothing graded: the gradient is zero, and nothing fails."""
-    config = configuration(tiny_llama(tmp_path, vocab=VOCAB))
+    config = configuration(tiny_llama(tmp_path, vocab=VOCAB, layers=2))
     config.algorithm.aggregation, config.algorithm.constant_length = aggregation, 15
     layout = LayoutConfig(tp=2, sequence_parallel=True)
     for metrics, finite in ranks.run(nothing_to_learn, 4, config, layout, correct):
@@ -148,7 +155,7 @@ def taking_turns(config: RunConfig, layout_config: LayoutConfig) -> list[dict[st
 
 @pytest.mark.parametrize("dtype", [DType.fp32, DType.bf16])
 def test_offloading_between_steps_changes_nothing(ranks: RankPool, tmp_path: Path, dtype: DType):
-    config = configuration(tiny_llama(tmp_path))
+    config = configuration(tiny_llama(tmp_path, layers=2))
     config.model.dtype = dtype
     config.algorithm.kl.coefficient = 0.01  # keeps a reference policy
     for kept, turned in ranks.run(taking_turns, 2, config, LayoutConfig(pp=2)):

@@ -54,7 +54,7 @@ def record(folder: str, output: str, layout_config: LayoutConfig, clipo: bool = 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    return str(tiny_llama(tmp_path_factory.mktemp("recorded") / "model"))
+    return str(tiny_llama(tmp_path_factory.mktemp("recorded") / "model", layers=2))
 
 
 @pytest.fixture(scope="module")
