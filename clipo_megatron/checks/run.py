@@ -12,6 +12,7 @@ from clipo_megatron.checks.batch import batch_problems
 from clipo_megatron.checks.data import data_problems
 from clipo_megatron.checks.evaluation import evaluation_problems
 from clipo_megatron.checks.layout import layout_problems
+from clipo_megatron.checks.megatron import megatron_problems
 from clipo_megatron.checks.methods import method_problems
 from clipo_megatron.checks.model import model_problems
 from clipo_megatron.checks.output import output_problems
@@ -60,6 +61,7 @@ def _problems(config: RunConfig, ranks: int | None, trains: bool) -> Iterator[Co
         yield from batch_problems(config, ranks)
     yield from range_problems(config)
     yield from training_problems(config)
+    yield from megatron_problems(config)
     yield from rollout_problems(config)
     yield from evaluation_problems(config)
     if trains:

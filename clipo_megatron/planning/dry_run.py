@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from clipo_megatron.algorithms.clipo import ContrastiveHead
+from clipo_megatron.config.errors import ConfigError
 from clipo_megatron.config.schema import RunConfig
 from clipo_megatron.planning.errors import PlanError
 from clipo_megatron.planning.hardware import Assumptions
@@ -59,7 +60,7 @@ def build_ranks(config: RunConfig, spec: ModelSpec, ranks: Iterable[int] | None 
         PlanError: there is no such rank, or Megatron cannot build it.
     """
     world, division = config.layout.requested_ranks, ParallelDivision.of(config.layout)
-    dp = world // config.layout.replica_ranks
+    dp = config.layout.replicas(world)
     memory = trainer_memory(config, spec, division, dp, Assumptions())
     head = _built_head(config, spec)
     for rank in range(world) if ranks is None else ranks:
@@ -67,12 +68,20 @@ def build_ranks(config: RunConfig, spec: ModelSpec, ranks: Iterable[int] | None 
             raise PlanError(f"--rank {rank}: the layout has {world} ranks, 0 to {world - 1}")
         try:
             with fake_process_group(config.layout, rank=rank, world=world) as place:
-                stages = meta_stages(spec, place, dtype=config.model.dtype, vocab_multiple=VOCAB_MULTIPLE_ON_GPUS)
+                stages = meta_stages(
+                    spec,
+                    place,
+                    dtype=config.model.dtype,
+                    vocab_multiple=VOCAB_MULTIPLE_ON_GPUS,
+                    megatron=config.megatron,
+                )
                 built = _count(stages)
                 nbytes = sum(each.numel() * each.element_size() for stage in stages for each in stage.parameters())
                 planned = rank_count(
                     spec, division, place.pp_rank, place.coordinates, vocab_multiple=VOCAB_MULTIPLE_ON_GPUS
                 )
+        except ConfigError:
+            raise
         except (AssertionError, ValueError) as error:
             raise PlanError(f"rank {rank} of {world} cannot be built: {error}") from error
         yield BuiltRank(

@@ -45,7 +45,9 @@ class PolicyActor(Policy):
         super().__init__(config, layout)
         self.needs = needs
         self.batcher = Batcher.of(config, layout)
-        self.trainable = Trainable("policy", self.stage, layout, config.optimizer, total_steps=total_steps)
+        self.trainable = Trainable(
+            "policy", self.stage, layout, config.optimizer, total_steps=total_steps, megatron=config.megatron
+        )
         self.contrastive = (
             ContrastiveActor(self.spec.hidden_size, config.clipo, layout, seed=config.train.seed)
             if Signal.contrastive in needs and layout.is_last_stage
@@ -193,7 +195,13 @@ class PolicyActor(Policy):
     # --- learning ------------------------------------------------------------------------------------------------
 
     def update(
-        self, batch: MiniBatch, experience: Experience, algorithm: Algorithm, *, first: bool = False
+        self,
+        batch: MiniBatch,
+        experience: Experience,
+        algorithm: Algorithm,
+        *,
+        first: bool = False,
+        last: bool = True,
     ) -> dict[str, float]:
         """Take one optimizer step on one mini-batch.
 
@@ -203,6 +211,7 @@ class PolicyActor(Policy):
             algorithm: its `objective`, summed over all ranks, is the loss.
             first: whether the weights are still those that were scored. Then KL(old || new) must be 0, and is reported
                 as "policy/first_update_kl".
+            last: whether the weights may be read afterwards; false where another update follows at once.
 
         Returns:
             Metrics, identical on every rank: see `Trainable.update`. "policy/update_skipped" counts the step's updates
@@ -234,7 +243,7 @@ class PolicyActor(Policy):
             }
             return total, metrics
 
-        metrics = self.trainable.update(batch.micro_batches, loss, added_loss=group_loss)
+        metrics = self.trainable.update(batch.micro_batches, loss, added_loss=group_loss, last=last)
         self._skipped = (0 if first else self._skipped) + (metrics["policy/skipped_in_a_row"] > 0)
         if first and "policy/update_kl" in metrics:
             metrics["policy/first_update_kl"] = metrics.pop("policy/update_kl")

@@ -38,7 +38,7 @@ class CriticActor:
         if config.critic.path and (problem := vocabulary_problem(path, config.model.path)):
             raise ConfigError([problem])
         build = partial(ValueStage, seed=config.train.seed)
-        self.stage = loaded_stage(build, path, config.model, layout)
+        self.stage = loaded_stage(build, path, config, layout)
         self.spec = self.stage.spec
         self.epochs = config.critic.epochs or config.algorithm.epochs
         learning_rate = config.critic.learning_rate
@@ -48,7 +48,9 @@ class CriticActor:
             min_learning_rate=min(config.optimizer.min_learning_rate, learning_rate),
         )
         updates = config.train.steps * config.algorithm.mini_batches * self.epochs
-        self.trainable = Trainable("critic", self.stage, layout, settings, total_steps=updates)
+        self.trainable = Trainable(
+            "critic", self.stage, layout, settings, total_steps=updates, megatron=config.megatron
+        )
 
     # --- scoring -----------------------------------------------------------------------------------------------------
 

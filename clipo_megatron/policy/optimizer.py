@@ -7,7 +7,7 @@ off: `calculate_per_token_loss` turns off the first two, and `sum_gradients` kee
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from torch import Tensor
 
 from clipo_megatron.config.schema import OptimizerConfig
 from clipo_megatron.policy.host_memory import HostedTensors
+from clipo_megatron.policy.megatron_fields import configured
 from clipo_megatron.runtime.platform import platform
 
 
@@ -28,21 +29,32 @@ def sum_gradients(model: list[torch.nn.Module], _num_tokens: Any = None, **kwarg
     finalize_model_grads(model, None, **kwargs)
 
 
-def data_parallel(stage: MegatronModule, settings: OptimizerConfig) -> DistributedDataParallel:
-    """Wrap a stage so that its gradients accumulate in fp32 and reduce-scatter over data-parallel ranks."""
-    wrapped = DistributedDataParallel(
-        stage.config,
-        DistributedDataParallelConfig(
-            grad_reduce_in_fp32=True,
-            use_distributed_optimizer=True,
-            overlap_grad_reduce=settings.overlap_grad_reduce,
-            average_in_collective=False,
-        ),
-        stage,
+def data_parallel(
+    stage: MegatronModule, settings: OptimizerConfig, *, replicas: int, megatron: Mapping[str, Any]
+) -> DistributedDataParallel:
+    """Wrap a stage so that its gradients accumulate in fp32 and reduce-scatter over data-parallel ranks.
+
+    Among several `replicas` both that and the gathering of new weights run beside computation, unless the settings say
+    otherwise. `megatron` are the fields of that section.
+    """
+    overlap = replicas > 1 if settings.overlap_grad_reduce is None else settings.overlap_grad_reduce
+    fields = configured(
+        DistributedDataParallelConfig,
+        megatron,
+        owned={
+            "grad_reduce_in_fp32": True,
+            "use_distributed_optimizer": True,
+            "overlap_grad_reduce": overlap,
+            # All buckets are gathered after an update, at once; by default each waits for the one before.
+            "align_param_gather": overlap,
+            "average_in_collective": False,
+        },
+        defaults={"overlap_param_gather": overlap},
     )
+    wrapped = DistributedDataParallel(stage.config, fields, stage)
     wrapped.broadcast_params()
     stage.config.finalize_model_grads_func = sum_gradients
-    if settings.overlap_grad_reduce:
+    if overlap:
         stage.config.no_sync_func = wrapped.no_sync
     return wrapped
 
@@ -55,29 +67,38 @@ def param_buffers(model: DistributedDataParallel) -> list[Any]:
 class DistributedAdamW:
     """AdamW with fp32 masters, sharded over data-parallel ranks; it clips gradients and has a learning-rate schedule.
 
-    The learning rate decays over `total_steps` updates.
+    The learning rate decays over `total_steps` updates. `megatron` are the fields of that section.
     """
 
-    def __init__(self, model: DistributedDataParallel, settings: OptimizerConfig, *, total_steps: int):
+    def __init__(
+        self,
+        model: DistributedDataParallel,
+        settings: OptimizerConfig,
+        *,
+        total_steps: int,
+        megatron: Mapping[str, Any],
+    ):
         self._model, self._hosted = model, HostedTensors()
+        fields = configured(
+            MegatronOptimizerConfig,
+            megatron,
+            owned={
+                "optimizer": "adam",
+                "lr": settings.learning_rate,
+                "min_lr": settings.min_learning_rate,
+                "weight_decay": settings.weight_decay,
+                "adam_beta1": settings.beta1,
+                "adam_beta2": settings.beta2,
+                "adam_eps": settings.epsilon,
+                "clip_grad": settings.max_grad_norm,
+                "bf16": model.config.bf16,
+                "params_dtype": model.config.params_dtype,
+                "use_distributed_optimizer": True,
+            },
+            defaults={"overlap_param_gather": model.ddp_config.overlap_param_gather},
+        )
         with platform().cuda_tensor_names():
-            self.inner: MegatronOptimizer = get_megatron_optimizer(
-                MegatronOptimizerConfig(
-                    optimizer="adam",
-                    lr=settings.learning_rate,
-                    min_lr=settings.min_learning_rate,
-                    weight_decay=settings.weight_decay,
-                    adam_beta1=settings.beta1,
-                    adam_beta2=settings.beta2,
-                    adam_eps=settings.epsilon,
-                    clip_grad=settings.max_grad_norm,
-                    bf16=model.config.bf16,
-                    params_dtype=model.config.params_dtype,
-                    use_distributed_optimizer=True,
-                ),
-                [model],
-                use_gloo_process_groups=False,
-            )
+            self.inner: MegatronOptimizer = get_megatron_optimizer(fields, [model], use_gloo_process_groups=False)
         self.schedule = OptimizerParamScheduler(
             self.inner,
             init_lr=0.0 if settings.warmup_steps else settings.learning_rate,
@@ -107,9 +128,21 @@ class DistributedAdamW:
             return float(self.inner.get_grad_norm())
 
     def step(self) -> None:
-        """Clip the accumulated gradients and update masters and weights, but not the schedule."""
+        """Clip the accumulated gradients and update masters and weights, but not the schedule.
+
+        Where weights are gathered beside computation, `complete_weights` has to follow before anything but a forward of
+        the model's modules reads them.
+        """
         with platform().cuda_tensor_names():
             self.inner.step()
+        if self._model.ddp_config.overlap_param_gather:
+            self._model.start_param_sync()
+
+    def complete_weights(self) -> None:
+        """Wait for the weights that other data-parallel ranks have updated, if they are still on their way."""
+        if self._model.ddp_config.overlap_param_gather:
+            for group in (*self._model.bucket_groups, *self._model.expert_parallel_bucket_groups):
+                group.finish_param_sync(skip_next_bucket_dispatch=True)
 
     def offload(self) -> None:
         """Free the gradients, and move masters and moments into host memory."""

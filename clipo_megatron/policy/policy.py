@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from clipo_megatron.config.errors import ConfigError
 from clipo_megatron.config.model_folder import hf_folder
-from clipo_megatron.config.schema import ModelConfig, RunConfig
-from clipo_megatron.policy.model.model import TORCH_DTYPE, PolicyStage, transformer_config
+from clipo_megatron.config.schema import RunConfig
+from clipo_megatron.policy.model.model import TORCH_DTYPE, PolicyStage, transformer_config, transformer_engine_usable
 from clipo_megatron.policy.parallel import Layout
 from clipo_megatron.runtime.platform import platform
 from clipo_megatron.weights.coverage import check_tensors, match
@@ -34,13 +35,14 @@ class Policy:
         weights: a checkpoint of that model to read the weights from; None: from model.path.
 
     Raises:
+        ConfigError: the section `megatron` has fields that Megatron refuses, or that need what is not here.
         ValueError: the layout divides experts in a way that this machine's communication cannot.
         WeightsError: the folder cannot be used, or not in this layout.
     """
 
     def __init__(self, config: RunConfig, layout: Layout, *, weights: Path | None = None):
         self.config, self.layout = config, layout
-        self.stage = loaded_stage(PolicyStage, config.model.path, config.model, layout, weights=weights)
+        self.stage = loaded_stage(PolicyStage, config.model.path, config, layout, weights=weights)
         self.spec = self.stage.spec
         # Names, shapes and owners of the Hugging Face tensors that this policy exports.
         self.export_plan: ExportPlan = plan_export(self.spec, layout.division, dtype=TORCH_DTYPE[config.model.dtype])
@@ -59,7 +61,7 @@ class Policy:
 def loaded_stage(
     build: Callable[[ModelSpec, TransformerConfig, Layout], Stage],
     folder: str,
-    settings: ModelConfig,
+    config: RunConfig,
     layout: Layout,
     *,
     weights: Path | None = None,
@@ -70,11 +72,26 @@ def loaded_stage(
     """
     spec = model_spec(read_config(hf_folder(folder)))
     _check_experts(spec, layout)
+    check_quantized(config.megatron)
     with platform().cuda_tensor_names():
-        stage = build(spec, transformer_config(spec, settings, layout), layout)
-        stage.to(device=platform().device, dtype=TORCH_DTYPE[settings.dtype])
+        stage = build(spec, transformer_config(spec, config.model, layout, config.megatron), layout)
+        stage.to(device=platform().device, dtype=TORCH_DTYPE[config.model.dtype])
     _load(stage, str(weights or folder), layout)
     return stage
+
+
+def check_quantized(megatron: Mapping[str, Any]) -> None:
+    """Refuse products of 8- and 4-bit factors where there are no layers that compute them.
+
+    Raises:
+        ConfigError: transformer-engine cannot be used here.
+    """
+    for name in ("fp8", "fp4"):
+        if megatron.get(name) is not None and not transformer_engine_usable():
+            raise ConfigError(
+                f"megatron.{name} = {megatron[name]}: only transformer-engine's layers compute such products, and it "
+                "cannot be used on this machine. Install it on one with GPUs, or remove the field."
+            )
 
 
 def _check_experts(spec: ModelSpec, layout: Layout) -> None:

@@ -6,7 +6,7 @@ The policy and the critic are both trained through it, so that what guards an up
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -34,16 +34,26 @@ class Trainable:
         layout: this rank's place in the parallel layout.
         settings: of the optimizer.
         total_steps: updates in the whole run, over which the learning rate decays.
+        megatron: the fields of that section of the configuration.
 
     Attributes:
         pre_mutation_hook: called before weights or optimizer state change or move. A checkpoint that copies them in
             another thread has it wait until the copy is done.
     """
 
-    def __init__(self, name: str, stage: PolicyStage, layout: Layout, settings: OptimizerConfig, *, total_steps: int):
+    def __init__(
+        self,
+        name: str,
+        stage: PolicyStage,
+        layout: Layout,
+        settings: OptimizerConfig,
+        *,
+        total_steps: int,
+        megatron: Mapping[str, Any],
+    ):
         self.name, self.stage, self.layout = name, stage, layout
-        self.model = data_parallel(stage, settings)
-        self.optimizer = DistributedAdamW(self.model, settings, total_steps=total_steps)
+        self.model = data_parallel(stage, settings, replicas=layout.dp * layout.share.size, megatron=megatron)
+        self.optimizer = DistributedAdamW(self.model, settings, total_steps=total_steps, megatron=megatron)
         self.pre_mutation_hook: Callable[[], None] = lambda: None
         self._skipped_in_a_row = 0
         self._hosted_weights = HostedTensors()
@@ -57,14 +67,13 @@ class Trainable:
             What `last_stage` makes of each micro-batch and its states [T, H]; [] on stages before the last.
         """
         with torch.no_grad():
-            return _run_pipeline(
-                self.model,
-                micro_batches,
-                lambda micro, hidden, non_loss_data: last_stage(micro, hidden),
-                forward_only=True,
+            return self._run_pipeline(
+                micro_batches, lambda micro, hidden, non_loss_data: last_stage(micro, hidden), forward_only=True
             )
 
-    def update(self, micro_batches: Sequence[MicroBatch], loss: Loss, *, added_loss: float = 0.0) -> dict[str, float]:
+    def update(
+        self, micro_batches: Sequence[MicroBatch], loss: Loss, *, added_loss: float = 0.0, last: bool = True
+    ) -> dict[str, float]:
         """Take one optimizer step, or skip it on all ranks when the loss or a gradient is not finite.
 
         Args:
@@ -72,6 +81,8 @@ class Trainable:
             loss: the loss [] of a micro-batch from the last stage's states [T, H], and the metrics to add up; the sum
                 over all micro-batches and data-parallel ranks is minimised.
             added_loss: a part of the loss's value that the caller has computed; its gradient comes through `loss`.
+            last: whether the weights may be read afterwards; otherwise another `update` or `forward` has to follow,
+                during which they are completed.
 
         Returns:
             Metrics, identical on every rank: the sums, "<name>/grad_norm" before clipping, "<name>/skipped_in_a_row"
@@ -86,6 +97,8 @@ class Trainable:
         if math.isfinite(total) and math.isfinite(norm):
             self.pre_mutation_hook()
             self.optimizer.step()
+            if last:
+                self.optimizer.complete_weights()
             self._skipped_in_a_row = 0
         else:
             self._skipped_in_a_row += 1
@@ -122,28 +135,30 @@ class Trainable:
             count = torch.tensor(micro.targets.numel(), dtype=torch.int, device=hidden.device)
             return value, count, metrics
 
-        return _run_pipeline(self.model, micro_batches, with_count, forward_only=False)
+        return self._run_pipeline(micro_batches, with_count, forward_only=False)
 
+    def _run_pipeline(
+        self, micro_batches: Sequence[MicroBatch], last_stage: Callable[..., Any], *, forward_only: bool
+    ) -> list[Any]:
+        """Run Megatron's pipeline schedule; returns what `last_stage` makes of each micro-batch, [] elsewhere."""
 
-def _run_pipeline(
-    model: torch.nn.Module, micro_batches: Sequence[MicroBatch], last_stage: Callable[..., Any], *, forward_only: bool
-) -> list[Any]:
-    """Run Megatron's pipeline schedule; returns what `last_stage` makes of each micro-batch, [] on other stages."""
+        def forward_step(batches: Iterator[MicroBatch], model: torch.nn.Module) -> tuple[Tensor, Callable[..., Any]]:
+            micro = next(batches)
+            hidden = model(micro)
+            # Modules wait for their weights themselves, but `last_stage` reads those of the head.
+            self.optimizer.complete_weights()
+            return hidden, partial(last_stage, micro)
 
-    def forward_step(batches: Iterator[MicroBatch], stage: torch.nn.Module) -> tuple[Tensor, Callable[..., Any]]:
-        micro = next(batches)
-        return stage(micro), partial(last_stage, micro)
-
-    return get_forward_backward_func()(
-        forward_step_func=forward_step,
-        data_iterator=iter(micro_batches),
-        model=[model],
-        num_microbatches=len(micro_batches),
-        seq_length=micro_batches[0].tokens.numel(),  # only a hint: lengths travel with the tensors
-        micro_batch_size=1,
-        forward_only=forward_only,
-        collect_non_loss_data=forward_only,
-    )
+        return get_forward_backward_func()(
+            forward_step_func=forward_step,
+            data_iterator=iter(micro_batches),
+            model=[self.model],
+            num_microbatches=len(micro_batches),
+            seq_length=micro_batches[0].tokens.numel(),  # only a hint: lengths travel with the tensors
+            micro_batch_size=1,
+            forward_only=forward_only,
+            collect_non_loss_data=forward_only,
+        )
 
 
 def _summed_metrics(outputs: Sequence[dict[str, Tensor]], prefix: str, layout: Layout) -> dict[str, float]:

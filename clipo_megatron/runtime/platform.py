@@ -259,6 +259,9 @@ def are_device_names(text: str) -> bool:
 @cache
 def platform() -> Platform:
     """The platform of this process: the GPU of its LOCAL_RANK if there is one, otherwise the CPU."""
+    # One queue to each GPU starts kernels in the order in which they were called: communication of tensor parallelism
+    # then begins before the product that it runs beside. The driver reads it when it is first used.
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     if torch.cuda.is_available():
         index = int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count()
         torch.cuda.set_device(index)

@@ -54,13 +54,12 @@ class Trainer:
             actor.batcher.assign_token_advantages(experience, algorithm)
         with watch("update"):
             metrics |= actor.update_critic(experience, algorithm)  # if there is a critic
-            first = True  # the weights are those that scored
             plan = algorithm.replay(experience)  # empty while a hook freezes the policy
-            for each in plan:
-                for batch in each.mini_batches * run.config.algorithm.epochs:
-                    weighed = actor.batcher.with_advantages(batch, each, algorithm)
-                    metrics |= actor.update(weighed, each, algorithm, first=first)
-                    first = False
+            updates = [(each, batch) for each in plan for batch in each.mini_batches * run.config.algorithm.epochs]
+            for place, (each, batch) in enumerate(updates):
+                weighed = actor.batcher.with_advantages(batch, each, algorithm)
+                # Before the first, the weights are those that scored.
+                metrics |= actor.update(weighed, each, algorithm, first=not place, last=place == len(updates) - 1)
             if plan and run.config.report.measure_update_kl:
                 metrics |= actor.measure_update(micro_batches)
             algorithm.after_update(experience, learned=bool(plan))

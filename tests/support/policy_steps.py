@@ -30,7 +30,7 @@ from clipo_megatron.rewards.voting import answer_key
 STEPS = 3
 
 
-def configuration(folder: Path | str, *, overlap: bool = False) -> RunConfig:
+def configuration(folder: Path | str, *, overlap: bool | None = None) -> RunConfig:
     """The configuration of a small run in fp32 whose updates move the weights by about 1%.
 
     The policy's Adam has an epsilon as large as the gradients. With a small one, the rounding noise of a gradient near
@@ -154,13 +154,12 @@ def train(
         experience = algorithm.assign_advantages(table, mini_batches)
         actor.batcher.assign_token_advantages(experience, algorithm)
         facts["values"].append(actor.update_critic(experience, algorithm))
-        fresh = True
         plan = algorithm.replay(experience)
-        for each in plan:
-            for batch in each.mini_batches * config.algorithm.epochs:
-                weighed = batcher.with_advantages(batch, each, algorithm)
-                facts["updates"].append(actor.update(weighed, each, algorithm, first=fresh))
-                fresh = False
+        updates = [(each, batch) for each in plan for batch in each.mini_batches * config.algorithm.epochs]
+        for place, (each, batch) in enumerate(updates):
+            weighed = batcher.with_advantages(batch, each, algorithm)
+            last = place == len(updates) - 1
+            facts["updates"].append(actor.update(weighed, each, algorithm, first=not place, last=last))
         algorithm.after_update(experience, learned=bool(plan))
         facts["signals"].append(dict(table.signals))
         facts["reward"].append(experience.reward)

@@ -92,3 +92,6 @@ class RunConfig:
     faults: FaultsConfig = field(default_factory=FaultsConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     report: ReportConfig = field(default_factory=ReportConfig)
+    # any field of Megatron's TransformerConfig, DistributedDataParallelConfig and OptimizerConfig that nothing else
+    # decides, such as recompute_granularity: selective
+    megatron: dict[str, Any] = field(default_factory=dict)

@@ -32,7 +32,9 @@ class OptimizerConfig:
     epsilon: float = within(1.0e-8, above=0)  # added to the denominator of Adam
     max_grad_norm: float = within(1.0, above=0)  # larger gradients are scaled down to this norm
     max_skipped_updates: int = within(5, 0)  # updates skipped in a row (not finite) before the run ends
-    overlap_grad_reduce: bool = False  # reduce gradients over replicas during the backward pass
+    # reduce gradients over replicas during the backward pass, and gather new weights during the next update's forward;
+    # null: with more than one replica
+    overlap_grad_reduce: Optional[bool] = None
 
 
 @dataclass

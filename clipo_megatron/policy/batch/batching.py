@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -28,6 +29,7 @@ class Batcher:
     mini_batches: int  # of a step
     max_tokens: int  # of a micro-batch
     share_prompts: bool  # whether the prompt of a group is packed once
+    multiple: int = 1  # of which the tokens of a row are a multiple
 
     @classmethod
     def of(cls, config: RunConfig, layout: Layout) -> Batcher:
@@ -39,6 +41,7 @@ class Batcher:
             config.algorithm.mini_batches,
             config.layout.max_tokens_per_microbatch,
             config.rollout.window_tokens is None if wanted is None else wanted,
+            layout.row_multiple * _quantized_block(config.megatron),
         )
 
     def mini_batches_of(self, samples: Sequence[Sample], table: RolloutTable) -> list[MiniBatch]:
@@ -105,7 +108,7 @@ class Batcher:
         return pack(
             samples,
             share_prompts=self.share_prompts,
-            multiple=self.layout.row_multiple,
+            multiple=self.multiple,
             device=platform().device,
         )
 
@@ -220,3 +223,13 @@ class Batcher:
         held = redistribute(batch.micro_batches, owner, self.layout)
         packed = (self.pack([held.samples[row] for row in rows[each].tolist()]) for each in plan[self.layout.dp_rank])
         return [with_columns(micro, held.parts, held.nothing) for micro in packed]
+
+
+def _quantized_block(megatron: Mapping[str, Any]) -> int:
+    """The tokens of which a row must be a multiple so that products of 8- and 4-bit factors take it; 1 without them.
+
+    transformer-engine's kernels want 16, its recipe of blocks scales 128 tokens together, and mxfp8 32.
+    """
+    if megatron.get("fp8") is None and megatron.get("fp4") is None:
+        return 1
+    return {"blockwise": 128, "mxfp8": 32}.get(megatron.get("fp8_recipe", ""), 16)

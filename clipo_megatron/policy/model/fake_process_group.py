@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -33,7 +34,12 @@ def fake_process_group(config: LayoutConfig, *, rank: int, world: int, vpp: int 
 
 
 def meta_stages(
-    spec: ModelSpec, layout: Layout, *, dtype: DType = DType.bf16, vocab_multiple: int | None = None
+    spec: ModelSpec,
+    layout: Layout,
+    *,
+    dtype: DType = DType.bf16,
+    vocab_multiple: int | None = None,
+    megatron: Mapping[str, Any] | None = None,
 ) -> list[PolicyStage]:
     """Build the rank's model chunks on the meta device, so that parameters take no memory.
 
@@ -42,8 +48,12 @@ def meta_stages(
         layout: the rank's place, from `fake_process_group`.
         dtype: of the parameters.
         vocab_multiple: each rank's rows of the vocabulary are padded to a multiple of it; None: as training does here.
+        megatron: the fields of that section of the configuration.
+
+    Raises:
+        ConfigError: Megatron refuses these fields.
     """
-    config = transformer_config(spec, ModelConfig(dtype=dtype), layout)
+    config = transformer_config(spec, ModelConfig(dtype=dtype), layout, megatron)
     config.use_cpu_initialization = True  # else Megatron names a device for every parameter
     with torch.device("meta"), platform().cuda_tensor_names(), _engine_on_meta():
         return build_stages(spec, config, layout, vocab_multiple=vocab_multiple)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from megatron.core.extensions.transformer_engine import TENorm
 from megatron.core.models.gpt.gpt_layer_specs import (
@@ -10,6 +13,7 @@ from megatron.core.models.gpt.gpt_layer_specs import (
 )
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
+from megatron.core.tensor_parallel.layers import _grad_accum_fusion_available
 from megatron.core.tensor_parallel.mappings import copy_to_tensor_model_parallel_region
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
@@ -20,6 +24,7 @@ from clipo_megatron.config.errors import ConfigError
 from clipo_megatron.config.packages import other_version
 from clipo_megatron.config.schema import DType, ModelConfig
 from clipo_megatron.flow import MicroBatch
+from clipo_megatron.policy.megatron_fields import configured
 from clipo_megatron.policy.model.attention import AttentionPlan, PackedAttention, plan_attention
 from clipo_megatron.policy.model.experts import adapt_experts, adapt_sparse_layer, expert_settings
 from clipo_megatron.policy.model.logprobs import token_logprobs
@@ -59,51 +64,79 @@ class RMSNorm(torch.nn.RMSNorm):
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
 
-def transformer_config(spec: ModelSpec, model: ModelConfig, layout: Layout) -> TransformerConfig:
-    """Megatron's configuration for an architecture in a layout."""
+def transformer_config(
+    spec: ModelSpec, model: ModelConfig, layout: Layout, megatron: Mapping[str, Any] | None = None
+) -> TransformerConfig:
+    """Megatron's configuration for an architecture in a layout, with the fields of the section `megatron`.
+
+    Raises:
+        ConfigError: Megatron refuses these fields.
+    """
     bf16 = model.dtype is DType.bf16
-    return TransformerConfig(
-        num_layers=spec.num_layers,
-        hidden_size=spec.hidden_size,
-        ffn_hidden_size=spec.ffn_hidden_size,
-        num_attention_heads=spec.num_heads,
-        num_query_groups=spec.num_kv_heads,
-        kv_channels=spec.head_dim,
-        normalization="RMSNorm",
-        layernorm_epsilon=spec.rms_norm_eps,
-        gated_linear_unit=True,
-        activation_func=torch.nn.functional.silu,
-        add_bias_linear=False,
-        add_qkv_bias=spec.qkv_bias,
-        qk_layernorm=spec.qk_norm,
-        attention_dropout=0.0,
-        hidden_dropout=0.0,
-        attention_softmax_in_fp32=True,
-        tensor_model_parallel_size=layout.tp,
-        pipeline_model_parallel_size=layout.pp,
-        context_parallel_size=layout.share.size,
-        **_stage_sizes(layout.division),
-        expert_model_parallel_size=layout.division.ep,
-        expert_tensor_parallel_size=layout.division.expert_tp,
-        sequence_parallel=layout.sequence_parallel,
-        pipeline_dtype=TORCH_DTYPE[model.dtype],
-        params_dtype=TORCH_DTYPE[model.dtype],
-        bf16=bf16,
-        variable_seq_lengths=True,
-        moe_token_dispatcher_type="alltoall",  # the default refuses variable lengths, even in a dense model
-        perform_initialization=False,
-        calculate_per_token_loss=True,  # gradients are sums; see policy.optimizer
-        bias_activation_fusion=False,
-        masked_softmax_fusion=False,
-        apply_rope_fusion=False,
-        bias_dropout_fusion=False,  # without dropout and biases there is nothing to fuse, and it would be compiled
-        gradient_accumulation_fusion=False,
-        persist_layer_norm=transformer_engine_usable(),
-        recompute_granularity="full" if model.recompute else None,
-        recompute_method="uniform" if model.recompute else None,
-        recompute_num_layers=1 if model.recompute else None,
-        **expert_settings(spec, grouped=transformer_engine_usable()),
+    return configured(
+        TransformerConfig,
+        megatron or {},
+        owned={
+            "num_layers": spec.num_layers,
+            "hidden_size": spec.hidden_size,
+            "ffn_hidden_size": spec.ffn_hidden_size,
+            "num_attention_heads": spec.num_heads,
+            "num_query_groups": spec.num_kv_heads,
+            "kv_channels": spec.head_dim,
+            "normalization": "RMSNorm",
+            "layernorm_epsilon": spec.rms_norm_eps,
+            "gated_linear_unit": True,
+            "activation_func": torch.nn.functional.silu,
+            "add_bias_linear": False,
+            "add_qkv_bias": spec.qkv_bias,
+            "qk_layernorm": spec.qk_norm,
+            "attention_dropout": 0.0,
+            "hidden_dropout": 0.0,
+            "tensor_model_parallel_size": layout.tp,
+            "pipeline_model_parallel_size": layout.pp,
+            "context_parallel_size": layout.share.size,
+            **_stage_sizes(layout.division),
+            "expert_model_parallel_size": layout.division.ep,
+            "expert_tensor_parallel_size": layout.division.expert_tp,
+            "sequence_parallel": layout.sequence_parallel,
+            "pipeline_dtype": TORCH_DTYPE[model.dtype],
+            "params_dtype": TORCH_DTYPE[model.dtype],
+            "bf16": bf16,
+            "variable_seq_lengths": True,
+            "perform_initialization": False,
+            "calculate_per_token_loss": True,  # gradients are sums; see policy.optimizer
+            **expert_settings(spec, grouped=transformer_engine_usable()),
+            **_recomputation(model),
+        },
+        defaults={
+            "attention_softmax_in_fp32": True,
+            "moe_token_dispatcher_type": "alltoall",  # the default refuses variable lengths, even in a dense model
+            "masked_softmax_fusion": False,
+            "bias_dropout_fusion": False,  # without dropout and biases there is nothing to fuse, and it is compiled
+            "persist_layer_norm": transformer_engine_usable(),
+            **_fused_kernels(),
+        },
     )
+
+
+def _recomputation(model: ModelConfig) -> dict[str, str | int]:
+    """Megatron's settings that recompute every layer; {}: only what the section `megatron` says is recomputed."""
+    if not model.recompute:
+        return {}
+    return {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+
+
+def _fused_kernels() -> dict[str, bool]:
+    """The kernels of Megatron that do several things at once, where what they need is installed.
+
+    SwiGLU needs torch's compiler, with which every GPU build comes. Rotary embeddings are transformer-engine's, for
+    packed sequences too. Gradients are added up by an extension of apex.
+    """
+    return {
+        "bias_activation_fusion": platform().has_gpu,
+        "apply_rope_fusion": transformer_engine_usable(),
+        "gradient_accumulation_fusion": platform().has_gpu and _grad_accum_fusion_available,
+    }
 
 
 def _stage_sizes(division: ParallelDivision) -> dict[str, int | None]:

@@ -61,6 +61,10 @@ DEVICE_WORDS_ELSEWHERE = {
     "use_gloo_process_groups",
     "create_gloo_process_groups",
     "model_parallel_cuda_manual_seed",
+    "enable_cuda_graph",
+    "external_cuda_graph",
+    "cuda_graph_impl",
+    "cuda_graph_scope",
     "cuda_tensor_names",
 }
 # Modules outside the subpackages without torch that a command line or the start of a rank needs before there is torch.
