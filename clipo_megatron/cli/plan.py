@@ -110,7 +110,7 @@ def _configured(
     from clipo_megatron.planning.layouts import plan_layout, server_gpus_of
 
     ranks = config.layout.requested_ranks
-    dp = ranks // config.layout.replica_ranks
+    dp = config.layout.replicas(ranks)
     return plan_layout(config, spec, dp, server_gpus_of(config, ranks), hardware, assume, critic=critic)
 
 

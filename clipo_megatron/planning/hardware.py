@@ -20,6 +20,7 @@ class Hardware:
     node_bytes_per_s: float  # to other GPUs of the node
     network_bytes_per_s: float  # to other nodes
     gpus_per_node: int = 8
+    host_bytes: float = 2000 * GB  # memory of a node's host
 
 
 HARDWARE: dict[str, Hardware] = {
@@ -59,5 +60,10 @@ class Assumptions:
         3.0 * GB, 0, 1000 * GB
     )  # context, communication buffers and workspaces of one process
     server_memory: float = within(0.85, above=0, most=1)  # of the GPU that a server takes for weights and cache
+    host_memory: float = within(0.9, above=0, most=1)  # of `host_bytes` that may be planned for
+    transfer_s: float = within(
+        1.0e-4, 0, 1
+    )  # of a micro-batch between two pipeline stages, beside its bytes: its shape is sent first
+    error: float = within(0.1, 0, below=1)  # share by which times must differ before the plan tells them apart
     mean_response: float = within(0.5, above=0, most=1)  # of rollout.max_new_tokens
     mean_prompt: float = within(0.5, above=0, most=1)  # of data.max_prompt_tokens

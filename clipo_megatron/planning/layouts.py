@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 
 from clipo_megatron.config.schema import EngineKind, RunConfig
 from clipo_megatron.planning.errors import PlanError
 from clipo_megatron.planning.hardware import Assumptions, Hardware
-from clipo_megatron.planning.memory import ServerMemory, TrainerMemory, server_memory, trainer_memory
+from clipo_megatron.planning.host import HostMemory, host_memory
+from clipo_megatron.planning.memory import ServerMemory, TrainerMemory, server_memory, static_option, trainer_memory
 from clipo_megatron.planning.timing import StepTime, step_time
 from clipo_megatron.weights.errors import WeightsError
 from clipo_megatron.weights.parallel_division import ParallelDivision
@@ -33,6 +34,8 @@ class LayoutPlan:
     hardware: Hardware
     trainer: list[TrainerMemory]  # one for each pipeline stage
     server: ServerMemory
+    host: HostMemory  # of a node
+    static: tuple[str, float]  # the servers' option for weights and cache, and the largest share of a GPU that fits
     time: StepTime
     problems: tuple[str, ...]  # reasons why it does not fit; () if it does
 
@@ -66,7 +69,9 @@ class LayoutPlan:
         """The settings of a configuration that ask for this layout."""
         division = self.division
         chosen = {"layout.tp": division.tp, "layout.pp": division.pp, "layout.dp": self.dp, "serve.tp": self.server_tp}
-        if not self.colocated:
+        if self.colocated:
+            chosen |= {self.static[0]: self.static[1]}
+        else:
             servers = self.server_gpus // self.server_tp
             here = max(1, self.hardware.gpus_per_node // self.server_tp)  # each node runs its own `clipo serve`
             chosen |= {"serve.servers": min(servers, here), "rollout.servers": servers}
@@ -108,10 +113,14 @@ def plan_layout(
     division = division or ParallelDivision.of(config.layout)
     try:
         trainer = trainer_memory(config, spec, division, dp, assume, critic=critic)
-        time = step_time(config, spec, division, dp, server_gpus, hardware, assume, critic=critic)
+        resident = max(stage.resident for stage in trainer) if config.rollout.colocated else 0.0
+        time = step_time(config, spec, division, dp, server_gpus, hardware, assume, critic=critic, resident=resident)
     except WeightsError as error:
         raise PlanError(f"tp {division.tp} x pp {division.pp} x ep {division.ep}: {error}") from error
-    server = server_memory(spec, config.serve.tp, hardware, assume)
+    option, share = static_option(config)
+    server = server_memory(spec, config.serve.tp, hardware, assume, resident=resident, static=share)
+    most = int(100 * (assume.memory - (server.trainer + server.reserve) / hardware.memory_bytes)) / 100
+    host = host_memory(config, trainer, min(hardware.gpus_per_node, division.tp * config.layout.cp * division.pp * dp))
     return LayoutPlan(
         division=division,
         cp=config.layout.cp,
@@ -123,20 +132,27 @@ def plan_layout(
         hardware=hardware,
         trainer=trainer,
         server=server,
+        host=host,
+        static=(option, max(0.0, most)),
         time=time,
-        problems=tuple(_problems(config, division, dp, trainer, server, server_gpus, hardware, assume)),
+        problems=(
+            *_too_large(trainer, host, hardware, assume),
+            *_problems(config, division, dp, server, server_gpus),
+            *_beside(server, option, share, most, hardware),
+        ),
     )
 
 
-def _problems(
-    config: RunConfig,
-    division: ParallelDivision,
-    dp: int,
-    trainer: list[TrainerMemory],
-    server: ServerMemory,
-    server_gpus: int,
-    hardware: Hardware,
-    assume: Assumptions,
+def _beside(server: ServerMemory, option: str, share: float | None, most: float, hardware: Hardware) -> Iterator[str]:
+    if server.trainer and share is not None and share > most:
+        yield (
+            f"{option} = {share:g} takes {share * hardware.memory_bytes / 1e9:.1f} GB of a GPU of which the trainer "
+            f"keeps {server.trainer / 1e9:.1f} GB: at most {max(0.0, most):.2f} fits"
+        )
+
+
+def _too_large(
+    trainer: list[TrainerMemory], host: HostMemory, hardware: Hardware, assume: Assumptions
 ) -> Iterator[str]:
     usable = hardware.memory_bytes * assume.memory
     for stage, memory in enumerate(trainer):
@@ -146,6 +162,17 @@ def _problems(
                 f"stage {stage} of the trainer needs {memory.total / 1e9:.1f} GB of {usable / 1e9:.1f} GB "
                 f"({largest} alone {memory.parts[largest] / 1e9:.1f} GB)"
             )
+    if host.total > (usable := hardware.host_bytes * assume.host_memory):
+        largest = max(host.parts, key=host.parts.__getitem__)
+        yield (
+            f"the ranks of a node need {host.total / 1e9:.0f} GB of its host's {usable / 1e9:.0f} GB "
+            f"({largest} alone {host.parts[largest] / 1e9:.0f} GB)"
+        )
+
+
+def _problems(
+    config: RunConfig, division: ParallelDivision, dp: int, server: ServerMemory, server_gpus: int
+) -> Iterator[str]:
     longest = config.data.max_prompt_tokens + config.rollout.max_new_tokens
     if not server.sequences(longest):
         yield (
@@ -168,10 +195,12 @@ def search_layouts(
     *,
     critic: ModelSpec | None = None,
 ) -> list[LayoutPlan]:
-    """Find layouts of `gpus` GPUs that fit, the shortest step first; the other arguments are as for `plan_layout`."""
-    server_tp = _smallest_server(config, spec, hardware, assume)
-    if server_tp is None:
-        return []
+    """Find layouts of `gpus` GPUs that fit; the other arguments are as for `plan_layout`.
+
+    The shortest step comes first, but for those that `assume.error` cannot tell from it: of these, the one with the
+    least pipeline and tensor parallelism comes first, because it is simpler and depends on fewer assumptions.
+    """
+    servers = _server_sizes(config, spec, hardware, assume)
     found: list[LayoutPlan] = []
     shares = (1.0,) if config.rollout.colocated else SERVER_SHARES
     for division, share in product(_possible_divisions(spec, gpus, hardware), shares):
@@ -180,25 +209,45 @@ def search_layouts(
         dp, rest = divmod(trainers, division.tp * config.layout.cp * division.pp)
         if rest or not dp or (dp * config.layout.cp * division.tp) % (division.ep * division.expert_tp):
             continue
-        for recompute in (False, True):  # only where it is needed
+        for recompute, server_tp in product((False, True), servers):  # the first only where it is needed
             variant = replace(
                 config,
                 layout=replace(config.layout, sequence_parallel=division.tp > 1),
                 model=replace(config.model, recompute=recompute),
                 serve=replace(config.serve, tp=server_tp),
+                sglang={},
+                vllm={},
             )
             plan = plan_layout(variant, spec, dp, server_gpus, hardware, assume, division=division, critic=critic)
             if plan.fits:
                 found.append(plan)
                 break
-    return sorted(found, key=lambda plan: (plan.time.total, plan.division.pp, plan.division.tp))
+    fastest = {id(plan) for plan in indistinct(found, assume)}
+    return sorted(
+        found,
+        key=lambda plan: (
+            (0, plan.division.pp, plan.recompute, plan.division.tp, plan.time.total)
+            if id(plan) in fastest
+            else (1, plan.time.total, plan.division.pp, plan.recompute, plan.division.tp)
+        ),
+    )
 
 
-def _smallest_server(config: RunConfig, spec: ModelSpec, hardware: Hardware, assume: Assumptions) -> int | None:
-    """Return the GPUs of the smallest server that holds the longest sequence; None if a whole node does not."""
+def indistinct(plans: Sequence[LayoutPlan], assume: Assumptions) -> list[LayoutPlan]:
+    """Return the plans whose step is no longer than the shortest one, as far as this model of time can tell."""
+    shortest = min((plan.time.total for plan in plans), default=0.0)
+    return [plan for plan in plans if plan.time.total <= shortest * (1 + assume.error)]
+
+
+def _server_sizes(config: RunConfig, spec: ModelSpec, hardware: Hardware, assume: Assumptions) -> list[int]:
+    """Return the sizes of servers that hold the longest sequence, up to a whole node; the smallest first.
+
+    The smallest is all that matters, but for colocated ones, beside which the trainer keeps its weights.
+    """
     longest = config.data.max_prompt_tokens + config.rollout.max_new_tokens
     sizes = _powers_of_two(hardware.gpus_per_node)
-    return next((tp for tp in sizes if server_memory(spec, tp, hardware, assume).sequences(longest)), None)
+    found = [tp for tp in sizes if server_memory(spec, tp, hardware, assume).sequences(longest)]
+    return found if config.rollout.colocated else found[:1]
 
 
 def _possible_divisions(spec: ModelSpec, gpus: int, hardware: Hardware) -> Iterator[ParallelDivision]:

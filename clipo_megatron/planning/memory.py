@@ -5,15 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from clipo_megatron.algorithms.methods.registry import has_critic, needs_reference
-from clipo_megatron.config.schema import DType, HeadKind, RunConfig
+from clipo_megatron.config.schema import DType, EngineKind, HeadKind, RunConfig
+from clipo_megatron.planning.activations import layer_shape, stage_activations
 from clipo_megatron.planning.hardware import Assumptions, Hardware
-from clipo_megatron.planning.parameters import (
-    ParameterCount,
-    active_count,
-    stage_chunks,
-    stage_counts,
-    whole_count,
-)
+from clipo_megatron.planning.parameters import ParameterCount, active_count, stage_counts, whole_count
 from clipo_megatron.policy.model.tiles import TILE_BYTES_ON_GPUS
 from clipo_megatron.weights.parallel_division import ParallelDivision
 from clipo_megatron.weights.sharding import VOCAB_MULTIPLE_ON_GPUS
@@ -36,16 +31,26 @@ class TrainerMemory:
     logits: float
     head: float  # contrastive head
     reserve: float
+    others: float  # what a colocated server keeps while it has given back its weights and cache
+    critic_state: float = 0.0  # of the critic's bytes those that are not gradients
 
     @property
     def parts(self) -> dict[str, float]:
         """The bytes of each part, by its name."""
-        return {name: getattr(self, name) for name in self.__dataclass_fields__}
+        return {name: getattr(self, name) for name in self.__dataclass_fields__ if name != "critic_state"}
 
     @property
     def total(self) -> float:
         """The bytes of all parts together."""
         return sum(self.parts.values())
+
+    @property
+    def resident(self) -> float:
+        """The bytes that stay while servers generate on the same GPU: the rest is freed or moved to host memory.
+
+        Weights stay because they are exported to the servers, and so does what the process itself needs.
+        """
+        return self.weights + self.head + self.reserve
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +61,7 @@ class ServerMemory:
     cache: float  # left for keys and values
     cache_per_token: float
     reserve: float
+    trainer: float = 0.0  # what a colocated trainer keeps meanwhile
 
     def sequences(self, tokens: float) -> int:
         """Return how many sequences of `tokens` tokens the server can generate at a time."""
@@ -88,6 +94,7 @@ def trainer_memory(
         replace(
             policy,
             critic=value.weights + value.gradients + value.optimizer,
+            critic_state=value.weights + value.optimizer,
             activations=max(policy.activations, value.activations),
         )
         for policy, value in zip(stages, values, strict=True)
@@ -110,7 +117,7 @@ def _stage_memory(
     cp = config.layout.cp
     expert_dp = max(1, dp * cp * division.tp // (division.ep * division.expert_tp))
     state = 3 * FP32 if bf16 else 2 * FP32  # fp32 parameters are their own masters
-    tokens = config.layout.max_tokens_per_microbatch // cp  # of a micro-batch on one rank
+    tokens = -(-row_tokens(config) // cp)  # of a micro-batch on one rank
     in_flight = min(division.pp - stage, micro_batches(config, dp, assume))
     head = 4 * FP32 * head_count(config, spec) if last else 0  # weights, gradients and both moments
     return TrainerMemory(
@@ -119,10 +126,11 @@ def _stage_memory(
         optimizer=state * (count.dense / (dp * cp) + count.expert / expert_dp),
         reference=width * count.total if needs_reference(config.algorithm) else 0.0,
         critic=0.0,
-        activations=_activations(config, spec, division, stage, tokens * width, in_flight),
-        logits=LOGITS_COPIES * TILE_BYTES_ON_GPUS + 2 * tokens * spec.hidden_size * FP32 if last else 0.0,
+        activations=stage_activations(config, spec, division, stage, tokens=tokens, in_flight=in_flight),
+        logits=LOGITS_COPIES * TILE_BYTES_ON_GPUS + head_bytes(config, spec, division, tokens) if last else 0.0,
         head=head,
         reserve=assume.reserve_bytes,
+        others=assume.reserve_bytes if config.rollout.colocated else 0.0,
     )
 
 
@@ -135,6 +143,15 @@ def _without_lm_head(count: ParameterCount, spec: ModelSpec, division: ParallelD
     return ParameterCount(count.dense - rows * spec.hidden_size, count.expert)
 
 
+def head_bytes(config: RunConfig, spec: ModelSpec, division: ParallelDivision, tokens: int) -> float:
+    """Compute the bytes that the last stage takes for log-probs beside tiles of logits, if every token is a target.
+
+    In the backward pass there are gradients of the states, in fp32 and twice in the model's dtype.
+    """
+    shape = layer_shape(config, spec, division)
+    return tokens * (shape.width * (shape.kept_of_head() + 2 * spec.hidden_size) + FP32 * spec.hidden_size)
+
+
 def head_count(config: RunConfig, spec: ModelSpec) -> int:
     """Count the parameters of the contrastive head, which the last stage holds; 0 without one."""
     if not config.clipo.enabled:
@@ -143,46 +160,46 @@ def head_count(config: RunConfig, spec: ModelSpec) -> int:
     return spec.hidden_size * (inner + config.clipo.dim)
 
 
-def _activations(
-    config: RunConfig, spec: ModelSpec, division: ParallelDivision, stage: int, values: int, in_flight: int
-) -> float:
-    """Compute the bytes that one rank of a stage keeps for the backward pass of `in_flight` micro-batches.
+def row_tokens(config: RunConfig) -> int:
+    """Return the tokens of the longest row of a micro-batch: a rollout that is longer than the limit has its own."""
+    return max(config.layout.max_tokens_per_microbatch, config.data.max_prompt_tokens + config.rollout.max_new_tokens)
 
-    Each layer keeps inputs and outputs of both norms, q, k and v, the attention's output, and the MLP's inner tensors
-    (gate and up, and their product); attention keeps no scores. After arXiv 2205.05198, for gated MLPs and
-    grouped-query attention. With recomputation each layer keeps its input, and one layer of one micro-batch at a time
-    keeps everything else. `values` is the number of bytes of one value for every token of a micro-batch.
+
+# Of each engine the option with the share of a GPU that a server takes for weights and cache
+_STATIC_OPTIONS = {
+    EngineKind.sglang: ("sglang", "mem_fraction_static"),
+    EngineKind.vllm: ("vllm", "gpu_memory_utilization"),
+}
+
+
+def static_option(config: RunConfig) -> tuple[str, float | None]:
+    """Return the option with the share of a GPU that a server takes for weights and cache, and the share, if given."""
+    section, option = _STATIC_OPTIONS.get(config.rollout.engine, ("sglang", "mem_fraction_static"))
+    value = getattr(config, section).get(option)
+    return f"{section}.{option}", float(value) if isinstance(value, int | float) else None
+
+
+def server_memory(
+    spec: ModelSpec,
+    tp: int,
+    hardware: Hardware,
+    assume: Assumptions,
+    *,
+    resident: float = 0.0,
+    static: float | None = None,
+) -> ServerMemory:
+    """Compute the memory of a server on `tp` GPUs, in bf16.
+
+    A trainer keeps `resident` bytes of each GPU meanwhile. Weights and cache take at most the share `static` if given.
     """
-    layers = [
-        layer
-        for chunk in stage_chunks(spec.num_layers, division)[stage]
-        for layer in range(chunk.offset, chunk.offset + chunk.layers)
-    ]
-    shared = division.tp if config.layout.sequence_parallel else 1  # ranks that divide what TP alone would not
-    entry = spec.hidden_size / shared
-    attention = 4 * entry + (2 * spec.query_size + 2 * spec.kv_size) / division.tp
-    dense = 3 * spec.ffn_hidden_size / division.tp
-
-    def whole(layer: int) -> float:
-        if not spec.is_sparse(layer):
-            return attention + dense
-        experts = spec.experts
-        # Every rank keeps a copy of its own tokens for each expert that they are sent to.
-        tokens = experts.per_token / shared
-        return attention + tokens * (2 * spec.hidden_size + 3 * experts.ffn_hidden_size / division.expert_tp)
-
-    if config.model.recompute:
-        return values * (in_flight * entry * len(layers) + max(map(whole, layers), default=0.0))
-    return values * in_flight * sum(map(whole, layers))
-
-
-def server_memory(spec: ModelSpec, tp: int, hardware: Hardware, assume: Assumptions) -> ServerMemory:
-    """Compute the memory of a server on `tp` GPUs, in bf16."""
     weights = BF16 * whole_count(spec).total / tp
     kv_heads = max(1.0, spec.num_kv_heads / tp)  # with more GPUs than KV heads they are held more than once
     per_token = 2 * spec.num_layers * kv_heads * spec.head_dim * BF16
-    left = hardware.memory_bytes * assume.server_memory - weights - assume.reserve_bytes
-    return ServerMemory(weights, max(0.0, left), per_token, assume.reserve_bytes)
+    usable = hardware.memory_bytes * min(assume.server_memory, assume.memory)
+    if resident:
+        usable = min(usable, hardware.memory_bytes * assume.memory - resident)
+    left = min(usable - assume.reserve_bytes, hardware.memory_bytes * (static or 1.0)) - weights
+    return ServerMemory(weights, max(0.0, left), per_token, assume.reserve_bytes, resident)
 
 
 def step_tokens(config: RunConfig, assume: Assumptions) -> tuple[float, float]:

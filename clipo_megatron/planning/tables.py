@@ -12,7 +12,7 @@ from rich.table import Table
 
 from clipo_megatron.config.schema import RunConfig
 from clipo_megatron.planning.hardware import Assumptions, Hardware
-from clipo_megatron.planning.layouts import LayoutPlan
+from clipo_megatron.planning.layouts import LayoutPlan, indistinct
 from clipo_megatron.planning.parameters import active_count, whole_count
 from clipo_megatron.weights.spec import ModelSpec
 
@@ -42,7 +42,7 @@ def print_plan(
     if own is not None:
         _print_configured(console, own)
     for gpus, plans in searched.items():
-        _print_layouts(console, gpus, plans)
+        _print_layouts(console, gpus, plans, assume)
 
 
 def _print_configured(console: Console, own: LayoutPlan) -> None:
@@ -55,8 +55,14 @@ def _print_configured(console: Console, own: LayoutPlan) -> None:
     )
     stage = max(range(division.pp), key=lambda each: own.trainer[each].total)
     _print_column(console, f"GB on a GPU of stage {stage}, the fullest", own.trainer[stage].parts, 1e9)
-    server = {"weights": own.server.weights, "keys and values": own.server.cache, "reserve": own.server.reserve}
+    server = {
+        "weights": own.server.weights,
+        "keys and values": own.server.cache,
+        "reserve": own.server.reserve,
+        "trainer": own.server.trainer,
+    }
     _print_column(console, "GB on a GPU of a server", server, 1e9)
+    _print_column(console, "GB of a node's host", own.host.parts, 1e9)
     phases = ("generate", "score", "update", "sync")
     _print_column(console, "seconds of a step", {name: getattr(own.time, name) for name in phases}, 1.0)
     console.print(
@@ -69,11 +75,11 @@ def _print_configured(console: Console, own: LayoutPlan) -> None:
         console.print("fits", style="green")
 
 
-def _print_layouts(console: Console, gpus: int, plans: list[LayoutPlan]) -> None:
+def _print_layouts(console: Console, gpus: int, plans: list[LayoutPlan], assume: Assumptions) -> None:
     if not plans:
         console.print(f"\n{gpus} GPUs: no layout fits. Try more GPUs, or smaller layout.max_tokens_per_microbatch.")
         return
-    console.print(f"\n{gpus} GPUs: {len(plans)} layouts fit; the cheapest steps:")
+    console.print(f"\n{gpus} GPUs: {len(plans)} layouts fit; the shortest steps:")
     table = Table(box=None, pad_edge=False)
     for name in ("s/step", "generate", "train", "tokens/s/GPU", "GB trainer", "trainer", "servers"):
         table.add_column(name, justify="left" if name in ("trainer", "servers") else "right")
@@ -90,6 +96,12 @@ def _print_layouts(console: Console, gpus: int, plans: list[LayoutPlan]) -> None
             f"{each.server_gpus // each.server_tp} x {each.server_tp}",
         )
     console.print(table, highlight=False)
+    if (alike := len(indistinct(plans, assume))) > 1:
+        console.print(
+            f"the first {alike} differ by less than the {assume.error:.0%} that this model of time can tell apart; "
+            "they stand in the order of their pipeline stages",
+            highlight=False,
+        )
     console.print("the first of them: " + " ".join(plans[0].overrides), highlight=False)
 
 
@@ -127,6 +139,7 @@ def _plan_as_json(each: LayoutPlan) -> dict[str, Any]:
         "problems": list(each.problems),
         "trainer_bytes": [memory.parts for memory in each.trainer],
         "server_bytes": asdict(each.server),
+        "host_bytes": each.host.parts,
         "seconds": {**asdict(each.time), "total": each.time.total},
         "tokens_per_s_per_gpu": each.tokens_per_s_per_gpu,
     }

@@ -18,6 +18,7 @@ from clipo_megatron.planning.memory import (
     micro_batches,
     output_layer_flops,
     server_memory,
+    static_option,
     step_tokens,
 )
 from clipo_megatron.planning.parameters import active_count, stage_chunks, stage_counts, whole_count
@@ -52,34 +53,28 @@ def step_time(
     assume: Assumptions,
     *,
     critic: ModelSpec | None = None,
+    resident: float = 0.0,
 ) -> StepTime:
     """Compute the time of a step on `tp * cp * pp * dp` GPUs that train and `server_gpus` that generate.
 
     Counts the forward passes and updates that the methods declare, before any schedule ends. `critic` is the model that
-    a critic starts from, None: the policy's.
+    a critic starts from, None: the policy's; `resident` are the bytes that a colocated trainer keeps beside a server.
     """
     algorithm, chosen = config.algorithm, methods(config.algorithm)
-    forward = _forward_seconds(config, spec, division, dp, hardware, assume)
-
-    def epoch_seconds(model: ModelSpec, forward: float) -> float:
-        passes, copies = 4 if config.model.recompute else 3, dp * config.layout.cp
-        return passes * forward + algorithm.mini_batches * _reduction_seconds(model, division, copies, hardware, assume)
-
+    time = _PassTime(config, division, dp, hardware, assume)
+    forward = time.forward(spec)
     score = forward * (1 + needs_reference(algorithm) + sum(len(method.prompt_variants) for method in chosen))
-    update = (
-        epoch_seconds(spec, forward) * algorithm.epochs * (1 + sum(issubclass(method, Replay) for method in chosen))
-    )
+    update = time.epoch(spec) * algorithm.epochs * (1 + sum(issubclass(method, Replay) for method in chosen))
     if base_method(algorithm).default_aggregation is None:
         # all updates but the first need a forward pass for the scores
         update += forward * (algorithm.epochs - 1 / algorithm.mini_batches)
     if has_critic(algorithm):
-        forward = _forward_seconds(config, critic or spec, division, dp, hardware, assume)
-        score += forward
-        update += epoch_seconds(critic or spec, forward) * (config.critic.epochs or algorithm.epochs)
+        score += time.forward(critic or spec)
+        update += time.epoch(critic or spec) * (config.critic.epochs or algorithm.epochs)
     sync_bytes = BF16 * whole_count(spec).total
     network = hardware.network_bytes_per_s * assume.network
     return StepTime(
-        generate=generation_seconds(config, spec, server_gpus, hardware, assume),
+        generate=generation_seconds(config, spec, server_gpus, hardware, assume, resident=resident),
         score=score,
         update=update,
         sync=sync_bytes / division.pp / network,  # the stages send at the same time
@@ -88,14 +83,76 @@ def step_time(
     )
 
 
-def _forward_seconds(
+@dataclass(frozen=True, slots=True)
+class _PassTime:
+    """Seconds of passes over a step's tokens through the pipeline of one replica."""
+
+    config: RunConfig
+    division: ParallelDivision
+    dp: int
+    hardware: Hardware
+    assume: Assumptions
+
+    def forward(self, spec: ModelSpec) -> float:
+        """One forward pass."""
+        return self._through(spec, passes=1, transfers=1, flushes=1)
+
+    def epoch(self, spec: ModelSpec) -> float:
+        """Forward and backward passes of all mini-batches, and their updates."""
+        count = self.config.algorithm.mini_batches
+        passes = 4 if self.config.model.recompute else 3
+        computed = self._through(spec, passes=passes, transfers=2, flushes=count)
+        # Gradients are reduced during the backward pass, all but those of its last micro-batch.
+        backward = computed * 2 / passes / (count * self._micro_batches)
+        reduction, gathering = _reduction_seconds(
+            spec, self.division, self.dp * self.config.layout.cp, self.hardware, self.assume
+        )
+        return computed + count * (max(0.0, reduction - backward) + gathering)
+
+    @property
+    def _micro_batches(self) -> int:
+        """Of an update."""
+        return micro_batches(self.config, self.dp, self.assume)
+
+    def _through(self, spec: ModelSpec, *, passes: int, transfers: int, flushes: int) -> float:
+        """Seconds of `passes` times a forward pass, with transfers between stages for every micro-batch.
+
+        The pipeline fills and empties `flushes` times: a micro-batch then passes all stages one after the other, and
+        otherwise they follow each other at the pace of the slowest stage.
+        """
+        stages = stage_seconds(self.config, spec, self.division, self.dp, self.hardware, self.assume)
+        count = self._micro_batches * self.config.algorithm.mini_batches
+        rows = _row_seconds(self.config, spec, self.division, self.dp, self.hardware, self.assume)
+        between = transfers * count * rows.transfer
+        each = [passes * seconds + between for seconds in stages]
+        each[0] += (transfers - 1) * count * rows.embedding
+        slowest = max(each)
+        return slowest + (sum(each) - slowest) * flushes / count
+
+
+@dataclass(frozen=True, slots=True)
+class _RowTime:
+    """Seconds that a micro-batch costs whatever its tokens compute."""
+
+    transfer: float  # from one pipeline stage to the next
+    embedding: float  # of the backward pass of the embedding, whose gradient is as large as itself
+
+
+def _row_seconds(
     config: RunConfig, spec: ModelSpec, division: ParallelDivision, dp: int, hardware: Hardware, assume: Assumptions
-) -> float:
-    """Return the seconds of one forward pass over a step's tokens."""
-    stages = stage_seconds(config, spec, division, dp, hardware, assume)
-    slowest = max(stages)
-    # Micro-batches leave at the pace of the slowest stage, once the first has passed the others: the bubble.
-    return slowest + (sum(stages) - slowest) / micro_batches(config, dp, assume)
+) -> _RowTime:
+    rows = spec.vocab_size / division.tp * spec.hidden_size
+    # It is filled with zeros, added to and read in bf16, and added to a buffer in fp32.
+    embedding = rows * (3 * BF16 + 2 * FP32) / hardware.memory_bytes_per_s
+    if division.pp == 1:
+        return _RowTime(0.0, embedding)
+    # Neighbouring stages are tp * cp * dp ranks apart.
+    cp = config.layout.cp
+    in_node = division.tp * cp * division.pp * dp <= hardware.gpus_per_node
+    rate = hardware.node_bytes_per_s if in_node else hardware.network_bytes_per_s * assume.network
+    shared = cp * (division.tp if config.layout.sequence_parallel else 1)
+    state = BF16 * spec.hidden_size * config.layout.max_tokens_per_microbatch / shared
+    return _RowTime(state / rate + assume.transfer_s, embedding)
 
 
 def stage_seconds(
@@ -152,16 +209,25 @@ def _gathering_seconds(
 
 def _reduction_seconds(
     spec: ModelSpec, division: ParallelDivision, copies: int, hardware: Hardware, assume: Assumptions
-) -> float:
-    """Return the seconds that one update takes to reduce gradients in fp32 over the model's copies, those of data and
-    context parallelism, and to gather the new weights."""
+) -> tuple[float, float]:
+    """Return the seconds that one update takes to reduce gradients in fp32 over the model's copies, those of data
+    and context parallelism, and to gather the new weights."""
     largest = max(count.total for count in stage_counts(spec, division))
     in_node = division.tp * division.pp * copies <= hardware.gpus_per_node
     rate = hardware.node_bytes_per_s if in_node else hardware.network_bytes_per_s * assume.network
-    return (FP32 + BF16) * largest * (copies - 1) / copies / rate
+    sent = largest * (copies - 1) / copies / rate
+    return FP32 * sent, BF16 * sent
 
 
-def generation_seconds(config: RunConfig, spec: ModelSpec, gpus: int, hardware: Hardware, assume: Assumptions) -> float:
+def generation_seconds(
+    config: RunConfig,
+    spec: ModelSpec,
+    gpus: int,
+    hardware: Hardware,
+    assume: Assumptions,
+    *,
+    resident: float = 0.0,
+) -> float:
     """Return the seconds until the last rollout of a step is done; infinite if a server cannot hold one sequence.
 
     One token of every sequence in flight costs one pass over the weights and the cache, or its FLOPs if they take
@@ -174,7 +240,7 @@ def generation_seconds(config: RunConfig, spec: ModelSpec, gpus: int, hardware: 
     prompt, response = step_tokens(config, assume)
     rollouts = config.data.prompts_per_step * config.rollout.samples_per_prompt
     length = (prompt + response) / rollouts
-    memory = server_memory(spec, tp, hardware, assume)
+    memory = server_memory(spec, tp, hardware, assume, resident=resident, static=static_option(config)[1])
     at_once = min(memory.sequences(length), -(-rollouts // servers))
     if not at_once:
         return float("inf")

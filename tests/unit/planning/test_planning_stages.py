@@ -10,7 +10,7 @@ from paths import ROOT
 
 from clipo_megatron.config.schema import RunConfig
 from clipo_megatron.planning.hardware import HARDWARE, Assumptions
-from clipo_megatron.planning.layouts import plan_layout, search_layouts
+from clipo_megatron.planning.layouts import indistinct, plan_layout, search_layouts
 from clipo_megatron.planning.memory import output_layer_flops
 from clipo_megatron.planning.timing import stage_seconds
 from clipo_megatron.weights.families import model_spec
@@ -67,6 +67,17 @@ def test_a_last_stage_with_fewer_layers_makes_a_step_shorter(config):
 
     assert max(seconds(config, spec, uneven)) < max(seconds(config, spec, even))
     assert update(uneven) < update(even)
+
+
+def test_of_layouts_alike_the_one_with_least_pipeline_is_recommended(config):
+    """Llama-3.1-8B on 32 GPUs, which were once planned as a pipeline of 32 stages."""
+    found = search_layouts(config, architecture("Llama-3.1-8B-Instruct"), 32, H100, ASSUMED)
+    alike = indistinct(found, ASSUMED)
+    assert found[0].division.pp == 1 < max(each.division.pp for each in alike)
+    shortest = min(each.time.total for each in found)
+    assert found[0].time.total <= shortest * 1.1
+    deepest = max(found, key=lambda each: each.division.pp)
+    assert deepest.division.pp > 1 and deepest.time.total > found[0].time.total
 
 
 @pytest.mark.parametrize("name", ["Llama-3.1-8B-Instruct", "Qwen2.5-7B-Instruct", "Qwen2.5-3B-Instruct"])
