@@ -35,7 +35,9 @@ PUBLISHED = {
     "qwen2.5-7b-math": 7_615_616_512,
     "llama-3.1-8b-math": 8_030_261_248,
     "deepseek-r1-distill-7b-math": 7_615_616_512,
+    "deepseek-r1-distill-7b-math-64k": 7_615_616_512,
     "qwen2.5-32b-math": 32_763_876_352,
+    "qwen2.5-32b-math-32k": 32_763_876_352,
     "llama-3.1-70b-math": 70_553_706_496,
     "qwen3-30b-a3b-math": 30_532_122_624,
 }
@@ -52,9 +54,10 @@ class Recipe:
     def plan(self) -> LayoutPlan:
         """As `clipo plan` judges it."""
         ranks = self.config.layout.requested_ranks
-        dp = ranks // (self.config.layout.tp * self.config.layout.pp)
         servers = server_gpus_of(self.config, ranks)
-        return plan_layout(self.config, self.spec, dp, servers, HARDWARE["h100"], Assumptions())
+        return plan_layout(
+            self.config, self.spec, self.config.layout.replicas(ranks), servers, HARDWARE["h100"], Assumptions()
+        )
 
 
 @pytest.fixture(scope="module", params=PUBLISHED)
@@ -66,7 +69,7 @@ def recipe(request) -> Recipe:
 
 def test_there_is_a_test_for_every_recipe_and_an_architecture_for_every_model():
     files = sorted(FOLDER.glob("*.yaml"))
-    assert [file.stem for file in files] == sorted(PUBLISHED)
+    assert sorted(file.stem for file in files) == sorted(PUBLISHED)
     named = {Path(yaml.safe_load(file.read_text())["model"]["path"]).name for file in files}
     assert {file.stem for file in (FOLDER / "architectures").iterdir()} == named
 
@@ -114,7 +117,8 @@ def row(name: str) -> list[str]:
 def test_the_layout_fits_as_the_table_says(recipe):
     plan = recipe.plan
     assert plan.fits, plan.problems
-    layout = f"tp {plan.division.tp} x pp {plan.division.pp} x dp {plan.dp}"
+    context = f" x cp {plan.cp}" if plan.cp > 1 else ""
+    layout = f"tp {plan.division.tp}{context} x pp {plan.division.pp} x dp {plan.dp}"
     layout += f", ep {plan.division.ep}" if plan.division.ep > 1 else ""
     where = "the same GPUs" if plan.colocated else f"{plan.server_gpus} more GPUs"
     servers = f"{where}, {plan.server_gpus // plan.server_tp} servers of {plan.server_tp}"
