@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -34,6 +35,9 @@ STARTING_PROCESSES = {"ranks", "servers", "undisturbed", "undisturbed_pp2"}
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    for number, handler in ((signal.SIGHUP, signal.SIG_DFL), (signal.SIGINT, signal.default_int_handler)):
+        if signal.getsignal(number) is signal.SIG_IGN:  # as under nohup, and in a shell's background: tests send these
+            signal.signal(number, handler)
     for tier in TIERS:
         config.addinivalue_line("markers", f"{tier}: a test in tests/{tier}; set by the folder")
     config.addinivalue_line("markers", "full: left out of `make test`; so are all of " + " and ".join(ONLY_FULL))

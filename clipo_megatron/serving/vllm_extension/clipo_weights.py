@@ -22,6 +22,10 @@ _PIECE_BYTES = 64 * 2**20  # how much is copied to the host at once
 # What a handle may be made of, beside the description of its tensors.
 _REBUILDING = "torch.multiprocessing.reductions"
 _ALLOWED = {
+    (_REBUILDING, "rebuild_tensor"),
+    (_REBUILDING, "rebuild_storage_empty"),
+    (_REBUILDING, "rebuild_storage_fd"),
+    (_REBUILDING, "rebuild_storage_filename"),
     ("torch", "Size"),
     ("torch", "Tensor"),
     ("torch", "UntypedStorage"),
@@ -153,7 +157,7 @@ class _Unpickler(pickle.Unpickler):
             return SimpleNamespace
         if module == _REBUILDING and name == "rebuild_cuda_tensor":
             return _rebuilt_on_this_device
-        if (module, name) in _ALLOWED or (module == _REBUILDING and name.startswith("rebuild_")):
+        if (module, name) in _ALLOWED:
             return getattr(importlib.import_module(module), name)
         if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
             return getattr(torch, name)

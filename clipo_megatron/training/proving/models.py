@@ -166,7 +166,7 @@ def trainable_of(config: RunConfig, spec: ModelSpec, layout: Layout) -> Trainabl
     """A model with random weights in training on this one rank, without a folder to read them from."""
     dtype = TORCH_DTYPE[config.model.dtype]
     with platform().cuda_tensor_names():
-        stage = PolicyStage(spec, transformer_config(spec, config.model, layout), layout)
+        stage = PolicyStage(spec, transformer_config(spec, config.model, layout, config.megatron), layout)
         stage.to(device=platform().device, dtype=dtype)
     generator = torch.Generator(platform().device).manual_seed(0)
     for name, parameter in stage.named_parameters():
@@ -174,7 +174,7 @@ def trainable_of(config: RunConfig, spec: ModelSpec, layout: Layout) -> Trainabl
             parameter.data.fill_(1.0)
         else:
             parameter.data.normal_(std=0.02, generator=generator)
-    return Trainable("policy", stage, layout, config.optimizer, total_steps=1000)
+    return Trainable("policy", stage, layout, config.optimizer, total_steps=1000, megatron=config.megatron)
 
 
 def packed_rows(vocabulary: int, *, rows: int, tokens: int, longest: int, seed: int = 0) -> Iterator[MicroBatch]:

@@ -25,7 +25,11 @@ NEEDS = {
     "from_config": ("trust_remote_code", False),
 }
 # A subclass of pickle.Unpickler finds what it names itself.
-UNPICKLERS = {"weights/formats/archive.py": "_TensorUnpickler", "weights/formats/metadata.py": "_MetadataUnpickler"}
+UNPICKLERS = {
+    "weights/formats/archive.py": "_TensorUnpickler",
+    "weights/formats/metadata.py": "_MetadataUnpickler",
+    "serving/vllm_extension/clipo_weights.py": "_Unpickler",
+}
 ALLOWED = {("conversion/logits.py", "from_pretrained")}  # of a class of transformers, with a configuration at hand
 
 
