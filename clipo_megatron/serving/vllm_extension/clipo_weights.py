@@ -23,6 +23,7 @@ _PIECE_BYTES = 64 * 2**20  # how much is copied to the host at once
 _REBUILDING = "torch.multiprocessing.reductions"
 _ALLOWED = {
     (_REBUILDING, "rebuild_tensor"),
+    (_REBUILDING, "rebuild_typed_storage"),
     (_REBUILDING, "rebuild_storage_empty"),
     (_REBUILDING, "rebuild_storage_fd"),
     (_REBUILDING, "rebuild_storage_filename"),
