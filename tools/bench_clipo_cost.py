@@ -34,6 +34,7 @@ from clipo_megatron.config.schema import DType, HeadKind, RunConfig
 from clipo_megatron.flow import Experience, RolloutTable, Sample
 from clipo_megatron.policy import parallel
 from clipo_megatron.policy.actor import PolicyActor
+from clipo_megatron.policy.batch.random_rollouts import random_rollouts
 from clipo_megatron.runtime.platform import platform
 
 
@@ -61,34 +62,6 @@ class Clock:
             return result
 
         return call
-
-
-def rollouts(options: argparse.Namespace, vocabulary: int) -> tuple[RolloutTable, list[Sample]]:
-    """Random tokens of about the given lengths; every other rollout is correct, so that every group has a bonus."""
-    generator = torch.Generator().manual_seed(0)
-
-    def tokens(mean: int) -> torch.Tensor:
-        count = int(torch.randint(max(1, mean // 2), mean + mean // 2 + 1, (), generator=generator))
-        return torch.randint(0, vocabulary, (count,), generator=generator)
-
-    samples: list[Sample] = []
-    for group in range(options.prompts):
-        prompt = tokens(options.prompt_tokens)
-        for response in (tokens(options.response_tokens) for _ in range(options.samples)):
-            samples.append(Sample(len(samples), group, prompt, response, torch.zeros(response.numel())))
-    correct = torch.arange(len(samples)) % 2 == 0
-    table = RolloutTable(
-        prompt_ids=[f"random/{group}" for group in range(options.prompts)],
-        group=torch.tensor([sample.group for sample in samples]),
-        correct=correct,
-        graded=torch.ones_like(correct),
-        reward=correct.float(),
-        prompt_length=torch.tensor([sample.prompt.numel() for sample in samples]),
-        response_length=torch.tensor([sample.response.numel() for sample in samples]),
-        truncated=torch.zeros_like(correct),
-        version=torch.zeros(len(samples), dtype=torch.int64),
-    )
-    return table, samples
 
 
 def learn(
@@ -137,7 +110,13 @@ def measure(options: argparse.Namespace) -> tuple[dict[str, list[float]], list[d
 
     layout = parallel.initialize(config.layout, seed=0)
     actor = PolicyActor(config, layout, needs=with_clipo.needs, total_steps=1000)
-    table, samples = rollouts(options, actor.spec.vocab_size)
+    table, samples = random_rollouts(  # every other one is correct, so that every group has a bonus
+        actor.spec.vocab_size,
+        groups=options.prompts,
+        samples=options.samples,
+        prompt=options.prompt_tokens,
+        response=options.response_tokens,
+    )
 
     clock = Clock()
     actor.stage.pooled_states = clock.timed("pooling", actor.stage.pooled_states)

@@ -9,8 +9,9 @@ from torch import Tensor
 
 from clipo_megatron.policy.actor import PolicyActor
 from clipo_megatron.policy.batch.batching import Batcher
+from clipo_megatron.policy.batch.random_rollouts import random_rollouts
 from clipo_megatron.runtime.platform import platform
-from clipo_megatron.training.proving.models import FAMILIES, actor_of, configuration, random_rollouts, write_folder
+from clipo_megatron.training.proving.models import FAMILIES, actor_of, configuration, write_folder
 from clipo_megatron.training.proving.outcome import Outcome, Task
 from clipo_megatron.weights.export import export
 

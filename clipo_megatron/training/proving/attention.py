@@ -11,11 +11,12 @@ from torch import Tensor
 from clipo_megatron.config.schema import DType, ModelConfig
 from clipo_megatron.flow import Segment
 from clipo_megatron.policy.batch.packing import pack
+from clipo_megatron.policy.batch.random_rollouts import random_rollouts
 from clipo_megatron.policy.model.attention import PackedAttention, plan_attention
 from clipo_megatron.policy.model.model import TORCH_DTYPE, transformer_config
 from clipo_megatron.policy.parallel import Layout
 from clipo_megatron.runtime.platform import platform
-from clipo_megatron.training.proving.models import SIZES, random_rollouts
+from clipo_megatron.training.proving.models import SIZES
 from clipo_megatron.training.proving.outcome import Outcome, Task, seconds_of, seconds_once
 from clipo_megatron.weights.families import model_spec
 

@@ -6,9 +6,10 @@ import torch
 from torch import Tensor
 
 from clipo_megatron.config.schema import DType
+from clipo_megatron.policy.batch.random_rollouts import random_rollouts
 from clipo_megatron.policy.model.logprobs import token_logprobs
 from clipo_megatron.runtime.platform import platform
-from clipo_megatron.training.proving.models import SIZES, actor_of, configuration, random_rollouts, write_folder
+from clipo_megatron.training.proving.models import SIZES, actor_of, configuration, write_folder
 from clipo_megatron.training.proving.outcome import Outcome, Task
 
 LIMIT = 1.05  # of policy/mult_prob_error, as NeMo-RL accepts it

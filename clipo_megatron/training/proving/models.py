@@ -16,7 +16,7 @@ from torch import Tensor
 from clipo_megatron.algorithms.algorithm import Algorithm
 from clipo_megatron.algorithms.build import build_algorithm
 from clipo_megatron.config.schema import DType, RunConfig
-from clipo_megatron.flow import MicroBatch, RolloutTable, Sample
+from clipo_megatron.flow import MicroBatch, Sample
 from clipo_megatron.policy.actor import PolicyActor
 from clipo_megatron.policy.batch.packing import pack
 from clipo_megatron.policy.model.model import TORCH_DTYPE, PolicyStage, transformer_config
@@ -123,37 +123,6 @@ def write_folder(folder: Path, config: dict[str, Any]) -> Path:
     plan = plan_export(model_spec(config), ParallelDivision(), dtype=torch.float32)
     save_file({each.name: random_tensor(each.name, each.shape) for each in plan.tensors}, folder / "model.safetensors")
     return folder
-
-
-def random_rollouts(
-    vocabulary: int, *, groups: int, samples: int, prompt: int, response: int, seed: int = 0
-) -> tuple[RolloutTable, list[Sample]]:
-    """Rollouts of random tokens and about the given lengths, of which every other one is correct."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def tokens(mean: int) -> Tensor:
-        count = int(torch.randint(max(1, mean // 2), mean + mean // 2 + 1, (), generator=generator))
-        return torch.randint(0, vocabulary, (count,), generator=generator)
-
-    made: list[Sample] = []
-    for group in range(groups):
-        asked = tokens(prompt)
-        for _ in range(samples):
-            answer = tokens(response)
-            made.append(Sample(len(made), group, asked, answer, torch.full((answer.numel(),), -5.0)))
-    correct = torch.arange(len(made)) % 2 == 0
-    table = RolloutTable(
-        prompt_ids=[f"random/{group}" for group in range(groups)],
-        group=torch.tensor([each.group for each in made]),
-        correct=correct,
-        graded=torch.ones_like(correct),
-        reward=correct.float(),
-        prompt_length=torch.tensor([each.prompt.numel() for each in made]),
-        response_length=torch.tensor([each.response.numel() for each in made]),
-        truncated=torch.zeros_like(correct),
-        version=torch.zeros(len(made), dtype=torch.int64),
-    )
-    return table, made
 
 
 def actor_of(config: RunConfig, layout: Layout) -> tuple[PolicyActor, Algorithm]:

@@ -1,0 +1,85 @@
+"""`clipo plan`: what it says of the configured layout and of others, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+from paths import ARCHITECTURES
+
+from clipo_megatron.cli.main import main
+
+
+@pytest.fixture(scope="module")
+def run_file(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("plan")
+    (folder / "model").mkdir()
+    (folder / "model" / "config.json").write_text((ARCHITECTURES / "qwen2.5-72b.json").read_text())
+    file = folder / "run.yaml"
+    file.write_text(
+        f"name: big\nmodel: {{path: {folder / 'model'}}}\nrollout: {{engine: sglang, colocated: true}}\n"
+        "layout: {tp: 8, pp: 8, sequence_parallel: true}\nserve: {tp: 8}\n"
+    )
+    return file
+
+
+def test_the_configured_layout_is_judged(run_file, capsys):
+    assert main(["plan", str(run_file)]) == 0
+    said = capsys.readouterr().out
+    assert "72.71 B parameters" in said and "64 GPUs: tp 8 x pp 8 x dp 1" in said and said.endswith("fits\n")
+    assert main(["plan", str(run_file), "layout.pp=1"]) == 1
+    assert "does not fit: stage 0 of the trainer needs" in capsys.readouterr().out.replace("\n", " ")
+
+
+def test_layouts_that_cannot_be_told_apart_are_said(run_file, capsys):
+    assert main(["plan", str(run_file), "--gpus", "256", "--hardware", "h200"]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert re.search(r"the first \d+ differ by less than the 10% that this model of time can tell apart", said)
+    assert main(["plan", str(run_file), "--gpus", "256", "--hardware", "h200", "--assume", "error=0"]) == 0
+    assert "tell apart" not in capsys.readouterr().out
+
+
+def test_layouts_to_choose_from(run_file, capsys):
+    assert main(["plan", str(run_file), "--gpus", "64,128", "--hardware", "h200"]) == 0
+    said = capsys.readouterr().out
+    assert re.search(r"64 GPUs: \d+ layouts fit", said) and re.search(r"128 GPUs: \d+ layouts fit", said)
+    assert main(["plan", str(run_file), "--gpus", "8"]) == 1
+    assert "8 GPUs: no layout fits" in capsys.readouterr().out
+    assert main(["plan", str(run_file), "--gpus", "64", "--json"]) == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert answer["parameters"] == 72_706_203_648 and answer["layouts"]["64"][0]["fits"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--hardware", "h300"], "--hardware h300: the table has no such GPU. Choose one of a100, h100"),
+        (["--assume", "luck=1"], "--assume luck=1: it takes name=number with a name of decode_bandwidth"),
+        (
+            ["--assume", "train_flops=0"],
+            "--assume train_flops=0: it must be above 0 and at most 1. The default is 0.4.",
+        ),
+        (["--assume", "mean_response=1e400"], "--assume mean_response=1e400: it must be above 0 and at most 1"),
+        (["--assume", "reserve_bytes=nan"], "--assume reserve_bytes=nan: it must be"),
+        (["layout.pp=7"], "tp 8 x pp 7 x ep 1: 80 layers cannot be divided into 7 equal parts"),
+        (
+            ["rollout.engine=local", "rollout.colocated=false"],
+            "rollout.engine = local generates in the training processes",
+        ),
+    ],
+)
+def test_what_cannot_be_planned_is_named(arguments, message, run_file, capsys):
+    assert main(["plan", str(run_file), *arguments]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_critic_that_is_not_here_is_looked_for_beside_the_configuration(run_file, capsys):
+    settings = ["algorithm.name=ppo", "critic.path=models/critic", "layout.dp=4"]
+    assert main(["plan", str(run_file), *settings]) == 2
+    assert "critic.path = models/critic has no config.json" in " ".join(capsys.readouterr().err.split())
+    (run_file.parent / "architectures").mkdir()
+    (run_file.parent / "architectures" / "critic.json").write_text((ARCHITECTURES / "qwen2.5-72b.json").read_text())
+    assert main(["plan", str(run_file), *settings]) == 0
+    assert "critic" in capsys.readouterr().out
