@@ -24,6 +24,7 @@ LAST_PORT = 65535
 def rollout_problems(config: RunConfig) -> Iterator[ConfigProblem]:
     yield from _transport(config)
     yield from _addresses(config)
+    yield from _ahead(config)
     yield from _over_sampling(config)
     yield from _sampling(config)
     yield from _deadlines(config)
@@ -118,12 +119,42 @@ def _host(url: str) -> str | None:
     return None if parts.path.strip("/") or parts.query or parts.fragment else parts.hostname
 
 
+def _ahead(config: RunConfig) -> Iterator[ConfigProblem]:
+    """Rollouts of later steps, generated while earlier ones train."""
+    rollout, key = config.rollout, "rollout.ahead"
+    if not rollout.ahead:
+        return
+    if rollout.engine is not EngineKind.sglang:
+        reason = f"rollout.engine = {rollout.engine.value} does not generate while the policy trains"
+        yield ConfigProblem(key, reason, "Set it to 0, or rollout.engine to sglang", rollout.ahead)
+    if rollout.colocated:
+        reason = "with rollout.colocated servers give their memory back while the policy trains, and nothing can go on"
+        yield ConfigProblem(key, reason, "Set it to 0, or give the servers GPUs of their own", rollout.ahead)
+    if rollout.unfinished is Unfinished.resume:
+        reason = f"with {key} = {rollout.ahead} requests keep running while the policy trains"
+        yield ConfigProblem("rollout.unfinished", reason, "Set it to keep_running", rollout.unfinished)
+    if rollout.over_sampling > 1 and rollout.unfinished is Unfinished.drop:
+        reason = (
+            f"with {key} = {rollout.ahead} a step that takes the groups that finish first leaves the others to later "
+            "steps, and drops none"
+        )
+        yield ConfigProblem("rollout.unfinished", reason, "Set it to keep_running", rollout.unfinished)
+    if rollout.over_sampling > rollout.ahead + 1:
+        reason = (
+            f"with {key} = {rollout.ahead} at most {rollout.ahead + 1} times a step's prompts can be at work, or some "
+            "would train too late"
+        )
+        yield ConfigProblem("rollout.over_sampling", reason, f"Lower it, or raise {key}", rollout.over_sampling)
+
+
 def _over_sampling(config: RunConfig) -> Iterator[ConfigProblem]:
     """Over-sampling, and what becomes of rollouts that a step does not wait for."""
     rollout = config.rollout
     if rollout.unfinished is Unfinished.drop:
         return
     key, value = "rollout.unfinished", rollout.unfinished
+    if rollout.ahead:
+        return
     if rollout.engine is not EngineKind.sglang:
         reason = f"rollout.engine = {rollout.engine.value} does not carry interrupted rollouts over"
         yield ConfigProblem(key, reason, "Set it to drop, or rollout.engine to sglang", value)

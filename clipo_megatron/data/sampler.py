@@ -31,6 +31,11 @@ class PromptSampler:
         self.offset = 0  # number of prompts of this epoch that were drawn
         self._order = self._permutation(0)
 
+    @property
+    def drawn(self) -> int:
+        """The number of prompts drawn so far, in all epochs."""
+        return self.epoch * self.n + self.offset
+
     def next(self) -> list[int]:
         """Indices of the next step's prompts, each in [0, n)."""
         return self.draw(self.prompts_per_step)

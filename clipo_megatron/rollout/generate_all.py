@@ -46,6 +46,7 @@ def generate_all(
     running: Sequence[Request] = (),
     unfinished: Unfinished = Unfinished.drop,
     should_cancel: Callable[[], bool] = never,
+    wait: bool = True,
 ) -> Remainder:
     """Pass groups to `take` as they finish, until all are there or `take` returns True; collective.
 
@@ -63,6 +64,7 @@ def generate_all(
         unfinished: what happens to requests that are unfinished when `take` returns True. Under `resume` they are
             returned with their partial rollouts.
         should_cancel: whether to cancel; if any rank's returns True, all ranks cancel.
+        wait: whether groups are waited for; False sends the requests only, which needs `keep_running`.
 
     Raises:
         Cancelled: on every rank, because one cancelled; groups that `take` received are to be discarded.
@@ -80,11 +82,12 @@ def generate_all(
             try:
                 seconds = max(0.0, deadline - time.monotonic())
                 generation = engine.generate(to_send, params, deadline_s=seconds, should_cancel=should_cancel)
-                for group in generation:
+                enough = not wait
+                while not enough and (group := next(generation, None)) is not None:
                     _mark_answered(group, unanswered)
-                    if enough := take(group):
-                        detached = _interrupt(generation, unanswered, unfinished)
-                        break
+                    enough = take(group)
+                if enough:
+                    detached = _interrupt(generation, unanswered, unfinished)
                 if unanswered and not enough:
                     raise EngineError(f"generation ended without an answer to {name_prompts(unanswered.values())}")
             except Cancelled:

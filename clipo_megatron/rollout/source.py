@@ -48,6 +48,7 @@ class RolloutSource:
         deadline: float,
         running: Sequence[Request] = (),
         unfinished: Unfinished = Unfinished.drop,
+        wait: bool = True,
     ) -> Remainder:
         """See `clipo_megatron.rollout.generate_all`; collective."""
         return generate_all(
@@ -60,4 +61,5 @@ class RolloutSource:
             running=running,
             unfinished=unfinished,
             should_cancel=self.should_cancel,
+            wait=wait,
         )

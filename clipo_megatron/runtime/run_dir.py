@@ -4,7 +4,8 @@ config.json            settings of the run              checkpoints/   step_<n>/
 segments.jsonl         settings of each session
 metrics.jsonl          one line per step                    eval/          step_<n>.json, by training
 rollouts.jsonl         texts of some rollouts           results/       step_<n>.json, by `clipo eval`
-trace.jsonl            phases of each rank's steps      states/        step_<n>.safetensors: pooled hidden states
+prompts.jsonl          what became of each prompt       states/        step_<n>.safetensors: pooled hidden states
+trace.jsonl            phases of each rank's steps
 tensorboard/, wandb/   files of these tools             logs/          output of ranks and servers
 servers/               a record of each server          weights/       weights on their way to servers
 jobs/<n>/              Slurm jobs                       scale/         measurements of `clipo scale`
@@ -25,6 +26,7 @@ SETTINGS = "config.json"
 SEGMENTS = "segments.jsonl"
 METRICS = "metrics.jsonl"
 ROLLOUTS = "rollouts.jsonl"
+LEDGER = "prompts.jsonl"
 TRACE = "trace.jsonl"
 CHECKPOINTS = "checkpoints"
 EVALUATIONS = "eval"
@@ -40,7 +42,8 @@ JOBS = "jobs"
 SCALE = "scale"
 PREVIOUS = "previous"
 RESULTS = (
-    METRICS, ROLLOUTS, CHECKPOINTS, EVALUATIONS, EVAL_RESULTS, TENSORBOARD, WANDB, STATES, TRACE, SETTINGS, SEGMENTS
+    METRICS, ROLLOUTS, LEDGER, CHECKPOINTS, EVALUATIONS, EVAL_RESULTS, TENSORBOARD, WANDB, STATES, TRACE, SETTINGS,
+    SEGMENTS,
 )  # fmt: skip
 STEP_NAMES = "step_*"  # a pattern of what `step_name` returns
 _LOCK = ".lock"

@@ -5,81 +5,58 @@ takes the first groups that finish. With dynamic sampling, zero-advantage groups
 as rounds are left. Requests that are unfinished at the end are dropped, or carried over into the next round and the
 next step.
 
-Where rollouts grow in windows, a step has one round. What each rollout gained trains, and unfinished rollouts are
-carried over into the next step, where they take the places of as many new ones.
+With `rollout.ahead` = k, a step also sends the requests of the k batches after its own, which the engine generates
+while the step trains. Batches take requests in the order in which they were begun, and the batch that a step begins is
+the one that trains k steps later: no token is older than k updates when it trains. With over-sampling a step takes the
+groups that finish first instead, as long as every request can still train within k steps of its beginning.
 
-Every prompt drawn from the sampler gets a request id, the same on all ranks: its number in the order of drawing, which
-is also the `position` of its request. The selected groups of a step get the positions 0, 1, ... in that order. Copies
-of a prompt that are at work in the same step are counted by `occurrence`, so that their rollouts are drawn differently.
+Where rollouts grow in windows, a step has one round. What each rollout gained trains, and unfinished rollouts are
+carried over into the batch that the next step begins, where they take the places of as many new ones.
+
+The id of a request, which is also its `position`, is the prompt's number in the order of drawing, the same on all
+ranks. The selected groups of a step get the positions 0, 1, ... in that order. Copies of a prompt that are at work at
+the same time are counted by `occurrence`, so that their rollouts are drawn differently.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, fields, replace
+from collections import Counter
+from collections.abc import Callable, Sequence, Set
+from dataclasses import replace
 from itertools import count
 from typing import Any
 
 import torch.distributed as dist
 
 from clipo_megatron.config.schema import RolloutConfig, Unfinished
-from clipo_megatron.data.prompt_table import PromptsById
 from clipo_megatron.data.sampler import PromptSampler
 from clipo_megatron.flow import Prompt, Rollout, RolloutGroup, ScoredGroup
 from clipo_megatron.rewards.pool import GraderPool
-from clipo_megatron.rollout.engine import Cancelled, Generation, Request, SamplingParams
-from clipo_megatron.rollout.generate_all import with_partial
+from clipo_megatron.rollout.engine import Cancelled, EngineError, Request, SamplingParams
 from clipo_megatron.rollout.source import RolloutSource
-from clipo_megatron.training.group_buffer import GroupBuffer, has_reward_variance, is_complete
-from clipo_megatron.training.partial_rollouts import continuations, count_unfinished, of_this_step
+from clipo_megatron.training.group_buffer import GroupBuffer, has_reward_variance
+from clipo_megatron.training.ledger import Accounts
+from clipo_megatron.training.open_requests import OpenRequests, complete_and_waiting, distribute, oldest
+from clipo_megatron.training.partial_rollouts import continuations, of_this_step
 from clipo_megatron.training.prompt_assignment import (
     assign_by_load,
     assign_in_turn,
+    can_wait,
+    fill_batches,
     oversampled,
     select_groups,
     share,
 )
-
-
-@dataclass(slots=True)
-class _RankStatus:
-    """What a rank tells the others after a round of requests."""
-
-    # request id of each complete group of the step, whether it counts, and whether its answers are right and wrong
-    groups: list[tuple[int, bool, bool]]
-    carried: int  # unfinished prompts; with windows, unfinished rollouts
-    copies: list[tuple[str, int]]  # prompt id and occurrence of what is carried over
-    dropped: int  # prompts of this round that were dropped
-    elapsed_s: float  # since the step began
-
-
-@dataclass(slots=True)
-class _StepCounters:
-    """Counters of a step; the same on every rank."""
-
-    rounds: int = 0
-    refilled: int = 0  # prompts drawn after the first round
-    dropped: int = 0  # prompts that were requested, not finished, and not carried over
-    recoveries: int = 0  # how often an engine was lost and requests were sent again
-    # Request id of each complete group -> the rank that has it, and whether it counts.
-    groups: dict[int, tuple[int, bool]] = field(default_factory=dict)
-    mixed: int = 0  # complete groups with right and wrong answers
-    copies: set[tuple[str, int]] = field(default_factory=set)  # prompt id and occurrence of what is carried over
-    elapsed_s: list[float] = field(default_factory=list)  # at the end of each round, on the slowest rank
-
-    def has_time(self, deadline_s: float) -> bool:
-        """Whether another round would end in time if it took as long as the longest so far."""
-        rounds = [end - start for start, end in zip([0.0, *self.elapsed_s], self.elapsed_s, strict=False)]
-        return not rounds or self.elapsed_s[-1] + max(rounds) < deadline_s
+from clipo_megatron.training.step_counters import RankStatus, Span, StepCounters, from_step
 
 
 class Collector:
     """Collects the graded groups of each step. `collect` and `state_dict` are collective; every rank has a collector.
 
     Args:
-        config: deadline, over-sampling, and what happens to unfinished requests.
+        config: deadline, over-sampling, how far ahead requests are sent, and what happens to unfinished ones.
         source: where this rank's rollouts come from.
         graders: judge this rank's responses.
         prompts: all training prompts, the same on every rank.
@@ -87,6 +64,10 @@ class Collector:
         sampling: how to sample; the collector sets step and window.
         max_refill_rounds: how often a step may replace zero-advantage groups (dynamic sampling); 0 turns it off.
         progress: called with this rank's numbers of finished and of wanted rollouts of a round.
+
+    Attributes:
+        open: this rank's requests that have not trained yet.
+        accounts: what became of the prompts in the last step, the same on every rank; None before the first.
     """
 
     def __init__(
@@ -104,80 +85,97 @@ class Collector:
         self.config, self.source, self.graders = config, source, graders
         self.prompts, self.sampler, self.sampling = prompts, sampler, sampling
         self.max_refill_rounds, self.progress = max_refill_rounds, progress
+        self.open, self.accounts = OpenRequests(), None
         self._windows = config.window_tokens is not None
+        # Whether every group of a batch is waited for, in the order of drawing, while later batches are generated.
+        self._in_order = config.ahead > 0 and config.over_sampling == 1 and not self._windows
         self._rank = dist.get_rank()
         self._began = 0.0  # when the step did
-        self._next_id = 0  # request id of the next prompt drawn
-        self._carried: list[Request] = []  # this rank's, to be sent again; complete ones wait for the next step
-        self._running: list[Request] = []  # this rank's, which the engine still generates
-        self._generation: Generation | None = None  # the detached generation that they belong to
-        self._carried_by = [0] * len(source.rollout_ranks)  # `_weight` of each rank's requests; the same on every rank
-        # (prompt id, occurrence) of what was carried over or drawn in this step; the same on every rank
+        # For each rank that asks, step -> what is open of its batch (`OpenRequests.by_step`); the same on every rank.
+        self._open_by: list[Counter[int]] = [Counter() for _ in source.rollout_ranks]
+        # (prompt id, occurrence) of what was open or drawn in this step; the same on every rank
         self._in_use: set[tuple[str, int]] = set()
 
     # --- a step --------------------------------------------------------------------------------------------------
 
-    def collect(self, step: int) -> tuple[list[ScoredGroup], dict[str, float]]:
-        """Collect the step's batch of `sampler.prompts_per_step` groups; returns this rank's part, and metrics:
+    def collect(self, step: int, *, last: int | None = None) -> tuple[list[ScoredGroup], dict[str, float]]:
+        """Collect the step's batch of `sampler.prompts_per_step` groups.
 
-        rollout/rounds             1, and one more each time that groups were replaced
-        rollout/refilled_groups    prompts that were drawn to replace groups
-        rollout/discarded_groups   finished groups that neither train nor are carried over
-        rollout/dropped_prompts    requested prompts that were not finished and are dropped until the next epoch
-        rollout/carried_prompts    prompts that the next step begins with; with windows, the places in its batch that
-                                   unfinished rollouts take
-        rollout/mixed_groups       share of the finished groups, before any choice, with both right and wrong answers
-        rollout/recoveries         how often an engine was lost and requests were sent again
+        Args:
+            step: the number of the step, which is the version of the weights too.
+            last: the run's last step, beyond which no batch is begun; None: there is no last one.
+
+        Returns:
+            This rank's part, and metrics:
+
+            rollout/rounds             1, and one more each time that groups were replaced
+            rollout/refilled_groups    prompts that were drawn to replace groups
+            rollout/discarded_groups   finished groups that neither train nor are carried over
+            rollout/dropped_prompts    requested prompts that were not finished and are dropped until the next epoch
+            rollout/carried_prompts    prompts that later steps begin with; with windows, the places in their batches
+                                       that unfinished rollouts take
+            rollout/mixed_groups       share of the finished groups, before any choice, with right and wrong answers
+            rollout/recoveries         how often an engine was lost and requests were sent again
+            rollout/restarted_prompts  with rollout.ahead: prompts begun anew, because their rollouts were too old
 
         Raises:
             EngineError: rollout.deadline_s has passed, or an engine failed for good.
             Cancelled: on every rank, because the source of one cancelled. Sampler and collector are as before the call,
                 but graders may still be at work.
         """
-        sampler, carried = self.sampler.state_dict(), [*self._carried, *self._running]
-        before = (self._next_id, self._carried_by, set(self._in_use))
-        try:
-            return self._collect(step)
-        except Cancelled:
-            self.sampler.load_state_dict(sampler)
-            self._next_id, self._carried_by, self._in_use = before
-            self._carried, self._running, self._generation = sorted(carried, key=_request_id), [], None
-            raise
-
-    def _collect(self, step: int) -> tuple[list[ScoredGroup], dict[str, float]]:
+        sampler, open_requests, due = self.sampler.state_dict(), [*self.open], dict(self.open.due)
+        before = ([Counter(each) for each in self._open_by], set(self._in_use))
+        ahead = step + self.config.ahead
         params = replace(self.sampling, step=step, window_tokens=self.config.window_tokens)
         self._began = time.monotonic()
-        deadline = self._began + self.config.deadline_s
+        span = Span(step, ahead if last is None else min(ahead, last), params, self._began + self.config.deadline_s)
+        try:
+            return self._collect(span)
+        except Cancelled:
+            self.sampler.load_state_dict(sampler)
+            self._open_by, self._in_use = before
+            self.open = OpenRequests()
+            self.open.carry(open_requests)
+            self.open.due = due
+            raise
+
+    def _collect(self, span: Span) -> tuple[list[ScoredGroup], dict[str, float]]:
         size = missing = self.sampler.prompts_per_step
         held: dict[int, ScoredGroup] = {}
-        counters = _StepCounters()
+        counters = StepCounters()
+        self._open_by = [from_step(span.step, each) for each in self._open_by]
         while missing > 0 and counters.rounds <= self.max_refill_rounds and counters.has_time(self.config.deadline_s):
-            first = self._next_id
-            fresh = self._draw(missing)
+            drawn = self.sampler.drawn
+            fresh = self._draw(missing, span)
             if counters.rounds:
-                counters.refilled += self._next_id - first
-            ranks = self.source.rollout_ranks
-            quota = len(self._carried) + len(fresh) if self._windows else share(missing, ranks, self._rank)
-            scored, dropped, recoveries = self._round(fresh, quota, params, deadline)
+                counters.refilled += self.sampler.drawn - drawn
+            scored, dropped = self._round(fresh, missing, span, counters)
             held |= {each.group.position: each for each in scored}
-            counters.rounds, counters.recoveries = counters.rounds + 1, counters.recoveries + recoveries
-            self._share_status(held, dropped, counters)
+            self._share_status(held, dropped, span.step, counters)
             counting = sum(counts for _, counts in counters.groups.values())
             missing = size - counting if self.max_refill_rounds else 0
         if self._windows:
             size = len(counters.groups)
         positions, surplus = select_groups(counters.groups, size)
-        mine = self._take_selected(held, positions, surplus, counters)
-        finished = counters.groups.values()
+        mine = self._take_selected(held, positions, surplus, span.step, counters)
         self._in_use = counters.copies
+        self.open.forget_the_others()
+        self.accounts = Accounts(
+            step=span.step,
+            drawn=self.sampler.drawn,
+            trained=sorted(positions.keys() - counters.going_on),
+            zero_advantage=sorted(counters.groups.keys() - positions.keys() - set(surplus)),
+            unfinished=sorted(counters.dropped),
+        )
         return mine, {
             "rollout/rounds": float(counters.rounds),
             "rollout/refilled_groups": float(counters.refilled),
-            "rollout/discarded_groups": float(len(finished) - size - len(surplus)),
-            "rollout/dropped_prompts": float(counters.dropped),
+            "rollout/discarded_groups": float(len(counters.groups) - size - len(surplus)),
+            "rollout/dropped_prompts": float(len(counters.dropped)),
             "rollout/carried_prompts": float(self._places()),
-            "rollout/mixed_groups": counters.mixed / len(finished),
+            "rollout/mixed_groups": counters.mixed / len(counters.groups),
             "rollout/recoveries": float(counters.recoveries),
+            **({"rollout/restarted_prompts": float(counters.restarted)} if self.config.ahead else {}),
             **self._engine_counts(),
         }
 
@@ -188,188 +186,214 @@ class Collector:
         dist.all_gather_object(everybody, mine)
         return {name: sum(each.get(name, 0.0) for each in everybody) for name in sorted(set().union(*everybody))}
 
-    def _draw(self, missing: int) -> list[Request]:
-        """Draw the prompts that are needed beyond those carried over, and return this rank's requests for them."""
-        ranks = self.source.rollout_ranks
+    def _draw(self, missing: int, span: Span) -> list[Request]:
+        """Draw the prompts that are needed beyond the open ones, and return this rank's requests for them."""
+        ranks, size = self.source.rollout_ranks, self.sampler.prompts_per_step
+        new: list[tuple[int, int]] = []  # step and place among the asking ranks of each new prompt
         if self._windows:
-            owners = assign_by_load(self._carried_by, missing - self._places(), self.sampling.samples)
+            for step in range(span.step, span.last + 1):
+                load = [each[step] for each in self._open_by]
+                places = size - math.ceil(sum(load) / self.sampling.samples)
+                new += [(step, owner) for owner in assign_by_load(load, places, self.sampling.samples)]
+        elif self._in_order:
+            wanted = {step: missing if step == span.step else size for step in range(span.step, span.last + 1)}
+            targets = {step: [share(number, ranks, rank) for rank in ranks] for step, number in wanted.items()}
+            self._open_by, new = fill_batches(self._open_by, targets)
+            if self._rank in ranks:
+                self.open.assign_steps(self._open_by[ranks.index(self._rank)])
         else:
             room = [
-                oversampled(share(missing, ranks, rank), self.config.over_sampling) - carried
-                for rank, carried in zip(ranks, self._carried_by, strict=True)
+                oversampled(share(missing, ranks, rank), self.config.over_sampling) - open_requests.total()
+                for rank, open_requests in zip(ranks, self._open_by, strict=True)
             ]
-            owners = assign_in_turn(room)
-        drawn = [self._request(self.prompts[index]) for index in self.sampler.draw(len(owners))]
-        return [request for request, owner in zip(drawn, owners, strict=True) if ranks[owner] == self._rank]
+            new = [(span.step + self.config.ahead, owner) for owner in assign_in_turn(room)]
+        fresh, first = [], self.sampler.drawn
+        for position, (index, (step, owner)) in enumerate(zip(self.sampler.draw(len(new)), new, strict=True), first):
+            request = self._request(position, self.prompts[index])
+            if ranks[owner] == self._rank:
+                self.open.due[position] = step
+                fresh.append(request)
+        return fresh
 
-    def _request(self, prompt: Prompt) -> Request:
-        """A new request for a prompt, told apart from the others for the same prompt in this step."""
+    def _request(self, position: int, prompt: Prompt) -> Request:
+        """A new request for a prompt, told apart from the others for the same prompt that are at work."""
         occurrence = next(each for each in count() if (prompt.id, each) not in self._in_use)
         self._in_use.add((prompt.id, occurrence))
-        self._next_id += 1
-        return Request(self._next_id - 1, replace(prompt, occurrence=occurrence) if occurrence else prompt)
+        return Request(position, replace(prompt, occurrence=occurrence) if occurrence else prompt)
 
     def _round(
-        self, fresh: list[Request], quota: int, params: SamplingParams, deadline: float
-    ) -> tuple[list[ScoredGroup], int, int]:
-        """Send this rank's requests until `quota` groups count; collective.
+        self, fresh: list[Request], missing: int, span: Span, counters: StepCounters
+    ) -> tuple[list[ScoredGroup], list[int]]:
+        """Send this rank's requests until enough groups count; collective.
+
+        Args:
+            fresh: new requests.
+            missing: groups that are missing over all ranks.
 
         Returns:
-            The finished groups, how many prompts were dropped, and how often an engine was lost.
+            The finished groups, and the positions of the prompts that were dropped.
         """
-        dynamic = self.max_refill_rounds > 0
-        buffer = GroupBuffer(
-            self.graders, quota, needs_variance=dynamic, samples=params.samples, progress=self.progress
+        if self.config.ahead:
+            counters.restarted += self.open.restart_too_old(self.config.ahead)
+        to_send = [*self.open.carried, *fresh]
+        buffer = self._buffer([*to_send, *self.open.running], missing, span)
+        begin = span.step + self.config.ahead
+        later = [each for each in to_send if self.open.step_of(each) > begin]
+        complete, waiting = complete_and_waiting(
+            [each for each in to_send if self.open.step_of(each) <= begin], self.sampling.samples
         )
-        complete = [each for each in self._carried if is_complete(each, params.samples)]
-        waiting = [each for each in self._carried if not is_complete(each, params.samples)] + fresh
         for each in complete:
             buffer.add(RolloutGroup(each.position, each.prompt, list(each.begun)))
         satisfied = buffer.is_full()
+        idle = satisfied and not self.config.ahead  # what is open can wait, and nothing is sent ahead
         rest = self.source.generate_all(
-            [] if satisfied else waiting,
-            params,
+            [] if idle else waiting,
+            span.params,
             take=buffer.add,
-            deadline=deadline,
-            running=[] if satisfied else self._running,
-            unfinished=self.config.unfinished,
+            deadline=span.deadline,
+            running=[] if idle else self.open.running,
+            unfinished=Unfinished.keep_running if self.config.ahead else self.config.unfinished,
+            wait=not satisfied,
         )
-        dropped = 0
-        if satisfied:
-            self._carried = waiting
-        else:
-            self._generation = rest.running
-            self._running = rest.unanswered if rest.running else []
-            self._carried = rest.unanswered if self._carries and not rest.running else []
-            dropped = len(rest.unanswered) - len(self._running) - len(self._carried)
+        counters.rounds, counters.recoveries = counters.rounds + 1, counters.recoveries + rest.resyncs
+        back, dropped = waiting, []
+        if not idle:
+            self.open.generation = rest.running
+            self.open.running, back = (rest.unanswered, []) if rest.running else ([], rest.unanswered)
+        if not idle and not self._carries:
+            back, dropped = [], [each.position for each in back]
+        early = [Request(each.position, each.prompt, tuple(each.rollouts)) for each in buffer.early]
         groups = buffer.groups()
         if self._windows:
-            self._carried = continuations(each.group for each in groups)
-        return groups, dropped, rest.resyncs
+            going_on = continuations(each.group for each in groups)
+            self.open.due |= {each.position: span.step + self.config.ahead + 1 for each in going_on}
+            back = [*back, *going_on]
+        self.open.carry([*later, *back, *early])
+        return groups, dropped
 
-    def _share_status(self, held: dict[int, ScoredGroup], dropped: int, counters: _StepCounters) -> None:
+    def _buffer(self, requests: Sequence[Request], missing: int, span: Span) -> GroupBuffer:
+        """What a round waits for, out of this rank's open requests."""
+        ranks, step = self.source.rollout_ranks, span.step
+        quota, batch = share(missing, ranks, self._rank), None
+        if self._windows or self._in_order:
+            batch = {each.position for each in requests if self.open.step_of(each) <= step}
+            quota = len(batch)
+        a_step = share(self.sampler.prompts_per_step, ranks, self._rank)
+        due = {each.position: self.open.step_of(each) for each in requests}
+
+        def others_can_wait(added: Set[int]) -> bool:
+            left = (last for position, last in due.items() if position not in added)
+            return not self.config.ahead or can_wait(left, step=step, quota=a_step)
+
+        return GroupBuffer(
+            self.graders,
+            quota,
+            needs_variance=self.max_refill_rounds > 0,
+            samples=self.sampling.samples,
+            progress=self.progress,
+            batch=batch,
+            can_wait=others_can_wait,
+        )
+
+    def _share_status(
+        self, held: dict[int, ScoredGroup], dropped: list[int], step: int, counters: StepCounters
+    ) -> None:
         """Tell every rank how far the step is; collective."""
         dynamic = self.max_refill_rounds > 0
         mixed = {request_id: has_reward_variance(scored) for request_id, scored in held.items()}
-        left = [*self._carried, *self._running]
-        mine = _RankStatus(
+        mine = RankStatus(
             [(request_id, mixed[request_id] or not dynamic, mixed[request_id]) for request_id in held],
-            self._weight(left),
-            [(each.prompt.id, each.prompt.occurrence) for each in left],
+            self._by_step(step, self.open),
+            [(each.prompt.id, each.prompt.occurrence) for each in self.open],
+            [each.position for each in self.open if each.position in held],
             dropped,
             time.monotonic() - self._began,
         )
-        everybody: list[_RankStatus] = [mine] * dist.get_world_size()
+        everybody: list[RankStatus] = [mine] * dist.get_world_size()
         dist.all_gather_object(everybody, mine)
-        counters.groups = {
-            request_id: (rank, counts) for rank, each in enumerate(everybody) for request_id, counts, _ in each.groups
-        }
-        counters.mixed = sum(mixed for each in everybody for _, _, mixed in each.groups)
-        counters.copies = {pair for each in everybody for pair in each.copies}
-        counters.elapsed_s.append(max(each.elapsed_s for each in everybody))
-        counters.dropped += sum(each.dropped for each in everybody)
-        self._carried_by = [everybody[rank].carried for rank in self.source.rollout_ranks]
+        counters.take(everybody)
+        self._open_by = [everybody[rank].open for rank in self.source.rollout_ranks]
 
     def _take_selected(
-        self, held: dict[int, ScoredGroup], positions: dict[int, int], surplus: Sequence[int], counters: _StepCounters
+        self,
+        held: dict[int, ScoredGroup],
+        positions: dict[int, int],
+        surplus: Sequence[int],
+        step: int,
+        counters: StepCounters,
     ) -> list[ScoredGroup]:
         """This rank's selected groups, at their positions in the batch. Surplus groups are kept for the next step.
 
         There are surplus groups if more complete groups were carried over than a round needed: an interrupted engine
         may return groups that it had just finished.
+
+        Raises:
+            EngineError: a token of a group is older than `rollout.ahead` allows.
         """
+        kept = []
         for request_id in surplus:
             rank, _ = counters.groups[request_id]
-            self._carried_by[self.source.rollout_ranks.index(rank)] += 1
+            self._open_by[self.source.rollout_ranks.index(rank)][step] += 1
             if rank == self._rank:
                 group = held[request_id].group
-                self._carried.append(Request(request_id, group.prompt, tuple(group.rollouts)))
-        self._carried.sort(key=_request_id)
+                kept.append(Request(request_id, group.prompt, tuple(group.rollouts)))
+        if kept:
+            self.open.carry([*self.open.carried, *kept])
         selected = [held[request_id] for request_id in sorted(held) if request_id in positions]
         if self._windows:
             selected = [of_this_step(scored) for scored in selected]
         for scored in selected:
             scored.group.position = positions[scored.group.position]
+            age = step - min(map(oldest, scored.group.rollouts), default=step)
+            if self.config.ahead and age > self.config.ahead:
+                raise EngineError(
+                    f"prompt {scored.group.prompt.id} has tokens of weights {age} updates old, and rollout.ahead is "
+                    f"{self.config.ahead}: the engine generated with older weights than it was given"
+                )
         return selected
 
     # --- between steps -------------------------------------------------------------------------------------------
 
-    def stop_running(self) -> None:
-        """Stop requests that the engine still generates, and carry their partial rollouts over; frees the engine."""
-        if self._generation is not None:
-            partial = with_partial(self._generation.stop(), self._running)
-            self._carried = sorted([*self._carried, *partial], key=_request_id)
-            self._generation, self._running = None, []
-
     @property
     def _carries(self) -> bool:
-        return self.config.unfinished is not Unfinished.drop
-
-    def _weight(self, requests: Sequence[Request]) -> int:
-        """How much the requests load a rank: their number, or with windows that of their unfinished rollouts."""
-        return count_unfinished(requests, self.sampling.samples) if self._windows else len(requests)
+        return self.config.unfinished is not Unfinished.drop or self.config.ahead > 0
 
     def _places(self) -> int:
-        """How many groups of the next batch are already taken by what is carried over."""
-        carried = sum(self._carried_by)
-        return math.ceil(carried / self.sampling.samples) if self._windows else carried
+        """How many groups of later batches are already taken by what is open."""
+        open_now = sum(each.total() for each in self._open_by)
+        return math.ceil(open_now / self.sampling.samples) if self._windows else open_now
 
     def state_dict(self) -> dict[str, Any]:
-        """What all ranks carry over, by request id, on rank 0; collective.
+        """What is open on all ranks, in order of drawing, on rank 0; collective.
 
-        Rollouts that the engine still generates are in it as they were when it got them.
+        With `rollout.ahead` the engine is stopped for it, so that no generated token is lost. Else, rollouts that the
+        engine still generates are in it as they were when it got them.
         """
-        mine = {
-            each.position: {
-                "id": each.prompt.id,
-                "begun": [_facts(rollout) for rollout in each.begun],
-                **({"occurrence": each.prompt.occurrence} if each.prompt.occurrence else {}),
-            }
-            for each in [*self._carried, *self._running]
-        }
+        if self.config.ahead:
+            self.open.stop()
+        mine = self.open.facts()
         everybody: list[dict[int, dict[str, Any]]] = [{} for _ in range(dist.get_world_size())]
         dist.gather_object(mine, everybody if self._rank == 0 else None)
         return {"carried": [facts for _, facts in sorted(item for part in everybody for item in part.items())]}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Distribute what was carried over among the ranks that now send requests.
+        """Distribute what was open among the ranks that now send requests.
 
         If rollouts are not carried over any more, or are to be fewer or shorter, their prompts start again.
 
         Raises:
             ValueError: a prompt is not among the training prompts.
         """
-        by_id = PromptsById(self.prompts)
-        assigned: list[list[Request]] = [[] for _ in self.source.rollout_ranks]
-        self._carried, self._running, self._generation = [], [], None
-        self._next_id = len(state["carried"])
-        for request_id, each in enumerate(state["carried"]):
-            if each["id"] not in by_id:
-                raise ValueError(
-                    f"the checkpoint holds rollouts of prompt {each['id']}, which is not among the training prompts: "
-                    "restore data.train, or choose another train.output"
-                )
-            rollouts = tuple(Rollout(**facts) for facts in each["begun"])
-            fits = (self._carries or self._windows) and all(map(self._is_usable, rollouts))
-            prompt = by_id[each["id"]]
-            if occurrence := each.get("occurrence", 0):
-                prompt = replace(prompt, occurrence=occurrence)
-            request = Request(request_id, prompt, rollouts if fits else ())
-            assigned[request_id % len(self.source.rollout_ranks)].append(request)
-        self._in_use = {(each.prompt.id, each.prompt.occurrence) for requests in assigned for each in requests}
-        self._carried_by = [self._weight(requests) for requests in assigned]
-        if self._rank in self.source.rollout_ranks:
-            self._carried = assigned[self.source.rollout_ranks.index(self._rank)]
+        ranks = self.source.rollout_ranks
+        shares = distribute(state["carried"], self.prompts, among=len(ranks), keeps=self._is_usable)
+        self._in_use = {(each.prompt.id, each.prompt.occurrence) for mine in shares for each in mine}
+        self._open_by = [self._by_step(0, each) for each in shares]
+        self.open = shares[ranks.index(self._rank)] if self._rank in ranks else OpenRequests()
+
+    def _by_step(self, step: int, open_requests: OpenRequests) -> Counter[int]:
+        return open_requests.by_step(step, samples=self.sampling.samples, unfinished_rollouts=self._windows)
 
     def _is_usable(self, rollout: Rollout) -> bool:
         """Whether a rollout of an earlier session could have been generated with this one's settings."""
         fits = rollout.sample < self.sampling.samples and rollout.tokens.numel() <= self.sampling.max_new_tokens
-        return fits and (self._windows or not rollout.trained)
-
-
-def _request_id(request: Request) -> int:
-    return request.position
-
-
-def _facts(rollout: Rollout) -> dict[str, Any]:
-    return {each.name: getattr(rollout, each.name) for each in fields(Rollout)}
+        return fits and (self._windows or (self._carries and not rollout.trained))

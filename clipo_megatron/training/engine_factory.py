@@ -89,8 +89,9 @@ def build_sync(config: RunConfig, policy: Policy, engine: Engine | None) -> Weig
     if config.rollout.engine is EngineKind.local:
         return InProcessSync(policy, engine)
     rollout, transport = config.rollout, transport_of(config)
+    goes_on = rollout.unfinished is Unfinished.keep_running or rollout.ahead > 0
     options: dict[str, Any] = {
-        "in_flight": InFlight.retract if rollout.unfinished is Unfinished.keep_running else InFlight.abort,
+        "in_flight": InFlight.retract if goes_on else InFlight.abort,
         "join_deadline_s": rollout.pool.join_deadline_s,
     }
     if transport is Transport.disk:

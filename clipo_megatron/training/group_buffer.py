@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Set
 
 from clipo_megatron.flow import RolloutGroup, ScoredGroup
 from clipo_megatron.rewards.pool import GraderPool
-from clipo_megatron.rollout.engine import EngineError, Request
+from clipo_megatron.rollout.engine import EngineError
 
 
 class GroupBuffer:
@@ -18,6 +18,8 @@ class GroupBuffer:
         needs_variance: whether zero-advantage groups do not count, as in dynamic sampling.
         samples: rollouts of a group.
         progress: called with the numbers of finished and of wanted rollouts.
+        batch: positions of the groups to wait for; the others stay in `early`, ungraded. None: any groups will do.
+        can_wait: whether the groups that have not been added, given those that have, can wait for later steps.
     """
 
     def __init__(
@@ -28,10 +30,13 @@ class GroupBuffer:
         needs_variance: bool,
         samples: int,
         progress: Callable[[int, int], None],
+        batch: Set[int] | None = None,
+        can_wait: Callable[[Set[int]], bool] = lambda added: True,
     ):
         self.graders, self.quota, self.samples, self.progress = graders, quota, samples, progress
-        self.needs_variance = needs_variance
-        self._added = 0
+        self.needs_variance, self.batch, self.can_wait = needs_variance, batch, can_wait
+        self.early: list[RolloutGroup] = []
+        self._added: set[int] = set()
         self._scored: list[ScoredGroup] = []
 
     def add(self, group: RolloutGroup) -> bool:
@@ -42,17 +47,25 @@ class GroupBuffer:
                 f"the engine answered prompt {group.prompt.id} with {len(group.rollouts)} rollouts, {unfinished} of "
                 f"them unfinished, and {self.samples} were requested"
             )
+        if self.batch is not None and group.position not in self.batch:
+            self.early.append(group)
+            return self.is_full()
         self.graders.submit(group)
-        self._added += 1
-        self.progress(min(self._added, self.quota) * self.samples, self.quota * self.samples)
+        self._added.add(group.position)
+        self.progress(min(len(self._added), self.quota) * self.samples, self.quota * self.samples)
         return self.is_full()
 
     def is_full(self) -> bool:
         """Whether no more groups are needed."""
-        if not self.needs_variance or self._added < self.quota:
-            return self._added >= self.quota
+        if self.batch is not None:
+            return self.batch <= self._added
+        if len(self._added) < self.quota or not self.can_wait(self._added):
+            return False
+        return not self.needs_variance or self._enough_with_variance()
+
+    def _enough_with_variance(self) -> bool:
         self._scored += self.graders.finished()
-        ungraded = self._added - len(self._scored)
+        ungraded = len(self._added) - len(self._scored)
         if self._with_variance() + ungraded < self.quota:
             return False
         # The missing verdicts may be enough, and they take less time than another group may.
@@ -70,8 +83,3 @@ class GroupBuffer:
 def has_reward_variance(scored: ScoredGroup) -> bool:
     """Whether a group has both right and wrong answers; otherwise it is a zero-advantage group."""
     return {True, False} <= {verdict.correct for verdict in scored.verdicts}
-
-
-def is_complete(request: Request, samples: int) -> bool:
-    """Whether all rollouts of a request have ended, so that no engine is needed for it."""
-    return len(request.begun) == samples and all(rollout.finish != "abort" for rollout in request.begun)

@@ -40,3 +40,8 @@ def of_this_step(scored: ScoredGroup) -> ScoredGroup:
 def count_unfinished(requests: Iterable[Request], samples: int) -> int:
     """The number of rollouts that have not ended, or not begun, in requests for `samples` rollouts each."""
     return sum(samples - sum(each.finish != "abort" for each in request.begun) for request in requests)
+
+
+def is_complete(request: Request, samples: int) -> bool:
+    """Whether all rollouts of a request have ended, so that no engine is needed for it."""
+    return len(request.begun) == samples and all(rollout.finish != "abort" for rollout in request.begun)

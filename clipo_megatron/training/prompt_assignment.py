@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import heapq
 import math
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 
 
 def assign_in_turn(room: Sequence[int]) -> list[int]:
@@ -59,3 +60,43 @@ def oversampled(quota: int, factor: float) -> int:
 def share(count: int, rollout_ranks: Sequence[int], rank: int) -> int:
     """How many of `count` prompts a rank gets when they are assigned in turn."""
     return len(range(rollout_ranks.index(rank), count, len(rollout_ranks))) if rank in rollout_ranks else 0
+
+
+def fill_batches(
+    open_by: Sequence[Mapping[int, int]], targets: Mapping[int, Sequence[int]]
+) -> tuple[list[Counter[int]], list[tuple[int, int]]]:
+    """Which batches open requests belong to, and which new prompts are needed, where steps run ahead.
+
+    Each batch takes the oldest requests that no earlier batch has taken, and is filled up with new prompts.
+
+    Args:
+        open_by: for each rank, step -> how many of its requests are open for that step's batch.
+        targets: step -> how many requests each rank is to have for its batch.
+
+    Returns:
+        For each rank, step -> how many of its open requests, in order of age, now belong to the step's batch; and step
+        and rank of each new prompt, in order.
+    """
+    left, taken = [Counter(each) for each in open_by], [Counter[int]() for _ in open_by]
+    new: list[tuple[int, int]] = []
+    for step, wanted in sorted(targets.items()):
+        for rank, target in enumerate(wanted):
+            for batch in sorted(left[rank]):
+                count = min(left[rank][batch], target - taken[rank][step])
+                left[rank][batch] -= count
+                taken[rank][step] += count
+        room = [target - taken[rank][step] for rank, target in enumerate(wanted)]
+        new += [(step, rank) for rank in assign_in_turn(room)]
+    beyond = max(targets) + 1
+    for rank, rest in enumerate(left):
+        taken[rank][beyond] += rest.total()
+    return taken, new
+
+
+def can_wait(due: Iterable[int], *, step: int, quota: int) -> bool:
+    """Whether requests can all train in time if, after `step`, each step trains `quota` of them.
+
+    Args:
+        due: the step of each by which it has to train; what is due by `step` cannot wait.
+    """
+    return all(place < quota * (last - step) for place, last in enumerate(sorted(due)))

@@ -16,11 +16,12 @@ from clipo_megatron.flow import RolloutTable, ScoredGroup
 from clipo_megatron.policy.actor import PolicyActor
 from clipo_megatron.policy.parallel import Layout
 from clipo_megatron.runtime.platform import platform
-from clipo_megatron.runtime.run_dir import ROLLOUTS, STATES, TRACE
+from clipo_megatron.runtime.run_dir import LEDGER, ROLLOUTS, STATES, TRACE
 from clipo_megatron.telemetry.console import Stopwatch
 from clipo_megatron.telemetry.samples import SampleLog
 from clipo_megatron.telemetry.sinks import append, keep_before, writing
 from clipo_megatron.telemetry.states import States, StateWriter, chosen, forget_states
+from clipo_megatron.training.ledger import Accounts, Ledger
 
 GROUPS_WITH_STATES = 8  # groups whose texts are recorded in a step whose states are
 
@@ -37,6 +38,7 @@ class Recorder:
         self.layout, self.actor = layout, actor
         self.output = Path(config.train.output)
         self.samples = SampleLog(self.output / ROLLOUTS, groups=self.report.save_rollouts)
+        self.ledger = Ledger(self.output / LEDGER)
         self._states = StateWriter(self.output / STATES)
         self._trace: TextIO | None = None
         actor.wants_states = self.wants_states
@@ -56,12 +58,17 @@ class Recorder:
         if self.layout.rank != 0:
             return
         forget_states(self.output / STATES, from_step=step)
+        self.ledger.open(from_step=step)
         if self.report.save_rollouts:
             self.samples.open(from_step=step)
         if self.report.trace_every:
             keep_before(self.output / TRACE, step)
             with writing(self.output / TRACE):
                 self._trace = (self.output / TRACE).open("a", buffering=1)
+
+    def accounts(self, accounts: Accounts) -> None:
+        """Write what became of the prompts in a step."""
+        self.ledger.write(accounts)
 
     def step(
         self,
@@ -97,6 +104,7 @@ class Recorder:
         """Wait until everything is written. Idempotent."""
         self._states.close()
         self.samples.close()
+        self.ledger.close()
         if self._trace is not None:
             self._trace.close()
             self._trace = None

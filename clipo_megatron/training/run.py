@@ -198,7 +198,7 @@ class Run:
             Cancelled: on every rank, because the run is to end and the answers took too long.
         """
         if self.session.eval_prompts:
-            self.collector.stop_running()  # the engine would yield groups of the next step too
+            self.collector.open.stop()  # the engine would yield groups of the next step too
             self.reporter.record_evaluation(self.engine.evaluate(step))
 
     def save(self, step: int, *, resync: bool = True) -> None:

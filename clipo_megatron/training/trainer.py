@@ -42,7 +42,7 @@ class Trainer:
         actor, algorithm = run.actor, run.algorithm
 
         with watch("generate"):
-            scored, metrics = run.collector.collect(self.step)
+            scored, metrics = run.collector.collect(self.step, last=run.config.train.steps - 1)
             run.engine.offload()  # colocated servers give their GPU memory to training
         with watch("exchange"):
             table, samples = build_table(scored, step=self.step, observe=algorithm.observe)
@@ -66,6 +66,7 @@ class Trainer:
         with watch("sync"):
             metrics |= run.engine.update_weights(self.step + 1)
 
+        run.recorder.accounts(run.collector.accounts)
         run.recorder.step(scored, table, experience.reward, experience.advantage, experience.bonus, watch)
         metrics |= table_metrics(table, experience.reward, experience.advantage)
         metrics |= actor.contrastive_metrics(table, experience.bonus)

@@ -18,11 +18,13 @@ from clipo_megatron.rollout.local.engine import LocalEngine
 
 
 class InterruptedEngine:
-    """Is lost with probability `loss` before each group, at most `limit` times."""
+    """Is lost with probability `loss` before each group, at most `limit` times. Answers in any order, or `in_order`."""
 
-    def __init__(self, engine: LocalEngine, seed: int, *, loss: float = 0.0, limit: int = 1 << 30):
+    def __init__(
+        self, engine: LocalEngine, seed: int, *, loss: float = 0.0, limit: int = 1 << 30, in_order: bool = False
+    ):
         self.engine, self.random = engine, random.Random(seed)
-        self.loss, self.limit = loss, limit
+        self.loss, self.limit, self.in_order = loss, limit, in_order
         self.up = True
         self.detached: dict[int, Request] = {}
         self.asked: list[int] = []  # positions in order, once for each time they were sent
@@ -108,7 +110,7 @@ class _Interrupted(Generation):
                     for each in self.open.values()
                 ]
                 raise EngineLostError("lost on purpose", have)
-            position = engine.random.choice(sorted(self.open))
+            position = min(self.open) if engine.in_order else engine.random.choice(sorted(self.open))
             group = engine.complete(self.open.pop(position), self.params, self.deadline_s)
             engine.answered.append(position)
             yield group
@@ -120,7 +122,12 @@ class _Interrupted(Generation):
         return [RolloutGroup(each.position, each.prompt, list(each.begun)) for each in have if each.begun]
 
     def detach(self) -> None:
-        self.engine.detached = dict(self.open)
+        """Some requests get on while the caller does other things."""
+        engine = self.engine
+        engine.detached = {
+            position: engine.interrupt(each, self.params) if engine.random.random() < 0.5 else each
+            for position, each in self.open.items()
+        }
 
     def close(self) -> None:
         self.open = {}

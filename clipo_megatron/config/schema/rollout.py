@@ -68,6 +68,8 @@ class RolloutConfig:
     # prompts asked for / prompts needed, of each replica; the step takes the groups that finish first
     over_sampling: float = within(1.0, 1, because="it is prompts asked for over prompts needed; 1.2 to 2 are usual")
     unfinished: Unfinished = Unfinished.drop  # what becomes of the rollouts that a step does not wait for
+    # steps whose rollouts are generated while earlier ones train; no token trains more than so many updates later
+    ahead: int = within(0, 0, 64)
     # times per step that zero-advantage groups (all right or all wrong) are replaced; null: the method's own
     max_refill_rounds: Optional[int] = within(None, 0)
     samples_per_prompt: int = within(8, 1)  # rollouts of a group, G

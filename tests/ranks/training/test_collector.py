@@ -15,9 +15,9 @@ from clipo_megatron.config.schema import RolloutConfig
 from clipo_megatron.data.sampler import PromptSampler
 from clipo_megatron.flow import RolloutGroup, ScoredGroup, Verdict
 from clipo_megatron.rollout.engine import Request
-from clipo_megatron.training.collector import _StepCounters
 from clipo_megatron.training.group_buffer import has_reward_variance
 from clipo_megatron.training.prompt_assignment import assign_in_turn, oversampled, select_groups, share
+from clipo_megatron.training.step_counters import StepCounters
 
 
 @pytest.fixture(scope="module")
@@ -51,9 +51,9 @@ def test_groups_with_reward_variance_come_first():
 
 
 def test_no_round_starts_that_would_miss_the_deadline():
-    assert _StepCounters().has_time(0.0), "the first round always begins"
-    assert _StepCounters(elapsed_s=[4.0]).has_time(8.1) and not _StepCounters(elapsed_s=[4.0]).has_time(8.0)
-    assert _StepCounters(elapsed_s=[1.0, 4.0, 5.0]).has_time(8.1) and not _StepCounters(
+    assert StepCounters().has_time(0.0), "the first round always begins"
+    assert StepCounters(elapsed_s=[4.0]).has_time(8.1) and not StepCounters(elapsed_s=[4.0]).has_time(8.0)
+    assert StepCounters(elapsed_s=[1.0, 4.0, 5.0]).has_time(8.1) and not StepCounters(
         elapsed_s=[1.0, 4.0, 5.0]
     ).has_time(7.9)
 

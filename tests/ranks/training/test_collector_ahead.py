@@ -1,0 +1,195 @@
+"""Rollouts of later steps, begun while earlier ones train: each prompt trains once, in time, in order, and survives."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch.distributed as dist
+from collector_steps import SAMPLES, Bench, prompts
+from ranks import RankPool
+from small_runs import write_model
+
+from clipo_megatron.config.schema import RolloutConfig, Unfinished
+from clipo_megatron.data.sampler import PromptSampler
+from clipo_megatron.training.ledger import Accounts, Balance, Ledger, balance
+
+SIZE, STEPS = 6, 6
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    return write_model(tmp_path_factory.mktemp("model") / "model", layers=2)
+
+
+def account(
+    folder: Path, config: RolloutConfig, seed: int, rollout_ranks: list[int] | None, options: dict[str, Any]
+) -> dict[str, Any]:
+    """On a rank: some steps with an engine that is lost at random, saved and loaded after some; what trained when."""
+    faults = {"seed": seed * 100 + dist.get_rank(), **options.get("faults", {"loss": 0.05, "limit": 3})}
+    saved_at, config_after = options.get("saved_at"), options.get("after", config)
+    with Bench(folder, config, rollout_ranks=rollout_ranks, interrupted=faults) as bench:
+        trained, accounts, answered, kept = [], [], [], 0
+        for step in range(STEPS):
+            bench.engine.losses = 0
+            scored, counts = bench.collector.collect(step, last=STEPS - 1)
+            accounts.append(bench.collector.accounts)
+            answered.append(len(bench.engine.answered))
+            for each in scored:
+                rollouts = each.group.rollouts
+                for rollout in rollouts:
+                    versions = rollout.versions.tolist()
+                    assert versions == sorted(versions) and versions[-1] <= step
+                ages = [step - int(rollout.versions[rollout.trained]) for rollout in rollouts]
+                trained.append((step, each.group.position, each.group.prompt.id, len(rollouts), max(ages)))
+            bench.update_weights(step + 1)
+            if step == saved_at:
+                states = [bench.collector.state_dict()]
+                dist.broadcast_object_list(states, src=0)
+                kept = sum(rollout["tokens"].numel() for each in states[0]["carried"] for rollout in each["begun"])
+                bench.collector = replaced(bench, config_after)
+                bench.collector.load_state_dict(states[0])
+        bench.collector.open.stop()
+        state = bench.collector.state_dict()
+        return {
+            "trained": trained,
+            "accounts": accounts,
+            "open": [each["position"] for each in state["carried"]],
+            "carried": counts["rollout/carried_prompts"],
+            "kept": kept,
+            "answered": answered,
+        }
+
+
+def replaced(bench: Bench, config: RolloutConfig) -> Any:
+    """A new collector, as a run that is resumed has."""
+    old = bench.collector
+    bench.engine.detached = {}
+    return type(old)(
+        config,
+        old.source,
+        old.graders,
+        prompts=old.prompts,
+        sampler=old.sampler,
+        sampling=old.sampling,
+        max_refill_rounds=old.max_refill_rounds,
+    )
+
+
+def collected(ranks: RankPool, folder: Path, config: RolloutConfig, **options: Any) -> tuple[list[Any], Balance, Any]:
+    """What trained, by step and position, the balance of the ledger, and the results of all ranks."""
+    seed = random.SystemRandom().randrange(10**6)
+    print(f"interruptions drawn with seed {seed}")
+    world, asking = options.pop("world", 1), options.pop("asking", None)
+    results = ranks.run(account, world, folder, config, seed, asking, options)
+    assert all(each["accounts"] == results[0]["accounts"] for each in results)
+    trained = sorted(each for result in results for each in result["trained"])
+    found = balance(_lines(results[0]["accounts"], folder.parent))
+    assert found.problems(results[0]["open"]) == []
+    return trained, found, results
+
+
+def _lines(accounts: list[Accounts], folder: Path) -> list[dict[str, Any]]:
+    """The lines of a ledger file with these accounts."""
+    import json
+
+    ledger = Ledger(folder / "prompts.jsonl")
+    ledger.open(from_step=0)
+    for each in accounts:
+        ledger.write(each)
+    ledger.close()
+    return [json.loads(line) for line in ledger.path.read_text().splitlines()]
+
+
+def drawn(count: int) -> list[str]:
+    rows = PromptSampler(400, 1, seed=3).draw(count)
+    return [prompts(400)[row].id for row in rows]
+
+
+IN_ORDER = RolloutConfig(ahead=1)
+FIRST_COME = RolloutConfig(ahead=3, over_sampling=2.0, unfinished=Unfinished.keep_running)
+
+
+@pytest.mark.parametrize("ahead", [1, 3])
+@pytest.mark.parametrize(
+    ("world", "asking"),
+    [pytest.param(1, None, id="one rank", marks=pytest.mark.full), pytest.param(3, [0, 2], id="two of three ask")],
+)
+def test_batches_are_those_of_a_run_that_waits(ranks: RankPool, model: Path, ahead: int, world: int, asking: Any):
+    """In order, nothing is left out, nothing too old, and the last steps begin nothing that would not train."""
+    trained, found, results = collected(ranks, model, RolloutConfig(ahead=ahead), world=world, asking=asking)
+    assert [(step, position) for step, position, *_ in trained] == [(s, p) for s in range(STEPS) for p in range(SIZE)]
+    assert [name for _, _, name, _, _ in trained] == drawn(STEPS * SIZE), "groups train in the order of drawing"
+    ages = [age for *_, age in trained]
+    assert max(ages) <= ahead and any(ages), "some rollouts were begun before the last update"
+    assert found.drawn == STEPS * SIZE and not found.open and not found.dropped
+    assert results[0]["accounts"][0].drawn == (ahead + 1) * SIZE, "the first step begins the batches ahead"
+
+
+def test_a_step_waits_for_its_own_batch_only(ranks: RankPool, model: Path):
+    _, _, results = collected(ranks, model, RolloutConfig(ahead=2), world=2, faults={"in_order": True})
+    for result in results:
+        assert result["answered"] == [SIZE // 2 * (step + 1) for step in range(STEPS)]
+
+
+@pytest.mark.parametrize("saved_at", [0, 3])
+def test_what_is_generated_survives_a_checkpoint(ranks: RankPool, model: Path, saved_at: int):
+    trained, found, results = collected(ranks, model, RolloutConfig(ahead=2), world=2, saved_at=saved_at)
+    assert [name for _, _, name, _, _ in trained] == drawn(STEPS * SIZE)
+    assert results[0]["kept"] > 0, "tokens are in the checkpoint"
+    assert max(age for *_, age in trained) <= 2 and not found.open
+
+
+@pytest.mark.parametrize("after", [0, 1])
+def test_a_smaller_bound_holds_after_a_resume(ranks: RankPool, model: Path, after: int):
+    """Prompts stay and train in order; what would be too old begins anew."""
+    trained, found, _ = collected(
+        ranks, model, RolloutConfig(ahead=3), world=2, saved_at=1, after=RolloutConfig(ahead=after)
+    )
+    assert [name for _, _, name, _, _ in trained] == drawn(STEPS * SIZE)
+    assert max(age for step, *_, age in trained if step > 1) <= after
+    assert not found.open and not found.dropped
+
+
+def test_a_larger_bound_fills_up_after_a_resume(ranks: RankPool, model: Path):
+    trained, found, results = collected(
+        ranks, model, RolloutConfig(ahead=0), world=2, saved_at=1, after=RolloutConfig(ahead=2)
+    )
+    assert [name for _, _, name, _, _ in trained] == drawn(STEPS * SIZE)
+    assert not found.open and [each.drawn for each in results[0]["accounts"]] == [6, 12, 30, 36, 36, 36]
+
+
+@pytest.mark.parametrize("world", [pytest.param(1, marks=pytest.mark.full), 2])
+def test_first_come_leaves_nothing_behind(ranks: RankPool, model: Path, world: int):
+    trained, found, results = collected(ranks, model, FIRST_COME, world=world, saved_at=2)
+    assert [(step, position) for step, position, *_ in trained] == [(s, p) for s in range(STEPS) for p in range(SIZE)]
+    assert max(age for *_, age in trained) <= 3
+    names = [name for _, _, name, _, _ in trained]
+    assert len(set(names)) == len(names) and names != drawn(len(names)), "those that finished first went first"
+    assert not found.dropped and len(found.open) == results[0]["carried"]
+
+
+@pytest.mark.parametrize(
+    "config", [RolloutConfig(ahead=1, max_refill_rounds=3), replace(FIRST_COME, max_refill_rounds=2)]
+)
+def test_zero_advantage_groups_are_replaced_and_named(ranks: RankPool, model: Path, config: RolloutConfig):
+    trained, found, _ = collected(ranks, model, config, world=2, asking=[0, 1], saved_at=2)
+    assert [(step, position) for step, position, *_ in trained] == [(s, p) for s in range(STEPS) for p in range(SIZE)]
+    assert max(age for *_, age in trained) <= config.ahead
+    assert set(found.dropped.values()) == {"zero_advantage"}
+
+
+def test_windows_go_on_behind_the_batches_ahead(ranks: RankPool, model: Path):
+    """What a window trained goes on in a later batch, and every rollout comes to its end."""
+    trained, found, results = collected(ranks, model, RolloutConfig(ahead=1, window_tokens=2), world=2, saved_at=2)
+    assert all(age <= 1 for *_, age in trained)
+    steps_of: dict[str, list[int]] = {}
+    for step, _, name, count, _ in trained:
+        assert count <= SAMPLES
+        steps_of.setdefault(name, []).append(step)
+    assert any(len(steps) > 1 for steps in steps_of.values())
+    assert all(steps[0] % 2 == last % 2 for steps in steps_of.values() for last in steps), "every second batch"
+    assert len(found.trained) > SIZE and len(found.open) > 0 and results[0]["carried"] > 0
