@@ -138,6 +138,7 @@ class RankPool:
 def _serve(connection: Connection, port: int) -> None:
     """Run as a rank: receive cases and send back results or tracebacks, until the other end closes."""
     import torch
+    import torch.distributed as dist
     from torch.distributed import PrefixStore, TCPStore
 
     from clipo_megatron.policy import parallel as layout
@@ -163,6 +164,7 @@ def _serve(connection: Connection, port: int) -> None:
             torch.manual_seed(0)
             meeting = PrefixStore(f"case{case}", store)
             platform().init_process_group(rank, world, timeout_s=COLLECTIVE_TIMEOUT_S, store=meeting)
+            dist.barrier()  # or a rank that is done at once would leave while others still connect
             answer = (True, function(*args))
         except BaseException:
             answer = (False, traceback.format_exc())

@@ -73,6 +73,7 @@ def test_a_resumed_run_goes_on_as_if_it_had_not_been_interrupted(ranks, tmp_path
     ranks.run(trained, 1, tmp_path / "parts", source, range(2), *first)
     [(_, resumed)] = ranks.run(trained, 1, tmp_path / "parts", source, range(2, 3), *then)
     assert distance(whole, before) > 1e-3
-    assert distance(whole, resumed) <= (0.0 if first == then else 1e-5 * distance(whole, before))
+    # Two kinds of Adam round differently; the weights of norms are near 1, where a float32 has steps of 1.2e-7.
+    assert distance(whole, resumed) <= (0.0 if first == then else 1e-5 * distance(whole, before) + 2.4e-7)
     written = read_metadata(next((tmp_path / "parts").rglob(".metadata")).parent).state_dict_metadata
     assert any("final_layernorm._extra_state" in key for key in written) == (first[1] is NormWithState)
