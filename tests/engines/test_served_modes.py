@@ -13,6 +13,7 @@ from small_runs import STEPS, SmallRun, metrics, write_config, write_model
 from tiny_models import EOS
 
 from clipo_megatron.config.schema import DType
+from clipo_megatron.training.ledger import balance
 
 SERVED = (
     "layout.pp=2",
@@ -60,9 +61,17 @@ def plain(lines: Lines) -> None:
     assert all(line["rollout/version_lag"] == 0 and line["rollout/mixed_versions"] == 0 for line in lines)
 
 
+def ahead(lines: Lines) -> None:
+    """Rollouts were begun before the last update, and none is older than the bound."""
+    assert 0 < max(line["rollout/version_lag"] for line in lines) <= 2
+    assert [line["rollout/carried_prompts"] for line in lines][-1] == 0, "nothing is begun that would not train"
+    assert any(line["rollout/carried_prompts"] > 0 for line in lines)
+
+
 WAYS: dict[str, tuple[str, Callable[[Lines], None], tuple[str, ...]]] = {
     "go on from tokens": ("sglang", carried, ("rollout.over_sampling=2", "rollout.unfinished=resume")),
     "keep running": ("sglang", carried, ("rollout.over_sampling=2", "rollout.unfinished=keep_running")),
+    "two steps ahead": ("sglang", ahead, ("rollout.ahead=2", "layout.pp=1", "layout.dp=2")),
     "refill on two replicas": (
         "sglang",
         refilled,
@@ -74,7 +83,11 @@ WAYS: dict[str, tuple[str, Callable[[Lines], None], tuple[str, ...]]] = {
 
 
 @pytest.mark.parametrize(
-    "way", [pytest.param(way, marks=() if way == "go on from tokens" else pytest.mark.full) for way in WAYS]
+    "way",
+    [
+        pytest.param(way, marks=() if way in ("go on from tokens", "two steps ahead") else pytest.mark.full)
+        for way in WAYS
+    ],
 )
 def test_a_run(way: str, servers: Servers, tiny_model: Path, run_of_unequal_lengths: Path, tmp_path: Path):
     engine, holds, settings = WAYS[way]
@@ -90,6 +103,8 @@ def test_a_run(way: str, servers: Servers, tiny_model: Path, run_of_unequal_leng
         *correction,
     ).wait()
     lines = metrics(tmp_path / "run")
+    ledger = balance(map(json.loads, (tmp_path / "run" / "prompts.jsonl").read_text().splitlines()))
+    assert ledger.problems(ledger.open) == [] and len(ledger.open) == lines[-1]["rollout/carried_prompts"]
     assert [line["step"] for line in lines] == list(range(STEPS))
     assert all(line["sync/servers"] == 1 for line in lines)
     # Only rollouts from the newest weights count, and a step may have none.
