@@ -122,7 +122,7 @@ def _host(url: str) -> str | None:
 def _ahead(config: RunConfig) -> Iterator[ConfigProblem]:
     """Rollouts of later steps, generated while earlier ones train."""
     rollout, key = config.rollout, "rollout.ahead"
-    if not rollout.ahead:
+    if rollout.ahead < 1:
         return
     if rollout.engine is not EngineKind.sglang:
         reason = f"rollout.engine = {rollout.engine.value} does not generate while the policy trains"

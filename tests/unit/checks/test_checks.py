@@ -312,7 +312,7 @@ def test_sound_ways_to_get_rollouts(config, settings, monkeypatch):
             "rollout.over_sampling",
             "at most 2 times",
         ),
-        ({"rollout__ahead": -1}, "rollout.ahead", "at least 0"),
+        ({"rollout__ahead": -1}, "rollout.ahead", "from 0 to 64"),
         ({"rollout__over_sampling": 0.9}, "rollout.over_sampling", "at least 1"),
         ({"rollout__over_sampling": float("inf")}, "rollout.over_sampling", "1.2 to 2"),
         ({"rollout__max_refill_rounds": -1}, "rollout.max_refill_rounds", "at least 0"),
