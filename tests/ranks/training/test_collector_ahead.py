@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import json
+import math
 import random
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import torch.distributed as dist
-from collector_steps import SAMPLES, Bench, prompts
+from collector_steps import SAMPLES, Bench, graders, prompts
 from ranks import RankPool
 from small_runs import write_model
 
 from clipo_megatron.config.schema import RolloutConfig, Unfinished
 from clipo_megatron.data.sampler import PromptSampler
+from clipo_megatron.flow import Rollout, RolloutGroup
+from clipo_megatron.rollout.engine import Request, SamplingParams
+from clipo_megatron.rollout.source import RolloutSource
+from clipo_megatron.training.collector import Collector
 from clipo_megatron.training.ledger import Accounts, Balance, Ledger, balance
 
 SIZE, STEPS = 6, 6
@@ -94,8 +101,6 @@ def collected(ranks: RankPool, folder: Path, config: RolloutConfig, **options: A
 
 def _lines(accounts: list[Accounts], folder: Path) -> list[dict[str, Any]]:
     """The lines of a ledger file with these accounts."""
-    import json
-
     ledger = Ledger(folder / "prompts.jsonl")
     ledger.open(from_step=0)
     for each in accounts:
@@ -193,3 +198,95 @@ def test_windows_go_on_behind_the_batches_ahead(ranks: RankPool, model: Path):
     assert any(len(steps) > 1 for steps in steps_of.values())
     assert all(steps[0] % 2 == last % 2 for steps in steps_of.values() for last in steps), "every second batch"
     assert len(found.trained) > SIZE and len(found.open) > 0 and results[0]["carried"] > 0
+
+
+# ---------------------------------------------------------------- lengths
+
+
+class Clockwork:
+    """An engine that needs a tick for each token of a group's longest rollout, and goes on while the caller trains.
+
+    Lengths are wide, and a function of prompt and sample; each token has the version of the weights of its time.
+    """
+
+    TRAINING = 120  # ticks of a step in which the caller trains
+
+    def __init__(self) -> None:
+        self.now, self.open = 0, {}
+        self.updates = [(0, 0)]
+
+    def load_weights(self, version: int) -> None:
+        self.updates.append((self.now, version))
+
+    def take_statistics(self) -> dict[str, float]:
+        return {}
+
+    def generate(self, requests: Any, params: SamplingParams, **_: Any) -> Clockwork:
+        for request in requests:
+            self.open[request.position] = (self.now, request, [self.length(request, each) for each in range(SAMPLES)])
+        return self
+
+    def length(self, request: Request, sample: int) -> int:
+        return int(math.exp(random.Random(f"{request.prompt.id}/{sample}").gauss(3.5, 1.0))) + 1
+
+    def __iter__(self) -> Clockwork:
+        return self
+
+    def __next__(self) -> RolloutGroup:
+        if not self.open:
+            raise StopIteration
+        began, request, lengths = self.open.pop(min(self.open, key=lambda each: self._end(self.open[each])))
+        self.now = max(self.now, began + max(lengths))
+        return RolloutGroup(
+            request.position, request.prompt, [self._rollout(*each, began) for each in enumerate(lengths)]
+        )
+
+    def _end(self, entry: tuple[int, Request, list[int]]) -> int:
+        return entry[0] + max(entry[2])
+
+    def _rollout(self, sample: int, length: int, began: int) -> Rollout:
+        versions = [max(version for tick, version in self.updates if tick <= began + each) for each in range(length)]
+        zeros = torch.zeros(length)
+        return Rollout(zeros.long(), zeros, "", "stop", torch.tensor(versions), sample)
+
+    def detach(self) -> None:
+        self.now += self.TRAINING
+
+    def close(self) -> None:
+        self.open = {}
+
+
+def lengths_of(config: RolloutConfig, steps: int) -> tuple[list[float], float, int]:
+    """The mean length of what trains in each step, the largest age, and the ticks that the run took."""
+    engine, sampler = Clockwork(), PromptSampler(400, SIZE, seed=3)
+    collector = Collector(
+        config,
+        RolloutSource(engine, [0], lambda: None),
+        graders(),
+        prompts=prompts(400),
+        sampler=sampler,
+        sampling=SamplingParams(samples=SAMPLES, max_new_tokens=10_000, seed=7),
+        max_refill_rounds=0,
+    )
+    means, ages = [], []
+    for step in range(steps):
+        scored, _ = collector.collect(step)
+        rollouts = [rollout for each in scored for rollout in each.group.rollouts]
+        means.append(sum(each.tokens.numel() for each in rollouts) / len(rollouts))
+        ages += [step - each.version for each in rollouts]
+        if not engine.open:
+            engine.now += engine.TRAINING
+        engine.load_weights(step + 1)
+    return means, max(ages), engine.now
+
+
+def test_what_trains_is_not_shorter_for_being_begun_ahead(ranks: RankPool):
+    """In order, each step trains the lengths of a run that waits; first come, the first step trains shorter ones."""
+    steps = 50
+    (waiting, _, longest) = ranks.run(lengths_of, 1, RolloutConfig(), steps)[0]
+    for ahead in (1, 3):
+        means, age, ticks = ranks.run(lengths_of, 1, RolloutConfig(ahead=ahead), steps)[0]
+        assert means == waiting and 0 < age <= ahead and ticks < 0.8 * longest
+    means, age, _ = ranks.run(lengths_of, 1, FIRST_COME, steps)[0]
+    assert 0 < age <= 3 and means[0] < 0.8 * waiting[0]
+    print(f"first come: {sum(means) / sum(waiting) - 1:+.1%} in length over {steps} steps")
