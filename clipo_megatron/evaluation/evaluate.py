@@ -16,7 +16,7 @@ import torch.distributed as dist
 from clipo_megatron.config.schema import EvalConfig, RolloutConfig
 from clipo_megatron.evaluation.results import Evaluation, EvaluationSettings, ProblemResult, digest_of, ks_of
 from clipo_megatron.flow import Prompt, RolloutGroup, ScoredGroup
-from clipo_megatron.rewards.pool import GraderPool, asked_by
+from clipo_megatron.rewards.pool import GraderPool, Grading, asked_by
 from clipo_megatron.rewards.voting import answer_key
 from clipo_megatron.rollout.engine import Request, SamplingParams
 from clipo_megatron.rollout.source import RolloutSource
@@ -52,17 +52,15 @@ def evaluate(
     """
 
     requests = source.share([Request(index, prompt) for index, prompt in enumerate(prompts)])
-    done = 0
+    begun: list[Grading] = []
 
     def take(group: RolloutGroup) -> bool:
-        nonlocal done
-        graders.submit(group)
-        done += 1
-        progress(done * params.samples, len(requests) * params.samples)
+        begun.append(graders.grade(group))
+        progress(len(begun) * params.samples, len(requests) * params.samples)
         return False
 
     source.generate_all(requests, params, take=take, deadline=time.monotonic() + deadline_s)
-    graded = graders.collect()
+    graded = [each.result() for each in sorted(begun, key=lambda each: each.group.position)]
     reasons = [verdict.reason for scored in graded for verdict in scored.verdicts]
     if reasons and all(reasons):
         log.warning("none of %d responses could be graded: %s", len(reasons), reasons[0])

@@ -1,9 +1,8 @@
 """Grading in worker processes that can be killed, while the engine still generates.
 
     with GraderPool(config.reward) as pool:
-        for group in engine.generate(...):
-            pool.submit(group)              # returns at once
-        scored = pool.collect()             # waits for the verdicts that are not in yet
+        begun = [pool.grade(group) for group in engine.generate(...)]    # returns at once
+        scored = [each.result() for each in begun]                       # waits for the verdicts that are not in yet
 
 Every answer has a deadline. A worker that misses it is killed and replaced; so is one that crashes or runs out of
 memory. In each case, and when the grader raises, the answer is *ungraded*, with the reason; it is never counted as
@@ -15,8 +14,8 @@ from __future__ import annotations
 import queue
 import threading
 import time
-from collections.abc import Iterable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,6 +37,28 @@ class Answer:
     data_source: str
     extra: Mapping[str, Any] | None = None  # the reasoning-gym entry, for that mode
     asked: Asked = NOTHING  # what the prompt asks for
+
+
+@dataclass(frozen=True, slots=True)
+class Grading:
+    """A group whose rollouts are being judged."""
+
+    group: RolloutGroup
+    verdicts: list[Future[Verdict]]  # one for each rollout
+
+    def done(self) -> bool:
+        """Whether all verdicts are in."""
+        return all(verdict.done() for verdict in self.verdicts)
+
+    def result(self) -> ScoredGroup:
+        """Wait for the verdicts.
+
+        Raises:
+            UnknownGraderError, SandboxError: a data source has no grader, or this machine not the sandbox that
+                `reward.sandbox` requires; the configuration must change.
+            GraderStartError: no grader process can be started here.
+        """
+        return ScoredGroup(self.group, [verdict.result() for verdict in self.verdicts])
 
 
 @dataclass(slots=True)
@@ -70,7 +91,6 @@ class GraderPool:
         self._config = config
         self._modes = {source: GraderMode(mode).value for source, mode in config.by_source.items()}
         self._default_mode = GraderMode(config.mode).value
-        self._submitted: list[tuple[RolloutGroup, list[Future[Verdict]]]] = []
         self._statistics = GraderStatistics()
         self._lock = threading.Lock()  # of the statistics
         first_mode = "math" if self._default_mode == "auto" else self._default_mode
@@ -92,8 +112,8 @@ class GraderPool:
         mode = self._modes.get(data_source, self._default_mode)
         return mode_for(data_source) if mode == "auto" else mode
 
-    def submit(self, group: RolloutGroup) -> None:
-        """Start to grade the rollouts of `group`; does not wait. `collect` returns the verdicts.
+    def grade(self, group: RolloutGroup) -> Grading:
+        """Start to grade the rollouts of a group; does not wait. Any thread may call it.
 
         Rollouts that continue in the next step are not graded yet, and those that ended in an earlier one already were.
         """
@@ -105,33 +125,7 @@ class GraderPool:
             else self.submit_answer(Answer(rollout.text, prompt.ground_truth, prompt.data_source, prompt.extra, asked))
             for rollout in group.rollouts
         ]
-        self._submitted.append((group, verdicts))
-
-    def finished(self) -> list[ScoredGroup]:
-        """The groups whose verdicts are all in by now, by position; does not wait. `collect` returns the others.
-
-        Raises:
-            UnknownGraderError, SandboxError: a data source has no grader, or this machine not the sandbox that
-                `reward.sandbox` requires; the configuration must change.
-            GraderStartError: no grader process can be started here.
-        """
-        graded, waiting = [], []
-        for each in self._submitted:
-            (graded if all(verdict.done() for verdict in each[1]) else waiting).append(each)
-        self._submitted = waiting
-        return _scored([(group, [verdict.result() for verdict in verdicts]) for group, verdicts in graded])
-
-    def collect(self) -> list[ScoredGroup]:
-        """Wait for all groups submitted since the last call; by position, each rollout with its verdict.
-
-        Raises:
-            UnknownGraderError, SandboxError: a data source has no grader, or this machine not the sandbox that
-                `reward.sandbox` requires; the configuration must change.
-            GraderStartError: no grader process can be started here.
-        """
-        groups, self._submitted = self._submitted, []
-        wait([verdict for _, verdicts in groups for verdict in verdicts])
-        return _scored([(group, [verdict.result() for verdict in verdicts]) for group, verdicts in groups])
+        return Grading(group, verdicts)
 
     def submit_answer(self, answer: Answer) -> Future[Verdict]:
         """Start to grade one answer; does not wait."""
@@ -235,8 +229,3 @@ def _no_verdict() -> Future[Verdict]:
     verdict: Future[Verdict] = Future()
     verdict.set_result(Verdict(None, 0.0, "it does not end in this step"))
     return verdict
-
-
-def _scored(graded: Iterable[tuple[RolloutGroup, list[Verdict]]]) -> list[ScoredGroup]:
-    scored = [ScoredGroup(group, verdicts) for group, verdicts in graded]
-    return sorted(scored, key=lambda each: each.group.position)

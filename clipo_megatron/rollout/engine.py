@@ -40,6 +40,10 @@ def never() -> bool:
     return False
 
 
+def ignore(group: RolloutGroup) -> None:
+    """The default of `on_group`: nobody wants to know."""
+
+
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
     """How responses are sampled. `temperature == 0` is greedy."""
@@ -122,11 +126,15 @@ class Generation(Iterator[RolloutGroup]):
         self.close()
         return []
 
-    def detach(self) -> None:
+    def detach(self, on_group: Callable[[RolloutGroup], None] = ignore) -> None:
         """Let unfinished requests continue, across an update of the weights too.
 
         The next `generate` also yields their groups, and lists them in `EngineLostError.unanswered` when it fails.
         Until then `stop` and `close` of this generation end them.
+
+        Args:
+            on_group: called in a thread of the engine with each group that is complete from now on, before it is
+                yielded; it returns at once.
 
         Raises:
             EngineError: this engine keeps nothing running between two steps.

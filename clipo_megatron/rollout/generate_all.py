@@ -19,6 +19,7 @@ from clipo_megatron.rollout.engine import (
     Generation,
     Request,
     SamplingParams,
+    ignore,
     name_prompts,
     never,
 )
@@ -47,6 +48,7 @@ def generate_all(
     unfinished: Unfinished = Unfinished.drop,
     should_cancel: Callable[[], bool] = never,
     wait: bool = True,
+    on_group: Callable[[RolloutGroup], None] = ignore,
 ) -> Remainder:
     """Pass groups to `take` as they finish, until all are there or `take` returns True; collective.
 
@@ -65,6 +67,7 @@ def generate_all(
             returned with their partial rollouts.
         should_cancel: whether to cancel; if any rank's returns True, all ranks cancel.
         wait: whether groups are waited for; False sends the requests only, which needs `keep_running`.
+        on_group: see `Generation.detach`.
 
     Raises:
         Cancelled: on every rank, because one cancelled; groups that `take` received are to be discarded.
@@ -87,7 +90,7 @@ def generate_all(
                     _mark_answered(group, unanswered)
                     enough = take(group)
                 if enough:
-                    detached = _interrupt(generation, unanswered, unfinished)
+                    detached = _interrupt(generation, unanswered, unfinished, on_group)
                 if unanswered and not enough:
                     raise EngineError(f"generation ended without an answer to {name_prompts(unanswered.values())}")
             except Cancelled:
@@ -115,10 +118,15 @@ def generate_all(
         resync()
 
 
-def _interrupt(generation: Generation, unanswered: dict[int, Request], unfinished: Unfinished) -> Generation | None:
+def _interrupt(
+    generation: Generation,
+    unanswered: dict[int, Request],
+    unfinished: Unfinished,
+    on_group: Callable[[RolloutGroup], None],
+) -> Generation | None:
     """End or detach a generation that is not exhausted; return it if it was detached."""
     if unanswered and unfinished is Unfinished.keep_running:
-        generation.detach()
+        generation.detach(on_group)
         return generation
     if unanswered and unfinished is Unfinished.resume:
         unanswered |= {each.position: each for each in with_partial(generation.stop(), unanswered.values())}

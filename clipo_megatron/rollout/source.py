@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from clipo_megatron.config.schema import Unfinished
 from clipo_megatron.flow import RolloutGroup
-from clipo_megatron.rollout.engine import Engine, Request, SamplingParams, never
+from clipo_megatron.rollout.engine import Engine, Request, SamplingParams, ignore, never
 from clipo_megatron.rollout.generate_all import Remainder, generate_all
 
 T = TypeVar("T")
@@ -49,6 +49,7 @@ class RolloutSource:
         running: Sequence[Request] = (),
         unfinished: Unfinished = Unfinished.drop,
         wait: bool = True,
+        on_group: Callable[[RolloutGroup], None] = ignore,
     ) -> Remainder:
         """See `clipo_megatron.rollout.generate_all`; collective."""
         return generate_all(
@@ -62,4 +63,5 @@ class RolloutSource:
             unfinished=unfinished,
             should_cancel=self.should_cancel,
             wait=wait,
+            on_group=on_group,
         )

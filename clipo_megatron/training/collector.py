@@ -36,7 +36,7 @@ from clipo_megatron.flow import Prompt, Rollout, RolloutGroup, ScoredGroup
 from clipo_megatron.rewards.pool import GraderPool
 from clipo_megatron.rollout.engine import Cancelled, EngineError, Request, SamplingParams
 from clipo_megatron.rollout.source import RolloutSource
-from clipo_megatron.training.group_buffer import GroupBuffer, has_reward_variance
+from clipo_megatron.training.group_buffer import EarlyGrades, GroupBuffer, has_reward_variance
 from clipo_megatron.training.ledger import Accounts
 from clipo_megatron.training.open_requests import OpenRequests, complete_and_waiting, distribute, oldest
 from clipo_megatron.training.partial_rollouts import continuations, of_this_step
@@ -82,7 +82,7 @@ class Collector:
         max_refill_rounds: int,
         progress: Callable[[int, int], None] = lambda done, wanted: None,
     ):
-        self.config, self.source, self.graders = config, source, graders
+        self.config, self.source, self.grades = config, source, EarlyGrades(graders)
         self.prompts, self.sampler, self.sampling = prompts, sampler, sampling
         self.max_refill_rounds, self.progress = max_refill_rounds, progress
         self.open, self.accounts = OpenRequests(), None
@@ -254,6 +254,7 @@ class Collector:
             running=[] if idle else self.open.running,
             unfinished=Unfinished.keep_running if self.config.ahead else self.config.unfinished,
             wait=not satisfied,
+            on_group=self.grades.begin,
         )
         counters.rounds, counters.recoveries = counters.rounds + 1, counters.recoveries + rest.resyncs
         back, dropped = waiting, []
@@ -286,7 +287,7 @@ class Collector:
             return not self.config.ahead or can_wait(left, step=step, quota=a_step)
 
         return GroupBuffer(
-            self.graders,
+            self.grades,
             quota,
             needs_variance=self.max_refill_rounds > 0,
             samples=self.sampling.samples,

@@ -96,8 +96,8 @@ def test_detached_rollouts_cross_an_update_and_name_each_tokens_version(
 ):
     pool = make_pool(proxies[0].url)
     params = dataclasses.replace(LONG, max_new_tokens=400)
-    generation = started(pool, ask(2), params, proxies[0])
-    generation.detach()
+    generation, told = started(pool, ask(2), params, proxies[0]), []
+    generation.detach(told.append)
     pool.pause(in_flight)
     pool.load_weights(tiny_weights(tiny_model, seed=9).items(), version=4)
     pool.resume()
@@ -112,6 +112,7 @@ def test_detached_rollouts_cross_an_update_and_name_each_tokens_version(
             if group.position < 2:
                 assert rollout.tokens.numel() == 400 and rollout.version == 3
     assert list(generation) == []
+    assert sorted(group.position for group in told) == [0, 1], "of these alone the caller is told at once"
 
 
 def test_detached_rollouts_are_among_the_unanswered(proxies, make_pool, monkeypatch):

@@ -89,7 +89,6 @@ class Bench:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.graders.collect()  # a case that raised may have left some
         self.engine.close()
 
 

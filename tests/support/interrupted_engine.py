@@ -13,7 +13,7 @@ from dataclasses import replace
 from torch import Tensor
 
 from clipo_megatron.flow import RolloutGroup
-from clipo_megatron.rollout.engine import Cancelled, EngineLostError, Generation, Request, SamplingParams, never
+from clipo_megatron.rollout.engine import Cancelled, EngineLostError, Generation, Request, SamplingParams, ignore, never
 from clipo_megatron.rollout.local.engine import LocalEngine
 
 
@@ -121,7 +121,7 @@ class _Interrupted(Generation):
         self.close()
         return [RolloutGroup(each.position, each.prompt, list(each.begun)) for each in have if each.begun]
 
-    def detach(self) -> None:
+    def detach(self, on_group: Callable[[RolloutGroup], None] = ignore) -> None:
         """Some requests get on while the caller does other things."""
         engine = self.engine
         engine.detached = {

@@ -24,6 +24,7 @@ from clipo_megatron.rollout.engine import (
     Generation,
     Request,
     SamplingParams,
+    ignore,
     name_prompts,
     never,
 )
@@ -49,6 +50,7 @@ class PendingRequest:
         self.member: PoolMember | None = None  # the server of the current attempt
         self.name = ""  # of the current attempt, see `sample_id`
         self.detached = False  # continues across an update of the weights
+        self.on_group: Callable[[RolloutGroup], None] = ignore  # see `Generation.detach`
         self.stopping = False  # partial rollouts are enough
 
     @property
@@ -87,6 +89,8 @@ class RequestDispatcher:
             raise
         except BaseException as error:
             result = error
+        else:
+            pending.on_group(pending.group(result))
         pending.results.put((pending, result))
 
     async def _answer(self, pending: PendingRequest) -> list[Rollout]:
@@ -284,11 +288,11 @@ class PoolGeneration(Generation):
         self._pending, self._ready = {}, deque()
         return [group for group in found if group.rollouts]
 
-    def detach(self) -> None:
+    def detach(self, on_group: Callable[[RolloutGroup], None] = ignore) -> None:
         """See `Generation.detach`; the pool's next `generate` takes the requests over."""
         self.detached = True
         for pending in self._pending:
-            pending.detached = True
+            pending.detached, pending.on_group = True, on_group
 
     def close(self) -> None:
         if self._pending and not self._loop.closed:

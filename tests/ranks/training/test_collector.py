@@ -90,8 +90,8 @@ def dynamic_sampling_by_hand(folder: Path, size: int, rounds: int) -> list[Any]:
             missing = size - sum(mixed for _, mixed in found)
             for index in bench.sampler.draw(missing):
                 request = Request(len(found), bench.collector.prompts[index])
-                bench.graders.submit(next(bench.engine.generate([request], params, deadline_s=60)))
-                (scored,) = bench.graders.collect()
+                group = next(bench.engine.generate([request], params, deadline_s=60))
+                scored = bench.graders.grade(group).result()
                 verdicts = {verdict.correct for verdict in scored.verdicts}
                 found.append((facts([scored])[0], verdicts == {True, False}))
             if all(mixed for _, mixed in found):

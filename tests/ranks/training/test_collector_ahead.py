@@ -78,7 +78,7 @@ def replaced(bench: Bench, config: RolloutConfig) -> Any:
     return type(old)(
         config,
         old.source,
-        old.graders,
+        bench.graders,
         prompts=old.prompts,
         sampler=old.sampler,
         sampling=old.sampling,
@@ -237,9 +237,11 @@ class Clockwork:
             raise StopIteration
         began, request, lengths = self.open.pop(min(self.open, key=lambda each: self._end(self.open[each])))
         self.now = max(self.now, began + max(lengths))
-        return RolloutGroup(
-            request.position, request.prompt, [self._rollout(*each, began) for each in enumerate(lengths)]
-        )
+        return self._group(began, request, lengths)
+
+    def _group(self, began: int, request: Request, lengths: list[int]) -> RolloutGroup:
+        rollouts = [self._rollout(sample, length, began) for sample, length in enumerate(lengths)]
+        return RolloutGroup(request.position, request.prompt, rollouts)
 
     def _end(self, entry: tuple[int, Request, list[int]]) -> int:
         return entry[0] + max(entry[2])
@@ -249,15 +251,19 @@ class Clockwork:
         zeros = torch.zeros(length)
         return Rollout(zeros.long(), zeros, "", "stop", torch.tensor(versions), sample)
 
-    def detach(self) -> None:
+    def detach(self, on_group: Any) -> None:
         self.now += self.TRAINING
+        for entry in self.open.values():
+            if self._end(entry) <= self.now:
+                on_group(self._group(*entry))
 
     def close(self) -> None:
         self.open = {}
 
 
-def lengths_of(config: RolloutConfig, steps: int) -> tuple[list[float], float, int]:
-    """The mean length of what trains in each step, the largest age, and the ticks that the run took."""
+def lengths_of(config: RolloutConfig, steps: int) -> tuple[list[float], float, int, float]:
+    """The mean length of what trains in each step, the largest age, the ticks that the run took, and the share of the
+    groups that were graded while the caller trained."""
     engine, sampler = Clockwork(), PromptSampler(400, SIZE, seed=3)
     collector = Collector(
         config,
@@ -268,8 +274,9 @@ def lengths_of(config: RolloutConfig, steps: int) -> tuple[list[float], float, i
         sampling=SamplingParams(samples=SAMPLES, max_new_tokens=10_000, seed=7),
         max_refill_rounds=0,
     )
-    means, ages = [], []
+    means, ages, early = [], [], 0
     for step in range(steps):
+        early += len(collector.grades._begun)
         scored, _ = collector.collect(step)
         rollouts = [rollout for each in scored for rollout in each.group.rollouts]
         means.append(sum(each.tokens.numel() for each in rollouts) / len(rollouts))
@@ -277,16 +284,17 @@ def lengths_of(config: RolloutConfig, steps: int) -> tuple[list[float], float, i
         if not engine.open:
             engine.now += engine.TRAINING
         engine.load_weights(step + 1)
-    return means, max(ages), engine.now
+    return means, max(ages), engine.now, early / (steps * SIZE)
 
 
 def test_what_trains_is_not_shorter_for_being_begun_ahead(ranks: RankPool):
     """In order, each step trains the lengths of a run that waits; first come, the first step trains shorter ones."""
     steps = 50
-    (waiting, _, longest) = ranks.run(lengths_of, 1, RolloutConfig(), steps)[0]
+    waiting, _, longest, early = ranks.run(lengths_of, 1, RolloutConfig(), steps)[0]
+    assert not early
     for ahead in (1, 3):
-        means, age, ticks = ranks.run(lengths_of, 1, RolloutConfig(ahead=ahead), steps)[0]
-        assert means == waiting and 0 < age <= ahead and ticks < 0.8 * longest
-    means, age, _ = ranks.run(lengths_of, 1, FIRST_COME, steps)[0]
+        means, age, ticks, early = ranks.run(lengths_of, 1, RolloutConfig(ahead=ahead), steps)[0]
+        assert means == waiting and 0 < age <= ahead and ticks < 0.8 * longest and early > 0.3
+    means, age, *_ = ranks.run(lengths_of, 1, FIRST_COME, steps)[0]
     assert 0 < age <= 3 and means[0] < 0.8 * waiting[0]
     print(f"first come: {sum(means) / sum(waiting) - 1:+.1%} in length over {steps} steps")

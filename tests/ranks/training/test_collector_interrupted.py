@@ -226,7 +226,6 @@ def should_cancel(folder: Path, config: RolloutConfig, who: int | None) -> Any:
                 bench.collector.collect(2)
             assert (dist.get_rank() == who) <= (len(bench.engine.answered) > answered), "groups are thrown away"
             assert _comparable(before) == _comparable((bench.sampler.state_dict(), bench.collector.state_dict()))
-            bench.graders.collect()
             bench.collector.source.should_cancel = never
         scored, counts = bench.collector.collect(2)
         # Which of too many groups finish first is drawn from the engine's seed, and differs.

@@ -205,9 +205,7 @@ def test_the_pool_reads_forms_and_thinking_from_the_prompt():
     asks = Prompt("a/0", turns, tokens, "openai/gsm8k", "42")
     opened = Prompt("a/1", turns, tokens, "openai/gsm8k", "42", {}, ("hashes",), True)
     with GraderPool(RewardConfig(mode=GraderMode.math)) as pool:
-        pool.submit(group(0, asks, "#### 42"))
-        pool.submit(group(1, asks, "\\boxed{42}"))
-        pool.submit(group(2, opened, "#### 42"))
-        pool.submit(group(3, opened, "</think>#### 42"))
-        correct = [scored.verdicts[0].correct for scored in pool.collect()]
+        texts = [(asks, "#### 42"), (asks, "\\boxed{42}"), (opened, "#### 42"), (opened, "</think>#### 42")]
+        begun = [pool.grade(group(position, *each)) for position, each in enumerate(texts)]
+        correct = [each.result().verdicts[0].correct for each in begun]
     assert correct == [True, False, False, True]

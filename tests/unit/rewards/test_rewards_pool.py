@@ -58,16 +58,18 @@ def number_pool():
         yield pool
 
 
-def test_groups_are_collected_by_position_with_verdicts_and_rewards(pool):
-    pool.submit(group(1, ["\\boxed{5}", "\\boxed{6}", "no box"]))
-    pool.submit(group(0, ["\\boxed{C}", "\\boxed{(c)}"], gold="C", source="cais/mmlu"))
-    pool.submit(group(2, ["7"], gold="7", source="reasoning_gym/chain_sum"))
-    scored = pool.collect()
-    assert [each.group.position for each in scored] == [0, 1, 2]
+def test_groups_get_their_verdicts_and_rewards(pool):
+    groups = [
+        group(0, ["\\boxed{C}", "\\boxed{(c)}"], gold="C", source="cais/mmlu"),
+        group(1, ["\\boxed{5}", "\\boxed{6}", "no box"]),
+        group(2, ["7"], gold="7", source="reasoning_gym/chain_sum"),
+    ]
+    begun = [pool.grade(each) for each in groups]
+    scored = [each.result() for each in begun]
+    assert [each.group for each in scored] == groups and all(each.done() for each in begun)
     assert [[v.correct for v in each.verdicts] for each in scored] == [[True, True], [True, False, False], [True]]
     assert [v.reward for v in scored[1].verdicts] == [2.0, -1.0, -1.0]
     assert all(v.reason == "" and v.seconds >= 0 for each in scored for v in each.verdicts)
-    assert pool.collect() == []
 
 
 def test_modes_by_source_win_over_the_default(pool):
@@ -157,9 +159,8 @@ def test_an_entry_that_json_cannot_carry_is_ungraded(pool):
 def test_a_data_source_without_grader_stops_the_run(pool):
     with pytest.raises(ValueError, match="no data set 'nothing'"):
         grade_many(pool, [Answer("1", "1", "reasoning_gym/nothing")])
-    pool.submit(group(0, ["1"], source="reasoning_gym/nothing"))
     with pytest.raises(ValueError, match="no data set 'nothing'"):
-        pool.collect()
+        pool.grade(group(0, ["1"], source="reasoning_gym/nothing")).result()
     assert grade_many(pool, [RIGHT])[0].correct is True
 
 
@@ -244,9 +245,9 @@ def test_graders_that_cannot_start_end_the_run_with_the_reason(monkeypatch, brea
     else:
         monkeypatch.setenv("PYTHONHOME", "/nowhere")
     with GraderPool(RewardConfig(mode=GraderMode.number, workers=2)) as pool:
-        pool.submit(group(0, ["5", "6"]))
+        begun = pool.grade(group(0, ["5", "6"]))
         with pytest.raises(GraderStartError, match="no grader process begins to judge"):
-            pool.collect()
+            begun.result()
 
 
 def test_graders_that_could_start_once_cost_an_answer_its_verdict_alone(monkeypatch):
