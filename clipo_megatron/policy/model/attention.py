@@ -31,7 +31,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from clipo_megatron.flow import Segment
-from clipo_megatron.policy.model.attention_kernels import Sequences, attend, gradients, merge
+from clipo_megatron.policy.model.attention_kernels import Sequences, add_gradients, attend
 from clipo_megatron.policy.row_share import WHOLE_ROW, RowShare
 
 
@@ -189,16 +189,14 @@ class _Cascade(torch.autograd.Function):
     ) -> Tensor:
         keys, values = (plan.share.gathered(each) for each in (key, value))
 
-        def found(part: AttentionPart) -> tuple[Tensor, Tensor]:
+        def found(part: AttentionPart, onto: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
             rows = query[part.queries], keys[part.keys], values[part.keys]
-            return attend(*rows, part.sequences, scale, repeatable=repeatable)
+            return attend(*rows, part.sequences, scale, onto=onto, repeatable=repeatable)
 
         outputs, sums = zip(*map(found, plan.own), strict=True)
         output, logsumexp = (outputs[0], sums[0]) if len(outputs) == 1 else (torch.cat(outputs), torch.cat(sums, 1))
         for part in plan.contexts:
-            other, other_sums = found(part)
-            own = output[part.queries].transpose(0, 1)
-            merge(own, logsumexp[:, part.queries], other.transpose(0, 1), other_sums)
+            found(part, (output[part.queries], logsumexp[:, part.queries]))
         ctx.save_for_backward(query, key, value, output, logsumexp)
         ctx.plan, ctx.scale, ctx.repeatable = plan, scale, repeatable
         return output
@@ -209,23 +207,18 @@ class _Cascade(torch.autograd.Function):
         plan, grad = ctx.plan, grad.contiguous()
         keys, values = (plan.share.gathered(each) for each in (key, value))  # again: whole rows are not kept
         exact = torch.promote_types(key.dtype, torch.float32)
+        grad_query = torch.zeros_like(query, memory_format=torch.contiguous_format)
         totals = [torch.zeros(each.shape, dtype=exact, device=each.device) for each in (keys, values)]
-
-        def of_queries(part: AttentionPart) -> Tensor:
-            """The gradients of a part's queries; those of its keys are added to the totals."""
+        for part in (*plan.own, *plan.contexts):
             rows = grad[part.queries], query[part.queries], keys[part.keys], values[part.keys], output[part.queries]
-            sums = logsumexp[:, part.queries]
-            first, *others = gradients(*rows, sums, part.sequences, ctx.scale, repeatable=ctx.repeatable)
-            for total, more in zip(totals, others, strict=True):
-                if isinstance(part.keys, Tensor):
-                    total.index_add_(0, part.keys, more.to(exact))
-                else:
-                    total[part.keys] += more
-            return first
-
-        own = [of_queries(part) for part in plan.own]
-        grad_query = own[0] if len(own) == 1 else torch.cat(own)
-        for part in plan.contexts:
-            grad_query[part.queries] += of_queries(part)
+            sums, copied = logsumexp[:, part.queries], isinstance(part.keys, Tensor)
+            # Views, to which the gradients are added; those of copied keys are added to the totals afterwards.
+            of_keys = [total.new_zeros(rows[2].shape) if copied else total[part.keys] for total in totals]
+            onto = grad_query[part.queries], *of_keys
+            add_gradients(onto, *rows, sums, part.sequences, ctx.scale, repeatable=ctx.repeatable)
+            if copied:
+                for total, more in zip(totals, of_keys, strict=True):
+                    total.index_add_(0, part.keys, more)
+        del keys, values
         grad_key, grad_value = (plan.share.scattered(total).to(key.dtype) for total in totals)
         return grad_query, grad_key, grad_value, None, None, None

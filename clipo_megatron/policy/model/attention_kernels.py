@@ -25,6 +25,7 @@ from torch.nn import attention
 
 _ROWS = 256  # queries whose scores are masked, or written out, at once
 _SHORT = 64  # neighbouring sequences are one call of a CPU while they have at most so many queries and so many keys
+_CALL_BYTES = 2**24  # of the queries of a call of a CPU, if they are of more than one key head
 _forward_on_gpu = torch.ops.aten._flash_attention_forward
 _backward_on_gpu = torch.ops.aten._flash_attention_backward
 _forward_on_cpu = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
@@ -81,43 +82,55 @@ class Sequences:
 
 
 def attend(
-    query: Tensor, key: Tensor, value: Tensor, sequences: Sequences, scale: float, *, repeatable: bool = False
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    sequences: Sequences,
+    scale: float,
+    *,
+    onto: tuple[Tensor, Tensor] | None = None,
+    repeatable: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """The output [Q, heads, d], and the log-sum-exp [heads, Q] of the scaled scores of each query.
 
-    `repeatable` keeps kernels from adding numbers in an order that differs from call to call.
+    `onto` are the output and the log-sum-exp of the same queries with other keys: these keys are merged into them, in
+    place. `repeatable` keeps kernels from adding numbers in an order that differs from call to call.
     """
     if _has_flash(query):
         with _deterministic(repeatable):
-            output, logsumexp, *_ = _forward_on_gpu(
-                query, key, value, *_lengths(sequences), False, **_options(sequences, scale)
-            )
-        return output, logsumexp
+            found = _forward_on_gpu(query, key, value, *_lengths(sequences), False, **_options(sequences, scale))[:2]
+        if onto is None:
+            return found
+        merge(onto[0].transpose(0, 1), onto[1], found[0].transpose(0, 1), found[1])
+        return onto
     kernel = _forward_on_cpu if query.is_cpu else _forward_written_out
     heads, groups = query.shape[1], key.shape[1]
-    output = torch.empty_like(query, memory_format=torch.contiguous_format)
-    logsumexp = query.new_empty(heads, query.shape[0], dtype=_exact(query.dtype))
+    output, logsumexp = onto or (
+        torch.empty_like(query, memory_format=torch.contiguous_format),
+        query.new_empty(heads, query.shape[0], dtype=_exact(query.dtype)),
+    )
     queries, outputs = (_by_group(each, groups) for each in (query, output))  # views of all, of which a block is a part
     keys, values, sums = _shared(key, heads), _shared(value, heads), logsumexp.unflatten(0, (groups, -1))
-    for block in sequences.blocks:
-        rows, seen = block.queries, block.keys
+    for block, rows, seen in _calls(sequences, query, groups):
         found = kernel(
-            queries[:, :, rows],
-            keys[:, :, seen],
-            values[:, :, seen],
+            queries[rows],
+            keys[seen],
+            values[seen],
             0.0,
             block.causal,
             attn_mask=block.mask_for(query),
             scale=scale,
         )
-        if block.merges:
-            merge(outputs[:, :, rows], sums[:, :, rows], *found)
+        if onto or block.merges:
+            merge(outputs[rows], sums[rows], *found)
         else:
-            outputs[:, :, rows], sums[:, :, rows] = found
+            outputs[rows], sums[rows] = found
+        del found  # before the next call
     return output, logsumexp
 
 
-def gradients(
+def add_gradients(
+    totals: tuple[Tensor, Tensor, Tensor],
     grad: Tensor,
     query: Tensor,
     key: Tensor,
@@ -128,45 +141,42 @@ def gradients(
     scale: float,
     *,
     repeatable: bool = False,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of queries, keys and values, given that of the output.
+) -> None:
+    """Add the gradients of queries, keys and values to the `totals`, given that of the output.
 
-    `output` and `logsumexp` may be those of more keys than `key` has, with which these were merged: the gradients are
-    then the parts of the whole attention's that come from these keys.
+    Totals of keys and values are in fp32, or fp64. `output` and `logsumexp` may be those of more keys than `key` has,
+    with which these were merged: what is added are then the parts of the gradients that come from these keys.
     """
     if _has_flash(query):
         unused = torch.zeros(2, dtype=torch.uint64, device=query.device)  # the state of dropout, which there is none of
         inputs = (grad, query, key, value, output, logsumexp.contiguous())
         with _deterministic(repeatable):
-            return _backward_on_gpu(*inputs, *_lengths(sequences), unused, unused, **_options(sequences, scale))
+            found = _backward_on_gpu(*inputs, *_lengths(sequences), unused, unused, **_options(sequences, scale))
+        for total, part in zip(totals, found, strict=True):
+            total += part
+        return
     kernel = _backward_on_cpu if query.is_cpu else _backward_written_out
     exact, heads, groups = _exact(query.dtype), query.shape[1], key.shape[1]
-    grad_query = torch.empty(query.shape, dtype=query.dtype, device=query.device)
-    totals = [key.new_zeros(each.transpose(0, 1).shape, dtype=exact) for each in (key, value)]  # [kv_heads, K, d]
-    grads, queries, outputs, grad_queries = (_by_group(each, groups) for each in (grad, query, output, grad_query))
+    grads, queries, outputs, of_query = (_by_group(each, groups) for each in (grad, query, output, totals[0]))
+    of_keys = [each.transpose(0, 1) for each in totals[1:]]  # [kv_heads, K, d]
     keys, values, sums = _shared(key, heads), _shared(value, heads), logsumexp.unflatten(0, (groups, -1))
-    for block in sequences.blocks:
-        rows, seen = block.queries, block.keys
+    for block, rows, seen in _calls(sequences, query, groups):
         found = kernel(
-            grads[:, :, rows],
-            queries[:, :, rows],
-            keys[:, :, seen],
-            values[:, :, seen],
-            outputs[:, :, rows],
-            sums[:, :, rows].contiguous(),
+            grads[rows],
+            queries[rows],
+            keys[seen],
+            values[seen],
+            outputs[rows],
+            sums[rows].contiguous(),
             0.0,
             block.causal,
             attn_mask=block.mask_for(query),
             scale=scale,
         )
-        if block.merges:
-            grad_queries[:, :, rows] += found[0]
-        else:
-            grad_queries[:, :, rows] = found[0]
-        for total, part in zip(totals, found[1:], strict=True):
-            total[:, seen] += part.sum(1, dtype=exact) if part.shape[1] > 1 else part[:, 0]
-    grad_key, grad_value = (total.transpose(0, 1) for total in totals)
-    return grad_query, grad_key.to(key.dtype), grad_value.to(value.dtype)
+        of_query[rows] += found[0]
+        for total, part in zip(of_keys, found[1:], strict=True):
+            total[seen[0], seen[2]] += (part.sum(1, dtype=exact) if part.shape[1] > 1 else part[:, 0]).to(key.dtype)
+        del found, part  # before the next call
 
 
 def merge(output: Tensor, logsumexp: Tensor, other_output: Tensor, other_logsumexp: Tensor) -> None:
@@ -241,6 +251,23 @@ class _ScoreBlock(NamedTuple):
         """The mask in the dtype of `rows`, on their device."""
         mask = _band(*self.mask) if isinstance(self.mask, tuple) else self.mask
         return None if mask is None else mask.to(rows.device, rows.dtype)
+
+
+def _calls(
+    sequences: Sequences, query: Tensor, groups: int
+) -> Iterator[tuple[_ScoreBlock, tuple[slice, ...], tuple[slice, ...]]]:
+    """Each block with its queries and keys as places in [kv_heads, heads / kv_heads, L, d], of a part of the heads.
+
+    What a call hands out is copied, so a call for a long block has so few heads that the copy is small.
+    """
+    every = slice(None)
+    for block in sequences.blocks:
+        longest = max(block.queries.stop - block.queries.start, block.keys.stop - block.keys.start)
+        size = longest * query[0].nbytes // groups  # of one key head's queries, and of the gradients of its keys
+        step = max(1, _CALL_BYTES // size)
+        for first in range(0, groups, step):
+            heads = slice(first, min(first + step, groups))
+            yield block, (heads, every, block.queries), (heads, every, block.keys)
 
 
 def _blocks(sequences: Sequences) -> Iterator[_ScoreBlock]:

@@ -17,7 +17,7 @@ from torch import Tensor
 from clipo_megatron.flow import Segment
 from clipo_megatron.policy.model import attention_kernels, model
 from clipo_megatron.policy.model.attention import PackedAttention, attention_of, plan_attention
-from clipo_megatron.policy.model.attention_kernels import Sequences, attend, gradients
+from clipo_megatron.policy.model.attention_kernels import Sequences, add_gradients, attend
 from clipo_megatron.policy.row_share import RowShare
 
 CPU = torch.device("cpu")
@@ -246,7 +246,8 @@ def test_kernels_are_asked_to_repeat_themselves_only_where_it_is_wanted(monkeypa
     query, key, value = draw(3, torch.float64)
     output, sums, *_ = flash_forward(query, key, value, *sequences.offsets, 3, 3, 0.0, True, False, **OPTIONS)
     for wanted in (True, False):
-        gradients(query, query, key, value, output, sums, sequences, 0.25, repeatable=wanted)
+        totals = tuple(torch.zeros_like(each) for each in (query, key, value))
+        add_gradients(totals, query, query, key, value, output, sums, sequences, 0.25, repeatable=wanted)
     assert asked == [True, False] and not torch.are_deterministic_algorithms_enabled()
 
 
@@ -262,8 +263,8 @@ def test_the_kernels_of_a_gpu_take_these_arguments(window, monkeypatch):
     monkeypatch.setattr(attention_kernels, "_newest_flash", lambda device: True)
     output, sums = attend(query, key, value, sequences, 0.125)
     assert output.shape == query.shape and sums.shape == (HEADS, 7)
-    found = gradients(output, query, key, value, output, sums, sequences, 0.125)
-    assert [each.shape for each in found] == [query.shape, key.shape, value.shape]
+    totals = (torch.empty_like(query), *(torch.empty_like(each, dtype=torch.float32) for each in (key, value)))
+    add_gradients(totals, output, query, key, value, output, sums, sequences, 0.125)
 
 
 # The schemas of torch 2.7 to 2.11, to which 2.12 added options.
