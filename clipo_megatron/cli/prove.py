@@ -168,10 +168,13 @@ def _hardware() -> Hardware | None:
 
 def predicted(config: RunConfig, spec: ModelSpec, context: float) -> Prediction:
     """What the plan says of a model in training on one rank, whose tokens see `context` others on average."""
+    from clipo_megatron.planning.activations import Kernels
     from clipo_megatron.planning.memory import flops_per_token, trainer_memory
+    from clipo_megatron.runtime.platform import platform
     from clipo_megatron.training.proving.outcome import Prediction
     from clipo_megatron.weights.parallel_division import ParallelDivision
 
-    memory = trainer_memory(config, spec, ParallelDivision.of(config.layout), 1, Assumptions())[0]
+    kernels = (Kernels.on_gpus if platform().has_gpu else Kernels.on_cpus)(config.megatron)
+    (memory,) = trainer_memory(config, spec, ParallelDivision.of(config.layout), 1, Assumptions(), kernels=kernels)
     hardware = _hardware()
     return Prediction(memory.parts, 3 * flops_per_token(spec, context), hardware.flops if hardware else None)

@@ -11,9 +11,10 @@ from rich.table import Table
 from clipo_megatron.algorithms.clipo import ContrastiveHead
 from clipo_megatron.config.errors import ConfigError
 from clipo_megatron.config.schema import RunConfig
+from clipo_megatron.planning.activations import FP32
 from clipo_megatron.planning.errors import PlanError
 from clipo_megatron.planning.hardware import Assumptions
-from clipo_megatron.planning.memory import FP32, trainer_memory
+from clipo_megatron.planning.memory import trainer_memory
 from clipo_megatron.planning.parameters import ParameterCount, rank_count
 from clipo_megatron.policy.model.fake_process_group import fake_process_group, meta_stages
 from clipo_megatron.policy.model.model import TORCH_DTYPE, PolicyStage

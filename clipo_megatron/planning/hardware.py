@@ -19,6 +19,7 @@ class Hardware:
     memory_bytes_per_s: float
     node_bytes_per_s: float  # to other GPUs of the node
     network_bytes_per_s: float  # to other nodes
+    fp8_flops: float | None = None  # dense; None: it has no FP8
     gpus_per_node: int = 8
     host_bytes: float = 2000 * GB  # memory of a node's host
 
@@ -27,10 +28,10 @@ HARDWARE: dict[str, Hardware] = {
     each.name: each
     for each in (
         Hardware("a100", 80 * GB, 312e12, 2.04e12, 300 * GB, 25 * GB),
-        Hardware("h100", 80 * GB, 989e12, 3.35e12, 450 * GB, 50 * GB),
-        Hardware("h200", 141 * GB, 989e12, 4.8e12, 450 * GB, 50 * GB),
-        Hardware("b200", 180 * GB, 2250e12, 8.0e12, 900 * GB, 50 * GB),
-        Hardware("mi300x", 192 * GB, 1307e12, 5.3e12, 448 * GB, 50 * GB),
+        Hardware("h100", 80 * GB, 989e12, 3.35e12, 450 * GB, 50 * GB, 1979e12),
+        Hardware("h200", 141 * GB, 989e12, 4.8e12, 450 * GB, 50 * GB, 1979e12),
+        Hardware("b200", 180 * GB, 2250e12, 8.0e12, 900 * GB, 50 * GB, 4500e12),
+        Hardware("mi300x", 192 * GB, 1307e12, 5.3e12, 448 * GB, 50 * GB, 2615e12),
     )
 }
 
@@ -50,6 +51,7 @@ class Assumptions:
     """
 
     train_flops: float = within(0.40, above=0, most=1)  # of `flops`, in forward and backward
+    fp8_flops: float = within(0.26, above=0, most=1)  # of the GPU's, in layers' products with `megatron.fp8`
     prefill_flops: float = within(0.40, above=0, most=1)  # in the servers' forward over prompts
     decode_bandwidth: float = within(0.50, above=0, most=1)  # of `memory_bytes_per_s`, while servers generate
     network: float = within(0.60, above=0, most=1)  # of `network_bytes_per_s`

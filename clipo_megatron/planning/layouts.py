@@ -10,7 +10,15 @@ from clipo_megatron.config.schema import EngineKind, RunConfig
 from clipo_megatron.planning.errors import PlanError
 from clipo_megatron.planning.hardware import Assumptions, Hardware
 from clipo_megatron.planning.host import HostMemory, host_memory
-from clipo_megatron.planning.memory import ServerMemory, TrainerMemory, server_memory, static_option, trainer_memory
+from clipo_megatron.planning.memory import (
+    ServerMemory,
+    TrainerMemory,
+    longest_rollout,
+    row_tokens,
+    server_memory,
+    static_option,
+    trainer_memory,
+)
 from clipo_megatron.planning.timing import StepTime, step_time
 from clipo_megatron.weights.errors import WeightsError
 from clipo_megatron.weights.parallel_division import ParallelDivision
@@ -18,6 +26,8 @@ from clipo_megatron.weights.spec import ModelSpec
 
 # Shares of all GPUs that are tried for servers with GPUs of their own.
 SERVER_SHARES = (0.25, 0.5, 0.75)
+# Tokens of the longest rollout that a context-parallel rank has at least: shorter rows are cheaper than more ranks.
+LEAST_SHARE = 4096
 
 
 @dataclass(frozen=True)
@@ -38,6 +48,7 @@ class LayoutPlan:
     static: tuple[str, float]  # the servers' option for weights and cache, and the largest share of a GPU that fits
     time: StepTime
     problems: tuple[str, ...]  # reasons why it does not fit; () if it does
+    because: str = ""  # why the search took no smaller `cp`; "" where that is 1
 
     @property
     def trainer_gpus(self) -> int:
@@ -53,6 +64,10 @@ class LayoutPlan:
     def fits(self) -> bool:
         """Tell whether every GPU has enough memory."""
         return not self.problems
+
+    def shorter_rows_fit(self, usable: float) -> bool:
+        """Tell whether what does not grow with rows fits `usable` bytes of each GPU."""
+        return all(stage.total - stage.of_rows <= usable for stage in self.trainer)
 
     @property
     def gpu_seconds(self) -> float:
@@ -108,8 +123,10 @@ def plan_layout(
         critic: the model that a critic starts from; None: the policy's.
 
     Raises:
-        PlanError: the model cannot be divided in this way.
+        PlanError: the model cannot be divided in this way, or the GPUs do not have the precision.
     """
+    if (precision := config.megatron.get("fp8")) is not None and hardware.fp8_flops is None:
+        raise PlanError(f"megatron.fp8 = {precision}, and {hardware.name} has no FP8. Leave it out.")
     division = division or ParallelDivision.of(config.layout)
     try:
         trainer = trainer_memory(config, spec, division, dp, assume, critic=critic)
@@ -136,7 +153,7 @@ def plan_layout(
         static=(option, max(0.0, most)),
         time=time,
         problems=(
-            *_too_large(trainer, host, hardware, assume),
+            *_too_large(config, trainer, host, hardware, assume),
             *_problems(config, division, dp, server, server_gpus),
             *_beside(server, option, share, most, hardware),
         ),
@@ -152,7 +169,7 @@ def _beside(server: ServerMemory, option: str, share: float | None, most: float,
 
 
 def _too_large(
-    trainer: list[TrainerMemory], host: HostMemory, hardware: Hardware, assume: Assumptions
+    config: RunConfig, trainer: list[TrainerMemory], host: HostMemory, hardware: Hardware, assume: Assumptions
 ) -> Iterator[str]:
     usable = hardware.memory_bytes * assume.memory
     for stage, memory in enumerate(trainer):
@@ -161,6 +178,7 @@ def _too_large(
             yield (
                 f"stage {stage} of the trainer needs {memory.total / 1e9:.1f} GB of {usable / 1e9:.1f} GB "
                 f"({largest} alone {memory.parts[largest] / 1e9:.1f} GB)"
+                + (_of_a_row(config) if largest in ("activations", "logits") else "")
             )
     if host.total > (usable := hardware.host_bytes * assume.host_memory):
         largest = max(host.parts, key=host.parts.__getitem__)
@@ -170,10 +188,16 @@ def _too_large(
         )
 
 
+def _of_a_row(config: RunConfig) -> str:
+    tokens = row_tokens(config)
+    what = "shorter responses" if tokens == longest_rollout(config) else "a smaller layout.max_tokens_per_microbatch"
+    return f" for a row of {tokens} tokens: a larger layout.cp, now {config.layout.cp}, or {what} makes it less"
+
+
 def _problems(
     config: RunConfig, division: ParallelDivision, dp: int, server: ServerMemory, server_gpus: int
 ) -> Iterator[str]:
-    longest = config.data.max_prompt_tokens + config.rollout.max_new_tokens
+    longest = longest_rollout(config)
     if not server.sequences(longest):
         yield (
             f"a server on {config.serve.tp} GPUs has {server.cache / 1e9:.1f} GB for its cache, and a sequence of "
@@ -198,21 +222,24 @@ def search_layouts(
     """Find layouts of `gpus` GPUs that fit; the other arguments are as for `plan_layout`.
 
     The shortest step comes first, but for those that `assume.error` cannot tell from it: of these, the one with the
-    least pipeline and tensor parallelism comes first, because it is simpler and depends on fewer assumptions.
+    least pipeline, context and tensor parallelism comes first, because it is simpler and depends on fewer assumptions.
+    Rows are divided, by `layout.cp`, over as few ranks as their memory needs; `layout.cp` of `config` is not used.
     """
     servers = _server_sizes(config, spec, hardware, assume)
-    found: list[LayoutPlan] = []
-    shares = (1.0,) if config.rollout.colocated else SERVER_SHARES
-    for division, share in product(_possible_divisions(spec, gpus, hardware), shares):
-        server_gpus = int(gpus * share)
+    usable = hardware.memory_bytes * assume.memory
+
+    def planned(division: ParallelDivision, server_gpus: int, cp: int, recompute: bool) -> LayoutPlan | None:
+        """With the smallest servers that fit, or the largest; None: the GPUs cannot be divided in this way."""
         trainers = gpus if config.rollout.colocated else gpus - server_gpus
-        dp, rest = divmod(trainers, division.tp * config.layout.cp * division.pp)
-        if rest or not dp or (dp * config.layout.cp * division.tp) % (division.ep * division.expert_tp):
-            continue
-        for recompute, server_tp in product((False, True), servers):  # the first only where it is needed
+        dp, rest = divmod(trainers, division.tp * cp * division.pp)
+        if rest or not dp or (dp * cp * division.tp) % (division.ep * division.expert_tp):
+            return None
+        layout = replace(config.layout, cp=cp, sequence_parallel=division.tp > 1)
+        plan = None
+        for server_tp in servers:
             variant = replace(
                 config,
-                layout=replace(config.layout, sequence_parallel=division.tp > 1),
+                layout=layout,
                 model=replace(config.model, recompute=recompute),
                 serve=replace(config.serve, tp=server_tp),
                 sglang={},
@@ -220,15 +247,31 @@ def search_layouts(
             )
             plan = plan_layout(variant, spec, dp, server_gpus, hardware, assume, division=division, critic=critic)
             if plan.fits:
-                found.append(plan)
                 break
+        return plan
+
+    found: list[LayoutPlan] = []
+    shares = (1.0,) if config.rollout.colocated else SERVER_SHARES
+    for division, share in product(_possible_divisions(spec, gpus, hardware), shares):
+        most = max(1, longest_rollout(config) // LEAST_SHARE)
+        for recompute in (False, True):  # the second only with fewer ranks that divide a row than the first needs
+            because = ""
+            for cp in _powers_of_two(most):
+                plan = planned(division, int(gpus * share), cp, recompute)
+                if plan is not None and plan.fits:
+                    found.append(replace(plan, because=because))
+                    most = cp // 2
+                fullest = max(each.total for each in plan.trainer) if plan else 0.0
+                if plan is None or plan.fits or fullest <= usable or not plan.shorter_rows_fit(usable):
+                    break
+                because = f"with {cp} each would need {fullest / 1e9:.1f} GB of {usable / 1e9:.1f} GB"
     fastest = {id(plan) for plan in indistinct(found, assume)}
     return sorted(
         found,
         key=lambda plan: (
-            (0, plan.division.pp, plan.recompute, plan.division.tp, plan.time.total)
+            (0, plan.division.pp, plan.cp, plan.recompute, plan.division.tp, plan.time.total)
             if id(plan) in fastest
-            else (1, plan.time.total, plan.division.pp, plan.recompute, plan.division.tp)
+            else (1, plan.time.total, plan.division.pp, plan.cp, plan.recompute, plan.division.tp)
         ),
     )
 
@@ -244,7 +287,7 @@ def _server_sizes(config: RunConfig, spec: ModelSpec, hardware: Hardware, assume
 
     The smallest is all that matters, but for colocated ones, beside which the trainer keeps its weights.
     """
-    longest = config.data.max_prompt_tokens + config.rollout.max_new_tokens
+    longest = longest_rollout(config)
     sizes = _powers_of_two(hardware.gpus_per_node)
     found = [tp for tp in sizes if server_memory(spec, tp, hardware, assume).sequences(longest)]
     return found if config.rollout.colocated else found[:1]

@@ -14,6 +14,7 @@ from clipo_megatron.config.schema import RunConfig
 from clipo_megatron.planning.hardware import Assumptions, Hardware
 from clipo_megatron.planning.layouts import LayoutPlan, indistinct
 from clipo_megatron.planning.parameters import active_count, whole_count
+from clipo_megatron.planning.timing import fp8_rate
 from clipo_megatron.weights.spec import ModelSpec
 
 SHOWN = 5  # layouts shown for each number of GPUs
@@ -39,10 +40,24 @@ def print_plan(
         style="dim",
         highlight=False,
     )
+    _print_precision(console, config, hardware, assume)
     if own is not None:
         _print_configured(console, own)
     for gpus, plans in searched.items():
         _print_layouts(console, gpus, plans, assume)
+
+
+def _print_precision(console: Console, config: RunConfig, hardware: Hardware, assume: Assumptions) -> None:
+    """Say what a plan makes of the section's FP8 and FP4."""
+    if rate := fp8_rate(config, hardware, assume):
+        gained = rate / (hardware.flops * assume.train_flops)
+        console.print(
+            f"megatron.fp8: layers' products take {1 / gained:.0%} of their time in bf16; attention and the output "
+            "layer stay in bf16",
+            highlight=False,
+        )
+    if config.megatron.get("fp4") is not None:
+        console.print("megatron.fp4: planned as bf16, since what it gains is not known", highlight=False)
 
 
 def _print_configured(console: Console, own: LayoutPlan) -> None:
@@ -86,13 +101,15 @@ def _print_layouts(console: Console, gpus: int, plans: list[LayoutPlan], assume:
     for each in plans[:SHOWN]:
         division = each.division
         experts = f" ep {division.ep}" if division.ep > 1 else ""
+        context = f" cp {each.cp}" if each.cp > 1 else ""
         table.add_row(
             f"{each.time.total:.0f}",
             f"{each.time.generate:.0f}",
             f"{each.time.score + each.time.update:.0f}",
             f"{each.tokens_per_s_per_gpu:.0f}",
             f"{max(memory.total for memory in each.trainer) / 1e9:.1f}",
-            f"tp {division.tp} pp {division.pp} dp {each.dp}{experts}" + (" recompute" if each.recompute else ""),
+            f"tp {division.tp}{context} pp {division.pp} dp {each.dp}{experts}"
+            + (" recompute" if each.recompute else ""),
             f"{each.server_gpus // each.server_tp} x {each.server_tp}",
         )
     console.print(table, highlight=False)
@@ -102,7 +119,10 @@ def _print_layouts(console: Console, gpus: int, plans: list[LayoutPlan], assume:
             "they stand in the order of their pipeline stages",
             highlight=False,
         )
-    console.print("the first of them: " + " ".join(plans[0].overrides), highlight=False)
+    best = plans[0]
+    if best.because:
+        console.print(f"cp: {best.cp} ranks divide the rows of the first, since {best.because}", highlight=False)
+    console.print("the first of them: " + " ".join(best.overrides), highlight=False)
 
 
 def _print_column(console: Console, title: str, values: Mapping[str, float], unit: float) -> None:
@@ -137,6 +157,7 @@ def _plan_as_json(each: LayoutPlan) -> dict[str, Any]:
         "server_gpus": each.server_gpus,
         "fits": each.fits,
         "problems": list(each.problems),
+        "because": each.because,
         "trainer_bytes": [memory.parts for memory in each.trainer],
         "server_bytes": asdict(each.server),
         "host_bytes": each.host.parts,

@@ -10,10 +10,11 @@ from dataclasses import dataclass
 from clipo_megatron.algorithms.hook import Replay
 from clipo_megatron.algorithms.methods.registry import base_method, has_critic, methods, needs_reference
 from clipo_megatron.config.schema import RunConfig
+from clipo_megatron.planning.activations import FP32
 from clipo_megatron.planning.hardware import Assumptions, Hardware
 from clipo_megatron.planning.memory import (
     BF16,
-    FP32,
+    attention_flops,
     flops_per_token,
     micro_batches,
     output_layer_flops,
@@ -165,17 +166,28 @@ def stage_seconds(
     tokens = sum(step_tokens(config, assume)) / dp
     length = assume.mean_prompt * config.data.max_prompt_tokens + assume.mean_response * config.rollout.max_new_tokens
     cp = config.layout.cp
-    rate = cp * division.tp * hardware.flops * assume.train_flops
-    head = output_layer_flops(spec)
-    layer = (flops_per_token(spec, length / 2) - head) / spec.num_layers
+    ranks, rate = cp * division.tp, hardware.flops * assume.train_flops
+    head, attention = output_layer_flops(spec), attention_flops(spec, length / 2)
+    products = flops_per_token(spec, length / 2) - head - attention  # of the layers, with their weights
+    layer = (products / (fp8_rate(config, hardware, assume) or rate) + attention / rate) / spec.num_layers
     exchange = _exchange_seconds(spec, division, tokens / cp, hardware, assume) * division.pp / spec.num_layers
     exchange += _gathering_seconds(spec, division, cp, tokens, hardware, assume)  # both of a layer
     seconds = []
     for rank, chunks in enumerate(stage_chunks(spec.num_layers, division)):
         layers = sum(chunk.layers for chunk in chunks)
-        flops = layers * layer + (head if rank == division.pp - 1 else 0.0)
-        seconds.append(tokens * flops / rate + layers * exchange)
+        each = layers * layer + (head / rate if rank == division.pp - 1 else 0.0)
+        seconds.append(tokens * each / ranks + layers * exchange)
     return seconds
+
+
+def fp8_rate(config: RunConfig, hardware: Hardware, assume: Assumptions) -> float | None:
+    """Return the FLOP/s of products in FP8, in which the products with the layers' weights are; None: they are in bf16.
+
+    Attention and the output layer stay in bf16 whatever `megatron.fp8` says. What `megatron.fp4` gains is not known.
+    """
+    if config.megatron.get("fp8") is None or hardware.fp8_flops is None:
+        return None
+    return hardware.fp8_flops * assume.fp8_flops
 
 
 def _exchange_seconds(
