@@ -1,6 +1,6 @@
 """What generation and training at the same time gains: steps a second with `rollout.ahead` against a run that waits.
 
-    python tools/bench_overlap.py --steps 30 --ahead 0 1 3 --seeds 0 1 2 [key=value ...]
+    python tools/bench_overlap.py --steps 30 --ahead 0,1,3 --seeds 0,1,2 [key=value ...]
 
 Two SGLang servers of `clipo serve` and a trainer on two pipeline stages work on the quickstart's task, each side on
 cores of its own: on a machine without GPUs both sides would take each other's time otherwise. With ahead 0 the sides
@@ -42,8 +42,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=str(ROOT / "models" / "SmolLM2-135M-Instruct"))
     parser.add_argument("--steps", type=int, default=30)
-    parser.add_argument("--ahead", type=int, nargs="+", default=[0, 1, 3])
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--ahead", type=numbers, default=[0, 1, 3])
+    parser.add_argument("--seeds", type=numbers, default=[0])
     parser.add_argument("--server-cores", default="0", help="as taskset takes them")
     parser.add_argument("--trainer-cores", default="1")
     parser.add_argument("--json", help="file to write the figures to")
@@ -77,6 +77,11 @@ def main() -> None:
     show(found)
     if options.json:
         Path(options.json).write_text(json.dumps(found, indent=1))
+
+
+def numbers(text: str) -> list[int]:
+    """Whole numbers with commas between them."""
+    return [int(each) for each in text.split(",")]
 
 
 def start(command: str, arguments: list[str], cores: str) -> subprocess.Popen[bytes]:
