@@ -143,7 +143,7 @@ class Kills:
     def _is(self, moment: str) -> bool:
         """Whether it is the moment of that name."""
         if moment == "an update of the servers":
-            return len(list((self.output / WEIGHTS).glob("*v*"))) > 1
+            return len(list((self.output / WEIGHTS).glob("*/v*"))) > 1
         return any((self.output / CHECKPOINTS).glob(".step_*.partial"))
 
     def _works(self, run: SmallRun) -> bool:
