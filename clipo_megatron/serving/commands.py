@@ -166,6 +166,7 @@ def _vllm(config: RunConfig, slot: ServerSlot, python: Path, key: str | None) ->
         "max_model_len": _longest(config),
         "logprobs_mode": "processed_logprobs",  # those of the temperature-scaled policy
         "worker_extension_cls": "clipo_weights.TrainerCalls",
+        "enable_scale_out": True,  # the call that takes and gives token ids
         "uvicorn_log_level": "warning",
         **({"enable_sleep_mode": True} if config.rollout.colocated and slot.devices else {}),
         **({} if slot.devices else {"enforce_eager": True}),

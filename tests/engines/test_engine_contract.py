@@ -291,6 +291,44 @@ def test_what_was_stopped_goes_on_from_its_tokens(make, engine, model):
             torch.testing.assert_close(rollout.logprobs, expected.gather(1, rollout.tokens[:, None])[:, 0], **NEAR)
 
 
+def test_detached_rollouts_cross_an_update_and_every_token_is_of_the_weights_that_it_names(
+    make, engine, model, weights, tiny_model
+):
+    """Greedy tokens are the likeliest of the weights that they name, and so are their log-probs: of what was computed
+    under the old weights nothing is used under the new ones."""
+    new_weights = tiny_weights(tiny_model, seed=77)
+    new = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32).eval()
+    new.load_state_dict(new_weights)
+    params = dataclasses.replace(PARAMS, samples=1, temperature=0.0, max_new_tokens=240, stop_ids=())
+    for seconds in (0.3, 1.0, 3.0, 10.0, 0.1):  # until the update comes after the first token and before the last
+        old_version, version = engine.version, next(VERSIONS)
+        generation = engine.generate(ask(9, 80), params, deadline_s=200)
+        time.sleep(seconds)
+        try:
+            generation.detach()
+        except EngineError:
+            assert make.kind == "local"
+            return
+        engine.pause(InFlight.retract)
+        engine.load_weights(new_weights.items(), version=version)
+        engine.resume()
+        groups = list(engine.generate(ask(9, first=2), params, deadline_s=200))
+        assert sorted(group.position for group in groups) == [0, 1, 2]
+        detached = [(group, each) for group in groups if group.position < 2 for each in group.rollouts]
+        if all(set(rollout.versions.tolist()) == {old_version, version} for _, rollout in detached):
+            break
+        engine.load_weights(weights.items(), version=next(VERSIONS))
+    else:
+        pytest.fail(f"no update came in the middle: {[each.versions.unique().tolist() for _, each in detached]}")
+    for group, rollout in detached:
+        assert rollout.tokens.numel() == 240 and (rollout.versions.diff() >= 0).all()
+        for policy, mine in ((model, rollout.versions == old_version), (new, rollout.versions == version)):
+            expected = expected_logprobs(policy, group.prompt.tokens, rollout.tokens, 1.0)[mine]
+            chosen = expected.gather(1, rollout.tokens[mine][:, None])[:, 0]
+            assert (chosen >= expected.max(-1).values - 1e-3).all()
+            torch.testing.assert_close(rollout.logprobs[mine], chosen, **NEAR)
+
+
 def test_responses_grow_in_windows_under_newer_weights(make, engine, model, weights):
     params = dataclasses.replace(PARAMS, max_new_tokens=11, window_tokens=4, stop_ids=())
     requests, before = ask(9, 30), {}

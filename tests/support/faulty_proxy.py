@@ -14,7 +14,7 @@ from aiohttp import web
 
 from clipo_megatron.rollout.servers.http import EventLoop
 
-GENERATION = ("/generate", "/v1/completions")
+GENERATION = ("/generate", "/inference/v1/generate")
 
 
 def _sample(change: Callable[[dict], None]) -> Callable[[Any], Any]:

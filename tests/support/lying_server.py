@@ -93,10 +93,14 @@ def _generate(sent: dict[str, Any]) -> Any:
     return [_sglang_sample() for _ in sent["rid"]] if isinstance(sent.get("rid"), list) else _sglang_sample()
 
 
-def _completions(sent: dict[str, Any]) -> Any:
-    logprobs = {"token_logprobs": [-0.5] * LENGTH, "tokens": [f"token_id:{TOKEN}"] * LENGTH}
-    choice = {"token_ids": [TOKEN] * LENGTH, "logprobs": logprobs, "finish_reason": "length", "stop_reason": None}
-    return {"choices": [{"index": index, **json.loads(json.dumps(choice))} for index in range(sent["n"])]}
+def _inference(sent: dict[str, Any]) -> Any:
+    row = {"token_id": TOKEN, "logprob": -0.5, "rank": 1, "top_logprobs": []}
+    choice = {
+        "token_ids": [TOKEN] * LENGTH, "logprobs": {"content": [row] * LENGTH}, "finish_reason": "length",
+        "stop_reason": None, "weight_versions": [{"version": str(VERSION), "start": 0, "end": LENGTH}],
+    }  # fmt: skip
+    samples = range(sent["sampling_params"]["n"])
+    return {"choices": [{"index": index, **json.loads(json.dumps(choice))} for index in samples]}
 
 
 PARALLEL = {"tensor_parallel_size": 1, "pipeline_parallel_size": 1}
@@ -104,14 +108,16 @@ HONEST: dict[str, Callable[[dict[str, Any]], Any]] = {
     "/model_info": lambda _sent: {"model_path": "m", "weight_version": str(VERSION)},
     "/server_info": lambda _sent: {
         "tp_size": 1, "version": "0.5", "random_seed": 1,
-        "vllm_config": {"parallel_config": PARALLEL, "model_config": {"logprobs_mode": "raw_logprobs", "model": "m"}},
+        "vllm_config": {
+            "parallel_config": PARALLEL, "model_config": {"logprobs_mode": "raw_logprobs", "model": "m"},
+            "scheduler_config": {"max_num_seqs": 8},
+        },
     },
     "/weight_info": lambda _sent: {"weight_version": str(VERSION)},
-    "/v1/models": lambda _sent: {"data": [{"id": "m"}]},
     "/version": lambda _sent: {"version": "0.32"},
     "/metrics": lambda _sent: b"process_start_time_seconds 1.5\n",
     "/generate": _generate,
-    "/v1/completions": _completions,
+    "/inference/v1/generate": _inference,
     "/weights_checker": lambda _sent: {
         "success": True,
         "ranks": [{"parallelism_info": {"tp_rank": 0, "tp_size": 1}, "checksums": {"w": "12"}}],

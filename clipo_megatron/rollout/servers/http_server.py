@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 
 from clipo_megatron.flow import Rollout
@@ -15,7 +16,7 @@ from clipo_megatron.rollout.continuation import Decode, append_tokens, if_finish
 from clipo_megatron.rollout.engine import Request, SamplingParams
 from clipo_megatron.rollout.servers.http import JsonClient, all_or_none
 from clipo_megatron.rollout.servers.memory_state import MemoryState
-from clipo_megatron.rollout.servers.response_checks import BadAnswer, Continuation, most_bytes, number_of_ranks
+from clipo_megatron.rollout.servers.response_checks import BadAnswer, Continuation, most_bytes, number_of
 from clipo_megatron.rollout.servers.server import BucketNames, Fault, RankChecksums, ServerError, UpdateGroup, sample_id
 
 
@@ -88,9 +89,11 @@ class HttpServer(ABC):
             ids = [sample_id(name, sample) for sample in samples]
             budget = params.token_limit(trained) - len(so_far)
             call = Call(prompt + so_far, ids, params, budget, version, self._vocabulary, end)
-            found = zip(await self._continue(call), samples, strict=True)
+            found = await self._continue(call)
+            self._check_versions(found, version)
             with self._http.reading("its tokens"):
-                rollouts = [self._append(begun, new, sample, params) for new, sample in found]
+                news = zip(found, samples, strict=True)
+                rollouts = [self._append(begun, new, sample, params) for new, sample in news]
             return [rollout for rollout in rollouts if rollout is not None]
 
         by_sample = {rollout.sample: rollout for rollout in request.begun}
@@ -105,6 +108,13 @@ class HttpServer(ABC):
         for rollouts in await all_or_none(calls):
             by_sample |= {rollout.sample: rollout for rollout in rollouts}
         return [by_sample[sample] for sample in sorted(by_sample)]
+
+    def _check_versions(self, found: Sequence[Continuation], oldest: int) -> None:
+        for versions in (each.versions for each in found):
+            if versions.size and (np.diff(versions).min(initial=0) < 0 or versions[0] < oldest):
+                raise self._http.fail(
+                    Fault.stale, f"it answered with weights of version {versions.min()}, not {oldest}"
+                )
 
     def _append(self, begun: Rollout | None, new: Continuation, sample: int, params: SamplingParams) -> Rollout | None:
         """The sample's rollout with its new tokens; None if it has no token at all."""
@@ -144,7 +154,7 @@ def seconds_until(end: float) -> float:
 
 def rank_checksums(place: dict[str, Any], checksums: dict[str, Any]) -> RankChecksums:
     """Checksums of one rank, out of a server's answer; raises, as any code would, where it has another form."""
-    size, rank = number_of_ranks(place["tp_size"]), number_of_ranks(place["tp_rank"] + 1) - 1
+    size, rank = number_of("ranks", place["tp_size"]), number_of("ranks", place["tp_rank"] + 1) - 1
     if rank >= size:
         raise BadAnswer(f"rank {rank} of {size}")
     return RankChecksums(rank, size, {str(name): str(value) for name, value in checksums.items()})

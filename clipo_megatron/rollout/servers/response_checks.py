@@ -16,7 +16,7 @@ _ROUNDING = 1e-4  # by which rounding may put a log-prob above 0
 # No float32 is as small as exp(-104), so nothing that is drawn by its probability has a smaller log-prob. Evaluation
 # asks for log-probs of another temperature than it draws with, and does not read them.
 _LEAST_DRAWN, _LEAST = -104.0, -1e4
-_MOST_RANKS = 1 << 16  # of one server
+_MOST = 1 << 16  # ranks of one server, or requests that it computes at once
 # Bytes of an answer: of a token its numbers and its text, which may be 128 escaped characters; of a sample the rest.
 _TOKEN_BYTES, _PROMPT_TOKEN_BYTES, _SAMPLE_BYTES = 512, 16, 16_384
 
@@ -105,14 +105,35 @@ def version_number(said: Any) -> int:
     return int(said) if is_number else -1
 
 
-def number_of_ranks(said: Any) -> int:
-    """A number of a server's ranks.
+def versions_of_spans(spans: Any, count: int) -> np.ndarray:
+    """The version of each token, [count] int64, out of spans of tokens that follow each other.
 
     Raises:
-        BadAnswer: it cannot be one.
+        BadAnswer: the spans are no such list, or are not those of `count` tokens.
     """
-    if type(said) is not int or not 0 < said <= _MOST_RANKS:
-        raise BadAnswer(f"the number of ranks {str(said)[:40]!r}")
+    versions, filled = np.empty(count, dtype=np.int64), 0
+    try:
+        for span in spans:
+            start, end = span["start"], span["end"]
+            if not type(start) is type(end) is int or start != filled or not start <= end <= count:
+                raise BadAnswer(f"spans of versions that do not follow each other up to {count} tokens")
+            versions[start:end] = version_number(span["version"])
+            filled = end
+    except (KeyError, TypeError):
+        raise BadAnswer("malformed spans of versions") from None
+    if filled != count:
+        raise BadAnswer(f"spans of versions for {filled} of {count} tokens")
+    return versions
+
+
+def number_of(what: str, said: Any) -> int:
+    """How many of something a server says it has: its ranks, or the requests that it computes at once.
+
+    Raises:
+        BadAnswer: it cannot have so many.
+    """
+    if type(said) is not int or not 0 < said <= _MOST:
+        raise BadAnswer(f"the number of {what} {str(said)[:40]!r}")
     return said
 
 

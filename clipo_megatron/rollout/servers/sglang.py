@@ -18,8 +18,9 @@ from clipo_megatron.rollout.servers.response_checks import (
     BadAnswer,
     Continuation,
     checked,
-    number_of_ranks,
+    number_of,
     version_number,
+    versions_of_spans,
 )
 from clipo_megatron.rollout.servers.server import (
     BucketNames,
@@ -55,7 +56,7 @@ class SGLangServer(HttpServer):
         model = await self._get("model_info", deadline_s)
         info = await self._get("server_info", deadline_s)
         with self._http.reading("/server_info"):
-            tp, pp = number_of_ranks(info["tp_size"]), number_of_ranks(info.get("pp_size", 1))
+            tp, pp = number_of("ranks", info["tp_size"]), number_of("ranks", info.get("pp_size", 1))
             path = model["model_path"]
             release, path = str(info["version"]), str(path)
             boot = str(info.get("random_seed", ""))  # drawn at each start, unless the command line sets it
@@ -82,15 +83,9 @@ class SGLangServer(HttpServer):
                 raise BadAnswer(f"{len(answers)} samples instead of {len(call.ids)}")
             return [_continuation(each, call) for each in answers]
 
-        found = await self._http.post_and_read(
+        return await self._http.post_and_read(
             "/generate", _generate_body(call), read, deadline_s=call.seconds_left, most_bytes=call.most_bytes
         )
-        for versions in (each.versions for each in found):
-            if versions.size and (np.diff(versions).min(initial=0) < 0 or versions[0] < call.version):
-                raise self._http.fail(
-                    Fault.stale, f"/generate answered with weights of version {versions.min()}, not {call.version}"
-                )
-        return found
 
     async def abort(self, ids: Sequence[str] | None = None, *, deadline_s: float) -> None:
         if ids is None:
@@ -300,16 +295,4 @@ def _versions(meta: dict[str, Any], count: int) -> np.ndarray:
     spans = meta.get("weight_versions")
     if spans is None:
         return np.full(count, version_number(meta.get("weight_version")), dtype=np.int64)
-    versions, filled = np.empty(count, dtype=np.int64), 0
-    try:
-        for span in spans:
-            start, end = span["start"], span["end"]
-            if not type(start) is type(end) is int or start != filled or not start <= end <= count:
-                raise BadAnswer(f"spans of versions that do not follow each other up to {count} tokens")
-            versions[start:end] = version_number(span["version"])
-            filled = end
-    except (KeyError, TypeError):
-        raise BadAnswer("malformed spans of versions") from None
-    if filled != count:
-        raise BadAnswer(f"spans of versions for {filled} of {count} tokens")
-    return versions
+    return versions_of_spans(spans, count)

@@ -1,4 +1,4 @@
-"""The client of one vLLM server, over OpenAI completions with token ids and the calls of its development mode."""
+"""The client of one vLLM server, over its call for token ids and the calls of its development mode."""
 
 from __future__ import annotations
 
@@ -7,19 +7,19 @@ import base64
 import re
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
-import numpy as np
-
 from clipo_megatron.rollout.engine import InFlight, Memory, SamplingParams
-from clipo_megatron.rollout.servers.http import CHECKSUM_BYTES
+from clipo_megatron.rollout.servers.http import CHECKSUM_BYTES, all_or_none
 from clipo_megatron.rollout.servers.http_server import Call, HttpServer, rank_checksums, seconds_until
 from clipo_megatron.rollout.servers.response_checks import (
     BadAnswer,
     Continuation,
     checked,
-    number_of_ranks,
+    number_of,
     version_number,
+    versions_of_spans,
 )
 from clipo_megatron.rollout.servers.server import (
     BucketNames,
@@ -31,12 +31,15 @@ from clipo_megatron.rollout.servers.server import (
 )
 
 _START_TIME = re.compile(r"^process_start_time_seconds (\S{1,64})", re.MULTILINE)
+# With "keep" a server takes the memory of the cache from its requests (vllm/v1/engine/core.py: `_finish_pause`), which
+# compute it again when they go on: what SGLang calls retract.
 _PAUSE_MODE = {InFlight.abort: "abort", InFlight.retract: "keep"}
+_GENERATE = "/inference/v1/generate"  # unlike /v1/completions its answers name the version of each token
 _EMPTY_CACHE_EVERY_S = 0.2
 
 
 class VLLMServer(HttpServer):
-    """The `Server` protocol for vLLM (0.32), started with VLLM_SERVER_DEV_MODE=1.
+    """The `Server` protocol for vLLM (0.32), started with VLLM_SERVER_DEV_MODE=1 and --enable-scale-out.
 
     Weights arrive through a folder, or, on a server of `clipo serve`, in buckets, which calls of the extension that it
     loads receive. Which log-probs the engine reports depends on how it was started:
@@ -50,8 +53,8 @@ class VLLMServer(HttpServer):
 
     def __init__(self, url: str, **kwargs: Any):
         super().__init__(url, **kwargs)
-        self._model = ""  # the model's name on the server
-        self._logprobs_mode: str | None = None
+        self._logprobs_mode: str | None = None  # None: the server was not asked yet
+        self._most_samples = 1  # of one call: as many as the server computes at once
         self._in_buckets = False  # whether the update under way comes in buckets
 
     # --- state ---------------------------------------------------------------------------------------------------
@@ -60,15 +63,15 @@ class VLLMServer(HttpServer):
         deadline = time.monotonic() + deadline_s
         version = await self._version(deadline)
         info = await self._http.get("/server_info", deadline_s=seconds_until(deadline), config_format="json")
-        models = await self._http.get("/v1/models", deadline_s=seconds_until(deadline))
         release = await self._http.get("/version", deadline_s=seconds_until(deadline))
         metrics = await self._http.get_text("/metrics", deadline_s=seconds_until(deadline))
-        with self._http.reading("/server_info, /v1/models or /version"):
-            parallel, model = info["vllm_config"]["parallel_config"], info["vllm_config"]["model_config"]
-            tp = number_of_ranks(parallel["tensor_parallel_size"])
-            pp = number_of_ranks(parallel["pipeline_parallel_size"])
+        with self._http.reading("/server_info or /version"):
+            config = info["vllm_config"]
+            parallel, model = config["parallel_config"], config["model_config"]
+            tp = number_of("ranks", parallel["tensor_parallel_size"])
+            pp = number_of("ranks", parallel["pipeline_parallel_size"])
             self._logprobs_mode, path = str(model["logprobs_mode"]), str(model["model"])
-            self._model = str(models["data"][0]["id"])
+            self._most_samples = number_of("requests at once", config["scheduler_config"]["max_num_seqs"])
             engine = f"vLLM {release['version']}"
         started = _START_TIME.search(metrics)
         return ServerState(path, tp, None if version < 0 else version, started[1] if started else "", engine, pp)
@@ -83,31 +86,28 @@ class VLLMServer(HttpServer):
     # --- generation ----------------------------------------------------------------------------------------------
 
     async def _continue(self, call: Call) -> list[Continuation]:
-        # The answer has no version. Weights change only when nothing runs, and a restart resets the version: if it
-        # is the same before and after, it was the same in between.
-        before = await self._version(call.end)
+        if len(call.ids) > self._most_samples:
+            starts = range(0, len(call.ids), self._most_samples)
+            parts = [replace(call, ids=call.ids[start : start + self._most_samples]) for start in starts]
+            answers = await all_or_none([self._continue(part) for part in parts])
+            return [continuation for answer in answers for continuation in answer]
 
         def read(answer: Any) -> list[Continuation]:
             try:
                 choices = sorted(answer["choices"], key=lambda choice: choice["index"])
                 if [choice["index"] for choice in choices] != list(range(len(call.ids))):
                     raise BadAnswer(f"{len(choices)} samples instead of {len(call.ids)}")
-                return [_continuation(choice, call, before) for choice in choices]
+                return [_continuation(choice, call) for choice in choices]
             except (KeyError, TypeError, AttributeError):
-                raise BadAnswer("samples without ids, log-probs or finish reason") from None
+                raise BadAnswer("samples without ids, log-probs, versions or finish reason") from None
 
-        body = _completions_body(self._model, call)
-        found = await self._http.post_and_read(
-            "/v1/completions", body, read, deadline_s=call.seconds_left, most_bytes=call.most_bytes
+        return await self._http.post_and_read(
+            _GENERATE, _generate_body(call), read, deadline_s=call.seconds_left, most_bytes=call.most_bytes
         )
-        after = await self._version(call.end)
-        if before != after or after < call.version:
-            raise self._http.fail(Fault.stale, f"it answered with weights of version {after}, not {call.version}")
-        return found
 
     async def _check_params(self, params: SamplingParams, deadline_s: float) -> None:
         """Raise ServerError for parameters under which the engine's log-probs would not be the policy's."""
-        if not self._model:
+        if self._logprobs_mode is None:
             await self.state(deadline_s=deadline_s)
         if params.temperature == 0 or not params.exact_logprobs:
             return
@@ -128,8 +128,7 @@ class VLLMServer(HttpServer):
 
     async def abort(self, ids: Sequence[str] | None = None, *, deadline_s: float) -> None:
         """See `Server.abort`. A call has the id of its first sample, which ends all samples of the call."""
-        # The server adds a prefix, and the index of the prompt within the call.
-        named = [] if ids is None else [f"cmpl-{each}-0" for each in ids]
+        named = [] if ids is None else [f"generate-tokens-{each}" for each in ids]  # the server adds the prefix
         if ids is None or named:
             await self._http.post("/abort_requests", {"request_ids": named}, deadline_s=deadline_s)
 
@@ -239,42 +238,30 @@ class VLLMServer(HttpServer):
         return found
 
 
-def _completions_body(model: str, call: Call) -> dict[str, Any]:
+def _generate_body(call: Call) -> dict[str, Any]:
     params = call.params
-    return {
-        "model": model,
-        "request_id": call.ids[0],
-        "prompt": call.inputs,
+    sampling = {
         "n": len(call.ids),
         "max_tokens": call.budget,
         "temperature": params.temperature,
         "top_p": params.top_p,
         "top_k": params.top_k,
-        # The server's own defaults come from the model's generation_config.json.
-        "min_p": 0.0,
-        "repetition_penalty": 1.0,
-        "presence_penalty": 0.0,
-        "frequency_penalty": 0.0,
         "stop_token_ids": list(params.stop_ids),
         "ignore_eos": True,
-        "include_stop_str_in_output": True,
-        "skip_special_tokens": True,
-        "logprobs": 0,
-        "return_token_ids": True,
-        "return_tokens_as_token_ids": True,
+        "logprobs": 0,  # of the drawn token alone
+        "detokenize": False,
     }
+    return {"request_id": call.ids[0], "token_ids": call.inputs, "sampling_params": sampling}
 
 
-def _continuation(choice: dict[str, Any], call: Call, version: int) -> Continuation:
-    tokens, logprobs = choice["token_ids"], choice["logprobs"]
-    if logprobs is None and not tokens:
-        logprobs = {"token_logprobs": [], "tokens": []}
-    if logprobs["tokens"] != [f"token_id:{token}" for token in tokens]:
+def _continuation(choice: dict[str, Any], call: Call) -> Continuation:
+    tokens, rows = choice["token_ids"], choice["logprobs"]["content"]
+    if [row["token_id"] for row in rows] != tokens:
         raise BadAnswer("log-probs of other tokens than the ids it gave")
     return checked(
         tokens,
-        logprobs["token_logprobs"],
-        np.full(len(tokens), version, dtype=np.int64),
+        [row["logprob"] for row in rows],
+        versions_of_spans(choice["weight_versions"], len(tokens)),
         finish=choice["finish_reason"],
         matched=choice.get("stop_reason"),
         budget=call.budget,

@@ -22,7 +22,7 @@ from clipo_megatron.rollout.servers.sglang import SGLangServer
 from clipo_megatron.rollout.servers.vllm import VLLMServer
 
 PARAMS = SamplingParams(samples=2, max_new_tokens=LENGTH, stop_ids=(2,))
-SGLANG, VLLM = "/generate", "/v1/completions"
+SGLANG, VLLM = "/generate", "/inference/v1/generate"
 META, CHOICE = "meta_info", ("choices", 0)
 SPANS, ROWS, REASON = (META, "weight_versions"), (META, "output_token_logprobs"), (META, "finish_reason")
 NESTED = b"[" * 100_000 + b"]" * 100_000
@@ -147,10 +147,13 @@ LIES: dict[str, Any] = {
     "a slow drip": endless(b" ", 0.02),
 }
 VLLM_LIES: dict[str, Any] = {
-    "an id beyond the vocabulary": lambda answer: at("logprobs", "tokens", 0, becomes=f"token_id:{VOCABULARY}")(
+    "an id beyond the vocabulary": lambda answer: at("logprobs", "content", 0, "token_id", becomes=VOCABULARY)(
         at("token_ids", 0, becomes=VOCABULARY)(answer["choices"][0])
     ) and answer,
-    "a log-prob of -1e30": at(*CHOICE, "logprobs", "token_logprobs", 0, becomes=-1e30),
+    "a log-prob of -1e30": at(*CHOICE, "logprobs", "content", 0, "logprob", becomes=-1e30),
+    "log-probs of other tokens": at(*CHOICE, "logprobs", "content", 0, "token_id", becomes=TOKEN + 1),
+    "an old version": at(*CHOICE, "weight_versions", 0, "version", becomes="2"),
+    "no versions": at(*CHOICE, "weight_versions", becomes=None),
     "an id that is true": at(*CHOICE, "token_ids", 0, becomes=True),
     "no log-probs": at(*CHOICE, "logprobs", becomes=None),
     "log-probs that are a list": at(*CHOICE, "logprobs", becomes=[]),
@@ -235,7 +238,11 @@ CONTROL = {
     "an endless state": (SGLangServer, "/model_info", endless(b" " * 65_536)),
     "a compressed state": (SGLangServer, "/model_info", bomb),
     "ranks of text": (VLLMServer, "/server_info", at("vllm_config", "parallel_config", becomes="1")),
-    "no models": (VLLMServer, "/v1/models", at("data", becomes=[])),
+    "no requests at once": (
+        VLLMServer,
+        "/server_info",
+        at("vllm_config", "scheduler_config", "max_num_seqs", becomes=0),
+    ),
     "versions in a list": (VLLMServer, "/version", lambda answer: [1]),
     "endless metrics": (VLLMServer, "/metrics", endless(b"x" * 65_536)),
 }
