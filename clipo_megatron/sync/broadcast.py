@@ -158,7 +158,7 @@ class BroadcastSync(ServedSync):
                 group, last = self._groups[bucket.sender].name, number == len(self._order)
                 await target.server.receive_bucket(group, names, last=last, deadline_s=attempt.deadline(in_group=True))
 
-        await attempt.each("pause", lambda each: each.server.pause(self.in_flight, deadline_s=attempt.deadline()))
+        await self._pause(attempt)
         await attempt.each("begin", lambda each: each.server.begin_update(deadline_s=attempt.deadline()))
         self._signal.start()
         await attempt.each("buckets", receive_all, grouped=True)

@@ -9,7 +9,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from clipo_megatron.rollout.servers.server import RankChecksums
+from clipo_megatron.rollout.servers.server import Fault, LiveServer, RankChecksums, ServerError
+from clipo_megatron.runtime.platform import platform
+from clipo_megatron.sync.attempt import Attempt
 from clipo_megatron.weights.export import Bucket
 from clipo_megatron.weights.families import server_tensors
 from clipo_megatron.weights.server_layout import CPU_MLP_MULTIPLE, ServerTensor
@@ -112,6 +114,23 @@ def compare(url: str, ranks: Sequence[RankChecksums], sums: Sums) -> list[str]:
         )
     expected = set().union(*sums.held.values()) - sums.optional if sums.held else set()
     return unverified + [f"{name}: {url} does not name it" for name in sorted(expected - seen)]
+
+
+def checksum_kind(targets: Sequence[LiveServer]) -> ChecksumKind:
+    """How the servers compute checksums, if all run the same engine on the same kind of device as the trainer."""
+    if not all(target.state.engine.startswith("SGLang") for target in targets):
+        return "plain"
+    return "sglang on a gpu" if platform().has_gpu else "sglang on a cpu"
+
+
+async def held_checksums(attempt: Attempt, target: LiveServer) -> list[RankChecksums] | None:
+    """A server's checksums of the weights that it holds; None if it has no such call."""
+    try:
+        return await target.server.checksums(deadline_s=attempt.deadline())
+    except ServerError as error:
+        if error.fault is Fault.unsupported:
+            return None
+        raise
 
 
 def digest(parts: Sequence[Tensor]) -> str:

@@ -90,7 +90,7 @@ class DiskSync(ServedSync):
 
         async def load(attempt: Attempt) -> None:
             limit = self.deadlines.total_s / 2  # loading is the one long call of the attempt
-            await attempt.each("pause", lambda each: each.server.pause(self.in_flight, deadline_s=attempt.deadline()))
+            await self._pause(attempt)
             await attempt.each("load", lambda each: each.server.load_folder(folder, plan.version, deadline_s=limit))
 
         self._run_phase(hash_own, load, attempt)

@@ -14,11 +14,10 @@ from typing import Any, TypeVar
 
 from clipo_megatron.config.schema import SyncConfig
 from clipo_megatron.rollout.engine import EngineError, InFlight
-from clipo_megatron.rollout.servers.server import Fault, LiveServer, RankChecksums, ServerError
-from clipo_megatron.runtime.platform import platform
+from clipo_megatron.rollout.servers.server import LiveServer
 from clipo_megatron.runtime.shared_group import SharedGroupError
 from clipo_megatron.sync.attempt import Attempt, UpdatableServers, UpdateDeadlines, UpdateFailed
-from clipo_megatron.sync.checksums import ChecksumError, ChecksumKind, Sums, compare
+from clipo_megatron.sync.checksums import ChecksumError, ChecksumKind, Sums, checksum_kind, compare, held_checksums
 from clipo_megatron.sync.consensus import SyncError, gather, share
 from clipo_megatron.sync.shard import Shard
 
@@ -41,7 +40,8 @@ class SyncReport:
     servers: tuple[str, ...]  # URLs of the servers that have the new weights
     left_out: Mapping[str, str]  # URL of a server that failed -> the reason
     attempts: int
-    phases: Mapping[str, float] = field(default_factory=dict)  # phase -> seconds, of the successful attempt
+    # phase -> seconds, of the successful attempt; "pause": from when servers stopped generating until all went on
+    phases: Mapping[str, float] = field(default_factory=dict)
     unverified: tuple[str, ...] = ()  # tensors of servers that could not be compared
 
     @property
@@ -86,6 +86,7 @@ class _UpdateState:
     unexplained: int = 0  # failed attempts without a server to blame
     nobody_since: float | None = None  # when no server was left to ask
     last_error: str = "no server was found"
+    paused_at: float | None = None  # when servers were first told to stop generating
 
 
 class _AttemptFailed(Exception):
@@ -198,6 +199,11 @@ class ServedSync(ABC):
         """Free what is kept between updates. Idempotent."""
         self._thread.shutdown(wait=False, cancel_futures=True)
 
+    async def _pause(self, attempt: Attempt) -> None:
+        """Let all servers stop generating; they go on when the update has succeeded."""
+        self._state.paused_at = self._state.paused_at or time.monotonic()
+        await attempt.each("pausing", lambda each: each.server.pause(self.in_flight, deadline_s=attempt.deadline()))
+
     # --- attempts ------------------------------------------------------------------------------------------------
 
     def _plan_attempt(self, version: int) -> AttemptPlan | str | None:
@@ -238,7 +244,7 @@ class ServedSync(ABC):
             ranks=sum(target.state.tp for target in targets),
             regroup=self._formed is None or self._formed != _lives(self._targets),
             verify=every > 0 and self._updates % every == 0,
-            kind=_checksum_kind(targets),
+            kind=checksum_kind(targets),
         )
 
     def _unfit(self, target: LiveServer) -> str:
@@ -341,7 +347,7 @@ class ServedSync(ABC):
 
         async def verify(attempt: Attempt) -> None:
             if plan.verify:
-                held = await self._each_surviving(attempt, "verify", partial(_checksums, attempt))
+                held = await self._each_surviving(attempt, "verify", partial(held_checksums, attempt))
                 mine = Sums(self.shard.spec, plan.tp_sizes).merged(gathered)
                 for url, ranks in held.items():
                     if ranks is None:
@@ -351,6 +357,8 @@ class ServedSync(ABC):
             await self._each_surviving(
                 attempt, "resume", lambda target: target.server.resume(deadline_s=attempt.deadline())
             )
+            if self._state.paused_at is not None:
+                attempt.seconds["pause"] = time.monotonic() - self._state.paused_at
 
         self._run_phase(lambda: None, verify, attempt)
         return tuple(sorted(unverified))
@@ -374,20 +382,3 @@ class ServedSync(ABC):
 def _lives(targets: Sequence[LiveServer]) -> tuple[Any, ...]:
     """Identifies these starts of these servers: it changes when one joins, leaves or is restarted."""
     return tuple(target.life for target in targets)
-
-
-def _checksum_kind(targets: Sequence[LiveServer]) -> ChecksumKind:
-    """How the servers compute checksums, if all run the same engine on the same kind of device as the trainer."""
-    if not all(target.state.engine.startswith("SGLang") for target in targets):
-        return "plain"
-    return "sglang on a gpu" if platform().has_gpu else "sglang on a cpu"
-
-
-async def _checksums(attempt: Attempt, target: LiveServer) -> list[RankChecksums] | None:
-    """A server's checksums; None if it has no such call."""
-    try:
-        return await target.server.checksums(deadline_s=attempt.deadline())
-    except ServerError as error:
-        if error.fault is Fault.unsupported:
-            return None
-        raise

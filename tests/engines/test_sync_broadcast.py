@@ -57,6 +57,8 @@ def test_every_update_arrives_to_the_bit(layout, ranks: RankPool, server: Served
     for version, report in enumerate(results[0]):
         assert report.version == version and report.servers == (server.url,) and report.attempts == 1
         assert not report.left_out and not report.unverified and report.phases["verify"] > 0
+        paused = sum(report.phases[name] for name in ("pausing", "begin", "buckets", "end", "verify", "resume"))
+        assert paused <= report.phases["pause"] <= report.seconds, "from the call that pauses until all generate again"
     assert "join" in results[0][0].phases and "join" not in results[0][1].phases, "groups are formed once"
 
 
