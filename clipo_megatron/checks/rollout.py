@@ -124,9 +124,6 @@ def _ahead(config: RunConfig) -> Iterator[ConfigProblem]:
     rollout, key = config.rollout, "rollout.ahead"
     if rollout.ahead < 1:
         return
-    if rollout.engine is EngineKind.local:
-        reason = "rollout.engine = local does not generate while the policy trains"
-        yield ConfigProblem(key, reason, "Set it to 0, or rollout.engine to sglang or vllm", rollout.ahead)
     if rollout.colocated:
         reason = "with rollout.colocated servers give their memory back while the policy trains, and nothing can go on"
         yield ConfigProblem(key, reason, "Set it to 0, or give the servers GPUs of their own", rollout.ahead)
@@ -155,10 +152,7 @@ def _over_sampling(config: RunConfig) -> Iterator[ConfigProblem]:
     key, value = "rollout.unfinished", rollout.unfinished
     if rollout.ahead:
         return
-    if rollout.engine is EngineKind.local:
-        reason = "rollout.engine = local does not carry interrupted rollouts over"
-        yield ConfigProblem(key, reason, "Set it to drop, or rollout.engine to sglang or vllm", value)
-    elif rollout.over_sampling == 1:
+    if rollout.over_sampling == 1:
         reason = "nothing is ever unfinished: rollout.over_sampling is 1, so every prompt asked for is waited for"
         yield ConfigProblem(key, reason, "Set rollout.over_sampling above 1, or this to drop", value)
 

@@ -269,14 +269,13 @@ def test_a_generation_ended_early_leaves_the_engine_usable(engine, how):
 
 def test_what_was_stopped_goes_on_from_its_tokens(make, engine, model):
     params = dataclasses.replace(PARAMS, max_new_tokens=1000, stop_ids=())
-    for seconds in (2.0, 10.0):  # a server's first request of a kind may take its time on a busy machine
+    # A server's first request of a kind may take its time on a busy machine; the local engine could be done after 2 s.
+    for seconds in (2.0, 10.0) if make.kind != "local" else (0.05, 0.2, 1.0, 5.0):
         generation = engine.generate(ask(9, 30), params, deadline_s=100)
-        time.sleep(seconds if make.kind != "local" else 0.0)
+        generation.detach()  # without it the local engine generates only while its caller waits
+        time.sleep(seconds)
         if partial := sorted(generation.stop(), key=lambda group: group.position):
             break
-    if make.kind == "local":  # it generates only while its caller waits, so that nothing of a group is there
-        assert partial == []
-        return
     assert [group.position for group in partial] == [0, 1]
     most = max(rollout.tokens.numel() for group in partial for rollout in group.rollouts) + 6
     again = [Request(group.position, group.prompt, tuple(group.rollouts)) for group in partial]
@@ -292,7 +291,7 @@ def test_what_was_stopped_goes_on_from_its_tokens(make, engine, model):
 
 
 def test_detached_rollouts_cross_an_update_and_every_token_is_of_the_weights_that_it_names(
-    make, engine, model, weights, tiny_model
+    engine, model, weights, tiny_model
 ):
     """Greedy tokens are the likeliest of the weights that they name, and so are their log-probs: of what was computed
     under the old weights nothing is used under the new ones."""
@@ -307,12 +306,8 @@ def test_detached_rollouts_cross_an_update_and_every_token_is_of_the_weights_tha
     for tokens in (40, 20, 60, 10, 80):  # until the update comes after the first token and before the last
         old_version, version = engine.version, next(VERSIONS)
         generation = engine.generate(ask(9, 80), params, deadline_s=1000)
+        generation.detach()
         time.sleep(tokens * pace)
-        try:
-            generation.detach()
-        except EngineError:
-            assert make.kind == "local"
-            return
         engine.pause(InFlight.retract)
         engine.load_weights(new_weights.items(), version=version)
         engine.resume()

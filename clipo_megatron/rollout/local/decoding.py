@@ -187,6 +187,11 @@ class DecodeBatch:
         """The number of rows that have not finished."""
         return self._live.numel()
 
+    @property
+    def live_rows(self) -> list[int]:
+        """The rows that have not finished, in order."""
+        return sorted(self._live.tolist())
+
     @torch.inference_mode()
     def _start(self, prompts: Prefilled, repeats: int) -> None:
         self._longest, self._shared, self._window = prompts.longest, prompts.shared, window_of(self._model)

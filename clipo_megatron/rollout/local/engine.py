@@ -7,23 +7,16 @@ finished rows leave the batch at once.
 
 from __future__ import annotations
 
-import time
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import chain
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from clipo_megatron.data.response_text import response_decoder
-from clipo_megatron.flow import Prompt, Rollout, RolloutGroup
-from clipo_megatron.rollout.continuation import append_tokens, if_finished, missing_samples
 from clipo_megatron.rollout.engine import (
-    Cancelled,
     EngineError,
     Generation,
     InFlight,
@@ -31,28 +24,16 @@ from clipo_megatron.rollout.engine import (
     Request,
     SamplingParams,
     check_prompts,
-    name_prompts,
     never,
 )
-from clipo_megatron.rollout.local.decoding import DecodeBatch, NonFiniteLogits, prefill
-from clipo_megatron.rollout.local.sampling import rollout_uniforms
+from clipo_megatron.rollout.local.background import LocalGeneration
 from clipo_megatron.rollout.local.supported import configuration, unusable
+from clipo_megatron.rollout.local.workload import LoadedModel
 
 try:
     from transformers.initialization import no_init_weights
 except ImportError:  # transformers 4
     from transformers.modeling_utils import no_init_weights
-
-
-class _Line(NamedTuple):
-    """Tokens that one or more samples of a request continue."""
-
-    index: int  # of the request in its call
-    prompt: Prompt
-    tokens: Tensor  # [P] int64: the prompt's tokens, and those of a partial rollout
-    samples: tuple[int, ...]
-    limit: int  # new tokens of each sample, at most
-    begun: Rollout | None = None
 
 
 class LocalEngine:
@@ -77,28 +58,38 @@ class LocalEngine:
             raise EngineError(
                 f"rollout.batch_size is {batch_size}, but at least one sequence is decoded: set it to >= 1."
             )
-        self._batch_size = batch_size
-        self._version = -1
-        self._tokenizer, self._model = _build(Path(model_dir), dtype, torch.device(device))
-        self._decode_text = response_decoder(self._tokenizer)
+        tokenizer, model = _build(Path(model_dir), dtype, torch.device(device))
+        self._loaded: LoadedModel | None = LoadedModel(model, response_decoder(tokenizer), batch_size)
+        self._generation: LocalGeneration | None = None  # the newest
 
     @property
     def version(self) -> int:
         """The version of the weights in use; -1 before the first load, and after a failed one."""
-        return self._version
+        return -1 if self._loaded is None else self._loaded.version
+
+    @property
+    def _model(self) -> nn.Module | None:
+        return None if self._loaded is None else self._loaded.model
 
     def health(self) -> None:
         """Raise EngineError if the engine is closed or has no complete set of weights."""
-        if self._model is None:
+        if self._loaded is None:
             raise EngineError("The local engine is closed; construct a new one.")
-        if self._version < 0:
+        if self._loaded.version < 0:
             raise EngineError("The local engine has no complete set of weights; call load_weights first.")
 
     def pause(self, in_flight: InFlight = InFlight.abort) -> None:
-        """Does nothing: the engine generates only while its caller asks for the next group."""
+        """Let a detached generation wait, and keep what it has; any other runs only while its caller waits for it."""
+        self._set_paused(True)
 
     def resume(self) -> None:
-        """Does nothing, as `pause` does."""
+        """Let a detached generation go on."""
+        self._set_paused(False)
+
+    def _set_paused(self, paused: bool) -> None:
+        if self._loaded is not None:
+            with self._no_thread_decodes():
+                self._loaded.paused = paused
 
     def offload(self, *what: Memory) -> None:
         """Does nothing: the cache lives only as long as a generation, and weights stay."""
@@ -111,30 +102,33 @@ class LocalEngine:
         return {}
 
     def close(self) -> None:
-        """Free model and tokenizer. Idempotent."""
-        self._model = self._tokenizer = self._decode_text = None
-        self._version = -1
+        """End a detached generation, and free model and tokenizer. Idempotent."""
+        if self._generation is not None:
+            self._generation.close()
+        self._generation = self._loaded = None
 
     def load_weights(self, tensors: Iterable[tuple[str, Tensor]], *, version: int) -> None:
         """Copy weights of any floating dtype and device into the model, by Hugging Face name.
 
-        A tied `lm_head.weight` may be absent; if present it has to equal the embedding.
+        A tied `lm_head.weight` may be absent; if present it has to equal the embedding. The rollouts of a detached
+        generation wait meanwhile, and go on under the new weights, with keys and values computed again.
 
         Raises:
             EngineError: lists all unknown, duplicate and missing names and all wrong shapes. The engine cannot generate
                 until a load succeeds.
         """
-        if self._model is None:
+        if self._loaded is None:
             raise EngineError("The local engine is closed; construct a new one.")
-        self._version = -1
-        problems = _copy_weights(self._model, tensors)
-        if problems:
-            raise EngineError(
-                f"Weights of version {version} do not fit the model ({len(problems)} problems): "
-                + "; ".join(problems)
-                + ". Check that they were exported from the same architecture as the folder's config.json."
-            )
-        self._version = version
+        with self._no_thread_decodes():
+            self._loaded.version = -1
+            problems = _copy_weights(self._loaded.model, tensors)
+            if problems:
+                raise EngineError(
+                    f"Weights of version {version} do not fit the model ({len(problems)} problems): "
+                    + "; ".join(problems)
+                    + ". Check that they were exported from the same architecture as the folder's config.json."
+                )
+            self._loaded.version = version
 
     def generate(
         self,
@@ -144,7 +138,7 @@ class LocalEngine:
         deadline_s: float,
         should_cancel: Callable[[], bool] = never,
     ) -> Generation:
-        """See `Engine.generate`.
+        """See `Engine.generate`; groups of a detached generation are yielded too.
 
         The deadline counts from this call and includes the caller's time between two groups. `should_cancel` is asked
         before the forward of each token.
@@ -158,112 +152,20 @@ class LocalEngine:
         params.check()
         check_prompts(requests, self._model.config.vocab_size)
         self._check_lengths(requests, params)
-        return Generation(self._generate(requests, params, time.monotonic() + deadline_s, deadline_s, should_cancel))
+        before, self._generation = self._generation, None
+        if before is not None and not before.detached:
+            before.close()
+        detached = before if before is not None and before.in_background else None
+        generation = LocalGeneration(self._loaded, detached, deadline_s=deadline_s, should_cancel=should_cancel)
+        self._generation = generation
+        generation.add(requests, params)
+        return generation
 
-    def _generate(
-        self,
-        requests: Sequence[Request],
-        params: SamplingParams,
-        deadline: float,
-        deadline_s: float,
-        should_cancel: Callable[[], bool],
-    ) -> Iterator[RolloutGroup]:
-        unanswered = dict(enumerate(requests))
-
-        def missing() -> str:
-            return f"without an answer: {name_prompts(unanswered.values())}"
-
-        def check() -> None:
-            if should_cancel():
-                raise Cancelled
-            if time.monotonic() >= deadline:
-                raise EngineError(
-                    f"Generation passed its deadline of {deadline_s:g} s; {missing()}. "
-                    "Raise rollout.deadline_s, or lower rollout.max_new_tokens or data.prompts_per_step."
-                )
-
-        done: list[dict[int, Rollout]] = [{} for _ in requests]
-        lines = [line for index, request in enumerate(requests) for line in _lines(index, request, params)]
-        finished = (
-            (index, rollout)
-            for index, request in enumerate(requests)
-            for begun in request.begun
-            if (rollout := if_finished(begun, params)) is not None
-        )
-        decoded = (found for wave in self._waves(lines) for found in self._decode(wave, params, check))
-        try:
-            for index, rollout in chain(finished, decoded):
-                done[index][rollout.sample] = rollout
-                if len(done[index]) == params.samples:
-                    request = unanswered.pop(index)
-                    rollouts = [done[index][sample] for sample in sorted(done[index])]
-                    yield RolloutGroup(request.position, request.prompt, rollouts)
-        except NonFiniteLogits as error:
-            raise EngineError(
-                f"The weights of version {self._version} give log-probs that are not finite; "
-                f"{missing()}. Look at the last updates' gradient norms."
-            ) from error
-        except (EngineError, Cancelled):
-            raise
-        except RuntimeError as error:
-            raise EngineError(
-                f"Decoding up to {self._batch_size} sequences at once failed; {missing()}. "
-                f"If memory ran out, lower rollout.batch_size. The cause: {error}"
-            ) from error
-
-    def _waves(self, lines: list[_Line]) -> Iterator[list[_Line]]:
-        """Group lines with the same number of samples, longest first, into waves that fill the batch.
-
-        A line with more samples than the batch has rows is a wave by itself.
-        """
-        by_samples: dict[int, list[_Line]] = defaultdict(list)
-        for line in sorted(lines, key=lambda line: line.tokens.numel(), reverse=True):
-            by_samples[len(line.samples)].append(line)
-        for samples, alike in sorted(by_samples.items(), reverse=True):
-            size = max(1, self._batch_size // samples)
-            for start in range(0, len(alike), size):
-                yield alike[start : start + size]
-
-    def _decode(
-        self, wave: list[_Line], params: SamplingParams, check: Callable[[], None]
-    ) -> Iterator[tuple[int, Rollout]]:
-        """Yield (index of the request, rollout) as each sample of the wave's lines finishes."""
-        prefilled = prefill(self._model, [line.tokens for line in wave], check)
-        for start in range(0, len(wave[0].samples), self._batch_size):
-            rows = [(line, sample) for line in wave for sample in line.samples[start : start + self._batch_size]]
-            limits = [line.limit for line, _ in rows]
-            uniforms = None
-            if params.temperature > 0:
-                uniforms = np.stack(
-                    [
-                        rollout_uniforms(
-                            max(limits),
-                            seed=params.seed,
-                            step=params.step,
-                            prompt_id=line.prompt.id,
-                            sample=sample,
-                            occurrence=line.prompt.occurrence,
-                        )
-                        for line, sample in rows
-                    ]
-                )
-            batch = DecodeBatch(self._model, prefilled, len(rows) // len(wave), params, limits, uniforms)
-            while batch.live:
-                check()
-                for row, stopped in batch.step():
-                    line, sample = rows[row]
-                    rollout = append_tokens(
-                        line.begun,
-                        # Clones, so that a short response does not keep the whole batch's tensors alive.
-                        batch.tokens[row, : batch.length].clone().cpu(),
-                        batch.logprobs[row, : batch.length].clone().cpu(),
-                        torch.full((batch.length,), self._version),
-                        sample=sample,
-                        finish="stop" if stopped else "length",
-                        params=params,
-                        decode=self._decode_text,
-                    )
-                    yield line.index, rollout
+    @contextmanager
+    def _no_thread_decodes(self) -> Iterator[None]:
+        """Wait for the forward under way of a detached generation, and let none begin."""
+        with nullcontext() if self._generation is None else self._generation.held():
+            yield
 
     def _check_lengths(self, requests: Sequence[Request], params: SamplingParams) -> None:
         positions = self._model.config.max_position_embeddings
@@ -330,14 +232,3 @@ def _named_parts(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
             parts = ("gate_proj", "up_proj") if last == "gate_up_proj" else (last,)
             for part, tensor in zip(parts, expert.chunk(len(parts)), strict=True):
                 yield f"{module}.{number}.{part}.weight", tensor
-
-
-def _lines(index: int, request: Request, params: SamplingParams) -> Iterator[_Line]:
-    """The tokens from which a request's unfinished samples are decoded."""
-    prompt = request.prompt
-    if missing := missing_samples(request, params):
-        yield _Line(index, prompt, prompt.tokens, tuple(missing), params.token_limit())
-    for begun in request.begun:
-        if if_finished(begun, params) is None:
-            limit = params.token_limit(begun.trained) - begun.tokens.numel()
-            yield _Line(index, prompt, torch.cat((prompt.tokens, begun.tokens)), (begun.sample,), limit, begun)

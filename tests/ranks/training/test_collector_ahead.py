@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import random
+import threading
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -298,3 +299,28 @@ def test_what_trains_is_not_shorter_for_being_begun_ahead(ranks: RankPool):
     means, age, *_ = ranks.run(lengths_of, 1, FIRST_COME, steps)[0]
     assert 0 < age <= 3 and means[0] < 0.8 * waiting[0]
     print(f"first come: {sum(means) / sum(waiting) - 1:+.1%} in length over {steps} steps")
+
+
+def with_the_local_engine(folder: Path, ahead: int) -> dict[str, Any]:
+    """On a rank: what trained when, with an engine whose thread generates between the steps."""
+    trained: list[Any] = []
+    with Bench(folder, RolloutConfig(ahead=ahead)) as bench:
+        for step in range(STEPS):
+            scored, _ = bench.collector.collect(step, last=STEPS - 1)
+            for each in scored:
+                versions = [rollout.versions for rollout in each.group.rollouts]
+                age = step - min(int(each.min()) for each in versions)
+                trained.append((step, each.group.position, each.group.prompt.id, len(versions), age))
+            bench.update_weights(step + 1)
+            if step == 2:
+                bench.collector.open.stop()  # as before an evaluation
+    return {"trained": trained, "threads": [each.name for each in threading.enumerate() if "rollouts" in each.name]}
+
+
+@pytest.mark.parametrize("ahead", [1, 2])
+def test_the_local_engine_generates_while_its_caller_trains(ranks: RankPool, model: Path, ahead: int):
+    results = ranks.run(with_the_local_engine, 2, model, ahead)
+    trained = sorted(each for result in results for each in result["trained"])
+    assert [name for _, _, name, _, _ in trained] == drawn(STEPS * SIZE), "groups train in the order of drawing"
+    ages = [age for *_, age in trained]
+    assert max(ages) <= ahead and any(ages) and not any(result["threads"] for result in results)
