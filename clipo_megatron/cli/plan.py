@@ -71,10 +71,13 @@ def run(options: argparse.Namespace) -> int:
         well where a rank holds other parameters than planned.
 
     Raises:
+        ConfigError: the section `megatron` is wrong.
         PlanError, WeightsError: something that cannot be planned, named.
     """
     from rich.console import Console
 
+    from clipo_megatron.checks.megatron import megatron_problems
+    from clipo_megatron.config.errors import ConfigError
     from clipo_megatron.config.load import load
     from clipo_megatron.planning.architecture import ARCHITECTURES, find_architecture, find_critic
     from clipo_megatron.planning.layouts import search_layouts
@@ -85,6 +88,8 @@ def run(options: argparse.Namespace) -> int:
         raise PlanError("--dry-run builds the configured layout and prints a table: leave out --gpus and --json")
     quiet_libraries()
     config, console = load(options.config, options.overrides), Console(soft_wrap=True)
+    if wrong := [each for each in megatron_problems(config) if not each.absent]:
+        raise ConfigError(wrong, origin=str(options.config))  # the section changes what a plan counts
     spec, source = find_architecture(config.model.path, options.config)
     critic = find_critic(config, options.config)
     hardware, assume = _machine(options)

@@ -17,9 +17,9 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from clipo_megatron.config.errors import for_terminal, shortened
+from clipo_megatron.config.errors import ConfigError, for_terminal, shortened
 from clipo_megatron.planning.hardware import Assumptions, Hardware, hardware_of_gpu
-from clipo_megatron.runtime.durable_files import write_output
+from clipo_megatron.runtime.durable_files import refuse_unwritable_file, write_output
 from clipo_megatron.runtime.warning_filters import quiet_libraries
 from clipo_megatron.serving.gpus import gpus
 from clipo_megatron.training.proving.checks import CHECKS, Check, run_check
@@ -59,7 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _names(text: str) -> tuple[Check, ...]:
-    chosen = {name.strip() for name in text.split(",")}
+    chosen = {name.strip() for name in text.split(",") if name.strip()} or {text}
     if unknown := sorted(chosen - set(NAMES)):
         raise argparse.ArgumentTypeError(f"{unknown[0]} is no check. Choose from {', '.join(NAMES)}")
     if "agreement" in chosen:
@@ -72,12 +72,19 @@ def run(options: argparse.Namespace) -> int:
 
     Returns:
         0 if every limit holds, else 1.
+
+    Raises:
+        ConfigError: the findings cannot be written where they are to go.
     """
     if options.one:
         quiet_libraries()
         (check,) = (each for each in CHECKS if each.name == options.one)
         run_check(check, Path(options.folder), predicted, quick=options.quick)
         return 0
+    try:
+        refuse_unwritable_file(Path(options.json))  # before minutes of measuring
+    except OSError as error:
+        raise ConfigError(f"--json {options.json} cannot be written: {error}. Name another file.") from error
     console = Console()
     found: dict[str, dict[str, Any]] = {}
     with tempfile.TemporaryDirectory(prefix="clipo-prove-") as folder:

@@ -251,13 +251,13 @@ def search_layouts(
         return plan
 
     found: list[LayoutPlan] = []
-    shares = (1.0,) if config.rollout.colocated else SERVER_SHARES
-    for division, share in product(_possible_divisions(spec, gpus, hardware), shares):
+    servers_of = [gpus] if config.rollout.colocated else _server_gpus(gpus, hardware.gpus_per_node)
+    for division, server_gpus in product(_possible_divisions(spec, gpus, hardware), servers_of):
         most = max(1, longest_rollout(config) // LEAST_SHARE)
         for recompute in (False, True):  # the second only with fewer ranks that divide a row than the first needs
             because = ""
             for cp in _powers_of_two(most):
-                plan = planned(division, int(gpus * share), cp, recompute)
+                plan = planned(division, server_gpus, cp, recompute)
                 if plan is not None and plan.fits:
                     found.append(replace(plan, because=because))
                     most = cp // 2
@@ -291,6 +291,12 @@ def _server_sizes(config: RunConfig, spec: ModelSpec, hardware: Hardware, assume
     sizes = _powers_of_two(hardware.gpus_per_node)
     found = [tp for tp in sizes if server_memory(spec, tp, hardware, assume).sequences(longest)]
     return found if config.rollout.colocated else found[:1]
+
+
+def _server_gpus(gpus: int, node: int) -> list[int]:
+    """Return the numbers of GPUs that are tried for servers: shares of all, also without what is no whole node."""
+    exact = [int(gpus * share) for share in SERVER_SHARES]
+    return sorted({*exact, *(each - each % node for each in exact if each > node)})
 
 
 def _possible_divisions(spec: ModelSpec, gpus: int, hardware: Hardware) -> Iterator[ParallelDivision]:

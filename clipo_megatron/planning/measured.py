@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import fields
+from math import inf
 from pathlib import Path
 from typing import Any
 
+from clipo_megatron.config.errors import shortened
 from clipo_megatron.config.ranges import range_violation
 from clipo_megatron.planning.errors import PlanError
 from clipo_megatron.planning.hardware import HARDWARE, Assumptions, Hardware
@@ -43,7 +46,10 @@ def read_measured(path: str) -> tuple[Hardware, dict[str, float]]:
 
 def _checked(path: str, name: str, value: Any, whole: float) -> float:
     declared = next(each for each in fields(Assumptions) if each.name == name)
-    if not isinstance(value, int | float) or (reason := range_violation(declared, value / whole)) is not None:
-        reason = "it is no number" if not isinstance(value, int | float) else reason
-        raise PlanError(f"--measured {path}: its {name} is {value}: {reason}. Measure again.")
-    return value / whole
+    share, reason = 0.0, "it is no number"
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        share = value / whole if abs(value) < sys.float_info.max else inf
+        reason = range_violation(declared, share)
+    if reason is not None:
+        raise PlanError(f"--measured {path}: its {name} is {shortened(str(value), 40)}: {reason}. Measure again.")
+    return share

@@ -112,6 +112,20 @@ def refuse_special(path: Path, begins: str = "") -> None:
             raise OSError("it is a file of another kind, which is not overwritten")
 
 
+def refuse_unwritable_file(path: Path) -> None:
+    """Refuse a file that `write_output` could not write, before there is anything to write.
+
+    Raises:
+        OSError: its folder is not there or not writable, or `refuse_special` refuses it.
+    """
+    refuse_special(path)
+    folder = Path(os.path.realpath(path)).parent
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder} is no folder")
+    if not os.access(folder, os.W_OK):
+        raise PermissionError(f"{folder} is not writable")
+
+
 def write_output(path: Path, data: str, begins: str = "") -> None:
     """Write a file that the user has named, completely or not at all; where it is a link, its target is written.
 

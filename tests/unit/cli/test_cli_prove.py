@@ -76,3 +76,11 @@ def test_some_checks_alone(proved, capsys):
     with pytest.raises(SystemExit):
         proved("--only", "speed")
     assert "speed is no check. Choose from versions" in capsys.readouterr().err
+
+
+def test_findings_that_cannot_be_written_are_refused_before_anything_is_measured(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(prove, "_run_alone", lambda *_, **__: pytest.fail("it measured"))
+    for place, reason in ((tmp_path / "absent" / "proof.json", "is no folder"), (tmp_path, "it is a folder")):
+        assert cli.main(["prove", "--json", str(place)]) == 2
+        said = " ".join(capsys.readouterr().err.split())
+        assert reason in said and "--json" in said and "Traceback" not in said

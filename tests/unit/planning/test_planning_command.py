@@ -63,6 +63,8 @@ def test_layouts_to_choose_from(run_file, capsys):
         ),
         (["--assume", "mean_response=1e400"], "--assume mean_response=1e400: it must be above 0 and at most 1"),
         (["--assume", "reserve_bytes=nan"], "--assume reserve_bytes=nan: it must be"),
+        (["megatron.fp8=hybird"], "megatron.fp8 = hybird: one of e4m3, hybrid, or null was expected"),
+        (["megatron.recompute_granularity=selective", "megatron.recompute_modules=3"], "a list of text, or null was"),
         (["layout.pp=7"], "tp 8 x pp 7 x ep 1: 80 layers cannot be divided into 7 equal parts"),
         (
             ["rollout.engine=local", "rollout.colocated=false"],
@@ -73,6 +75,14 @@ def test_layouts_to_choose_from(run_file, capsys):
 def test_what_cannot_be_planned_is_named(arguments, message, run_file, capsys):
     assert main(["plan", str(run_file), *arguments]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_servers_take_whole_nodes_where_a_share_leaves_no_layout(run_file, capsys):
+    """A quarter of 1,000 GPUs leaves 750, which tensor parallelism of 4 or 8 does not divide; 31 nodes leave 752."""
+    words = ["plan", str(run_file), "--gpus", "1000", "rollout.colocated=false", "--hardware", "h200", "--json"]
+    assert main(words) == 0
+    found = json.loads(capsys.readouterr().out)["layouts"]["1000"]
+    assert 248 in {each["server_gpus"] for each in found} and all(each["gpus"] == 1000 for each in found)
 
 
 def test_a_critic_that_is_not_here_is_looked_for_beside_the_configuration(run_file, capsys):

@@ -42,6 +42,8 @@ def test_rates_become_shares_of_the_data_sheet(proof):
         ({"measured": 3}, "no file of `clipo prove`"),
         ({"measured": {"update_flops_per_s": 1e18}}, "at most 1"),
         ({"measured": {"reserve_bytes": "much"}}, "it is no number"),
+        ({"measured": {"reserve_bytes": True}}, "it is no number"),
+        ({"measured": {"update_flops_per_s": 10**400}}, "at most 1"),
     ],
 )
 def test_a_file_that_measured_nothing_for_a_plan_is_refused(proof, changes, reason):
