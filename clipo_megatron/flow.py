@@ -238,10 +238,10 @@ class Experience:
 
     table: RolloutTable
     mini_batches: list[MiniBatch]
-    reward: Tensor  # [B] float32, shaped, bonus included
+    reward: Tensor  # [B] float32, shaped, bonus included unless it is in the advantage (clipo.place)
     advantage: Tensor  # [B] float32
     keep: Tensor  # [B] bool, rows that train
-    bonus: Tensor | None = None  # [B] float32, the contrastive bonus in `reward`; None without CLIPO
+    bonus: Tensor | None = None  # [B] float32, the hooks' bonus in `reward` or `advantage`; None if none pays any
     demonstrations: dict[int, Demonstration] = field(default_factory=dict)  # by group, in place of its rollouts
 
     def to(self, device: torch.device) -> Experience:

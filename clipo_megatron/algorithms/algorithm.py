@@ -10,6 +10,7 @@ from clipo_megatron.algorithms import late_torch as torch
 from clipo_megatron.algorithms.hook import Hook, HookContext, Replay, ScoredTokens, Signal, TokenBatch
 from clipo_megatron.algorithms.policy_loss import GroupLoss, PolicyLoss
 from clipo_megatron.config.errors import ConfigError, is_for_users
+from clipo_megatron.config.schema import BonusPlace
 from clipo_megatron.flow import Experience, MiniBatch, Prompt, Rollout, RolloutTable
 
 if TYPE_CHECKING:
@@ -20,12 +21,16 @@ class Algorithm:
     """Calls the hooks of one step. Every method returns the same on every rank, except `observe`, `token_advantage`,
     `scores`, `loss` and `objective`, which see a part of the step.
 
+    Args:
+        hooks: the parts, in order.
+        place: what the bonus of the hooks is added to.
+
     Raises:
         ConfigError: a hook needs what nothing provides.
     """
 
-    def __init__(self, hooks: Sequence[Hook]):
-        self.hooks = list(hooks)
+    def __init__(self, hooks: Sequence[Hook], place: BonusPlace = BonusPlace.reward):
+        self.hooks, self.place = list(hooks), place
         provided = {signal.value for signal in Signal}
         provided = provided.union(*(hook.provides | hook.prompt_variants for hook in self.hooks))
         for hook in self.hooks:
@@ -105,9 +110,9 @@ class Algorithm:
     def assign_advantages(self, table: RolloutTable, mini_batches: list[MiniBatch]) -> Experience:
         """The step's experience: rewards, advantages, demonstrations, and which rollouts train."""
         reward, bonus = self.shape_reward(table), self.bonus(table)
-        if bonus is not None:
+        if bonus is not None and self.place is BonusPlace.reward:
             reward = reward + bonus
-        advantage = self.advantage(table, reward)
+        advantage = self.advantage(table, reward, bonus if self.place is BonusPlace.advantage else None)
         demonstrations = self._merged([hook.demonstrate(table) for hook in self.hooks])
         keep = self.select(table, advantage, demonstrations)
         return Experience(table, mini_batches, reward, advantage, keep, bonus, demonstrations)
@@ -126,9 +131,11 @@ class Algorithm:
             return torch.stack(paid).sum(0)
         return paid[0] if paid else None
 
-    def advantage(self, table: RolloutTable, reward: Tensor) -> Tensor:
-        """The base method's advantages, shaped by each hook in turn; [B] float32."""
+    def advantage(self, table: RolloutTable, reward: Tensor, bonus: Tensor | None = None) -> Tensor:
+        """The base method's advantages plus `bonus` [B], shaped by each hook in turn; [B] float32."""
         advantage = self.base_method.advantage(table, reward)
+        if bonus is not None:
+            advantage = advantage + bonus
         for hook in self.hooks:
             advantage = hook.shape_advantage(table, reward, advantage)
         return advantage

@@ -44,7 +44,7 @@ def build_algorithm(config: RunConfig, context: HookContext | None = None) -> Al
         hooks.append(CriticWarmup(config.critic.warmup_steps))
     if any(Signal.answers in hook.needs for hook in hooks):
         hooks.append(Answers())
-    algorithm = Algorithm(hooks)
+    algorithm = Algorithm(hooks, config.clipo.place)
     if context is not None:
         algorithm.bind(context)
     return algorithm

@@ -35,7 +35,7 @@ class Signal(str, Enum):
     """What a hook can ask for in `needs`. Columns of the table have B entries, those of tokens N."""
 
     pooled_states = "pooled_states"  # table.signals["pooled_states"], [B, H] float32: mean states of the response
-    contrastive = "contrastive"  # table.signals["contrastive_loss"] and ["contrastive_valid"]
+    contrastive = "contrastive"  # table.signals["contrastive_loss"], ["contrastive_valid"]; some forms: "..._score"
     entropy = "entropy"  # TokenBatch.entropy with gradient; includes scored_entropy
     scored_entropy = "scored_entropy"  # the tokens' signals["entropy"], under the policy that scored them
     logprob_sums = "logprob_sums"  # table.signals["logprob_sum"], float64, under the policy that scored them
@@ -181,7 +181,8 @@ class Hook:
         return reward
 
     def bonus(self, table: RolloutTable) -> Tensor | None:
-        """What is added to the shaped rewards and reported as the bonus, [B] float32; None if this hook pays none."""
+        """What is added to the shaped rewards, or to the advantages (clipo.place), and reported as the bonus, [B]
+        float32; None if this hook pays none."""
         return None
 
     def shape_advantage(self, table: RolloutTable, reward: Tensor, advantage: Tensor) -> Tensor:

@@ -29,6 +29,7 @@ from clipo_megatron.config.ranges import range_problems
 from clipo_megatron.config.schema import (
     Aggregation,
     AlgorithmConfig,
+    BonusPlace,
     CorrectionKind,
     CriticConfig,
     KLKind,
@@ -52,6 +53,7 @@ def method_problems(config: RunConfig) -> Iterator[ConfigProblem]:
     yield from _base_method(algorithm)
     yield from _over_groups(config)
     yield from _shaped_too_early(algorithm)
+    yield from _bonus_on_advantages(config)
     if Signal.demonstrations in base_method(algorithm).needs and (rounds := max_refill_rounds(config)):
         reason = f"groups without a correct rollout would be replaced, and {algorithm.name} teaches them demonstrations"
         yield ConfigProblem("rollout.max_refill_rounds", reason, "Set it to 0", rounds)
@@ -122,6 +124,28 @@ def _shaped_too_early(algorithm: AlgorithmConfig) -> Iterator[ConfigProblem]:
         elif base_method(algorithm).reads_token_rewards and kl_in_reward:
             reason = f"with algorithm.kl.place = reward {name} whitens what it scales, which undoes that"
             yield ConfigProblem(key, reason, f"{remedy}, or algorithm.kl.place=loss", plugin.name)
+
+
+def _bonus_on_advantages(config: RunConfig) -> Iterator[ConfigProblem]:
+    """A bonus that is to be added to the advantage, where there is no bonus, or the base method's is not one yet."""
+    algorithm, method = config.algorithm, base_method(config.algorithm)
+    if config.clipo.place is BonusPlace.reward:
+        return
+    name, kl = algorithm.name, algorithm.kl
+    if not config.clipo.enabled and not any(_implements(each, "bonus") for each in plugins(algorithm)):
+        reason, remedy = "nothing pays a bonus, so it would be ignored", "Set it to reward, or clipo.enabled to true"
+    elif issubclass(method, GroupLoss):
+        reason = f"{name} has no advantages: its loss is over whole groups"
+        remedy = "Set it to reward, or choose another algorithm.name"
+    elif Signal.values in method.needs:
+        reason = f"{name} takes what it is added to for rewards, so it would act as `reward` does"
+        remedy = "Set it to reward, or choose another algorithm.name"
+    elif method.reads_token_rewards and kl.coefficient > 0 and kl.place is KLPlace.reward:
+        reason = f"with algorithm.kl.place = reward {name} whitens what it is added to, as `reward` does"
+        remedy = "Set it to reward, or algorithm.kl.place to loss"
+    else:
+        return
+    yield ConfigProblem("clipo.place", reason, remedy, config.clipo.place.value)
 
 
 def _implements(kind: type[Hook], *names: str) -> bool:

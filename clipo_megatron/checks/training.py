@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from clipo_megatron.config.errors import ConfigProblem
-from clipo_megatron.config.schema import Anchors, RunConfig
+from clipo_megatron.config.schema import Anchors, BonusForm, ClipoConfig, RunConfig
 
 
 def training_problems(config: RunConfig) -> Iterator[ConfigProblem]:
@@ -21,6 +21,8 @@ def training_problems(config: RunConfig) -> Iterator[ConfigProblem]:
         reason = "a bonus goes to correct anchors alone, so none would ever be paid"
         remedy = "Set it to correct or both, or clipo.weight to 0 to train the head without a bonus"
         yield ConfigProblem("clipo.anchors", reason, remedy, clipo.anchors)
+    if clipo.enabled:
+        yield from _unread_by_ratio(clipo)
     if config.checkpoint.keep_best and not (config.data.eval and config.eval.every):
         reason = "checkpoints are compared by held-out accuracy, and none is measured during training"
         remedy = "Give data.eval problems and set eval.every, or set it to 0"
@@ -28,3 +30,15 @@ def training_problems(config: RunConfig) -> Iterator[ConfigProblem]:
     if not reward.correct_reward > reward.wrong_reward:
         reason = f"a right answer must earn more than a wrong one (reward.wrong_reward = {reward.wrong_reward})"
         yield ConfigProblem("reward.correct_reward", reason, "Raise it", reward.correct_reward)
+
+
+def _unread_by_ratio(clipo: ClipoConfig) -> Iterator[ConfigProblem]:
+    """Settings of the bonus that clipo.bonus = ratio does not read."""
+    if clipo.bonus is not BonusForm.ratio:
+        return
+    plain = ClipoConfig()
+    for name in ("floor", "constant", "calibrate"):
+        if (value := getattr(clipo, name)) != getattr(plain, name):
+            reason = "with clipo.bonus = ratio the bonus is standardised and made of no loss, so it would be ignored"
+            remedy = f"Leave it at {str(getattr(plain, name)).lower()}, or set clipo.bonus to paper or expected"
+            yield ConfigProblem(f"clipo.{name}", reason, remedy, value)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from clipo_megatron.algorithms.algorithm import Algorithm
+from clipo_megatron.algorithms.clipo.reward import has_scores
 from clipo_megatron.algorithms.hook import Signal, TokenBatch
 from clipo_megatron.algorithms.kl import kl_estimate
 from clipo_megatron.algorithms.policy_loss import LARGEST_LOG_RATIO
@@ -144,13 +145,17 @@ class PolicyActor(Policy):
 
     def _score_contrastive(self, table: RolloutTable) -> None:
         """Fill the table's contrastive signals, and train the head one step on the way."""
-        result = torch.zeros(2, table.size)
+        clipo = self.config.clipo
+        scored = has_scores(clipo.bonus.value, clipo.loss.value)
+        result = torch.zeros(3 if scored else 2, table.size)
         if self.contrastive is not None:
-            loss, valid = self.contrastive.step(*self.pooled, table)
-            result = torch.stack([loss, valid.float()])
+            signals = self.contrastive.step(*self.pooled, table)
+            result = torch.stack([signal.float() for signal in signals])
         result = share_from_last_stage(result, self.layout, sum_over_dp=False)
         table.signals["contrastive_loss"] = result[0]
         table.signals["contrastive_valid"] = result[1] > 0
+        if scored:
+            table.signals["contrastive_score"] = result[2]
 
     def contrastive_metrics(self, table: RolloutTable, bonus: Tensor | None) -> dict[str, float]:
         """Metrics of the contrastive head in this step, identical on every rank; {} without a head or a bonus.

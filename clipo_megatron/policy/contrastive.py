@@ -16,8 +16,10 @@ from torch import Tensor
 
 from clipo_megatron.algorithms.clipo import ContrastiveHead, contrastive_loss
 from clipo_megatron.algorithms.clipo.draw import draws
+from clipo_megatron.algorithms.clipo.forms import contrastive_scores
+from clipo_megatron.algorithms.clipo.reward import has_scores
 from clipo_megatron.algorithms.clipo.statistics import statistics
-from clipo_megatron.config.schema import ClipoConfig, Debias
+from clipo_megatron.config.schema import BonusForm, ClipoConfig, Debias
 from clipo_megatron.flow import RolloutTable
 from clipo_megatron.policy.parallel import Layout
 from clipo_megatron.runtime.platform import platform
@@ -44,7 +46,7 @@ class ContrastiveActor:
             self.head.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay
         )
 
-    def step(self, pooled: Tensor, rows: Tensor, table: RolloutTable) -> tuple[Tensor, Tensor]:
+    def step(self, pooled: Tensor, rows: Tensor, table: RolloutTable) -> tuple[Tensor, ...]:
         """Score the batch with the head as it stands, then train the head one step on it.
 
         Args:
@@ -53,8 +55,8 @@ class ContrastiveActor:
             table: the global batch, B rows.
 
         Returns:
-            Each rollout's loss as an anchor [B] float32, and whether it has one [B] bool, under the head before the
-            step.
+            Each rollout's loss as an anchor [B] float32, whether it has one [B] bool, and, for forms of the bonus that
+            are not made of the losses, its score [B] float32: under the head before the step.
         """
         size, device = table.size, pooled.device
         graded = table.graded.to(device)
@@ -70,10 +72,9 @@ class ContrastiveActor:
         # An ungraded rollout is neither right nor wrong: it is nobody's positive and nobody's negative.
         kept = graded.nonzero().squeeze(1)
         uniform = draws(table.prompt_ids, table.group, None, self.seed, table.step).to(device)
+        batch = gathered[kept], table.correct.to(device)[kept], table.group.to(device)[kept]
         loss_kept, valid_kept = contrastive_loss(
-            gathered[kept],
-            table.correct.to(device)[kept],
-            table.group.to(device)[kept],
+            *batch,
             loss=self.config.loss.value,
             level=self.config.level.value,
             similarity=self.config.similarity.value,
@@ -87,11 +88,35 @@ class ContrastiveActor:
         loss[kept], valid[kept] = loss_kept.detach(), valid_kept.float()
         self._sum(loss)
         self._sum(valid)
+        signals = (loss, valid > 0)
+        if has_scores(self.config.bonus.value, self.config.loss.value):
+            score = torch.zeros_like(loss)
+            score[kept] = self._scores(*batch, anchors[kept])
+            self._sum(score)
+            signals = (*signals, score)
         count = valid.sum()
         if not self.config.frozen and count > 0:
             self._train(own, gathered, rows, loss_kept.sum() / count)
         self.embeddings = gathered.detach()
-        return loss, valid > 0
+        return signals
+
+    def _scores(self, embeddings: Tensor, correct: Tensor, group: Tensor, anchor_rows: Tensor) -> Tensor:
+        """The scores of this rank's rollouts, [B] float32, 0 for all others."""
+        config = self.config
+        return contrastive_scores(
+            embeddings,
+            correct,
+            group,
+            form=config.bonus.value,
+            level=config.level.value,
+            similarity=config.similarity.value,
+            temperature=config.temperature,
+            weight=config.weight,
+            floor=config.floor,
+            constant=config.constant,
+            calibrate=config.calibrate,
+            anchor_rows=anchor_rows,
+        )[0]
 
     def metrics(self, table: RolloutTable, bonus: Tensor) -> dict[str, float]:
         """Metrics of the last batch; `bonus` [B] float32 is what the losses added to its rewards."""
@@ -102,7 +127,7 @@ class ContrastiveActor:
             table.signals["contrastive_loss"][graded],
             table.signals["contrastive_valid"][graded],
             bonus[graded],
-            floor=self.config.floor,
+            floor=None if self.config.bonus is BonusForm.ratio else self.config.floor,
             embeddings=self.embeddings.cpu()[graded],
         )
         return numbers | {"clipo/update_skipped": float(self.skipped)}

@@ -14,13 +14,19 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from clipo_megatron.algorithms.clipo.forms import contrastive_bonus
     from clipo_megatron.algorithms.clipo.head import ContrastiveHead
     from clipo_megatron.algorithms.clipo.losses import contrastive_loss
     from clipo_megatron.algorithms.clipo.reward import contrastive_reward
 
-__all__ = ["ContrastiveHead", "contrastive_loss", "contrastive_reward"]
+__all__ = ["ContrastiveHead", "contrastive_bonus", "contrastive_loss", "contrastive_reward"]
 
-_MODULES = {"ContrastiveHead": "head", "contrastive_loss": "losses", "contrastive_reward": "reward"}
+_MODULES = {
+    "ContrastiveHead": "head",
+    "contrastive_bonus": "forms",
+    "contrastive_loss": "losses",
+    "contrastive_reward": "reward",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from clipo_megatron.algorithms import late_torch as torch
-from clipo_megatron.algorithms.clipo.reward import contrastive_reward
+from clipo_megatron.algorithms.clipo.reward import compared, contrastive_reward, has_scores, standardised_reward
 from clipo_megatron.algorithms.hook import Hook, Signal
-from clipo_megatron.config.schema import ClipoConfig, ContrastiveLossName, Level
+from clipo_megatron.config.schema import BonusForm, ClipoConfig, Level
 from clipo_megatron.flow import Experience, RolloutTable
 
 if TYPE_CHECKING:
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class Clipo(Hook):
-    """Adds the contrastive bonus to the reward of correct rollouts with a valid anchor (arXiv 2603.10101).
+    """Pays the contrastive bonus to correct rollouts with a valid anchor (arXiv 2603.10101).
 
     During the first `warmup_steps` updates the head trains on the losses of the scoring forward, and the bonus is 0.
     With anchors = "wrong" no correct rollout has a loss, so no bonus is ever paid.
@@ -41,9 +41,13 @@ class Clipo(Hook):
         """The contrastive bonus, [B] float32; zeros during the warm-up.
 
         Raises:
-            ValueError: the table lacks the signals "contrastive_loss" and "contrastive_valid".
+            ValueError: the table lacks the signals "contrastive_loss", "contrastive_valid", or, for forms of the bonus
+                that are not made of the losses, "contrastive_score".
         """
-        missing = [name for name in ("contrastive_loss", "contrastive_valid") if name not in table.signals]
+        form, config = self.config.bonus, self.config
+        scored = has_scores(form.value, config.loss.value)
+        names = ["contrastive_loss", "contrastive_valid", *(["contrastive_score"] if scored else [])]
+        missing = [name for name in names if name not in table.signals]
         if missing:
             raise ValueError(
                 f"the rollout table has no {' and no '.join(missing)}: the scoring forward must run the contrastive "
@@ -51,27 +55,23 @@ class Clipo(Hook):
             )
         if self.warming_up:
             return torch.zeros_like(table.reward)
+        paid = table.signals["contrastive_valid"] & table.correct
+        if scored:
+            score = table.signals["contrastive_score"].to(table.reward.dtype)
+            if form is BonusForm.expected:
+                return torch.where(paid, score, 0.0)
+            among = torch.zeros_like(table.group) if config.level is Level.batch else table.group
+            return standardised_reward(score, paid, among, weight=config.weight)
+        counts = compared(table.correct, table.group, config.level.value, config.loss.value)
         return contrastive_reward(
             table.signals["contrastive_loss"].to(table.reward.dtype),
-            table.signals["contrastive_valid"] & table.correct,
-            weight=self.config.weight,
-            floor=self.config.floor,
-            constant=self.config.constant,
-            calibrate=self.config.calibrate,
-            group_sizes=self._positives(table) if self.config.calibrate else None,
+            paid,
+            weight=config.weight,
+            floor=config.floor,
+            constant=config.constant,
+            calibrate=config.calibrate,
+            group_sizes=counts if config.calibrate else None,
         )
-
-    def _positives(self, table: RolloutTable) -> Tensor:
-        """How many correct rollouts there are where each rollout's positives come from, its group or the batch.
-
-        [B] int64; 1 for soft_nn, from whose loss nothing is subtracted: at perfect separation it is 0, not
-        ln(n_pos - 1).
-        """
-        if self.config.loss == ContrastiveLossName.soft_nn:
-            return torch.ones_like(table.group)
-        if self.config.level == Level.batch:
-            return table.correct.sum().expand_as(table.group)
-        return torch.bincount(table.group[table.correct], minlength=len(table.prompt_ids))[table.group]
 
     def after_update(self, experience: Experience, *, learned: bool) -> None:
         self.updates += 1

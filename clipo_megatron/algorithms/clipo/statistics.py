@@ -15,7 +15,7 @@ def statistics(
     valid: Tensor,
     bonus: Tensor,
     *,
-    floor: float = -0.5,
+    floor: float | None = -0.5,
     embeddings: Tensor | None = None,
 ) -> dict[str, float]:
     """Metrics of one step over the whole batch; one without anything to average over (no valid anchor, no pair) is left
@@ -35,7 +35,7 @@ def statistics(
         loss: [B] float, from `contrastive_loss`.
         valid: [B] bool, from `contrastive_loss`.
         bonus: [B] float.
-        floor: the smallest bonus.
+        floor: the smallest bonus; None where there is none, and no share of it.
         embeddings: [B, d], for the cosines; None leaves them out.
 
     Returns:
@@ -60,7 +60,8 @@ def statistics(
         if paid.any():
             values = bonus[paid].double()
             metrics["clipo/bonus_mean"] = values.mean().item()
-            metrics["clipo/bonus_at_floor"] = (bonus[paid] <= floor).double().mean().item()
+            if floor is not None:
+                metrics["clipo/bonus_at_floor"] = (bonus[paid] <= floor).double().mean().item()
             spread = _spread(values, group[paid], groups)
             if spread.numel():
                 metrics["clipo/bonus_spread"] = spread.mean().item()

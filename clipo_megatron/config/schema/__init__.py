@@ -23,6 +23,8 @@ from clipo_megatron.config.schema.algorithm import (
 )
 from clipo_megatron.config.schema.clipo import (
     Anchors,
+    BonusForm,
+    BonusPlace,
     ClipoConfig,
     ContrastiveLossName,
     Debias,
@@ -59,12 +61,13 @@ from clipo_megatron.config.schema.training import (
 )
 
 __all__ = [
-    "Aggregation", "AlgorithmConfig", "Anchors", "CheckpointConfig", "ClipoConfig", "ContrastiveLossName",
-    "CorrectionConfig", "CorrectionKind", "CorrectionLevel", "CriticConfig", "DType", "DataConfig", "Debias",
-    "EngineKind", "EvalConfig", "FaultsConfig", "GraderMode", "GraderSandbox", "HeadKind", "KLConfig", "KLKind",
-    "KLPlace", "LayoutConfig", "LearningRateSchedule", "Level", "ModelConfig", "OptimizerConfig", "Perturbation",
-    "PluginConfig", "PoolConfig", "ReportConfig", "RewardConfig", "RolloutConfig", "RunConfig", "ServeConfig",
-    "Similarity", "SourceConfig", "SyncConfig", "TrainConfig", "Transport", "Unfinished", "WandbConfig", "WandbMode",
+    "Aggregation", "AlgorithmConfig", "Anchors", "BonusForm", "BonusPlace", "CheckpointConfig", "ClipoConfig",
+    "ContrastiveLossName", "CorrectionConfig", "CorrectionKind", "CorrectionLevel", "CriticConfig", "DType",
+    "DataConfig", "Debias", "EngineKind", "EvalConfig", "FaultsConfig", "GraderMode", "GraderSandbox", "HeadKind",
+    "KLConfig", "KLKind", "KLPlace", "LayoutConfig", "LearningRateSchedule", "Level", "ModelConfig", "OptimizerConfig",
+    "Perturbation", "PluginConfig", "PoolConfig", "ReportConfig", "RewardConfig", "RolloutConfig", "RunConfig",
+    "ServeConfig", "Similarity", "SourceConfig", "SyncConfig", "TrainConfig", "Transport", "Unfinished",
+    "WandbConfig", "WandbMode",
 ]  # fmt: skip
 
 

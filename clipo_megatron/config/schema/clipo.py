@@ -38,6 +38,17 @@ class Anchors(str, Enum):
     both = "both"  # all graded rollouts
 
 
+class BonusForm(str, Enum):
+    paper = "paper"  # max(constant - weight * loss, floor)
+    expected = "expected"  # the mean of that over the positives in place of one drawn
+    ratio = "ratio"  # how far positives are nearer than negatives, standardised among a prompt's correct rollouts
+
+
+class BonusPlace(str, Enum):
+    reward = "reward"  # before advantages are computed
+    advantage = "advantage"  # after they are computed
+
+
 class Debias(str, Enum):
     none = "none"  # states as they are
     mean = "mean"  # subtract the batch mean of the pooled states
@@ -58,6 +69,8 @@ class ClipoConfig:
     floor: float = within(-0.5, most=0, because="every valid rollout would get a reward for nothing")  # smallest bonus
     constant: float = 0.0  # added to the bonus before the floor
     calibrate: bool = False  # subtract the loss of perfect separation before it is weighed
+    bonus: BonusForm = BonusForm.paper  # how the bonus is made
+    place: BonusPlace = BonusPlace.reward  # what the bonus is added to, that of plug-ins too
     debias: Debias = Debias.none  # what is taken out of pooled states before the head
     learning_rate: float = within(1.0e-3, above=0, most=1)  # learning rate of the head
     weight_decay: float = within(0.01, 0)  # weight decay of the head
