@@ -55,6 +55,9 @@ def _transport(config: RunConfig) -> Iterator[ConfigProblem]:
             "theirs"
         )
         yield ConfigProblem(key, reason, "Set it to ipc, or to null for it", transport)
+    if rollout.sync.delta and transport not in (Transport.broadcast, Transport.disk):
+        reason = f"with the transport {transport.value} weights are copied from memory to memory, and nothing is sent"
+        yield ConfigProblem("rollout.sync.delta", reason, "Set it to false", True)
     if rollout.colocated and rollout.engine is EngineKind.local:
         reason = "the local engine lives in the training processes anyway"
         yield ConfigProblem("rollout.colocated", reason, "Set it to false, or rollout.engine to sglang", True)

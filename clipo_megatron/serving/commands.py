@@ -20,6 +20,7 @@ from clipo_megatron.runtime.launch import cores
 from clipo_megatron.runtime.ports import is_loopback
 
 HERE = Path(__file__).parent
+EXTENSION = str(HERE / "engine_extension")  # what servers of both engines load for rollout.sync.delta
 DTYPES = {DType.fp32: "float32", DType.bf16: "bfloat16"}
 CPU_CACHE_TOKENS = 16_384  # size of the key-value cache of an SGLang server on a CPU
 CPU_CACHE_GIB = 1  # the same for vLLM
@@ -124,7 +125,10 @@ def _sglang(config: RunConfig, slot: ServerSlot, python: Path, key: str | None, 
         "dtype": DTYPES[config.serve.dtype or config.model.dtype],
         "log_level_http": "warning",  # do not log every request
     }
-    environment = _environment(config, slot)
+    environment, paths = _environment(config, slot), []
+    if config.rollout.sync.delta:
+        options["custom_weight_loader"] = "clipo_delta.keep_tensors"
+        paths.append(EXTENSION)
     if slot.devices:
         options |= {
             "enable_memory_saver": config.rollout.colocated,
@@ -142,7 +146,8 @@ def _sglang(config: RunConfig, slot: ServerSlot, python: Path, key: str | None, 
             "mem_fraction_static": 0.5,  # memory that other processes take counts towards it
             "max_total_tokens": CPU_CACHE_TOKENS,
         }
-        environment |= {"SGLANG_USE_CPU_ENGINE": "1", "PYTHONPATH": str(HERE / "stand_ins"), **KEEP_MEMORY}
+        environment |= {"SGLANG_USE_CPU_ENGINE": "1", **KEEP_MEMORY}
+        paths.append(str(HERE / "stand_ins"))
     secret = None
     if key:
         # Every user of the machine can read command lines.
@@ -150,6 +155,7 @@ def _sglang(config: RunConfig, slot: ServerSlot, python: Path, key: str | None, 
             raise ValueError("a key needs a folder for its file")
         file = scratch / f"server-{slot.index}.yaml"
         secret, options["config"] = (file, f"api-key: {json.dumps(key)}\n"), str(file)
+    environment["PYTHONPATH"] = os.pathsep.join(paths)
     flags = _flags(options | _given(config.sglang, "sglang"), negatable=False)
     module = "sglang.launch_server" if slot.devices else "sglang_forked"
     return ServerCommand((str(python), "-m", module, *flags), environment, secret)
@@ -172,7 +178,7 @@ def _vllm(config: RunConfig, slot: ServerSlot, python: Path, key: str | None) ->
         **({} if slot.devices else {"enforce_eager": True}),
     }
     environment = _environment(config, slot) | {
-        "PYTHONPATH": str(HERE / "vllm_extension"),
+        "PYTHONPATH": os.pathsep.join((str(HERE / "vllm_extension"), EXTENSION)),
         "VLLM_SERVER_DEV_MODE": "1",  # enables the calls that change weights
         "VLLM_NO_USAGE_STATS": "1",
         **({"VLLM_API_KEY": key} if key else {}),

@@ -15,6 +15,7 @@ from collections import deque
 from collections.abc import Sequence
 from datetime import timedelta
 from itertools import accumulate
+from math import prod
 from typing import Any
 
 import torch
@@ -25,7 +26,7 @@ from clipo_megatron.rollout.servers.server import BucketNames, LiveServer, Serve
 from clipo_megatron.runtime.platform import open_store, platform
 from clipo_megatron.runtime.shared_group import SharedGroup, SharedGroupError
 from clipo_megatron.sync.attempt import Attempt
-from clipo_megatron.sync.checksums import Sums
+from clipo_megatron.sync.checksums import Sums, sums_of_shard
 from clipo_megatron.sync.consensus import share
 from clipo_megatron.sync.served import AttemptPlan, ServedSync
 from clipo_megatron.sync.shard import Shard, send_order
@@ -54,17 +55,62 @@ class BroadcastSync(ServedSync):
         self._open_signal(plan.number)
         if plan.regroup:
             self._join_groups(plan, attempt)
+        if plan.changes:
+            return self._transfer_changes(plan, attempt)
         sums: list[Sums | None] = [None]
 
         def send() -> None:
             if self.shard.takes_part:
                 sums[0] = self._send(plan)
+                if self.config.delta:
+                    self._last_sent.remember(self.shard.chunks())
 
         async def receive(attempt: Attempt) -> None:
-            await self._receive(attempt, plan.version)
+            senders = [bucket.sender for bucket in self._order]
+            await self._receive(attempt, plan, list(zip(senders, self._names, strict=True)))
 
         self._run_phase(send, receive, attempt, reused=not plan.regroup)
         return sums[0]
+
+    def _transfer_changes(self, plan: AttemptPlan, attempt: Attempt | None) -> Sums | None:
+        """Find what has changed while the servers generate, then pause them and send it."""
+        mine: list[tuple[BucketNames, Tensor]] = []
+
+        def find() -> list[tuple[tuple[int, int], BucketNames]]:
+            for changed in self._last_sent.changes(self.shard.chunks()) if self.shard.takes_part else ():
+                if changed:
+                    mine.append(_packed(changed))
+            return [(self.shard.sender, names) for names, _ in mine]
+
+        found = [each for part in self._run_phase(find, None, attempt) for each in part]
+        sums: list[Sums | None] = [None]
+
+        def send() -> None:
+            if mine:
+                self._send_all([flat for _, flat in mine], plan.number)
+            if plan.verify and self.shard.takes_part:
+                sums[0] = sums_of_shard(self.shard, self.export_plan, plan.tp_sizes, plan.kind)
+
+        async def receive(attempt: Attempt) -> None:
+            await self._receive(attempt, plan, sorted(found, key=lambda each: each[0]))
+
+        self._run_phase(send, receive, attempt, reused=True)
+        return sums[0]
+
+    def _send_all(self, buckets: Sequence[Tensor], number: int) -> None:
+        """Send buckets that are in memory; as in `_DoubleBuffer`, of a failure only the text is kept."""
+        failure = ""
+        if not self._signal.wait_for_start(self.deadlines.total_s):
+            failure = f"attempt {number} was cancelled before the first bucket"
+        for flat in buckets if not failure else ():
+            try:
+                self._group.wait(self._group.broadcast(flat, self._signal.stopped), self._signal.stopped)
+            except SharedGroupError as error:
+                failure = str(error)
+                break
+        if failure:
+            self._leave()
+            raise SharedGroupError(failure)
 
     def _unfit(self, target: LiveServer) -> str:
         """See `ServedSync`. The libraries that connect GPUs refuse to meet another release of themselves."""
@@ -148,18 +194,24 @@ class BroadcastSync(ServedSync):
         self._buffers = wire.buffers
         return sums
 
-    async def _receive(self, attempt: Attempt, version: int) -> None:
-        """Coordinator only: let every server receive all buckets, one after the other in the same order."""
+    async def _receive(
+        self, attempt: Attempt, plan: AttemptPlan, buckets: Sequence[tuple[tuple[int, int], BucketNames]]
+    ) -> None:
+        """Coordinator only: let every server receive all buckets, each from its sender, in the same order."""
+        self._state.sent = sum(names.nbytes for _, names in buckets)
 
         async def receive_all(target: LiveServer) -> None:
-            for number, (bucket, names) in enumerate(zip(self._order, self._names, strict=True), start=1):
+            for number, (sender, names) in enumerate(buckets, start=1):
                 if attempt.failed:
                     return
-                group, last = self._groups[bucket.sender].name, number == len(self._order)
+                group, last = self._groups[sender].name, number == len(buckets)
                 await target.server.receive_bucket(group, names, last=last, deadline_s=attempt.deadline(in_group=True))
 
-        await self._pause(attempt)
-        await attempt.each("begin", lambda each: each.server.begin_update(deadline_s=attempt.deadline()))
+        await self._pause(attempt, plan.changes)
+        changes, version = plan.changes, plan.version
+        await attempt.each(
+            "begin", lambda each: each.server.begin_update(changes=changes, deadline_s=attempt.deadline())
+        )
         self._signal.start()
         await attempt.each("buckets", receive_all, grouped=True)
         await attempt.each("end", lambda each: each.server.end_update(version, deadline_s=attempt.deadline()))
@@ -268,7 +320,20 @@ def _names(tensors: Sequence[HFTensor], dtype: torch.dtype) -> BucketNames:
         names=tuple(tensor.name for tensor in tensors),
         dtypes=(name,) * len(tensors),
         shapes=tuple(tuple(tensor.shape) for tensor in tensors),
+        nbytes=sum(prod(tensor.shape) for tensor in tensors) * dtype.itemsize,
     )
+
+
+def _packed(tensors: Sequence[tuple[str, Tensor]]) -> tuple[BucketNames, Tensor]:
+    """A bucket of tensors of several dtypes, and its bytes; the widest come first, so that each is aligned."""
+    tensors = sorted(tensors, key=lambda each: -each[1].element_size())
+    names = BucketNames(
+        names=tuple(name for name, _ in tensors),
+        dtypes=tuple(str(tensor.dtype).removeprefix("torch.") for _, tensor in tensors),
+        shapes=tuple(tuple(tensor.shape) for _, tensor in tensors),
+        nbytes=sum(tensor.nbytes for _, tensor in tensors),
+    )
+    return names, torch.cat([tensor.flatten().view(torch.uint8) for _, tensor in tensors])
 
 
 def _address_towards(host: str) -> str:

@@ -12,7 +12,8 @@ from torch import Tensor
 from clipo_megatron.rollout.servers.server import Fault, LiveServer, RankChecksums, ServerError
 from clipo_megatron.runtime.platform import platform
 from clipo_megatron.sync.attempt import Attempt
-from clipo_megatron.weights.export import Bucket
+from clipo_megatron.sync.shard import Shard
+from clipo_megatron.weights.export import Bucket, ExportPlan
 from clipo_megatron.weights.families import server_tensors
 from clipo_megatron.weights.server_layout import CPU_MLP_MULTIPLE, ServerTensor
 from clipo_megatron.weights.spec import ModelSpec
@@ -114,6 +115,15 @@ def compare(url: str, ranks: Sequence[RankChecksums], sums: Sums) -> list[str]:
         )
     expected = set().union(*sums.held.values()) - sums.optional if sums.held else set()
     return unverified + [f"{name}: {url} does not name it" for name in sorted(expected - seen)]
+
+
+def sums_of_shard(shard: Shard, plan: ExportPlan, sizes: Iterable[int], kind: ChecksumKind) -> Sums:
+    """The checksums of what this rank sends, as it is now; gathers every bucket, and sends none."""
+    sums = Sums(shard.spec, sizes, kind)
+    memory = torch.empty(shard.largest(plan), dtype=plan.dtype, device=shard.device)  # reused by every bucket
+    for bucket, flat in shard.own_buckets(plan, lambda _: memory):
+        sums.add(bucket, flat)
+    return sums
 
 
 def checksum_kind(targets: Sequence[LiveServer]) -> ChecksumKind:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from collections.abc import Iterator
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,8 @@ from clipo_megatron.rollout.engine import EngineError
 from clipo_megatron.rollout.servers.hf_folder import copy_sidecar_files
 from clipo_megatron.rollout.servers.server import LiveServer
 from clipo_megatron.sync.attempt import Attempt
-from clipo_megatron.sync.checksums import Sums
+from clipo_megatron.sync.checksums import Sums, sums_of_shard
+from clipo_megatron.sync.consensus import share
 from clipo_megatron.sync.served import AttemptPlan, ServedSync
 
 _VERSION = re.compile(r"v(\d+)(\.tmp)?")
@@ -48,13 +50,22 @@ class DiskSync(ServedSync):
         name = blake2b(str(Path(run).absolute()).encode(), digest_size=4).hexdigest()
         self.model, self.folder = Path(model), Path(folder).absolute() / f"clipo-{name}"
         self._memory: Tensor | None = None
+        self._changes = False  # whether the folder of this update holds changes alone
 
     def _unfit(self, target: LiveServer) -> str:
         return ""
 
     def _begin(self, version: int) -> None:
-        """Write the version's folder, and remove what interrupted runs have left."""
+        """Write the version's folder: changes alone, if it seems that all servers hold what was sent last."""
+        changes = self.config.delta and share(lambda: self._formed is not None)
+        if not self._write_folder(version, changes):
+            self._write_folder(version, False)
+
+    def _write_folder(self, version: int, changes: bool) -> bool:
+        """Write the version's folder, and remove what interrupted runs have left; False if there is nothing to write.
+        Collective."""
         draft = self.folder / f"v{version}.tmp"
+        self._changes = changes
 
         def prepare() -> None:
             if self.shard.is_coordinator:
@@ -71,7 +82,10 @@ class DiskSync(ServedSync):
 
         self._run_phase(prepare, None, None)
         written = self._run_phase(lambda: self._write(draft), None, None)
+        if not share(lambda: any(written)):
+            return False
         self._run_phase(complete, None, None)
+        return True
 
     def _finish(self, version: int) -> None:
         if self.shard.is_coordinator:
@@ -80,18 +94,19 @@ class DiskSync(ServedSync):
     def _transfer(self, plan: AttemptPlan, attempt: Attempt | None) -> Sums | None:
         folder = str(self.folder / f"v{plan.version}")
         sums: list[Sums | None] = [None]
+        self._memory = None
+        if self._changes and not plan.changes:  # a server has joined
+            self._write_folder(plan.version, False)
 
         def hash_own() -> None:
             if plan.verify and self.shard.takes_part:
-                sums[0] = Sums(self.shard.spec, plan.tp_sizes, plan.kind)
-                for bucket, flat in self.shard.own_buckets(self.export_plan, self._buffer):
-                    sums[0].add(bucket, flat)
-            self._memory = None
+                sums[0] = sums_of_shard(self.shard, self.export_plan, plan.tp_sizes, plan.kind)
 
         async def load(attempt: Attempt) -> None:
             limit = self.deadlines.total_s / 2  # loading is the one long call of the attempt
-            await self._pause(attempt)
-            await attempt.each("load", lambda each: each.server.load_folder(folder, plan.version, deadline_s=limit))
+            await self._pause(attempt, self._changes)
+            facts = {"changes": self._changes, "deadline_s": limit}
+            await attempt.each("load", lambda each: each.server.load_folder(folder, plan.version, **facts))
 
         self._run_phase(hash_own, load, attempt)
         return sums[0]
@@ -124,14 +139,24 @@ class DiskSync(ServedSync):
     def _write(self, draft: Path) -> list[tuple[str, list[str], int]]:
         """Write this rank's buckets; returns the name, tensor names and bytes of each file."""
         files: list[tuple[str, list[str], int]] = []
-        if self.shard.takes_part:
-            for bucket, flat in self.shard.own_buckets(self.export_plan, self._buffer):
-                tensors = {name: tensor.cpu() for name, tensor in bucket.views(flat)}
-                stage, experts = self.shard.sender
-                name = f"model-{stage}-{experts}-{len(files):05d}.safetensors"
-                save_file(tensors, draft / name, metadata={"format": "pt"})
-                files.append((name, list(tensors), flat.nbytes))
+        for tensors in self._tensors() if self.shard.takes_part else ():
+            stage, experts = self.shard.sender
+            name = f"model-{stage}-{experts}-{len(files):05d}.safetensors"
+            save_file(tensors, draft / name, metadata={"format": "pt"})
+            files.append((name, list(tensors), sum(tensor.nbytes for tensor in tensors.values())))
         return files
+
+    def _tensors(self) -> Iterator[dict[str, Tensor]]:
+        """What this rank writes, in host memory, one bucket after the other."""
+        if self._changes:
+            for changed in self._last_sent.changes(self.shard.chunks()):
+                if changed:
+                    yield {name: tensor.cpu() for name, tensor in changed}
+            return
+        for bucket, flat in self.shard.own_buckets(self.export_plan, self._buffer):
+            yield {name: tensor.cpu() for name, tensor in bucket.views(flat)}
+        if self.config.delta:
+            self._last_sent.remember(self.shard.chunks())
 
     def _complete(self, draft: Path, files: list[tuple[str, list[str], int]]) -> None:
         """Add the index of the files, and the sidecar files."""
@@ -139,6 +164,7 @@ class DiskSync(ServedSync):
             "metadata": {"total_size": sum(nbytes for _, _, nbytes in files)},
             "weight_map": {tensor: name for name, tensors, _ in files for tensor in tensors},
         }
+        self._state.sent = index["metadata"]["total_size"]
         (draft / _INDEX).write_text(json.dumps(index))
         copy_sidecar_files(self.model, draft)
 

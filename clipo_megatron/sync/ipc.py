@@ -47,7 +47,7 @@ class IpcSync(ServedSync):
             sums = Sums(self.shard.spec, plan.tp_sizes, plan.kind)
 
         async def begin(attempt: Attempt) -> None:
-            await self._pause(attempt)
+            await self._pause(attempt, plan.changes)
             await attempt.each("begin", lambda each: each.server.begin_update(deadline_s=attempt.deadline()))
 
         async def end(attempt: Attempt) -> None:

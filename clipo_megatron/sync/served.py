@@ -14,12 +14,14 @@ from typing import Any, TypeVar
 
 from clipo_megatron.config.schema import SyncConfig
 from clipo_megatron.rollout.engine import EngineError, InFlight
-from clipo_megatron.rollout.servers.server import LiveServer
+from clipo_megatron.rollout.servers.server import Fault, LiveServer, ServerError
 from clipo_megatron.runtime.shared_group import SharedGroupError
 from clipo_megatron.sync.attempt import Attempt, UpdatableServers, UpdateDeadlines, UpdateFailed
 from clipo_megatron.sync.checksums import ChecksumError, ChecksumKind, Sums, checksum_kind, compare, held_checksums
 from clipo_megatron.sync.consensus import SyncError, gather, share
+from clipo_megatron.sync.report import SyncReport
 from clipo_megatron.sync.shard import Shard
+from clipo_megatron.weights.delta import LastSent
 
 T = TypeVar("T")
 
@@ -28,33 +30,6 @@ _MAX_FAILURES_A_SERVER = 2  # failed attempts of one update after which a server
 _MAX_UNEXPLAINED = 3  # attempts of one update that may fail without a server to blame
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class SyncReport:
-    """The outcome of an update, the same on every rank."""
-
-    version: int
-    seconds: float
-    nbytes: int  # of all tensors, each counted once
-    servers: tuple[str, ...]  # URLs of the servers that have the new weights
-    left_out: Mapping[str, str]  # URL of a server that failed -> the reason
-    attempts: int
-    # phase -> seconds, of the successful attempt; "pause": from when servers stopped generating until all went on
-    phases: Mapping[str, float] = field(default_factory=dict)
-    unverified: tuple[str, ...] = ()  # tensors of servers that could not be compared
-
-    @property
-    def metrics(self) -> dict[str, float]:
-        """The values for the step's report."""
-        return {
-            "sync/seconds": self.seconds,
-            "sync/bytes_per_second": self.nbytes / max(self.seconds, 1e-9),
-            "sync/servers": float(len(self.servers)),
-            "sync/left_out": float(len(self.left_out)),
-            "sync/attempts": float(self.attempts),
-            **{f"sync/{name}_s": seconds for name, seconds in self.phases.items()},
-        }
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +41,7 @@ class AttemptPlan:
     tp_sizes: tuple[int, ...]  # the servers' numbers of ranks, each once
     ranks: int  # of all servers together
     regroup: bool  # whether the servers differ from those of the last update
+    changes: bool  # whether only what has changed since the last update is sent
     verify: bool
     kind: ChecksumKind
 
@@ -86,6 +62,7 @@ class _UpdateState:
     unexplained: int = 0  # failed attempts without a server to blame
     nobody_since: float | None = None  # when no server was left to ask
     last_error: str = "no server was found"
+    sent: int = 0  # bytes of the current attempt
     paused_at: float | None = None  # when servers were first told to stop generating
 
 
@@ -126,6 +103,7 @@ class ServedSync(ABC):
         self._targets: tuple[LiveServer, ...] = ()  # the servers of the current attempt; coordinator only
         self._formed: tuple[Any, ...] | None = None  # the servers of the last update, if nothing has failed since
         self._state = _UpdateState()
+        self._last_sent = LastSent(self.export_plan, shard.holder)  # empty, unless config.delta
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="update of the servers")
 
     @abstractmethod
@@ -179,6 +157,7 @@ class ServedSync(ABC):
                 version=version,
                 seconds=time.monotonic() - start,
                 nbytes=self.export_plan.nbytes,
+                sent=self._state.sent,
                 servers=tuple(target.url for target in attempt.targets),
                 left_out=dict(self._state.left_out),
                 attempts=attempts,
@@ -199,10 +178,31 @@ class ServedSync(ABC):
         """Free what is kept between updates. Idempotent."""
         self._thread.shutdown(wait=False, cancel_futures=True)
 
-    async def _pause(self, attempt: Attempt) -> None:
-        """Let all servers stop generating; they go on when the update has succeeded."""
+    async def _pause(self, attempt: Attempt, changes: bool) -> None:
+        """Let all servers stop generating; they go on when the update has succeeded. If what follows are no changes,
+        but changes of it may follow, they keep it.
+
+        Raises:
+            SyncError: a server was not started for keeping tensors.
+        """
         self._state.paused_at = self._state.paused_at or time.monotonic()
         await attempt.each("pausing", lambda each: each.server.pause(self.in_flight, deadline_s=attempt.deadline()))
+        if changes or not self.config.delta:
+            return
+        unable: list[str] = []
+
+        async def keep(target: LiveServer) -> None:
+            try:
+                await target.server.keep_tensors(deadline_s=attempt.deadline())
+            except ServerError as error:
+                if error.fault is not Fault.unsupported:
+                    raise
+                unable.append(str(error))
+
+        await attempt.each("keep", keep)
+        if unable:
+            self._on_failure()  # nobody is to wait for these servers
+            raise SyncError("; ".join(unable))
 
     # --- attempts ------------------------------------------------------------------------------------------------
 
@@ -237,12 +237,14 @@ class ServedSync(ABC):
         self._targets = tuple(sorted(targets, key=lambda target: target.url))
         self._attempts += 1
         every = self.config.verify_every
+        regroup = self._formed is None or self._formed != _lives(self._targets)
         return AttemptPlan(
             number=self._attempts,
             version=version,
             tp_sizes=tuple(sorted({target.state.tp for target in targets})),
             ranks=sum(target.state.tp for target in targets),
-            regroup=self._formed is None or self._formed != _lives(self._targets),
+            regroup=regroup,
+            changes=self.config.delta and not regroup,  # all servers hold what was sent last
             verify=every > 0 and self._updates % every == 0,
             kind=checksum_kind(targets),
         )

@@ -82,6 +82,10 @@ class Holder:
         """Tell whether this rank holds a part of the bucket."""
         return self.pp_rank == bucket.owner and bucket.ep_rank in (None, self.at.ep_rank)
 
+    def exports(self, bucket: Bucket) -> bool:
+        """Tell whether this rank holds a part of the bucket in the copy of the model that is exported."""
+        return self.has(bucket) and not (self.copy if bucket.ep_rank is None else self.expert_copy)
+
     def sharing(self, bucket: Bucket) -> Group | None:
         """Return the group of ranks that hold the bucket together with this one."""
         return self.tp_group if bucket.ep_rank is None else self.etp_group
@@ -218,13 +222,12 @@ def _own(
 ) -> Iterator[tuple[Bucket, Tensor]]:
     """Do the work of `own_buckets`, which has checked the arguments before the first bucket is asked for."""
     for bucket in plan.buckets:
-        copy = holder.copy if bucket.ep_rank is None else holder.expert_copy
-        if copy or not holder.has(bucket):
+        if not holder.exports(bucket):
             continue
         shards = _gather(bucket, chunks[bucket.chunk], plan, holder, to_all=False)
         if shards is not None:
             flat = buffer(bucket.numel)[: bucket.numel]
-            _rebuild(bucket, shards, flat)
+            rebuild(bucket, shards, flat)
             del shards  # frees them while the caller uses the buffer
             yield bucket, flat
 
@@ -260,7 +263,7 @@ def _stream(
             shards = _gather(bucket, chunks[bucket.chunk], plan, holder, to_all)
             if shards is not None:
                 flat = torch.empty(bucket.numel, dtype=plan.dtype, device=device)
-                _rebuild(bucket, shards, flat)
+                rebuild(bucket, shards, flat)
                 del shards
         elif to_all or (across_ep and not (at.ep_rank or at.etp_rank)) or (leads and holder.pp_rank == 0):
             flat = torch.empty(bucket.numel, dtype=plan.dtype, device=device)
@@ -300,7 +303,8 @@ def _gather(
     ]
 
 
-def _rebuild(bucket: Bucket, shards: Sequence[Tensor], flat: Tensor) -> None:
+def rebuild(bucket: Bucket, shards: Sequence[Tensor], flat: Tensor) -> None:
+    """Write the full tensors of a bucket, flat [numel], from the ranks' parts of each entry, [ranks, *local shape]."""
     views = [view for _, view in bucket.views(flat)]
     for entry, parts in zip(bucket.entries, shards, strict=True):
         entry.sharding.unshard(parts, views[: len(entry.hf)])

@@ -23,6 +23,7 @@ from clipo_megatron.config.schema import (
     RolloutConfig,
     RunConfig,
     ServeConfig,
+    SyncConfig,
 )
 from clipo_megatron.runtime.ports import free_port
 from clipo_megatron.serving.commands import ServerSlot, server_command, url
@@ -58,6 +59,7 @@ class Served:
         dtype: dtype of the weights.
         options: the engine's options, as in the configuration section of its name.
         key: the API key that clients must send.
+        delta: whether it is started for `rollout.sync.delta`.
     """
 
     def __init__(
@@ -67,6 +69,7 @@ class Served:
         dtype: DType = DType.bf16,
         options: dict[str, Any] | None = None,
         key: str | None = None,
+        delta: bool = False,
     ):
         self.engine, self.model, self.dtype, self.key = engine, Path(model), dtype, key
         self.folder = Path(tempfile.mkdtemp(prefix=f"served-{engine}-"))
@@ -76,7 +79,7 @@ class Served:
         self.config = RunConfig(
             model=ModelConfig(path=str(model)),
             data=DataConfig(max_prompt_tokens=512),
-            rollout=RolloutConfig(engine=EngineKind(engine), max_new_tokens=1024),
+            rollout=RolloutConfig(engine=EngineKind(engine), max_new_tokens=1024, sync=SyncConfig(delta=delta)),
             serve=ServeConfig(dtype=dtype),
             **{engine: options or {}},
         )
@@ -145,7 +148,12 @@ class Servers:
         self._own: list[Served] = []
 
     def shared(
-        self, engine: str, model: str | Path, dtype: DType = DType.bf16, options: dict[str, Any] | None = None
+        self,
+        engine: str,
+        model: str | Path,
+        dtype: DType = DType.bf16,
+        options: dict[str, Any] | None = None,
+        delta: bool = False,
     ) -> Served:
         """The session's server of that kind, started at the first call. A test may change only its weights, and loads
         the weights that it relies on.
@@ -153,7 +161,7 @@ class Servers:
         The other shared servers stand still until they are asked for: an SGLang server whose generation is paused takes
         a whole core.
         """
-        key = (engine, str(model), dtype, repr(sorted((options or {}).items())))
+        key = (engine, str(model), dtype, repr(sorted((options or {}).items())), delta)
         found = self._shared.pop(key, None)
         for other in self._shared.values():
             other.suspend()
@@ -164,7 +172,9 @@ class Servers:
             found = None
         while len(self._shared) >= MAX_SHARED:
             self._shared.pop(next(iter(self._shared))).stop()
-        self._shared[key] = found or Served(engine, model, dtype, options).start()  # the last used comes last
+        self._shared[key] = (
+            found or Served(engine, model, dtype, options, delta=delta).start()
+        )  # the last used comes last
         return self._shared[key]
 
     def own(self, *args: Any, **kwargs: Any) -> Served:

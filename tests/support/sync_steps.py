@@ -22,7 +22,8 @@ from clipo_megatron.rollout.servers.pool import ServerPool
 from clipo_megatron.sync.broadcast import BroadcastSync
 from clipo_megatron.sync.disk import DiskSync
 from clipo_megatron.sync.ipc import IpcSync
-from clipo_megatron.sync.served import ServedSync, SyncReport
+from clipo_megatron.sync.report import SyncReport
+from clipo_megatron.sync.served import ServedSync
 from clipo_megatron.sync.shard import Shard
 from clipo_megatron.weights.export import Holder, export
 from clipo_megatron.weights.families import entries, model_spec
@@ -115,6 +116,34 @@ def update_repeatedly(
                 change(shard, version)
             reports.append(sync.update_weights(version))
             assert pool is None or pool.version == version
+    finally:
+        sync.close()
+        if pool is not None:
+            pool.close()
+    return reports
+
+
+def update_with_few_changes(
+    folder: str, urls: list[str], tp: int, pp: int, settings: dict[str, Any], transport: str, engine: str
+) -> list[SyncReport]:
+    """Send the folder's weights, then three times what a hundredth of the values has become; returns the reports.
+
+    Before the update in the middle one server seems to have been restarted, so that everything is sent.
+    """
+    shard = make_shard(folder, tp, pp, dtype=settings.get("dtype", torch.bfloat16))
+    pool = make_pool(shard, urls, engine)
+    sync = make_sync(transport, shard, pool, settings)
+    reports = [sync.update_weights(0)]
+    try:
+        for version in (1, 2, 3):
+            for number, parameter in enumerate(shard.chunks()[0].values()):
+                same = parameter.dim() == 1  # on all ranks of a stage
+                generator = torch.Generator().manual_seed(100 * number + 10 * version + (0 if same else shard.rank))
+                chosen = torch.rand(parameter.shape, generator=generator) < 0.01
+                parameter.data[chosen] *= -1.25
+            if version == 2 and sync._formed is not None:
+                sync._formed = ((urls[0], "an earlier start", 1),)
+            reports.append(sync.update_weights(version))
     finally:
         sync.close()
         if pool is not None:

@@ -51,6 +51,7 @@ class SyncConfig:
     deadline_s: float = within(300.0, above=0)  # seconds for one weight sync of all servers; a late one is left out
     bucket_mb: int = within(64, 1)  # MiB of tensors sent together; two such buckets are held
     verify_every: int = within(1, 0)  # weight syncs between two comparisons of checksums; 0: never
+    delta: bool = False  # transports broadcast and disk: send only what changed since the last weight sync
     folder: Optional[str] = None  # transport disk: where a run makes its folder of weights; null: train.output/weights
     host: str = "127.0.0.1"  # transport broadcast: the trainer's address as servers reach it
 

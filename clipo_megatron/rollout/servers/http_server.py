@@ -134,7 +134,10 @@ class HttpServer(ABC):
     async def leave_group(self, name: str, *, deadline_s: float) -> None:
         raise self._lacks("process groups for weights; set rollout.sync.transport=disk")
 
-    async def begin_update(self, *, deadline_s: float) -> None:  # noqa: B027
+    async def keep_tensors(self, *, deadline_s: float) -> None:
+        raise self._lacks("changes of weights; set rollout.sync.delta=false")
+
+    async def begin_update(self, *, changes: bool = False, deadline_s: float) -> None:  # noqa: B027
         """Does nothing: by default a server need not be told that an update begins."""
 
     async def receive_bucket(self, group: str, bucket: BucketNames, *, last: bool, deadline_s: float) -> None:

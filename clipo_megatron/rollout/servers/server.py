@@ -84,6 +84,7 @@ class BucketNames:
     names: tuple[str, ...]  # Hugging Face names
     dtypes: tuple[str, ...]  # without "torch.": "bfloat16"
     shapes: tuple[tuple[int, ...], ...]
+    nbytes: int = 0  # of all of them
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,8 +157,12 @@ class Server(Protocol):
         """Destroy the server's side of the group."""
         ...
 
-    async def begin_update(self, *, deadline_s: float) -> None:
-        """Announce the first bucket. Does nothing on a release without such a call."""
+    async def keep_tensors(self, *, deadline_s: float) -> None:
+        """Keep all tensors of the updates that follow, so that later ones can consist of changes (weights/delta.py)."""
+        ...
+
+    async def begin_update(self, *, changes: bool = False, deadline_s: float) -> None:
+        """Announce the first bucket, or that of changes. Does nothing on a release without such a call."""
         ...
 
     async def receive_bucket(self, group: str, bucket: BucketNames, *, last: bool, deadline_s: float) -> None:
@@ -176,8 +181,8 @@ class Server(Protocol):
         """Empty the prefix cache and set the version that answers carry from now on."""
         ...
 
-    async def load_folder(self, folder: str, version: int, *, deadline_s: float) -> None:
-        """Load all weights from the safetensors in a folder, and set their version."""
+    async def load_folder(self, folder: str, version: int, *, changes: bool = False, deadline_s: float) -> None:
+        """Load all weights, or changes of them, from the safetensors in a folder, and set their version."""
         ...
 
     async def checksums(self, *, deadline_s: float) -> list[RankChecksums]:

@@ -34,6 +34,7 @@ from clipo_megatron.rollout.servers.server import (
 # Prompts of at least this many tokens are prefilled by a call of their own before their samples are asked for. Samples
 # that arrive together would each prefill the prompt, because only finished prefills are in the prefix cache.
 _PREFILL_ONCE = 64
+_KEEP_TENSORS = "clipo_delta.keep_tensors"  # of serving/engine_extension, by the path in the server
 _EMPTY_CACHE_S = 15.0  # for the last requests to leave the server, which then can empty its prefix cache
 
 
@@ -135,7 +136,24 @@ class SGLangServer(HttpServer):
     async def leave_group(self, name: str, *, deadline_s: float) -> None:
         await self._done("/destroy_weights_update_group", {"group_name": name}, deadline_s)
 
-    async def begin_update(self, *, deadline_s: float) -> None:
+    async def keep_tensors(self, *, deadline_s: float) -> None:
+        """See `Server.keep_tensors`; a function that the server calls by its path, with nothing to load, does so."""
+        info = await self._get("server_info", deadline_s)
+        with self._http.reading("/server_info"):
+            tp, loaders = number_of("ranks", info["tp_size"]), list(info.get("custom_weight_loader") or ())
+        if _KEEP_TENSORS not in loaders:
+            raise self._http.fail(
+                Fault.unsupported,
+                f"it was not started with --custom-weight-loader {_KEEP_TENSORS}, as `clipo serve` starts it where "
+                "rollout.sync.delta is set; else set that to false",
+            )
+        nothing = base64.b64encode(b"].").decode()  # an empty list, pickled
+        body = {"serialized_named_tensors": [nothing] * tp, "load_format": _KEEP_TENSORS, "flush_cache": False}
+        await self.begin_update(deadline_s=deadline_s)
+        await self._done("/update_weights_from_tensor", body, deadline_s)
+        await self._done_if_known("/end_weight_update", deadline_s)
+
+    async def begin_update(self, *, changes: bool = False, deadline_s: float) -> None:
         """See `Server.begin_update`. After an update that was interrupted the server is ready for buckets already."""
         try:
             await self._done_if_known("/begin_weight_update", deadline_s)
@@ -177,7 +195,7 @@ class SGLangServer(HttpServer):
         await self._done_if_known("/end_weight_update", deadline_s)
         await self._set_version(version, deadline)
 
-    async def load_folder(self, folder: str, version: int, *, deadline_s: float) -> None:
+    async def load_folder(self, folder: str, version: int, *, changes: bool = False, deadline_s: float) -> None:
         """See `Server.load_folder`; the folder needs a config.json too."""
         deadline = time.monotonic() + deadline_s
         self._cache_is_empty = False

@@ -55,6 +55,7 @@ class VLLMServer(HttpServer):
         super().__init__(url, **kwargs)
         self._logprobs_mode: str | None = None  # None: the server was not asked yet
         self._most_samples = 1  # of one call: as many as the server computes at once
+        self._keeps_tensors = False  # whether the extension was told to, since when it loads folders too
         self._in_buckets = False  # whether the update under way comes in buckets
 
     # --- state ---------------------------------------------------------------------------------------------------
@@ -168,8 +169,12 @@ class VLLMServer(HttpServer):
     async def leave_group(self, name: str, *, deadline_s: float) -> None:
         await self._extension("leave_trainer", deadline_s, name=name)
 
-    async def begin_update(self, *, deadline_s: float) -> None:
-        await self._extension("begin_buckets", deadline_s)
+    async def keep_tensors(self, *, deadline_s: float) -> None:
+        await self._extension("keep_tensors", deadline_s)
+        self._keeps_tensors = True
+
+    async def begin_update(self, *, changes: bool = False, deadline_s: float) -> None:
+        await self._extension("begin_buckets", deadline_s, changes=changes)
         self._in_buckets = True
 
     async def receive_bucket(self, group: str, bucket: BucketNames, *, last: bool, deadline_s: float) -> None:
@@ -193,8 +198,12 @@ class VLLMServer(HttpServer):
                 "extension for them: else set rollout.sync.transport=disk",
             ) from error
 
-    async def load_folder(self, folder: str, version: int, *, deadline_s: float) -> None:
+    async def load_folder(self, folder: str, version: int, *, changes: bool = False, deadline_s: float) -> None:
         deadline = time.monotonic() + deadline_s
+        if self._keeps_tensors:
+            await self._extension("load_folder", seconds_until(deadline), folder=folder, changes=changes)
+            await self.end_update(version, deadline_s=seconds_until(deadline))
+            return
         body = {"method": "reload_weights", "kwargs": {"weights_path": folder}}
         await self._http.post("/collective_rpc", body, deadline_s=seconds_until(deadline))
         try:

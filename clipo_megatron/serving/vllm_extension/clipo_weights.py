@@ -8,8 +8,9 @@ import importlib
 import io
 import pickle
 import socket
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from datetime import timedelta
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -40,9 +41,17 @@ _ALLOWED = {
 class TrainerCalls:
     """Methods that are added to the worker for calls through /collective_rpc.
 
-    An update is `begin_buckets`, then every bucket by `receive_bucket` or `open_bucket`, then `end_buckets`. Buckets
-    have tensors by Hugging Face name, whole, of which each rank loads its share.
+    An update is `begin_buckets`, then every bucket by `receive_bucket` or `open_bucket`, then `end_buckets`; or
+    `load_folder`. Buckets have tensors by Hugging Face name, whole, of which each rank loads its share. After
+    `keep_tensors` an update may also consist of changes (clipo_delta.py). It then ends with loading all tensors,
+    because vLLM brings a layer into the form in which it is used once all tensors of it were loaded.
     """
+
+    def keep_tensors(self) -> None:
+        """Keep the tensors of all updates from now on."""
+        from clipo_delta import WholeTensors
+
+        self._whole_tensors = WholeTensors()
 
     # --- groups with trainer ranks -----------------------------------------------------------------------------------
 
@@ -73,12 +82,19 @@ class TrainerCalls:
 
     # --- buckets -----------------------------------------------------------------------------------------------------
 
-    def begin_buckets(self) -> None:
-        """Take the parameters into the form in which they are loaded; ends an update that was interrupted."""
+    def begin_buckets(self, changes: bool = False) -> None:
+        """Take the parameters into the form in which they are loaded; ends an update that was interrupted.
+
+        Args:
+            changes: whether what follows are changes.
+        """
         from vllm.model_executor.model_loader.reload import initialize_layerwise_reload
 
         if self.__dict__.get("_is_loading_buckets"):
             self.end_buckets()
+        self._takes_changes = changes
+        if changes:
+            return
         with self._configured():
             initialize_layerwise_reload(self.model_runner.get_model())
         self._is_loading_buckets = True
@@ -111,12 +127,33 @@ class TrainerCalls:
         """Bring the parameters into the form in which they are used."""
         from vllm.model_executor.model_loader.reload import finalize_layerwise_reload
 
+        if self._takes_changes:
+            self.begin_buckets()
+            self._load_into_model(self._whole_tensors.tensors.items())
         with self._configured():
             finalize_layerwise_reload(self.model_runner.get_model(), self.vllm_config.model_config)
         self._is_loading_buckets = False
         self.repack_output_layer()
 
+    def load_folder(self, folder: str, changes: bool) -> None:
+        """Load the safetensors of a folder: all weights, or changes."""
+        from safetensors.torch import load_file
+
+        self.begin_buckets(changes)
+        for file in sorted(Path(folder).glob("*.safetensors")):
+            self._load(iter(load_file(file).items()))
+        self.end_buckets()
+
     def _load(self, tensors: Iterator[tuple[str, torch.Tensor]]) -> None:
+        if (whole := self.__dict__.get("_whole_tensors")) is not None:
+            tensors = whole.take(tensors)
+        if self._takes_changes:
+            for _ in tensors:
+                pass  # they are noted, and loaded at the end
+            return
+        self._load_into_model(tensors)
+
+    def _load_into_model(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
         with self._configured(), torch.no_grad():
             self.model_runner.get_model().load_weights(tensors)
 

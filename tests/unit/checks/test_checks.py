@@ -255,6 +255,8 @@ SOUND = [
     {**VLLM, "rollout__over_sampling": 2.0, "rollout__unfinished": Unfinished.keep_running},
     {**SGLANG, "rollout__ahead": 1, "rollout__max_refill_rounds": 4},
     {**VLLM, "rollout__ahead": 1},
+    {**SGLANG, "rollout__sync__delta": True},
+    {**VLLM, "rollout__sync__delta": True},
     {**SGLANG, "rollout__ahead": 1, "rollout__unfinished": Unfinished.keep_running},
     {"rollout__ahead": 1},
     {"rollout__over_sampling": 2.0, "rollout__unfinished": Unfinished.resume},
@@ -286,6 +288,7 @@ def test_sound_ways_to_get_rollouts(config, settings, monkeypatch):
             "Set it to ipc",
         ),
         ({"rollout__colocated": True}, "rollout.colocated", "in the training processes"),
+        ({"rollout__sync__delta": True}, "rollout.sync.delta", "Set it to false"),
         (
             {**SGLANG, "rollout__colocated": True, "rollout__over_sampling": 2.0}
             | {"rollout__unfinished": Unfinished.keep_running},

@@ -70,7 +70,7 @@ DEVICE_WORDS_ELSEWHERE = {
 # Modules outside the subpackages without torch that a command line or the start of a rank needs before there is torch.
 TORCH_FREE = {("runtime", "slurm_env.py"), ("runtime", "launch.py"), ("runtime", "warning_filters.py")}
 # What servers import in environments of their own
-RUNS_IN_SERVERS = {"stand_ins", "vllm_extension"}
+RUNS_IN_SERVERS = {"stand_ins", "vllm_extension", "engine_extension"}
 VAGUE_NAMES = {"utils", "util", "helpers", "helper", "common", "misc"}
 LONGEST_FILE = 400
 MOST_PARAMETERS = 8

@@ -18,7 +18,7 @@ from clipo_megatron.sync.ipc import IpcSync
 from clipo_megatron.sync.served import AttemptPlan
 
 PLAN = SimpleNamespace(division=SimpleNamespace(pp=1), buckets=[], dtype=torch.bfloat16, nbytes=0)
-SHARD = SimpleNamespace(is_coordinator=True, rank=0, plan=lambda nbytes: PLAN)
+SHARD = SimpleNamespace(is_coordinator=True, rank=0, holder=None, plan=lambda nbytes: PLAN)
 
 
 def planned(kind, state: ServerState, collectives: str = "", **options) -> AttemptPlan | str:
