@@ -380,6 +380,14 @@ def test_a_key_opens_other_machines_and_is_never_shown(config, monkeypatch):
     assert "is not set" in str(refusal(config))
 
 
+def test_colocated_servers_open_memory_unless_another_transport_is_asked_for(config):
+    """NCCL refuses two ranks on one GPU, so a broadcast cannot reach them."""
+    colocated = assign(config, rollout__engine=EngineKind.sglang, rollout__colocated=True)
+    assert transport_of(colocated) is Transport.ipc
+    assert transport_of(assign(colocated, rollout__sync__transport=Transport.disk)) is Transport.disk
+    assert transport_of(assign(config, rollout__colocated=False, rollout__sync__transport=None)) is Transport.broadcast
+
+
 def test_default_transports(config):
     kinds = {engine: transport_of(assign(config, rollout__engine=engine)) for engine in EngineKind}
     assert {engine.value: transport.value for engine, transport in kinds.items()} == {
