@@ -125,11 +125,14 @@ class Algorithm:
         return reward
 
     def bonus(self, table: RolloutTable) -> Tensor | None:
-        """The sum of the hooks' bonuses, [B] float32; None if no hook pays any."""
+        """The sum of the hooks' bonuses, shaped by each hook in turn, [B] float32; None if no hook pays any."""
         paid = [bonus for hook in self.hooks if (bonus := hook.bonus(table)) is not None]
-        if len(paid) > 1:
-            return torch.stack(paid).sum(0)
-        return paid[0] if paid else None
+        if not paid:
+            return None
+        bonus = torch.stack(paid).sum(0) if len(paid) > 1 else paid[0]
+        for hook in self.hooks:
+            bonus = hook.shape_bonus(table, bonus)
+        return bonus
 
     def advantage(self, table: RolloutTable, reward: Tensor, bonus: Tensor | None = None) -> Tensor:
         """The base method's advantages plus `bonus` [B], shaped by each hook in turn; [B] float32."""

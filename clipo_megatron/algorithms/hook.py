@@ -1,7 +1,7 @@
 """The parts of an algorithm, and the order in which a step calls their methods.
 
     rollouts     observe -> (exchange) -> variants -> (scoring forwards)
-    rewards      shape_reward -> bonus
+    rewards      shape_reward -> bonus -> shape_bonus
     advantages   advantage * -> shape_advantage -> demonstrate -> select -> token_reward -> token_advantage
     update       replay * -> token_weight * -> scores *, group_loss * -> importance -> loss
     afterwards   after_update
@@ -36,6 +36,7 @@ class Signal(str, Enum):
 
     pooled_states = "pooled_states"  # table.signals["pooled_states"], [B, H] float32: mean states of the response
     contrastive = "contrastive"  # table.signals["contrastive_loss"], ["contrastive_valid"]; some forms: "..._score"
+    embeddings = "embeddings"  # table.signals["embeddings"], [B, d] float32: the head's before its step; needs CLIPO
     entropy = "entropy"  # TokenBatch.entropy with gradient; includes scored_entropy
     scored_entropy = "scored_entropy"  # the tokens' signals["entropy"], under the policy that scored them
     logprob_sums = "logprob_sums"  # table.signals["logprob_sum"], float64, under the policy that scored them
@@ -184,6 +185,10 @@ class Hook:
         """What is added to the shaped rewards, or to the advantages (clipo.place), and reported as the bonus, [B]
         float32; None if this hook pays none."""
         return None
+
+    def shape_bonus(self, table: RolloutTable, bonus: Tensor) -> Tensor:
+        """New bonuses [B] float32 from the sum of those of all hooks; not called where no hook pays any."""
+        return bonus
 
     def shape_advantage(self, table: RolloutTable, reward: Tensor, advantage: Tensor) -> Tensor:
         """New advantages [B] float32 from the advantages so far, which begin as the base method's."""

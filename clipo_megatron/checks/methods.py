@@ -104,7 +104,7 @@ def _over_groups(config: RunConfig) -> Iterator[ConfigProblem]:
         idle = ["clipo.enabled"] if config.clipo.enabled else []
         if algorithm.kl.coefficient and algorithm.kl.place is KLPlace.reward:
             idle.append("algorithm.kl.place = reward")
-        idle += [plugin.name for plugin, kind in chosen if _implements(kind, "shape_reward", "bonus")]
+        idle += [plugin.name for plugin, kind in chosen if _implements(kind, "shape_reward", "bonus", "shape_bonus")]
         if idle:
             reason = f"{name} then reads verdicts and no rewards, which is all that {', '.join(idle)} would change"
             remedy = "Set it to true, or leave out what changes rewards"

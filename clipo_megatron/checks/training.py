@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from clipo_megatron.algorithms.hook import Hook, Signal
+from clipo_megatron.algorithms.methods.registry import plugins
 from clipo_megatron.config.errors import ConfigProblem
 from clipo_megatron.config.schema import Anchors, BonusForm, ClipoConfig, RunConfig
 
@@ -23,6 +25,8 @@ def training_problems(config: RunConfig) -> Iterator[ConfigProblem]:
         yield ConfigProblem("clipo.anchors", reason, remedy, clipo.anchors)
     if clipo.enabled:
         yield from _unread_by_ratio(clipo)
+    else:
+        yield from _without_bonus(config)
     if config.checkpoint.keep_best and not (config.data.eval and config.eval.every):
         reason = "checkpoints are compared by held-out accuracy, and none is measured during training"
         remedy = "Give data.eval problems and set eval.every, or set it to 0"
@@ -30,6 +34,19 @@ def training_problems(config: RunConfig) -> Iterator[ConfigProblem]:
     if not reward.correct_reward > reward.wrong_reward:
         reason = f"a right answer must earn more than a wrong one (reward.wrong_reward = {reward.wrong_reward})"
         yield ConfigProblem("reward.correct_reward", reason, "Raise it", reward.correct_reward)
+
+
+def _without_bonus(config: RunConfig) -> Iterator[ConfigProblem]:
+    """Plug-ins that have nothing to act on where CLIPO is off."""
+    kinds = plugins(config.algorithm)
+    pays = any(kind.bonus is not Hook.bonus for kind in kinds)
+    for index, (plugin, kind) in enumerate(zip(config.algorithm.plugins, kinds, strict=True)):
+        key = f"algorithm.plugins[{index}].name"
+        if Signal.embeddings in kind.needs:
+            yield ConfigProblem(key, "it reads embeddings, and there is no head", "Set clipo.enabled=true", plugin.name)
+        if kind.shape_bonus is not Hook.shape_bonus and not pays:
+            reason = "it shapes bonuses, and nothing pays any"
+            yield ConfigProblem(key, reason, "Set clipo.enabled=true, or add a plug-in that pays one", plugin.name)
 
 
 def _unread_by_ratio(clipo: ClipoConfig) -> Iterator[ConfigProblem]:

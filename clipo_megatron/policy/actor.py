@@ -156,6 +156,9 @@ class PolicyActor(Policy):
         table.signals["contrastive_valid"] = result[1] > 0
         if scored:
             table.signals["contrastive_score"] = result[2]
+        if Signal.embeddings in self.needs:
+            found = torch.zeros(table.size, clipo.dim) if self.contrastive is None else self.contrastive.embeddings
+            table.signals["embeddings"] = share_from_last_stage(found, self.layout, sum_over_dp=False)
 
     def contrastive_metrics(self, table: RolloutTable, bonus: Tensor | None) -> dict[str, float]:
         """Metrics of the contrastive head in this step, identical on every rank; {} without a head or a bonus.

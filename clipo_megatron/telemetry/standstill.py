@@ -87,7 +87,7 @@ class Standstill:
             found.append(_COLLAPSED)
         elif metrics.get("clipo/bonus_at_floor", 0.0) > 1 - _SAME:
             found.append(_AT_FLOOR)
-        elif metrics.get("clipo/bonus_spread", 1.0) < _SAME and self.config.clipo.weight > 0:
+        elif metrics.get("clipo/bonus_spread", 1.0) < _SAME and self.config.clipo.weight:
             found.append(_EVEN_BONUS)
         return found
 

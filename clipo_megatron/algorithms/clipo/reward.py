@@ -9,6 +9,8 @@ from clipo_megatron.algorithms import late_torch as torch
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from clipo_megatron.flow import RolloutTable
+
 
 def contrastive_reward(
     loss: Tensor,
@@ -108,6 +110,15 @@ def standardised_reward(score: Tensor, paid: Tensor, among: Tensor, *, weight: f
     bonus = torch.zeros_like(score)
     bonus[paid] = (weight * steps).to(score.dtype)
     return bonus
+
+
+def comparable(table: RolloutTable) -> Tensor:
+    """The rollouts that get a bonus at group level, [B] bool: correct, with another correct and a wrong one in the
+    group."""
+    groups = len(table.prompt_ids)
+    right = torch.bincount(table.group[table.correct], minlength=groups)[table.group]
+    wrong = torch.bincount(table.group[table.graded & ~table.correct], minlength=groups)[table.group]
+    return table.correct & (right > 1) & (wrong > 0)
 
 
 def has_scores(form: str, loss: str) -> bool:

@@ -48,6 +48,9 @@ PLUGINS = {
     "grace": "grace:GRACE",
     "pipo": "pipo:PIPO",
     "papo": "papo:PAPO",
+    "shuffle_bonus": "shuffle_bonus:ShuffleBonus",
+    "likelihood": "likelihood:Likelihood",
+    "text_overlap": "text_overlap:TextOverlap",
 }
 
 

@@ -65,7 +65,7 @@ class ClipoConfig:
     similarity: Similarity = Similarity.cosine  # similarity of two embeddings
     temperature: float = within(0.05, above=0)  # similarities are divided by it
     anchors: Anchors = Anchors.correct  # rollouts that have a loss; a bonus is paid to correct ones alone
-    weight: float = within(0.2, 0)  # lambda: the bonus is max(constant - lambda * loss, floor)
+    weight: float = within(0.2, -10)  # lambda: the bonus is max(constant - lambda * loss, floor); below 0 a control
     floor: float = within(-0.5, most=0, because="every valid rollout would get a reward for nothing")  # smallest bonus
     constant: float = 0.0  # added to the bonus before the floor
     calibrate: bool = False  # subtract the loss of perfect separation before it is weighed

@@ -155,7 +155,7 @@ def test_tensor_parallel_size_must_divide_the_intermediate_size(config, folder):
         ({"eval__max_new_tokens": 4000}, None, "eval.max_new_tokens", "3584 or less"),
         ({"layout__max_tokens_per_microbatch": 0}, None, "layout.max_tokens_per_microbatch", "at least 1"),
         ({"clipo__temperature": 0.0}, None, "clipo.temperature", "above 0"),
-        ({"clipo__weight": -0.1}, None, "clipo.weight", "at least 0"),
+        ({"clipo__weight": -11.0}, None, "clipo.weight", "at least -10"),
         ({"clipo__floor": 0.5}, None, "clipo.floor", "at most 0"),
         ({"clipo__anchors": Anchors.wrong}, None, "clipo.anchors", "correct anchors alone"),
         ({"clipo__warmup_steps": 100}, None, "clipo.warmup_steps", "never give a bonus"),
