@@ -7,7 +7,7 @@ from typing import Any
 from clipo_megatron.algorithms.algorithm import Algorithm
 from clipo_megatron.algorithms.clipo.hook import Clipo
 from clipo_megatron.algorithms.hook import Hook, HookContext, Signal
-from clipo_megatron.algorithms.importance import OffPolicyCorrection
+from clipo_megatron.algorithms.importance import OffPolicyCorrection, correction_of
 from clipo_megatron.algorithms.kl import EntropyBonus, KLLoss, KLReward
 from clipo_megatron.algorithms.methods.empo import Answers
 from clipo_megatron.algorithms.methods.ppo import CriticWarmup
@@ -28,10 +28,10 @@ def build_algorithm(config: RunConfig, context: HookContext | None = None) -> Al
     Raises:
         ConfigError: a hook cannot be found or built, or needs what nothing provides.
     """
-    settings, base = config.algorithm, _base_method(config)
+    settings, base, correction = config.algorithm, _base_method(config), correction_of(config)
     hooks: list[Hook] = [base]
-    if settings.correction.kind is not CorrectionKind.none:
-        hooks.append(OffPolicyCorrection(settings.correction))
+    if correction.kind is not CorrectionKind.none:
+        hooks.append(OffPolicyCorrection(correction))
     if settings.kl.coefficient:
         hooks.append(_kl_hook(settings.kl, per_token=base.reads_token_rewards))
     if settings.entropy_coefficient:

@@ -18,11 +18,12 @@ The weights multiply the policy gradient alone, and no gradient flows through th
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from clipo_megatron.algorithms import late_torch as torch
 from clipo_megatron.algorithms.hook import Hook, TokenBatch
-from clipo_megatron.config.schema import CorrectionConfig, CorrectionKind, CorrectionLevel
+from clipo_megatron.config.schema import CorrectionConfig, CorrectionKind, CorrectionLevel, RunConfig
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -31,6 +32,17 @@ if TYPE_CHECKING:
 LARGEST_EXPONENT = 20.0
 # The entries of `correction_sums`. The first two are of the limited weights, the next two count unlimited ones.
 SUMS = ("weight", "square", "above_cap", "below_floor", "tokens")
+
+
+def correction_of(config: RunConfig) -> CorrectionConfig:
+    """The correction that acts in a run: `algorithm.correction`, with a kind where none was chosen.
+
+    Rollouts that were generated ahead of their step are of older weights, so their weights are then truncated.
+    """
+    correction = config.algorithm.correction
+    if correction.kind is not None:
+        return correction
+    return replace(correction, kind=CorrectionKind.truncate if config.rollout.ahead else CorrectionKind.none)
 
 
 def importance_weights(log_ratio: Tensor, rollout: Tensor, level: CorrectionLevel) -> Tensor:

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from clipo_megatron.algorithms.hook import Hook, Replay, Signal
+from clipo_megatron.algorithms.importance import correction_of
 from clipo_megatron.algorithms.methods.registry import (
     BASE_METHODS,
     PLUGINS,
@@ -96,9 +97,11 @@ def _over_groups(config: RunConfig) -> Iterator[ConfigProblem]:
             reason = f"it acts on advantages, and {name} has none: its loss is over whole groups"
             remedy = "Remove it, or choose another algorithm.name"
             yield ConfigProblem(f"algorithm.plugins[{index}].name", reason, remedy, plugin.name)
-    correction = algorithm.correction.kind
+    correction = correction_of(config).kind
     if correction is not CorrectionKind.none and not method.takes_off_policy_rollouts:
         reason = f"the loss of {name} is over whole groups and weighs no single rollouts, so it would be ignored"
+        if algorithm.correction.kind is None:
+            reason += f"; with rollout.ahead = {config.rollout.ahead} it is what null means"
         yield ConfigProblem("algorithm.correction.kind", reason, "Set it to none", correction)
     if algorithm.options.get("weigh_by_reward") is False:
         idle = ["clipo.enabled"] if config.clipo.enabled else []

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Iterator
 from urllib.parse import urlsplit
 
+from clipo_megatron.algorithms.importance import correction_of
 from clipo_megatron.config.errors import ConfigProblem
 from clipo_megatron.config.schema import CorrectionKind, EngineKind, RunConfig, Transport, Unfinished
 from clipo_megatron.runtime.ports import is_loopback
@@ -199,7 +200,7 @@ def _serving(config: RunConfig) -> Iterator[ConfigProblem]:
 
 
 def _correction(config: RunConfig) -> Iterator[ConfigProblem]:
-    correction = config.algorithm.correction
+    correction = correction_of(config)
     if correction.kind is CorrectionKind.none:
         return
     key = "algorithm.correction.floor"

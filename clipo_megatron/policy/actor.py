@@ -11,6 +11,7 @@ from torch import Tensor
 from clipo_megatron.algorithms.algorithm import Algorithm
 from clipo_megatron.algorithms.clipo.reward import has_scores
 from clipo_megatron.algorithms.hook import Signal, TokenBatch
+from clipo_megatron.algorithms.importance import correction_of
 from clipo_megatron.algorithms.kl import kl_estimate
 from clipo_megatron.algorithms.policy_loss import LARGEST_LOG_RATIO
 from clipo_megatron.config.schema import RunConfig
@@ -105,7 +106,7 @@ class PolicyActor(Policy):
         for name, prompts in algorithm.variants(table).items():
             if prompts:
                 self._score_variant(name, prompts, micro_batches)
-        metrics = mismatch_metrics(micro_batches, table, self.config.algorithm.correction, self.layout)
+        metrics = mismatch_metrics(micro_batches, table, correction_of(self.config), self.layout)
         if want_entropy:
             total, count = share_from_last_stage(entropy, self.layout, sum_over_dp=True).tolist()
             metrics["policy/entropy"] = total / max(count, 1.0)

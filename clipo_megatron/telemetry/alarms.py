@@ -7,6 +7,9 @@ from dataclasses import dataclass
 
 from clipo_megatron.config.schema import ReportConfig
 from clipo_megatron.flow import StepReport
+from clipo_megatron.telemetry.metric_names import AGE_MAX, AGE_MEAN, EFFECTIVE_SAMPLES
+
+MISMATCH = "policy/mult_prob_error"
 
 
 class AlarmError(RuntimeError):
@@ -25,31 +28,45 @@ class Alarm:
     value: float
     setting: str  # key of the limit
     limit: float
-    look_at: str  # advice for the message
+    advice: str  # what it means, and what to look at
 
     def __str__(self) -> str:
         return (
-            f"step {self.step}: {self.metric} is {self.value:.4g}, beyond {self.setting} = {self.limit:g}: engine and "
-            f"trainer disagree about the same tokens. Look at {self.look_at}"
+            f"step {self.step}: {self.metric} is {self.value:.4g}, beyond {self.setting} = {self.limit:g}: "
+            f"{self.advice}"
         )
 
 
-_WEIGHTS_FIRST = (
-    "the weights first (rollout.sync.verify_every=1 compares them after each update), then at precision (the engine's "
-    "dtype against model.dtype), chat template and sampling (rollout.top_p, rollout.top_k)"
+_DISAGREEMENT = (
+    "engine and trainer disagree about the same tokens. Look at the weights first (rollout.sync.verify_every=1 "
+    "compares them after each update), then at precision (the engine's dtype against model.dtype), chat template and "
+    "sampling (rollout.top_p, rollout.top_k)"
+)
+_FEW_SAMPLES = (
+    "the policy has moved so far from the one that drew the tokens that few of them count. Look at the ages "
+    f"({AGE_MEAN}) and at {MISMATCH}: lower rollout.ahead or optimizer.learning_rate"
+)
+_TOO_OLD = (
+    "tokens trained that are older than rollout.ahead allows, which is a bug of the collection. Report it with "
+    "prompts.jsonl and rollouts.jsonl of the run; rollout.ahead=0 avoids it"
 )
 
 
-def alarms(report: StepReport, config: ReportConfig) -> list[Alarm]:
-    """The alarms of a step: every watched metric that is beyond its limit, or not a number."""
+def alarms(report: StepReport, config: ReportConfig, *, ahead: int = 0) -> list[Alarm]:
+    """The alarms of a step: every watched metric that is beyond its limit, or not a number.
+
+    `ahead` is the largest age of a token where ages are measured.
+    """
     watched = (
-        ("policy/mult_prob_error", "report.mult_prob_error_alarm", config.mult_prob_error_alarm),
-        ("policy/rollout_kl", "report.rollout_kl_alarm", config.rollout_kl_alarm),
+        (MISMATCH, "report.mult_prob_error_alarm", config.mult_prob_error_alarm, 1, _DISAGREEMENT),
+        ("policy/rollout_kl", "report.rollout_kl_alarm", config.rollout_kl_alarm, 1, _DISAGREEMENT),
+        (EFFECTIVE_SAMPLES, "report.effective_samples_alarm", config.effective_samples_alarm, -1, _FEW_SAMPLES),
+        (AGE_MAX, "rollout.ahead", ahead, 1, _TOO_OLD),
     )
     return [
-        Alarm(report.step, metric, value, setting, limit, _WEIGHTS_FIRST)
-        for metric, setting, limit in watched
-        if (value := report.metrics.get(metric)) is not None and (math.isnan(value) or value > limit)
+        Alarm(report.step, metric, value, setting, limit, advice)
+        for metric, setting, limit, sign, advice in watched  # sign -1: the limit is the smallest value
+        if (value := report.metrics.get(metric)) is not None and (math.isnan(value) or sign * value > sign * limit)
     ]
 
 

@@ -136,7 +136,7 @@ class Reporter:
             self.say(f"warning: step {report.step}: {ungraded:.1%} of the answers could not be graded")
         for line in self._standstill.warnings(report.step, report.metrics):
             self.say(line)
-        found = alarms(report, self.config.report)
+        found = alarms(report, self.config.report, ahead=self.config.rollout.ahead)
         if self.config.report.alarm_stops:
             stop_on(found)
         for alarm in found:

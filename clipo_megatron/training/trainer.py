@@ -13,6 +13,7 @@ from clipo_megatron.policy.batch.exchange import build_table
 from clipo_megatron.rollout.engine import Cancelled
 from clipo_megatron.telemetry.console import Stopwatch
 from clipo_megatron.telemetry.metrics import speed_metrics, table_metrics
+from clipo_megatron.training.ages import age_metrics
 from clipo_megatron.training.run import Run
 
 
@@ -46,6 +47,8 @@ class Trainer:
             run.engine.offload()  # colocated servers give their GPU memory to training
         with watch("exchange"):
             table, samples = build_table(scored, step=self.step, observe=algorithm.observe)
+            if ahead := run.config.rollout.ahead:
+                metrics |= age_metrics(scored, step=self.step, bound=ahead)
             mini_batches = actor.batcher.mini_batches_of(samples, table)
             micro_batches = [micro for batch in mini_batches for micro in batch.micro_batches]
         with watch("score"):

@@ -53,7 +53,7 @@ class KLConfig:
 class CorrectionConfig:
     """Importance weights for rollouts whose engine or weights differ from the policy that scores them."""
 
-    kind: CorrectionKind = CorrectionKind.none  # what becomes of large weights
+    kind: Optional[CorrectionKind] = None  # what becomes of large weights; null: truncate with rollout.ahead, else none
     level: CorrectionLevel = CorrectionLevel.token  # what a weight is computed over
     cap: float = within(2.0, 1, 1e8, because=_WEIGHT_ONE)  # largest weight
     floor: float = within(0.0, 0, 1, because=_WEIGHT_ONE)  # smallest weight; for kind mask

@@ -40,4 +40,6 @@ class ReportConfig:
     # alarm above this mean of exp(|log-prob of trainer - of engine|) over fresh rollouts; 1: they agree
     mult_prob_error_alarm: float = within(1.05, above=0)
     rollout_kl_alarm: float = within(0.05, above=0)  # alarm above this KL of engine and trainer, nats per token
+    # alarm below this share of effective samples, where importance weights are corrected; 0: none
+    effective_samples_alarm: float = within(0.5, 0, 1)
     alarm_stops: bool = False  # an alarm ends the run before the step's checkpoint; false: it warns

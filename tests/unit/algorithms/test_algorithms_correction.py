@@ -14,6 +14,7 @@ from clipo_megatron.algorithms.hook import TokenBatch
 from clipo_megatron.algorithms.importance import (
     OffPolicyCorrection,
     correction_metrics,
+    correction_of,
     correction_sums,
     importance_weights,
     limited,
@@ -147,6 +148,25 @@ def test_only_the_policy_gradient_is_weighed(kind):
     torch.testing.assert_close(ours, full - plain + weights * plain)
     torch.testing.assert_close(gradient, full_gradient - plain_gradient + weights * plain_gradient)
     assert not torch.allclose(ours, full)
+
+
+@pytest.mark.parametrize(
+    ("ahead", "said", "acts"),
+    [
+        (0, None, CorrectionKind.none),
+        (0, CorrectionKind.mask, CorrectionKind.mask),
+        (1, None, CorrectionKind.truncate),
+        (3, CorrectionKind.none, CorrectionKind.none),
+    ],
+)
+def test_rollouts_ahead_of_their_step_are_corrected_unless_the_user_says_none(ahead, said, acts):
+    config = RunConfig()
+    config.clipo.enabled, config.rollout.ahead, config.algorithm.correction.kind = False, ahead, said
+    assert correction_of(config).kind is acts and config.algorithm.correction.kind is said
+    hooks = [hook for hook in build_algorithm(config).hooks if isinstance(hook, OffPolicyCorrection)]
+    assert [hook.config for hook in hooks] == (
+        [] if acts is CorrectionKind.none else [CorrectionConfig(acts, CorrectionLevel.token, 2.0, 0.0)]
+    )
 
 
 def test_a_correction_is_built_when_asked_for():

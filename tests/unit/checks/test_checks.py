@@ -296,6 +296,11 @@ def test_sound_ways_to_get_rollouts(config, settings, monkeypatch):
             "give their memory back",
         ),
         ({**SGLANG, "rollout__unfinished": Unfinished.resume}, "rollout.unfinished", "nothing is ever unfinished"),
+        (
+            {**SGLANG, "rollout__ahead": 1, "algorithm__correction__floor": 0.5},
+            "algorithm.correction.floor",
+            "truncated at the cap alone",
+        ),
         ({**SGLANG, "rollout__ahead": 1, "rollout__colocated": True}, "rollout.ahead", "GPUs of their own"),
         (
             {**SGLANG, "rollout__ahead": 1, "rollout__unfinished": Unfinished.resume},

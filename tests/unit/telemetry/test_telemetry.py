@@ -123,6 +123,13 @@ def test_alarms_name_step_value_limit_and_where_to_look():
     )
     both = found(mult_prob_error=1.25, rollout_kl=math.nan)
     assert [each.metric for each in both] == ["policy/mult_prob_error", "policy/rollout_kl"]
+    old = StepReport(7, {"off_policy/effective_samples": 0.2, "off_policy/age_max": 3.0})
+    assert [str(each).partition(" is ")[0] for each in alarms(old, config, ahead=2)] == [
+        "step 7: off_policy/effective_samples",
+        "step 7: off_policy/age_max",
+    ]
+    assert alarms(old, ReportConfig(effective_samples_alarm=0.0), ahead=3) == []
+    assert "rollout.ahead = 2" in str(alarms(old, config, ahead=2)[1])
     text = str(both[0])
     for part in ("step 7", "is 1.25", "report.mult_prob_error_alarm = 1.05", "rollout.sync.verify_every=1", "dtype"):
         assert part in text
