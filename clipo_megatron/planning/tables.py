@@ -79,7 +79,16 @@ def _print_configured(console: Console, own: LayoutPlan) -> None:
     _print_column(console, "GB on a GPU of a server", server, 1e9)
     _print_column(console, "GB of a node's host", own.host.parts, 1e9)
     phases = ("generate", "score", "update", "sync")
-    _print_column(console, "seconds of a step", {name: getattr(own.time, name) for name in phases}, 1.0)
+    beside = ", generation beside score and update" if own.time.ahead else ""
+    seconds = {name: getattr(own.time, name) for name in phases}
+    _print_column(console, f"seconds of a step{beside}", seconds, 1.0, total=own.time.total)
+    if own.fits and not own.colocated:
+        ages = f"; tokens are {own.time.mean_age:.1f} updates old in the mean, {own.time.ahead} at most"
+        console.print(
+            f"ranks wait for rollouts in {own.time.trainer_idle:.0%} of a step, servers are idle in "
+            f"{own.time.server_idle:.0%}{ages if own.time.ahead else ''}",
+            highlight=False,
+        )
     console.print(
         f"{own.time.tokens / 1e6:.2f} M tokens a step, {own.tokens_per_s_per_gpu:.0f} tokens/s a GPU; an update of the "
         f"servers moves {own.time.sync_bytes / 1e9:.1f} GB"
@@ -125,8 +134,10 @@ def _print_layouts(console: Console, gpus: int, plans: list[LayoutPlan], assume:
     console.print("the first of them: " + " ".join(best.overrides), highlight=False)
 
 
-def _print_column(console: Console, title: str, values: Mapping[str, float], unit: float) -> None:
-    """Print a title, the values that are not zero in the unit, and the sum of all."""
+def _print_column(
+    console: Console, title: str, values: Mapping[str, float], unit: float, *, total: float | None = None
+) -> None:
+    """Print a title, the values that are not zero in the unit, and their total; None: the sum."""
     console.print(f"{title}:", highlight=False)
     table = Table(box=None, pad_edge=False, show_header=False)
     table.add_column()
@@ -134,7 +145,7 @@ def _print_column(console: Console, title: str, values: Mapping[str, float], uni
     for name, value in values.items():
         if value:
             table.add_row(f"  {name}", f"{value / unit:.1f}")
-    table.add_row("  in all", f"{sum(values.values()) / unit:.1f}", style="bold")
+    table.add_row("  in all", f"{(sum(values.values()) if total is None else total) / unit:.1f}", style="bold")
     console.print(table)
 
 
@@ -162,5 +173,8 @@ def _plan_as_json(each: LayoutPlan) -> dict[str, Any]:
         "server_bytes": asdict(each.server),
         "host_bytes": each.host.parts,
         "seconds": {**asdict(each.time), "total": each.time.total},
+        "trainer_idle": each.time.trainer_idle,
+        "server_idle": each.time.server_idle,
+        "mean_age": each.time.mean_age,
         "tokens_per_s_per_gpu": each.tokens_per_s_per_gpu,
     }

@@ -37,11 +37,40 @@ class StepTime:
     sync: float
     sync_bytes: float
     tokens: float  # prompt and response tokens that the step trains on
+    ahead: int  # steps whose rollouts are generated while earlier ones train
+
+    @property
+    def train(self) -> float:
+        """Seconds in which the policy trains, and does not wait."""
+        return self.score + self.update
 
     @property
     def total(self) -> float:
-        """Sum of all phases, which follow each other."""
-        return self.generate + self.score + self.update + self.sync
+        """From one update to the next. Phases follow each other; with `ahead` generation runs beside training, and the
+        update of the servers, in which both wait, comes on top of the longer of them."""
+        return (max(self.generate, self.train) if self.ahead else self.generate + self.train) + self.sync
+
+    @property
+    def trainer_idle(self) -> float:
+        """Share of a step in which the ranks wait for rollouts."""
+        return (max(0.0, self.generate - self.train) if self.ahead else self.generate) / self.total
+
+    @property
+    def server_idle(self) -> float:
+        """Share of a step in which the servers generate nothing."""
+        return (self.total - self.generate) / self.total
+
+    @property
+    def mean_age(self) -> float:
+        """Updates between the weights that draw a token and the step that trains it, mean over a step's tokens.
+
+        Where training takes longer, a batch is generated as soon as it is asked for, `ahead` steps early. Where
+        generation takes longer, the servers work on all batches in flight alike: `ahead` of them while a step trains,
+        and one more while it waits for its rollouts.
+        """
+        if not self.ahead or self.generate <= self.train:
+            return float(self.ahead)
+        return (self.ahead + self.train / self.generate) / 2
 
 
 def step_time(
@@ -81,6 +110,7 @@ def step_time(
         sync=sync_bytes / division.pp / network,  # the stages send at the same time
         sync_bytes=float(sync_bytes),
         tokens=sum(step_tokens(config, assume)),
+        ahead=0 if config.rollout.colocated else config.rollout.ahead,  # colocated, nothing runs beside training
     )
 
 

@@ -10,6 +10,7 @@ import pytest
 from paths import ARCHITECTURES
 
 from clipo_megatron.cli.main import main
+from clipo_megatron.planning.timing import StepTime
 
 
 @pytest.fixture(scope="module")
@@ -50,6 +51,62 @@ def test_layouts_to_choose_from(run_file, capsys):
     assert main(["plan", str(run_file), "--gpus", "64", "--json"]) == 0
     answer = json.loads(capsys.readouterr().out)
     assert answer["parameters"] == 72_706_203_648 and answer["layouts"]["64"][0]["fits"]
+
+
+def test_with_steps_ahead_generation_runs_beside_training(run_file, capsys):
+    apart = ["rollout.colocated=false", "rollout.servers=8", "serve.servers=1"]
+    found = {}
+    for ahead in (0, 1):
+        main(["plan", str(run_file), *apart, f"rollout.ahead={ahead}", "--json"])
+        found[ahead] = json.loads(capsys.readouterr().out)["configured"]
+    seconds = found[1]["seconds"]
+    train = seconds["score"] + seconds["update"]
+    assert found[0]["seconds"]["total"] == pytest.approx(seconds["generate"] + train + seconds["sync"])
+    assert seconds["total"] == pytest.approx(max(seconds["generate"], train) + seconds["sync"])
+    assert found[1]["tokens_per_s_per_gpu"] > 1.1 * found[0]["tokens_per_s_per_gpu"]
+    main(["plan", str(run_file), *apart, "rollout.ahead=1"])
+    said = " ".join(capsys.readouterr().out.split())
+    idle = f"{found[1]['trainer_idle']:.0%} of a step, servers are idle in {found[1]['server_idle']:.0%}"
+    assert f"ranks wait for rollouts in {idle}; tokens are {found[1]['mean_age']:.1f} updates old in the mean" in said
+
+
+@pytest.mark.parametrize("ahead", [0, 1, 3])
+@pytest.mark.parametrize("train", [3.0, 10.0, 14.0])
+def test_idle_shares_and_ages_are_those_of_servers_that_work_on_all_batches_alike(ahead, train):
+    time = StepTime(generate=10.0, score=train / 3, update=train * 2 / 3, sync=1.0, sync_bytes=0, tokens=1, ahead=ahead)
+    waited, idle, age, period = simulated(10.0, train, 1.0, ahead)
+    assert time.total == pytest.approx(period, rel=1e-3)
+    assert (time.trainer_idle, time.server_idle) == pytest.approx((waited / period, idle / period), abs=1e-3)
+    assert time.mean_age == pytest.approx(age, abs=1e-3)
+
+
+def simulated(generate: float, train: float, sync: float, ahead: int) -> tuple[float, float, float, float]:
+    """Seconds that ranks wait and servers are idle, age of tokens, and seconds of a step, in the mean over many."""
+    done: dict[int, list[tuple[int, float]]] = {}  # batch -> version and seconds of work
+
+    def work(version: int, seconds: float, until: int | None = None) -> float:
+        """Work on all batches in flight alike, until the batch `until` is complete; returns the seconds left."""
+        while seconds > 1e-9:
+            left = {batch: generate - sum(part for _, part in parts) for batch, parts in done.items()}
+            left = {batch: each for batch, each in left.items() if each > 1e-9}
+            if not left or (until is not None and until not in left):
+                break
+            share = min(min(left.values()), seconds / len(left))
+            for batch in left:
+                done[batch].append((version, share))
+            seconds -= share * len(left)
+        return seconds
+
+    for batch in range(ahead):
+        done[batch] = []
+    found = []
+    for step in range(400):
+        done[step + ahead] = []
+        waited = 1e9 - work(step, 1e9, until=step)
+        age = sum((step - version) * part for version, part in done.pop(step)) / generate
+        idle = work(step, train) + sync
+        found.append((waited, idle, age, waited + train + sync))
+    return tuple(sum(column) / 240 for column in zip(*found[160:], strict=True))
 
 
 @pytest.mark.parametrize(
