@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from clipo_megatron.telemetry.metric_names import STEP_TIME, TOKENS_PER_S
+from clipo_megatron.telemetry.metric_names import AGE_MEAN, STEP_TIME, TOKENS_PER_S
 
 
 @dataclass(frozen=True)
@@ -181,7 +181,8 @@ OTHERS = (
 )
 POSITIVE, NEGATIVE = "clipo/positive_cosine", "clipo/negative_cosine"
 PADDING = "speed/padding_share"
-PLACED = {each.name for each in (*LEARNING, *CONTRASTIVE)} | {POSITIVE, NEGATIVE, PADDING, TOKENS_PER_S, STEP_TIME}
+PLACED = {each.name for each in (*LEARNING, *CONTRASTIVE)}
+PLACED |= {POSITIVE, NEGATIVE, PADDING, TOKENS_PER_S, STEP_TIME, AGE_MEAN}
 
 
 def other(name: str) -> Metric:

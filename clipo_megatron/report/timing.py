@@ -12,7 +12,16 @@ from clipo_megatron.report.metric_titles import PADDING, Metric
 from clipo_megatron.report.parts import Section, cards, figure, metric_figure, swatch, table
 from clipo_megatron.report.reading import RunRecord
 from clipo_megatron.report.scales import Scale, byte_count, percent, reach, safe, seconds, tick_text, ticks
-from clipo_megatron.telemetry.metric_names import ALL_PHASES, PHASES, STEP_TIME, TOKENS_PER_S, phase_time
+from clipo_megatron.telemetry.metric_names import (
+    AGE_MAX,
+    AGE_MEAN,
+    ALL_PHASES,
+    PHASES,
+    SPANNING_GROUPS,
+    STEP_TIME,
+    TOKENS_PER_S,
+    phase_time,
+)
 
 MOST_RANKS = 64
 _MEANING = {
@@ -43,7 +52,14 @@ def timing(groups: Sequence[RunGroup]) -> Section:
     )
     step = Metric(STEP_TIME, "Time of a step", "s", "From the first request to the end of the weight sync.", zero=True)
     most = max((sum(phase_seconds(line)) for group in groups for line in group.first.lines), default=0.0)
-    curves = [metric_figure(groups, each) for each in (step, speed, padding)]
+    age = Metric(
+        AGE_MEAN,
+        "Age of tokens",
+        "updates",
+        "Updates between the weights that drew a token and the step that trained it, mean over the step's tokens.",
+        zero=True,
+    )
+    curves = [metric_figure(groups, each) for each in (step, speed, padding, age)]
     body = cards([*(_phases(group, most) for group in groups), *curves])
     traced = [part for group in groups if (part := _timeline(group))]
     meanings = "; ".join(f"<b>{phase}</b>: {meaning}" for phase, meaning in _MEANING.items())
@@ -55,7 +71,7 @@ def timing(groups: Sequence[RunGroup]) -> Section:
         "time",
         "Time and memory",
         lead,
-        f'{body}<div class="stack">{"".join(traced)}{_memory(groups)}</div>' if body else "",
+        f'{body}<div class="stack">{"".join(traced)}{_overlap(groups)}{_memory(groups)}</div>' if body else "",
     )
 
 
@@ -207,6 +223,37 @@ def _clock(across: Scale, height: float) -> list[str]:
         f'<text class="name" x="{middle:.1f}" y="{height - 6}" text-anchor="middle">s since the step began</text>'
     )
     return parts
+
+
+def _overlap(groups: Sequence[RunGroup]) -> str:
+    """How far generation and training overlapped, of the runs whose rollouts were generated ahead of their step."""
+    rows = []
+    for group, run in ((each, run) for each in groups for run in each.runs):
+        lines = [line for line in run.lines if line.get(AGE_MEAN) is not None and line.get(STEP_TIME)]
+        if not lines:
+            continue
+        waited = sum(line.get(phase_time("generate")) or 0.0 for line in lines)
+        oldest = max(line.get(AGE_MAX) or 0.0 for line in lines)
+        bound = run.count("rollout.ahead")
+        rows.append(
+            [
+                swatch(group, run.label),
+                percent(waited / sum(line[STEP_TIME] for line in lines), 0),
+                f"{sum(line[AGE_MEAN] for line in lines) / len(lines):.2f} updates",
+                f"{oldest:.0f} of {'an unknown number' if bound is None else bound} allowed",
+                percent(sum(line.get(SPANNING_GROUPS) or 0.0 for line in lines) / len(lines), 0),
+            ]
+        )
+    if not rows:
+        return ""
+    caption = (
+        "Servers generated rollouts of later steps while the policy trained (rollout.ahead). Where ranks hardly "
+        "waited, training sets the pace and servers have time to spare; where they waited for most of a step, more "
+        "servers make it shorter. Older tokens were drawn by weights further from those that they train."
+    )
+    headings = ["run", "of their time, ranks waited for", "mean age of tokens", "oldest", "groups of several versions"]
+    shown = table(headings, rows, numbers=(1, 2, 3, 4))
+    return f'<div class="card"><h3>Generation beside training</h3>{shown}<p class="caption">{caption}</p></div>'
 
 
 def _memory(groups: Sequence[RunGroup]) -> str:

@@ -158,6 +158,23 @@ def test_phases_sum_to_the_step():
     assert phase_seconds(line) == [1.0, 0.0, 0.0, 2.0, 0.0, 0.5]
 
 
+def test_runs_with_steps_ahead_say_how_long_ranks_waited_and_how_old_tokens_were(tmp_path):
+    runs = [write_run(tmp_path / name, steps=4, name=name) for name in ("apart", "beside")]
+    config = json.loads((runs[1] / "config.json").read_text())
+    config["rollout"]["ahead"] = 2
+    (runs[1] / "config.json").write_text(json.dumps(config))
+    lines = [json.loads(line) for line in (runs[1] / "metrics.jsonl").read_text().splitlines()]
+    for line, mean, oldest in zip(lines, (0.0, 1.0, 1.5, 1.5), (0.0, 1.0, 2.0, 2.0), strict=True):
+        line |= {"time/generate_s": 1.5, "time/step_s": 6.0, "off_policy/age_mean": mean, "off_policy/age_max": oldest}
+        line |= {"off_policy/spanning_groups": 0.5}
+    (runs[1] / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    page, *_ = write_page(runs, tmp_path / "page.html")
+    (card,) = re.findall(r"<h3>Generation beside training</h3>(.*?)</table>", page.read_text(), re.S)
+    assert " ".join(re.sub(r"<[^>]*>", " ", card).split()).endswith("25% 1.00 updates 2 of 2 allowed 50%")
+    assert "beside" in card and "apart" not in card, "a run without steps ahead has no ages"
+    assert charts(page)["off_policy/age_mean"]["series"][0]["ys"] == [0.0, 1.0, 1.5, 1.5]
+
+
 def test_intervals():
     assert wilson(5, 10) == pytest.approx((0.2366, 0.7634), abs=1e-4)
     assert wilson(0, 10) == pytest.approx((0.0, 0.2775), abs=1e-4)
