@@ -10,6 +10,7 @@ Shapes use the same letters everywhere:
     M  rollouts of one mini-batch         K  rollouts of one packed micro-batch
     T  tokens of one packed micro-batch   N  of these, the targets: response tokens to predict
     H  hidden size                        d  size of the contrastive embedding
+    S  tokens of the largest support: what top-p and top-k leave to draw a token from
 
 Worked example: prompt ids [5, 6, 7] (P = 3), response ids [8, 9] (R = 2). The packed segment is
 [5, 6, 7, 8, 9]. The positions that *predict* the response are 2 and 3 (P-1 .. P+R-2), with targets 8 and 9;
@@ -49,12 +50,14 @@ class Rollout:
     """One sampled response, as the engine produced it. Its text is never tokenised again."""
 
     tokens: Tensor  # [R] int64, the stop token included when one was produced; R >= 1
-    logprobs: Tensor  # [R] float32, under the temperature-scaled policy, before truncation by top-p and top-k
+    logprobs: Tensor  # [R] float32, under the distribution that the tokens were drawn from
     text: str  # decoded without control tokens; tags such as </think> stay
     finish: Finish  # "window": it goes on in the next step; "abort": interrupted, a later request can go on
     versions: Tensor  # [R] int64, version of the weights that produced each token; never decreasing
     sample: int  # 0 .. G-1 within its group
     trained: int = 0  # how many of its first tokens trained in earlier steps, in their windows
+    # [R, S] int32, the token ids that top-p and top-k left to draw from, padded with -1; None: they are off
+    support: Tensor | None = None
 
     @property
     def version(self) -> int:
@@ -150,6 +153,7 @@ class Sample:
     prompt: Tensor  # [P] int64, followed by the tokens of earlier windows
     response: Tensor  # [R] int64
     logprobs: Tensor  # [R] float32, from the engine
+    support: Tensor | None = None  # [R, S] int32, see `Rollout`; S is the same in all rollouts of a step
 
     @property
     def length(self) -> int:
@@ -199,6 +203,7 @@ class MicroBatch:
     targets: Tensor  # [N] int64, the response tokens
     rollout: Tensor  # [N] int64, index into `rows` of each target
     rollout_logprobs: Tensor  # [N] float32, from the engine
+    support: Tensor | None = None  # [N, S] int32, see `Rollout`; on the CPU until log-probs are computed
     # Filled in by scoring, on the last pipeline stage only:
     old_logprobs: Tensor | None = None  # [N] float32
     reference_logprobs: Tensor | None = None  # [N] float32
@@ -219,6 +224,7 @@ class MicroBatch:
         if self.tokens.device == device:
             return self
         columns = {each.name: getattr(self, each.name) for each in fields(self)}
+        del columns["support"]  # large, and read on the last stage only
         moved = {name: value.to(device) for name, value in columns.items() if isinstance(value, Tensor)}
         return replace(self, **moved, signals={name: signal.to(device) for name, signal in self.signals.items()})
 

@@ -101,7 +101,8 @@ class OffPolicyCorrection(Hook):
 
     Truncated token weights: "Your Efficient RL Framework Secretly Brings You Off-Policy RL Training", Yao et al., 2025.
     Masked weights: IcePop, Ling team, 2025. The geometric mean of a rollout's ratios: GSPO, arXiv 2507.18071. Assumes
-    that the engine's log-probs are at the same temperature and before any truncation by top-p or top-k.
+    that both log-probs are of the distribution that was drawn from: at its temperature, and over what top-p and top-k
+    kept.
     """
 
     def __init__(self, config: CorrectionConfig):

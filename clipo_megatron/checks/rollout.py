@@ -27,7 +27,6 @@ def rollout_problems(config: RunConfig) -> Iterator[ConfigProblem]:
     yield from _addresses(config)
     yield from _ahead(config)
     yield from _over_sampling(config)
-    yield from _sampling(config)
     yield from _deadlines(config)
     yield from _serving(config)
     yield from _correction(config)
@@ -159,20 +158,6 @@ def _over_sampling(config: RunConfig) -> Iterator[ConfigProblem]:
     if rollout.over_sampling == 1:
         reason = "nothing is ever unfinished: rollout.over_sampling is 1, so every prompt asked for is waited for"
         yield ConfigProblem(key, reason, "Set rollout.over_sampling above 1, or this to drop", value)
-
-
-def _sampling(config: RunConfig) -> Iterator[ConfigProblem]:
-    rollout = config.rollout
-    if rollout.engine is not EngineKind.vllm:
-        return
-    reason = (
-        "vLLM's log-probs are those after the truncation, and the trainer's are those before it: their ratio would be "
-        "wrong for every token"
-    )
-    if rollout.top_p != 1:
-        yield ConfigProblem("rollout.top_p", reason, "Set it to 1, or rollout.engine to sglang", rollout.top_p)
-    if rollout.top_k != 0:
-        yield ConfigProblem("rollout.top_k", reason, "Set it to 0 (off), or rollout.engine to sglang", rollout.top_k)
 
 
 def _deadlines(config: RunConfig) -> Iterator[ConfigProblem]:

@@ -8,6 +8,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from clipo_megatron.flow import Rollout
 from clipo_megatron.rollout.engine import Request, SamplingParams
@@ -40,8 +41,9 @@ def append_tokens(
     finish: Literal["stop", "length", "abort"],
     params: SamplingParams,
     decode: Decode,
+    support: Tensor | None = None,
 ) -> Rollout:
-    """A partial rollout (None: a new one) with `tokens`, `logprobs` and `versions` [n] appended.
+    """A partial rollout (None: a new one) with `tokens`, `logprobs` and `versions` [n] appended, and `support` [n, S].
 
     The text is decoded from all tokens at once: engines decode as they go, and lose or add bytes of a character that
     several tokens share.
@@ -50,6 +52,9 @@ def append_tokens(
         tokens = torch.cat((begun.tokens, tokens))
         logprobs = torch.cat((begun.logprobs, logprobs))
         versions = torch.cat((begun.versions, versions))
+        if begun.support is not None and support is not None:
+            width = max(begun.support.shape[1], support.shape[1])
+            support = torch.cat([pad(each, (0, width - each.shape[1]), value=-1) for each in (begun.support, support)])
     return Rollout(
         tokens=tokens,
         logprobs=logprobs,
@@ -58,4 +63,5 @@ def append_tokens(
         versions=versions,
         sample=sample,
         trained=0 if begun is None else begun.trained,
+        support=support,
     )

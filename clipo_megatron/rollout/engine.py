@@ -35,6 +35,10 @@ class Cancelled(RuntimeError):
         super().__init__("generation was cancelled, because the run is to end; the same command generates again")
 
 
+# Tokens that top_p chooses among where nothing else bounds them.
+TOP_P_CANDIDATES = 64
+
+
 def never() -> bool:
     """The default of `should_cancel`: nobody cancels."""
     return False
@@ -57,7 +61,8 @@ class SamplingParams:
     stop_ids: tuple[int, ...] = ()
     seed: int = 0  # the run's; the engine derives a seed from (seed, step, prompt id, occurrence, sample)
     step: int = 0
-    exact_logprobs: bool = True  # log-probs must be those before truncation; evaluation does not read them
+    # log-probs must be those of the distribution that was drawn from, with its support; evaluation reads neither
+    exact_logprobs: bool = True
 
     def token_limit(self, trained: int = 0) -> int:
         """Length at which a response ends, or its window does; its first `trained` tokens are of earlier windows."""
@@ -67,6 +72,21 @@ class SamplingParams:
         """The finish of a response that reached its token limit at this length."""
         return "length" if tokens >= self.max_new_tokens else "window"
 
+    @property
+    def wants_support(self) -> bool:
+        """Whether top-p or top-k truncate what is drawn from, and rollouts say to what (`Rollout.support`)."""
+        return self.exact_logprobs and self.temperature > 0 and (self.top_p < 1 or self.top_k > 0)
+
+    @property
+    def most_support(self) -> int:
+        """The largest support: engines may keep more than top_k tokens where several are as likely as the last."""
+        return 2 * self.top_k
+
+    def could_give(self, rollout: Rollout) -> bool:
+        """Whether a rollout has a number and a length that these allow, and a support where they want one."""
+        fits = rollout.sample < self.samples and rollout.tokens.numel() <= self.max_new_tokens
+        return fits and (rollout.support is not None) == self.wants_support
+
     def check(self) -> None:
         """Raise EngineError for a value that no engine can follow."""
         rules = {
@@ -75,7 +95,8 @@ class SamplingParams:
             "window_tokens": (self.window_tokens is None or self.window_tokens >= 1, "at least 1"),
             "temperature": (self.temperature >= 0, "0 (greedy) or more"),
             "top_p": (0 < self.top_p <= 1, "above 0 and at most 1"),
-            "top_k": (self.top_k >= 0, "0 (off) or more"),
+            # Without top_k nothing bounds the support.
+            "top_k": (self.top_k >= self.wants_support, "0 (off) or more, and with top_p below 1 at least 1"),
         }
         for name, (holds, rule) in rules.items():
             if not holds:

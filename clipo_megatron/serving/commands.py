@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from clipo_megatron.config.errors import ConfigError
-from clipo_megatron.config.schema import DType, EngineKind, RunConfig
+from clipo_megatron.config.schema import MOST_TOP_K, DType, EngineKind, RunConfig
 from clipo_megatron.runtime.launch import cores
 from clipo_megatron.runtime.ports import is_loopback
 
@@ -170,7 +170,8 @@ def _vllm(config: RunConfig, slot: ServerSlot, python: Path, key: str | None) ->
         "dtype": DTYPES[config.serve.dtype or config.model.dtype],
         "seed": config.train.seed + slot.index,  # otherwise all servers would sample the same
         "max_model_len": _longest(config),
-        "logprobs_mode": "processed_logprobs",  # those of the temperature-scaled policy
+        "logprobs_mode": "processed_logprobs",  # those of the policy that is drawn from
+        "max_logprobs": 2 * MOST_TOP_K,  # ties may keep more tokens than rollout.top_k
         "worker_extension_cls": "clipo_weights.TrainerCalls",
         "enable_scale_out": True,  # the call that takes and gives token ids
         "uvicorn_log_level": "warning",

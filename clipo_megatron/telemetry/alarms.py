@@ -39,8 +39,7 @@ class Alarm:
 
 _DISAGREEMENT = (
     "engine and trainer disagree about the same tokens. Look at the weights first (rollout.sync.verify_every=1 "
-    "compares them after each update), then at precision (the engine's dtype against model.dtype), chat template and "
-    "sampling (rollout.top_p, rollout.top_k)"
+    "compares them after each update), then at precision (the engine's dtype against model.dtype) and chat template"
 )
 _FEW_SAMPLES = (
     "the policy has moved so far from the one that drew the tokens that few of them count. Look at the ages "

@@ -396,5 +396,4 @@ class Collector:
 
     def _is_usable(self, rollout: Rollout) -> bool:
         """Whether a rollout of an earlier session could have been generated with this one's settings."""
-        fits = rollout.sample < self.sampling.samples and rollout.tokens.numel() <= self.sampling.max_new_tokens
-        return fits and (self._windows or (self._carries and not rollout.trained))
+        return self.sampling.could_give(rollout) and (self._windows or (self._carries and not rollout.trained))

@@ -21,7 +21,7 @@ from clipo_megatron.data.sampler import PromptSampler
 from clipo_megatron.policy.actor import PolicyActor
 from clipo_megatron.policy.batch.replay import ReplayCheckpointer
 from clipo_megatron.policy.checkpoint.state import TrainableCheckpointer
-from clipo_megatron.rollout.engine import Cancelled, SamplingParams
+from clipo_megatron.rollout.engine import TOP_P_CANDIDATES, Cancelled, SamplingParams
 from clipo_megatron.runtime.platform import platform
 from clipo_megatron.runtime.run_dir import CHECKPOINTS, set_aside, step_of
 from clipo_megatron.telemetry.segments import refusals, remarks
@@ -245,7 +245,7 @@ def sampling_params(config: RunConfig, stop_ids: tuple[int, ...]) -> SamplingPar
         max_new_tokens=rollout.max_new_tokens,
         temperature=rollout.temperature,
         top_p=rollout.top_p,
-        top_k=rollout.top_k,
+        top_k=rollout.top_k or (TOP_P_CANDIDATES if rollout.top_p < 1 else 0),
         stop_ids=stop_ids,
         seed=config.train.seed,
     )

@@ -164,23 +164,31 @@ def test_log_probs_are_those_of_a_plain_forward(engine, model, temperature):
             torch.testing.assert_close(rollout.logprobs, chosen, **NEAR)
 
 
-@pytest.mark.parametrize("truncation", [{"top_p": 0.6}, {"top_k": 5}])
-def test_log_probs_are_those_before_truncation(make, engine, model, truncation):
-    params = dataclasses.replace(PARAMS, temperature=0.8, samples=6, **truncation)
-    if make.kind == "vllm":  # it gives others, and the client does not take them for what they are not
-        with pytest.raises(EngineError, match="processed_logprobs"):
-            run(engine, ask(9), params)
-        (group,) = run(engine, ask(9), dataclasses.replace(params, exact_logprobs=False))  # evaluation reads none
-        assert len(group.rollouts) == 6
-        return
+@pytest.mark.parametrize("truncation", [{"top_p": 0.6, "top_k": 64}, {"top_k": 5}, {"top_p": 0.6, "top_k": 5}], ids=str)
+def test_supports_are_those_of_top_p_and_top_k_and_log_probs_are_over_them(make, engine, model, truncation):
+    """The likeliest tokens, as few of them as have the share top_p, and at most top_k.
+
+    SGLang takes top_p of the whole probability where the others take it of what top_k keeps.
+    """
+    params = dataclasses.replace(PARAMS, temperature=0.3, samples=6, **truncation)
+    sizes, near = set(), 1e-4
     for group in run(engine, ask(9, 4), params):
         for rollout in group.rollouts:
-            expected = expected_logprobs(model, group.prompt.tokens, rollout.tokens, 0.8)
-            chosen = expected.gather(1, rollout.tokens[:, None])[:, 0]
-            torch.testing.assert_close(rollout.logprobs, chosen, **NEAR)
-            above = (expected > chosen[:, None] + 1e-3).sum(-1)  # tokens that are clearly likelier
-            mass = (expected.exp() * (expected > chosen[:, None] + 1e-3)).sum(-1)
-            assert (above < 5).all() if "top_k" in truncation else (mass < 0.6 + 1e-3).all()
+            probs = expected_logprobs(model, group.prompt.tokens, rollout.tokens, params.temperature).double().exp()
+            assert rollout.support.dtype == torch.int32 and len(rollout.support) == rollout.tokens.numel()
+            for token, logprob, row, own in zip(
+                rollout.tokens.tolist(), rollout.logprobs.tolist(), rollout.support, probs, strict=True
+            ):
+                kept = row[row >= 0].long()
+                last, mass = float(own[kept].min()), float(own[kept].sum())
+                wanted = params.top_p * (1.0 if make.kind == "sglang" else float(own.topk(params.top_k).values.sum()))
+                assert token in kept and len(set(kept.tolist())) == len(kept) <= params.top_k
+                assert float(own.index_fill(0, kept, 0.0).max()) < last + near, "the likeliest ones"
+                assert mass - last < wanted + near, "no more than needed"
+                assert mass > wanted - near or len(kept) == params.top_k, "no fewer"
+                assert abs(logprob - float((own[token] / mass).log())) < 5e-4
+                sizes.add(len(kept))
+    assert len(sizes) > 1 or params.top_p == 1
 
 
 def test_greedy_tokens_are_the_likeliest_with_log_probs_of_temperature_1(engine, model):

@@ -12,6 +12,7 @@ from typing import Any
 
 VOCABULARY, VERSION, TOKEN = 100, 3, 7
 LENGTH = 4  # tokens of every honest sample
+OTHERS = (8, 9)  # that could have been drawn with top-p or top-k
 Change = Callable[[Any], Any]  # an honest answer -> what is sent: bytes, a `Reply`, or what becomes JSON
 
 
@@ -80,27 +81,33 @@ def _bytes(answer: Any) -> bytes:
     return answer if isinstance(answer, bytes) else json.dumps(answer).encode()
 
 
-def _sglang_sample() -> dict[str, Any]:
+def _sglang_sample(sent: dict[str, Any]) -> dict[str, Any]:
     meta = {
         "output_token_logprobs": [[-0.5, TOKEN, None] for _ in range(LENGTH)],
         "finish_reason": {"type": "length"},
         "weight_versions": [{"version": str(VERSION), "start": 0, "end": LENGTH}],
     }
+    if sent.get("return_sampling_mask"):
+        meta["output_token_sampling_mask"] = [[TOKEN, *OTHERS] for _ in range(LENGTH)]
+        meta["output_token_sampling_logprobs"] = [-0.25] * LENGTH
     return {"text": "", "output_ids": [TOKEN] * LENGTH, "meta_info": meta}
 
 
 def _generate(sent: dict[str, Any]) -> Any:
-    return [_sglang_sample() for _ in sent["rid"]] if isinstance(sent.get("rid"), list) else _sglang_sample()
+    return [_sglang_sample(sent) for _ in sent["rid"]] if isinstance(sent.get("rid"), list) else _sglang_sample(sent)
 
 
 def _inference(sent: dict[str, Any]) -> Any:
-    row = {"token_id": TOKEN, "logprob": -0.5, "rank": 1, "top_logprobs": []}
+    asked = sent["sampling_params"]
+    odds = {TOKEN: -0.5, OTHERS[0]: -1.5, OTHERS[1]: -1.771}
+    odds |= {token: -9999.0 for token in range(50, 47 + asked["logprobs"])}
+    others = [{"token_id": token, "logprob": value, "rank": 1} for token, value in odds.items()]
+    row = {"token_id": TOKEN, "logprob": -0.5, "rank": 1, "top_logprobs": others if asked["logprobs"] else []}
     choice = {
         "token_ids": [TOKEN] * LENGTH, "logprobs": {"content": [row] * LENGTH}, "finish_reason": "length",
         "stop_reason": None, "weight_versions": [{"version": str(VERSION), "start": 0, "end": LENGTH}],
     }  # fmt: skip
-    samples = range(sent["sampling_params"]["n"])
-    return {"choices": [{"index": index, **json.loads(json.dumps(choice))} for index in samples]}
+    return {"choices": [{"index": index, **json.loads(json.dumps(choice))} for index in range(asked["n"])]}
 
 
 PARALLEL = {"tensor_parallel_size": 1, "pipeline_parallel_size": 1}
@@ -109,7 +116,7 @@ HONEST: dict[str, Callable[[dict[str, Any]], Any]] = {
     "/server_info": lambda _sent: {
         "tp_size": 1, "version": "0.5", "random_seed": 1,
         "vllm_config": {
-            "parallel_config": PARALLEL, "model_config": {"logprobs_mode": "raw_logprobs", "model": "m"},
+            "parallel_config": PARALLEL, "model_config": {"logprobs_mode": "processed_logprobs", "model": "m"},
             "scheduler_config": {"max_num_seqs": 8},
         },
     },

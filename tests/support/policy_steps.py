@@ -47,10 +47,11 @@ def configuration(folder: Path | str, *, overlap: bool | None = None) -> RunConf
     return config
 
 
-def scored_groups(step: int, *, vocab: int, groups: int = 6, samples: int = 4) -> list[ScoredGroup]:
+def scored_groups(step: int, *, vocab: int, groups: int = 6, samples: int = 4, top_k: int = 0) -> list[ScoredGroup]:
     """Groups of rollouts of unequal length, some of one token and some ungraded.
 
-    Group 0 is all correct, group 1 all wrong, and group 2 has one correct rollout.
+    Group 0 is all correct, group 1 all wrong, and group 2 has one correct rollout. With `top_k` tokens are drawn among
+    at most so many.
     """
     generator = torch.Generator().manual_seed(1000 + step)
 
@@ -72,12 +73,26 @@ def scored_groups(step: int, *, vocab: int, groups: int = 6, samples: int = 4) -
             versions = torch.full((length,), step)
             text = f"{'```python' if sample % 3 else 'so'} the answer is {int(ids.sum()) % 4}"
             rollouts.append(Rollout(ids, logprobs, text, "stop", versions, sample))
+            if top_k:
+                rollouts[-1].support = _support(ids, vocab, top_k - sample % 2, seed=10 * step + position)
             correct: bool | None = {0: True, 1: False, 2: sample == 1}.get(position, number(0, 2) == 1)
             if position % 3 == 2 and sample == position % samples:
                 correct = None
             verdicts.append(Verdict(correct, 1.0 if correct else 0.0))
         result.append(ScoredGroup(RolloutGroup(position, prompt, rollouts), verdicts))
     return result
+
+
+def _support(ids: torch.Tensor, vocab: int, width: int, *, seed: int) -> torch.Tensor:
+    """Between one and `width` different tokens for each of `ids` [R], which is among them at any place: [R, width]."""
+    generator = torch.Generator().manual_seed(seed)
+    found = torch.full((ids.numel(), width), -1, dtype=torch.int32)
+    for place, token in enumerate(ids.tolist()):
+        count = int(torch.randint(1, width + 1, (), generator=generator))
+        others = [each for each in torch.randperm(vocab, generator=generator)[:count].tolist() if each != token]
+        kept = torch.tensor([token, *others[: count - 1]], dtype=torch.int32)
+        found[place, : kept.numel()] = kept[torch.randperm(kept.numel(), generator=generator)]
+    return found
 
 
 def made_up_context(config: RunConfig, *, vocab: int = 263) -> HookContext:
@@ -146,7 +161,8 @@ def train(
                 ]
                 facts["critic_held"] = sum(each.untyped_storage().size() for each in held)
             actor.onload()
-        scored = scored_groups(step, vocab=actor.spec.vocab_size)[layout.rank :: layout.world]
+        everything = scored_groups(step, vocab=actor.spec.vocab_size, top_k=config.rollout.top_k)
+        scored = everything[layout.rank :: layout.world]
         table, samples = build_table(scored, step=step, observe=algorithm.observe)
         mini_batches = batcher.mini_batches_of(samples, table)
         micro_batches = [micro for batch in mini_batches for micro in batch.micro_batches]

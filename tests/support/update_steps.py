@@ -43,7 +43,7 @@ def one_update(config: RunConfig, layout_config: LayoutConfig, shifted: bool = T
     config.optimizer.max_grad_norm = 0.0  # clipping would scale the gradients where they lie
     actor = actor_on(config, layout_config)
     algorithm, batcher = build_algorithm(config, made_up_context(config)), actor.batcher
-    mine = scored_groups(0, vocab=VOCAB)[actor.layout.rank :: actor.layout.world]
+    mine = scored_groups(0, vocab=VOCAB, top_k=config.rollout.top_k)[actor.layout.rank :: actor.layout.world]
     table, held = build_table(mine, step=0, observe=algorithm.observe)
     batch = batcher.mini_batches_of(held, table)[0]
     actor.score(batch.micro_batches, table, algorithm)
@@ -92,16 +92,22 @@ def plainly(config: RunConfig, advantage: Tensor) -> tuple[float, dict[str, Tens
     settings = config.algorithm
     clip_low, clip_high = settings.clip_low or 0.2, settings.clip_high or 0.2
     sequences, row = [], 0
-    for scored in scored_groups(0, vocab=VOCAB):
+    for scored in scored_groups(0, vocab=VOCAB, top_k=config.rollout.top_k):
         for rollout, verdict in zip(scored.group.rollouts, scored.verdicts, strict=True):
             if verdict.correct is not None:
-                sequences.append((scored.group.prompt.tokens, rollout.tokens, float(advantage[row])))
+                sequences.append((scored.group.prompt.tokens, rollout, float(advantage[row])))
             row += 1
-    total_tokens = sum(response.numel() for _, response, _ in sequences)
+    total_tokens = sum(rollout.tokens.numel() for _, rollout, _ in sequences)
     loss = torch.zeros((), dtype=torch.float64)
-    for prompt, response, value in sequences:
+    for prompt, rollout, value in sequences:
+        response = rollout.tokens
         logits = model(torch.cat([prompt, response])[None]).logits[0, prompt.numel() - 1 : -1].double()
-        table = (logits / config.rollout.temperature).log_softmax(-1)
+        logits = logits / config.rollout.temperature
+        if rollout.support is not None:
+            for place, kept in enumerate(rollout.support.tolist()):
+                cut = [token not in kept for token in range(logits.shape[1])]
+                logits[place].masked_fill_(torch.tensor(cut), -1e9)
+        table = logits.log_softmax(-1)
         logprobs = table.gather(1, response[:, None]).squeeze(1)
         ratio = (logprobs - logprobs.detach() - shift("old", response, OLD_SHIFT)).exp()
         clipped = ratio.clamp(1 - clip_low, 1 + clip_high)

@@ -43,6 +43,7 @@ from clipo_megatron.config.schema.data import (
 from clipo_megatron.config.schema.model import DType, LayoutConfig, ModelConfig
 from clipo_megatron.config.schema.report import ReportConfig, WandbConfig, WandbMode
 from clipo_megatron.config.schema.rollout import (
+    MOST_TOP_K,
     EngineKind,
     PoolConfig,
     RolloutConfig,
@@ -61,12 +62,12 @@ from clipo_megatron.config.schema.training import (
 )
 
 __all__ = [
-    "Aggregation", "AlgorithmConfig", "Anchors", "BonusForm", "BonusPlace", "CheckpointConfig", "ClipoConfig",
-    "ContrastiveLossName", "CorrectionConfig", "CorrectionKind", "CorrectionLevel", "CriticConfig", "DType",
-    "DataConfig", "Debias", "EngineKind", "EvalConfig", "FaultsConfig", "GraderMode", "GraderSandbox", "HeadKind",
-    "KLConfig", "KLKind", "KLPlace", "LayoutConfig", "LearningRateSchedule", "Level", "ModelConfig", "OptimizerConfig",
-    "Perturbation", "PluginConfig", "PoolConfig", "ReportConfig", "RewardConfig", "RolloutConfig", "RunConfig",
-    "ServeConfig", "Similarity", "SourceConfig", "SyncConfig", "TrainConfig", "Transport", "Unfinished",
+    "MOST_TOP_K", "Aggregation", "AlgorithmConfig", "Anchors", "BonusForm", "BonusPlace", "CheckpointConfig",
+    "ClipoConfig", "ContrastiveLossName", "CorrectionConfig", "CorrectionKind", "CorrectionLevel", "CriticConfig",
+    "DType", "DataConfig", "Debias", "EngineKind", "EvalConfig", "FaultsConfig", "GraderMode", "GraderSandbox",
+    "HeadKind", "KLConfig", "KLKind", "KLPlace", "LayoutConfig", "LearningRateSchedule", "Level", "ModelConfig",
+    "OptimizerConfig", "Perturbation", "PluginConfig", "PoolConfig", "ReportConfig", "RewardConfig", "RolloutConfig",
+    "RunConfig", "ServeConfig", "Similarity", "SourceConfig", "SyncConfig", "TrainConfig", "Transport", "Unfinished",
     "WandbConfig", "WandbMode",
 ]  # fmt: skip
 

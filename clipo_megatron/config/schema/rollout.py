@@ -9,6 +9,8 @@ from typing import Optional
 from clipo_megatron.config.ranges import within
 from clipo_megatron.config.schema.model import DType
 
+MOST_TOP_K = 1024
+
 
 class EngineKind(str, Enum):
     local = "local"  # transformers, inside the training processes
@@ -80,7 +82,8 @@ class RolloutConfig:
     window_tokens: Optional[int] = within(None, 1)  # most tokens a step adds to a rollout; null: whole responses
     temperature: float = within(1.0, above=0)  # sampling temperature, also of the trainer's log-probs
     top_p: float = within(1.0, above=0, most=1, because="it is a share of the probability mass")  # 1: off
-    top_k: int = within(0, 0)  # likeliest tokens to draw from; 0: all
+    # likeliest tokens to draw from; 0: all, and with top_p 64. Those kept travel with each token
+    top_k: int = within(0, 0, MOST_TOP_K)
     batch_size: int = within(64, 1)  # local engine: sequences decoded at once
     dtype: Optional[DType] = None  # local engine: dtype of its weights; null: model.dtype
     deadline_s: float = within(1800.0, above=0)  # seconds for a step's rollouts, all refill rounds together

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.nn.functional import pad
 
 from clipo_megatron.flow import MicroBatch, Prompt, Rollout, RolloutTable, Sample, ScoredGroup
 from clipo_megatron.policy.batch.columns import by_rollout, columns_of
@@ -103,8 +104,9 @@ def build_table(
         for rollout in scored.group.rollouts:
             row, before = row_of[scored.group.position, rollout.sample], rollout.trained
             prompt = torch.cat([scored.group.prompt.tokens, rollout.tokens[:before]])
+            support = None if rollout.support is None else rollout.support[before:]
             samples.append(
-                Sample(row, int(table.group[row]), prompt, rollout.tokens[before:], rollout.logprobs[before:])
+                Sample(row, int(table.group[row]), prompt, rollout.tokens[before:], rollout.logprobs[before:], support)
             )
     return table, samples
 
@@ -139,14 +141,16 @@ def deliver(samples: Sequence[Sample], table: RolloutTable, owner: Tensor, layou
         if (dp_rank := int(owner[sample.row])) >= 0:
             by_head[layout.head_of(dp_rank)].append(sample)
     rows_sent = [[sample.row for sample in part] for part in by_head]
-    rows_from: list[list[list[int]]] = [None] * layout.world  # type: ignore[list-item]
-    dist.all_gather_object(rows_from, rows_sent)
+    widest = max((sample.support.shape[1] for sample in samples if sample.support is not None), default=0)
+    told: list[tuple[list[list[int]], int]] = [None] * layout.world  # type: ignore[list-item]
+    dist.all_gather_object(told, (rows_sent, widest))
+    rows_from, width = [rows for rows, _ in told], max(each for _, each in told)
 
     def word_count(rows: Sequence[int]) -> int:
-        return int((table.prompt_length[rows] + 2 * table.response_length[rows]).sum()) if rows else 0
+        return int((table.prompt_length[rows] + (2 + width) * table.response_length[rows]).sum()) if rows else 0
 
-    # One int32 word a token id, and one a log-prob (its bits).
-    outgoing = [_encode(sample) for part in by_head for sample in part]
+    # One int32 word a token id, also of supports, and one a log-prob (its bits).
+    outgoing = [_encode(sample, width) for part in by_head for sample in part]
     sent = torch.cat(outgoing) if outgoing else torch.empty(0, dtype=torch.int32)
     send_sizes = [word_count(rows) for rows in rows_sent]
     receive_sizes = [word_count(rows_from[source][layout.rank]) for source in range(layout.world)]
@@ -163,7 +167,7 @@ def deliver(samples: Sequence[Sample], table: RolloutTable, owner: Tensor, layou
             dist.broadcast(received, src=head, group=layout.replica_group)
         if layout.cp > 1:
             dist.broadcast(received, group=layout.share.group, group_src=0)
-    return _decode(received.cpu(), order, table)
+    return _decode(received.cpu(), order, table, width)
 
 
 def redistribute(micro_batches: Sequence[MicroBatch], owner: Tensor, layout: Layout) -> ScoredSamples:
@@ -179,6 +183,7 @@ def redistribute(micro_batches: Sequence[MicroBatch], owner: Tensor, layout: Lay
     """
     nothing = {name: values[:0].cpu() for name, values in columns_of(micro_batches[0]).items()}
     found = ScoredSamples({}, {name: {} for name in nothing}, nothing)
+    width = 0 if micro_batches[0].support is None else micro_batches[0].support.shape[1]
     headers: list[list[_Header]] = [[] for _ in range(layout.dp)]  # of what goes to each rank
     outgoing: list[list[Tensor]] = [[torch.empty(0, dtype=torch.uint8)] for _ in range(layout.dp)]
     for micro in micro_batches:
@@ -194,7 +199,7 @@ def redistribute(micro_batches: Sequence[MicroBatch], owner: Tensor, layout: Lay
     dist.all_gather_object(everybodys, headers, group=layout.dp_group)
     incoming = [each[layout.dp_rank] for each in everybodys]  # from each rank
     sent = [torch.cat(each) for each in outgoing]
-    sizes = [[_byte_count(header, nothing) for header in each] for each in incoming]
+    sizes = [[_byte_count(header, width, nothing) for header in each] for each in incoming]
     received = torch.empty(sum(map(sum, sizes)), dtype=torch.uint8, device=platform().device)
     dist.all_to_all_single(
         received,
@@ -205,7 +210,7 @@ def redistribute(micro_batches: Sequence[MicroBatch], owner: Tensor, layout: Lay
     )
     pieces = received.cpu().split([size for each in sizes for size in each])
     for header, data in zip([header for each in incoming for header in each], pieces, strict=True):
-        found.add(*_from_bytes(data, header, nothing))
+        found.add(*_from_bytes(data, header, width, nothing))
     return found
 
 
@@ -224,23 +229,28 @@ class ScoredSamples:
 
 
 def _bytes_of(sample: Sample, parts: Mapping[str, Tensor]) -> Tensor:
-    pieces = (sample.prompt.int(), sample.response.int(), sample.logprobs.float(), *parts.values())
+    support = [] if sample.support is None else [sample.support]
+    pieces = (sample.prompt.int(), sample.response.int(), sample.logprobs.float(), *support, *parts.values())
     return torch.cat([piece.contiguous().view(-1).view(torch.uint8) for piece in pieces])
 
 
-def _kinds(header: _Header, nothing: Mapping[str, Tensor]) -> list[tuple[int, torch.dtype, Sequence[int]]]:
-    """The number, dtype and trailing shape of the elements in each piece of a rollout's bytes."""
+def _kinds(header: _Header, width: int, nothing: Mapping[str, Tensor]) -> list[tuple[int, torch.dtype, Sequence[int]]]:
+    """The number, dtype and trailing shape of the elements in each piece of a rollout's bytes; `width` is that of
+    supports."""
     _, _, prompt, response = header
     own = [(prompt, torch.int32, ()), (response, torch.int32, ()), (response, torch.float32, ())]
+    own += [(response, torch.int32, (width,))] if width else []
     return own + [(response, values.dtype, values.shape[1:]) for values in nothing.values()]
 
 
-def _byte_count(header: _Header, nothing: Mapping[str, Tensor]) -> int:
-    return sum(count * dtype.itemsize * prod(shape) for count, dtype, shape in _kinds(header, nothing))
+def _byte_count(header: _Header, width: int, nothing: Mapping[str, Tensor]) -> int:
+    return sum(count * dtype.itemsize * prod(shape) for count, dtype, shape in _kinds(header, width, nothing))
 
 
-def _from_bytes(data: Tensor, header: _Header, nothing: Mapping[str, Tensor]) -> tuple[Sample, dict[str, Tensor]]:
-    kinds = _kinds(header, nothing)
+def _from_bytes(
+    data: Tensor, header: _Header, width: int, nothing: Mapping[str, Tensor]
+) -> tuple[Sample, dict[str, Tensor]]:
+    kinds = _kinds(header, width, nothing)
     nbytes = [count * dtype.itemsize * prod(shape) for count, dtype, shape in kinds]
     # A copy begins where any dtype may.
     tokens, targets, logprobs, *columns = (
@@ -248,21 +258,27 @@ def _from_bytes(data: Tensor, header: _Header, nothing: Mapping[str, Tensor]) ->
         for piece, (count, dtype, shape) in zip(data.split(nbytes), kinds, strict=True)
     )
     row, group, *_ = header
-    return Sample(row, group, tokens.long(), targets.long(), logprobs), dict(zip(nothing, columns, strict=True))
+    support = columns.pop(0) if width else None
+    sample = Sample(row, group, tokens.long(), targets.long(), logprobs, support)
+    return sample, dict(zip(nothing, columns, strict=True))
 
 
-def _encode(sample: Sample) -> Tensor:
-    return torch.cat([sample.prompt.int(), sample.response.int(), sample.logprobs.float().view(torch.int32)])
+def _encode(sample: Sample, width: int) -> Tensor:
+    words = [sample.prompt.int(), sample.response.int(), sample.logprobs.float().view(torch.int32)]
+    if width:
+        words.append(pad(sample.support, (0, width - sample.support.shape[1]), value=-1).flatten())
+    return torch.cat(words)
 
 
-def _decode(words: Tensor, order: Sequence[int], table: RolloutTable) -> dict[int, Sample]:
+def _decode(words: Tensor, order: Sequence[int], table: RolloutTable, width: int) -> dict[int, Sample]:
     samples, place = {}, 0
     for row in order:
         prompt, response = int(table.prompt_length[row]), int(table.response_length[row])
-        parts = words[place : place + prompt + 2 * response].split([prompt, response, response])
-        group = int(table.group[row])
-        samples[row] = Sample(row, group, parts[0].long(), parts[1].long(), parts[2].view(torch.float32))
-        place += prompt + 2 * response
+        sizes = [prompt, response, response, width * response]
+        tokens, targets, logprobs, support = words[place : place + sum(sizes)].split(sizes)
+        group, own = int(table.group[row]), support.view(response, width) if width else None
+        samples[row] = Sample(row, group, tokens.long(), targets.long(), logprobs.view(torch.float32), own)
+        place += sum(sizes)
     return samples
 
 

@@ -216,5 +216,8 @@ def pack(
         targets=joined([sample.response for sample in samples]),
         rollout=torch.repeat_interleave(torch.arange(len(samples)), counts).to(device),
         rollout_logprobs=joined([sample.logprobs for sample in samples], torch.float32),
+        support=torch.cat([sample.support for sample in samples])
+        if samples and samples[0].support is not None
+        else None,
         padding=padding,
     )

@@ -17,6 +17,7 @@ from clipo_megatron.policy.batch.batching import Batcher
 from clipo_megatron.policy.batch.columns import by_rollout, with_columns
 
 HOST = torch.device("cpu")
+SAMPLED = ("response", "logprobs", "support")  # columns that rollouts come with; scoring adds the others
 # Names in checkpoints of earlier versions.
 OLD_NAMES = {"words": "text_columns", "signals.advantage": "token_advantages"}
 
@@ -71,13 +72,20 @@ class ReplayCheckpointer:
         prompts = tokens.pop("prompt").long().split(table.prompt_length.tolist())
         by_row = {name: values.split(responses) for name, values in tokens.items()}
         samples = {
-            row: Sample(row, int(table.group[row]), prompt, by_row["response"][row].long(), by_row["logprobs"][row])
+            row: Sample(
+                row,
+                int(table.group[row]),
+                prompt,
+                by_row["response"][row].long(),
+                by_row["logprobs"][row],
+                by_row["support"][row] if "support" in by_row else None,
+            )
             for row, prompt in enumerate(prompts)
         }
         batches = self.batcher.repack_mini_batches(samples, table)
         experience = Experience(table, batches, **state["columns"]).to(HOST)
         if self.batcher.layout.is_last_stage:
-            nothing = {name: values[0][:0] for name, values in by_row.items() if name not in ("response", "logprobs")}
+            nothing = {name: values[0][:0] for name, values in by_row.items() if name not in SAMPLED}
             for batch in experience.mini_batches:
                 batch.micro_batches = [with_columns(micro, by_row, nothing) for micro in batch.micro_batches]
         return experience
@@ -91,4 +99,6 @@ def _rollouts_of(micro: MicroBatch) -> Iterator[tuple[int, dict[str, Tensor]]]:
     """The row of each rollout, and the columns of its tokens."""
     for sample, parts in by_rollout(micro):
         own = {"prompt": sample.prompt.int(), "response": sample.response.int(), "logprobs": sample.logprobs}
+        if sample.support is not None:
+            own["support"] = sample.support
         yield sample.row, own | {name: values.clone() for name, values in parts.items() if name != "returns"}

@@ -5,6 +5,10 @@ carries each token's largest logit and the sum of exponentials relative to it fr
 parallelism each rank keeps three numbers a token for its shard (log-sum-exp, target logit, mean logit), and one
 all-gather a micro-batch merges them.
 
+Tokens that were drawn by top-p or top-k have a support, the few token ids that were left to draw from. Their log-probs
+are those of the truncated policy, log softmax over the support alone. Of a tile's tokens only the vocabulary rows are
+multiplied that are in the support of one of them, each once, so that sums run in the same order each time.
+
 Products leave their sums in fp32, also of bf16 states and weights: a logit of 30 rounded to bf16 is off by up to 0.06.
 """
 
@@ -31,9 +35,10 @@ def token_logprobs(
     tp_group: dist.ProcessGroup | None = None,
     main_grad: Tensor | None = None,
     entropy: bool = False,
+    support: Tensor | None = None,
     tile: tuple[int, int] | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Compute log softmax(hidden @ weight.T / temperature) at the targets.
+    """Compute log softmax(hidden @ weight.T / temperature) at the targets, over the vocabulary or each one's support.
 
     Args:
         hidden: [N, H], the states that the LM head reads, identical on every rank of `tp_group`.
@@ -45,6 +50,7 @@ def token_logprobs(
         tp_group: ranks that share the vocabulary; None: this rank has all of it.
         main_grad: [V_shard, H] float32 buffer to which the weight's gradient is added directly, in place of autograd.
         entropy: also return the entropy of each distribution (nats).
+        support: [N, S] int32, different token ids among which each target is, padded with -1; None: all are.
         tile: (tokens, vocabulary rows) whose logits exist at once; default: as many as suit the device.
 
     Returns:
@@ -60,7 +66,7 @@ def token_logprobs(
     if tile is None:
         tile = tile_of(targets.numel(), real, TILE_BYTES_ON_CPUS if hidden.device.type == "cpu" else TILE_BYTES_ON_GPUS)
     logprobs, entropies = _TokenLogprobs.apply(
-        hidden, weight, targets, vocab_start, real, temperature, tp_group, main_grad, entropy, tile
+        hidden, weight, targets, vocab_start, real, temperature, tp_group, main_grad, entropy, tile, support
     )
     return logprobs, entropies if entropy else None
 
@@ -73,38 +79,58 @@ class _TokenLogprobs(torch.autograd.Function):
     """The forward keeps each token's log-sum-exp only; the backward recomputes every tile's softmax from it."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, targets, start, real, temperature, group, main_grad, want_entropy, tile):
+    def forward(ctx, hidden, weight, targets, start, real, temperature, group, main_grad, want_entropy, tile, support):
         count = targets.numel()
         stats = torch.zeros(3 if want_entropy else 2, count, dtype=torch.float32, device=hidden.device)
         stats[0] = -torch.inf  # stays where the shard is all padding
         local = targets - start
         workspace, states = _Workspace(tile, hidden, weight, temperature), _factor(hidden)
         for part in _slices(count if real else 0, tile[0]):
-            stats[:, part] = _statistics(workspace, states[part], weight[:real], local[part], want_entropy)
+            if support is None:
+                stats[:, part] = _statistics(workspace, states[part], weight[:real], local[part], want_entropy)
+            else:
+                chosen = _Support(support[part], targets[part], start, real)
+                stats[:, part] = chosen.statistics(chosen.logits(workspace, states[part], weight), want_entropy)
         if group is not None and dist.get_world_size(group) > 1:
             gathered = torch.empty(dist.get_world_size(group), *stats.shape, dtype=stats.dtype, device=stats.device)
             all_gather(gathered.view(-1), stats.view(-1), group)
             lse = torch.logsumexp(gathered[:, 0], dim=0)
             target_logit = gathered[:, 1].sum(0)
             share = (gathered[:, 0] - lse).exp()  # probability of each shard
-            entropy = (share * (lse - gathered[:, 2])).sum(0) if want_entropy else lse.new_empty(0)
+            if support is None:
+                entropy = (share * (lse - gathered[:, 2])).sum(0) if want_entropy else lse.new_empty(0)
+            else:
+                entropy = _merged_entropy(share, gathered, lse) if want_entropy else lse.new_empty(0)
         else:
             lse, target_logit = stats[0].clone(), stats[1]
-            entropy = lse - stats[2] if want_entropy else lse.new_empty(0)
-        ctx.save_for_backward(hidden, weight, local, lse, *([lse - entropy] if want_entropy else []))
-        ctx.real, ctx.temperature, ctx.main_grad, ctx.tile = real, temperature, main_grad, tile
+            entropy = (lse - stats[2] if support is None else stats[2]) if want_entropy else lse.new_empty(0)
+        moment = [lse - entropy if support is None else entropy] if want_entropy else []
+        ctx.save_for_backward(hidden, weight, targets, lse, support, *moment)
+        ctx.start, ctx.real, ctx.temperature, ctx.main_grad, ctx.tile = start, real, temperature, main_grad, tile
         return target_logit - lse, entropy
 
     @staticmethod
     def backward(ctx, grad_logprobs, grad_entropy):
-        hidden, weight, local, lse, *moment = ctx.saved_tensors
+        hidden, weight, targets, lse, support, *moment = ctx.saved_tensors
         grad_weight = ctx.main_grad
         if grad_weight is None and ctx.needs_input_grad[1]:
             grad_full = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
             grad_weight = grad_full[: ctx.real]
         grad_hidden = torch.zeros(hidden.shape, dtype=torch.float32, device=hidden.device)
+        local = targets - ctx.start
         workspace, states = _Workspace(ctx.tile, hidden, weight, ctx.temperature), _factor(hidden)
         for part in _slices(local.numel() if ctx.real else 0, ctx.tile[0]):
+            if support is not None:
+                chosen = _Support(support[part], targets[part], ctx.start, ctx.real)
+                logits = chosen.logits(workspace, states[part], weight)
+                logprobs = logits - lse[part, None]
+                grad = grad_logprobs[part, None] * (chosen.is_target.float() - logprobs.exp())
+                if moment:
+                    centred = (logprobs + moment[0][part, None]).nan_to_num(neginf=0.0)  # log-prob plus entropy
+                    grad -= grad_entropy[part, None] * logprobs.exp() * centred
+                grad = grad / ctx.temperature
+                chosen.add_products(grad, weight, states[part], (grad_hidden[part], grad_weight), ctx.tile[1])
+                continue
             for rows in _slices(ctx.real, ctx.tile[1]):
                 shard = _factor(weight[rows])
                 logits = workspace.logits(states[part], shard)
@@ -131,7 +157,7 @@ class _TokenLogprobs(torch.autograd.Function):
             grad_out = grad_full.to(weight.dtype)
         else:
             grad_out = None
-        return (grad_hidden.to(hidden.dtype), grad_out) + (None,) * 8
+        return (grad_hidden.to(hidden.dtype), grad_out) + (None,) * 9
 
 
 def _statistics(workspace: _Workspace, hidden: Tensor, shard: Tensor, local: Tensor, want_entropy: bool) -> Tensor:
@@ -151,6 +177,74 @@ def _statistics(workspace: _Workspace, hidden: Tensor, shard: Tensor, local: Ten
             moment = scale * (moment + total * fall) + odds.mul(below).sum(-1)
         total, peak = scale * total + odds.sum(-1), highest
     return torch.stack([total.log() + peak, target, *([moment / total + peak] if want_entropy else [])])
+
+
+def _merged_entropy(share: Tensor, gathered: Tensor, lse: Tensor) -> Tensor:
+    """The entropy [n] over all shards, from their shares of the probability [r, n] and statistics [r, 3, n]."""
+    return torch.where(share > 0, share * (gathered[:, 2] + lse - gathered[:, 0]), 0.0).sum(0)
+
+
+class _Support:
+    """The token ids that n tokens were drawn among, as distinct rows of the shard and columns of these.
+
+    Args:
+        support: [n, S] int32, padded with -1.
+        targets: [n] int64.
+        start, real: the token id of the shard's first row, and how many rows it has without padding.
+
+    Attributes:
+        is_target: which entries are the targets, [n, S] bool.
+    """
+
+    def __init__(self, support: Tensor, targets: Tensor, start: int, real: int):
+        self.is_target = support == targets[:, None]
+        self._within = (support >= start) & (support < start + real)
+        self._rows, column = torch.unique(support[self._within].long() - start, return_inverse=True)
+        self._column = torch.zeros_like(support, dtype=torch.int64).masked_scatter_(self._within, column)
+
+    def logits(self, workspace: _Workspace, states: Tensor, weight: Tensor) -> Tensor:
+        """The logits of the entries, [n, S] float32; -inf where one is padding or in another shard."""
+        found = torch.full(self._within.shape, -torch.inf, device=states.device)
+        for some in _slices(len(self._rows), workspace.tile[1]):
+            tile = workspace.logits(states, _factor(weight[self._rows[some]]))
+            column, here = self._columns(some)
+            found = torch.where(here, tile.gather(1, column), found)
+        return found
+
+    def statistics(self, logits: Tensor, want_entropy: bool) -> Tensor:
+        """As `_statistics`, of these logits, but with the entropy within the shard in place of the mean logit.
+
+        The entropy of a few tokens is small: a difference of logits would be mostly rounding.
+        """
+        lse = logits.logsumexp(-1)
+        stats = [lse, torch.where(self._within & self.is_target, logits, 0.0).sum(-1)]
+        if want_entropy:
+            logprobs = logits - lse[:, None]
+            stats.append(-torch.where(self._within, logprobs.exp() * logprobs, 0.0).sum(-1))
+        return torch.stack(stats)
+
+    def add_products(
+        self, grad: Tensor, weight: Tensor, states: Tensor, totals: tuple[Tensor, Tensor | None], most: int
+    ) -> None:
+        """Add what the gradient [n, S] of the logits makes of states and weight to the `totals` of both, in place, by
+        at most so many rows of the weight at once."""
+        for some in _slices(len(self._rows), most):
+            rows = self._rows[some]
+            shard = _factor(weight[rows])
+            column, here = self._columns(some)
+            tile = torch.zeros(len(states), len(rows), device=states.device)
+            tile.scatter_add_(1, column, torch.where(here, grad, 0.0))  # a token's ids differ, so one value each
+            factor = tile.to(shard.dtype)
+            _add_product(totals[0], factor, shard)
+            if totals[1] is not None:
+                total = totals[1][rows]
+                _add_product(total, factor.t(), states)
+                totals[1].index_copy_(0, rows, total)
+
+    def _columns(self, some: slice) -> tuple[Tensor, Tensor]:
+        """The entries' columns among some of the distinct rows, 0 where they are not there, and whether they are."""
+        here = self._within & (self._column >= some.start) & (self._column < some.stop)
+        return torch.where(here, self._column - some.start, 0), here
 
 
 def _columns(local: Tensor, rows: slice) -> tuple[Tensor, Tensor]:

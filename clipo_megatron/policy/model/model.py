@@ -290,6 +290,7 @@ class PolicyStage(GPTModel):
             tp_group=self.layout.tp_group if self.layout.tp > 1 else None,
             main_grad=main_grad,
             entropy=entropy,
+            support=None if micro.support is None else micro.support.to(hidden.device)[chosen],
         )
         logprobs, entropies = (
             None if each is None else self.share.shared(each, chosen, micro.targets.numel())

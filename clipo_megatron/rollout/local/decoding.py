@@ -158,7 +158,8 @@ class DecodeBatch:
         limits: the largest number of new tokens of each row.
         uniforms: random numbers [rows, longest limit] float64; None if greedy.
 
-    `tokens` (int64) and `logprobs` (float32), both [rows, longest limit], fill up from the left with each `step`.
+    `tokens` (int64) and `logprobs` (float32), both [rows, longest limit], fill up from the left with each `step`, as
+    does `support` (int32) [rows, longest limit, top_k], which is None unless `params` ask for it.
     """
 
     def __init__(
@@ -176,6 +177,10 @@ class DecodeBatch:
         self.length = 0  # t
         self.tokens = torch.zeros(count, self._most, dtype=torch.int64, device=device)
         self.logprobs = torch.zeros(count, self._most, dtype=torch.float32, device=device)
+        self.support: Tensor | None = None
+        if params.wants_support:
+            width = min(params.top_k, model.config.vocab_size)
+            self.support = torch.full((count, self._most, width), -1, dtype=torch.int32, device=device)
         self._limits = torch.tensor(limits, device=device)
         self._uniforms = None if uniforms is None else torch.from_numpy(uniforms).to(device)
         self._stop = torch.tensor(params.stop_ids, dtype=torch.int64, device=device)
@@ -223,7 +228,7 @@ class DecodeBatch:
         if self.length:
             self._advance()
         live, params = self._live, self._params
-        drawn, logprobs = draw(
+        drawn, logprobs, support = draw(
             self._logits,
             None if self._uniforms is None else self._uniforms[live, self.length],
             temperature=params.temperature,
@@ -234,6 +239,8 @@ class DecodeBatch:
             raise NonFiniteLogits
         self.tokens[live, self.length] = drawn
         self.logprobs[live, self.length] = logprobs
+        if self.support is not None:
+            self.support[live, self.length] = support
         self.length += 1
         stopped = torch.isin(drawn, self._stop)
         done = stopped | (self._limits[live] <= self.length)

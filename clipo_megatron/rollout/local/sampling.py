@@ -34,7 +34,7 @@ def rollout_uniforms(
 
 def draw(
     logits: Tensor, uniforms: Tensor | None, *, temperature: float, top_k: int = 0, top_p: float = 1.0
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor | None]:
     """Draw one token for each row.
 
     Args:
@@ -45,35 +45,48 @@ def draw(
         top_p: of these, keeps the smallest set of most likely tokens whose renormalised mass reaches top_p.
 
     Returns:
-        Tokens [n] int64, and their log-probs [n] float32 under the temperature-scaled distribution before truncation.
+        Tokens [n] int64; their log-probs [n] float32 under the distribution that they are drawn from; and with top_k,
+        unless greedy, its support [n, top_k] int32: ids of the tokens that are kept, padded with -1.
     """
     rows, vocabulary = logits.shape
     # Small chunks reuse small buffers; buffers for a whole batch would be mapped anew for every token.
     chunk = max(1, _CPU_CHUNK // vocabulary) if logits.device.type == "cpu" else rows
     tokens = torch.empty(rows, dtype=torch.int64, device=logits.device)
     logprobs = torch.empty(rows, dtype=torch.float32, device=logits.device)
+    support = logits.new_empty(rows, min(top_k, vocabulary), dtype=torch.int32) if top_k and temperature else None
     for start in range(0, rows, chunk):
         some = slice(start, start + chunk)
         share = None if uniforms is None else uniforms[some]
-        tokens[some], logprobs[some] = _draw(logits[some].float(), share, temperature, top_k, top_p)
-    return tokens, logprobs
+        tokens[some], logprobs[some], kept = _draw(logits[some].float(), share, temperature, top_k, top_p)
+        if support is not None:
+            support[some] = kept
+    return tokens, logprobs, support
 
 
-def _draw(logits: Tensor, uniforms: Tensor, temperature: float, top_k: int, top_p: float) -> tuple[Tensor, Tensor]:
+def _draw(
+    logits: Tensor, uniforms: Tensor, temperature: float, top_k: int, top_p: float
+) -> tuple[Tensor, Tensor, Tensor | None]:
     if temperature not in (0, 1):
         logits = logits / temperature
     logprobs = logits.log_softmax(-1)
     if temperature == 0:
         tokens = logits.argmax(-1)
     elif top_k or top_p < 1:
-        tokens = _draw_truncated(logprobs.exp(), uniforms, top_k or _TOP_P_CANDIDATES, top_k, top_p)
+        tokens, kept, support = _draw_truncated(logprobs.exp(), uniforms, top_k or _TOP_P_CANDIDATES, top_k, top_p)
+        return tokens, logprobs.gather(1, tokens[:, None])[:, 0] - kept.log(), support
     else:
         tokens = _inverse_cdf(logprobs.exp(), uniforms)
-    return tokens, logprobs.gather(1, tokens[:, None])[:, 0]
+    return tokens, logprobs.gather(1, tokens[:, None])[:, 0], None
 
 
-def _draw_truncated(probs: Tensor, uniforms: Tensor, candidates: int, top_k: int, top_p: float) -> Tensor:
-    """Draw among the `candidates` most likely tokens, or among all in rows where these lack the mass for top_p."""
+def _draw_truncated(
+    probs: Tensor, uniforms: Tensor, candidates: int, top_k: int, top_p: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Draw among the `candidates` most likely tokens, or among all in rows where these lack the mass for top_p.
+
+    Returns:
+        Tokens [n] int64, the mass [n] float64 that is kept, and the ids of the tokens with it [n, candidates] int32.
+    """
     vocabulary = probs.shape[1]
     mass, tokens = probs.topk(min(candidates, vocabulary), dim=-1)
     total = mass.sum(-1, dtype=torch.float64) if top_k else torch.ones_like(uniforms)
@@ -81,12 +94,13 @@ def _draw_truncated(probs: Tensor, uniforms: Tensor, candidates: int, top_k: int
         before = mass.cumsum(-1, dtype=torch.float64) - mass
         mass = mass.masked_fill(before >= top_p * total[:, None], 0.0)
     drawn = tokens.gather(1, _inverse_cdf(mass, uniforms)[:, None])[:, 0]
+    kept = mass.sum(-1, dtype=torch.float64)
     if not top_k and candidates < vocabulary:
         # Row by row, so that a row's token does not depend on its neighbours even if probabilities tie.
-        short = (mass.sum(-1, dtype=torch.float64) < top_p).nonzero()[:, 0]
+        short = (kept < top_p).nonzero()[:, 0]
         if short.numel():
-            drawn[short] = _draw_truncated(probs[short], uniforms[short], vocabulary, top_k, top_p)
-    return drawn
+            drawn[short], kept[short], _ = _draw_truncated(probs[short], uniforms[short], vocabulary, top_k, top_p)
+    return drawn, kept, tokens.int().masked_fill_(mass <= 0, -1)
 
 
 def _inverse_cdf(mass: Tensor, uniforms: Tensor) -> Tensor:

@@ -217,6 +217,7 @@ class Workload:
             finish=finish,
             params=under_way.wave.params,
             decode=self.loaded.decode_text,
+            support=None if batch.support is None else batch.support[row, : batch.length].clone().cpu(),
         )
 
     def _cut(self) -> None:

@@ -39,7 +39,8 @@ class Call:
     @property
     def most_bytes(self) -> int:
         """The size that its answer may have."""
-        return most_bytes(samples=len(self.ids), prompt=len(self.inputs), tokens=self.budget)
+        support = self.params.most_support if self.params.wants_support else 0
+        return most_bytes(samples=len(self.ids), prompt=len(self.inputs), tokens=self.budget, support=support)
 
 
 class HttpServer(ABC):
@@ -124,7 +125,16 @@ class HttpServer(ABC):
             older, newer = int(new.versions[0]), int(begun.versions[-1])
             raise self._http.fail(Fault.stale, f"it answered tokens of version {older} after ones of {newer}")
         tensors = (torch.from_numpy(each) for each in (new.tokens, new.logprobs, new.versions))
-        return append_tokens(begun, *tensors, sample=sample, finish=new.finish, params=params, decode=self._decode)
+        support = None if new.support is None else torch.from_numpy(new.support)
+        return append_tokens(
+            begun,
+            *tensors,
+            sample=sample,
+            finish=new.finish,
+            params=params,
+            decode=self._decode,
+            support=support,
+        )
 
     # --- weights -------------------------------------------------------------------------------------------------
 

@@ -19,15 +19,17 @@ _LEAST_DRAWN, _LEAST = -104.0, -1e4
 _MOST = 1 << 16  # ranks of one server, or requests that it computes at once
 # Bytes of an answer: of a token its numbers and its text, which may be 128 escaped characters; of a sample the rest.
 _TOKEN_BYTES, _PROMPT_TOKEN_BYTES, _SAMPLE_BYTES = 512, 16, 16_384
+_SUPPORT_BYTES = 96  # of one token in a support: its id, log-prob and rank, with their names
 
 
 class BadAnswer(ValueError):
     """The server answered something that cannot be what was asked for; the message is part of a sentence."""
 
 
-def most_bytes(*, samples: int, prompt: int, tokens: int) -> int:
-    """The size that an answer with so many samples of a prompt may have, each of so many new tokens at most."""
-    return samples * (_SAMPLE_BYTES + prompt * _PROMPT_TOKEN_BYTES + tokens * _TOKEN_BYTES)
+def most_bytes(*, samples: int, prompt: int, tokens: int, support: int = 0) -> int:
+    """The size that an answer with so many samples of a prompt may have, each of so many new tokens at most, with
+    supports of at most so many."""
+    return samples * (_SAMPLE_BYTES + prompt * _PROMPT_TOKEN_BYTES + tokens * (_TOKEN_BYTES + support * _SUPPORT_BYTES))
 
 
 @dataclass(slots=True)
@@ -38,6 +40,7 @@ class Continuation:
     logprobs: np.ndarray  # [n] float32
     versions: np.ndarray  # [n] int64, of the weights that produced each token
     finish: Literal["stop", "length", "abort"]
+    support: np.ndarray | None = None  # [n, S] int32, see `Rollout.support`
 
 
 def checked(
@@ -50,6 +53,7 @@ def checked(
     budget: int,
     vocabulary: int,
     params: SamplingParams,
+    support: Any = None,
 ) -> Continuation:
     """Check every part of a server's answer for one sample and return it as a continuation.
 
@@ -62,6 +66,7 @@ def checked(
         budget: the largest number of tokens that was asked for.
         vocabulary: the number of token ids that the model has; 0 if it is unknown.
         params: how sampling was asked for; has the tokens that end a response.
+        support: the ids among which each token was drawn, where `params` ask for them.
 
     Raises:
         BadAnswer: names the first part that is wrong.
@@ -96,7 +101,9 @@ def checked(
         raise BadAnswer(f"a cut after {count} of {budget} tokens; is the server's context long enough?")
     if finish == "abort" and (stopped or count == budget):  # interrupted at the very end
         finish = "stop" if stopped else "length"
-    return Continuation(ids, values, versions, finish)
+    return Continuation(
+        ids, values, versions, finish, _supports(support, ids, params) if params.wants_support else None
+    )
 
 
 def version_number(said: Any) -> int:
@@ -135,6 +142,27 @@ def number_of(what: str, said: Any) -> int:
     if type(said) is not int or not 0 < said <= _MOST:
         raise BadAnswer(f"the number of {what} {str(said)[:40]!r}")
     return said
+
+
+def _supports(said: Any, ids: np.ndarray, params: SamplingParams) -> np.ndarray:
+    """The supports of tokens `ids` [n], as [n, S] int32 padded with -1."""
+    if not isinstance(said, list) or len(said) != ids.size or not all(isinstance(each, list) for each in said):
+        raise BadAnswer(f"{ids.size} tokens without as many lists of those that top-p and top-k left to draw from")
+    flat = _array([token for each in said for token in each], "kept token ids", {int}, np.int32)
+    lengths = np.array([len(each) for each in said], dtype=np.int64)
+    width = int(lengths.max(initial=0))
+    if width > params.most_support + 1:
+        raise BadAnswer(f"{width} tokens to draw one from, with top_k = {params.top_k}")
+    if flat.size and flat.min() < 0:
+        raise BadAnswer(f"the kept token id {flat.min()}")
+    found = np.full((ids.size, width), -1, dtype=np.int32)
+    found[np.arange(width) < lengths[:, None]] = flat
+    if not (found == ids[:, None]).any(axis=1).all():
+        raise BadAnswer("a token that is not among those that it was drawn from")
+    ordered = np.sort(found, axis=1)
+    if ((np.diff(ordered, axis=1) == 0) & (ordered[:, 1:] >= 0)).any():
+        raise BadAnswer("a token twice among those that one was drawn from")
+    return found
 
 
 def _array(values: Any, what: str, kinds: set[type], dtype: type) -> np.ndarray:

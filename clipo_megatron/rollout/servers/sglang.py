@@ -35,6 +35,8 @@ from clipo_megatron.rollout.servers.server import (
 # that arrive together would each prefill the prompt, because only finished prefills are in the prefix cache.
 _PREFILL_ONCE = 64
 _KEEP_TENSORS = "clipo_delta.keep_tensors"  # of serving/engine_extension, by the path in the server
+# Names in an answer: the tokens that each was drawn among, and its log-prob among them.
+_MASK, _MASK_LOGPROBS = "output_token_sampling_mask", "output_token_sampling_logprobs"
 _EMPTY_CACHE_S = 15.0  # for the last requests to leave the server, which then can empty its prefix cache
 
 
@@ -42,9 +44,9 @@ class SGLangServer(HttpServer):
     """The `Server` protocol for SGLang.
 
     The samples of a request are one HTTP call with one id for each sample, because the ids that the server itself
-    gives `n` samples cannot be aborted. Log-probs are those of the temperature-scaled policy before top-p and top-k;
-    under greedy sampling those of temperature 1. If there are stop tokens, the server also stops at the model's own
-    end-of-text token.
+    gives `n` samples cannot be aborted. With top-p or top-k the server is asked for its sampling masks, the tokens that
+    each draw was among, and for log-probs renormalised over them. Greedy sampling has log-probs of temperature 1. If
+    there are stop tokens, the server also stops at the model's own end-of-text token.
 
     Through a router (`routed`) each sample is a call of its own: sglang-router takes one id for each request.
     """
@@ -283,6 +285,7 @@ def _generate_body(call: Call) -> dict[str, Any]:
         "input_ids": call.inputs if alone else [call.inputs] * len(call.ids),
         "sampling_params": sampling,
         "return_logprob": True,
+        **({"return_sampling_mask": True} if params.wants_support else {}),
     }
 
 
@@ -292,6 +295,11 @@ def _continuation(answer: Any, call: Call) -> Continuation:
         rows, reason = meta["output_token_logprobs"], meta["finish_reason"]
         logprobs, ids = ([row[0] for row in rows], [row[1] for row in rows])
         finish, matched = reason["type"], reason.get("matched")
+        support: list[list[int]] = []
+        if call.params.wants_support and tokens:
+            support, logprobs = meta.get(_MASK), meta.get(_MASK_LOGPROBS)
+            if support is None:
+                raise BadAnswer("no sampling mask, which this release of SGLang may not know; 0.5.23 does")
     except (KeyError, IndexError, TypeError, AttributeError):
         raise BadAnswer("a sample without ids, log-probs or finish reason") from None
     if type(tokens) is not list or ids != tokens:
@@ -305,6 +313,7 @@ def _continuation(answer: Any, call: Call) -> Continuation:
         budget=call.budget,
         vocabulary=call.vocabulary,
         params=call.params,
+        support=support,
     )
 
 

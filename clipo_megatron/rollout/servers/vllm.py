@@ -8,6 +8,7 @@ import re
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from math import exp
 from typing import Any
 
 from clipo_megatron.rollout.engine import InFlight, Memory, SamplingParams
@@ -36,6 +37,8 @@ _START_TIME = re.compile(r"^process_start_time_seconds (\S{1,64})", re.MULTILINE
 _PAUSE_MODE = {InFlight.abort: "abort", InFlight.retract: "keep"}
 _GENERATE = "/inference/v1/generate"  # unlike /v1/completions its answers name the version of each token
 _EMPTY_CACHE_EVERY_S = 0.2
+_CUT_OFF = -9000.0  # it writes -9999 as the log-prob of tokens that are not kept
+_MISSING_MASS = 1e-3
 
 
 class VLLMServer(HttpServer):
@@ -45,8 +48,9 @@ class VLLMServer(HttpServer):
     loads receive. Which log-probs the engine reports depends on how it was started:
 
     - `--logprobs-mode processed_logprobs`: of the temperature-scaled policy, renormalised over the tokens that top-p
-      and top-k keep, so both must be off;
-    - `raw_logprobs`, the default: of temperature 1, so the temperature must be 1.
+      and top-k keep. It is then asked for as many of the likeliest tokens as may be kept, of which those that are not
+      have no probability; `--max-logprobs` bounds how many it names;
+    - `raw_logprobs`, the default: of temperature 1, so the temperature must be 1, and top-p and top-k off.
 
     Greedy sampling has log-probs of temperature 1 in both modes. Other parameters are refused.
     """
@@ -102,9 +106,16 @@ class VLLMServer(HttpServer):
             except (KeyError, TypeError, AttributeError):
                 raise BadAnswer("samples without ids, log-probs, versions or finish reason") from None
 
-        return await self._http.post_and_read(
-            _GENERATE, _generate_body(call), read, deadline_s=call.seconds_left, most_bytes=call.most_bytes
-        )
+        try:
+            return await self._http.post_and_read(
+                _GENERATE, _generate_body(call), read, deadline_s=call.seconds_left, most_bytes=call.most_bytes
+            )
+        except ServerError as error:
+            if error.status != 400 or "greater than max allowed" not in str(error):
+                raise
+            wanted = call.params.most_support
+            message = f"it does not name the {wanted} tokens that top_k may keep; start it with --max-logprobs {wanted}"
+            raise self._http.fail(Fault.unsupported, message) from error
 
     async def _check_params(self, params: SamplingParams, deadline_s: float) -> None:
         """Raise ServerError for parameters under which the engine's log-probs would not be the policy's."""
@@ -112,19 +123,12 @@ class VLLMServer(HttpServer):
             await self.state(deadline_s=deadline_s)
         if params.temperature == 0 or not params.exact_logprobs:
             return
-        truncated = params.top_p < 1 or params.top_k > 0
-        processed = self._logprobs_mode == "processed_logprobs"
-        if processed and truncated:
+        if self._logprobs_mode != "processed_logprobs" and (params.temperature != 1 or params.wants_support):
             raise self._http.fail(
                 Fault.unsupported,
-                "under --logprobs-mode processed_logprobs its log-probs are renormalised over what top_p and top_k "
-                "left; set rollout.top_p=1 and rollout.top_k=0, or use the engine sglang",
-            )
-        if not processed and params.temperature != 1:
-            raise self._http.fail(
-                Fault.unsupported,
-                f"with --logprobs-mode {self._logprobs_mode} its log-probs are those of temperature 1, not "
-                f"{params.temperature}; start it with --logprobs-mode processed_logprobs",
+                f"with --logprobs-mode {self._logprobs_mode} its log-probs are those of temperature 1 and all "
+                f"tokens, not of temperature {params.temperature:g}, top_p {params.top_p:g} and top_k {params.top_k}; "
+                "start it with --logprobs-mode processed_logprobs",
             )
 
     async def abort(self, ids: Sequence[str] | None = None, *, deadline_s: float) -> None:
@@ -257,7 +261,8 @@ def _generate_body(call: Call) -> dict[str, Any]:
         "top_k": params.top_k,
         "stop_token_ids": list(params.stop_ids),
         "ignore_eos": True,
-        "logprobs": 0,  # of the drawn token alone
+        # Of the drawn token alone, or of as many as may have been kept.
+        "logprobs": min(params.most_support, call.vocabulary or params.most_support) if params.wants_support else 0,
         "detokenize": False,
     }
     return {"request_id": call.ids[0], "token_ids": call.inputs, "sampling_params": sampling}
@@ -276,4 +281,17 @@ def _continuation(choice: dict[str, Any], call: Call) -> Continuation:
         budget=call.budget,
         vocabulary=call.vocabulary,
         params=call.params,
+        support=[_support(row["top_logprobs"]) for row in rows] if call.params.wants_support else None,
     )
+
+
+def _support(likeliest: list[dict[str, Any]]) -> list[int]:
+    """The tokens that one was drawn among: of the likeliest ones, which were asked for, those with a probability."""
+    kept = {each["token_id"]: each["logprob"] for each in likeliest if each["logprob"] > _CUT_OFF}
+    mass = sum(map(exp, kept.values()))
+    if abs(1 - mass) > _MISSING_MASS:
+        raise BadAnswer(
+            f"{len(kept)} tokens to draw one from, which have {mass:.4f} of the probability: more were kept, because "
+            "several are as likely as the last that top_k admits"
+        )
+    return list(kept)

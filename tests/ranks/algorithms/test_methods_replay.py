@@ -120,8 +120,9 @@ def test_pipo_holds_what_a_replay_reads() -> None:
 
 
 def pipo_config(folder: Path) -> RunConfig:
-    """With advantages of single tokens, reference log-probs and entropies to be kept too."""
+    """With advantages of single tokens, reference log-probs, entropies and supports to be kept too."""
     config = configuration(tiny_llama(folder, vocab=VOCAB, layers=2))
+    config.rollout.top_k = 5
     config.algorithm.kl.coefficient = 0.01
     config.algorithm.plugins = [PluginConfig("pipo", {"window": 3}), PluginConfig("d3s", {"relax_steps": 4})]
     return config

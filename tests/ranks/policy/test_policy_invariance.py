@@ -79,9 +79,22 @@ def untied_qwen2_by_sequences(folder: Path) -> tuple[RunConfig, bool]:
     return config, True
 
 
+def truncated_qwen2(folder: Path) -> tuple[RunConfig, bool]:
+    """Tokens that were drawn among a few, with KL and entropy in the loss."""
+    config, share = qwen2_with_kl_and_entropy(folder)
+    config.rollout.top_k = 7
+    return config, share
+
+
 CASES = {
     case.__name__: case
-    for case in (plain_llama, qwen2_with_kl_and_entropy, tied_llama_debiased, untied_qwen2_by_sequences)
+    for case in (
+        plain_llama,
+        qwen2_with_kl_and_entropy,
+        tied_llama_debiased,
+        untied_qwen2_by_sequences,
+        truncated_qwen2,
+    )
 }
 LAYOUTS = {
     "TP2": (2, LayoutConfig(tp=2)),
@@ -104,6 +117,7 @@ LAYOUTS = {
 IN_SHORT = {
     "TP2 x PP2": set(CASES),
     "PP2 x DP2": {"plain_llama", "tied_llama_debiased"},
+    "TP2 x CP2 with sequence parallelism": {"truncated_qwen2"},
     "TP2 x DP2 with sequence parallelism": {"qwen2_with_kl_and_entropy", "untied_qwen2_by_sequences"},
 }
 

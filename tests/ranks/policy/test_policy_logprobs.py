@@ -41,6 +41,35 @@ def exact(
     return logprobs.detach(), entropy.detach(), hidden.grad, weight.grad
 
 
+def supports(targets: Tensor, width: int = 6, seed: int = 1) -> Tensor:
+    """Different token ids below V in random order, the target among them; the first ones are alone. [N, width]"""
+    generator = torch.Generator().manual_seed(seed)
+    found = torch.full((N, width), -1, dtype=torch.int32)
+    for row, target in enumerate(targets.tolist()):
+        others = [each for each in torch.randperm(V, generator=generator).tolist() if each != target]
+        kept = torch.tensor([target, *others[: row % width]], dtype=torch.int32)
+        places = torch.randperm(width, generator=generator)[: kept.numel()]
+        found[row, places] = kept
+    return found
+
+
+def exact_among(
+    hidden: Tensor, weight: Tensor, targets: Tensor, kept: Tensor, up: Tensor, up_entropy: Tensor, temperature: float
+) -> tuple[Tensor, ...]:
+    """As `exact`, over supports: token by token, in float64."""
+    hidden, weight = (each.double().requires_grad_() for each in (hidden, weight))
+    logprobs, entropies = [], []
+    for row, target in enumerate(targets.tolist()):
+        ids = [each for each in kept[row].tolist() if each >= 0]
+        logits = torch.stack([hidden[row] @ weight[each] / temperature for each in ids])
+        normaliser = logits.exp().sum().log()
+        logprobs.append(logits[ids.index(target)] - normaliser)
+        entropies.append(-sum((each - normaliser).exp() * (each - normaliser) for each in logits))
+    found, entropy = torch.stack(logprobs), torch.stack(entropies)
+    (found @ up.double() + entropy @ up_entropy.double()).backward()
+    return found.detach(), entropy.detach(), hidden.grad, weight.grad
+
+
 def close(ours: Tensor, theirs: Tensor, tolerance: float = 2e-6, scale: Tensor | None = None) -> bool:
     """Whether the error is small relative to the largest magnitude of `theirs`, or of `scale`.
 
@@ -224,10 +253,64 @@ def test_tiles_suit_the_device(device: str, nbytes: int) -> None:
     assert max(products.written) == nbytes and sum(products.written) == 4 * 4100 * 12_000
 
 
+@pytest.mark.parametrize("tile", [None, (7, 1), (5, 4), (N + 5, V + 5)])
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize("entropy", [False, True])
+def test_values_and_gradients_over_supports(tile: tuple[int, int] | None, temperature: float, entropy: bool) -> None:
+    hidden, weight, targets, up, up_entropy = inputs(rows=V + 6)
+    kept = supports(targets)
+    expected = exact_among(hidden, weight[:V], targets, kept, up, up_entropy * entropy, temperature)
+    weight[V:] = 1e3
+    hidden.requires_grad_(), weight.requires_grad_()
+    main_grad, passes = torch.full((V + 6, H), 3.0), []
+    for _ in range(2):
+        logprobs, entropies = token_logprobs(
+            hidden,
+            weight,
+            targets,
+            vocab_size=V,
+            temperature=temperature,
+            entropy=entropy,
+            support=kept,
+            main_grad=main_grad,
+            tile=tile,
+        )
+        assert logprobs.dtype == torch.float32 and close(logprobs, expected[0])
+        assert close(entropies, expected[1], scale=expected[0]) if entropy else entropies is None
+        hidden.grad = None
+        (logprobs @ up + (entropies @ up_entropy if entropy else 0.0)).backward()
+        passes.append(hidden.grad)
+    assert torch.equal(*passes), "a repetition gives the same bits"
+    assert close(passes[0], expected[2])
+    assert close(main_grad[:V] - 3.0, 2 * expected[3]) and (main_grad[V:] == 3.0).all()
+    unused = torch.ones(V, dtype=torch.bool).index_fill_(0, kept[kept >= 0].long(), False)
+    assert unused.any() and (main_grad[:V][unused] == 3.0).all(), "what nobody could draw learns nothing"
+
+
+def test_supports_of_the_whole_vocabulary_change_nothing() -> None:
+    hidden, weight, targets, _, _ = inputs()
+    plain, entropy = token_logprobs(hidden, weight, targets, entropy=True)
+    everything = torch.stack([torch.randperm(V, generator=torch.Generator().manual_seed(row)) for row in range(N)])
+    ours, theirs = token_logprobs(hidden, weight, targets, entropy=True, support=everything.int())
+    torch.testing.assert_close(ours, plain, rtol=0, atol=2e-6)
+    torch.testing.assert_close(theirs, entropy, rtol=0, atol=1e-5)
+
+
+def test_only_the_rows_in_a_support_are_multiplied() -> None:
+    hidden, weight, targets, _, _ = inputs()
+    kept = supports(targets % 5)  # ids of others may be anything
+    kept[kept >= 5] = -1
+    with Products() as products:
+        token_logprobs(hidden, weight, targets % 5, support=kept)
+    assert sum(products.written) == 4 * N * 5
+
+
 # --- vocabulary parallel -----------------------------------------------------------------------------------------
 
 
-def on_a_shard(rows: int, vocab: int, entropy: bool, use_main_grad: bool) -> tuple[Tensor, ...]:
+def on_a_shard(
+    rows: int, vocab: int, entropy: bool, use_main_grad: bool, kept: Tensor | None = None
+) -> tuple[Tensor, ...]:
     """On a rank: log-probs, entropies, this shard's gradients of the states and of its `rows`, padding included."""
     world = dist.get_world_size()
     hidden, weight, targets, up, up_entropy = inputs(rows=rows * world)
@@ -246,6 +329,7 @@ def on_a_shard(rows: int, vocab: int, entropy: bool, use_main_grad: bool) -> tup
         tp_group=dist.group.WORLD,
         main_grad=main_grad,
         entropy=entropy,
+        support=kept,
         tile=(7, 4),
     )
     (logprobs @ up + (entropies @ up_entropy if entropy else 0.0)).backward()
@@ -269,6 +353,20 @@ def test_shards_of_the_vocabulary(
     assert close(sum(each[2] for each in results), expected[2])
     whole = torch.cat([each[3] for each in results])
     assert close(whole[:vocab], expected[3]) and not whole[vocab:].any()
+
+
+@pytest.mark.parametrize(("world", "rows"), [(2, 19), (4, 10)])
+def test_supports_over_shards_of_the_vocabulary(world: int, rows: int, ranks: RankPool) -> None:
+    """A support may lie in one shard, in several, or have none of its tokens in a shard."""
+    hidden, weight, targets, up, up_entropy = inputs(rows=rows * world)
+    kept = supports(targets)
+    expected = exact_among(hidden, weight[:V], targets, kept, up, up_entropy, 0.9)
+    results = ranks.run(on_a_shard, world, rows, V, True, True, kept)
+    for logprobs, entropies, _, _ in results:
+        assert close(logprobs, expected[0]) and close(entropies, expected[1], scale=expected[0])
+    assert close(sum(each[2] for each in results), expected[2])
+    whole = torch.cat([each[3] for each in results])
+    assert close(whole[:V], expected[3]) and not whole[V:].any()
 
 
 # --- cost --------------------------------------------------------------------------------------------------------

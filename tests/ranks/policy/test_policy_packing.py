@@ -129,15 +129,15 @@ def trained_parts(folder: Path, layout_config: LayoutConfig) -> tuple[int, dict[
     """Score, and leave out the rollouts without advantage.
 
     Returns:
-        The data-parallel rank; what it then trains, by row: prompt, response, the old log-probs and an entropy of the
-        tokens where this stage has them; and the rows of each of its micro-batches.
+        The data-parallel rank; what it then trains, by row: prompt, response, supports, the old log-probs and an
+        entropy of the tokens where this stage has them; and the rows of each of its micro-batches.
     """
     config = configuration(folder)
     config.algorithm.mini_batches, config.layout = 1, layout_config
     layout = parallel.initialize(layout_config, seed=0)
     algorithm = build_algorithm(config)
     actor = PolicyActor(config, layout, needs=algorithm.needs | {Signal.entropy}, total_steps=10)
-    mine = scored_groups(0, vocab=VOCAB, groups=9)[layout.rank :: layout.world]
+    mine = scored_groups(0, vocab=VOCAB, groups=9, top_k=6)[layout.rank :: layout.world]
     table, held = build_table(mine, step=0, observe=algorithm.observe)
     (batch,) = actor.batcher.mini_batches_of(held, table)
     actor.score(batch.micro_batches, table, algorithm)
@@ -150,7 +150,8 @@ def trained_parts(folder: Path, layout_config: LayoutConfig) -> tuple[int, dict[
         columns = [micro.old_logprobs, micro.signals["entropy"]] if layout.is_last_stage else []
         for place, sample in enumerate(micro.samples):
             own = [column[micro.rollout == place] for column in columns]
-            found[sample.row] = (sample.prompt, sample.response, sample.logprobs, *own)
+            assert torch.equal(micro.support[micro.rollout == place], sample.support)
+            found[sample.row] = (sample.prompt, sample.response, sample.logprobs, sample.support, *own)
     return layout.dp_rank, found, [micro.rows.tolist() for micro in weighed.micro_batches]
 
 
@@ -169,9 +170,9 @@ def test_rollouts_move_with_their_columns_to_the_ranks_that_train_them(ranks: Ra
     assert max(tokens) < 1.3 * min(tokens), "rollouts of a dozen tokens divide no better"
     for _, rows, _ in results:
         for row, values in rows.items():
-            for mine, theirs in zip(values[:3], alone[row], strict=False):
+            for mine, theirs in zip(values[:4], alone[row], strict=False):
                 assert torch.equal(mine, theirs)
-            for mine, theirs in zip(values[3:], alone[row][3:], strict=False):
+            for mine, theirs in zip(values[4:], alone[row][4:], strict=False):
                 assert torch.allclose(mine, theirs, atol=1e-5)
 
 

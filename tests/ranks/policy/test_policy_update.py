@@ -26,9 +26,9 @@ from clipo_megatron.policy.batch.exchange import build_table
     ("terms", "share"),
     [
         ("policy loss", False),
-        ("kl and entropy, by sequence", True),
+        ("kl, entropy and supports, by sequence", True),
         pytest.param("policy loss", True, marks=pytest.mark.full),
-        pytest.param("kl and entropy, by sequence", False, marks=pytest.mark.full),
+        pytest.param("kl, entropy and supports, by sequence", False, marks=pytest.mark.full),
     ],
 )
 @pytest.mark.parametrize(
@@ -44,7 +44,7 @@ def test_gradients_are_those_of_a_plain_implementation(
         config.algorithm.entropy_coefficient = 0.05
         config.algorithm.aggregation = Aggregation.sequence_mean
         config.algorithm.clip_low, config.algorithm.clip_high = 0.1, 0.25
-        config.rollout.temperature = 0.8
+        config.rollout.temperature, config.rollout.top_k = 0.8, 6
     ours = ranks.run(one_update, 1, config, LayoutConfig(share_prompts=share, max_tokens_per_microbatch=100))[0]
     assert ours["micro_batches"] > 1
     loss, gradients = plainly(config, ours["advantage"])

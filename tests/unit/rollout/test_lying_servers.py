@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import tracemalloc
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-from lying_server import LENGTH, TOKEN, VERSION, VOCABULARY, LyingServer, Reply, at, bomb, endless
+from lying_server import LENGTH, OTHERS, TOKEN, VERSION, VOCABULARY, LyingServer, Reply, at, bomb, endless
 
 from clipo_megatron.config.schema import EngineKind, PoolConfig
 from clipo_megatron.flow import Prompt
@@ -227,6 +228,60 @@ def test_a_lie_is_a_fault_of_the_server(loop, liar, kind, path, lie):
         asked(loop, kind, liar.url)
     assert caught.value.fault in (Fault.garbage, Fault.stale, Fault.status, Fault.refused, Fault.deadline)
     assert len(str(caught.value)) < 1000
+
+
+TRUNCATED = replace(PARAMS, top_p=0.9, top_k=3)
+MASK, TOP = (META, "output_token_sampling_mask"), (*CHOICE, "logprobs", "content", 0, "top_logprobs")
+SUPPORT_LIES: dict[str, Any] = {
+    "no masks": at(*MASK, becomes=None),
+    "one mask less": at(*MASK, by=lambda masks: masks[1:]),
+    "a mask without the token": at(*MASK, 0, becomes=list(OTHERS)),
+    "an empty mask": at(*MASK, 0, becomes=[]),
+    "a mask with a token twice": at(*MASK, 0, becomes=[TOKEN, 8, 8]),
+    "a mask with a negative id": at(*MASK, 0, becomes=[TOKEN, -1]),
+    "a mask of more tokens than top_k and ties admit": at(*MASK, 0, becomes=list(range(TOKEN, TOKEN + 8))),
+    "a mask that is text": at(*MASK, 0, becomes="789"),
+    "a mask of floats": at(*MASK, 0, becomes=[7.0]),
+    "no log-probs over the masks": at(META, "output_token_sampling_logprobs", becomes=None),
+}
+VLLM_SUPPORT_LIES: dict[str, Any] = {
+    "tokens that lack a quarter of the probability": at(*TOP, 1, "logprob", becomes=-9999.0),
+    "tokens without the drawn one": at(*TOP, becomes=[{"token_id": 8, "logprob": -0.0001}]),
+    "a token that is text": at(*TOP, 0, "token_id", becomes="7"),
+    "tokens without log-probs": at(*TOP, becomes=[{"token_id": 7}]),
+    "no likeliest tokens": at(*TOP, becomes=None),
+}
+
+
+@pytest.mark.parametrize("kind", [SGLangServer, VLLMServer])
+def test_honest_supports_are_taken(loop, liar, kind):
+    for rollout in asked(loop, kind, liar.url, params=TRUNCATED):
+        assert rollout.support.dtype == torch.int32
+        assert rollout.support.sort(-1).values.tolist() == [[TOKEN, *OTHERS]] * LENGTH
+        assert rollout.logprobs.tolist() == [-0.25 if kind is SGLangServer else -0.5] * LENGTH
+    assert all(each.support is None for each in asked(loop, kind, liar.url))
+
+
+@pytest.mark.parametrize(
+    ("kind", "path", "lie"),
+    [
+        *(pytest.param(SGLangServer, SGLANG, lie, id=f"sglang: {name}") for name, lie in SUPPORT_LIES.items()),
+        *(pytest.param(VLLMServer, VLLM, lie, id=f"vllm: {name}") for name, lie in VLLM_SUPPORT_LIES.items()),
+    ],
+)
+def test_a_lie_about_supports_is_a_fault_of_the_server(loop, liar, kind, path, lie):
+    liar.lies[path] = lie
+    with pytest.raises(ServerError) as caught:
+        asked(loop, kind, liar.url, params=TRUNCATED)
+    assert caught.value.fault is Fault.garbage
+
+
+def test_a_vllm_that_names_too_few_tokens_is_told_how_to_start(loop, liar):
+    said = b'{"error": {"message": "Requested sample logprobs of 6, which is greater than max allowed: 5"}}'
+    liar.lies[VLLM] = lambda answer: Reply([said], 400)
+    with pytest.raises(ServerError, match="start it with --max-logprobs 6") as caught:
+        asked(loop, VLLMServer, liar.url, params=TRUNCATED)
+    assert caught.value.fault is Fault.unsupported
 
 
 CONTROL = {

@@ -9,7 +9,7 @@ from tiny_models import EOS, tiny_llama
 from transformers import AutoTokenizer
 
 from clipo_megatron.flow import Prompt
-from clipo_megatron.rollout.engine import Request, SamplingParams
+from clipo_megatron.rollout.engine import EngineError, Request, SamplingParams
 from clipo_megatron.rollout.local import decoding
 
 # --- log-probs and greedy decoding ---
@@ -149,15 +149,25 @@ def test_seed_step_prompt_and_sample_each_change_the_draw(llama):
     assert len(responses) == 8
 
 
-def test_truncation_reaches_the_engine_and_logprobs_are_of_the_whole_distribution(llama):
+def test_truncation_reaches_the_engine_and_logprobs_are_over_what_it_keeps(llama):
     model = reference(llama)
     for group in run(engine_of(llama), bare_prompts([5, 7]), samples=20, max_new_tokens=6, top_k=3):
         for rollout in group.rollouts:
             prompt, response = group.prompt.tokens, rollout.tokens
             with torch.no_grad():
                 logits = model(torch.cat((prompt, response))[None]).logits[0, prompt.numel() - 1 : -1]
-            assert (logits.topk(3).indices == response[:, None]).any(-1).all()
-            torch.testing.assert_close(rollout.logprobs, alone(model, prompt, response, 1.0), rtol=0, atol=1e-5)
+            best = logits.topk(3)
+            assert torch.equal(best.indices, rollout.support.long())
+            expected = best.values.log_softmax(-1)[best.indices == response[:, None]]
+            torch.testing.assert_close(rollout.logprobs, expected, rtol=0, atol=1e-5)
+
+
+def test_evaluation_keeps_no_supports_and_top_p_alone_is_refused_where_they_are_wanted(llama):
+    engine, prompts = engine_of(llama), bare_prompts([5])
+    (group,) = run(engine, prompts, samples=2, max_new_tokens=4, top_k=3, top_p=0.9, exact_logprobs=False)
+    assert all(rollout.support is None for rollout in group.rollouts)
+    with pytest.raises(EngineError, match=r"top_k is 0.*with top_p below 1 at least 1"):
+        run(engine, prompts, samples=2, max_new_tokens=4, top_p=0.9)
 
 
 # --- ends of responses, batches ---

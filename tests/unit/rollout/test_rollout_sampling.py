@@ -17,9 +17,15 @@ def grid(count: int) -> torch.Tensor:
 
 
 def frequencies(logits: torch.Tensor, count: int, **params) -> torch.Tensor:
-    tokens, logprobs = draw(logits.expand(count, -1), grid(count), **{"temperature": 1.0, **params})
-    scaled = (logits / params.get("temperature", 1.0)).log_softmax(-1)
-    torch.testing.assert_close(logprobs, scaled[tokens], rtol=0, atol=1e-6)
+    tokens, logprobs, support = draw(logits.expand(count, -1), grid(count), **{"temperature": 1.0, **params})
+    scaled = (logits / params.pop("temperature", 1.0)).log_softmax(-1)
+    if params:
+        expected = truncated(logits, params["top_k"], params["top_p"])
+        scaled = expected.log().float()
+        assert (support is None) == (not params["top_k"])
+        for row in [] if support is None else support[::100]:
+            assert row.dtype == torch.int32 and sorted(row[row >= 0].tolist()) == expected.nonzero()[:, 0].tolist()
+    torch.testing.assert_close(logprobs, scaled[tokens], rtol=0, atol=1e-5 if params else 1e-6)
     return torch.bincount(tokens, minlength=logits.numel()).double() / count
 
 
@@ -64,9 +70,9 @@ def test_flat_and_peaked_rows_of_one_batch_do_not_disturb_each_other():
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(6, 3000, generator=generator) * torch.tensor([0.1, 4.0, 0.1, 4.0, 2.0, 0.05])[:, None]
     shares = torch.rand(6, generator=generator, dtype=torch.float64)
-    together, _ = draw(logits, shares, temperature=1.0, top_p=0.95)
+    together, _, _ = draw(logits, shares, temperature=1.0, top_p=0.95)
     for row in range(6):
-        single, _ = draw(logits[row : row + 1], shares[row : row + 1], temperature=1.0, top_p=0.95)
+        single, _, _ = draw(logits[row : row + 1], shares[row : row + 1], temperature=1.0, top_p=0.95)
         assert single[0] == together[row]
 
 
@@ -74,20 +80,20 @@ def test_the_ends_of_the_unit_interval_and_tokens_without_mass():
     logits = torch.full((600,), -200.0)  # exp underflows to 0 in fp32
     logits[[3, 300, 597]] = 0.0
     shares = torch.tensor([0.0, 0.5, np.nextafter(1.0, 0.0), 1 / 3 - 1e-6, 1 / 3 + 1e-6], dtype=torch.float64)
-    tokens, _ = draw(logits.expand(5, -1), shares, temperature=1.0)
+    tokens, _, _ = draw(logits.expand(5, -1), shares, temperature=1.0)
     assert tokens.tolist() == [3, 300, 597, 3, 300]
 
 
 def test_greedy_takes_the_maximum_and_reports_temperature_one():
     logits = torch.randn(4, 500, generator=torch.Generator().manual_seed(1))
-    tokens, logprobs = draw(logits, None, temperature=0.0)
+    tokens, logprobs, _ = draw(logits, None, temperature=0.0)
     assert torch.equal(tokens, logits.argmax(-1))
     torch.testing.assert_close(logprobs, logits.log_softmax(-1).amax(-1))
 
 
 def test_bf16_logits_give_fp32_logprobs():
     logits = torch.randn(3, 300, generator=torch.Generator().manual_seed(2)).bfloat16()
-    tokens, logprobs = draw(logits, grid(3), temperature=1.0)
+    tokens, logprobs, _ = draw(logits, grid(3), temperature=1.0)
     torch.testing.assert_close(logprobs, logits.float().log_softmax(-1).gather(1, tokens[:, None])[:, 0])
 
 

@@ -8,7 +8,15 @@ import pytest
 from clipo_megatron.cli import main as cli
 from clipo_megatron.config.errors import ConfigError
 from clipo_megatron.config.load import load
-from clipo_megatron.config.schema import DType, EngineKind, ModelConfig, RolloutConfig, RunConfig, ServeConfig
+from clipo_megatron.config.schema import (
+    MOST_TOP_K,
+    DType,
+    EngineKind,
+    ModelConfig,
+    RolloutConfig,
+    RunConfig,
+    ServeConfig,
+)
 from clipo_megatron.runtime.ports import is_loopback
 from clipo_megatron.serving import serve as command
 from clipo_megatron.serving.commands import ServerSlot, api_key, server_command, url
@@ -88,6 +96,7 @@ def test_vllm_on_a_cpu():
     assert made.arguments[:3] == (str(PYTHON), "-m", "vllm_forked")
     found = flags(made.arguments)
     assert found["--logprobs-mode"] == ["processed_logprobs"] and found["--max-model-len"] == ["150"]
+    assert int(found["--max-logprobs"][0]) == 2 * MOST_TOP_K
     assert found["--enforce-eager"] == [] and "--enable-sleep-mode" not in found
     assert found["--seed"] == ["1"], "servers that draw alike would give the same samples"
     assert made.environment["VLLM_SERVER_DEV_MODE"] == "1" and made.environment["VLLM_API_KEY"] == KEY
