@@ -32,10 +32,12 @@ from clipo_megatron.config.schema import PoolConfig, SyncConfig
 from clipo_megatron.rollout.engine import InFlight
 from clipo_megatron.runtime.platform import LOCAL_RENDEZVOUS_ENV, platform
 from clipo_megatron.sync.shard import Shard
+from clipo_megatron.weights.export import Holder
 from clipo_megatron.weights.families import entries, model_spec
 from clipo_megatron.weights.formats.reader import HFReader
 from clipo_megatron.weights.load import load_into
 from clipo_megatron.weights.mapping import Coordinates, even_stages
+from clipo_megatron.weights.parallel_division import ParallelDivision
 from clipo_megatron.weights.spec import read_config
 
 TIMEOUT_S = 300.0
@@ -48,12 +50,13 @@ def main() -> None:
     parser.add_argument("--pp", type=int, default=1, help="pipeline stages of the trainer")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--bucket-mb", type=int, default=SyncConfig().bucket_mb)
+    parser.add_argument("--changed", type=float, help="change this share of the values, and send only what has changed")
     parser.add_argument("--json", help="file to write the figures to")
     options = parser.parse_args()
 
     nbytes = sum(file.stat().st_size for file in Path(options.model).glob("*.safetensors"))
     plain = Ranks(plain_rank, 1 + len(options.servers), nbytes)
-    trainer = Ranks(trainer_rank, options.pp, options.model, options.servers, options.bucket_mb)
+    trainer = Ranks(trainer_rank, options.pp, options.model, options.servers, options.bucket_mb, options.changed)
     try:
         figures: dict[str, list[Any]] = {"plain": [], "update": [], "verified": []}
         figures["first"] = [trainer.ask(("update", True))]  # forms the groups, and takes the memory that senders keep
@@ -94,9 +97,11 @@ def show(figures: dict[str, list[Any]], options: argparse.Namespace) -> None:
         }
         facts |= {f"{kind}_s": seconds, f"{kind}_ratio": plain / seconds, f"{kind}_phases_s": phases}
         facts[f"{kind}_all_s"] = [report.seconds for report in reports[kind]]
+        sent = statistics.median(report.sent for report in reports[kind])
+        facts[f"{kind}_sent_bytes"] = sent
         print(
             f"{words:<18}  {seconds:6.3f} s  {nbytes / seconds / 1e6:6.0f} MB/s  {plain / seconds:5.0%} of plain   "
-            + "  ".join(f"{name} {value:.3f}" for name, value in phases.items())
+            f"{sent / 1e6:.1f} MB sent   " + "  ".join(f"{name} {value:.3f}" for name, value in phases.items())
         )
     bucket = options.bucket_mb * 2**20
     for rank in range(options.pp):
@@ -172,7 +177,7 @@ def plain_rank(nbytes: int) -> Any:
             del data
 
 
-def trainer_rank(model: str, urls: list[str], bucket_mb: int) -> Any:
+def trainer_rank(model: str, urls: list[str], bucket_mb: int, changed: float | None) -> Any:
     """Update the servers to changed weights; yields the report and by how many bytes this process has grown."""
     from clipo_megatron.config.schema import EngineKind
     from clipo_megatron.rollout.servers.pool import ServerPool
@@ -182,14 +187,18 @@ def trainer_rank(model: str, urls: list[str], bucket_mb: int) -> Any:
     pool = None
     if shard.is_coordinator:
         pool = ServerPool(EngineKind.sglang, decode=str, config=PoolConfig(), endpoints=urls)
-    sync = BroadcastSync(shard, pool, SyncConfig(bucket_mb=bucket_mb), in_flight=InFlight.retract, join_deadline_s=60.0)
+    config = SyncConfig(bucket_mb=bucket_mb, delta=changed is not None)
+    sync = BroadcastSync(shard, pool, config, in_flight=InFlight.retract, join_deadline_s=60.0)
     answer, version = None, 0
     while True:
         _, verified = yield answer
         version += 1
         with torch.no_grad():
             for parameter in parameters.values():
-                parameter.mul_(1.0 + 0.01 * version)
+                if changed is None:
+                    parameter.mul_(1.0 + 0.01 * version)
+                else:
+                    parameter[torch.rand(parameter.shape) < changed] *= -1.0
         sync.config.verify_every = int(verified)
         before = reset_peak()
         report = sync.update_weights(version)
@@ -208,11 +217,8 @@ def load(folder: str) -> tuple[Shard, dict[str, torch.Tensor]]:
     }
     with HFReader(folder) as reader:
         load_into(parameters.items(), mine, reader, Coordinates())
-    shard = Shard(
-        spec=spec, stages=stages, chunks=lambda: [parameters], dtype=torch.bfloat16, rank=rank, tp=1, pp=pp,
-        tp_rank=0, pp_rank=rank, dp_rank=0, tp_group=None,
-    )  # fmt: skip
-    return shard, parameters
+    division, holder = ParallelDivision(pp=pp), Holder(pp_rank=rank)
+    return Shard(spec, division, holder, lambda: [parameters], torch.bfloat16, rank), parameters
 
 
 def reset_peak() -> int:
