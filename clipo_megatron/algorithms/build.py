@@ -8,7 +8,7 @@ from clipo_megatron.algorithms.algorithm import Algorithm
 from clipo_megatron.algorithms.clipo.hook import Clipo
 from clipo_megatron.algorithms.hook import Hook, HookContext, Signal
 from clipo_megatron.algorithms.importance import OffPolicyCorrection, correction_of
-from clipo_megatron.algorithms.kl import EntropyBonus, KLLoss, KLReward
+from clipo_megatron.algorithms.kl import LARGEST_RELEASED_LOG_RATIO, EntropyBonus, KLLoss, KLReward
 from clipo_megatron.algorithms.methods.empo import Answers
 from clipo_megatron.algorithms.methods.ppo import CriticWarmup
 from clipo_megatron.algorithms.methods.registry import base_method_class, plugin_class
@@ -33,7 +33,7 @@ def build_algorithm(config: RunConfig, context: HookContext | None = None) -> Al
     if correction.kind is not CorrectionKind.none:
         hooks.append(OffPolicyCorrection(correction))
     if settings.kl.coefficient:
-        hooks.append(_kl_hook(settings.kl, per_token=base.reads_token_rewards))
+        hooks.append(_kl_hook(settings.kl, per_token=base.reads_token_rewards, clamped=settings.released_clamps))
     if settings.entropy_coefficient:
         hooks.append(EntropyBonus(settings.entropy_coefficient))
     for plugin in settings.plugins:
@@ -50,9 +50,9 @@ def build_algorithm(config: RunConfig, context: HookContext | None = None) -> Al
     return algorithm
 
 
-def _kl_hook(config: KLConfig, *, per_token: bool) -> Hook:
+def _kl_hook(config: KLConfig, *, per_token: bool, clamped: bool) -> Hook:
     if config.place is KLPlace.loss:
-        return KLLoss(config.coefficient, config.kind)
+        return KLLoss(config.coefficient, config.kind, clamped=clamped)
     return KLReward(config.coefficient, config.kind, per_token=per_token)
 
 
@@ -65,6 +65,8 @@ def _base_method(config: RunConfig) -> PolicyLoss:
         high if algorithm.clip_high is None else algorithm.clip_high,
         algorithm.aggregation or chosen.default_aggregation or Aggregation.token_mean,
         algorithm.constant_length or config.rollout.max_new_tokens,
+        algorithm.dual_clip,
+        LARGEST_RELEASED_LOG_RATIO if algorithm.released_clamps else None,
     )
     return _build_hook(algorithm.name, chosen, algorithm.options, settings)
 

@@ -16,12 +16,21 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-def kl_estimate(kind: KLKind, logprobs: Tensor, reference: Tensor) -> Tensor:
+# The bounds of the released code: of log ratios, and of the value of k3.
+LARGEST_RELEASED_LOG_RATIO = 20.0
+LARGEST_RELEASED_K3 = 10.0
+
+
+def kl_estimate(kind: KLKind, logprobs: Tensor, reference: Tensor, *, clamped: bool = False) -> Tensor:
     """The estimate of KL(pi || pi_ref) at each token, [N] float32.
 
-    With x = log pi_ref - log pi:  k1 = -x,  k2 = x^2 / 2,  k3 = exp(x) - 1 - x.
+    With x = log pi_ref - log pi:  k1 = -x,  k2 = x^2 / 2,  k3 = exp(x) - 1 - x. With
+    `clamped`, x is held within 20 and k3 within 10, beyond which there is no gradient.
     """
     x = reference - logprobs
+    if clamped and kind is KLKind.k3:
+        x = x.clamp(-LARGEST_RELEASED_LOG_RATIO, LARGEST_RELEASED_LOG_RATIO)
+        return (torch.expm1(x) - x).clamp(max=LARGEST_RELEASED_K3)
     if kind is KLKind.k1:
         return -x
     if kind is KLKind.k2:
@@ -35,11 +44,11 @@ class KLLoss(Hook):
     needs = frozenset({Signal.reference_logprobs})
     learns_without_advantage = True
 
-    def __init__(self, coefficient: float, kind: KLKind):
-        self.coefficient, self.kind = coefficient, kind
+    def __init__(self, coefficient: float, kind: KLKind, *, clamped: bool = False):
+        self.coefficient, self.kind, self.clamped = coefficient, kind, clamped
 
     def loss(self, tokens: TokenBatch) -> Tensor:
-        per_token = kl_estimate(self.kind, tokens.logprobs, tokens.reference_logprobs)
+        per_token = kl_estimate(self.kind, tokens.logprobs, tokens.reference_logprobs, clamped=self.clamped)
         tokens.metrics["policy/reference_kl"] = (tokens.weights * per_token.detach()).sum()
         return self.coefficient * per_token
 

@@ -26,12 +26,16 @@ class PolicyLossSettings:
         clip_low, clip_high: how far a probability ratio may fall below and rise above 1; not every loss clips.
         aggregation: how the tokens of a mini-batch weigh.
         constant_length: the length in tokens that the aggregation `constant` divides by.
+        dual_clip: how often the loss of a token with negative advantage may be its -A at most; None: no limit.
+        log_ratio_limit: log ratios are held within +-this; None: they are not.
     """
 
     clip_low: float
     clip_high: float
     aggregation: Aggregation
     constant_length: int
+    dual_clip: float | None = None
+    log_ratio_limit: float | None = None
 
 
 BaselineSettings = PolicyLossSettings  # the former name, which methods of users may import
@@ -51,6 +55,7 @@ class PolicyLoss(Hook):
         super().__init__(options)
         self.clip_low, self.clip_high = settings.clip_low, settings.clip_high
         self.aggregation, self.constant_length = settings.aggregation, settings.constant_length
+        self.dual_clip, self.log_ratio_limit = settings.dual_clip, settings.log_ratio_limit
 
     def advantage(self, table: RolloutTable, reward: Tensor) -> Tensor:
         """Advantages [B] float32 from the shaped rewards, bonus included."""
@@ -85,7 +90,8 @@ class ClippedPolicyLoss(PolicyLoss):
     """PPO's clipped loss on each token: max(-rho A, -clip(rho, 1 - low, 1 + high) A), arXiv 1707.06347.
 
     rho is the ratio to the policy that scored the rollouts before the update; importance weights multiply the whole.
-    Different bounds low and high are DAPO's clip-higher (arXiv 2503.14476).
+    Different bounds low and high are DAPO's clip-higher (arXiv 2503.14476). With `dual_clip` c the loss is at most
+    -c A where A < 0 (arXiv 1912.09729), so that a token of any ratio is clipped there too.
     """
 
     def log_ratio(self, tokens: TokenBatch) -> Tensor:
@@ -94,12 +100,22 @@ class ClippedPolicyLoss(PolicyLoss):
 
     def loss(self, tokens: TokenBatch) -> Tensor:
         log_ratio = self.log_ratio(tokens)
+        if self.log_ratio_limit is not None:
+            log_ratio = log_ratio.clamp(-self.log_ratio_limit, self.log_ratio_limit)
         # Where the advantage is not negative, a large ratio is clipped, or multiplies 0.
-        ratio = exp_where_it_acts(log_ratio, idle=(tokens.advantages >= 0) | without_importance(tokens))
+        idle = (tokens.advantages >= 0) | without_importance(tokens)
+        if self.dual_clip is not None:
+            idle = torch.ones_like(idle)
+        ratio = exp_where_it_acts(log_ratio, idle=idle)
         clipped = ratio.clamp(1 - self.clip_low, 1 + self.clip_high)
         plain, limited = -ratio * tokens.advantages, -clipped * tokens.advantages
         tokens.metrics["policy/clip_fraction"] = (tokens.weights * (limited > plain)).sum().detach()
         loss = torch.maximum(plain, limited)
+        if self.dual_clip is not None:
+            most = -self.dual_clip * tokens.advantages
+            above = (tokens.advantages < 0) & (loss > most)
+            tokens.metrics["policy/dual_clip_fraction"] = (tokens.weights * above).sum().detach()
+            loss = torch.where(above, most, loss)
         return loss if tokens.importance is None else tokens.importance * loss
 
 

@@ -22,7 +22,7 @@ from clipo_megatron.algorithms.methods.registry import (
     plugin_class,
     plugins,
 )
-from clipo_megatron.algorithms.policy_loss import GroupLoss
+from clipo_megatron.algorithms.policy_loss import ClippedPolicyLoss, GroupLoss
 from clipo_megatron.algorithms.user_classes import import_path_problems
 from clipo_megatron.config.errors import ConfigError, ConfigProblem
 from clipo_megatron.config.load import option_problems, typed_options
@@ -72,6 +72,11 @@ def _base_method(algorithm: AlgorithmConfig) -> Iterator[ConfigProblem]:
         if method.default_clip is None and getattr(algorithm, key) is not None:
             reason = f"{algorithm.name} clips no ratio, so it would be ignored"
             yield ConfigProblem(f"algorithm.{key}", reason, "Set it to null", getattr(algorithm, key))
+    if getattr(method, "loss", None) is not ClippedPolicyLoss.loss:
+        for key, unset in (("dual_clip", "null"), ("released_clamps", "false")):
+            if value := getattr(algorithm, key):
+                reason = f"the loss of {algorithm.name} is not PPO's clipped one, so it would be ignored"
+                yield ConfigProblem(f"algorithm.{key}", reason, f"Set it to {unset}", value)
     aggregation = algorithm.aggregation or method.default_aggregation
     if method.default_aggregation is None and algorithm.aggregation is not None:
         reason = f"the loss of {algorithm.name} is over whole groups, so it would be ignored"

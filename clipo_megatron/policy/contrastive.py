@@ -82,6 +82,7 @@ class ContrastiveActor:
             anchors=self.config.anchors.value,
             uniform=uniform[kept],
             anchor_rows=anchors[kept],
+            released_eps=self.config.released_eps,
         )
         loss = torch.zeros(size, dtype=torch.float32, device=device)
         valid = torch.zeros(size, dtype=torch.float32, device=device)
@@ -116,6 +117,7 @@ class ContrastiveActor:
             constant=config.constant,
             calibrate=config.calibrate,
             anchor_rows=anchor_rows,
+            released_eps=config.released_eps,
         )[0]
 
     def metrics(self, table: RolloutTable, bonus: Tensor) -> dict[str, float]:

@@ -17,7 +17,7 @@ from clipo_megatron.algorithms.clipo.arguments import (
 )
 from clipo_megatron.algorithms.clipo.head import normalise
 from clipo_megatron.algorithms.clipo.losses import BLOCK, contrastive_loss
-from clipo_megatron.algorithms.clipo.pairs import blocks, compare, l2_cost, log_sum_exp
+from clipo_megatron.algorithms.clipo.pairs import blocks, compare, l2_cost, log_sum_exp, released_log_sum
 from clipo_megatron.algorithms.clipo.relations import Relations
 from clipo_megatron.algorithms.clipo.reward import compared, contrastive_reward, has_scores, standardised_reward
 
@@ -39,6 +39,7 @@ def contrastive_bonus(
     generator: torch.Generator | None = None,
     uniform: Tensor | None = None,
     sample: Tensor | None = None,
+    released_eps: bool = False,
 ) -> Tensor:
     """The bonus of every rollout; 0 where none is paid: to wrong rollouts, and without a positive or a negative.
 
@@ -52,11 +53,11 @@ def contrastive_bonus(
                    g_i = log mean_P exp(s_ip) - log mean_N exp(s_in); see `standardised_reward`
 
     supcon_in and soft_nn have one term for all positives, and no draw: with them `expected` pays what `paper` pays.
-    `ratio` reads no loss, floor, constant or calibrate.
+    `ratio` reads no loss, floor, constant, calibrate or released_eps.
 
     Args:
-        embeddings, correct, group, loss, level, similarity, temperature, generator, uniform, sample: as in
-            `contrastive_loss`.
+        embeddings, correct, group, loss, level, similarity, temperature, generator, uniform, sample,
+            released_eps: as in `contrastive_loss`.
         form: paper, expected or ratio.
         weight, floor, constant, calibrate: as in `contrastive_reward`.
 
@@ -80,6 +81,7 @@ def contrastive_bonus(
                 generator=generator,
                 uniform=uniform,
                 sample=sample,
+                released_eps=released_eps,
             )
             counts = compared(correct.to(valid.device), group.to(valid.device), level, loss) if calibrate else None
             return contrastive_reward(
@@ -103,6 +105,7 @@ def contrastive_bonus(
             floor=floor,
             constant=constant,
             calibrate=calibrate,
+            released_eps=released_eps,
         )
         if form == "expected":
             return scores
@@ -125,6 +128,7 @@ def contrastive_scores(
     constant: float = 0.0,
     calibrate: bool = False,
     anchor_rows: Tensor | None = None,
+    released_eps: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """What the bonus of each correct rollout is made of, for a part of the rows if need be; no gradient.
 
@@ -154,7 +158,8 @@ def contrastive_scores(
                 found = log_sum_exp(logits, positive) - count.log()
                 found = found - (log_sum_exp(logits, negative) - against.log())
             else:
-                losses = log_sum_exp(logits, positive | negative)[..., None] - logits
+                total = released_log_sum if released_eps else log_sum_exp
+                losses = total(logits, positive | negative)[..., None] - logits
                 if calibrate:
                     losses = losses - count.log()[..., None]
                 paid = (constant - weight * losses).clamp(min=floor)

@@ -21,7 +21,7 @@ from clipo_megatron.algorithms.clipo.arguments import (
     row_mask,
 )
 from clipo_megatron.algorithms.clipo.head import normalise
-from clipo_megatron.algorithms.clipo.pairs import Block, blocks, compare, l2_cost, log_sum_exp
+from clipo_megatron.algorithms.clipo.pairs import Block, blocks, compare, l2_cost, log_sum_exp, released_log_sum
 from clipo_megatron.algorithms.clipo.relations import Relations
 
 # Number of similarities computed at once: 8 MiB in fp32, with about eight arrays of that size alive at the peak.
@@ -42,6 +42,7 @@ def contrastive_loss(
     uniform: Tensor | None = None,
     sample: Tensor | None = None,
     anchor_rows: Tensor | None = None,
+    released_eps: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """The contrastive loss of every rollout (arXiv 2603.10101, section 3; SupCon: arXiv 2004.11362).
 
@@ -55,8 +56,10 @@ def contrastive_loss(
 
         group   P(i) and A(i) from i's own group; A(i) is every other rollout of it
         batch   both from the whole batch; A(i) is every other rollout
-        cross   P(i) from i's group, negatives from the whole batch: A(i) = P(i) and every rollout of the other label.
-                Rollouts with i's label in other groups are in neither set
+        cross   P(i) from i's group; A(i) is every other rollout of the batch, those with i's label in other groups too,
+                as in the released code
+        cross_opposite   P(i) from i's group; A(i) = P(i) and every rollout of the batch with the other label. Rollouts
+                with i's label in other groups are in neither set
 
     An anchor is valid with at least one positive and one negative. All other rows have loss 0, no gradient, and
     valid = False; a batch without valid anchors gives zeros and a zero gradient. The training loss of a head is
@@ -67,7 +70,7 @@ def contrastive_loss(
         correct: [B] bool, the verifier's verdict, not the shaped reward.
         group: [B] integer, any ids, in any order; groups may differ in size.
         loss: infonce, supcon_out, supcon_in or soft_nn.
-        level: group, batch or cross.
+        level: group, batch, cross or cross_opposite.
         similarity: cosine (z_i . z_j, both normalised here), neg_cosine (its negative), or l2 (1 - ||z_i - z_j||, of
             the embeddings as given).
         temperature: divides the similarities.
@@ -79,6 +82,9 @@ def contrastive_loss(
             (group id, sample), so that the draw does not depend on the order of rows; without it, in row order.
         anchor_rows: bool mask [B] or row indices: compute only these rows' losses, against all embeddings, at their
             share of the cost. The losses of a partition of the rows add up to the whole's, and so do the gradients.
+        released_eps: whether 1e-8 is added to every sum of exponentials inside a logarithm, after the largest entry of
+            the anchor's row, its similarity to itself included, is taken off, as the released code does. Where all of
+            an anchor's cosines are low, that is up to 0.3 from the formula.
 
     Returns:
         Loss [B], float32 or float64, and valid mask [B], bool, on the device of the embeddings (the other tensors are
@@ -117,7 +123,7 @@ def contrastive_loss(
         width = vectors.shape[1] if similarity == "l2" else 1
         parts = list(blocks(relations, valid, partner, level, max(1, BLOCK // l2_cost(width))))
         for block in parts:
-            arguments = (vectors, block, relations, loss, similarity, temperature, level)
+            arguments = (vectors, block, relations, loss, similarity, temperature, level, released_eps)
             if len(parts) > 1 and torch.is_grad_enabled() and vectors.requires_grad:
                 found = checkpoint(_block_losses, *arguments, use_reentrant=False, preserve_rng_state=False)
             else:
@@ -127,16 +133,26 @@ def contrastive_loss(
 
 
 def _block_losses(
-    vectors: Tensor, block: Block, relations: Relations, loss: str, similarity: str, temperature: float, level: str
+    vectors: Tensor,
+    block: Block,
+    relations: Relations,
+    loss: str,
+    similarity: str,
+    temperature: float,
+    level: str,
+    released_eps: bool,
 ) -> Tensor:
     """Losses [k, a] of the block's anchors. Entries where `wanted` is False have no meaning and no gradient."""
     logits, positive, negative = compare(vectors, block, relations, similarity, temperature, level)
     if loss in ("supcon_in", "soft_nn"):
-        odds = log_sum_exp(logits, positive) - log_sum_exp(logits, negative)
-        separation = -torch.nn.functional.logsigmoid(odds)
-        return separation + positive.sum(-1).to(odds.dtype).log() if loss == "supcon_in" else separation
+        if released_eps:
+            separation = released_log_sum(logits, positive | negative) - released_log_sum(logits, positive)
+        else:
+            separation = -torch.nn.functional.logsigmoid(log_sum_exp(logits, positive) - log_sum_exp(logits, negative))
+        return separation + positive.sum(-1).to(logits.dtype).log() if loss == "supcon_in" else separation
     if loss == "infonce":
         attraction = logits.gather(-1, block.partner[..., None]).squeeze(-1)
     else:
         attraction = logits.masked_fill(~positive, 0.0).sum(-1) / positive.sum(-1)
-    return log_sum_exp(logits, positive | negative) - attraction
+    whole = released_log_sum(logits, positive | negative) if released_eps else log_sum_exp(logits, positive | negative)
+    return whole - attraction

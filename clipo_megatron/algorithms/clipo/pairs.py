@@ -12,7 +12,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from clipo_megatron.algorithms.clipo.relations import Relations
+from clipo_megatron.algorithms.clipo.relations import CROSS, Relations
+
+RELEASED_EPSILON = 1e-8  # what the released code adds to sums of exponentials
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,10 +71,12 @@ def compare(
     unwanted = ~block.wanted[..., None]
     same = relations.correct[block.anchors][..., None] == relations.correct[rows][:, None]
     positive = same & (block.anchors[..., None] != rows[:, None])
-    if level == "cross":
+    if level in CROSS:
         positive &= relations.group[block.anchors][..., None] == relations.group[rows][:, None]
-    positive |= unwanted
-    return logits, positive, ~same | unwanted
+    negative = ~same
+    if level == "cross":
+        negative = ~positive & (block.anchors[..., None] != rows[:, None])
+    return logits, positive | unwanted, negative | unwanted
 
 
 def _gather(vectors: Tensor, rows: Tensor) -> Tensor:
@@ -93,6 +97,13 @@ def _similarity(anchors: Tensor, candidates: Tensor, similarity: str) -> Tensor:
 
 def log_sum_exp(logits: Tensor, mask: Tensor) -> Tensor:
     return logits.masked_fill(~mask, float("-inf")).logsumexp(-1)
+
+
+def released_log_sum(logits: Tensor, mask: Tensor) -> Tensor:
+    """log(sum of exp(logits - m) + 1e-8) + m over the entries in `mask`, m the largest of all entries of the row."""
+    largest = logits.detach().amax(-1, keepdim=True)
+    total = (logits - largest).exp().masked_fill(~mask, 0.0).sum(-1)
+    return (total + RELEASED_EPSILON).log() + largest.squeeze(-1)
 
 
 def l2_cost(width: int) -> int:

@@ -7,13 +7,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+CROSS = ("cross", "cross_opposite")  # levels with positives from the group and negatives from the batch
+
 
 @dataclass(frozen=True, slots=True)
 class Relations:
     """How many positives and negatives each row has as an anchor (the sets P(i) and A(i) of docs/method.md).
 
     Rows of the same `kind` are each other's positives: those with the same label in the group, or, at batch level,
-    anywhere. Negatives have the other label, in the group at group level, anywhere at the other two levels.
+    anywhere. Negatives have the other label, in the group at group level, anywhere at batch level and at
+    cross_opposite; at cross level they are all other rows that are no positives.
     """
 
     group: Tensor  # [B] int64, 0 .. number of groups - 1, the caller's ids renumbered
@@ -24,7 +27,7 @@ class Relations:
 
     @classmethod
     def of(cls, correct: Tensor, group: Tensor, level: str) -> Relations:
-        """Count them from `correct` [B] bool and `group` [B] integer, at level group, batch or cross."""
+        """Count them from `correct` [B] bool and `group` [B] integer, at one of the levels."""
         group = torch.unique(group, return_inverse=True)[1]
         label = correct.long()
         kind = label if level == "batch" else 2 * group + label
@@ -33,6 +36,8 @@ class Relations:
             # A group without wrong (or without correct) rollouts may lie beyond the last kind that occurs.
             by_kind = torch.nn.functional.pad(by_kind, (0, 1))
             negatives = by_kind[kind ^ 1]
+        elif level == "cross":
+            negatives = len(label) - by_kind[kind]
         else:
             negatives = torch.bincount(label, minlength=2)[1 - label]
         return cls(group, correct, kind, by_kind[kind] - 1, negatives)

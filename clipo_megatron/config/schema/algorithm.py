@@ -74,6 +74,9 @@ class AlgorithmConfig:
     plugins: list[PluginConfig] = field(default_factory=list)  # plug-ins added to it, in order
     clip_low: Optional[float] = within(None, 0)  # the ratio is held above 1 - this; null: the method's, 0.2 for most
     clip_high: Optional[float] = within(None, 0)  # the ratio is held below 1 + this; null: the method's, 0.2 for most
+    # the loss of a token with a negative advantage A is at most -A times this, 3 in the released code; null: no limit
+    dual_clip: Optional[float] = within(None, above=1)
+    released_clamps: bool = False  # log ratios held within 20, and the value of KL's k3 within 10, as in released code
     aggregation: Optional[Aggregation] = None  # how tokens' losses are averaged; null: the method's
     constant_length: Optional[int] = within(None, 1)  # for aggregation constant; null: rollout.max_new_tokens
     entropy_coefficient: float = within(0.0, 0)  # weight of the entropy bonus in the loss

@@ -23,7 +23,8 @@ class ContrastiveLossName(str, Enum):
 class Level(str, Enum):
     group = "group"  # positives and negatives from the prompt's own group
     batch = "batch"  # both from the whole batch
-    cross = "cross"  # positives from the group, negatives from the batch
+    cross = "cross"  # positives from the group, negatives all other rollouts of the batch, as in the released code
+    cross_opposite = "cross_opposite"  # positives from the group, negatives of the other verdict from the batch
 
 
 class Similarity(str, Enum):
@@ -62,6 +63,7 @@ class ClipoConfig:
     dim: int = within(512, 1)  # size of an embedding
     loss: ContrastiveLossName = ContrastiveLossName.infonce  # contrastive loss of an anchor
     level: Level = Level.group  # where positives and negatives come from
+    released_eps: bool = False  # add 1e-8 to sums of exponentials, as the released code does
     similarity: Similarity = Similarity.cosine  # similarity of two embeddings
     temperature: float = within(0.05, above=0)  # similarities are divided by it
     anchors: Anchors = Anchors.correct  # rollouts that have a loss; a bonus is paid to correct ones alone

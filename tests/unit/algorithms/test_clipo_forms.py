@@ -21,7 +21,7 @@ from clipo_megatron.config.schema import BonusForm, BonusPlace, KLPlace, RunConf
 
 FORMS = ["paper", "expected", "ratio"]
 LOSSES = ["infonce", "supcon_out", "supcon_in", "soft_nn"]
-LEVELS = ["group", "batch", "cross"]
+LEVELS = ["group", "batch", "cross", "cross_opposite"]
 TAU, WEIGHT, FLOOR, CONSTANT = 0.3, 0.2, -0.5, 0.05
 
 
@@ -42,6 +42,8 @@ def oracle(
         mates = [j for j in others if member[j] == member[i]]
         P = [j for j in (others if level == "batch" else mates) if label[j]]
         N = [j for j in (mates if level == "group" else others) if not label[j]]
+        if level == "cross":
+            N = [j for j in others if j not in P]
         if not (label[i] and P and N):
             continue
         whole = math.log(sum(math.exp(s[i][j]) for j in P + N))
@@ -151,6 +153,8 @@ def test_ratio_sums_to_zero_is_bounded_and_does_not_count_copies_of_negatives() 
                 rows = correct if each is None else correct & (group == each)
                 assert abs(float(bonus[rows].sum())) < 1e-12
             assert 0.1 < bonus.abs().max() < 0.5
+            if level == "cross":
+                continue  # there the correct rollouts of other prompts are negatives too
             copies = torch.cat([torch.arange(len(z)), *[(~correct).nonzero().squeeze(1)] * 3])
             again = contrastive_bonus(z[copies], correct[copies], group[copies], **settings)
             assert (again[: len(z)] - bonus).abs().max() < 1e-12

@@ -9,7 +9,7 @@ import torch
 from clipo_megatron.algorithms.clipo import contrastive_loss, losses
 
 LOSSES = ["infonce", "supcon_out", "supcon_in", "soft_nn"]
-LEVELS = ["group", "batch", "cross"]
+LEVELS = ["group", "batch", "cross", "cross_opposite"]
 SIMILARITIES = ["cosine", "neg_cosine", "l2"]
 ANCHORS = ["correct", "wrong", "both"]
 TAU = 0.2
@@ -36,6 +36,8 @@ def oracle(z, correct, group, *, loss, level, similarity, anchors, temperature, 
         mates = [j for j in others if member[j] == member[i]]
         positives = [j for j in (others if level == "batch" else mates) if label[j] == label[i]]
         negatives = [j for j in (mates if level == "group" else others) if label[j] != label[i]]
+        if level == "cross":
+            negatives = [j for j in others if j not in positives]
         is_anchor = anchors == "both" or label[i] == (anchors == "correct")
         if not (is_anchor and positives and negatives):
             found.append(z.new_zeros(()))
@@ -274,3 +276,43 @@ def test_wrong_arguments_are_named(change, message):
     contrastive_loss(**good)
     with pytest.raises((ValueError, TypeError), match=message):
         contrastive_loss(**(good | change))
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("loss", LOSSES)
+def test_the_released_epsilon(loss, level):
+    """1e-8 beside the sums, once the anchor's similarity to itself is taken off: it counts where cosines are low."""
+    z, correct, group, uniform = random_batch(seed=8, dim=200)
+    names = {"loss": loss, "level": level, "uniform": uniform}
+    found, valid = contrastive_loss(z, correct, group, released_eps=True, **names)
+    plain, _ = contrastive_loss(z, correct, group, **names)
+    unit = z.detach() / z.detach().norm(dim=1, keepdim=True)
+    shifted = (unit @ unit.T / 0.05 - 1 / 0.05).exp()  # the largest cosine of a row is 1, to itself
+    for i in valid.nonzero().squeeze(1).tolist():
+        others = [j for j in range(len(z)) if j != i]
+        mates = [j for j in others if group[j] == group[i]]
+        positives = [j for j in (others if level == "batch" else mates) if correct[j]]
+        sets = {"group": mates, "batch": others, "cross": others}
+        sets["cross_opposite"] = positives + [j for j in others if not correct[j]]
+        below = math.log(float(shifted[i, sets[level]].sum()) + 1e-8)
+        if loss == "infonce":
+            value = below - math.log(float(shifted[i, positives[int(uniform[i] * len(positives))]]))
+        elif loss == "supcon_out":
+            value = below - float(shifted[i, positives].log().mean())
+        else:
+            value = below - math.log(float(shifted[i, positives].sum()) + 1e-8)
+            value += math.log(len(positives)) if loss == "supcon_in" else 0.0
+        assert found[i].item() == pytest.approx(value, rel=1e-10)
+    assert (found - plain).abs().max() > 0.001 and (found[~valid] == 0).all()
+    (gradient,) = torch.autograd.grad(found.sum(), z)
+    assert gradient.isfinite().all() and gradient.abs().max() > 0
+
+
+def test_at_cross_level_a_batch_without_a_wrong_rollout_has_anchors():
+    """As in the released code, where the correct rollouts of other prompts are in the denominator; not at
+    cross_opposite."""
+    z, group = torch.randn(6, 4, generator=torch.Generator().manual_seed(0)), torch.tensor([0, 0, 0, 1, 1, 2])
+    right = torch.ones(6, dtype=torch.bool)
+    loss, valid = contrastive_loss(z, right, group, level="cross", loss="supcon_out")
+    assert valid.tolist() == [True] * 5 + [False] and (loss[:5] > 0).all()
+    assert not contrastive_loss(z, right, group, level="cross_opposite")[1].any()
