@@ -1,6 +1,7 @@
 """From a configuration to command lines, environments and addresses, and what is refused."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -101,8 +102,23 @@ def test_vllm_on_a_cpu():
     assert found["--seed"] == ["1"], "servers that draw alike would give the same samples"
     assert made.environment["VLLM_SERVER_DEV_MODE"] == "1" and made.environment["VLLM_API_KEY"] == KEY
     module, _, name = found["--worker-extension-cls"][0].rpartition(".")
-    source = Path(made.environment["PYTHONPATH"], f"{module}.py").read_text()
+    own, shared = map(Path, made.environment["PYTHONPATH"].split(os.pathsep))
+    source = (own / f"{module}.py").read_text()
     assert f"class {name}:" in source and "import clipo_megatron" not in source
+    assert "import clipo_megatron" not in (shared / "clipo_delta.py").read_text()
+
+
+@pytest.mark.parametrize("devices", [(), ("0",)])
+def test_sglang_gets_what_takes_changes_of_weights_only_where_changes_are_sent(devices):
+    run = config("sglang")
+    plain = server_command(run, ServerSlot(0, 1, devices), python=PYTHON)
+    assert "--custom-weight-loader" not in flags(plain.arguments)
+    run.rollout.sync.delta = True
+    made = server_command(run, ServerSlot(0, 1, devices), python=PYTHON)
+    module, _, name = flags(made.arguments)["--custom-weight-loader"][0].rpartition(".")
+    folders = made.environment["PYTHONPATH"].split(os.pathsep)
+    assert any(f"def {name}(" in file.read_text() for folder in folders for file in Path(folder).glob(f"{module}.py"))
+    assert set(plain.environment["PYTHONPATH"].split(os.pathsep)) - {""} < set(folders)
 
 
 def test_vllm_sleeps_only_when_colocated():
