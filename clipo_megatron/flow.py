@@ -11,6 +11,7 @@ Shapes use the same letters everywhere:
     T  tokens of one packed micro-batch   N  of these, the targets: response tokens to predict
     H  hidden size                        d  size of the contrastive embedding
     S  tokens of the largest support: what top-p and top-k leave to draw a token from
+    L  layers of the model                E  experts that a token is sent to
 
 Worked example: prompt ids [5, 6, 7] (P = 3), response ids [8, 9] (R = 2). The packed segment is
 [5, 6, 7, 8, 9]. The positions that *predict* the response are 2 and 3 (P-1 .. P+R-2), with targets 8 and 9;
@@ -58,6 +59,9 @@ class Rollout:
     trained: int = 0  # how many of its first tokens trained in earlier steps, in their windows
     # [R, S] int32, the token ids that top-p and top-k left to draw from, padded with -1; None: they are off
     support: Tensor | None = None
+    # [P + R - 1, L, E] int16, the experts of each layer that the engine sent each token but the last to, those of the
+    # prompt first; None: nobody asked. An interrupted rollout may have fewer
+    routes: Tensor | None = None
 
     @property
     def version(self) -> int:
@@ -154,6 +158,7 @@ class Sample:
     response: Tensor  # [R] int64
     logprobs: Tensor  # [R] float32, from the engine
     support: Tensor | None = None  # [R, S] int32, see `Rollout`; S is the same in all rollouts of a step
+    routes: Tensor | None = None  # [P + R, L, E] int16, see `Rollout`; -1 where no expert is named
 
     @property
     def length(self) -> int:
@@ -204,6 +209,7 @@ class MicroBatch:
     rollout: Tensor  # [N] int64, index into `rows` of each target
     rollout_logprobs: Tensor  # [N] float32, from the engine
     support: Tensor | None = None  # [N, S] int32, see `Rollout`; on the CPU until log-probs are computed
+    routes: Tensor | None = None  # [T, L, E] int16, see `Sample`; on the CPU until a stage takes its layers
     # Filled in by scoring, on the last pipeline stage only:
     old_logprobs: Tensor | None = None  # [N] float32
     reference_logprobs: Tensor | None = None  # [N] float32
@@ -224,7 +230,7 @@ class MicroBatch:
         if self.tokens.device == device:
             return self
         columns = {each.name: getattr(self, each.name) for each in fields(self)}
-        del columns["support"]  # large, and read on the last stage only
+        del columns["support"], columns["routes"]  # large, and each stage reads a part
         moved = {name: value.to(device) for name, value in columns.items() if isinstance(value, Tensor)}
         return replace(self, **moved, signals={name: signal.to(device) for name, signal in self.signals.items()})
 

@@ -37,6 +37,7 @@ def model_problems(config: RunConfig, replicas: int, *, trains: bool = True) -> 
     if facts is not None:
         yield from _window(config, facts)
         yield from _positions(config, facts)
+        yield from _replayed_routing(config, facts)
     if trains:
         yield from _critic(config, replicas, facts, divided)
 
@@ -151,6 +152,27 @@ def _positions(config: RunConfig, facts: dict[str, Any]) -> Iterator[ConfigProbl
             room = limit - longest
             remedy = f"Set it to {room} or less" if room > 0 else "Lower data.max_prompt_tokens first"
             yield ConfigProblem(setting, f"{reason}, and the model takes {limit}", remedy, new_tokens)
+
+
+def _replayed_routing(config: RunConfig, facts: dict[str, Any]) -> Iterator[ConfigProblem]:
+    """Whether the engine can say which experts it chose, and Megatron computes the layers that can take them."""
+    if not config.model.replay_routing:
+        return
+    key, off = "model.replay_routing", "set this to false"
+    if config.rollout.engine is not EngineKind.sglang:
+        reason = f"rollout.engine = {config.rollout.engine.value} does not say which experts it chose"
+        yield ConfigProblem(key, reason, "Set rollout.engine to sglang, or this to false", True)
+    if model_spec(facts).experts is None:
+        yield ConfigProblem(key, f"{config.model.path} has no experts", "Set it to false", True)
+    for name in ("moe_router_fusion", "overlap_moe_expert_parallel_comm", "cuda_graph_impl", "enable_cuda_graph"):
+        if config.megatron.get(name) not in (None, False, "none"):
+            reason = "with it Megatron routes tokens where model.replay_routing cannot choose their experts"
+            yield ConfigProblem(f"megatron.{name}", reason, f"Remove it, or {off}", config.megatron[name])
+    if "moe" in (config.megatron.get("recompute_modules") or ()):
+        reason = "experts that are computed again by themselves would get the routes of another micro-batch"
+        yield ConfigProblem(
+            "megatron.recompute_modules", reason, f"Take moe out, set model.recompute=true, or {off}", ["moe"]
+        )
 
 
 def _critic(

@@ -136,7 +136,10 @@ class PolicyActor(Policy):
         """
         others = [
             self.batcher.pack(
-                [replace(sample, prompt=prompts.get(sample.group, sample.prompt)) for sample in micro.samples]
+                [
+                    replace(sample, prompt=prompts.get(sample.group, sample.prompt), routes=None)
+                    for sample in micro.samples
+                ]
             )
             for micro in micro_batches
         ]

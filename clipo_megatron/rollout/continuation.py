@@ -42,12 +42,17 @@ def append_tokens(
     params: SamplingParams,
     decode: Decode,
     support: Tensor | None = None,
+    routes: Tensor | None = None,
 ) -> Rollout:
     """A partial rollout (None: a new one) with `tokens`, `logprobs` and `versions` [n] appended, and `support` [n, S].
+
+    `routes` follow those that it has.
 
     The text is decoded from all tokens at once: engines decode as they go, and lose or add bytes of a character that
     several tokens share.
     """
+    if begun is not None and begun.routes is not None:
+        routes = begun.routes if routes is None else torch.cat((begun.routes, routes))
     if begun is not None:
         tokens = torch.cat((begun.tokens, tokens))
         logprobs = torch.cat((begun.logprobs, logprobs))
@@ -64,4 +69,5 @@ def append_tokens(
         sample=sample,
         trained=0 if begun is None else begun.trained,
         support=support,
+        routes=routes,
     )

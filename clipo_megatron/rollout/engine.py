@@ -16,6 +16,14 @@ class EngineError(RuntimeError):
     """The engine cannot go on; the message says what happened, to which request, and what to do."""
 
 
+class Routing(NamedTuple):
+    """The experts of a model, which answers name for each token (`Rollout.routes`)."""
+
+    layers: int  # of the model, those without experts too
+    per_token: int  # experts that a token is sent to
+    experts: int  # of a layer
+
+
 class EngineLostError(EngineError):
     """Every server was lost, but servers may come back.
 
@@ -63,6 +71,7 @@ class SamplingParams:
     step: int = 0
     # log-probs must be those of the distribution that was drawn from, with its support; evaluation reads neither
     exact_logprobs: bool = True
+    routing: Routing | None = None  # of the model, if rollouts must have their routes
 
     def token_limit(self, trained: int = 0) -> int:
         """Length at which a response ends, or its window does; its first `trained` tokens are of earlier windows."""
@@ -83,9 +92,12 @@ class SamplingParams:
         return 2 * self.top_k
 
     def could_give(self, rollout: Rollout) -> bool:
-        """Whether a rollout has a number and a length that these allow, and a support where they want one."""
+        """Whether a rollout has a number and a length that these allow, and supports and routes if they want them."""
         fits = rollout.sample < self.samples and rollout.tokens.numel() <= self.max_new_tokens
-        return fits and (rollout.support is not None) == self.wants_support
+        fits = fits and (rollout.support is not None) == self.wants_support
+        if self.routing is None:
+            return fits and rollout.routes is None
+        return fits and (rollout.routes is not None or rollout.finish == "abort")  # which gets them when it goes on
 
     def check(self) -> None:
         """Raise EngineError for a value that no engine can follow."""

@@ -124,6 +124,7 @@ def _sglang(config: RunConfig, slot: ServerSlot, python: Path, key: str | None, 
         "tp_size": config.serve.tp,
         "dtype": DTYPES[config.serve.dtype or config.model.dtype],
         "log_level_http": "warning",  # do not log every request
+        "enable_return_routed_experts": config.model.replay_routing or None,
     }
     environment, paths = _environment(config, slot), []
     if config.rollout.sync.delta:

@@ -21,7 +21,7 @@ from clipo_megatron.data.sampler import PromptSampler
 from clipo_megatron.policy.actor import PolicyActor
 from clipo_megatron.policy.batch.replay import ReplayCheckpointer
 from clipo_megatron.policy.checkpoint.state import TrainableCheckpointer
-from clipo_megatron.rollout.engine import TOP_P_CANDIDATES, Cancelled, SamplingParams
+from clipo_megatron.rollout.engine import TOP_P_CANDIDATES, Cancelled, Routing, SamplingParams
 from clipo_megatron.runtime.platform import platform
 from clipo_megatron.runtime.run_dir import CHECKPOINTS, set_aside, step_of
 from clipo_megatron.telemetry.segments import refusals, remarks
@@ -32,6 +32,7 @@ from clipo_megatron.training.recorder import Recorder
 from clipo_megatron.training.session import Session
 from clipo_megatron.training.stop_signal import Stopped
 from clipo_megatron.weights.formats.source import sidecar_files
+from clipo_megatron.weights.spec import ModelSpec
 
 
 class Run:
@@ -66,7 +67,7 @@ class Run:
                 self.engine.graders,
                 prompts=self.train_prompts,
                 sampler=self.sampler,
-                sampling=sampling_params(config, session.stop_ids),
+                sampling=sampling_params(config, session.stop_ids, self.actor.spec),
                 max_refill_rounds=max_refill_rounds(config),
                 progress=self.reporter.progress.rollouts,
             )
@@ -237,9 +238,10 @@ class RngState:
         random.setstate((version, tuple(numbers), gauss))
 
 
-def sampling_params(config: RunConfig, stop_ids: tuple[int, ...]) -> SamplingParams:
+def sampling_params(config: RunConfig, stop_ids: tuple[int, ...], spec: ModelSpec) -> SamplingParams:
     """How training samples its rollouts; the collector sets step and window."""
-    rollout = config.rollout
+    rollout, experts = config.rollout, spec.experts
+    replayed = config.model.replay_routing and experts is not None
     return SamplingParams(
         samples=rollout.samples_per_prompt,
         max_new_tokens=rollout.max_new_tokens,
@@ -248,6 +250,7 @@ def sampling_params(config: RunConfig, stop_ids: tuple[int, ...]) -> SamplingPar
         top_k=rollout.top_k or (TOP_P_CANDIDATES if rollout.top_p < 1 else 0),
         stop_ids=stop_ids,
         seed=config.train.seed,
+        routing=Routing(spec.num_layers, experts.per_token, experts.count) if replayed else None,
     )
 
 

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import base64
 import gzip
 import json
 import threading
 import time
+from array import array
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 VOCABULARY, VERSION, TOKEN = 100, 3, 7
 LENGTH = 4  # tokens of every honest sample
+EXPERTS = 5  # of a layer
 OTHERS = (8, 9)  # that could have been drawn with top-p or top-k
 Change = Callable[[Any], Any]  # an honest answer -> what is sent: bytes, a `Reply`, or what becomes JSON
 
@@ -81,6 +84,11 @@ def _bytes(answer: Any) -> bytes:
     return answer if isinstance(answer, bytes) else json.dumps(answer).encode()
 
 
+def routes(rows: int, expert: int) -> str:
+    """The same expert for each token, in both places of both layers."""
+    return base64.b64encode(array("i", [expert] * (rows * 4)).tobytes()).decode()
+
+
 def _sglang_sample(sent: dict[str, Any]) -> dict[str, Any]:
     meta = {
         "output_token_logprobs": [[-0.5, TOKEN, None] for _ in range(LENGTH)],
@@ -90,6 +98,10 @@ def _sglang_sample(sent: dict[str, Any]) -> dict[str, Any]:
     if sent.get("return_sampling_mask"):
         meta["output_token_sampling_mask"] = [[TOKEN, *OTHERS] for _ in range(LENGTH)]
         meta["output_token_sampling_logprobs"] = [-0.25] * LENGTH
+    if sent.get("return_routed_experts"):
+        inputs = sent["input_ids"][0] if isinstance(sent["rid"], list) else sent["input_ids"]
+        rows = len(inputs) + LENGTH - 1 - sent["routed_experts_start_len"]
+        meta["routed_experts"] = routes(rows, EXPERTS - 1)
     return {"text": "", "output_ids": [TOKEN] * LENGTH, "meta_info": meta}
 
 

@@ -26,6 +26,9 @@ from clipo_megatron.policy.batch.exchange import build_table
 from clipo_megatron.policy.batch.replay import ReplayCheckpointer
 from clipo_megatron.policy.checkpoint.state import TrainableCheckpointer
 from clipo_megatron.rewards.voting import answer_key
+from clipo_megatron.rollout.engine import Routing
+from clipo_megatron.weights.families import model_spec
+from clipo_megatron.weights.spec import read_config
 
 STEPS = 3
 
@@ -47,11 +50,19 @@ def configuration(folder: Path | str, *, overlap: bool | None = None) -> RunConf
     return config
 
 
-def scored_groups(step: int, *, vocab: int, groups: int = 6, samples: int = 4, top_k: int = 0) -> list[ScoredGroup]:
+def scored_groups(
+    step: int,
+    *,
+    vocab: int,
+    groups: int = 6,
+    samples: int = 4,
+    top_k: int = 0,
+    routing: Routing | None = None,
+) -> list[ScoredGroup]:
     """Groups of rollouts of unequal length, some of one token and some ungraded.
 
     Group 0 is all correct, group 1 all wrong, and group 2 has one correct rollout. With `top_k` tokens are drawn among
-    at most so many.
+    at most so many; with `routing` each goes to random experts.
     """
     generator = torch.Generator().manual_seed(1000 + step)
 
@@ -75,12 +86,33 @@ def scored_groups(step: int, *, vocab: int, groups: int = 6, samples: int = 4, t
             rollouts.append(Rollout(ids, logprobs, text, "stop", versions, sample))
             if top_k:
                 rollouts[-1].support = _support(ids, vocab, top_k - sample % 2, seed=10 * step + position)
+            if routing:
+                sizes = prompt.tokens.numel(), ids.numel()
+                rollouts[-1].routes = _routes(*sizes, routing, group=10 * step + position, sample=sample)
             correct: bool | None = {0: True, 1: False, 2: sample == 1}.get(position, number(0, 2) == 1)
             if position % 3 == 2 and sample == position % samples:
                 correct = None
             verdicts.append(Verdict(correct, 1.0 if correct else 0.0))
         result.append(ScoredGroup(RolloutGroup(position, prompt, rollouts), verdicts))
     return result
+
+
+def routing_of(config: RunConfig) -> Routing | None:
+    """The experts of a run's model, if it replays their routes."""
+    if not config.model.replay_routing:
+        return None
+    spec = model_spec(read_config(Path(config.model.path)))
+    return Routing(spec.num_layers, spec.experts.per_token, spec.experts.count)
+
+
+def _routes(prompt: int, response: int, routing: Routing, *, group: int, sample: int) -> torch.Tensor:
+    """Random experts for all tokens but the last, the same for the prompt in all samples: [P + R - 1, L, E]."""
+    parts = []
+    for count, seed in ((prompt, 1000 * group), (response - 1, 1000 * group + sample + 1)):
+        generator = torch.Generator().manual_seed(seed)
+        odds = torch.rand(count, routing.layers, routing.experts, generator=generator)
+        parts.append(odds.topk(routing.per_token, dim=-1).indices)
+    return torch.cat(parts).to(torch.int16)
 
 
 def _support(ids: torch.Tensor, vocab: int, width: int, *, seed: int) -> torch.Tensor:
@@ -161,7 +193,9 @@ def train(
                 ]
                 facts["critic_held"] = sum(each.untyped_storage().size() for each in held)
             actor.onload()
-        everything = scored_groups(step, vocab=actor.spec.vocab_size, top_k=config.rollout.top_k)
+        everything = scored_groups(
+            step, vocab=actor.spec.vocab_size, top_k=config.rollout.top_k, routing=routing_of(config)
+        )
         scored = everything[layout.rank :: layout.world]
         table, samples = build_table(scored, step=step, observe=algorithm.observe)
         mini_batches = batcher.mini_batches_of(samples, table)

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from policy_steps import made_up_context, scored_groups
+from policy_steps import made_up_context, routing_of, scored_groups
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -43,7 +43,8 @@ def one_update(config: RunConfig, layout_config: LayoutConfig, shifted: bool = T
     config.optimizer.max_grad_norm = 0.0  # clipping would scale the gradients where they lie
     actor = actor_on(config, layout_config)
     algorithm, batcher = build_algorithm(config, made_up_context(config)), actor.batcher
-    mine = scored_groups(0, vocab=VOCAB, top_k=config.rollout.top_k)[actor.layout.rank :: actor.layout.world]
+    everything = scored_groups(0, vocab=VOCAB, top_k=config.rollout.top_k, routing=routing_of(config))
+    mine = everything[actor.layout.rank :: actor.layout.world]
     table, held = build_table(mine, step=0, observe=algorithm.observe)
     batch = batcher.mini_batches_of(held, table)[0]
     actor.score(batch.micro_batches, table, algorithm)
@@ -86,13 +87,34 @@ def whole(parameter: torch.nn.Parameter, shard: Any, own: Tensor | None) -> Tens
     return found.view(parameter.shape)
 
 
+def force_routes(model: torch.nn.Module, routes: Tensor) -> None:
+    """Let the routers of transformers' Qwen3-MoE send a sequence's tokens to `routes` [P + R - 1, L, E]."""
+
+    def forced(gate: Any, layer: int) -> Any:
+        def forward(states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            logits = torch.nn.functional.linear(states.reshape(-1, gate.hidden_dim), gate.weight)
+            probs = logits.softmax(-1, dtype=torch.float)
+            indices = probs.topk(gate.top_k, dim=-1).indices
+            indices[: len(routes)] = routes[:, layer].long()
+            weights = probs.gather(1, indices)
+            if gate.norm_topk_prob:
+                weights = weights / weights.sum(-1, keepdim=True)
+            return logits, weights.to(logits.dtype), indices
+
+        return forward
+
+    for number, layer in enumerate(model.model.layers):
+        if hasattr(layer.mlp, "gate"):
+            layer.mlp.gate.forward = forced(layer.mlp.gate, number)
+
+
 def plainly(config: RunConfig, advantage: Tensor) -> tuple[float, dict[str, Tensor]]:
     """The same loss and its gradients with one forward per sequence, full logits and autograd."""
     model = AutoModelForCausalLM.from_pretrained(config.model.path, dtype=torch.float32)
     settings = config.algorithm
     clip_low, clip_high = settings.clip_low or 0.2, settings.clip_high or 0.2
     sequences, row = [], 0
-    for scored in scored_groups(0, vocab=VOCAB, top_k=config.rollout.top_k):
+    for scored in scored_groups(0, vocab=VOCAB, top_k=config.rollout.top_k, routing=routing_of(config)):
         for rollout, verdict in zip(scored.group.rollouts, scored.verdicts, strict=True):
             if verdict.correct is not None:
                 sequences.append((scored.group.prompt.tokens, rollout, float(advantage[row])))
@@ -101,6 +123,8 @@ def plainly(config: RunConfig, advantage: Tensor) -> tuple[float, dict[str, Tens
     loss = torch.zeros((), dtype=torch.float64)
     for prompt, rollout, value in sequences:
         response = rollout.tokens
+        if rollout.routes is not None:
+            force_routes(model, rollout.routes)
         logits = model(torch.cat([prompt, response])[None]).logits[0, prompt.numel() - 1 : -1].double()
         logits = logits / config.rollout.temperature
         if rollout.support is not None:

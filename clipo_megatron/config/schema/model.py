@@ -20,6 +20,7 @@ class ModelConfig:
     path: str = "???"  # Hugging Face folder (config.json, *.safetensors, tokenizer) or a checkpoint of `clipo convert`
     dtype: DType = DType.bf16  # dtype of parameters and activations; the optimizer keeps fp32 master weights
     recompute: bool = False  # recompute every layer in the backward pass: less memory, one more forward
+    replay_routing: bool = False  # experts: each token goes to those that the engine sent it to; needs sglang
     system_prompt: Optional[str] = None  # null: that of the chat template; "": none
     # what the chat template reads beside the turns, such as enable_thinking: false
     template_options: dict[str, Any] = field(default_factory=dict)

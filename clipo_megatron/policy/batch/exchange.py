@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -105,9 +105,10 @@ def build_table(
             row, before = row_of[scored.group.position, rollout.sample], rollout.trained
             prompt = torch.cat([scored.group.prompt.tokens, rollout.tokens[:before]])
             support = None if rollout.support is None else rollout.support[before:]
-            samples.append(
-                Sample(row, int(table.group[row]), prompt, rollout.tokens[before:], rollout.logprobs[before:], support)
-            )
+            # The last token went through no layer: nothing was drawn behind it.
+            routes = None if rollout.routes is None else pad(rollout.routes, (0, 0, 0, 0, 0, 1), value=-1)
+            tokens, logprobs = rollout.tokens[before:], rollout.logprobs[before:]
+            samples.append(Sample(row, int(table.group[row]), prompt, tokens, logprobs, support, routes))
     return table, samples
 
 
@@ -141,16 +142,16 @@ def deliver(samples: Sequence[Sample], table: RolloutTable, owner: Tensor, layou
         if (dp_rank := int(owner[sample.row])) >= 0:
             by_head[layout.head_of(dp_rank)].append(sample)
     rows_sent = [[sample.row for sample in part] for part in by_head]
-    widest = max((sample.support.shape[1] for sample in samples if sample.support is not None), default=0)
-    told: list[tuple[list[list[int]], int]] = [None] * layout.world  # type: ignore[list-item]
-    dist.all_gather_object(told, (rows_sent, widest))
-    rows_from, width = [rows for rows, _ in told], max(each for _, each in told)
+    told: list[tuple[list[list[int]], _Extras]] = [None] * layout.world  # type: ignore[list-item]
+    dist.all_gather_object(told, (rows_sent, _Extras.of(samples)))
+    rows_from = [rows for rows, _ in told]
+    extras = _Extras(max(each.support for _, each in told), max(each.routes for _, each in told))
 
     def word_count(rows: Sequence[int]) -> int:
-        return int((table.prompt_length[rows] + (2 + width) * table.response_length[rows]).sum()) if rows else 0
+        return sum(sum(_word_counts(table, row, extras)) for row in rows)
 
-    # One int32 word a token id, also of supports, and one a log-prob (its bits).
-    outgoing = [_encode(sample, width) for part in by_head for sample in part]
+    # One int32 word a token id, also of supports, one a log-prob (its bits), and one for two numbers of experts.
+    outgoing = [_encode(sample, extras) for part in by_head for sample in part]
     sent = torch.cat(outgoing) if outgoing else torch.empty(0, dtype=torch.int32)
     send_sizes = [word_count(rows) for rows in rows_sent]
     receive_sizes = [word_count(rows_from[source][layout.rank]) for source in range(layout.world)]
@@ -167,7 +168,7 @@ def deliver(samples: Sequence[Sample], table: RolloutTable, owner: Tensor, layou
             dist.broadcast(received, src=head, group=layout.replica_group)
         if layout.cp > 1:
             dist.broadcast(received, group=layout.share.group, group_src=0)
-    return _decode(received.cpu(), order, table, width)
+    return _decode(received.cpu(), order, table, extras)
 
 
 def redistribute(micro_batches: Sequence[MicroBatch], owner: Tensor, layout: Layout) -> ScoredSamples:
@@ -183,7 +184,7 @@ def redistribute(micro_batches: Sequence[MicroBatch], owner: Tensor, layout: Lay
     """
     nothing = {name: values[:0].cpu() for name, values in columns_of(micro_batches[0]).items()}
     found = ScoredSamples({}, {name: {} for name in nothing}, nothing)
-    width = 0 if micro_batches[0].support is None else micro_batches[0].support.shape[1]
+    extras = _Extras.of(micro_batches[0].samples)
     headers: list[list[_Header]] = [[] for _ in range(layout.dp)]  # of what goes to each rank
     outgoing: list[list[Tensor]] = [[torch.empty(0, dtype=torch.uint8)] for _ in range(layout.dp)]
     for micro in micro_batches:
@@ -199,7 +200,7 @@ def redistribute(micro_batches: Sequence[MicroBatch], owner: Tensor, layout: Lay
     dist.all_gather_object(everybodys, headers, group=layout.dp_group)
     incoming = [each[layout.dp_rank] for each in everybodys]  # from each rank
     sent = [torch.cat(each) for each in outgoing]
-    sizes = [[_byte_count(header, width, nothing) for header in each] for each in incoming]
+    sizes = [[_byte_count(header, extras, nothing) for header in each] for each in incoming]
     received = torch.empty(sum(map(sum, sizes)), dtype=torch.uint8, device=platform().device)
     dist.all_to_all_single(
         received,
@@ -210,7 +211,7 @@ def redistribute(micro_batches: Sequence[MicroBatch], owner: Tensor, layout: Lay
     )
     pieces = received.cpu().split([size for each in sizes for size in each])
     for header, data in zip([header for each in incoming for header in each], pieces, strict=True):
-        found.add(*_from_bytes(data, header, width, nothing))
+        found.add(*_from_bytes(data, header, extras, nothing))
     return found
 
 
@@ -229,28 +230,30 @@ class ScoredSamples:
 
 
 def _bytes_of(sample: Sample, parts: Mapping[str, Tensor]) -> Tensor:
-    support = [] if sample.support is None else [sample.support]
-    pieces = (sample.prompt.int(), sample.response.int(), sample.logprobs.float(), *support, *parts.values())
+    extras = [each for each in (sample.support, sample.routes) if each is not None]
+    pieces = (sample.prompt.int(), sample.response.int(), sample.logprobs.float(), *extras, *parts.values())
     return torch.cat([piece.contiguous().view(-1).view(torch.uint8) for piece in pieces])
 
 
-def _kinds(header: _Header, width: int, nothing: Mapping[str, Tensor]) -> list[tuple[int, torch.dtype, Sequence[int]]]:
-    """The number, dtype and trailing shape of the elements in each piece of a rollout's bytes; `width` is that of
-    supports."""
+def _kinds(
+    header: _Header, extras: _Extras, nothing: Mapping[str, Tensor]
+) -> list[tuple[int, torch.dtype, Sequence[int]]]:
+    """The number, dtype and trailing shape of the elements in each piece of a rollout's bytes."""
     _, _, prompt, response = header
     own = [(prompt, torch.int32, ()), (response, torch.int32, ()), (response, torch.float32, ())]
-    own += [(response, torch.int32, (width,))] if width else []
+    own += [(response, torch.int32, (extras.support,))] if extras.support else []
+    own += [(prompt + response, torch.int16, extras.routes)] if extras.routes else []
     return own + [(response, values.dtype, values.shape[1:]) for values in nothing.values()]
 
 
-def _byte_count(header: _Header, width: int, nothing: Mapping[str, Tensor]) -> int:
-    return sum(count * dtype.itemsize * prod(shape) for count, dtype, shape in _kinds(header, width, nothing))
+def _byte_count(header: _Header, extras: _Extras, nothing: Mapping[str, Tensor]) -> int:
+    return sum(count * dtype.itemsize * prod(shape) for count, dtype, shape in _kinds(header, extras, nothing))
 
 
 def _from_bytes(
-    data: Tensor, header: _Header, width: int, nothing: Mapping[str, Tensor]
+    data: Tensor, header: _Header, extras: _Extras, nothing: Mapping[str, Tensor]
 ) -> tuple[Sample, dict[str, Tensor]]:
-    kinds = _kinds(header, width, nothing)
+    kinds = _kinds(header, extras, nothing)
     nbytes = [count * dtype.itemsize * prod(shape) for count, dtype, shape in kinds]
     # A copy begins where any dtype may.
     tokens, targets, logprobs, *columns = (
@@ -258,26 +261,63 @@ def _from_bytes(
         for piece, (count, dtype, shape) in zip(data.split(nbytes), kinds, strict=True)
     )
     row, group, *_ = header
-    support = columns.pop(0) if width else None
-    sample = Sample(row, group, tokens.long(), targets.long(), logprobs, support)
+    support = columns.pop(0) if extras.support else None
+    routes = columns.pop(0) if extras.routes else None
+    sample = Sample(row, group, tokens.long(), targets.long(), logprobs, support, routes)
     return sample, dict(zip(nothing, columns, strict=True))
 
 
-def _encode(sample: Sample, width: int) -> Tensor:
+class _Extras(NamedTuple):
+    """The trailing shapes of what rollouts may have beside tokens and log-probs; 0 and (): they have none."""
+
+    support: int = 0
+    routes: tuple[int, ...] = ()
+
+    @classmethod
+    def of(cls, samples: Sequence[Sample]) -> _Extras:
+        """Those of some rollouts, of which the widest support counts."""
+        widths = [sample.support.shape[1] for sample in samples if sample.support is not None]
+        shapes = [tuple(sample.routes.shape[1:]) for sample in samples if sample.routes is not None]
+        return cls(max(widths, default=0), max(shapes, default=()))
+
+
+def _word_counts(table: RolloutTable, row: int, extras: _Extras) -> list[int]:
+    """The words of a rollout's prompt, response, log-probs, supports and routes."""
+    prompt, response = int(table.prompt_length[row]), int(table.response_length[row])
+    experts = (prompt + response) * prod(extras.routes) if extras.routes else 0
+    return [prompt, response, response, extras.support * response, -(-experts // 2)]
+
+
+def _numbers(words: Tensor, tokens: int, shape: tuple[int, ...]) -> Tensor:
+    """Routes [tokens, *shape] int16 out of words that hold two numbers each."""
+    return words.contiguous().view(torch.int16)[: tokens * prod(shape)].view(tokens, *shape)
+
+
+def _encode(sample: Sample, extras: _Extras) -> Tensor:
     words = [sample.prompt.int(), sample.response.int(), sample.logprobs.float().view(torch.int32)]
-    if width:
-        words.append(pad(sample.support, (0, width - sample.support.shape[1]), value=-1).flatten())
+    if extras.support:
+        words.append(pad(sample.support, (0, extras.support - sample.support.shape[1]), value=-1).flatten())
+    if extras.routes:
+        numbers = sample.routes.flatten()
+        words.append(pad(numbers, (0, numbers.numel() % 2)).view(torch.int32))
     return torch.cat(words)
 
 
-def _decode(words: Tensor, order: Sequence[int], table: RolloutTable, width: int) -> dict[int, Sample]:
+def _decode(words: Tensor, order: Sequence[int], table: RolloutTable, extras: _Extras) -> dict[int, Sample]:
     samples, place = {}, 0
     for row in order:
-        prompt, response = int(table.prompt_length[row]), int(table.response_length[row])
-        sizes = [prompt, response, response, width * response]
-        tokens, targets, logprobs, support = words[place : place + sum(sizes)].split(sizes)
-        group, own = int(table.group[row]), support.view(response, width) if width else None
-        samples[row] = Sample(row, group, tokens.long(), targets.long(), logprobs.view(torch.float32), own)
+        sizes = _word_counts(table, row, extras)
+        prompt, response, *_ = sizes
+        tokens, targets, logprobs, support, routes = words[place : place + sum(sizes)].split(sizes)
+        samples[row] = Sample(
+            row,
+            int(table.group[row]),
+            tokens.long(),
+            targets.long(),
+            logprobs.view(torch.float32),
+            support.view(response, extras.support) if extras.support else None,
+            _numbers(routes, prompt + response, extras.routes) if extras.routes else None,
+        )
         place += sum(sizes)
     return samples
 

@@ -171,6 +171,7 @@ def pack(
     segments: list[Segment] = []
     predict: list[torch.Tensor] = []
     states: list[torch.Tensor] = []
+    routes: list[torch.Tensor] = []
     end = 0
 
     def append(piece: torch.Tensor, first_position: int, context: tuple[int, int] = (0, 0)) -> int:
@@ -186,6 +187,8 @@ def pack(
         for before, sample in zip([None, *samples], samples, strict=False):
             shared = before is not None and before.group == sample.group
             prompts.append(prompts[-1] if shared else append(sample.prompt, 0))
+            if sample.routes is not None and not shared:
+                routes.append(sample.routes[: sample.prompt.numel()])
     for number, sample in enumerate(samples):
         length, count = sample.prompt.numel(), sample.response.numel()
         if share_prompts:
@@ -193,6 +196,8 @@ def pack(
         else:
             prompts.append(append(torch.cat([sample.prompt, sample.response]), 0))
             start = prompts[number] + length
+        if sample.routes is not None:
+            routes.append(sample.routes[length:] if share_prompts else sample.routes)
         place = torch.arange(start, start + count)
         states.append(place)
         predict.append(torch.cat([torch.tensor([prompts[number] + length - 1]), place[:-1]]))
@@ -219,5 +224,6 @@ def pack(
         support=torch.cat([sample.support for sample in samples])
         if samples and samples[0].support is not None
         else None,
+        routes=torch.nn.functional.pad(torch.cat(routes), (0, 0, 0, 0, 0, padding), value=-1) if routes else None,
         padding=padding,
     )

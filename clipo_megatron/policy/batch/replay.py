@@ -70,6 +70,8 @@ class ReplayCheckpointer:
         responses = table.response_length.tolist()
         tokens = _renamed(state["tokens"])
         prompts = tokens.pop("prompt").long().split(table.prompt_length.tolist())
+        lengths = (table.prompt_length + table.response_length).tolist()
+        routes = tokens.pop("routes").split(lengths) if "routes" in tokens else None
         by_row = {name: values.split(responses) for name, values in tokens.items()}
         samples = {
             row: Sample(
@@ -79,6 +81,7 @@ class ReplayCheckpointer:
                 by_row["response"][row].long(),
                 by_row["logprobs"][row],
                 by_row["support"][row] if "support" in by_row else None,
+                routes[row] if routes else None,
             )
             for row, prompt in enumerate(prompts)
         }
@@ -101,4 +104,6 @@ def _rollouts_of(micro: MicroBatch) -> Iterator[tuple[int, dict[str, Tensor]]]:
         own = {"prompt": sample.prompt.int(), "response": sample.response.int(), "logprobs": sample.logprobs}
         if sample.support is not None:
             own["support"] = sample.support
+        if sample.routes is not None:
+            own["routes"] = sample.routes
         yield sample.row, own | {name: values.clone() for name, values in parts.items() if name != "returns"}

@@ -47,13 +47,14 @@ class AttentionPart(NamedTuple):
 class AttentionPlan(PackedSeqParams):
     """The calls that compute the attention of one packed row on this rank; made once a micro-batch.
 
-    Megatron passes it to the attention as `packed_seq_params`. Its `qkv_format` is not "thd", so that Megatron leaves
-    shapes and rotary embeddings alone.
+    Megatron passes it to every layer, and to its attention, as `packed_seq_params`. Its `qkv_format` is not "thd", so
+    that Megatron leaves shapes and rotary embeddings alone.
     """
 
     own: tuple[AttentionPart, ...] = ()  # one for each chunk of the rank, in order: its queries and their own segments
     contexts: tuple[AttentionPart, ...] = ()  # queries and their contexts, to be merged with those
     share: RowShare = WHOLE_ROW
+    routes: Tensor | None = None  # [n, L, E] int16, the experts of the rank's tokens; see `experts.replay_routes`
 
 
 def plan_attention(

@@ -9,8 +9,10 @@ import torch
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
 from megatron.core.transformer.moe.router import TopKRouter
+from megatron.core.transformer.moe.router_replay import RouterReplay
 from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
 from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 
 from clipo_megatron.weights.spec import ModelSpec
@@ -77,6 +79,47 @@ class TokenDispatcher(MoEAlltoAllTokenDispatcher):
         # of Megatron's data-parallel wrapper, so the model would be kept too, in a cycle that Python cannot see.
         self.probs = None
         return output
+
+
+class RouteReplay(RouterReplay):
+    """Sends tokens to the experts that an engine chose for them, and others where the router would.
+
+    The chosen experts' probabilities are the router's own, and its gate learns through them. Megatron's class replays
+    whole batches in the order in which it was given them; here a layer is given those of the micro-batch that it
+    computes, also where it computes it again in the backward pass.
+    """
+
+    def __init__(self) -> None:
+        """Leaves Megatron's list of all routers alone."""
+        self.routes: Tensor | None = None  # [n, E] int16, -1 where nobody chose
+
+    def get_replay_topk(
+        self,
+        scores: Tensor,
+        topk: int,
+        num_groups: Any = None,
+        group_topk: Any = None,
+        default_compute_topk: Any = None,
+    ) -> tuple[Tensor, Tensor]:
+        """The scores [n, topk] of the experts that tokens are sent to, and their numbers."""
+        own, indices = default_compute_topk(scores, topk, num_groups, group_topk)
+        if self.routes is None:
+            return own, indices
+        indices = torch.where(self.routes >= 0, self.routes.to(indices.dtype), indices)
+        return scores.gather(1, indices), indices
+
+
+def replay_routes(model: torch.nn.Module) -> None:
+    """Let every layer with experts take the routes of its attention plan, if that has any."""
+
+    def take_routes(layer: Any, _args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        routes = kwargs["packed_seq_params"].routes
+        layer.mlp.router.router_replay.routes = None if routes is None else routes[:, layer.layer_number - 1]
+
+    for layer in model.modules():
+        if isinstance(layer, TransformerLayer) and isinstance(layer.mlp, MoELayer):
+            layer.mlp.router.router_replay = RouteReplay()
+            layer.register_forward_pre_hook(take_routes, with_kwargs=True)
 
 
 def adapt_experts(model: torch.nn.Module, *, dispatchers: bool) -> None:

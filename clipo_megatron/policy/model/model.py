@@ -26,7 +26,7 @@ from clipo_megatron.config.schema import DType, ModelConfig
 from clipo_megatron.flow import MicroBatch
 from clipo_megatron.policy.megatron_fields import configured
 from clipo_megatron.policy.model.attention import AttentionPlan, PackedAttention, plan_attention
-from clipo_megatron.policy.model.experts import adapt_experts, adapt_sparse_layer, expert_settings
+from clipo_megatron.policy.model.experts import adapt_experts, adapt_sparse_layer, expert_settings, replay_routes
 from clipo_megatron.policy.model.logprobs import token_logprobs
 from clipo_megatron.policy.parallel import Layout
 from clipo_megatron.runtime.platform import platform
@@ -233,6 +233,8 @@ class PolicyStage(GPTModel):
         self.layout = layout
         self.share = layout.share
         adapt_experts(self, dispatchers=not transformer_engine_usable())
+        if self.has_lm_head:  # the engine's experts are the policy's, not those of a critic
+            replay_routes(self)
         # Megatron hard-codes llama3's scaling constants; the model's config.json has the exact ones.
         self.rotary_pos_emb.inv_freq = inverse_frequencies(spec).to(platform().device)
 
@@ -266,7 +268,16 @@ class PolicyStage(GPTModel):
         longest = max(segment.context_length + segment.length for segment in micro.segments)
         table = self.rotary_pos_emb.get_emb(longest)  # [longest, 1, 1, head_dim]
         plan = plan_attention(micro.segments, micro.tokens.device, self.spec.sliding_window, self.share)
+        if micro.routes is not None:
+            plan.routes = self._own_routes(micro.routes)
         return plan, table[self.share.take(micro.positions)]
+
+    def _own_routes(self, routes: Tensor) -> Tensor:
+        """Routes [T, L, E] of the tokens that this rank's layers route: with sequence parallelism its part of them."""
+        own = self.share.take(routes)
+        if self.config.sequence_parallel:
+            own = own.chunk(self.layout.tp)[self.layout.tp_rank]
+        return own.to(platform().device)
 
     def logprobs(
         self, hidden: Tensor, micro: MicroBatch, *, temperature: float, entropy: bool = False

@@ -31,6 +31,7 @@ class Call:
     version: int  # the oldest version that the weights may have
     vocabulary: int  # ids of tokens are below it; 0 if it is unknown
     end: float  # deadline on the monotonic clock
+    routed: int = 0  # of the inputs, so many tokens have routes
 
     @property
     def seconds_left(self) -> float:
@@ -40,7 +41,14 @@ class Call:
     def most_bytes(self) -> int:
         """The size that its answer may have."""
         support = self.params.most_support if self.params.wants_support else 0
-        return most_bytes(samples=len(self.ids), prompt=len(self.inputs), tokens=self.budget, support=support)
+        routing = self.params.routing
+        return most_bytes(
+            samples=len(self.ids),
+            prompt=len(self.inputs),
+            tokens=self.budget,
+            support=support,
+            experts=routing.layers * routing.per_token if routing else 0,
+        )
 
 
 class HttpServer(ABC):
@@ -89,7 +97,8 @@ class HttpServer(ABC):
             so_far, trained = ([], 0) if begun is None else (begun.tokens.tolist(), begun.trained)
             ids = [sample_id(name, sample) for sample in samples]
             budget = params.token_limit(trained) - len(so_far)
-            call = Call(prompt + so_far, ids, params, budget, version, self._vocabulary, end)
+            routed = 0 if begun is None or begun.routes is None else len(begun.routes)
+            call = Call(prompt + so_far, ids, params, budget, version, self._vocabulary, end, routed)
             found = await self._continue(call)
             self._check_versions(found, version)
             with self._http.reading("its tokens"):
@@ -125,7 +134,7 @@ class HttpServer(ABC):
             older, newer = int(new.versions[0]), int(begun.versions[-1])
             raise self._http.fail(Fault.stale, f"it answered tokens of version {older} after ones of {newer}")
         tensors = (torch.from_numpy(each) for each in (new.tokens, new.logprobs, new.versions))
-        support = None if new.support is None else torch.from_numpy(new.support)
+        support, routes = (None if each is None else torch.from_numpy(each) for each in (new.support, new.routes))
         return append_tokens(
             begun,
             *tensors,
@@ -134,6 +143,7 @@ class HttpServer(ABC):
             params=params,
             decode=self._decode,
             support=support,
+            routes=routes,
         )
 
     # --- weights -------------------------------------------------------------------------------------------------

@@ -5,12 +5,13 @@ Every field is bounded by what was asked for, because a server may be broken, or
 
 from __future__ import annotations
 
+import base64
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
 
-from clipo_megatron.rollout.engine import SamplingParams
+from clipo_megatron.rollout.engine import Routing, SamplingParams
 
 _ROUNDING = 1e-4  # by which rounding may put a log-prob above 0
 # No float32 is as small as exp(-104), so nothing that is drawn by its probability has a smaller log-prob. Evaluation
@@ -20,16 +21,19 @@ _MOST = 1 << 16  # ranks of one server, or requests that it computes at once
 # Bytes of an answer: of a token its numbers and its text, which may be 128 escaped characters; of a sample the rest.
 _TOKEN_BYTES, _PROMPT_TOKEN_BYTES, _SAMPLE_BYTES = 512, 16, 16_384
 _SUPPORT_BYTES = 96  # of one token in a support: its id, log-prob and rank, with their names
+_ROUTE_BYTES = 6  # of one expert of a token: four bytes in base64
 
 
 class BadAnswer(ValueError):
     """The server answered something that cannot be what was asked for; the message is part of a sentence."""
 
 
-def most_bytes(*, samples: int, prompt: int, tokens: int, support: int = 0) -> int:
+def most_bytes(*, samples: int, prompt: int, tokens: int, support: int = 0, experts: int = 0) -> int:
     """The size that an answer with so many samples of a prompt may have, each of so many new tokens at most, with
-    supports of at most so many."""
-    return samples * (_SAMPLE_BYTES + prompt * _PROMPT_TOKEN_BYTES + tokens * (_TOKEN_BYTES + support * _SUPPORT_BYTES))
+    supports of at most so many, and routes that name so many experts for each token."""
+    routes = (prompt + tokens) * experts * _ROUTE_BYTES
+    token = _TOKEN_BYTES + support * _SUPPORT_BYTES
+    return samples * (_SAMPLE_BYTES + prompt * _PROMPT_TOKEN_BYTES + tokens * token + routes)
 
 
 @dataclass(slots=True)
@@ -41,6 +45,7 @@ class Continuation:
     versions: np.ndarray  # [n] int64, of the weights that produced each token
     finish: Literal["stop", "length", "abort"]
     support: np.ndarray | None = None  # [n, S] int32, see `Rollout.support`
+    routes: np.ndarray | None = None  # [rows, L, E] int16, see `Rollout.routes`
 
 
 def checked(
@@ -142,6 +147,24 @@ def number_of(what: str, said: Any) -> int:
     if type(said) is not int or not 0 < said <= _MOST:
         raise BadAnswer(f"the number of {what} {str(said)[:40]!r}")
     return said
+
+
+def checked_routes(said: Any, routing: Routing, rows: int) -> np.ndarray:
+    """The experts that tokens were sent to, [rows, layers, per_token] int16, from int32 numbers in base64.
+
+    Raises:
+        BadAnswer: it names no experts, none that the model has, or those of other tokens.
+    """
+    try:
+        found = np.frombuffer(base64.b64decode(said, validate=True), dtype=np.int32)
+        found = found.reshape(rows, routing.layers, routing.per_token)
+    except (TypeError, ValueError):
+        raise BadAnswer(
+            f"no experts of {rows} tokens in {routing.layers} layers; does it run with --enable-return-routed-experts?"
+        ) from None
+    if found.size and not 0 <= found.min() <= found.max() < routing.experts:
+        raise BadAnswer(f"an expert {found.min()} or {found.max()} of {routing.experts}")
+    return found.astype(np.int16)
 
 
 def _supports(said: Any, ids: np.ndarray, params: SamplingParams) -> np.ndarray:

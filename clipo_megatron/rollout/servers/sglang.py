@@ -18,6 +18,7 @@ from clipo_megatron.rollout.servers.response_checks import (
     BadAnswer,
     Continuation,
     checked,
+    checked_routes,
     number_of,
     version_number,
     versions_of_spans,
@@ -286,6 +287,7 @@ def _generate_body(call: Call) -> dict[str, Any]:
         "sampling_params": sampling,
         "return_logprob": True,
         **({"return_sampling_mask": True} if params.wants_support else {}),
+        **({"return_routed_experts": True, "routed_experts_start_len": call.routed} if params.routing else {}),
     }
 
 
@@ -304,7 +306,7 @@ def _continuation(answer: Any, call: Call) -> Continuation:
         raise BadAnswer("a sample without ids, log-probs or finish reason") from None
     if type(tokens) is not list or ids != tokens:
         raise BadAnswer("log-probs of other tokens than the ids it gave")
-    return checked(
+    found = checked(
         tokens,
         logprobs,
         _versions(meta, len(tokens)),
@@ -315,6 +317,12 @@ def _continuation(answer: Any, call: Call) -> Continuation:
         params=call.params,
         support=support,
     )
+    said = meta.get("routed_experts")
+    # A call that was interrupted may lack them; the one that goes on asks for all.
+    if call.params.routing and (said is not None or found.finish != "abort"):
+        rows = len(call.inputs) + len(tokens) - 1 - call.routed
+        found.routes = checked_routes(said, call.params.routing, rows)
+    return found
 
 
 def _versions(meta: dict[str, Any], count: int) -> np.ndarray:

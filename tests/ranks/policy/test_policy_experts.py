@@ -145,6 +145,27 @@ def test_gradients_of_routers_and_experts_are_those_of_autograd(
     assert {name: value for name, value in far.items() if not value <= TOLERANCE} == {}
 
 
+@pytest.mark.parametrize(
+    "layout",
+    among("one rank", "TP2, EP2, ETP1", "EP2 x PP2, uneven", "EP2 of TP2 x CP2", "EP2 of CP2", "EP2 of DP4"),
+)
+@pytest.mark.parametrize(
+    "model", ["renormalised", pytest.param("not renormalised, dense layers", marks=pytest.mark.full)]
+)
+def test_tokens_go_to_the_experts_that_the_engine_chose(
+    model: str, layout: str, ranks: RankPool, tmp_path: Path
+) -> None:
+    """With random routes, of shared prompts too, and layers that are computed again in the backward pass."""
+    config = with_all_terms(moe(tmp_path, model))
+    config.model.replay_routing = config.model.recompute = True
+    results = ranks.run(one_update, LAYOUTS[layout][0], config, LAYOUTS[layout][1])
+    far = far_from_autograd(config, results)
+    assert {name: value for name, value in far.items() if not value <= TOLERANCE} == {}
+    config.model.replay_routing = False
+    unlike = far_from_autograd(config, results)
+    assert min(value for name, value in unlike.items() if "mlp.gate." in name) > 0.1, "the routers choose others"
+
+
 def test_no_part_of_a_model_stays_in_memory(ranks: RankPool, tmp_path: Path) -> None:
     assert ranks.run(stages_left, 1, moe(tmp_path), LayoutConfig()) == [0]
 

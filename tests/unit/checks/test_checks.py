@@ -99,6 +99,26 @@ def test_layouts_of_experts_that_fit(config, folder, settings, ranks):
     check(assign(config, **settings), ranks=ranks)
 
 
+ROUTED = {"model__replay_routing": True, "rollout__engine": EngineKind.sglang}
+
+
+@pytest.mark.parametrize(
+    ("settings", "experts", "key", "part"),
+    [
+        ({**ROUTED, "rollout__engine": EngineKind.vllm}, True, "model.replay_routing", "Set rollout.engine to sglang"),
+        (ROUTED, False, "model.replay_routing", "has no experts"),
+        ({**ROUTED, "megatron": {"moe_router_fusion": True}}, True, "megatron.moe_router_fusion", "Remove it"),
+        ({**ROUTED, "megatron": {"recompute_modules": ["moe"]}}, True, "megatron.recompute_modules", "Take moe out"),
+    ],
+)
+def test_routes_that_cannot_be_replayed(config, folder, settings, experts, key, part):
+    (folder / "model" / "config.json").write_text(json.dumps(FACTS | (EXPERTS if experts else {})))
+    (problem,) = refusal(assign(config, **settings)).problems
+    assert problem.key == key and part in str(problem)
+    (folder / "model" / "config.json").write_text(json.dumps(FACTS | EXPERTS))
+    check(assign(config, **ROUTED, megatron={"recompute_modules": ["mlp"]}))
+
+
 @pytest.mark.parametrize(
     ("settings", "ranks", "key", "part"),
     [

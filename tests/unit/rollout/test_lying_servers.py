@@ -9,11 +9,24 @@ from typing import Any
 
 import pytest
 import torch
-from lying_server import LENGTH, OTHERS, TOKEN, VERSION, VOCABULARY, LyingServer, Reply, at, bomb, endless
+from lying_server import (
+    EXPERTS,
+    LENGTH,
+    OTHERS,
+    TOKEN,
+    VERSION,
+    VOCABULARY,
+    LyingServer,
+    Reply,
+    at,
+    bomb,
+    endless,
+    routes,
+)
 
 from clipo_megatron.config.schema import EngineKind, PoolConfig
 from clipo_megatron.flow import Prompt
-from clipo_megatron.rollout.engine import EngineError, Request, SamplingParams
+from clipo_megatron.rollout.engine import EngineError, Request, Routing, SamplingParams
 from clipo_megatron.rollout.servers import http, membership
 from clipo_megatron.rollout.servers.http import EventLoop
 from clipo_megatron.rollout.servers.pool import ServerPool
@@ -282,6 +295,28 @@ def test_a_vllm_that_names_too_few_tokens_is_told_how_to_start(loop, liar):
     with pytest.raises(ServerError, match="start it with --max-logprobs 6") as caught:
         asked(loop, VLLMServer, liar.url, params=TRUNCATED)
     assert caught.value.fault is Fault.unsupported
+
+
+ROUTED = replace(PARAMS, routing=Routing(layers=2, per_token=2, experts=EXPERTS))
+EXPERT = (META, "routed_experts")
+
+
+def test_honest_routes_are_taken_and_go_on(loop, liar):
+    for rollout in asked(loop, SGLangServer, liar.url, params=ROUTED):
+        assert rollout.routes.dtype == torch.int16 and rollout.routes.shape == (6 + LENGTH - 1, 2, 2)
+        assert (rollout.routes == EXPERTS - 1).all()
+
+
+@pytest.mark.parametrize(
+    "said",
+    [None, "", "&&", 7, routes(6 + LENGTH, 0), routes(6 + LENGTH - 2, 0), routes(9, EXPERTS), routes(9, -1)],
+    ids=["none", "nothing", "no base64", "a number", "a row more", "a row less", "a far expert", "a negative one"],
+)
+def test_a_lie_about_routes_is_a_fault_of_the_server(loop, liar, said):
+    liar.lies[SGLANG] = at(*EXPERT, becomes=said)
+    with pytest.raises(ServerError) as caught:
+        asked(loop, SGLangServer, liar.url, params=ROUTED)
+    assert caught.value.fault is Fault.garbage
 
 
 CONTROL = {
