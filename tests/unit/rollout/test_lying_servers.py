@@ -349,6 +349,19 @@ def test_a_lie_about_itself_is_a_fault_of_the_server(loop, liar, kind, path, lie
 
 
 @pytest.mark.parametrize(
+    ("kind", "two_stages"),
+    [
+        (SGLangServer, at("pp_size", becomes=2)),
+        (VLLMServer, at("vllm_config", "parallel_config", "pipeline_parallel_size", becomes=2)),
+    ],
+)
+def test_pipeline_stages_are_not_taken_for_tensor_parallel_ranks(loop, liar, kind, two_stages):
+    liar.lies["/server_info"] = two_stages
+    state = asked(loop, kind, liar.url, call=lambda server: server.state(deadline_s=10))
+    assert (state.tp, state.pp) == (1, 2)
+
+
+@pytest.mark.parametrize(
     "lie",
     [
         at("ranks", becomes=[]),

@@ -125,15 +125,16 @@ def test_vllms_extension_knows_the_gpu_by_its_uuid(extension, monkeypatch):
     assert extension._rebuilt_on_this_device(*range(6), "d4", 7) == (*range(6), 1, 7)
 
 
-def test_the_pool_reads_which_gpus_a_server_has(tmp_path, monkeypatch):
+def test_the_pool_reads_which_gpus_a_server_has_and_how_they_connect(tmp_path, monkeypatch):
     registry = Registry(tmp_path)
-    record = ServerRecord("one", "http://127.0.0.1:1", "sglang", 2, "node", 1, "b", Status.ready, gpus="a1,b2")
-    registry.write(record)
-    registry.write(replace(record, name="two", url="http://127.0.0.1:2/", gpus=""))
+    record = ServerRecord("one", "http://127.0.0.1:1", "sglang", 2, "node", 1, "b", Status.ready)
+    registry.write(replace(record, gpus="a1,b2", collectives="2.30.7"))
+    registry.write(replace(record, name="two", url="http://127.0.0.1:2/"))
     pool = ServerPool(EngineKind.sglang, decode=str, config=PoolConfig(), registry=tmp_path)
     try:
         monkeypatch.setattr(pool, "run", lambda call, deadline_s: call.close() or [live(1, ""), live(2, "")])
-        assert [each.gpus for each in pool.discover()] == [("a1", "b2"), ()]
+        found = [(each.gpus, each.collectives) for each in pool.discover()]
+        assert found == [(("a1", "b2"), "2.30.7"), ((), "")]
     finally:
         monkeypatch.undo()
         pool.close()

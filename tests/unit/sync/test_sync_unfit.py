@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from clipo_megatron.config.schema import SyncConfig
+from clipo_megatron.config.schema import RunConfig, SyncConfig
 from clipo_megatron.rollout.servers.server import LiveServer, ServerState
+from clipo_megatron.serving.commands import ServerSlot
 from clipo_megatron.serving.environment import collectives_version
+from clipo_megatron.serving.serve import _spec
 from clipo_megatron.sync import broadcast
 from clipo_megatron.sync.broadcast import BroadcastSync
 from clipo_megatron.sync.disk import DiskSync
@@ -63,3 +66,8 @@ def test_a_python_tells_its_release(tmp_path):
     assert collectives_version(program) == "2.30.7"
     assert collectives_version(tmp_path / "none") == ""
     assert collectives_version(sys.executable) == "", "without GPUs there is no such library"
+
+
+def test_the_registry_names_the_release_of_a_server(tmp_path):
+    slot = ServerSlot(0, 4000, ())
+    assert _spec(RunConfig(), slot, Path("python"), None, tmp_path, "2.30.7").record.collectives == "2.30.7"
