@@ -15,7 +15,7 @@ from packaging.version import Version
 from torch import Tensor
 
 from clipo_megatron.flow import Segment
-from clipo_megatron.policy.model import attention_kernels, model
+from clipo_megatron.policy.model import attention, attention_kernels, model
 from clipo_megatron.policy.model.attention import PackedAttention, attention_of, plan_attention
 from clipo_megatron.policy.model.attention_kernels import Sequences, add_gradients, attend
 from clipo_megatron.policy.row_share import RowShare
@@ -251,6 +251,29 @@ def test_kernels_are_asked_to_repeat_themselves_only_where_it_is_wanted(monkeypa
     assert asked == [True, False] and not torch.are_deterministic_algorithms_enabled()
 
 
+@pytest.mark.parametrize("wanted", [True, False])
+def test_every_call_hears_megatrons_mode_and_adds_up_gradients_of_keys_in_fp32(wanted, monkeypatch):
+    """In bf16 the sum over a prompt's many responses would lose what each of them adds."""
+    asked, sums = [], []
+
+    def attend_and_note(*args, repeatable, **options):
+        asked.append(repeatable)
+        return attend(*args, repeatable=repeatable, **options)
+
+    def add_and_note(totals, *args, repeatable):
+        asked.append(repeatable)
+        sums.append({each.dtype for each in totals[1:]})
+        add_gradients(totals, *args, repeatable=repeatable)
+
+    monkeypatch.setattr(attention, "attend", attend_and_note)
+    monkeypatch.setattr(attention, "add_gradients", add_and_note)
+    segments = segments_of(ROWS["one group"], shared=True)
+    rows = [each.unsqueeze(1).requires_grad_() for each in draw(51, torch.bfloat16)]
+    layer = PackedAttention(SimpleNamespace(deterministic_mode=wanted), layer_number=1)
+    layer(*rows, packed_seq_params=plan_attention(segments, CPU)).sum().backward()
+    assert asked == [wanted] * 4 and sums == [{torch.float32}] * 2
+
+
 @pytest.mark.parametrize("window", [None, 5])
 def test_the_kernels_of_a_gpu_take_these_arguments(window, monkeypatch):
     """On the meta device torch checks a call by the kernels' own schema and shapes, and computes nothing."""
@@ -309,7 +332,7 @@ def test_transformer_engines_layers_take_our_attention(sparse, monkeypatch):
     monkeypatch.setattr("megatron.core.utils._te_version", Version("2.11.0"))
     monkeypatch.setattr(model, "transformer_engine_usable", lambda: True)
     layer = model._layer_spec(SimpleNamespace(qk_norm=True, experts=SimpleNamespace(count=4)), sparse).submodules
-    attention = layer.self_attention.submodules
-    assert attention.core_attention is PackedAttention
-    assert attention.linear_qkv is provider().column_parallel_layer_norm_linear()
-    assert attention.linear_proj is provider().row_parallel_linear()
+    parts = layer.self_attention.submodules
+    assert parts.core_attention is PackedAttention
+    assert parts.linear_qkv is provider().column_parallel_layer_norm_linear()
+    assert parts.linear_proj is provider().row_parallel_linear()
