@@ -67,7 +67,7 @@ def write_config(folder: Path, model: Path) -> Path:
     config = {
         "name": "small",
         "model": {"path": str(model), "dtype": "fp32"},
-        "layout": {"max_tokens_per_microbatch": 400, "distributed_timeout_s": 100},
+        "layout": {"max_tokens_per_microbatch": 400, "distributed_timeout_s": 600},
         "data": {
             "train": [{"path": str(train)}],
             "eval": [{"path": str(held_out)}],
