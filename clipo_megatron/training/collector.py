@@ -85,7 +85,8 @@ class Collector:
         self.config, self.source, self.grades = config, source, EarlyGrades(graders)
         self.prompts, self.sampler, self.sampling = prompts, sampler, sampling
         self.max_refill_rounds, self.progress = max_refill_rounds, progress
-        self.open, self.accounts = OpenRequests(), None
+        self.open = OpenRequests()
+        self.accounts: Accounts | None = None
         self._windows = config.window_tokens is not None
         # Whether every group of a batch is waited for, in the order of drawing, while later batches are generated.
         self._in_order = config.ahead > 0 and config.over_sampling == 1 and not self._windows
@@ -149,9 +150,9 @@ class Collector:
             fresh = self._draw(missing, span)
             if counters.rounds:
                 counters.refilled += self.sampler.drawn - drawn
-            scored, dropped = self._round(fresh, missing, span, counters)
+            scored, dropped, restarted = self._round(fresh, missing, span, counters)
             held |= {each.group.position: each for each in scored}
-            self._share_status(held, dropped, span.step, counters)
+            self._share_status(held, dropped, restarted, span.step, counters)
             counting = sum(counts for _, counts in counters.groups.values())
             missing = size - counting if self.max_refill_rounds else 0
         if self._windows:
@@ -223,7 +224,7 @@ class Collector:
 
     def _round(
         self, fresh: list[Request], missing: int, span: Span, counters: StepCounters
-    ) -> tuple[list[ScoredGroup], list[int]]:
+    ) -> tuple[list[ScoredGroup], list[int], int]:
         """Send this rank's requests until enough groups count; collective.
 
         Args:
@@ -231,10 +232,9 @@ class Collector:
             missing: groups that are missing over all ranks.
 
         Returns:
-            The finished groups, and the positions of the prompts that were dropped.
+            The finished groups, the positions of the prompts that were dropped, and how many prompts began anew.
         """
-        if self.config.ahead:
-            counters.restarted += self.open.restart_too_old(self.config.ahead)
+        restarted = self.open.restart_too_old(self.config.ahead) if self.config.ahead else 0
         to_send = [*self.open.carried, *fresh]
         buffer = self._buffer([*to_send, *self.open.running], missing, span)
         begin = span.step + self.config.ahead
@@ -270,7 +270,7 @@ class Collector:
             self.open.due |= {each.position: span.step + self.config.ahead + 1 for each in going_on}
             back = [*back, *going_on]
         self.open.carry([*later, *back, *early])
-        return groups, dropped
+        return groups, dropped, restarted
 
     def _buffer(self, requests: Sequence[Request], missing: int, span: Span) -> GroupBuffer:
         """What a round waits for, out of this rank's open requests."""
@@ -297,7 +297,7 @@ class Collector:
         )
 
     def _share_status(
-        self, held: dict[int, ScoredGroup], dropped: list[int], step: int, counters: StepCounters
+        self, held: dict[int, ScoredGroup], dropped: list[int], restarted: int, step: int, counters: StepCounters
     ) -> None:
         """Tell every rank how far the step is; collective."""
         dynamic = self.max_refill_rounds > 0
@@ -308,6 +308,7 @@ class Collector:
             [(each.prompt.id, each.prompt.occurrence) for each in self.open],
             [each.position for each in self.open if each.position in held],
             dropped,
+            restarted,
             time.monotonic() - self._began,
         )
         everybody: list[RankStatus] = [mine] * dist.get_world_size()
@@ -345,7 +346,7 @@ class Collector:
             selected = [of_this_step(scored) for scored in selected]
         for scored in selected:
             scored.group.position = positions[scored.group.position]
-            age = step - min(map(oldest, scored.group.rollouts), default=step)
+            age = step - min((oldest(rollout) for rollout in scored.group.rollouts), default=step)
             if self.config.ahead and age > self.config.ahead:
                 raise EngineError(
                     f"prompt {scored.group.prompt.id} has tokens of weights {age} updates old, and rollout.ahead is "

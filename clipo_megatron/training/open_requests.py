@@ -75,8 +75,13 @@ class OpenRequests:
         Returns:
             The number of prompts that begin anew.
         """
+
+        def in_time(rollout: Rollout, step: int) -> bool:
+            version = oldest(rollout)
+            return version is None or version >= step - ahead
+
         fresh = [
-            each._replace(begun=tuple(kept for kept in each.begun if oldest(kept) >= self.step_of(each) - ahead))
+            each._replace(begun=tuple(kept for kept in each.begun if in_time(kept, self.step_of(each))))
             for each in self.carried
         ]
         changed = sum(len(new.begun) < len(old.begun) for new, old in zip(fresh, self.carried, strict=True))
@@ -130,9 +135,9 @@ def distribute(
     return shares
 
 
-def oldest(rollout: Rollout) -> int:
-    """The version of the oldest weights that produced a token of the rollout which has not trained yet."""
-    return int(rollout.versions[min(rollout.trained, rollout.versions.numel() - 1)])
+def oldest(rollout: Rollout) -> int | None:
+    """The version of the oldest weights that produced a token which has not trained yet; None if all have trained."""
+    return None if rollout.spent else int(rollout.versions[rollout.trained])
 
 
 def complete_and_waiting(requests: Iterable[Request], samples: int) -> tuple[list[Request], list[Request]]:

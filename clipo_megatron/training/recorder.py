@@ -21,7 +21,7 @@ from clipo_megatron.telemetry.console import Stopwatch
 from clipo_megatron.telemetry.samples import SampleLog
 from clipo_megatron.telemetry.sinks import append, keep_before, writing
 from clipo_megatron.telemetry.states import States, StateWriter, chosen, forget_states
-from clipo_megatron.training.ledger import Accounts, Ledger
+from clipo_megatron.training.ledger import Ledger
 
 GROUPS_WITH_STATES = 8  # groups whose texts are recorded in a step whose states are
 
@@ -65,10 +65,6 @@ class Recorder:
             keep_before(self.output / TRACE, step)
             with writing(self.output / TRACE):
                 self._trace = (self.output / TRACE).open("a", buffering=1)
-
-    def accounts(self, accounts: Accounts) -> None:
-        """Write what became of the prompts in a step."""
-        self.ledger.write(accounts)
 
     def step(
         self,

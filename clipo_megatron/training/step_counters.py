@@ -29,16 +29,17 @@ class RankStatus:
     copies: list[tuple[str, int]]  # prompt id and occurrence of what is open
     going_on: list[int]  # request ids of groups of this step that go on in a later one
     dropped: list[int]  # request ids of this round that were dropped
+    restarted: int  # prompts of this round that begin anew, because their rollouts were too old
     elapsed_s: float  # since the step began
 
 
 @dataclass(slots=True)
 class StepCounters:
-    """Counters of a step; the same on every rank, but for `restarted`."""
+    """Counters of a step; the same on every rank."""
 
     rounds: int = 0
     refilled: int = 0  # prompts drawn after the first round
-    restarted: int = 0  # this rank's prompts that begin anew, because their rollouts were too old
+    restarted: int = 0  # prompts that begin anew, because their rollouts were too old
     recoveries: int = 0  # how often an engine was lost and requests were sent again
     # Request id of each complete group -> the rank that has it, and whether it counts.
     groups: dict[int, tuple[int, bool]] = field(default_factory=dict)
@@ -62,6 +63,7 @@ class StepCounters:
         self.copies = {pair for each in everybody for pair in each.copies}
         self.going_on = {request_id for each in everybody for request_id in each.going_on}
         self.elapsed_s.append(max(each.elapsed_s for each in everybody))
+        self.restarted += sum(each.restarted for each in everybody)
         self.dropped += [request_id for each in everybody for request_id in each.dropped]
 
 

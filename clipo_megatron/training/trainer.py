@@ -69,7 +69,7 @@ class Trainer:
         with watch("sync"):
             metrics |= run.engine.update_weights(self.step + 1)
 
-        run.recorder.accounts(run.collector.accounts)
+        run.recorder.ledger.write(run.collector.accounts)
         run.recorder.step(scored, table, experience.reward, experience.advantage, experience.bonus, watch)
         metrics |= table_metrics(table, experience.reward, experience.advantage)
         metrics |= actor.contrastive_metrics(table, experience.bonus)

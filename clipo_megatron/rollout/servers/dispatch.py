@@ -90,7 +90,8 @@ class RequestDispatcher:
         except BaseException as error:
             result = error
         else:
-            pending.on_group(pending.group(result))
+            if not pending.stopping:  # else rollouts may be partial
+                pending.on_group(pending.group(result))
         pending.results.put((pending, result))
 
     async def _answer(self, pending: PendingRequest) -> list[Rollout]:

@@ -40,17 +40,19 @@ def account(
     faults = {"seed": seed * 100 + dist.get_rank(), **options.get("faults", {"loss": 0.05, "limit": 3})}
     saved_at, config_after = options.get("saved_at"), options.get("after", config)
     with Bench(folder, config, rollout_ranks=rollout_ranks, interrupted=faults) as bench:
-        trained, accounts, answered, kept = [], [], [], 0
+        trained, windows, accounts, answered, restarted, kept = [], [], [], [], 0.0, 0
         for step in range(STEPS):
             bench.engine.losses = 0
             scored, counts = bench.collector.collect(step, last=STEPS - 1)
             accounts.append(bench.collector.accounts)
             answered.append(len(bench.engine.answered))
+            restarted += counts.get("rollout/restarted_prompts", 0.0)
             for each in scored:
                 rollouts = each.group.rollouts
                 for rollout in rollouts:
                     versions = rollout.versions.tolist()
                     assert versions == sorted(versions) and versions[-1] <= step
+                    windows.append((each.group.prompt.id, rollout.sample, step, rollout.trained, len(versions)))
                 ages = [step - int(rollout.versions[rollout.trained]) for rollout in rollouts]
                 trained.append((step, each.group.position, each.group.prompt.id, len(rollouts), max(ages)))
             bench.update_weights(step + 1)
@@ -68,6 +70,8 @@ def account(
             "open": [each["position"] for each in state["carried"]],
             "carried": counts["rollout/carried_prompts"],
             "kept": kept,
+            "windows": windows,
+            "restarted": restarted,
             "answered": answered,
         }
 
@@ -152,12 +156,14 @@ def test_what_is_generated_survives_a_checkpoint(ranks: RankPool, model: Path, s
 @pytest.mark.parametrize("after", [0, 1])
 def test_a_smaller_bound_holds_after_a_resume(ranks: RankPool, model: Path, after: int):
     """Prompts stay and train in order; what would be too old begins anew."""
-    trained, found, _ = collected(
+    trained, found, results = collected(
         ranks, model, RolloutConfig(ahead=3), world=2, saved_at=1, after=RolloutConfig(ahead=after)
     )
     assert [name for _, _, name, _, _ in trained] == drawn(STEPS * SIZE)
     assert max(age for step, *_, age in trained if step > 1) <= after
     assert not found.open and not found.dropped
+    restarted = {result["restarted"] for result in results}
+    assert len(restarted) == 1 and (restarted != {0.0}) == (after > 0), "all ranks tell the number of all"
 
 
 def test_a_larger_bound_fills_up_after_a_resume(ranks: RankPool, model: Path):
@@ -196,7 +202,13 @@ def test_windows_go_on_behind_the_batches_ahead(ranks: RankPool, model: Path):
     for step, _, name, count, _ in trained:
         assert count <= SAMPLES
         steps_of.setdefault(name, []).append(step)
-    assert any(len(steps) > 1 for steps in steps_of.values())
+    spans: dict[tuple[str, int], list[tuple[int, int]]] = {}
+    for name, sample, _, start, end in sorted(each for result in results for each in result["windows"]):
+        spans.setdefault((name, sample), []).append((start, end))
+    assert any(len(each) > 1 for each in spans.values())
+    for each in spans.values():
+        assert [start for start, _ in each] == [0, *(end for _, end in each[:-1])], "every token trains once, in order"
+        assert all(0 < end - start <= 2 for start, end in each)
     assert all(steps[0] % 2 == last % 2 for steps in steps_of.values() for last in steps), "every second batch"
     assert len(found.trained) > SIZE and len(found.open) > 0 and results[0]["carried"] > 0
 
