@@ -10,15 +10,14 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
+from engine_requests import ask, expected_logprobs, new_engine, run
 from safetensors.torch import load_file
 from tiny_models import EOS, tiny_weights
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from clipo_megatron.config.schema import DType, EngineKind, PoolConfig
+from clipo_megatron.config.schema import EngineKind
 from clipo_megatron.flow import Prompt, Rollout, RolloutGroup
 from clipo_megatron.rollout.engine import Engine, EngineError, InFlight, Memory, Request, SamplingParams
-from clipo_megatron.rollout.local.engine import LocalEngine
-from clipo_megatron.rollout.servers.pool import ServerPool
 from clipo_megatron.training.partial_rollouts import continuations
 
 # Of a log-prob between two programs that compute in fp32: their sums run in other orders.
@@ -30,22 +29,10 @@ VERSIONS = itertools.count(1)
 @pytest.fixture(scope="module", params=[kind.value for kind in EngineKind])
 def make(request, servers, tiny_model) -> Iterator[Callable[[], Engine]]:
     """Makes engines of one kind; servers are shared, so a new engine may find other weights."""
-    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
     made: list[Engine] = []
 
     def make_one() -> Engine:
-        if request.param == "local":
-            made.append(LocalEngine(tiny_model, dtype=torch.float32, device="cpu"))
-        else:
-            made.append(
-                ServerPool(
-                    EngineKind(request.param),
-                    decode=lambda ids: tokenizer.decode(ids, skip_special_tokens=True),
-                    config=PoolConfig(request_deadline_s=120, backoff_s=0.1, join_deadline_s=30),
-                    endpoints=[servers.shared(request.param, tiny_model, DType.fp32).url],
-                    model=tiny_model,
-                )
-            )
+        made.append(new_engine(request.param, tiny_model, servers))
         return made[-1]
 
     make_one.kind = request.param
@@ -75,27 +62,6 @@ def engine(only, weights) -> Engine:
     """Loads the model's weights under a new version."""
     only.load_weights(weights.items(), version=next(VERSIONS))
     return only
-
-
-def ask(*lengths: int, first: int = 0) -> list[Request]:
-    generator = torch.Generator().manual_seed(3)
-    return [
-        Request(row, Prompt(f"math/{row}", (), torch.randint(3, 259, (length,), generator=generator), "math", ""))
-        for row, length in enumerate(lengths, start=first)
-    ]
-
-
-def run(engine: Engine, requests: list[Request], params: SamplingParams) -> list[RolloutGroup]:
-    groups = sorted(engine.generate(requests, params, deadline_s=120), key=lambda group: group.position)
-    assert [group.position for group in groups] == [request.position for request in requests]
-    return groups
-
-
-def expected_logprobs(model, prompt: torch.Tensor, response: torch.Tensor, temperature: float) -> torch.Tensor:
-    """Log-probs [R, V] by one plain forward."""
-    with torch.no_grad():
-        logits = model(torch.cat((prompt, response))[None]).logits[0, prompt.numel() - 1 : -1]
-    return (logits / temperature).log_softmax(-1)
 
 
 # --- what a rollout is ---
